@@ -1,0 +1,99 @@
+"""A sweep as its store tells it: variants with their evaluations, stages, skips. What the report, the table and MLflow read.
+
+Built from `sweeps/<key>/plan.json`, the records and the attempts alone, so every projection can be made again at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from orchestrator.stage import Status
+
+
+@dataclass(frozen=True)
+class StageResult:
+    key: str
+    kind: str
+    label: str
+    status: Status
+    """SUCCEEDED for every committed stage; FAILED; DEP_FAILED; PENDING where it has not run."""
+    record: dict[str, Any] | None = None
+    """The committed record.json: key, kind, spec, inputs, files, started, ended, seconds, environment, hints, notes, summary."""
+    payload: Path | None = None
+    failure: dict[str, Any] | None = None
+    """Of the last attempt: error_class, type, message, log_tail, attempt, ended."""
+    blocked_by: str | None = None
+    """Key of the failed stage, for DEP_FAILED."""
+    computed_by: str | None = None
+    """Key of the sweep whose driver committed it; another sweep's key means it was reused."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return {} if self.record is None else dict(self.record["summary"])
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """A task of the sweep, as configured."""
+
+    name: str
+    kind: str
+    primary: str
+    """Headline metric."""
+    higher_is_better: dict[str, bool]
+    """Per metric."""
+
+
+@dataclass(frozen=True)
+class VariantResult:
+    """A row of the table: a model with one quantization (or none) and its run-time part."""
+
+    key: str
+    label: str
+    """`wikitext_llama · gptq · w4a16_g64`; the unquantized one ends in `unquantized`."""
+    axes: dict[str, str]
+    """model, method, scheme, calibration, replicate; method and scheme are `none` for the baseline."""
+    is_baseline: bool
+    baseline_key: str
+    """Variant key of the unquantized model it is compared with."""
+    quantize: StageResult | None
+    evaluations: dict[str, StageResult]
+    """Task name ▸ its evaluate stage. Payload items.parquet has one row per item, in a fixed order per task."""
+    flags: tuple[str, ...] = ()
+    """Such as: smoothing without activation quantization is idle."""
+
+    @property
+    def status(self) -> Status:
+        stages = [s for s in (self.quantize, *self.evaluations.values()) if s is not None]
+        for status in (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.PENDING):
+            if any(s.status is status for s in stages):
+                return status
+        return Status.SUCCEEDED
+
+
+@dataclass(frozen=True)
+class SkippedCell:
+    axes: dict[str, str]
+    """Including task."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    key: str
+    name: str
+    created: float
+    """Epoch seconds of the first start."""
+    config: dict[str, Any]
+    """The composed settings and the axes' option names."""
+    provenance: dict[str, Any]
+    """bitgrid version, git commit and dirtiness, python, platform, package versions, hydra overrides."""
+    tasks: dict[str, TaskInfo]
+    variants: tuple[VariantResult, ...]
+    stages: dict[str, StageResult] = field(default_factory=dict)
+    """Every stage of the plan, by key."""
+    skipped: tuple[SkippedCell, ...] = ()
+    model_names: dict[str, str] = field(default_factory=dict)
+    """Model digest ▸ option name."""

@@ -1,0 +1,97 @@
+"""Protocols of quantization methods.
+
+A method is ordered transforms, then one rounding. Both work on tensors: no model, hook, device or file is known here.
+Shapes: weight `[N, K]` (out, in), statistics of the input with K channels, samples `[S, T, K]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from quant.scheme import WeightScheme
+from quant.statistics import Statistics
+
+
+class StoredTensor(Protocol):
+    """A quantized weight in one of the stored formats (`quant.tensors`)."""
+
+    format: ClassVar[str]
+    """Name of the stored format, as written in recipes."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+
+    @property
+    def bits_nominal(self) -> float:
+        """The paper's label: bits per weight of the codes."""
+
+    @property
+    def bits_stored(self) -> float:
+        """8 x bytes of every payload tensor / (N K)."""
+
+    def dequantize(self) -> Tensor:
+        """The weight `[N, K]` it stands for, float32; approximates the weight that was given to `quantize`."""
+
+    def pack(self) -> dict[str, Tensor]:
+        """Payload tensors by short name; with `meta()` enough to rebuild bit-exactly."""
+
+    def meta(self) -> dict[str, Any]:
+        """JSON parameters for `unpack`."""
+
+
+@dataclass
+class Rounded:
+    """What a rounding returns."""
+
+    tensor: StoredTensor
+    damp: float | None = None
+    """Damping that was used, as a fraction of mean(diag H); None where there is no Hessian."""
+    notes: list[str] = field(default_factory=list)
+    """Every fallback taken, in words."""
+
+
+class Rounding(Protocol):
+    """weight, statistics, scheme ▸ stored tensor. The weight is never changed."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+    """Statistics that must be given: hessian, absmax, absmean, samples."""
+
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded: ...
+
+
+@dataclass
+class ScaleGroup:
+    """Linears that read one input, the operation that produces it, and a way to see the effect of changed weights."""
+
+    name: str
+    producer_kind: str
+    """norm (weight and bias are divided by s), linear (its last s.numel() output rows and bias are), or none."""
+    consumers: dict[str, Tensor]
+    """Name ▸ weight `[N, K]`, all with the same K; not to be changed in place."""
+    statistics: Statistics
+    """Of the consumers' shared input."""
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(weights of the consumers, inputs `[S, T, K]`) ▸ output of the module that reads the input (the attention or
+    feed-forward module, or the linear itself)."""
+
+
+class Transform(Protocol):
+    """A rewrite of groups of linears before rounding."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+
+    def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
+        """s `[K]` > 0: consumers' columns are multiplied, the producer's output divided by it (function-preserving);
+        None to leave the group alone."""
+
+    def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
+        """A changed weight `[N, K]` (clipping, for example), after all scales of the block; None for no change."""

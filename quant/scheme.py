@@ -1,0 +1,86 @@
+"""The numeric format of a variant: weight, activation and KV-cache parts.
+
+Standard library only: planning, workers and the quantization code share these types. `None` for a part
+means that it stays in the model's own floating-point format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Granularity(str, Enum):
+    """How many values share one scale."""
+
+    TENSOR = "tensor"
+    CHANNEL = "channel"
+    """One per output channel (weights)."""
+    GROUP = "group"
+    """One per `group_size` consecutive inputs of an output channel (weights), or of a head (KV)."""
+    TOKEN = "token"
+    """One per token (activations, KV)."""
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """Format of the weights `[N, K]`."""
+
+    bits: int
+    symmetric: bool = False
+    granularity: Granularity = Granularity.CHANNEL
+    group_size: int | None = None
+    """Inputs per group when `granularity` is group; must divide K."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"weight.bits={self.bits} is not between 2 and 8; leave `weight: null` for unquantized weights")
+        if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
+            raise ValueError(
+                f"weight.granularity={self.granularity.value} with group_size={self.group_size}: "
+                "give a group_size with granularity 'group', and none otherwise"
+            )
+        if self.granularity is Granularity.TOKEN:
+            raise ValueError("weight.granularity=token is for activations; choose tensor, channel or group")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"weight.group_size={self.group_size} must be positive")
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """Format of the inputs `[M, K]` of every quantized linear, fake-quantized at run time."""
+
+    bits: int
+    symmetric: bool = True
+    granularity: Granularity = Granularity.TOKEN
+    dynamic: bool = True
+    """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"activation.bits={self.bits} is not between 2 and 8; leave `activation: null` for 16 bits")
+        if self.granularity not in (Granularity.TOKEN, Granularity.TENSOR):
+            raise ValueError(f"activation.granularity={self.granularity.value}; choose token or tensor")
+        if not self.dynamic and self.granularity is Granularity.TOKEN:
+            raise ValueError("static activation ranges exist per tensor only; set activation.granularity=tensor or dynamic=true")
+
+
+@dataclass(frozen=True)
+class KVScheme:
+    """Format of keys and values, fake-quantized on every token in the single forward pass (labelled simulation)."""
+
+    bits: int
+    symmetric: bool = False
+    group_size: int | None = None
+    """Consecutive channels of a head that share a scale; `None` is one scale per token and head."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"kv.bits={self.bits} is not between 2 and 8; leave `kv: null` for 16 bits")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    weight: WeightScheme | None = None
+    activation: ActivationScheme | None = None
+    kv: KVScheme | None = None

@@ -1,0 +1,1 @@
+"""Runs where the model is. Knows nothing of Hydra, Ray or MLflow."""

@@ -1,0 +1,71 @@
+"""An artifact folder: payload/ and record.json with a digest per file. Standard library only.
+
+Layout: `spec.json`, `payload/`, `log.txt`, `record.json` (written last). Readers check digests the first time they open a
+file and raise `CorruptArtifactError`, which the driver answers by setting the artifact aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+RECORD = "record.json"
+PAYLOAD = "payload"
+
+
+class CorruptArtifactError(Exception):
+    """A stored file is missing or its content differs from its recorded digest."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(f"artifact {key[:12]}: {reason}; it is set aside and its stage runs again")
+        self.key = key
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _chunked(f)
+
+
+def _chunked(f: Any) -> str:
+    h = hashlib.sha256()
+    while chunk := f.read(1 << 20):
+        h.update(chunk)
+    return h.hexdigest()
+
+
+def payload_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path ▸ {bytes, sha256} of every file under payload/, sorted."""
+    root = folder / PAYLOAD
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    return {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in paths}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError) as e:
+        raise CorruptArtifactError(folder.name, f"{RECORD} cannot be read ({e})") from e
+    return record
+
+
+def payload_path(folder: Path, name: str) -> Path:
+    """Path of a payload file whose digest was checked. Raises CorruptArtifactError."""
+    path = folder / PAYLOAD / name
+    if not path.is_file():
+        raise CorruptArtifactError(folder.name, f"payload file {name} is missing")
+    stat = path.stat()
+    _check(folder, name, stat.st_size, stat.st_mtime_ns)
+    return path
+
+
+@lru_cache(maxsize=4096)
+def _check(folder: Path, name: str, size: int, mtime_ns: int) -> None:
+    expected = read_record(folder)["files"].get(name)
+    if expected is None:
+        raise CorruptArtifactError(folder.name, f"payload file {name} is not in its record")
+    if size != expected["bytes"] or file_digest(folder / PAYLOAD / name) != expected["sha256"]:
+        raise CorruptArtifactError(folder.name, f"payload file {name} differs from its recorded digest")
