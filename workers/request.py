@@ -101,9 +101,7 @@ class Request:
     def from_json(data: Mapping[str, Any]) -> Request:
         if data.get("format") != FORMAT:
             raise ValueError(f"request format {data.get('format')!r} is not {FORMAT}; driver and worker must be the same version")
-        stages = tuple(
-            StageRequest(**{**s, "inputs": {role: Input(**i) for role, i in s["inputs"].items()}}) for s in data["stages"]
-        )
+        stages = tuple(StageRequest(**{**s, "inputs": {role: Input(**i) for role, i in s["inputs"].items()}}) for s in data["stages"])
         return Request(
             id=data["id"],
             stages=stages,

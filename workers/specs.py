@@ -175,7 +175,7 @@ T = TypeVar("T")
 
 def from_json(cls: type[T], data: Mapping[str, Any]) -> T:
     """Inverse of `to_json` for the spec dataclasses; an unknown field is an error."""
-    known = _hints(cls)
+    known = _hints(typing.cast(Any, cls))
     unknown = sorted(set(data) - set(known))
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}; it has {', '.join(known)}")

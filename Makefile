@@ -1,0 +1,48 @@
+# `make demo` and `make test` need nothing but Python 3.10 or newer: the first call makes .venv and installs into it.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check fix bench test-auto-gptq clean
+SHELL := /bin/bash
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+AUTO_GPTQ := .venv-auto-gptq
+AUTO_GPTQ_STAMP := $(AUTO_GPTQ)/.installed
+# Arguments for pytest: make test TESTS="tests/quant -k gptq"
+TESTS ?=
+
+export RAY_USAGE_STATS_ENABLED := 0
+export MLFLOW_DISABLE_TELEMETRY := true
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" scripts/setup.sh "$(VENV)"
+	@touch $@
+
+setup: $(STAMP) ## make .venv and install (the other targets do this when needed)
+
+demo: $(STAMP) ## a real sweep: the shipped model x rtn, gptq, awq x five formats on a local Ray cluster
+	@$(BIN)/bitgrid run -m sweep=demo
+
+check: $(STAMP) ## format, lint, types, layers, file lengths; prints nothing when all is well
+	@scripts/check.sh "$(BIN)"
+
+# One thread per test process: as many processes as cores are running already.
+test: check ## make check, then every test
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(TESTS)
+
+fix: $(STAMP) ## format and repair what ruff can
+	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
+
+bench: $(STAMP) ## benchmarks; each prints our figure beside the other's
+	@for f in bench/bench_*.py; do echo "== $$f"; $(BIN)/python "$$f" || exit 1; done
+
+test-auto-gptq: $(STAMP) ## load our exported checkpoints with the real auto-gptq, in an environment of its own (needs Python 3.11)
+	@scripts/test_auto_gptq.sh "$(BIN)" "$(AUTO_GPTQ)"
+
+clean: ## remove both environments and every cache; stores and MLflow files stay
+	@rm -rf $(VENV) $(AUTO_GPTQ) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
