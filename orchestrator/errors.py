@@ -7,6 +7,7 @@ BitgridError                    exit code 2 from the command line, message only
 ├── StoreError                  the store cannot be used
 │   ├── StoreLockedError        another live driver holds it
 │   └── StoreVersionError       written by a newer version
+├── PairingError                scores that cannot be compared item by item
 ├── ClusterError                Ray cannot be started or joined
 └── TrackingError               MLflow cannot be reached, where that must stop the command
 
@@ -44,6 +45,10 @@ class StoreLockedError(StoreError):
 
 
 class StoreVersionError(StoreError):
+    pass
+
+
+class PairingError(BitgridError):
     pass
 
 

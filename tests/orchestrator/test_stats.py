@@ -1,0 +1,180 @@
+"""Paired differences: against independent references, on simulated data with a known truth, and at the edges."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator import stats
+from orchestrator.errors import PairingError
+from orchestrator.results import StageResult
+from orchestrator.stage import Status
+from tests.orchestrator import synthetic
+
+
+def stage(root: Path, label: str, items: dict[str, object], task: object = synthetic.PERPLEXITY) -> StageResult:
+    return synthetic.evaluate_stage(root, label, task, items)
+
+
+def test_perplexity_delta_is_the_difference_of_the_summary_scores(tmp_path: Path) -> None:
+    a = stage(tmp_path, "a", synthetic.perplexity_items(1, 0.1))
+    b = stage(tmp_path, "b", synthetic.perplexity_items(2, 0.0))
+    d = stats.paired_delta(a, b, synthetic.PERPLEXITY, "perplexity")
+    scores = [s.summary["scores"]["perplexity"] for s in (a, b)]
+    assert d.value == pytest.approx(scores[0], rel=1e-12)
+    assert d.delta == pytest.approx(scores[0] - scores[1], rel=1e-9)
+    assert d.low < d.delta < d.high
+    assert (d.n_items, d.method) == (60, "bca")
+
+
+def test_pairing_narrows_the_interval_against_two_separate_scores(tmp_path: Path) -> None:
+    a, b = synthetic.perplexity_items(1, 0.05), synthetic.perplexity_items(2, 0.0)
+    d = stats.compare(a["nll"], b["nll"], a["weight"], "nll")
+    unpaired = scipy.stats.ttest_ind(a["nll"], b["nll"]).confidence_interval(0.95)
+    assert (d.high - d.low) < (unpaired.high - unpaired.low) / 10
+
+
+@pytest.mark.parametrize("n", [5, 400])
+def test_agrees_with_scipys_t_interval_and_p_value_on_normal_data(n: int) -> None:
+    rng = np.random.default_rng(7)
+    v, b = rng.normal(1.0, 1.0, n), rng.normal(0.9, 1.0, n)
+    d = stats.compare(v, b, np.ones(n), "kl")
+    reference = scipy.stats.ttest_rel(v, b)
+    interval = reference.confidence_interval(0.95)
+    assert d.p_value == pytest.approx(reference.pvalue, rel=1e-9)
+    if n < stats.FEWEST_TO_RESAMPLE:
+        assert d.method == "t"
+        assert (d.low, d.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
+    else:
+        # An endpoint is a 2.5 % quantile of 2000 draws: its standard error is sqrt(.025·.975/2000)/φ(1.96) = 0.06 standard
+        # errors of the mean; four of these, and 1/√n for the skewness that BCa corrects and t does not.
+        slack = (4 * 0.06 + 1 / math.sqrt(n)) * float(scipy.stats.sem(v - b))
+        assert (d.low, d.high) == pytest.approx((interval.low, interval.high), abs=slack)
+
+
+def test_agrees_with_scipys_bca_of_the_perplexity_difference() -> None:
+    items = [synthetic.perplexity_items(s, x, 200) for s, x in ((1, 0.4), (2, 0.0))]
+    weight = np.random.default_rng(0).integers(100, 2000, 200).astype(float)
+
+    def difference(v: np.ndarray, b: np.ndarray, w: np.ndarray, axis: int = -1) -> np.ndarray:
+        total = w.sum(axis)
+        return np.exp((w * v).sum(axis) / total) - np.exp((w * b).sum(axis) / total)
+
+    data = (items[0]["nll"], items[1]["nll"], weight)
+    reference = scipy.stats.bootstrap(data, difference, paired=True, vectorized=True, n_resamples=stats.RESAMPLES, method="BCa", rng=1)
+    d = stats.compare(items[0]["nll"], items[1]["nll"], weight, "perplexity")
+    interval = reference.confidence_interval
+    # Two independent sets of draws: each endpoint has 0.06 standard errors of Monte Carlo noise (see above); four joint ones.
+    slack = 4 * math.sqrt(2) * 0.06 * float(reference.standard_error)
+    assert d.method == "bca"
+    assert (d.low, d.high) == pytest.approx((interval.low, interval.high), abs=slack)
+
+
+@pytest.mark.parametrize(("metric", "n"), [("perplexity", 8), ("perplexity", 80), ("kl", 80)])
+def test_interval_covers_the_truth_as_often_as_it_says(metric: str, n: int) -> None:
+    rng = np.random.default_rng(11)
+    trials, covered, falsely_rejected = 1000, 0, 0
+    weight = np.ones(n)
+    for _ in range(trials):
+        text = rng.normal(2.0, 0.5, n)
+        if metric == "kl":  # skewed, the baseline is exactly zero
+            d = stats.compare(rng.gamma(2.0, 0.5, n), np.zeros(n), weight, metric, resamples=999)
+            covered += d.low <= 1.0 <= d.high
+        else:
+            d = stats.compare(text + rng.normal(0.1, 0.2, n), text, weight, metric, resamples=999)
+            # The texts at hand are drawn too, so the truth is that of the whole population of texts.
+            covered += d.low <= math.exp(2.1) - math.exp(2.0) <= d.high
+            same = stats.compare(text + rng.normal(0.0, 0.2, n), text, weight, metric, resamples=2)
+            falsely_rejected += same.p_value < 0.05
+    # Coverage error of BCa and of a t interval on skewed data is O(1/n); the rest is binomial, four standard deviations.
+    noise = 4 * math.sqrt(0.05 * 0.95 / trials)
+    assert abs(covered / trials - 0.95) <= noise + 1.0 / n
+    assert falsely_rejected / trials <= 0.05 + noise
+
+
+def test_identical_items_give_an_exact_zero(tmp_path: Path) -> None:
+    items = synthetic.perplexity_items(1, 0.0)
+    d = stats.paired_delta(stage(tmp_path, "a", items), stage(tmp_path, "b", items), synthetic.PERPLEXITY, "perplexity")
+    assert (d.delta, d.low, d.high, d.p_value, d.method) == (0.0, 0.0, 0.0, 1.0, "identical")
+
+
+def test_no_spread_a_single_item_and_scores_that_are_not_finite_are_named() -> None:
+    ones = np.ones(20)
+    d = stats.compare(ones, 0 * ones, ones, "flips")
+    assert (d.method, d.low, d.delta, d.high) == ("degenerate", 1.0, 1.0, 1.0)
+    assert d.p_value == 2.0**-19
+    single = stats.compare(ones[:1], 0 * ones[:1], ones[:1], "kl")
+    assert single.method == "single"
+    assert math.isnan(single.low)
+    for bad in (math.nan, math.inf, 1e6):  # exp(1e6) overflows
+        d = stats.compare(ones * bad, ones, ones, "perplexity")
+        assert d.method == "undefined"
+        assert math.isnan(d.p_value)
+    nothing = stats.compare(ones, ones, 0 * ones, "kl")
+    assert (nothing.method, nothing.n_items) == ("undefined", 0)
+
+
+def test_one_item_that_differs_among_many_still_has_an_interval() -> None:
+    v = np.zeros(800)
+    v[5] = 1.0
+    d = stats.compare(v, np.zeros(800), np.ones(800), "flips")
+    assert 0 <= d.low <= d.delta <= d.high <= 1
+    assert d.p_value > 0.05
+
+
+def test_items_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
+    items, base = synthetic.perplexity_items(1, 0.2), synthetic.perplexity_items(2, 0.0)
+    order = np.random.default_rng(0).permutation(60)
+    shuffled = {k: np.asarray(v)[order] for k, v in base.items()}
+    straight = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "perplexity")
+    mixed = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "s", shuffled), synthetic.PERPLEXITY, "perplexity")
+    assert (mixed.delta, mixed.low, mixed.high) == pytest.approx((straight.delta, straight.low, straight.high), rel=1e-12)
+
+
+def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
+    items = synthetic.perplexity_items(1, 0.2)
+    good = stage(tmp_path, "good", items)
+
+    def against(label: str, **changed: object) -> StageResult:
+        return stage(tmp_path, label, {**items, **changed})
+
+    cases = [
+        (against("other", id=[f"x{i}" for i in range(60)]), "items are not the same"),
+        (stage(tmp_path, "short", {k: v[:30] for k, v in items.items()}), "60 against 30"),
+        (against("repeat", id=["same"] * 60), "repeat"),
+        (against("weights", weight=np.full(60, 3.0)), "different weights"),
+    ]
+    for bad, message in cases:
+        with pytest.raises(PairingError, match=message):
+            stats.paired_delta(good, bad, synthetic.PERPLEXITY, "perplexity")
+    with pytest.raises(PairingError, match=r"hold no 'kl'.*they hold nll"):
+        stats.paired_delta(good, good, synthetic.PERPLEXITY, "kl")
+    with pytest.raises(PairingError, match="FAILED and has no items"):
+        stats.paired_delta(replace(good, status=Status.FAILED, payload=None), good, synthetic.PERPLEXITY, "perplexity")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(math.nan)), max_size=30))
+def test_holm_matches_its_definition_and_leaves_untested_differences_alone(p_values: list[float]) -> None:
+    deltas = [stats.Delta("kl", 0, 0, 0, 0, 0, 0.95, 9, "bca", p) for p in p_values]
+    tested = sorted(p for p in p_values if not math.isnan(p))
+    for d in stats.adjust_holm(deltas):
+        if math.isnan(d.p_value):
+            assert d.p_adjusted is None
+        else:
+            steps = [min(1.0, (len(tested) - i) * p) for i, p in enumerate(tested) if p <= d.p_value]
+            assert d.p_adjusted == pytest.approx(max(steps))
+
+
+def test_the_driver_can_import_statistics_without_the_heavy_libraries() -> None:
+    code = "import sys, orchestrator.stats; print([m for m in ('torch', 'scipy', 'pandas', 'pyarrow', 'statsmodels') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
