@@ -43,9 +43,10 @@ class TextSpec:
 
     digest: str
     field: str | None = None
-    """Key of the text in each JSON row; `None` for plain text."""
+    """Key of the text in each row of JSON or of a hub data set; not read for plain text."""
     split: str = "rows"
-    """How plain text becomes documents: rows (one a line), paragraphs (blank line between) or whole."""
+    """How plain text becomes documents: rows (one a line), paragraphs (blank line between), endoftext (`<|endoftext|>`
+    between) or whole."""
     join: str = "\n\n"
     """Put between documents before tokenizing."""
     documents: int | None = None
