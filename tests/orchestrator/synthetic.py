@@ -23,8 +23,8 @@ from workers.artifact import RECORD, payload_files
 
 SWEEP = "5e" * 16
 OTHER_SWEEP = "0d" * 16
-PERPLEXITY = TaskInfo("self_perplexity", "perplexity", "perplexity", {"perplexity": False})
-DIVERGENCE = TaskInfo("divergence", "divergence", "kl", {"kl": False, "top1_agreement": True, "flips": False, "nll": False})
+PERPLEXITY = TaskInfo("self_perplexity", "perplexity", "ppl", {"ppl": False, "nll": False})
+DIVERGENCE = TaskInfo("self_divergence", "divergence", "kl", {"kl": False, "top1_agreement": True, "flips": False, "nll": False})
 METHODS = {"rtn": 1.0, "gptq": 0.5, "awq": 0.6}
 """Error of a method relative to RTN's."""
 SCHEMES = {"w8a16_g64": 8, "w4a16_g64": 4, "w3a16_g64": 3, "w2a16_g64": 2}
@@ -100,7 +100,7 @@ def divergence_items(seed: int, degradation: float, n: int = 60) -> dict[str, An
 def scores_of(items: Mapping[str, Any]) -> dict[str, float]:
     weight = np.asarray(items["weight"])
     means = {k: float(np.average(v, weights=weight)) for k, v in items.items() if k not in ("id", "n_tokens", "weight")}
-    return means if "kl" in means else {"perplexity": float(np.exp(means["nll"]))}
+    return means if "kl" in means else {"ppl": float(np.exp(means["nll"])), **means}
 
 
 def evaluate_stage(root: Path, label: str, task: TaskInfo, items: Mapping[str, Any], **more: Any) -> StageResult:

@@ -28,8 +28,8 @@ def stage(root: Path, label: str, items: dict[str, object], task: object = synth
 def test_perplexity_delta_is_the_difference_of_the_summary_scores(tmp_path: Path) -> None:
     a = stage(tmp_path, "a", synthetic.perplexity_items(1, 0.1))
     b = stage(tmp_path, "b", synthetic.perplexity_items(2, 0.0))
-    d = stats.paired_delta(a, b, synthetic.PERPLEXITY, "perplexity")
-    scores = [s.summary["scores"]["perplexity"] for s in (a, b)]
+    d = stats.paired_delta(a, b, synthetic.PERPLEXITY, "ppl")
+    scores = [s.summary["scores"]["ppl"] for s in (a, b)]
     assert d.value == pytest.approx(scores[0], rel=1e-12)
     assert d.delta == pytest.approx(scores[0] - scores[1], rel=1e-9)
     assert d.low < d.delta < d.high
@@ -71,7 +71,7 @@ def test_agrees_with_scipys_bca_of_the_perplexity_difference() -> None:
 
     data = (items[0]["nll"], items[1]["nll"], weight)
     reference = scipy.stats.bootstrap(data, difference, paired=True, vectorized=True, n_resamples=stats.RESAMPLES, method="BCa", rng=1)
-    d = stats.compare(items[0]["nll"], items[1]["nll"], weight, "perplexity")
+    d = stats.compare(items[0]["nll"], items[1]["nll"], weight, "ppl")
     interval = reference.confidence_interval
     # Two independent sets of draws: each endpoint has 0.06 standard errors of Monte Carlo noise (see above); four joint ones.
     slack = 4 * math.sqrt(2) * 0.06 * float(reference.standard_error)
@@ -79,7 +79,7 @@ def test_agrees_with_scipys_bca_of_the_perplexity_difference() -> None:
     assert (d.low, d.high) == pytest.approx((interval.low, interval.high), abs=slack)
 
 
-@pytest.mark.parametrize(("metric", "n"), [("perplexity", 8), ("perplexity", 80), ("kl", 80)])
+@pytest.mark.parametrize(("metric", "n"), [("ppl", 8), ("ppl", 80), ("kl", 80)])
 def test_interval_covers_the_truth_as_often_as_it_says(metric: str, n: int) -> None:
     rng = np.random.default_rng(11)
     trials, covered, falsely_rejected = 1000, 0, 0
@@ -103,7 +103,7 @@ def test_interval_covers_the_truth_as_often_as_it_says(metric: str, n: int) -> N
 
 def test_identical_items_give_an_exact_zero(tmp_path: Path) -> None:
     items = synthetic.perplexity_items(1, 0.0)
-    d = stats.paired_delta(stage(tmp_path, "a", items), stage(tmp_path, "b", items), synthetic.PERPLEXITY, "perplexity")
+    d = stats.paired_delta(stage(tmp_path, "a", items), stage(tmp_path, "b", items), synthetic.PERPLEXITY, "ppl")
     assert (d.delta, d.low, d.high, d.p_value, d.method) == (0.0, 0.0, 0.0, 1.0, "identical")
 
 
@@ -116,7 +116,7 @@ def test_no_spread_a_single_item_and_scores_that_are_not_finite_are_named() -> N
     assert single.method == "single"
     assert math.isnan(single.low)
     for bad in (math.nan, math.inf, 1e6):  # exp(1e6) overflows
-        d = stats.compare(ones * bad, ones, ones, "perplexity")
+        d = stats.compare(ones * bad, ones, ones, "ppl")
         assert d.method == "undefined"
         assert math.isnan(d.p_value)
     nothing = stats.compare(ones, ones, 0 * ones, "kl")
@@ -135,8 +135,8 @@ def test_items_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
     items, base = synthetic.perplexity_items(1, 0.2), synthetic.perplexity_items(2, 0.0)
     order = np.random.default_rng(0).permutation(60)
     shuffled = {k: np.asarray(v)[order] for k, v in base.items()}
-    straight = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "perplexity")
-    mixed = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "s", shuffled), synthetic.PERPLEXITY, "perplexity")
+    straight = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "ppl")
+    mixed = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "s", shuffled), synthetic.PERPLEXITY, "ppl")
     assert (mixed.delta, mixed.low, mixed.high) == pytest.approx((straight.delta, straight.low, straight.high), rel=1e-12)
 
 
@@ -155,11 +155,11 @@ def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
     ]
     for bad, message in cases:
         with pytest.raises(PairingError, match=message):
-            stats.paired_delta(good, bad, synthetic.PERPLEXITY, "perplexity")
+            stats.paired_delta(good, bad, synthetic.PERPLEXITY, "ppl")
     with pytest.raises(PairingError, match=r"hold no 'kl'.*they hold nll"):
         stats.paired_delta(good, good, synthetic.PERPLEXITY, "kl")
     with pytest.raises(PairingError, match="FAILED and has no items"):
-        stats.paired_delta(replace(good, status=Status.FAILED, payload=None), good, synthetic.PERPLEXITY, "perplexity")
+        stats.paired_delta(replace(good, status=Status.FAILED, payload=None), good, synthetic.PERPLEXITY, "ppl")
 
 
 @settings(max_examples=50, deadline=None)

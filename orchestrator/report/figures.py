@@ -1,0 +1,294 @@
+"""The figures of a report, as Plotly specifications `{data, layout}` of plain JSON values.
+
+Colours are set here for data only; the page gives text, grid and background the colours of the reader's light or dark
+theme. Nothing is drawn for a score that is not finite; the caption says how many were left out.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.report import numbers
+from orchestrator.report.choices import Standing, standings
+from orchestrator.report.overview import Line, ModelTable
+from orchestrator.report.tables import Row
+from orchestrator.results import StageResult, TaskInfo
+from workers.artifact import CorruptArtifactError, payload_path
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46", "#7570B3")
+"""Okabe and Ito's palette, told apart with any colour vision, plus two."""
+GREY = "#8a8f98"
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+UNITS = {"kl": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens", "flips": "share of tokens"}
+NAMES = {"ppl": "perplexity", "kl": "KL divergence", "nll": "negative log-likelihood", "top1_agreement": "top-1 agreement"}
+WIDE = 10.0
+"""A range of scores above this ratio gets a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    id: str
+    title: str
+    caption: str
+    spec: dict[str, Any]
+
+
+def metric_name(metric: str) -> str:
+    return NAMES.get(metric, metric)
+
+
+def metric_axis(metric: str) -> str:
+    return f"{metric_name(metric)} ({UNITS[metric]})" if metric in UNITS else metric_name(metric)
+
+
+def method_colours(tables: Sequence[ModelTable]) -> dict[str, str]:
+    """Method ▸ colour, the same in every figure."""
+    methods = dict.fromkeys(x.method for t in tables for x in t.quantized)
+    return {m: COLOURS[i % len(COLOURS)] for i, m in enumerate(methods)}
+
+
+def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: int) -> Figure | None:
+    """The headline score against stored bits: one line per method (and family), through the mean of replicates."""
+    groups: dict[tuple[str, str, str], list[tuple[Line, float, float]]] = {}
+    left_out = 0
+    for line in table.quantized:
+        row = line.cells.get(task.name)
+        if row is None or row.value is None or line.bits_stored is None:
+            continue
+        if not math.isfinite(row.value):
+            left_out += 1
+            continue
+        groups.setdefault((line.method, line.family, line.variant.axes.get("calibration", "")), []).append(
+            (line, line.bits_stored, row.value)
+        )
+    if not groups:
+        return None
+    families = list(dict.fromkeys(f for _, f, _ in groups))
+    calibrations = list(dict.fromkeys(c for _, _, c in groups))
+    data: list[dict[str, Any]] = []
+    for (method, family, calibration), points in groups.items():
+        name = " · ".join((method, *([family] * (len(families) > 1)), *([calibration] * (len(calibrations) > 1))))
+        means = _scheme_means(points)
+        style = {
+            "legendgroup": name,
+            "line": {"color": colours[method], "width": 2, "dash": DASHES[families.index(family) % len(DASHES)]},
+            "marker": {"color": colours[method], "size": 8, "symbol": SYMBOLS[calibrations.index(calibration) % len(SYMBOLS)]},
+        }
+        data.append(_scatter([x for x, _ in means], [y for _, y in means], name, **style, mode="lines", hoverinfo="skip", showlegend=False))
+        points.sort(key=lambda p: p[1])
+        bars = [_bar(line.cells[task.name]) for line, _, _ in points]
+        error = {"type": "data", "array": [b[1] for b in bars], "arrayminus": [b[0] for b in bars], "thickness": 1, "width": 3}
+        shown = [_hover(line, line.cells[task.name]) for line, _, _ in points]
+        xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+        data.append(
+            _scatter(xs, ys, name, **style, mode="lines+markers" if len(points) == 1 else "markers", error_y=error, hovertext=shown)
+        )
+    layout = _layout("stored bits per weight", metric_axis(task.primary), len(groups))
+    base = table.baseline.cells.get(task.name) if table.baseline else None
+    values = [y for points in groups.values() for _, _, y in points]
+    caption = "One line per method; points are schemes, bars the 95 % interval of the difference to the unquantized model."
+    if base is not None and base.value is not None and math.isfinite(base.value) and base.value != 0:
+        values.append(base.value)
+        _baseline_line(layout, base.value)
+        caption += " Dashed: unquantized."
+    _choose_scale(layout, values, [r for points in groups.values() for x, _, _ in points if (r := x.cells[task.name])])
+    better = "Higher" if task.higher_is_better.get(task.primary) else "Lower"
+    return Figure(
+        f"bits-{number}",
+        f"{task.name}: {metric_name(task.primary)} against stored bits",
+        _left_out(f"{caption} {better} is better.", left_out),
+        {"data": data, "layout": layout},
+    )
+
+
+def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: int) -> Figure | None:
+    """The headline score against the size of the whole model, the front joined, dominated variants grey."""
+    ranked = standings(table, task)
+    if not ranked:
+        return None
+    divisor, unit = numbers.size_unit(max(x.model_bytes or 0 for x, _ in ranked))
+    front = [(x.model_bytes or 0, _value(x, task), x) for x, s in ranked if s is Standing.FRONT]
+    data = [
+        _scatter(
+            [s / divisor for s, _, _ in front],
+            [v for _, v, _ in front],
+            "front",
+            mode="lines",
+            line={"color": GREY, "width": 2, "shape": "hv"},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    ]
+    looks: dict[Standing, Callable[[str], dict[str, Any]]] = {
+        Standing.DOMINATED: lambda _: {"color": GREY, "size": 8, "symbol": "x-thin", "line": {"color": GREY, "width": 2}},
+        Standing.CLOSE: lambda m: {"color": _colour(colours, m), "size": 10, "symbol": "circle-open", "line": {"width": 2}},
+        Standing.FRONT: lambda m: {"color": _colour(colours, m), "size": 11, "symbol": "circle"},
+    }
+    for standing, look in looks.items():
+        for method in dict.fromkeys(x.method for x, s in ranked if s is standing):
+            lines = [x for x, s in ranked if s is standing and x.method == method]
+            data.append(
+                _scatter(
+                    [(x.model_bytes or 0) / divisor for x in lines],
+                    [_value(x, task) for x in lines],
+                    f"{method}: {standing.value}" if standing is not Standing.DOMINATED else f"{method}: dominated",
+                    mode="markers",
+                    marker=look(method),
+                    hovertext=[f"{_hover(x, x.cells[task.name])}<br>{standing.value}" for x in lines],
+                    showlegend=standing is Standing.FRONT,
+                )
+            )
+    layout = _layout(f"model size ({unit})", metric_axis(task.primary), len({x.method for x, s in ranked if s is Standing.FRONT}))
+    layout["xaxis"]["rangemode"] = "tozero"
+    _choose_scale(layout, [_value(x, task) for x, _ in ranked], [])
+    caption = (
+        "Full points form the front: nothing smaller scores as well. Open points are beaten, but by no more than chance "
+        "(the paired 95 % interval holds zero). Grey crosses are beaten."
+    )
+    unknown = sum(x.model_bytes is None and x.cells.get(task.name) is not None for x in table.lines if x.variant.is_baseline)
+    if unknown:
+        caption += " The unquantized model is not drawn: its size was not recorded."
+    return Figure(f"pareto-{number}", f"{task.name}: quality and size", caption, {"data": data, "layout": layout})
+
+
+def layer_errors(table: ModelTable, column: str, colours: dict[str, str], number: int) -> Figure | None:
+    """`weight_error` or `output_error` of every quantized linear, in model order, one line per variant."""
+    read = [(x, _layers(x.variant.quantize)) for x in table.quantized]
+    drawn = [(x, [r for r in rows if r[column] is not None and math.isfinite(r[column])]) for x, rows in read]
+    drawn = [(x, rows) for x, rows in drawn if rows]
+    if not drawn:
+        return None
+    first = _most_compared([x for x, _ in drawn])
+    schemes = list(dict.fromkeys(x.scheme for x, _ in drawn))
+    modules: dict[str, Any] = {r["module"]: r["block"] for _, rows in drawn for r in rows}
+    place = {m: i for i, m in enumerate(modules)}
+    data = []
+    for line, rows in drawn:
+        data.append(
+            _scatter(
+                [place[r["module"]] for r in rows],
+                [_short(r[column]) for r in rows],
+                line.name,
+                mode="lines+markers",
+                line={"color": colours[line.method], "width": 1.5, "dash": DASHES[schemes.index(line.scheme) % len(DASHES)]},
+                marker={"size": 4, "color": colours[line.method]},
+                hovertext=[f"{_safe(line.name)}<br>{_safe(r['module'])}: {numbers.number(r[column])}" for r in rows],
+                visible=True if line.scheme == first else "legendonly",
+            )
+        )
+    layout = _layout("decoder block", f"{column.replace('_', ' ')} (relative)", len(drawn))
+    starts = [(i, b) for i, (m, b) in enumerate(modules.items()) if i == 0 or b != list(modules.values())[i - 1]]
+    step = max(1, len(starts) // 16)
+    layout["xaxis"] |= {"tickvals": [i for i, _ in starts][::step], "ticktext": [str(b) for _, b in starts][::step], "zeroline": False}
+    positive = [r[column] for _, rows in drawn for r in rows if r[column] > 0]
+    if positive:
+        layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1 if max(positive) / min(positive) > 100 else "D1"}
+    caption = (
+        f"Each point is one linear layer, in model order; a tick marks where a block begins. Variants of {first} are shown; "
+        "tap a name in the legend to show or hide one, twice to see it alone."
+    )
+    return Figure(f"{column}-{number}", f"{column.replace('_', ' ').capitalize()} per layer", caption, {"data": data, "layout": layout})
+
+
+def _layers(stage: StageResult | None) -> list[dict[str, Any]]:
+    if stage is None or stage.payload is None:
+        return []
+    import pyarrow.parquet as pq
+
+    try:
+        path = payload_path(Path(stage.payload).parent, "layers.parquet")
+    except CorruptArtifactError:
+        return []  # named with the stage by `bitgrid status`; the figure shows the others
+    rows: list[dict[str, Any]] = pq.read_table(path, columns=["module", "block", "weight_error", "output_error"]).to_pylist()
+    return rows
+
+
+def _most_compared(lines: Sequence[Line]) -> str:
+    """The scheme most methods share, the narrowest among equals: where comparing methods says most."""
+    methods = {s: len({x.method for x in lines if x.scheme == s}) for s in dict.fromkeys(x.scheme for x in lines)}
+    width = {x.scheme: x.bits_nominal or math.inf for x in lines}
+    return min(methods, key=lambda s: (-methods[s], width[s]))
+
+
+def _scheme_means(points: Sequence[tuple[Line, float, float]]) -> list[tuple[float, float]]:
+    """(bits, score) averaged over replicates of a scheme, ordered by bits."""
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for line, x, y in points:
+        groups.setdefault(line.scheme, []).append((x, y))
+    return sorted((sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups.values())
+
+
+def _scatter(x: Sequence[float], y: Sequence[float], name: str, **more: Any) -> dict[str, Any]:
+    hover = {"hoverinfo": "text"} if "hovertext" in more else {}
+    return {"type": "scatter", "x": list(x), "y": list(y), "name": _safe(name), **hover, **more}
+
+
+def _bar(row: Row) -> tuple[float, float]:
+    """Reach of the interval below and above the score."""
+    if row.delta is None or row.low is None or row.high is None:
+        return 0.0, 0.0
+    return max(0.0, row.delta - row.low), max(0.0, row.high - row.delta)
+
+
+def _hover(line: Line, row: Row) -> str:
+    parts = [f"<b>{_safe(line.name)}</b>", f"{_safe(row.metric)} {numbers.number(row.value, 4)}"]
+    if row.delta is not None and row.low is not None and row.high is not None:
+        places = numbers.decimals_for(row.delta, row.low, row.high)
+        parts.append(f"difference {numbers.signed(row.delta, places)} {numbers.interval(row.low, row.high, places)}")
+    parts.append(f"{numbers.bits(line.bits_stored)} stored bits, {numbers.size(line.model_bytes)}")
+    return "<br>".join(parts)
+
+
+def _layout(x: str, y: str, entries: int) -> dict[str, Any]:
+    """`entries`: of the legend, which stands below the axes and needs its own height."""
+    return {
+        "height": 360 + 22 * max(0, -(-entries // 3) - 1),
+        "margin": {"l": 64, "r": 16, "t": 12, "b": 48},
+        "xaxis": {"title": {"text": _safe(x)}, "automargin": True},
+        "yaxis": {"title": {"text": _safe(y)}, "automargin": True},
+        "legend": {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"},
+        "hovermode": "closest",
+        "shapes": [],
+    }
+
+
+def _choose_scale(layout: dict[str, Any], values: Sequence[float], rows: Sequence[Row]) -> None:
+    if values and min(values) > 0 and max(values) / min(values) > WIDE:
+        layout["yaxis"] |= {"type": "log", "dtick": 1 if max(values) / min(values) > 1000 else "D2", "exponentformat": "power"}
+    elif values and any(r.baseline_value == 0 for r in rows):
+        layout["yaxis"]["rangemode"] = "tozero"
+
+
+def _baseline_line(layout: dict[str, Any], value: float) -> None:
+    line = {"color": GREY, "width": 1.5, "dash": "dash"}
+    layout["shapes"].append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line})
+
+
+def _value(line: Line, task: TaskInfo) -> float:
+    value = line.cells[task.name].value
+    assert value is not None
+    return value
+
+
+def _colour(colours: dict[str, str], method: str) -> str:
+    return colours.get(method, "#444b57")
+
+
+def _left_out(caption: str, count: int) -> str:
+    return f"{caption} Not drawn: {count} without a finite score." if count else caption
+
+
+def _short(value: float) -> float:
+    """Four significant digits: what a curve can show, and a fifth of the bytes."""
+    return float(f"{value:.4g}")
+
+
+def _safe(text: str) -> str:
+    """Plotly reads tags in its texts."""
+    return html.escape(str(text), quote=False)

@@ -1,0 +1,178 @@
+"""A sweep arranged for reading: per model, a table with one line per variant and one column per task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.report.tables import SKIPPED, Row
+from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
+from orchestrator.stage import Status
+
+BASELINE = "unquantized"
+FAILED_STATES = (Status.FAILED.value, Status.DEP_FAILED.value)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A variant with its headline row per task."""
+
+    variant: VariantResult
+    name: str
+    """Unique within its model: method · scheme, with calibration and replicate where these vary."""
+    cells: dict[str, Row]
+    """Task ▸ its headline row; a task that was never asked of this variant is absent."""
+    others: dict[str, tuple[Row, ...]]
+    """Task ▸ rows of its other metrics."""
+    family: str
+    """What must not be joined by a line: granularity and run-time parts, as in `g64` or `channel a8 kv4`."""
+
+    @property
+    def method(self) -> str:
+        return BASELINE if self.variant.is_baseline else self.variant.axes.get("method", "")
+
+    @property
+    def scheme(self) -> str:
+        return BASELINE if self.variant.is_baseline else self.variant.axes.get("scheme", "")
+
+    @property
+    def bits_nominal(self) -> float | None:
+        return self._fact("bits_nominal")
+
+    @property
+    def bits_stored(self) -> float | None:
+        return self._fact("bits_stored")
+
+    @property
+    def model_bytes(self) -> float | None:
+        return self._fact("model_bytes")
+
+    def _fact(self, name: str) -> float | None:
+        """From the quantize stage; for the unquantized model from an evaluation, where it says so."""
+        stages = [self.variant.quantize] if self.variant.quantize else list(self.variant.evaluations.values())
+        known = [s.summary[name] for s in stages if s.summary.get(name) is not None]
+        return float(known[0]) if known else None
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """All variants of one model, the unquantized first."""
+
+    model: str
+    tasks: tuple[TaskInfo, ...]
+    lines: tuple[Line, ...]
+
+    @property
+    def baseline(self) -> Line | None:
+        return next((x for x in self.lines if x.variant.is_baseline), None)
+
+    @property
+    def quantized(self) -> tuple[Line, ...]:
+        return tuple(x for x in self.lines if not x.variant.is_baseline)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Cells (variant × task) by what became of them."""
+
+    done: int
+    failed: int
+    waiting: int
+    skipped: int
+
+    @property
+    def total(self) -> int:
+        return self.done + self.failed + self.waiting + self.skipped
+
+
+def model_tables(result: SweepResult, rows: Sequence[Row]) -> tuple[ModelTable, ...]:
+    models = list(dict.fromkeys(v.axes.get("model", "") for v in result.variants))
+    return tuple(_model_table(result, rows, model) for model in models)
+
+
+def counts(rows: Sequence[Row]) -> Counts:
+    states = [r.status for r in rows if r.is_primary]
+    done = sum(s in (Status.SUCCEEDED.value, Status.CACHED.value) for s in states)
+    failed, skipped = sum(s in FAILED_STATES for s in states), states.count(SKIPPED)
+    return Counts(done, failed, len(states) - done - failed - skipped, skipped)
+
+
+def state_word(row: Row) -> str:
+    """What a cell without a score says."""
+    return "FAILED" if row.status in FAILED_STATES else row.status.lower()
+
+
+def failures(result: SweepResult) -> list[tuple[str, list[StageResult]]]:
+    """Failed stages grouped by error, the most frequent first."""
+    groups: dict[str, list[StageResult]] = {}
+    for stage in result.stages.values():
+        if stage.status is Status.FAILED:
+            f = stage.failure or {}
+            groups.setdefault(f"{f.get('type', 'Error')}: {f.get('message', 'no message recorded')}", []).append(stage)
+    return sorted(groups.items(), key=lambda g: -len(g[1]))
+
+
+def skips(result: SweepResult) -> list[tuple[str, list[dict[str, str]]]]:
+    """Skipped cells grouped by reason, the most frequent first."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for cell in result.skipped:
+        groups.setdefault(cell.reason, []).append(cell.axes)
+    return sorted(groups.items(), key=lambda g: -len(g[1]))
+
+
+def remarks(result: SweepResult) -> list[tuple[str, list[str]]]:
+    """Flags of variants and notes of stages (fallbacks, approximations) ▸ whom they concern."""
+    groups: dict[str, list[str]] = {}
+    for variant in result.variants:
+        stored = variant.quantize.summary.get("flags", ()) if variant.quantize else ()
+        for flag in dict.fromkeys((*variant.flags, *stored)):
+            groups.setdefault(flag, []).append(variant.label)
+    for stage in result.stages.values():
+        for note in dict.fromkeys((stage.record or {}).get("notes", ())):
+            groups.setdefault(note, []).append(stage.label)
+    return list(groups.items())
+
+
+def _model_table(result: SweepResult, rows: Sequence[Row], model: str) -> ModelTable:
+    variants = [v for v in result.variants if v.axes.get("model", "") == model]
+    variants = [v for v in variants if v.is_baseline] + [v for v in variants if not v.is_baseline]
+    varying = [a for a in ("calibration", "replicate") if len({v.axes.get(a) for v in variants if not v.is_baseline}) > 1]
+    by_variant: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.variant_key:
+            by_variant.setdefault(row.variant_key, []).append(row)
+    asked = {task for v in variants for task in v.evaluations}
+    return ModelTable(
+        model=model,
+        tasks=tuple(t for name, t in result.tasks.items() if name in asked),
+        lines=tuple(_line(v, by_variant.get(v.key, []), varying) for v in variants),
+    )
+
+
+def _line(variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -> Line:
+    parts = [variant.axes.get(a, "") for a in ("method", "scheme", *varying)]
+    others: dict[str, tuple[Row, ...]] = {}
+    for row in rows:
+        if not row.is_primary:
+            others[row.task] = (*others.get(row.task, ()), row)
+    return Line(
+        variant=variant,
+        name=BASELINE if variant.is_baseline else " · ".join(parts),
+        cells={r.task: r for r in rows if r.is_primary},
+        others=others,
+        family=_family(variant),
+    )
+
+
+def _family(variant: VariantResult) -> str:
+    quantize = variant.quantize.record if variant.quantize else None
+    weights = [r.get("weight", {}) for r in (quantize or {}).get("spec", {}).get("rules", [])]
+    names = {f"g{w['group_size']}" if w.get("group_size") else w.get("granularity", "channel") for w in weights}
+    parts = [names.pop() if len(names) == 1 else "mixed"] if names else []
+    for letter, field in (("a", "activation"), ("kv", "kv")):
+        specs = [e.record["spec"].get(field) for e in variant.evaluations.values() if e.record is not None]
+        part = next((s for s in specs if s), None)
+        if part:
+            static = "" if part.get("dynamic", True) else "s"
+            parts.append(f"{letter}{part['bits']}{static}{'t' if part.get('granularity') == 'tensor' else ''}")
+    return " ".join(parts)

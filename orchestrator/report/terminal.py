@@ -1,0 +1,129 @@
+"""The table of a sweep in the terminal, or in a log file."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.report import numbers
+from orchestrator.report.overview import Line, ModelTable, counts, failures, model_tables, skips, state_word
+from orchestrator.report.tables import Row, long_table
+from orchestrator.results import SweepResult, TaskInfo
+
+_FRAME = 2
+"""Columns between two table columns: padding and divider."""
+
+
+def print_table(result: SweepResult, console: Console) -> None:
+    """Variants × tasks with the difference to the unquantized model, stored bits and size; then what failed or was skipped.
+
+    Fits `console.width`: cells take two lines where one does not fit, and tasks continue in a further table where two
+    lines do not fit either.
+    """
+    rows = long_table(result)
+    for table in model_tables(result, rows):
+        for part in _parts(table, console.width):
+            console.print(part)
+    _print_legend(result, rows, console)
+    _print_troubles(result, rows, console)
+
+
+def cell_lines(row: Row | None, is_baseline: bool) -> tuple[str, str]:
+    """Score, and difference with interval: `87.2`, `+2.0 [1.8, 2.3]*`."""
+    if row is None:
+        return "–", ""
+    if row.value is None:
+        return state_word(row), ""
+    if is_baseline or row.delta is None:
+        return numbers.number(row.value), ""
+    low, high = (float("nan") if x is None else x for x in (row.low, row.high))
+    places = numbers.decimals_for(row.delta, low, high)
+    mark = "*" if row.separable else ""
+    # Against a baseline of exactly zero (divergence) the difference is the score itself.
+    difference = "" if row.baseline_value == 0 else numbers.signed(row.delta, places)
+    return numbers.number(row.value), f"{difference} {numbers.interval(low, high, places)}".strip() + mark
+
+
+def _parts(table: ModelTable, width: int) -> list[Table]:
+    names = max(len(x.name) for x in table.lines)
+    sizes = 2 * _FRAME + len("stored") + max(len(numbers.size(x.model_bytes)) for x in table.lines)
+    for separator in ("  ", "\n"):
+        widths = {t.name: max(_width(x, t, separator) for x in table.lines) + _FRAME for t in table.tasks}
+        if names + sizes + sum(widths.values()) <= width:
+            return [_table(table, table.tasks, separator, 0)]
+    groups: list[list[TaskInfo]] = [[]]
+    left = width - names - sizes
+    for task in table.tasks:
+        if groups[-1] and sum(widths[t.name] for t in (*groups[-1], task)) > left:
+            groups.append([])
+        groups[-1].append(task)
+    return [_table(table, tuple(g), "\n", i) for i, g in enumerate(groups)]
+
+
+def _width(line: Line, task: TaskInfo, separator: str) -> int:
+    text = separator.join(cell_lines(line.cells.get(task.name), line.variant.is_baseline)).rstrip()
+    return max(len(part) for part in (*text.split("\n"), *_heading(task).split("\n")))
+
+
+def _heading(task: TaskInfo) -> str:
+    return f"{task.name}\n{task.primary} {'↑' if task.higher_is_better.get(task.primary) else '↓'}"
+
+
+def _table(table: ModelTable, tasks: tuple[TaskInfo, ...], separator: str, part: int) -> Table:
+    title = escape(table.model) + (" (continued)" if part else "")
+    out = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.HORIZONTALS if separator == "\n" else box.SIMPLE_HEAD,
+        show_lines=separator == "\n",
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    out.add_column("variant", no_wrap=True, overflow="fold")
+    for task in tasks:
+        out.add_column(escape(_heading(task)), justify="right", no_wrap=True, overflow="fold")
+    out.add_column("stored\nbits", justify="right", no_wrap=True, overflow="fold")
+    out.add_column("size", justify="right", no_wrap=True, overflow="fold")
+    for line in table.lines:
+        cells = [_cell(line.cells.get(t.name), line.variant.is_baseline, separator) for t in tasks]
+        style = "bold" if line.variant.is_baseline else None
+        out.add_row(Text(line.name), *cells, numbers.bits(line.bits_stored), numbers.size(line.model_bytes), style=style)
+    return out
+
+
+def _cell(row: Row | None, is_baseline: bool, separator: str) -> Text:
+    score, difference = cell_lines(row, is_baseline)
+    if row is not None and row.value is None:
+        return Text(score, style="bold red" if score == "FAILED" else "dim")
+    text = Text(score)
+    if difference:
+        text.append(separator + difference, style="" if difference.endswith("*") else "dim")
+    return text
+
+
+def _print_legend(result: SweepResult, rows: tuple[Row, ...], console: Console) -> None:
+    if any(r.delta is not None for r in rows):
+        console.print(
+            "Score, then difference to the unquantized model with its 95 % interval over paired items. "
+            "* differs after Holm's correction over the whole table.",
+            style="dim",
+            highlight=False,
+        )
+    if not result.variants:
+        console.print("No variant was planned.", highlight=False)
+
+
+def _print_troubles(result: SweepResult, rows: tuple[Row, ...], console: Console) -> None:
+    c = counts(rows)
+    said = [f"{n} {word}" for n, word in ((c.done, "done"), (c.failed, "failed"), (c.waiting, "not run"), (c.skipped, "skipped")) if n]
+    console.print(f"{c.total} cells: {', '.join(said) or 'none'}.", highlight=False)
+    for message, stages in failures(result):
+        labels = ", ".join(s.label for s in stages[:3]) + (f" and {len(stages) - 3} more" if len(stages) > 3 else "")
+        console.print(f"[bold red]FAILED[/] {escape(labels)}\n  {escape(message)}", highlight=False)
+    for reason, axes in skips(result):
+        console.print(f"skipped {len(axes)}: {escape(reason)}", highlight=False)
