@@ -1,0 +1,88 @@
+"""Run worker stages on tiny models in tests: contexts, texts, and artifacts committed the way the driver commits them."""
+
+from __future__ import annotations
+
+import json
+import random
+import string
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant.scheme import ActivationScheme, Granularity, WeightScheme
+from tests.tiny_models import tiny_model
+from workers.artifact import payload_files
+from workers.calibrate import run_calibrate
+from workers.context import Context
+from workers.quantize import run_quantize
+from workers.request import Hints, Location
+from workers.specs import CalibrateSpec, CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec
+
+CALIBRATION = CalibrationSpec(TextSpec("text"), samples=6, sequence_length=12)
+W4 = WeightScheme(4)
+W4G16 = WeightScheme(4, granularity=Granularity.GROUP, group_size=16)
+
+
+def text_file(folder: Path, rows: int = 60) -> Path:
+    """Random printable rows, the same in every run."""
+    draw = random.Random(0)
+    letters = string.ascii_letters + string.digits + " .,"
+    path = folder / "text.txt"
+    path.write_text("\n".join("".join(draw.choices(letters, k=80)) for _ in range(rows)) + "\n")
+    return path
+
+
+def context(model: Path, folder: Path, **hints: Any) -> Context:
+    return Context(
+        models={"model": Location("folder", str(model))},
+        texts={"text": Location("file", str(text_file(folder)))},
+        hints=Hints(**{"device": "cpu", "batch_tokens": 24, **hints}),
+        device=torch.device("cpu"),
+    )
+
+
+def tiny_context(family: str, folder: Path, **hints: Any) -> Context:
+    return context(tiny_model(family), folder, **hints)
+
+
+def commit(artifact: Path) -> Path:
+    """Write the record that makes `artifact/payload` readable."""
+    (artifact / "record.json").write_text(json.dumps({"files": payload_files(artifact)}))
+    return artifact
+
+
+def calibrated(ctx: Context, folder: Path, *kinds: str, dtype: str = "float32") -> dict[str, Path]:
+    """Statistic ▸ committed artifact, all from one request."""
+    stages = {}
+    for kind in kinds:
+        (folder / kind / "payload").mkdir(parents=True)
+        stages[kind] = (CalibrateSpec(ModelSpec("model", dtype), CALIBRATION, kind), folder / kind / "payload")
+    run_calibrate(stages, ctx)
+    return {kind: commit(folder / kind) for kind in kinds}
+
+
+def quantize_spec(
+    rounding: str = "rtn",
+    *transforms: str,
+    weight: WeightScheme = W4,
+    propagation: str = "original",
+    activation: ActivationScheme | None = None,
+    pattern: str = "*",
+    **params: Any,
+) -> QuantizeSpec:
+    method = MethodSpec(
+        Component(rounding, 1, tuple(sorted(params.items()))), tuple(Component(t, 1) for t in transforms), propagation=propagation
+    )
+    feeds = propagation == "quantized" or activation is not None
+    return QuantizeSpec(
+        ModelSpec("model"), (Rule(pattern, method, weight),), calibration=CALIBRATION if feeds else None, activation=activation
+    )
+
+
+def quantized(ctx: Context, folder: Path, spec: QuantizeSpec, inputs: Mapping[str, Path]) -> tuple[Path, dict[str, Any]]:
+    """(committed artifact, summary)."""
+    (folder / "payload").mkdir(parents=True)
+    summary = run_quantize(spec, inputs, folder / "payload", ctx)
+    return commit(folder), summary

@@ -1,0 +1,138 @@
+"""The calibrate stage: statistics of every linear's input on the unquantized model.
+
+Stages that share a model and a calibration set run together: one forward pass serves all their kinds. The model is walked
+block by block (hidden states kept, one block's weights at a time), so memory holds one block and its statistics.
+
+Payload of one stage: `block_0000.safetensors` ... with one tensor per distinct input, and `sites.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
+from workers.context import Context
+from workers.errors import InputError
+from workers.families import Structure
+from workers.memory import PeakMemory
+from workers.specs import CalibrateSpec, CalibrationSpec
+from workers.stream import BlockModel, batches, open_blocks
+
+FORMAT = 1
+SITES = "sites.json"
+
+
+def block_file(block: int) -> str:
+    return f"block_{block:04d}.safetensors"
+
+
+def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
+    """Key ▸ (spec, existing payload folder); all specs differ in `statistic` only. Returns a summary per key.
+
+    Raises InputError (unknown statistic, specs that do not belong together, unusable model or text), NumericalError.
+    """
+    specs = [spec for spec, _ in stages.values()]
+    for spec in specs:
+        check_kind(spec.statistic)
+        if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
+            raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
+    peak = PeakMemory(context.device)
+    model = open_blocks(context, specs[0].model)
+    tokens = calibration_tokens(context, model, specs[0].calibration)
+    sequences, length = tokens.shape
+    kinds = frozenset(s.statistic for s in specs)
+    kept = sample_sequences(sequences, length)
+    described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
+    with context.phase("forward"):
+        prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
+    hidden = prepared.hidden
+    for b in range(model.structure.count):
+        with context.phase("load"):
+            block = model.load(b)
+        with context.phase("forward"):
+            found, hidden = collect(block, model.structure, kinds, [c[b] for c in prepared.calls], hidden, kept)
+        model.release(b)
+        _note_unused(context, model.structure, b, found)
+        with context.phase("write"):
+            for key, (spec, payload) in stages.items():
+                described[key].append(_write(payload, model.structure, b, spec.statistic, found))
+    summaries = {}
+    for key, (spec, payload) in stages.items():
+        index = {
+            "format": FORMAT,
+            "statistic": spec.statistic,
+            "sequences": sequences,
+            "sequence_length": length,
+            "sample_sequences": kept if spec.statistic == "samples" else None,
+            "blocks": described[key],
+            "linears": {
+                model.structure.path(b, n): model.structure.path(b, s.linears[0])
+                for b in range(model.structure.count)
+                for s in model.structure.sites
+                for n in s.linears
+            },
+        }
+        (payload / SITES).write_text(json.dumps(index, indent=1, sort_keys=True))
+        summaries[key] = {
+            "statistic": spec.statistic,
+            "tokens": sequences * length,
+            "sequences": sequences,
+            "sample_sequences": index["sample_sequences"],
+            "sites": sum(len(d["sites"]) for d in described[key]),
+            "bytes": sum(p.stat().st_size for p in payload.iterdir()),
+            "peak_memory_bytes": peak.bytes(),
+        }
+    return summaries
+
+
+def calibration_tokens(context: Context, model: BlockModel, calibration: CalibrationSpec) -> Tensor:
+    """`[S, T]` token ids on the CPU. Raises InputError for a tokenizer or a window that does not suit the model."""
+    from transformers import AutoTokenizer
+
+    from workers import datasets
+
+    config = model.model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and calibration.sequence_length > limit:
+        if config.model_type in ("gpt2", "opt"):
+            raise InputError(
+                f"calibration.sequence_length={calibration.sequence_length} is above the model's {limit} learned positions; "
+                f"use {limit} or less"
+            )
+        context.notes.append(f"calibration windows of {calibration.sequence_length} tokens are longer than the model's {limit} positions")
+    with context.phase("text"):
+        tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
+        location = context.text_location(calibration.text)
+        tokens: Tensor = datasets.calibration_tokens(location, calibration, tokenizer).to(torch.long)
+    if int(tokens.max()) >= config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {int(tokens.max())}, the model knows {config.vocab_size}; the tokenizer is another model's"
+        )
+    return tokens
+
+
+def _write(payload: Path, structure: Structure, block: int, kind: str, found: BlockStatistics) -> dict[str, Any]:
+    tensors: dict[str, Tensor] = {}
+    sites = {}
+    for name, statistics in found.sites.items():
+        value = getattr(statistics, kind)
+        if kind == "hessian" and name in structure.routed_inputs():
+            continue  # no linear reads it; only scale groups do, and they need no Hessian
+        path = structure.path(block, name)
+        tensors[path] = value.detach().to("cpu").contiguous()
+        sites[path] = {"tokens": found.tokens[name], "cols": value.shape[-1]}
+    save_file(tensors, payload / block_file(block))
+    return {"file": block_file(block), "sites": sites}
+
+
+def _note_unused(context: Context, structure: Structure, block: int, found: BlockStatistics) -> None:
+    for name, tokens in found.tokens.items():
+        if tokens == 0:
+            context.notes.append(f"no calibration token reached {structure.path(block, name)}; its statistics are zero")

@@ -1,0 +1,408 @@
+"""Per-family structure of decoder models, read from config.json alone. Standard library only; the driver plans with it.
+
+One table entry per family says where the decoder blocks are, which linears a block has in true-sequential order, which
+of them read one input (a site), and which groups can be scaled: the operation that produces an input, its consumers, and
+the modules whose output shows the effect (methods.md §2.3, 3.1). lm_head, embeddings and expert routers are not linears here.
+
+Names are module paths. A fused qkv is one linear; expert e of a 3-D expert tensor is `<...>.experts.gate_up_proj.e`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from workers.errors import UnsupportedModel
+
+Config = Mapping[str, Any]
+
+POST_NORM = "the norm's output is also the residual, so dividing it by a scale would change the block"
+NONLINEAR = "an activation function that is not positively homogeneous produces this input"
+FUSED = "the producer is part of a fused qkv whose rows are not the values alone"
+GQA = "value and output projections differ in shape (grouped-query attention)"
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A quantizable linear, y = W x, W `[rows, cols]`."""
+
+    name: str
+    block: int
+    rows: int
+    cols: int
+    site: str
+    """Name of the first linear that shares its input."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of a block that read one input. Names are relative to the block."""
+
+    linears: tuple[str, ...]
+    rows: tuple[int, ...]
+    cols: int
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """A group of linears whose shared input can be divided by a scale."""
+
+    name: str
+    producer: str | None
+    """Norm, or linear whose last outputs are this input; None where nothing can take the scale."""
+    producer_kind: str
+    """norm, linear or none."""
+    consumers: tuple[str, ...]
+    inspect: tuple[str, ...]
+    """Modules that read the input; the sum of their outputs shows the effect. A linear inspects itself."""
+    routers: tuple[str, ...] = ()
+    """Modules with a `weight [*, K]` that read the same input, are scaled along, and are never quantized."""
+    reason: str | None = None
+    """Why the group must be left alone; None where it may be scaled."""
+
+    @property
+    def input(self) -> str:
+        """Module whose input is the group's shared input."""
+        return self.routers[0] if self.routers else self.consumers[0]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Of one model."""
+
+    model_type: str
+    blocks: str
+    """Module path of the list of decoder blocks."""
+    count: int
+    sites: tuple[Site, ...]
+    """Of every block, in true-sequential order."""
+    groups: tuple[ScaleRule, ...]
+    attention: str
+    """Attention module of a block."""
+    cache_argument: str
+    """Keyword under which the attention module receives its key-value cache."""
+    tuple_output: bool = False
+    """A block returns (hidden states, ...) instead of the hidden states."""
+    norm_offset: float = 0.0
+    """A norm multiplies by offset + weight (1 for Gemma)."""
+    experts: str | None = None
+    """Module that holds 3-D expert tensors."""
+    other_parameters: int = 0
+    """Estimate of everything outside the blocks."""
+
+    def path(self, block: int, name: str) -> str:
+        return f"{self.blocks}.{block}.{name}"
+
+    def linear_names(self) -> tuple[str, ...]:
+        """Relative names, in true-sequential order."""
+        return tuple(n for s in self.sites for n in s.linears)
+
+    def routed_inputs(self) -> tuple[str, ...]:
+        """Inputs of routers: sites that only scale groups need."""
+        return tuple(r for g in self.groups for r in g.routers)
+
+
+def linear_shapes(config: Config) -> tuple[LinearShape, ...]:
+    """All quantizable linears, block by block in true-sequential order. Raises UnsupportedModel."""
+    s = structure(config)
+    return tuple(
+        LinearShape(s.path(b, name), b, rows, site.cols, s.path(b, site.linears[0]))
+        for b in range(s.count)
+        for site in s.sites
+        for name, rows in zip(site.linears, site.rows, strict=True)
+    )
+
+
+def parameter_bytes(config: Config, bytes_per_value: int) -> int:
+    """Estimate of the size of all weights, biases and norms left out (below 1 %)."""
+    s = structure(config)
+    per_block = sum(rows * site.cols for site in s.sites for rows in site.rows)
+    return (s.count * per_block + s.other_parameters) * bytes_per_value
+
+
+def structure(config: Config) -> Structure:
+    """Structure of the model that `config` (the parsed config.json) describes. Raises UnsupportedModel with the reason."""
+    kind = config.get("model_type")
+    if config.get("quantization_config"):
+        raise UnsupportedModel(
+            f"this {kind} checkpoint is already quantized (config.json has quantization_config); give the unquantized one"
+        )
+    if kind not in FAMILIES:
+        why = REFUSED.get(str(kind), "its blocks are not in bitgrid's table of families")
+        raise UnsupportedModel(f"model_type {kind!r} cannot be quantized: {why}; supported: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[str(kind)](config)
+
+
+def _get(config: Config, *names: str, default: Any = None) -> Any:
+    for name in names:
+        if config.get(name) is not None:
+            return config[name]
+    if default is None:
+        raise UnsupportedModel(f"config.json of a {config.get('model_type')} model lacks {' or '.join(names)}")
+    return default
+
+
+def _llama_like(config: Config) -> Structure:
+    kind = str(config["model_type"])
+    hidden, inner = int(_get(config, "hidden_size")), int(_get(config, "intermediate_size"))
+    heads = int(_get(config, "num_attention_heads"))
+    kv = int(_get(config, "num_key_value_heads", default=heads))
+    width = int(_get(config, "head_dim", default=256 if kind == "gemma" else hidden // heads))
+    vocab = int(_get(config, "vocab_size"))
+    tied = bool(config.get("tie_word_embeddings", kind == "gemma"))
+    attention = (
+        Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (heads * width, kv * width, kv * width), hidden),
+        Site(("self_attn.o_proj",), (hidden,), heads * width),
+    )
+    groups: tuple[ScaleRule, ...] = (
+        ScaleRule("qkv", "input_layernorm", "norm", attention[0].linears, ("self_attn",)),
+        ScaleRule(
+            "output",
+            "self_attn.v_proj",
+            "linear",
+            ("self_attn.o_proj",),
+            ("self_attn.o_proj",),
+            reason=None if kv == heads and heads * width == hidden else GQA,
+        ),
+    )
+    experts = None
+    if kind == "mixtral":
+        experts = "mlp.experts"
+        count = int(_get(config, "num_local_experts", "num_experts", default=8))
+        up = tuple(f"{experts}.gate_up_proj.{e}" for e in range(count))
+        down = tuple(f"{experts}.down_proj.{e}" for e in range(count))
+        # Each expert sees its own tokens, so every expert's linear is a site of its own.
+        feed_forward = tuple(Site((u,), (2 * inner,), hidden) for u in up) + tuple(Site((d,), (hidden,), inner) for d in down)
+        groups += (ScaleRule("experts", "post_attention_layernorm", "norm", up, ("mlp",), routers=("mlp.gate",)),)
+        groups += tuple(ScaleRule(f"down.{e}", u, "linear", (d,), (d,)) for e, (u, d) in enumerate(zip(up, down, strict=True)))
+    else:
+        feed_forward = (Site(("mlp.gate_proj", "mlp.up_proj"), (inner, inner), hidden), Site(("mlp.down_proj",), (hidden,), inner))
+        groups += (
+            ScaleRule("gate_up", "post_attention_layernorm", "norm", feed_forward[0].linears, ("mlp",)),
+            ScaleRule("down", "mlp.up_proj", "linear", ("mlp.down_proj",), ("mlp.down_proj",)),
+        )
+    return Structure(
+        model_type=kind,
+        blocks="model.layers",
+        count=int(_get(config, "num_hidden_layers")),
+        sites=attention + feed_forward,
+        groups=groups,
+        attention="self_attn",
+        cache_argument="past_key_values",
+        norm_offset=1.0 if kind == "gemma" else 0.0,
+        experts=experts,
+        other_parameters=vocab * hidden * (1 if tied else 2),
+    )
+
+
+def _opt(config: Config) -> Structure:
+    hidden, inner = int(_get(config, "hidden_size")), int(_get(config, "ffn_dim"))
+    qkv = tuple(f"self_attn.{p}_proj" for p in "qkv")
+    affine = bool(config.get("layer_norm_elementwise_affine", True))
+    pre = bool(config.get("do_layer_norm_before", True))
+    norm_reason = (None if affine else "the norm has no weight to take the scale") if pre else POST_NORM
+    relu = config.get("activation_function", "relu") == "relu"
+    groups = (
+        ScaleRule("qkv", "self_attn_layer_norm", "norm", qkv, ("self_attn",), reason=norm_reason),
+        ScaleRule("output", "self_attn.v_proj", "linear", ("self_attn.out_proj",), ("self_attn.out_proj",)),
+        ScaleRule("fc1", "final_layer_norm", "norm", ("fc1",), ("fc1",), reason=norm_reason),
+        ScaleRule("fc2", "fc1", "linear", ("fc2",), ("fc2",), reason=None if relu else NONLINEAR),
+    )
+    return Structure(
+        model_type="opt",
+        blocks="model.decoder.layers",
+        count=int(_get(config, "num_hidden_layers")),
+        sites=(
+            Site(qkv, (hidden,) * 3, hidden),
+            Site(("self_attn.out_proj",), (hidden,), hidden),
+            Site(("fc1",), (inner,), hidden),
+            Site(("fc2",), (hidden,), inner),
+        ),
+        groups=groups,
+        attention="self_attn",
+        cache_argument="past_key_values",
+        other_parameters=int(_get(config, "vocab_size")) * int(_get(config, "word_embed_proj_dim", default=hidden))
+        + int(_get(config, "max_position_embeddings")) * hidden,
+    )
+
+
+def _fused(
+    config: Config,
+    *,
+    hidden: int,
+    inner: int,
+    qkv_rows: int,
+    blocks: str,
+    count: int,
+    qkv: str,
+    output: str,
+    up: str,
+    down: str,
+    norms: tuple[ScaleRule, ...],
+    output_group: ScaleRule | None = None,
+    cache_argument: str = "layer_past",
+    tuple_output: bool = False,
+    other_parameters: int = 0,
+) -> Structure:
+    """Blocks of four linears: fused qkv, output, up, down."""
+    groups = (
+        *norms,
+        output_group or ScaleRule("output", qkv, "none", (output,), (output,), reason=FUSED),
+        ScaleRule("down", None, "none", (down,), (down,), reason=NONLINEAR),
+    )
+    return Structure(
+        model_type=str(config["model_type"]),
+        blocks=blocks,
+        count=count,
+        sites=(
+            Site((qkv,), (qkv_rows,), hidden),
+            Site((output,), (hidden,), hidden),
+            Site((up,), (inner,), hidden),
+            Site((down,), (hidden,), inner),
+        ),
+        groups=groups,
+        attention=qkv.split(".")[0],
+        cache_argument=cache_argument,
+        tuple_output=tuple_output,
+        other_parameters=other_parameters,
+    )
+
+
+def _gpt2(config: Config) -> Structure:
+    hidden = int(_get(config, "n_embd", "hidden_size"))
+    inner = int(_get(config, "n_inner", default=4 * hidden))
+    return _fused(
+        config,
+        hidden=hidden,
+        inner=inner,
+        qkv_rows=3 * hidden,
+        blocks="transformer.h",
+        count=int(_get(config, "n_layer", "num_hidden_layers")),
+        qkv="attn.c_attn",
+        output="attn.c_proj",
+        up="mlp.c_fc",
+        down="mlp.c_proj",
+        norms=(
+            ScaleRule("qkv", "ln_1", "norm", ("attn.c_attn",), ("attn",)),
+            ScaleRule("up", "ln_2", "norm", ("mlp.c_fc",), ("mlp",)),
+        ),
+        # The values are the last third of GPT-2's fused outputs, head after head, exactly as the output projection reads them.
+        output_group=ScaleRule("output", "attn.c_attn", "linear", ("attn.c_proj",), ("attn.c_proj",)),
+        cache_argument="past_key_values",
+        other_parameters=(int(_get(config, "vocab_size")) + int(_get(config, "n_positions", default=1024))) * hidden,
+    )
+
+
+def _gpt_neox(config: Config) -> Structure:
+    hidden = int(_get(config, "hidden_size"))
+    # With a parallel residual attention and feed-forward still have a norm each, so no groups merge.
+    return _fused(
+        config,
+        hidden=hidden,
+        inner=int(_get(config, "intermediate_size")),
+        qkv_rows=3 * hidden,
+        blocks="gpt_neox.layers",
+        count=int(_get(config, "num_hidden_layers")),
+        qkv="attention.query_key_value",
+        output="attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        norms=(
+            ScaleRule("qkv", "input_layernorm", "norm", ("attention.query_key_value",), ("attention",)),
+            ScaleRule("up", "post_attention_layernorm", "norm", ("mlp.dense_h_to_4h",), ("mlp",)),
+        ),
+        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings") else 2),
+    )
+
+
+def _bloom(config: Config) -> Structure:
+    hidden = int(_get(config, "hidden_size", "n_embed"))
+    reason = POST_NORM if config.get("apply_residual_connection_post_layernorm") else None
+    return _fused(
+        config,
+        hidden=hidden,
+        inner=4 * hidden,
+        qkv_rows=3 * hidden,
+        blocks="transformer.h",
+        count=int(_get(config, "n_layer", "num_hidden_layers")),
+        qkv="self_attention.query_key_value",
+        output="self_attention.dense",
+        up="mlp.dense_h_to_4h",
+        down="mlp.dense_4h_to_h",
+        norms=(
+            ScaleRule("qkv", "input_layernorm", "norm", ("self_attention.query_key_value",), ("self_attention",), reason=reason),
+            ScaleRule("up", "post_attention_layernorm", "norm", ("mlp.dense_h_to_4h",), ("mlp",), reason=reason),
+        ),
+        tuple_output=True,
+        other_parameters=int(_get(config, "vocab_size")) * hidden,
+    )
+
+
+def _falcon(config: Config) -> Structure:
+    hidden, heads = int(_get(config, "hidden_size")), int(_get(config, "num_attention_heads", "n_head"))
+    width = hidden // heads
+    new = bool(config.get("new_decoder_architecture", False))
+    parallel = bool(config.get("parallel_attn", True))
+    norms_per_block = config.get("num_ln_in_parallel_attn")
+    if norms_per_block is None and new:
+        norms_per_block = 2
+    if new:
+        qkv_rows = (2 * int(_get(config, "num_kv_heads", default=heads)) + heads) * width
+    else:
+        qkv_rows = hidden + 2 * width if config.get("multi_query", True) else 3 * hidden
+    qkv, up = "self_attention.query_key_value", "mlp.dense_h_to_4h"
+    if parallel and norms_per_block == 2:
+        attention_norm, mlp_norm = "ln_attn", "ln_mlp"
+    else:
+        attention_norm, mlp_norm = "input_layernorm", "input_layernorm" if parallel else "post_attention_layernorm"
+    if attention_norm == mlp_norm:
+        # One norm feeds both, so they share one scale.
+        norms: tuple[ScaleRule, ...] = (ScaleRule("qkv_up", attention_norm, "norm", (qkv, up), ("self_attention", "mlp")),)
+    else:
+        norms = (
+            ScaleRule("qkv", attention_norm, "norm", (qkv,), ("self_attention",)),
+            ScaleRule("up", mlp_norm, "norm", (up,), ("mlp",)),
+        )
+    made = _fused(
+        config,
+        hidden=hidden,
+        inner=int(_get(config, "ffn_hidden_size", default=4 * hidden)),
+        qkv_rows=qkv_rows,
+        blocks="transformer.h",
+        count=int(_get(config, "num_hidden_layers", "n_layer")),
+        qkv=qkv,
+        output="self_attention.dense",
+        up=up,
+        down="mlp.dense_4h_to_h",
+        norms=norms,
+        tuple_output=True,
+        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings", True) else 2),
+    )
+    return made if attention_norm != mlp_norm else _merge_first_and_third_site(made)
+
+
+def _merge_first_and_third_site(s: Structure) -> Structure:
+    """Falcon with one norm: qkv and the feed-forward's first linear read one input."""
+    a, output, b, down = s.sites
+    shared = Site(a.linears + b.linears, a.rows + b.rows, a.cols)
+    return replace(s, sites=(shared, output, down))
+
+
+FAMILIES: dict[str, Callable[[Config], Structure]] = {
+    "llama": _llama_like,
+    "mistral": _llama_like,
+    "qwen2": _llama_like,
+    "gemma": _llama_like,
+    "mixtral": _llama_like,
+    "opt": _opt,
+    "gpt2": _gpt2,
+    "gpt_neox": _gpt_neox,
+    "bloom": _bloom,
+    "falcon": _falcon,
+}
+REFUSED = {
+    "rwkv": "RWKV has recurrent time mixing instead of attention blocks",
+    "mamba": "Mamba has state-space blocks instead of attention blocks",
+    "t5": "it is an encoder-decoder model; only decoders are supported",
+}

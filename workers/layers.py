@@ -1,0 +1,75 @@
+"""The per-linear table of a quantize stage, `layers.parquet`, and what the summary takes from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from workers.families import LinearShape
+from workers.rounding import LinearResult
+
+SCHEMA = pa.schema(
+    [
+        ("module", pa.string()),
+        ("block", pa.int32()),
+        ("rows", pa.int32()),
+        ("cols", pa.int32()),
+        ("weight_error", pa.float64()),
+        ("output_error", pa.float64()),
+        ("bits_nominal", pa.float64()),
+        ("bits_stored", pa.float64()),
+        ("damp", pa.float64()),
+        ("notes", pa.string()),
+        ("seconds", pa.float64()),
+    ]
+)
+
+
+class Layers:
+    def __init__(self, shapes: Mapping[str, LinearShape]) -> None:
+        self._shapes = shapes
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, block: int, results: list[LinearResult]) -> None:
+        for r in results:
+            shape = self._shapes[r.name]
+            self._rows.append(
+                {
+                    "module": r.name,
+                    "block": block,
+                    "rows": shape.rows,
+                    "cols": shape.cols,
+                    "weight_error": r.weight_error,
+                    "output_error": r.output_error,
+                    "bits_nominal": float(r.rounded.tensor.bits_nominal),
+                    "bits_stored": float(r.rounded.tensor.bits_stored),
+                    "damp": r.rounded.damp,
+                    "notes": "; ".join(r.notes),
+                    "seconds": r.seconds,
+                }
+            )
+
+    def write(self, path: Path) -> None:
+        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), path)
+
+    def notes(self) -> Iterator[tuple[str, str]]:
+        return ((r["module"], r["notes"]) for r in self._rows if r["notes"])
+
+    def summary(self) -> dict[str, Any]:
+        """bits weighted by weights; errors averaged over linears. None where nothing was quantized."""
+        weights = sum(r["rows"] * r["cols"] for r in self._rows)
+        outputs = [r["output_error"] for r in self._rows if r["output_error"] is not None]
+        return {
+            "n_linears": len(self._rows),
+            "bits_nominal": self._weighted("bits_nominal") / weights if weights else None,
+            "bits_stored": self._weighted("bits_stored") / weights if weights else None,
+            "weight_error": sum(r["weight_error"] for r in self._rows) / len(self._rows) if self._rows else None,
+            "output_error": sum(outputs) / len(outputs) if outputs else None,
+        }
+
+    def _weighted(self, column: str) -> float:
+        return float(sum(r[column] * r["rows"] * r["cols"] for r in self._rows))

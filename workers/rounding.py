@@ -1,0 +1,225 @@
+"""One block of the quantize stage: transforms on its scale groups, then the rounding of every linear."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant import methods
+from quant.errors import NonFiniteError, SingularHessianError
+from quant.methods.base import Rounded, Rounding, Transform
+from quant.scheme import WeightScheme
+from quant.statistics import Statistics
+from workers.capture import KINDS, BlockStatistics
+from workers.errors import InputError, NumericalError
+from workers.families import LinearShape, ScaleRule, Structure
+from workers.fold import BlockWeights
+from workers.scaling import GroupForward
+from workers.specs import Component, Rule
+
+UNREACHED = "no calibration token reached it"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule with its transforms and rounding made."""
+
+    rule: Rule
+    rounding: Rounding
+    transforms: tuple[Transform, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(self.rounding.needs, *(t.needs for t in self.transforms))
+
+    @property
+    def scheme(self) -> WeightScheme:
+        return self.rule.weight
+
+    @property
+    def sequential(self) -> bool:
+        """Linears of a block see the already quantized ones before them (true-sequential)."""
+        return bool(getattr(self.rounding, "true_sequential", False))
+
+
+def make_methods(rules: tuple[Rule, ...]) -> tuple[Method, ...]:
+    return tuple(
+        Method(r, _make(methods.rounding, r.method.rounding), tuple(_make(methods.transform, t) for t in r.method.transforms))
+        for r in rules
+    )
+
+
+def _make(factory: Callable[..., Any], component: Component) -> Any:
+    return factory(component.name, dict(component.params), version=component.version)
+
+
+def method_for(made: tuple[Method, ...], name: str) -> Method | None:
+    """Of the last rule whose pattern matches the linear's full name."""
+    return next((m for m in reversed(made) if fnmatchcase(name, m.rule.pattern)), None)
+
+
+def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...]) -> None:
+    """Raises InputError for a group size that does not divide a linear's inputs."""
+    for shape in shapes:
+        method = method_for(made, shape.name)
+        size = method.scheme.group_size if method else None
+        if size is not None and shape.cols % size:
+            fitting = [d for d in range(8, shape.cols + 1) if shape.cols % d == 0]
+            raise InputError(
+                f"group_size={size} does not divide the {shape.cols} inputs of {shape.name}; "
+                f"divisors are {', '.join(map(str, fitting[:8]))}; or use granularity channel"
+            )
+
+
+@dataclass
+class LinearResult:
+    """One row of layers.parquet, and the stored tensor."""
+
+    name: str
+    rounded: Rounded
+    weight_error: float
+    """||W' - W|| / ||W||, W' the stored weight with the scales taken back out."""
+    output_error: float | None
+    """tr(E H Eᵀ) / tr(W H Wᵀ); None without a Hessian."""
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BlockQuantizer:
+    """Works on one block, whose modules hold the current weights after every step."""
+
+    index: int
+    block: nn.Module
+    structure: Structure
+    methods: Mapping[str, Method]
+    """Linear (relative name) ▸ method; linears without one are left alone."""
+    weights: BlockWeights
+    statistics: dict[str, Statistics]
+    """Site (relative name) ▸ statistics of its input, in the scaled block's terms."""
+    tokens: dict[str, int]
+    forward: GroupForward
+    left_alone: dict[tuple[str, str, str], int]
+    """(transform, group, reason) ▸ blocks: filled here."""
+    linear_notes: dict[str, list[str]] = field(default_factory=dict)
+
+    def path(self, name: str) -> str:
+        return self.structure.path(self.index, name)
+
+    def site(self, name: str) -> str:
+        return next((s.linears[0] for s in self.structure.sites if name in s.linears), name)
+
+    def transform(self) -> None:
+        """All scales of the block, transform by transform; then all rewrites."""
+        depth = max((len(m.transforms) for m in self.methods.values()), default=0)
+        for position in range(depth):
+            found = [(rule, s) for rule in self.structure.groups if (s := self._scale_of(rule, position)) is not None]
+            for rule, s in found:
+                self._apply(rule, s)
+            if found:
+                self.weights.write()
+        for name, method in self.methods.items():
+            for transform in method.transforms:
+                self._rewrite(name, method, transform)
+        self.weights.write()
+
+    def _scale_of(self, rule: ScaleRule, position: int) -> Tensor | None:
+        wanted = {n: self.methods.get(n) for n in rule.consumers}
+        some = next((m for m in wanted.values() if m is not None and len(m.transforms) > position), None)
+        if some is None:
+            return None
+        transform = some.transforms[position]
+        reason = rule.reason
+        if any(m is None or m.rule.method != some.rule.method for m in wanted.values()):
+            reason = "its linears are quantized by different methods"
+        elif reason is None and self.tokens.get(rule.input, 1) == 0:
+            reason = UNREACHED
+        if reason is not None:
+            key = (transform.name, rule.name, reason)
+            self.left_alone[key] = self.left_alone.get(key, 0) + 1
+            return None
+        group = self.forward.group(rule, self._of(rule.input), f"{self.structure.blocks}.{self.index}.")
+        s = transform.scale(group, some.scheme)
+        if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
+            raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
+        return s
+
+    def _apply(self, rule: ScaleRule, s: Tensor) -> None:
+        self.weights.scale(rule, s)
+        for site in {*(self.site(n) for n in rule.consumers), *rule.routers}:
+            if site in self.statistics:
+                self.statistics[site] = self.statistics[site].scaled(s.to(torch.float32))
+
+    def _rewrite(self, name: str, method: Method, transform: Transform) -> None:
+        site = self.site(name)
+        if transform.needs and self.tokens.get(site, 1) == 0:
+            self.linear_notes.setdefault(name, []).append(f"{transform.name}: {UNREACHED}")
+            return
+        changed = transform.rewrite(self.path(name), self.weights.current[name], self._of(site), method.scheme)
+        if changed is not None:
+            self.weights.current[name] = changed
+
+    def round(self, name: str) -> LinearResult:
+        """Quantize one linear; the block then holds the dequantized weight."""
+        method = self.methods[name]
+        site = self.site(name)
+        start = time.perf_counter()
+        notes = list(self.linear_notes.get(name, ()))
+        statistics = self._of(site)
+        hessian = statistics.hessian
+        if hessian is not None and self.tokens.get(site, 1) == 0:
+            # A zero Hessian would make every column dead and the weight zero; without knowledge all inputs count alike.
+            statistics = Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device))
+            notes.append(f"{UNREACHED}: rounded with an identity Hessian")
+        try:
+            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme)
+        except (NonFiniteError, SingularHessianError) as e:
+            raise NumericalError(f"{self.path(name)}: {e}") from e
+        stored = rounded.tensor.dequantize().to(self.weights.current[name])
+        weight_error, output_error = self._errors(name, stored, hessian)
+        self.weights.current[name] = stored
+        self.weights.views[name].write(stored)
+        return LinearResult(self.path(name), rounded, weight_error, output_error, time.perf_counter() - start, [*notes, *rounded.notes])
+
+    def _errors(self, name: str, stored: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
+        original = self.weights.original[name].double()
+        norm = float(original.norm())
+        weight_error = float((self.weights.unscaled(name, stored.double()) - original).norm()) / norm if norm else 0.0
+        if hessian is None or not bool(hessian.any()):
+            return weight_error, None
+        h = hessian.double()
+        difference, full = stored.double(), self.weights.scaled_original(name).double()
+        if name in self.weights.rows:
+            rows = self.weights.rows[name].double()[:, None]
+            difference, full = difference / rows, full / rows
+        difference = difference - full
+        base = float(((full @ h) * full).sum())
+        return weight_error, float(((difference @ h) * difference).sum()) / base if base > 0 else None
+
+    def _of(self, site: str) -> Statistics:
+        return self.statistics.get(site, Statistics())
+
+
+def missing_statistics(made: tuple[Method, ...], given: frozenset[str]) -> list[str]:
+    """Kinds that the methods need and the stage was not given."""
+    return sorted(frozenset().union(*(m.needs for m in made)) - given)
+
+
+def merge(parts: list[BlockStatistics]) -> tuple[dict[str, Statistics], dict[str, int]]:
+    """Kinds collected separately ▸ one Statistics per site."""
+    sites: dict[str, Statistics] = {}
+    tokens: dict[str, int] = {}
+    for part in parts:
+        for name, statistics in part.sites.items():
+            target = sites.setdefault(name, Statistics())
+            for kind in KINDS:
+                if getattr(statistics, kind) is not None:
+                    setattr(target, kind, getattr(statistics, kind))
+        tokens.update(part.tokens)
+    return sites, tokens

@@ -1,0 +1,83 @@
+"""Fake quantization while the model runs: inputs of linears, and keys and values as they enter attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from quant.activation import fake_quantize_activation, fake_quantize_kv
+from quant.scheme import ActivationScheme, KVScheme
+from workers import families
+from workers.blocks import Taps, tap_inputs
+from workers.errors import InputError
+from workers.recipe import Recipe
+
+Runtime = Taps
+
+
+def attach(model: nn.Module, recipe: Recipe | None, activation: ActivationScheme | None, kv: KVScheme | None) -> Runtime:
+    """Install the hooks. Raises InputError where static ranges are wanted and the recipe has none."""
+    structure = families.structure(model.config.to_dict())
+    handle = Taps()
+    if activation is not None:
+        _attach_activation(model, structure, recipe, activation, handle)
+    if kv is not None:
+        for block in model.get_submodule(structure.blocks):
+            attention = block.get_submodule(structure.attention)
+            hook = _quantize_cache(structure.cache_argument, kv)
+            handle.add(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    return handle
+
+
+def _attach_activation(
+    model: nn.Module, structure: families.Structure, recipe: Recipe | None, scheme: ActivationScheme, handle: Taps
+) -> None:
+    ranges: dict[str, tuple[float, float] | None]
+    if recipe is None:
+        ranges = {structure.path(b, n): None for b in range(structure.count) for n in structure.linear_names()}
+    else:
+        ranges = {op["module"]: _static_range(op) for op in recipe.replaced()}
+    if not scheme.dynamic and any(r is None for r in ranges.values()):
+        name = next(n for n, r in ranges.items() if r is None)
+        raise InputError(
+            f"static activation ranges are wanted, and {name} has none: quantize with activation.dynamic=false, or use dynamic=true"
+        )
+
+    def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+        return fake_quantize_activation(x, scheme, None if scheme.dynamic else ranges[name])
+
+    # Linears that share an input each quantize it; the result is the same tensor.
+    taps = tap_inputs(model, ranges, tap)
+    handle.add(taps.remove)
+
+
+def _static_range(op: dict[str, Any]) -> tuple[float, float] | None:
+    return next(((s["low"], s["high"]) for s in op["input"] if s["op"] == "activation"), None)
+
+
+class _QuantizingCache:
+    """Stands in for the cache that attention updates with rotated keys and values: quantizes them, then passes them on."""
+
+    def __init__(self, inner: Any, scheme: KVScheme) -> None:
+        self._inner = inner
+        self._scheme = scheme
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """keys, values `[B, heads, T, D]`."""
+        keys, values = fake_quantize_kv(keys, self._scheme), fake_quantize_kv(values, self._scheme)
+        if self._inner is None:
+            return keys, values
+        out: tuple[Tensor, Tensor] = self._inner.update(keys, values, layer_idx, *args, **kwargs)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+def _quantize_cache(argument: str, scheme: KVScheme) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, {**kwargs, argument: _QuantizingCache(kwargs.get(argument), scheme)}
+
+    return hook

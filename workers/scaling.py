@@ -1,0 +1,89 @@
+"""Scale groups of a block as transforms see them: consumers, statistics, and the effect of changed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from quant.methods.base import ScaleGroup
+from quant.statistics import Statistics
+from workers.blocks import Taps, input_of
+from workers.families import ScaleRule
+from workers.fold import BlockWeights
+from workers.stream import Call
+
+
+class GroupForward:
+    """Runs a group's inspected modules on given inputs, with the arguments they get inside the block."""
+
+    def __init__(
+        self, block: nn.Module, weights: BlockWeights, calls: Callable[[int, int], Call], batch_tokens: int, hidden_size: int
+    ) -> None:
+        self._block = block
+        self._weights = weights
+        self._calls = calls
+        self._batch_tokens = batch_tokens
+        self._hidden_size = hidden_size
+        self._known: dict[tuple[int, int], dict[str, Call]] = {}
+
+    def group(self, rule: ScaleRule, statistics: Statistics, prefix: str) -> ScaleGroup:
+        """Weights and statistics as they are now."""
+        consumers = {prefix + n: self._weights.current[n] for n in rule.consumers}
+
+        def forward(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+            relative = {n: weights[prefix + n] for n in rule.consumers}
+            if rule.inspect == rule.consumers:
+                (weight,) = relative.values()
+                return F.linear(inputs.to(weight.dtype), weight)
+            return self._modules(rule, relative, inputs)
+
+        return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward)
+
+    @torch.no_grad()
+    def _modules(self, rule: ScaleRule, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        outputs = []
+        dtype = next(self._block.parameters()).dtype
+        with self._replaced(weights):
+            for part in inputs.to(dtype).split(max(1, self._batch_tokens // inputs.shape[1])):
+                calls = self._arguments(part.shape[0], part.shape[1], rule)
+                outputs.append(sum(calls[m].run(self._block.get_submodule(m), part) for m in rule.inspect))
+        return torch.cat(outputs)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        views = self._weights.views
+        before = {n: views[n].weight().clone() for n in weights}
+        try:
+            for n, w in weights.items():
+                views[n].write(w)
+            yield
+        finally:
+            for n, w in before.items():
+                views[n].write(w)
+
+    def _arguments(self, batch: int, length: int, rule: ScaleRule) -> dict[str, Call]:
+        """Arguments of the inspected modules besides their input, from one run of the block on zeros."""
+        known = self._known.setdefault((batch, length), {})
+        missing = [m for m in rule.inspect if m not in known]
+        if missing:
+            taps = Taps()
+            for name in missing:
+                taps.add(self._block.get_submodule(name).register_forward_pre_hook(_recorder(known, name), with_kwargs=True).remove)
+            first = next(self._block.parameters())
+            try:
+                self._calls(batch, length).run(self._block, first.new_zeros(batch, length, self._hidden_size))
+            finally:
+                taps.remove()
+        return known
+
+
+def _recorder(known: dict[str, Call], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        input_of(args, kwargs)  # raises where the module has no hidden states
+        known[name] = Call((None, *args[1:]) if args else (), dict(kwargs))
+
+    return hook

@@ -1,0 +1,283 @@
+"""A model whose decoder blocks are read from the checkpoint one at a time.
+
+The model is built on the meta device; embeddings, final norm, head and rotary tables are loaded at once, the blocks on
+demand. Checkpoint names and shapes pass through transformers' own conversion (experts merged into 3-D tensors, prefixes,
+tied weights), restricted to the tensors of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from workers import families
+from workers.blocks import replace_input, replaced_forward
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.context import Context
+from workers.errors import InputError, NumericalError, UnsupportedModel
+from workers.specs import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Call:
+    """Arguments of a module besides its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
+        """Output of `module` on `hidden` `[B, T, K]`; both return types (tensor, tuple) are handled."""
+        args, kwargs = replace_input(self.args, self.kwargs, hidden)
+        out = module(*args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Prepared:
+    """Token batches as they enter the first block."""
+
+    hidden: list[Tensor]
+    """Per batch `[B, T, K]`."""
+    calls: list[list[Call]]
+    """Per batch, per block; batches of one shape share the list."""
+
+
+@dataclass
+class BlockModel:
+    """The model with its blocks on demand."""
+
+    model: Any
+    checkpoint: Checkpoint
+    structure: families.Structure
+    dtype: torch.dtype
+    device: torch.device
+    sources: dict[str, list[str]]
+    """Parameter name ▸ checkpoint tensors it is made of."""
+    loaded: set[int] = field(default_factory=set)
+    on_load: list[Callable[[int], None]] = field(default_factory=list)
+    """Called after a block was loaded: a recipe's operations on that block."""
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        module: nn.ModuleList = self.model.get_submodule(self.structure.blocks)
+        return module
+
+    def block_bytes(self, i: int) -> int:
+        return parameter_bytes(self.blocks[i], self.dtype)
+
+    def outer_bytes(self) -> int:
+        return parameter_bytes(self.model, self.dtype) - sum(self.block_bytes(i) for i in range(self.structure.count))
+
+    def load(self, i: int) -> nn.Module:
+        """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
+        if i not in self.loaded:
+            prefix = f"{self.structure.blocks}.{i}."
+            self._read([s for name, sources in self.sources.items() if name.startswith(prefix) for s in sources])
+            require_finite(self.blocks[i].named_parameters(prefix.rstrip(".")))
+            self.loaded.add(i)
+            for act in self.on_load:
+                act(i)
+        return self.blocks[i]
+
+    def release(self, i: int) -> None:
+        """Give up block `i`'s memory; changes to it are lost."""
+        self.blocks[i].to_empty(device="meta")
+        self.loaded.discard(i)
+
+    def prepare(self, batches: list[Tensor]) -> Prepared:
+        """Embed token batches `[B, T]` and record every block's arguments, without running a block."""
+        hidden: list[Tensor] = []
+        calls: list[list[Call]] = []
+        known: dict[tuple[int, ...], list[Call]] = {}
+        for tokens in batches:
+            entered, made = self._embed(tokens)
+            hidden.append(entered)
+            # Without padding a block's arguments depend on the shape of the batch alone.
+            calls.append(known.setdefault(tuple(tokens.shape), made))
+        return Prepared(hidden, calls)
+
+    def block_calls(self, batch: int, length: int) -> list[Call]:
+        """Every block's arguments for a batch of that shape."""
+        return self._embed(torch.zeros(batch, length, dtype=torch.long))[1]
+
+    @torch.no_grad()
+    def _embed(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        entered: list[Tensor] = []
+        calls: list[Call] = []
+
+        def record(i: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden = args[0] if args else kwargs["hidden_states"]
+                entered.append(hidden)
+                calls.append(Call(args, kwargs))
+                return (hidden, None) if self.structure.tuple_output else hidden
+
+            return forward
+
+        with replaced_forward(self.blocks, record):
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        return entered[0], [Call((None, *c.args[1:]) if c.args else (), {**c.kwargs}) for c in calls]
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """`[B, T, V]` from the output of the last block for `tokens` `[B, T]`."""
+
+        def skip(i: int) -> Callable[..., Any]:
+            return lambda *_, **__: (hidden, None) if self.structure.tuple_output else hidden
+
+        with replaced_forward(self.blocks, skip):
+            out: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return out
+
+    def stream_in_forward(self) -> None:
+        """Make `self.model` usable as it is: a block is read before its forward and given up after it."""
+        for i, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(lambda _m, _a, i=i: self.load(i) and None)
+            block.register_forward_hook(lambda _m, _a, _o, i=i: self.release(i))
+
+    def _read(self, names: list[str]) -> None:
+        by_file: dict[str, list[str]] = {}
+        for n in names:
+            by_file.setdefault(str(self.checkpoint.tensors[n].file), []).append(n)
+        with ExitStack() as stack, _silent():
+            slices: dict[str, Any] = {}
+            for file, wanted in by_file.items():
+                handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                slices.update({n: handle.get_slice(n) for n in wanted})
+            load_config = LoadStateDictConfig(
+                device_map={"": self.device},
+                dtype=self.dtype,
+                dtype_plan=self.model._get_dtype_plan(self.dtype),
+                weight_mapping=get_model_conversion_mapping(self.model),
+            )
+            info, _ = type(self.model)._load_pretrained_model(self.model, slices, None, load_config)
+        if info.mismatched_keys or info.conversion_errors or info.error_msgs:
+            raise InputError(
+                f"{self.checkpoint.folder} does not fit its config.json: "
+                f"{sorted(map(str, info.mismatched_keys)) or info.conversion_errors or info.error_msgs}"
+            )
+
+
+def open_blocks(context: Context, spec: ModelSpec) -> BlockModel:
+    """Build the model with only what is outside its blocks loaded, in eval mode on `context.device`.
+
+    Raises InputError (missing or damaged files; not even one block fits `hints.memory_bytes`), UnsupportedModel, NumericalError.
+    """
+    checkpoint = open_checkpoint(context.model_location(spec))
+    structure = families.structure(checkpoint.config)
+    dtype = DTYPES[spec.dtype]
+    model = _skeleton(checkpoint, dtype)
+    opened = BlockModel(model, checkpoint, structure, dtype, context.device, _sources(model, checkpoint))
+    _check_complete(opened)
+    largest = max((opened.block_bytes(i) for i in range(structure.count)), default=0)
+    needed = opened.outer_bytes() + largest
+    if context.hints.memory_bytes is not None and needed > context.hints.memory_bytes:
+        raise InputError(
+            f"the model does not fit even block by block: {needed} bytes are needed (largest block {largest}, the rest outside "
+            f"blocks), {context.hints.memory_bytes} are given; raise hints.memory_bytes or use a 16-bit dtype"
+        )
+    with context.phase("load"):
+        prefix = structure.blocks + "."
+        opened._read([s for name, sources in opened.sources.items() if not name.startswith(prefix) for s in sources])
+        _finish_outer(opened)
+        require_finite((n, p) for n, p in model.named_parameters() if not n.startswith(prefix))
+    return opened
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if cls is None:
+        raise UnsupportedModel(f"transformers has no causal language model for model_type {config.model_type!r}")
+    config._experts_implementation = "eager"  # the one whose linears can be observed one by one
+    with ExitStack() as stack:
+        for entered in cls.get_init_context(dtype, False, False, None):
+            stack.enter_context(entered)
+        model = cls(config)
+    return model.eval().requires_grad_(False)
+
+
+def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """Which checkpoint tensors make up each parameter, by transformers' renaming rules."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    state = model.state_dict()
+    out: dict[str, list[str]] = {}
+    for source in checkpoint.tensors:
+        target, _ = rename_source_key(source, renamings, converters, model.base_model_prefix, state)
+        if target not in state and source in state:
+            target = source
+        if target in state:
+            out.setdefault(target, []).append(source)
+    return out
+
+
+def _check_complete(opened: BlockModel) -> None:
+    tied = set(opened.model.all_tied_weights_keys)
+    missing = sorted(n for n, _ in opened.model.named_parameters() if n not in opened.sources and n not in tied)
+    tied_sources = {opened.model.all_tied_weights_keys[t] for t in tied}
+    missing = [m for m in missing if m not in tied_sources or not any(t in opened.sources for t in tied)]
+    if missing:
+        raise InputError(f"{opened.checkpoint.folder} lacks {len(missing)} tensors of its model, first {missing[0]}; fetch it again")
+
+
+def _finish_outer(opened: BlockModel) -> None:
+    """Tie weights, and compute buffers that checkpoints do not hold (rotary tables)."""
+    model = opened.model
+    owners: dict[str, nn.Module] = {}
+    for key, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, name = key.rpartition(".")
+        owners[owner] = model.get_submodule(owner)
+        owners[owner]._buffers[name] = torch.empty_like(buffer, device=opened.device)
+    for module in owners.values():
+        model._init_weights(module)
+    with _silent():
+        model.tie_weights()
+
+
+def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:
+    """Raises NumericalError naming the first tensor with NaN or infinite values, and how many it has."""
+    for name, p in parameters:
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            bad = int((~torch.isfinite(p)).sum())
+            raise NumericalError(f"weights of {name} hold {bad} NaN or infinite values of {p.numel()}; the checkpoint is damaged")
+
+
+def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of a module's parameters in `dtype`; shared ones count once."""
+    return sum(p.numel() for p in module.parameters()) * torch.empty((), dtype=dtype).element_size()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """No progress bars or loading reports of transformers: partial loads are meant here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def batches(tokens: Tensor, batch_tokens: int) -> list[Tensor]:
+    """Split `[S, T]` into batches of at most `batch_tokens` tokens, one sequence at least."""
+    return list(tokens.split(max(1, batch_tokens // tokens.shape[1])))
+
+
