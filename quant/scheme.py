@@ -31,6 +31,8 @@ class WeightScheme:
     granularity: Granularity = Granularity.CHANNEL
     group_size: int | None = None
     """Inputs per group when `granularity` is group; must divide K."""
+    scale_dtype: str = "float16"
+    """Stored type of scales and of non-integer zeros: float16 or float32. Codes are chosen for the stored value."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -44,6 +46,8 @@ class WeightScheme:
             raise ValueError("weight.granularity=token is for activations; choose tensor, channel or group")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"weight.group_size={self.group_size} must be positive")
+        if self.scale_dtype not in ("float16", "float32"):
+            raise ValueError(f"weight.scale_dtype={self.scale_dtype}; choose float16 or float32")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,17 @@
-"""Statistics of a linear's input, and the maps that carry them through transforms."""
+"""Statistics of a linear's input, how they are collected, and the maps that carry them through transforms.
+
+Collecting is per sequence, in the order given, so that the result does not depend on how sequences were batched.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
+
+KINDS = ("hessian", "absmax", "absmean", "samples")
 
 
 @dataclass
@@ -28,3 +35,106 @@ class Statistics:
             absmean=None if self.absmean is None else self.absmean / s,
             samples=None if self.samples is None else self.samples / s,
         )
+
+    def require(self, method: str, *kinds: str) -> None:
+        """Raises ValueError naming the statistics of `kinds` that are missing."""
+        missing = [k for k in kinds if getattr(self, k) is None]
+        if missing:
+            raise ValueError(f"{method} needs the statistic {', '.join(missing)}, which was not given; collect it from the inputs first")
+
+
+class Accumulator(Protocol):
+    """Collects one statistic of an input."""
+
+    def update(self, x: Tensor) -> None:
+        """Tokens `[S, T, K]`, or `[T, K]` as one sequence; any float type."""
+
+    def value(self) -> Tensor: ...
+
+
+def _sequences(x: Tensor) -> Tensor:
+    return x[None] if x.dim() == 2 else x
+
+
+class HessianSum:
+    """The raw sum of x xᵀ in float32, scaled by 2 / sequences once at the end. Inputs nobody reached have H = 0."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(channels, channels, device=device)
+        self.sequences = 0
+
+    def update(self, x: Tensor) -> None:
+        for tokens in _sequences(x):
+            t = tokens.to(self.total)
+            self.total.addmm_(t.T, t)
+            self.sequences += 1
+
+    def value(self) -> Tensor:
+        return self.total * (2 / max(self.sequences, 1))
+
+
+class AbsMax:
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.peak = torch.zeros(channels, device=device)
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            self.peak = torch.maximum(self.peak, x.reshape(-1, x.shape[-1]).abs().amax(0).to(self.peak))
+
+    def value(self) -> Tensor:
+        return self.peak
+
+
+class AbsMean:
+    """Summed in float64."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.total = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def update(self, x: Tensor) -> None:
+        for tokens in _sequences(x):
+            self.total += tokens.to(self.total.device).abs().sum(0, dtype=torch.float64)
+            self.tokens += tokens.shape[0]
+
+    def value(self) -> Tensor:
+        return (self.total / max(self.tokens, 1)).float()
+
+
+class Samples:
+    """Keeps sequences as they are, in their own float type. All sequences must be equally long."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.channels, self.device = channels, device
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        self.kept.append(_sequences(x).detach().to(self.device, copy=True))
+
+    def value(self) -> Tensor:
+        return torch.cat(self.kept) if self.kept else torch.zeros(0, 0, self.channels, device=self.device)
+
+
+ACCUMULATORS: dict[str, type[HessianSum] | type[AbsMax] | type[AbsMean] | type[Samples]] = {
+    "hessian": HessianSum,
+    "absmax": AbsMax,
+    "absmean": AbsMean,
+    "samples": Samples,
+}
+
+
+def accumulator(kind: str, channels: int, device: torch.device | str = "cpu") -> Accumulator:
+    """A fresh accumulator. Raises ValueError for an unknown statistic."""
+    if kind not in ACCUMULATORS:
+        raise ValueError(f"statistic {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    return ACCUMULATORS[kind](channels, device)
+
+
+def collect(inputs: Tensor, kinds: frozenset[str]) -> Statistics:
+    """Statistics of inputs `[S, T, K]`, or `[T, K]` as one sequence."""
+    found: dict[str, Tensor] = {}
+    for kind in sorted(kinds):
+        a = accumulator(kind, inputs.shape[-1], inputs.device)
+        a.update(inputs)
+        found[kind] = a.value()
+    return Statistics(**found)

@@ -1,1 +1,18 @@
-"""One file per method. `base.py` has the protocols."""
+"""One file per method. `base.py` has the protocols; `registry.py` names them.
+
+Importing this package loads no method, so that planning code may read facts from yaml without torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["rounding", "transform"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from quant.methods import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module 'quant.methods' has no attribute {name!r}")

@@ -43,6 +43,9 @@ class StoredTensor(Protocol):
     def meta(self) -> dict[str, Any]:
         """JSON parameters for `unpack`."""
 
+    def with_input_scale(self, scale: Tensor) -> StoredTensor:
+        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
+
 
 @dataclass
 class Rounded:
@@ -62,6 +65,9 @@ class Rounding(Protocol):
     version: ClassVar[int]
     needs: ClassVar[frozenset[str]]
     """Statistics that must be given: hessian, absmax, absmean, samples."""
+    reads: ClassVar[frozenset[str]]
+    """Run-time parts of the scheme that change the result: activation, kv."""
+    uses_seed: ClassVar[bool]
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded: ...
 
@@ -88,6 +94,8 @@ class Transform(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     needs: ClassVar[frozenset[str]]
+    reads: ClassVar[frozenset[str]]
+    uses_seed: ClassVar[bool]
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` > 0: consumers' columns are multiplied, the producer's output divided by it (function-preserving);

@@ -1,0 +1,85 @@
+"""Affine codes: w ≈ (codes − zero) · scale, with a few rules for what the zero is.
+
+Letters: weight `[N, K]` (out, in), groups `G = K // group_size`, scale and zero `[N, G]`. Rounding is half to even.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from quant.scheme import Granularity, WeightScheme
+
+
+class ZeroKind(str, Enum):
+    """What the zero is and how it is stored."""
+
+    CONSTANT = "constant"
+    """2^(bits-1), not stored: symmetric grids."""
+    CODE = "code"
+    """An integer in 0 .. 2^bits - 1, stored in `bits` bits."""
+    INTEGER = "integer"
+    """An integer that may lie outside the codes, stored in 16 bits."""
+    FLOAT = "float"
+    """A real number in units of codes, stored like the scale (HQQ)."""
+    MINIMUM = "minimum"
+    """The smallest weight itself, w ≈ codes · scale + zero, stored like the scale (KIVI)."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Scale and zero of groups; both `[..., 1]` against values `[..., g]`, or any shapes that broadcast."""
+
+    scale: Tensor
+    zero: Tensor
+    bits: int
+    kind: ZeroKind
+
+    @property
+    def top(self) -> int:
+        return int(2**self.bits - 1)
+
+    def encode(self, w: Tensor) -> Tensor:
+        """Nearest codes, as floats in 0 .. 2^bits - 1."""
+        if self.kind is ZeroKind.MINIMUM:
+            # A group of equal values has scale 0; its minimum alone is exact.
+            steps = torch.where(self.scale == 0, 0.0, (w - self.zero) / torch.where(self.scale == 0, 1.0, self.scale))
+            return steps.clamp(0, self.top).round()
+        if self.kind is ZeroKind.FLOAT:
+            return (w / self.scale + self.zero).round().clamp(0, self.top)
+        return ((w / self.scale).round() + self.zero).clamp(0, self.top)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Values of float codes."""
+        if self.kind is ZeroKind.MINIMUM:
+            return codes * self.scale + self.zero
+        return (codes - self.zero) * self.scale
+
+    def round(self, w: Tensor) -> Tensor:
+        """Nearest representable values."""
+        return self.decode(self.encode(w))
+
+
+def group_width(scheme: WeightScheme, n: int, k: int) -> int:
+    """Values that share a scale in `[N, K]`; raises ValueError when groups do not divide K."""
+    if scheme.granularity is Granularity.TENSOR:
+        return n * k
+    if scheme.granularity is Granularity.CHANNEL:
+        return k
+    g = scheme.group_size
+    assert g is not None
+    if k % g:
+        divisors = [d for d in range(1, k + 1) if k % d == 0]
+        nearest = sorted(sorted(divisors, key=lambda d: abs(d - g))[:6])
+        raise ValueError(f"group_size={g} does not divide in_features={k}; choose one of {', '.join(map(str, nearest))}")
+    return g
+
+
+def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """`[N, K]` ▸ `[N, G, g]`, or `[1, 1, N K]` for one scale per tensor."""
+    n, k = weight.shape
+    g = group_width(scheme, n, k)
+    return weight.reshape(1, 1, g) if scheme.granularity is Granularity.TENSOR else weight.reshape(n, k // g, g)

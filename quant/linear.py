@@ -1,0 +1,120 @@
+"""`quantize_linear`: one weight, one method, for notebooks and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import require_finite
+from quant.grids import grid as grid_named
+from quant.methods.base import ScaleGroup, StoredTensor, Transform
+from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS, param_names, rounding, transform, unknown
+from quant.scheme import Granularity, WeightScheme
+from quant.statistics import Statistics, collect
+
+
+def quantize_linear(
+    weight: Tensor,
+    *,
+    method: str,
+    bits: int,
+    group_size: int | None = None,
+    symmetric: bool = False,
+    inputs: Tensor | None = None,
+    hessian: Tensor | None = None,
+    seed: int = 0,
+    **method_params: Any,
+) -> StoredTensor:
+    """Quantizes one weight `[N, K]` of any float type, which is not changed.
+
+    method: rtn, gptq, awq or smoothquant, with its own defaults (those of `conf/method/`); method_params override them.
+    group_size: inputs that share a scale; None is one group per output channel.
+    symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
+    inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs.
+    hessian: `[K, K]`, instead of inputs, for gptq.
+    seed: for methods that draw random numbers; none of the present ones does.
+    scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
+    `conf/scheme/` store float16.
+
+    Returns the stored tensor: `dequantize()` approximates the given weight (transform methods keep their input scale in
+    it), `bits_stored`, `bits_nominal`, `pack()`. Raises ValueError for unknown names, missing inputs, groups that do not
+    divide K; NonFiniteError; SingularHessianError.
+    """
+    if method not in METHODS:
+        raise unknown("method", method, METHODS)
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
+    params = dict(method_params)
+    granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
+    scheme = WeightScheme(bits, symmetric, granularity, group_size, params.pop("scale_dtype", "float32"))
+    named = params.get("grid")
+    if symmetric and named is not None and not grid_named(named).symmetric:
+        raise ValueError(f"grid={named} is asymmetric and symmetric=True was given; leave one of them out")
+
+    recipe = METHODS[method]
+    transforms = [transform(t, _own(params, TRANSFORMS[t])) for t in recipe.transforms]
+    rounder = rounding(recipe.rounding, {**recipe.rounding_params, **_own(params, ROUNDINGS[recipe.rounding])})
+    parts = [TRANSFORMS[t] for t in recipe.transforms] + [ROUNDINGS[recipe.rounding]]
+    allowed = list(dict.fromkeys(name for part in parts for name in param_names(part)))
+    for name in params:
+        if name not in allowed:
+            raise unknown(f"parameter of {method}", name, [*allowed, "scale_dtype"])
+
+    needs = rounder.needs.union(*(t.needs for t in transforms))
+    statistics = _statistics(method, needs, weight, inputs, hessian)
+    current, scale = weight.detach(), None
+    for t in transforms:
+        current, statistics, scale = _apply(t, current, statistics, scheme, scale)
+    tensor = rounder.quantize(current, statistics, scheme).tensor
+    return tensor if scale is None else tensor.with_input_scale(scale)
+
+
+def _own(params: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:
+    names = param_names(cls)
+    return {k: v for k, v in params.items() if k in names}
+
+
+def _statistics(method: str, needs: frozenset[str], weight: Tensor, inputs: Tensor | None, hessian: Tensor | None) -> Statistics:
+    k = weight.shape[1]
+    missing = needs - ({"hessian"} if hessian is not None else set())
+    if missing and inputs is None:
+        other = " or hessian [K, K]" if missing == {"hessian"} else ""
+        raise ValueError(f"method {method} needs data ({', '.join(sorted(missing))}); give inputs [M, K] or [S, T, K]{other}")
+    found = Statistics()
+    if missing and inputs is not None:
+        if inputs.dim() not in (2, 3) or inputs.shape[-1] != k or not inputs.numel():
+            raise ValueError(f"inputs of shape {tuple(inputs.shape)}; a weight with {k} inputs needs [M, {k}] or [S, T, {k}]")
+        require_finite("inputs", inputs)
+        found = collect(inputs.detach().to(weight.device), missing)
+    if hessian is not None and "hessian" in needs:
+        found.hessian = hessian
+    return found
+
+
+def _apply(
+    t: Transform, weight: Tensor, statistics: Statistics, scheme: WeightScheme, scale: Tensor | None
+) -> tuple[Tensor, Statistics, Tensor | None]:
+    """One transform on a single linear. The stored input scale stands for the norm that would hold 1 / s."""
+
+    def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        return x.float() @ weights["weight"].T
+
+    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward)
+    s = t.scale(group, scheme)
+    current = weight.float()
+    if s is not None:
+        s = _stored(s, scheme)
+        current, statistics = current * s, statistics.scaled(s)
+        scale = s if scale is None else scale * s
+    rewritten = t.rewrite("weight", current, statistics, scheme)
+    return (current if rewritten is None else rewritten), statistics, scale
+
+
+def _stored(s: Tensor, scheme: WeightScheme) -> Tensor:
+    """s as it will be kept: in float16 where the scheme says so and every value stays positive and finite."""
+    half = s.half().float()
+    fits = scheme.scale_dtype == "float16" and bool((torch.isfinite(half) & (half > 0)).all())
+    return half if fits else s

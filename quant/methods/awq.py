@@ -1,0 +1,160 @@
+"""AWQ (Lin et al. 2023, arXiv 2306.00978): scales up the input channels that matter, then clips.
+
+Objective, scale search: min over r of mean (module(x; W) - module(x; Q(W s) / s))², s = mean|x|^r, r = 0, 1/20 .. 19/20;
+the start r = 0 is s = 1, so the choice is never worse than no scaling. Clip search: per row and group, the symmetric
+bound M of least mean (⟨x_g, Q(clamp(w, ±M))⟩ - ⟨x_g, w⟩)²; M = max|w| is among the candidates.
+Shapes: weights `[N, K]`, samples `[S, T, K]`, absmean `[K]`. Query and key projections are not clipped, as in the reference.
+Departures: one group per row works in the clip search; fewer than `clip_tokens` tokens are all used; more than g tokens
+enter the clip error through the triangular factor of their QR decomposition (the same error, less work).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.affine import grouped
+from quant.errors import require_finite
+from quant.grids import choose_grid, fit, grid, round_weight, with_stored_scales
+from quant.methods.base import ScaleGroup
+from quant.scheme import Granularity, WeightScheme
+from quant.statistics import Statistics
+
+LOSS_TOKENS = 8192
+"""Tokens per forward pass of the loss; whole sequences, at least one."""
+CLIP_VALUES = 2**24
+"""Values of one intermediate of the clip search."""
+
+
+@dataclass(frozen=True)
+class Awq:
+    name: ClassVar[str] = "awq"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"absmean", "samples"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+
+    scale_grid: int = 20
+    """Exponents tried: i / scale_grid for i = 0 .. scale_grid - 1."""
+    duo_scaling: bool = False
+    """Also divide by the weights' mean relative magnitude (AutoAWQ)."""
+    clip_search: bool = True
+    clip_grid: int = 20
+    """Bounds are max|w| (1 - i / clip_grid) for i = 0 .. clip_grid · max_shrink - 1."""
+    max_shrink: float = 0.5
+    clip_tokens: int = 512
+    """Tokens of the clip error, taken at equal distances."""
+    grid: str | None = "awq_asym"
+    """Grid that the searches round to; symmetric schemes use g_sym."""
+
+    def __post_init__(self) -> None:
+        if self.grid is not None:
+            grid(self.grid)
+        if min(self.scale_grid, self.clip_grid, self.clip_tokens) < 1 or not 0 < self.max_shrink <= 1:
+            raise ValueError(
+                f"scale_grid={self.scale_grid}, clip_grid={self.clip_grid}, clip_tokens={self.clip_tokens} must be at least 1 "
+                f"and max_shrink={self.max_shrink} in (0, 1]"
+            )
+
+    def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
+        """s `[K]` float32 of the smallest loss, the first of equals."""
+        group.statistics.require("awq", "absmean", "samples")
+        assert group.statistics.absmean is not None
+        consumers = {name: w.detach().float() for name, w in group.consumers.items()}
+        for name, w in consumers.items():
+            require_finite(f"weight {name}", w)
+        salience = group.statistics.absmean.float()
+        require_finite("activation absmean", salience)
+        chosen, _ = choose_grid(self.grid, scheme)
+        magnitude = _relative_magnitude(list(consumers.values()), scheme) if self.duo_scaling else None
+
+        batches = _batches(group)
+        targets = [group.forward(consumers, x) for x in batches]
+        best, least = torch.ones_like(salience), float("inf")
+        for i in range(self.scale_grid):
+            s = candidate_scale(salience, i / self.scale_grid, magnitude)
+            rounded = {name: round_weight(chosen, w * s, scheme) / s for name, w in consumers.items()}
+            loss = _loss(group, rounded, batches, targets)
+            if loss < least:
+                best, least = s, loss
+        if least == float("inf"):
+            raise ValueError(f"group {group.name}: the module's output is not finite on any candidate scale; check model and data type")
+        return best
+
+    def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
+        """The clipped weight `[N, K]` float32, or None without clip search and for query and key projections."""
+        if not self.clip_search or _feeds_scores(name):
+            return None
+        statistics.require("awq", "samples")
+        assert statistics.samples is not None
+        return self.clip(weight, statistics.samples, scheme)
+
+    def clip(self, weight: Tensor, samples: Tensor, scheme: WeightScheme) -> Tensor:
+        """Clamps each row and group at the bound of least output error. Samples are `[.., K]`."""
+        if scheme.granularity is Granularity.TENSOR:
+            raise ValueError("awq's clip search works per group or channel; set weight.granularity to one of them, or clip_search=false")
+        tokens = samples.reshape(-1, samples.shape[-1])
+        tokens = tokens[:: max(1, tokens.shape[0] // self.clip_tokens)].float()
+        w = grouped(weight.detach().float(), scheme)
+        n, groups, g = w.shape
+        x = tokens.view(-1, groups, g).transpose(0, 1)  # [G, tokens, g]
+        if x.shape[1] > g:
+            x = torch.linalg.qr(x, mode="r").R
+        rows = max(1, CLIP_VALUES // (groups * max(x.shape[1], g)))
+        return torch.cat([self._clip_rows(part, x, scheme) for part in torch.split(w, rows)]).view(n, groups * g)
+
+    def _clip_rows(self, w: Tensor, x: Tensor, scheme: WeightScheme) -> Tensor:
+        """w `[rows, G, g]`, x `[G, tokens, g]`."""
+        chosen, _ = choose_grid(self.grid, scheme)
+        widest = w.abs().amax(-1, keepdim=True)
+        best, least = widest, torch.full_like(widest, float("inf"))
+        for i in range(max(1, int(self.clip_grid * self.max_shrink))):
+            bound = widest * (1 - i / self.clip_grid)
+            clipped = w.clamp(-bound, bound)
+            rounded, _ = with_stored_scales(scheme, lambda dtype, c=clipped: fit(chosen, c, scheme.bits, dtype).round(c))  # type: ignore[misc]
+            difference = (rounded - w).permute(1, 2, 0)  # [G, g, rows]
+            error = torch.bmm(x, difference).square().sum(1).T[..., None]
+            better = error < least
+            best, least = torch.where(better, bound, best), torch.where(better, error, least)
+        return w.clamp(-best, best)
+
+
+def candidate_scale(salience: Tensor, ratio: float, magnitude: Tensor | None = None) -> Tensor:
+    """s `[K]` for an exponent: salience^r, at least 1e-4, with its extremes centred on 1."""
+    s = salience.pow(ratio)
+    if magnitude is not None:
+        s = s / (magnitude.pow(1 - ratio) + 1e-4)
+    s = s.clamp(min=1e-4)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def _relative_magnitude(weights: list[Tensor], scheme: WeightScheme) -> Tensor:
+    """`[K]`: mean over all rows of |w| / max|w| in its group."""
+    stacked = torch.cat(weights)
+    groups = grouped(stacked, scheme).abs()
+    return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(stacked.shape).mean(0)
+
+
+def _batches(group: ScaleGroup) -> list[Tensor]:
+    samples = group.statistics.samples
+    assert samples is not None
+    if samples.dim() != 3 or not samples.numel():
+        raise ValueError(f"group {group.name}: awq needs samples [S, T, K]; got shape {tuple(samples.shape)}")
+    require_finite("activation samples", samples)
+    return list(torch.split(samples, max(1, LOSS_TOKENS // samples.shape[1])))
+
+
+def _loss(group: ScaleGroup, weights: dict[str, Tensor], batches: list[Tensor], targets: list[Tensor]) -> float:
+    """Mean squared change of the module's output."""
+    total = 0.0
+    for x, y in zip(batches, targets, strict=True):
+        total += float((group.forward(weights, x) - y).float().square().sum(dtype=torch.float64))
+    return total / sum(y.numel() for y in targets)
+
+
+def _feeds_scores(name: str) -> bool:
+    """Whether the linear makes queries or keys, alone or fused: clipping them hurts the attention scores."""
+    return any(p.startswith(("q_", "k_")) or "query" in p or "key" in p or "qkv" in p.lower() for p in name.split("."))

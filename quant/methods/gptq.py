@@ -1,0 +1,135 @@
+"""GPTQ (Frantar et al. 2022, arXiv 2210.17323): least output error on calibration data, column by column.
+
+Objective: min tr((W - Q) H (W - Q)ᵀ), H = (2 / sequences) Σ x xᵀ. Shapes: weight `[N, K]`, Hessian `[K, K]`.
+The behaviour is the reference code's, quirks included: per-row ranges are taken from the weight before dead columns are
+zeroed; columns are ordered before damping, dead ones counting as H_jj = 1; the ranges of dynamic groups are taken from
+weights that hold the updates of finished blocks only, so that `block_size` matters with groups. Act-order with dynamic
+groups makes groups of permuted columns and stores each column's group.
+Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
+zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
+steps (the same U). Float64 weights are computed in float64, all others in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.affine import Affine, grouped
+from quant.errors import require_finite
+from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
+from quant.methods.base import Rounded
+from quant.scheme import Granularity, WeightScheme
+from quant.solver import inverse_factor, revive_dead, solve_columns
+from quant.statistics import Statistics
+from quant.tensors.affine import AffineTensor
+
+
+@dataclass(frozen=True)
+class Gptq:
+    name: ClassVar[str] = "gptq"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+
+    grid: str | None = None
+    """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
+    mse: bool = False
+    """Search the range of least error instead of taking the whole range."""
+    act_order: bool = False
+    """Columns by decreasing diagonal of H."""
+    static_groups: bool = False
+    """Ranges of groups from the weight as given, in the plain column order."""
+    block_size: int = 128
+    """Columns between updates of all later columns."""
+    damp: float = 0.01
+    """Fraction of mean(diag H) added to the diagonal."""
+
+    def __post_init__(self) -> None:
+        if self.grid is not None:
+            grid(self.grid)
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
+        if not 0 <= self.damp < float("inf"):
+            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded:
+        """`[N, K]` ▸ affine codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
+        statistics.require("gptq", "hessian")
+        hessian = statistics.hessian
+        assert hessian is not None
+        k = weight.shape[1]
+        if hessian.shape != (k, k):
+            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
+        require_finite("weight", weight)
+        require_finite("Hessian", hessian)
+        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        chosen, notes = choose_grid(self.grid, scheme)
+        groups = grouped(w, scheme)
+
+        h, dead = revive_dead(hessian.to(w))
+        zeroed = int(dead.sum())
+        if zeroed == k:
+            notes.append("no calibration token reached this input: the Hessian counts as the identity")
+        elif zeroed:
+            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+            w = w.masked_fill(dead, 0)
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
+        upper, damp = inverse_factor(h[order][:, order], self.damp)
+        if damp != self.damp:
+            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+
+        def run(scale_dtype: torch.dtype) -> AffineTensor:
+            source = grouped(w, scheme) if scheme.granularity is Granularity.GROUP else groups
+            ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order)
+            codes = solve_columns(w.T[order], upper, self.block_size, ranges.round_column).codes
+            plain = torch.empty_like(codes)
+            plain[order] = codes
+            return AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
+
+        tensor, dtype_notes = with_stored_scales(scheme, run)
+        return Rounded(tensor, damp=damp, notes=notes + dtype_notes)
+
+
+class _Ranges:
+    """Scale and zero of every group, known before the solver starts (per row, per tensor, static) or fitted on the way."""
+
+    def __init__(
+        self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor
+    ) -> None:
+        self.grid, self.bits, self.scale_dtype, self.mse = chosen, scheme.bits, scale_dtype, method.mse
+        self.order = order
+        self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else order.numel()
+        self.dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
+        self.permuted = self.dynamic and method.act_order
+        self.fitted: list[Affine] = []
+        self.plan = (torch.arange(order.numel()) if self.dynamic else order.cpu()).div(self.width, rounding_mode="floor").tolist()
+        if not self.dynamic:
+            all_groups = fit(chosen, groups, self.bits, scale_dtype, self.mse)
+            for g in range(groups.shape[1]):
+                self.fitted.append(Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero))
+
+    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if self.dynamic and j % self.width == 0:
+            new = fit(self.grid, weights[j : j + self.width].T.contiguous(), self.bits, self.scale_dtype, self.mse)
+            self.fitted.append(Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero))
+        affine = self.fitted[self.plan[j]]
+        codes = affine.encode(column)
+        return codes, affine.decode(codes)
+
+    def affine(self) -> Affine:
+        """Scale and zero `[R, G]`."""
+        scale, zero = (torch.stack([getattr(a, part) for a in self.fitted], dim=1) for part in ("scale", "zero"))
+        return Affine(scale, zero, self.bits, self.grid.zero)
+
+    def group_of_column(self) -> Tensor | None:
+        """`[K]` where groups are not consecutive columns."""
+        if not self.permuted:
+            return None
+        index = torch.empty_like(self.order)
+        index[self.order] = torch.arange(self.order.numel(), device=self.order.device) // self.width
+        return index

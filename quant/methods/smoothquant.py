@@ -1,0 +1,55 @@
+"""SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): moves activation outliers into the weights.
+
+Objective: s_j = max|x_j|^α / max|w_j|^(1-α), clamped at 1e-5; columns of the weights are multiplied by s, the norm before
+them divided, so that per-token activations quantize well. Shapes: absmax `[K]`, weights `[N, K]` with max over all rows of all consumers.
+Only inputs that come from a norm are smoothed, as in the reference code (attention output and down projections are not).
+Default alpha 0.5; published runs tune it per model (0.6 to 0.9).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.errors import require_finite
+from quant.methods.base import ScaleGroup
+from quant.scheme import WeightScheme
+from quant.statistics import Statistics
+
+FLOOR = 1e-5
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    name: ClassVar[str] = "smoothquant"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+
+    alpha: float = 0.5
+    """Share of the outliers' size that moves into the weights: 0 none, 1 all."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is not between 0 and 1; 0.5 is usual")
+
+    def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
+        """s `[K]` float32, or None where the input does not come from a norm."""
+        if group.producer_kind != "norm":
+            return None
+        group.statistics.require("smoothquant", "absmax")
+        assert group.statistics.absmax is not None
+        peak = group.statistics.absmax.float()
+        require_finite("activation absmax", peak)
+        for name, weight in group.consumers.items():
+            require_finite(f"weight {name}", weight)
+        widest = torch.stack([w.detach().float().abs().amax(0) for w in group.consumers.values()]).amax(0).clamp(min=FLOOR)
+        return (peak.pow(self.alpha) / widest.pow(1 - self.alpha)).clamp(min=FLOOR)
+
+    def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
+        """Nothing beyond scaling."""
+        return None

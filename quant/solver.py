@@ -1,0 +1,95 @@
+"""The column solver shared by the GPTQ family (GPTQ, Frantar et al. 2022, algorithm 1).
+
+Columns are rounded in order; the error of each is spread over the later ones so that the layer's output error
+tr((W - Q) H (W - Q)ᵀ) stays least. With H⁻¹ = UᵀU, U upper triangular, U_jj² is [(H_{j:,j:})⁻¹]_jj, and the output
+error equals the sum of e² with e = (w_j - q_j) / U_jj.
+
+Everything here works in the float type of its arguments; weights are kept transposed, `[K, N]`, so that a column is
+contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.errors import SingularHessianError
+
+RoundColumn = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, values `[N]`). The weights hold the updates of all finished
+blocks, not those of the block at work."""
+
+
+@dataclass(frozen=True)
+class Solved:
+    codes: Tensor
+    """`[K, N]`."""
+    values: Tensor
+    """`[K, N]`."""
+    loss: Tensor
+    """`[N]`: sum of e² per row, equal to the diagonal of (W - Q) H (W - Q)ᵀ."""
+
+
+def revive_dead(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy with H_jj = 1 where it was 0 (inputs that never fired), and the mask `[K]` of those columns."""
+    dead = hessian.diagonal() == 0
+    revived = hessian.clone()
+    revived.diagonal()[dead] = 1
+    return revived, dead
+
+
+def damping_ladder(damp: float) -> list[float]:
+    """Fractions of mean(diag H) to try in turn: the one asked for, then ten times more each, up to 1."""
+    ladder = [damp]
+    step = max(10 * damp, 1e-4)
+    while step < 1:
+        ladder.append(step)
+        step *= 10
+    return [*ladder, 1.0] if damp < 1 else ladder
+
+
+def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed.
+
+    One Cholesky factorization: reversing rows and columns of H gives H = R Rᵀ with R upper, and U = R⁻¹.
+    Raises SingularHessianError when the whole ladder fails."""
+    mean = hessian.diagonal().mean()
+    ladder = damping_ladder(damp)
+    for fraction in ladder:
+        damped = hessian.clone()
+        damped.diagonal().add_(fraction * mean)
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            upper = lower.flip(0, 1)
+            identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
+            inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+            if bool(torch.isfinite(inverse).all()):
+                return inverse, fraction
+    tried = ", ".join(f"{d:g}" for d in ladder)
+    raise SingularHessianError(
+        f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
+    )
+
+
+def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:
+    """Rounds the columns of `[K, N]` in order. The weight is not changed. `block_size` only says how late the columns
+    of later blocks are updated."""
+    w = weight.clone()
+    k = w.shape[0]
+    codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
+    for start in range(0, k, block_size):
+        end = min(start + block_size, k)
+        block, errors = w[start:end].clone(), torch.empty_like(w[start:end])
+        u = upper[start:end, start:end]
+        diagonal: list[float] = u.diagonal().tolist()
+        for i in range(end - start):
+            codes[start + i], q = round_column(start + i, block[i], w)
+            values[start + i] = q
+            torch.sub(block[i], q, out=errors[i]).div_(diagonal[i])
+            block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
+        loss += errors.square().sum(0)
+        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return Solved(codes, values, loss)

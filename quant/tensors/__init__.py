@@ -1,0 +1,20 @@
+"""Stored formats, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from quant.methods.base import StoredTensor
+from quant.tensors.affine import AffineTensor
+
+FORMATS = {AffineTensor.format: AffineTensor}
+
+
+def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:
+    """The stored tensor whose `pack()` and `meta()` these are. Raises ValueError for an unknown format."""
+    if format not in FORMATS:
+        raise ValueError(f"stored format {format!r} is unknown; this version reads {', '.join(FORMATS)}")
+    return FORMATS[format].unpack(tensors, meta)

@@ -1,0 +1,133 @@
+"""The stored format `affine`: integer codes with a scale and a zero per group.
+
+Payload (short name: type, shape)
+  codes: uint8 bit stream of N·K codes, row-major · scale: float16 or float32 `[R, G]`, R = N (1 for one scale per tensor)
+  zero: a bit stream of R·G codes (code), int16 `[R, G]` (integer), like the scale (float, minimum), absent (constant)
+  g_idx: group of each column `[K]`, uint8, int16 or int32; only when groups are not consecutive columns
+  input_scale: like the scale `[K]`; only when the weight was multiplied by it and nothing before divides by it
+Invariant: `dequantize` is computed from what is stored, so it is the same bits in every process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.accounting import bits_stored
+from quant.affine import Affine, ZeroKind
+from quant.tensors.packing import pack_bits, unpack_bits
+
+
+@dataclass(frozen=True)
+class AffineTensor:
+    format: ClassVar[str] = "affine"
+
+    codes: Tensor
+    """uint8 `[N, K]`."""
+    scale: Tensor
+    """float16 or float32 `[R, G]`."""
+    zero: Tensor
+    """`[R, G]`: uint8 (constant, code), int16 (integer) or like the scale (float, minimum)."""
+    bits: int
+    kind: ZeroKind
+    g_idx: Tensor | None = None
+    """Integers `[K]`."""
+    input_scale: Tensor | None = None
+    """float16 or float32 `[K]`."""
+
+    def __post_init__(self) -> None:
+        n, k = self.codes.shape
+        r, g = self.scale.shape
+        if r not in (1, n) or (self.g_idx is None and k % g) or self.zero.shape != self.scale.shape:
+            raise ValueError(f"codes {(n, k)}, scale {(r, g)} and zero {tuple(self.zero.shape)} do not belong together")
+
+    @staticmethod
+    def build(
+        codes: Tensor,
+        affine: Affine,
+        scale_dtype: torch.dtype,
+        *,
+        g_idx: Tensor | None = None,
+        input_scale: Tensor | None = None,
+    ) -> AffineTensor:
+        """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
+        zero_dtype = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
+        groups = affine.scale.shape[1]
+        index = None if g_idx is None else g_idx.to(torch.uint8 if groups <= 256 else torch.int16 if groups <= 2**15 else torch.int32)
+        return AffineTensor(
+            codes=codes.to(torch.uint8).contiguous(),
+            scale=affine.scale.to(scale_dtype).contiguous(),
+            zero=affine.zero.to(zero_dtype.get(affine.kind, scale_dtype)).contiguous(),
+            bits=affine.bits,
+            kind=affine.kind,
+            g_idx=index,
+            input_scale=None if input_scale is None else input_scale.to(scale_dtype),
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        n, k = self.codes.shape
+        return n, k
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group."""
+        return self.shape[1] // self.scale.shape[1]
+
+    @property
+    def bits_nominal(self) -> float:
+        return float(self.bits)
+
+    @property
+    def bits_stored(self) -> float:
+        return bits_stored(self.pack(), self.codes.numel())
+
+    def with_input_scale(self, scale: Tensor) -> AffineTensor:
+        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
+        return replace(self, input_scale=scale.to(self.scale.dtype))
+
+    def columns(self, per_group: Tensor) -> Tensor:
+        """`[R, G]` ▸ float32 `[R, K]`: the value of each column's group."""
+        if self.g_idx is not None:
+            return per_group.float()[:, self.g_idx.long()]
+        return per_group.float().repeat_interleave(self.group_size, dim=1)
+
+    def dequantize(self) -> Tensor:
+        """float32 `[N, K]`."""
+        affine = Affine(self.columns(self.scale), self.columns(self.zero), self.bits, self.kind)
+        weight = affine.decode(self.codes.float())
+        return weight if self.input_scale is None else weight / self.input_scale.float()
+
+    def pack(self) -> dict[str, Tensor]:
+        payload = {"codes": pack_bits(self.codes, self.bits), "scale": self.scale}
+        if self.kind is ZeroKind.CODE:
+            payload["zero"] = pack_bits(self.zero, self.bits)
+        elif self.kind is not ZeroKind.CONSTANT:
+            payload["zero"] = self.zero
+        if self.g_idx is not None:
+            payload["g_idx"] = self.g_idx
+        if self.input_scale is not None:
+            payload["input_scale"] = self.input_scale
+        return payload
+
+    def meta(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "bits": self.bits, "zero": self.kind.value}
+
+    @staticmethod
+    def unpack(payload: Mapping[str, Tensor], meta: Mapping[str, Any]) -> AffineTensor:
+        """Inverse of `pack` and `meta`; raises ValueError when they do not belong together."""
+        (n, k), bits, kind = meta["shape"], int(meta["bits"]), ZeroKind(meta["zero"])
+        scale = payload["scale"]
+        if kind is ZeroKind.CONSTANT:
+            zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=scale.device)
+        elif kind is ZeroKind.CODE:
+            zero = unpack_bits(payload["zero"], bits, math.prod(scale.shape)).view(scale.shape)
+        else:
+            zero = payload["zero"]
+        codes = unpack_bits(payload["codes"], bits, n * k).view(n, k)
+        return AffineTensor(codes, scale, zero, bits, kind, payload.get("g_idx"), payload.get("input_scale"))
