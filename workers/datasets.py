@@ -1,0 +1,201 @@
+"""Texts: from a location to documents, from documents to tokens, from tokens to calibration samples.
+
+Rows of a .jsonl (or .json with one object a line) and of hub data sets are documents as they are, empty ones included,
+since the perplexity protocol joins them all. Plain text is cut by `TextSpec.split`, and blank documents are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.checkpoint import locate
+from workers.errors import InputError
+from workers.request import Location
+from workers.specs import CalibrationSpec, TextSpec
+
+Tokenizer = Callable[..., Any]
+"""A tokenizer of transformers: text ▸ mapping with `input_ids`."""
+
+SPLITS: dict[str, Callable[[str], list[str]]] = {
+    "rows": lambda text: text.splitlines(),
+    "paragraphs": lambda text: [p.strip("\n") for p in re.split(r"\n[ \t]*\n", text)],
+    "endoftext": lambda text: [p.strip() for p in text.split("<|endoftext|>")],
+    "whole": lambda text: [text],
+}
+JSON_SUFFIXES = (".jsonl", ".json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+MISSES = 1000
+"""Random documents in a row that are too short before sampling=documents gives up."""
+
+
+def load_documents(location: Location, spec: TextSpec) -> list[str]:
+    """Documents of a text, after skip_documents and documents. Raises InputError."""
+    found = _hub_rows(location, spec) if location.kind == "hub_dataset" else _file_documents(Path(location.path), spec)
+    end = None if spec.documents is None else spec.skip_documents + spec.documents
+    chosen = found[spec.skip_documents : end]
+    if not any(chosen):
+        raise InputError(
+            f"{location.path}: no text is left of {len(found)} documents after skip_documents={spec.skip_documents}, "
+            f"documents={spec.documents}; lower text.skip_documents or give a longer text"
+        )
+    return chosen
+
+
+def _file_documents(path: Path, spec: TextSpec) -> list[str]:
+    if not path.is_file():
+        raise InputError(f"text {path} is not a file; give a .jsonl or .txt file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"text {path} is not UTF-8 (byte {e.start}); convert it") from e
+    if not text.strip():
+        raise InputError(f"text {path} is empty; give a text of at least one window of tokens")
+    if path.suffix in JSON_SUFFIXES:
+        return _json_rows(path, text, spec.field)
+    if spec.split not in SPLITS:
+        raise InputError(f"text.split={spec.split!r}; allowed: {', '.join(sorted(SPLITS))}")
+    return [d for d in SPLITS[spec.split](text) if d.strip()]
+
+
+def _json_rows(path: Path, text: str, field: str | None) -> list[str]:
+    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as e:
+            raise InputError(f"{path}, line {number}, is not JSON ({e}); the file may be truncated, copy it again") from e
+    return [_field(row, field, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _field(row: Any, field: str | None, where: str) -> str:
+    keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    if field is None:
+        raise InputError(f"{where}: rows of JSON need text.field, the key of the text; this row has {keys}")
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise InputError(f"{where} has no text under {field!r}; it has {keys}; set text.field")
+    return str(row[field])
+
+
+def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
+    import datasets
+    from huggingface_hub import constants
+
+    options = location.options
+    split = options.get("split") or "train"
+    files = options.get("data_files")
+    try:
+        rows = datasets.load_dataset(
+            location.path,
+            name=options.get("config"),
+            split=split,
+            revision=location.revision,
+            data_files=None if files is None else {split: files},
+        )
+    except (ConnectionError, FileNotFoundError, ValueError) as e:
+        if isinstance(e, ConnectionError) and not constants.HF_HUB_OFFLINE:
+            raise
+        offline = "HF_HUB_OFFLINE is set and it is not in the local cache; " if constants.HF_HUB_OFFLINE else ""
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise InputError(
+            f"data set {location.path} at {location.revision} cannot be read: {offline}{reason}. "
+            "Set data_dir= (or BITGRID_DATA), text.path=, or let the hub be reached"
+        ) from e
+    if spec.field is None or spec.field not in rows.column_names:
+        raise InputError(f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}")
+    end = None if spec.documents is None else min(len(rows), spec.skip_documents + spec.documents)
+    return [str(text) for text in rows[:end][spec.field]]
+
+
+def load_tokenizer(location: Location) -> Tokenizer:
+    """The model's own tokenizer. Raises InputError when its folder has none."""
+    from transformers import AutoTokenizer
+
+    folder = locate(location)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
+    """One call for the whole text ▸ tokens `[L]` int64; a beginning token comes once, if the tokenizer adds it."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def calibration_tokens(location: Location, spec: CalibrationSpec, tokenizer: Tokenizer) -> Tensor:
+    """Calibration samples `[S, T]` int64, drawn with Python's `random.Random(seed)` as the GPTQ repository does.
+
+    windows: start randint(0, L - T - 1) in the joined text of L tokens; documents: random documents until one has more
+    than T tokens, then a random window in it; sequential: the first S windows. Raises InputError on too short a text.
+    """
+    if spec.samples < 1 or spec.sequence_length < 2:
+        raise InputError(
+            f"calibration.samples={spec.samples}, sequence_length={spec.sequence_length}: at least 1 sample of 2 tokens is needed"
+        )
+    if spec.sampling not in SAMPLINGS:
+        raise InputError(f"calibration.sampling={spec.sampling!r}; allowed: {', '.join(sorted(SAMPLINGS))}")
+    return SAMPLINGS[spec.sampling](load_documents(location, spec.text), spec, tokenizer, location.path)
+
+
+def _windows(documents: Sequence[str], spec: CalibrationSpec, tokenizer: Tokenizer, where: str) -> Tensor:
+    tokens = tokenize(tokenizer, spec.text.join.join(documents))
+    length = spec.sequence_length
+    if len(tokens) <= length:
+        raise InputError(
+            f"calibration text {where} has {len(tokens)} tokens; windows of calibration.sequence_length={length} need more: "
+            "lower it or give a longer text"
+        )
+    rng = random.Random(spec.seed)
+    starts = [rng.randint(0, len(tokens) - length - 1) for _ in range(spec.samples)]
+    return torch.stack([tokens[i : i + length] for i in starts])
+
+
+def _documents(documents: Sequence[str], spec: CalibrationSpec, tokenizer: Tokenizer, where: str) -> Tensor:
+    rng, length = random.Random(spec.seed), spec.sequence_length
+    known: dict[int, Tensor] = {}
+    samples: list[Tensor] = []
+    for _ in range(spec.samples):
+        for _ in range(MISSES):
+            index = rng.randint(0, len(documents) - 1)
+            if index not in known:
+                known[index] = tokenize(tokenizer, documents[index])
+            if len(known[index]) > length:
+                break
+        else:
+            longest = max(len(t) for t in known.values())
+            raise InputError(
+                f"calibration text {where}: none of {MISSES} random documents has more than calibration.sequence_length={length} "
+                f"tokens (the longest seen has {longest}); lower it, or set calibration.sampling=windows"
+            )
+        start = rng.randint(0, len(known[index]) - length - 1)
+        samples.append(known[index][start : start + length])
+    return torch.stack(samples)
+
+
+def _sequential(documents: Sequence[str], spec: CalibrationSpec, tokenizer: Tokenizer, where: str) -> Tensor:
+    tokens = tokenize(tokenizer, spec.text.join.join(documents))
+    needed = spec.samples * spec.sequence_length
+    if len(tokens) < needed:
+        raise InputError(
+            f"calibration text {where} has {len(tokens)} tokens; {spec.samples} consecutive windows of {spec.sequence_length} need "
+            f"{needed}: lower calibration.samples or sequence_length, or give a longer text"
+        )
+    return tokens[:needed].view(spec.samples, spec.sequence_length)
+
+
+SAMPLINGS: dict[str, Callable[[Sequence[str], CalibrationSpec, Tokenizer, str], Tensor]] = {
+    "windows": _windows,
+    "documents": _documents,
+    "sequential": _sequential,
+}

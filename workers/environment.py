@@ -1,0 +1,56 @@
+"""Where a stage ran: versions, processor, device. For records; never identity."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """JSON description of this process; `device` as torch writes it (cpu, cuda:0)."""
+    import torch
+
+    return {**_fixed(device), "threads": torch.get_num_threads()}
+
+
+@lru_cache(maxsize=8)
+def _fixed(device: str) -> dict[str, Any]:
+    import torch
+
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "hostname": socket.gethostname(),
+        "kernel": platform.release(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "device": device,
+        "device_name": _cpu_model(),
+    }
+    if device.startswith("cuda"):
+        found["device_name"] = torch.cuda.get_device_name(device)
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

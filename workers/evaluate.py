@@ -1,0 +1,170 @@
+"""The evaluate stage: scores of a variant on one task, and one row per item.
+
+Inputs by role: `quantize`, the artifact of the variant (none: the unquantized model); `reference`, the unquantized model's
+own evaluation, for divergence. Payload: items.parquet, and the reference's log-probabilities where this is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from workers.context import Context
+from workers.errors import InputError
+from workers.memory import PeakMemory
+from workers.residency import Residency
+from workers.specs import EvaluateSpec, TaskSpec
+from workers.tasks import base, divergence, perplexity
+
+TASKS: dict[str, ModuleType] = {task.KIND: task for task in (perplexity, divergence)}
+ITEMS = "items.parquet"
+P = TypeVar("P")
+
+
+def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
+    """Write items.parquet into `payload`; return {scores, primary, n_items, n_tokens, peak_memory_bytes}.
+
+    Raises InputError (unknown task, parameters, too short a text), NumericalError (logits that are not finite),
+    CorruptArtifactError.
+    """
+    check_task(spec.task)
+    peak = PeakMemory(context.device)
+    stage = _Stage(spec, inputs, payload, context, residency)
+    result = stage.perplexity() if spec.task.kind == perplexity.KIND else stage.divergence()
+    with context.phase("write"):
+        _write_items(result, payload / ITEMS)
+    return {
+        "scores": result.scores,
+        "primary": result.primary,
+        "n_items": result.n_items,
+        "n_tokens": result.n_tokens,
+        "peak_memory_bytes": peak.bytes(),
+    }
+
+
+def check_task(task: TaskSpec) -> None:
+    """Raises InputError for a task kind or version this worker does not have."""
+    if task.kind not in TASKS:
+        raise InputError(f"task kind {task.kind!r}; allowed: {', '.join(sorted(TASKS))}")
+    version = TASKS[task.kind].VERSION
+    if task.version != version:
+        raise InputError(
+            f"task {task.kind} version {task.version} is asked for, this worker has version {version}; "
+            "driver and workers must run the same bitgrid"
+        )
+
+
+def parse_params(kind: type[P], task: TaskSpec) -> P:
+    """The task's parameters as their dataclass. Raises InputError for an unknown name."""
+    given = dict(task.params)
+    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise InputError(f"task.params.{unknown[0]} is unknown to {task.kind}; allowed: {', '.join(known)}")
+    for name, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise InputError(f"task.params.{name}={value!r}; give a whole number")
+    return kind(**given)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    spec: EvaluateSpec
+    inputs: Mapping[str, Path]
+    payload: Path
+    context: Context
+    residency: Residency
+
+    def perplexity(self) -> base.Result:
+        params = parse_params(perplexity.Params, self.spec.task)
+        windows = base.cut(self._tokens(), params.window, params.limit, params.max_windows)
+        return self._scored(windows, lambda logits: perplexity.run(logits, windows, self._batch_tokens))
+
+    def divergence(self) -> base.Result:
+        params = parse_params(divergence.Params, self.spec.task)
+        windows = base.cut(self._tokens(), params.window, params.limit)
+        if self._is_reference:
+            budget = self.context.hints.reference_bytes
+            result = self._scored(
+                windows, lambda logits: divergence.run_reference(logits, windows, self._batch_tokens, self.payload, budget)
+            )
+        else:
+            reference = self._reference(windows)
+            result = self._scored(windows, lambda logits: divergence.run(reference, logits, windows, self._batch_tokens))
+        return result
+
+    @property
+    def _is_reference(self) -> bool:
+        return "quantize" not in self.inputs and self.spec.activation is None and self.spec.kv is None
+
+    @property
+    def _batch_tokens(self) -> int:
+        return self.context.hints.batch_tokens
+
+    def _tokens(self) -> Tensor:
+        return self.residency.tokens(self.context, self.spec.model, self.spec.task.text)
+
+    def _reference(self, windows: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities of the unquantized model, stored or walked side by side."""
+        if "reference" not in self.inputs:
+            raise InputError("divergence of a variant needs the unquantized model's evaluation as its input `reference`")
+        found = divergence.stored(self.inputs["reference"], windows, self._batch_tokens)
+        if found is not None:
+            return found
+        self.context.notes.append("the reference was walked beside the variant: its log-probabilities were above hints.reference_bytes")
+        model = self.residency.unquantized(self.context, self.spec.model)
+        return divergence.walk(resident_logits(model, self.context.device, nullcontext), windows, self._batch_tokens)
+
+    def _scored(self, windows: Tensor, run: Callable[[base.Logits], base.Result]) -> base.Result:
+        spec, artifact = self.spec, self.inputs.get("quantize")
+        model = (
+            self.residency.unquantized(self.context, spec.model)
+            if artifact is None
+            else self.residency.variant(self.context, spec.model, artifact)
+        )
+
+        def runtime() -> AbstractContextManager[None]:
+            return self.residency.runtime(model, artifact, spec.activation, spec.kv)
+
+        _check_fits(model, windows)
+        with self.context.phase("forward"), torch.inference_mode():
+            return run(resident_logits(model, self.context.device, runtime))
+
+
+def _check_fits(model: nn.Module, windows: Tensor) -> None:
+    """Raises InputError for tokens or positions the model does not have."""
+    config = getattr(model, "config", None)
+    vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    if vocabulary is not None and int(windows.max()) >= vocabulary:
+        raise InputError(f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}; the tokenizer is another model's")
+    if positions is not None and windows.shape[1] > positions:
+        raise InputError(f"task.params.window={windows.shape[1]} is above the model's {positions} positions; use {positions} or less")
+
+
+def resident_logits(model: nn.Module, device: torch.device, runtime: Callable[[], AbstractContextManager[None]]) -> base.Logits:
+    """A model that is wholly on its device, as tasks see it.
+
+    Run-time parts are attached for each forward pass only: a reference walked beside the variant may be the same module.
+    """
+
+    def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for batch in batches:
+            with runtime(), torch.inference_mode():
+                out = model(input_ids=batch.to(device), use_cache=False).logits
+            yield out
+
+    return logits
+
+
+def _write_items(result: base.Result, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(result.columns), path)

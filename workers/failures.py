@@ -1,0 +1,50 @@
+"""Exceptions of a stage ▸ the class the driver answers by. Standard library only.
+
+Libraries' exceptions are recognised by name and text, so that nothing heavy is imported to report a failure.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from workers.artifact import CorruptArtifactError
+from workers.errors import WorkerError
+from workers.request import ErrorClass, Failure
+
+MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
+NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError"})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+
+def classify(error: BaseException) -> ErrorClass:
+    """First match: corrupt artifact, our own classes, memory, disk, numerical, missing files (user), device and I/O trouble
+    (infrastructure), anything else (internal)."""
+    names = {c.__name__ for c in type(error).__mro__}
+    text = str(error)
+    if isinstance(error, CorruptArtifactError):
+        return ErrorClass.CORRUPT
+    if isinstance(error, WorkerError):
+        return error.error_class
+    if names & MEMORY or "can't allocate memory" in text or "CUDA out of memory" in text or getattr(error, "errno", None) == errno.ENOMEM:
+        return ErrorClass.MEMORY
+    # safetensors and pyarrow wrap the operating system's error in their own.
+    if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in text or "os error 28" in text:
+        return ErrorClass.DISK_FULL
+    if names & NUMERICAL:
+        return ErrorClass.NUMERICAL
+    if isinstance(error, MISSING):
+        return ErrorClass.USER
+    if isinstance(error, OSError) or "AcceleratorError" in names or "CUDA error" in text:
+        return ErrorClass.INFRASTRUCTURE
+    return ErrorClass.INTERNAL
+
+
+def failure(error: BaseException, log_tail: str) -> Failure:
+    return Failure(
+        error_class=classify(error),
+        type=type(error).__name__,
+        message=str(error) or type(error).__name__,
+        log_tail=log_tail,
+        corrupt_key=error.key if isinstance(error, CorruptArtifactError) else None,
+    )

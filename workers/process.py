@@ -1,0 +1,98 @@
+"""What surrounds a stage in its process: device, seeds, threads, determinism and log file. Standard library only at import."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workers.errors import InputError
+from workers.request import Hints
+
+if TYPE_CHECKING:
+    import torch
+
+LOG = "log.txt"
+TAIL_LINES = 40
+
+
+def pick_device(hints: Hints) -> torch.device:
+    """The device `hints.device` names; auto takes CUDA where it is. Raises InputError."""
+    import torch
+
+    if hints.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if hints.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"hints.device={hints.device}, but torch sees no CUDA device here; use cpu or auto")
+    try:
+        return torch.device(hints.device)
+    except RuntimeError as e:
+        raise InputError(f"hints.device={hints.device!r} is no device; use auto, cpu, cuda or cuda:N") from e
+
+
+@contextmanager
+def fixed_state(key: str, hints: Hints) -> Iterator[None]:
+    """Seeds from the key, deterministic operations and the request's threads; what was set before comes back."""
+    # Read by cuBLAS when its first handle is made; without it deterministic matrix products only warn.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import numpy as np
+    import torch
+    from torch.utils import deterministic as memory
+
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that writes every new tensor once more.
+    memory.fill_uninitialized_memory = False
+    if hints.threads is not None:
+        torch.set_num_threads(hints.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fill
+
+
+@contextmanager
+def logged(folders: Sequence[Path]) -> Iterator[None]:
+    """Python's logging of this process, warnings included, into log.txt of every folder."""
+    root = logging.getLogger()
+    level = root.level
+    with ExitStack() as stack:
+        for folder in folders:
+            handler = logging.FileHandler(folder / LOG, mode="a", encoding="utf-8")
+            handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+            stack.callback(handler.close)
+            stack.callback(root.removeHandler, handler)
+            root.addHandler(handler)
+        stack.callback(root.setLevel, level)
+        root.setLevel(min(level or logging.WARNING, logging.INFO))
+        stack.callback(logging.captureWarnings, False)
+        logging.captureWarnings(True)
+        yield
+
+
+def formatted(error: BaseException) -> str:
+    """Traceback as text."""
+    return "".join(traceback.format_exception(type(error), error, error.__traceback__))
+
+
+def tail(folder: Path) -> str:
+    """Last lines of the folder's log."""
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-TAIL_LINES:])

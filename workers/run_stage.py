@@ -1,0 +1,214 @@
+"""Runs the stages of one request, one after another, and reports each as it ends.
+
+    python -m workers.run_stage request.json [--outcomes FILE]
+
+A stage gets a fixed seed from its key, fixed threads, and a staging folder for payload/ and log.txt. Whatever it raises
+becomes a classed failure of that stage alone. Nothing is committed here: the driver does. Only the standard library is
+imported until a stage runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workers.artifact import PAYLOAD
+from workers.failures import failure
+from workers.process import fixed_state, formatted, logged, pick_device, tail
+from workers.request import ErrorClass, Outcome, Request, StageRequest
+from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, QuantizeSpec, Spec, StageKind, from_json
+
+if TYPE_CHECKING:
+    from workers.context import Context
+    from workers.residency import Residency
+
+log = logging.getLogger("workers")
+_one_request = threading.Lock()
+"""Seeds, threads, log handlers and resident models belong to the process."""
+
+
+@dataclass(frozen=True)
+class Runners:
+    """The stage functions, loaded when first used."""
+
+    calibrate: Callable[[Mapping[str, tuple[CalibrateSpec, Path]], Context], dict[str, dict[str, Any]]]
+    quantize: Callable[[QuantizeSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
+    evaluate: Callable[[EvaluateSpec, Mapping[str, Path], Path, Context, Residency], dict[str, Any]]
+
+
+def _calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
+    from workers.calibrate import run_calibrate
+
+    return run_calibrate(stages, context)
+
+
+def _quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, context: Context) -> dict[str, Any]:
+    from workers.quantize import run_quantize
+
+    return run_quantize(spec, inputs, payload, context)
+
+
+def _evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
+    from workers.evaluate import run_evaluate
+
+    return run_evaluate(spec, inputs, payload, context, residency)
+
+
+RUNNERS = Runners(_calibrate, _quantize, _evaluate)
+
+
+def run_request(
+    request: Request,
+    on_outcome: Callable[[Outcome], None],
+    should_stop: Callable[[], bool] = lambda: False,
+    runners: Runners = RUNNERS,
+) -> None:
+    """Run every stage of `request`; `on_outcome` is called once per stage as it ends.
+
+    Calibrate stages of the same model and calibration set share one forward pass. When `should_stop` says so, the running
+    stage ends and the others get no outcome. Never raises for what a stage does. One request runs at a time in a process.
+    """
+    with _one_request:
+        for group in _groups(request.stages):
+            if should_stop():
+                return
+            for outcome in _run_group(group, request, runners):
+                on_outcome(outcome)
+
+
+def _groups(stages: Sequence[StageRequest]) -> list[list[StageRequest]]:
+    """Stages in order; the calibrate stages that share a forward pass together, where the first of them stands."""
+    groups: dict[str, list[StageRequest]] = {}
+    for stage in stages:
+        shared = stage.kind == StageKind.CALIBRATE.value
+        name = json.dumps([stage.spec.get("model"), stage.spec.get("calibration")], sort_keys=True) if shared else stage.key
+        groups.setdefault(name, []).append(stage)
+    return list(groups.values())
+
+
+def _run_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
+    started = time.time()
+    try:
+        with logged([Path(stage.staging) for stage in group]):
+            return _run_logged(group, request, runners, started)
+    except Exception as e:  # the staging folder itself cannot be used
+        return [Outcome(stage.key, failure=failure(e, formatted(e))) for stage in group]
+
+
+def _run_logged(group: list[StageRequest], request: Request, runners: Runners, started: float) -> list[Outcome]:
+    from workers.residency import process_residency
+
+    for stage in group:
+        log.info("%s %s, attempt %d", stage.kind, stage.key, stage.attempt)
+    try:
+        context = _context(request)
+        with fixed_state(group[0].key, request.hints):
+            summaries = _dispatch(group, context, runners)
+    except Exception as e:
+        log.error("failed\n%s", formatted(e))
+        outcomes = [Outcome(stage.key, failure=failure(e, tail(Path(stage.staging)))) for stage in group]
+        if any(o.failure and o.failure.error_class is ErrorClass.MEMORY for o in outcomes):
+            # A retry with smaller batches needs the room that resident models take.
+            process_residency().clear()
+        return outcomes
+    log.info("done in %.2f s", time.time() - started)
+    return _records(group, request, context, summaries, (started, time.time()))
+
+
+def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> dict[str, dict[str, Any]]:
+    """Key ▸ summary. A group of several is calibrate stages."""
+    from workers.residency import process_residency
+
+    specs = {stage.key: _spec(stage) for stage in group}
+    payloads = {stage.key: Path(stage.staging) / PAYLOAD for stage in group}
+    for payload in payloads.values():
+        payload.mkdir(exist_ok=True)
+    stage, spec = group[0], specs[group[0].key]
+    inputs = {role: Path(i.path) for role, i in stage.inputs.items()}
+    if isinstance(spec, EvaluateSpec):
+        return {stage.key: runners.evaluate(spec, inputs, payloads[stage.key], context, process_residency())}
+    if isinstance(spec, QuantizeSpec):
+        return {stage.key: runners.quantize(spec, inputs, payloads[stage.key], context)}
+    wanted = {key: (s, payloads[key]) for key, s in specs.items() if isinstance(s, CalibrateSpec)}
+    return runners.calibrate(wanted, context)
+
+
+def _spec(stage: StageRequest) -> Spec:
+    spec: Spec = from_json(SPEC_TYPES[StageKind(stage.kind)], stage.spec)
+    return spec
+
+
+def _records(
+    group: list[StageRequest],
+    request: Request,
+    context: Context,
+    summaries: dict[str, dict[str, Any]],
+    interval: tuple[float, float],
+) -> list[Outcome]:
+    """One draft record per stage. Stages that shared a forward pass get equal, consecutive shares of its time, so that
+    times add up over stages."""
+    from workers.environment import environment
+
+    share = (interval[1] - interval[0]) / len(group)
+    notes = list(context.notes)
+    if len(group) > 1:
+        notes.append(f"ran together with {len(group) - 1} other calibrate stages; its times are an equal share")
+    seconds = {name: value / len(group) for name, value in context.seconds.items()}
+    return [
+        Outcome(
+            stage.key,
+            record={
+                "started": interval[0] + i * share,
+                "ended": interval[0] + (i + 1) * share,
+                "seconds": {**seconds, "total": share},
+                "environment": environment(str(context.device)),
+                "hints": asdict(request.hints),
+                "notes": notes,
+                "summary": summaries[stage.key],
+            },
+        )
+        for i, stage in enumerate(group)
+    ]
+
+
+def _context(request: Request) -> Context:
+    from workers.context import Context
+
+    return Context(models=request.models, texts=request.texts, hints=request.hints, device=pick_device(request.hints))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when every stage of the request succeeded, 1 otherwise, 2 for a request that cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m workers.run_stage", description="Run the stages of one request.")
+    parser.add_argument("request", type=Path, help="a request as JSON (workers.request.Request)")
+    parser.add_argument("--outcomes", type=Path, help="append outcomes, one JSON object a line, to this file instead of stdout")
+    options = parser.parse_args(argv)
+    try:
+        request = Request.from_json(json.loads(options.request.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        print(f"{options.request} is not a request: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+    succeeded: list[str] = []
+    with ExitStack() as stack:
+        out = stack.enter_context(options.outcomes.open("a")) if options.outcomes else sys.stdout
+
+        def report(outcome: Outcome) -> None:
+            print(json.dumps(outcome.to_json()), file=out, flush=True)
+            if outcome.failure is None:
+                succeeded.append(outcome.key)
+
+        run_request(request, report)
+    return 0 if len(succeeded) == len(request.stages) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What all tasks share: the model as a function, windows of tokens, per-item rows and the score of a token.
+
+Letters: n windows of T tokens, B windows a batch, V vocabulary, M rows of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.errors import InputError, NumericalError
+
+Logits = Callable[[Sequence[Tensor]], Iterator[Tensor]]
+"""Batches of tokens `[B, T]` int64 ▸ their logits `[B, T, V]`, one by one in order. Takes all batches at once, so that a
+model that does not fit can walk them block by block."""
+
+Column = list[str] | list[int] | list[float]
+
+CHUNK_BYTES = 64 * 2**20
+"""Bound for one float32 copy of logits."""
+
+
+@dataclass(frozen=True)
+class Result:
+    columns: dict[str, Column]
+    """Per item: id, n_tokens, weight and the metrics; equal lengths, items in a fixed order."""
+    scores: dict[str, float]
+    primary: str
+
+    @property
+    def n_items(self) -> int:
+        return len(self.columns["id"])
+
+    @property
+    def n_tokens(self) -> int:
+        return int(sum(int(n) for n in self.columns["n_tokens"]))
+
+
+def cut(tokens: Tensor, window: int, limit: int | None = None, max_windows: int | None = None) -> Tensor:
+    """tokens `[L]` ▸ windows `[n, T]` that do not overlap; the last, partial one is dropped (methods of the GPTQ literature).
+
+    `max_windows` shortens the text first, `limit` takes the first windows. Raises InputError when no window is left.
+    """
+    if window < 2:
+        raise InputError(f"task.params.window={window} leaves nothing to predict; it must be at least 2")
+    bounds = [b for b in (limit, max_windows) if b is not None]
+    if bounds and min(bounds) < 1:
+        raise InputError(f"task.params.limit={limit}, max_windows={max_windows}: at least one window is needed; null means all")
+    count = min([tokens.numel() // window, *bounds])
+    if count < 1:
+        raise InputError(
+            f"the text has {tokens.numel()} tokens, fewer than one window of {window}; give a longer text or lower task.params.window"
+        )
+    return tokens[: count * window].reshape(count, window)
+
+
+def batches(windows: Tensor, batch_tokens: int) -> list[Tensor]:
+    """Consecutive windows of at most `batch_tokens` tokens together (at least one window)."""
+    return list(windows.split(max(1, batch_tokens // windows.shape[1])))
+
+
+def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of M rows whose float32 logits stay below CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // (4 * vocabulary))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def log_probs(logits: Tensor) -> Tensor:
+    """`[M, V]` of any float type ▸ log-probabilities, float32."""
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def predictions(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """logits `[B, T, V]`, batch `[B, T]` ▸ logits that predict a token of the window `[B (T-1), V]`, and that token `[B (T-1)]`."""
+    return logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten().to(logits.device)
+
+
+def check_finite(values: Tensor, first_window: int) -> None:
+    """values `[B]` of consecutive windows. Raises NumericalError naming the first that is not finite."""
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        raise NumericalError(
+            f"window {first_window + int(bad[0])} scores {float(values[bad[0, 0]])}: the model's logits are not finite; "
+            "more bits, smaller groups or model.dtype=float32 help when a variant overflows"
+        )
+
+
+def item_ids(count: int) -> list[str]:
+    return [f"w{i:05d}" for i in range(count)]

@@ -1,0 +1,160 @@
+"""How far a variant's predictions are from the unquantized model's, token by token.
+
+kl: KL(reference || variant) of the next-token distributions, nats; top1_agreement: share of tokens where both predict the
+same token; flips: share of tokens where the prediction turned from right to wrong or back ("Accuracy is Not All You
+Need", Dutta et al. 2024); nll: the variant's. Windows are read alone; the T-1 positions with a known next token count.
+
+The reference's log-probabilities come from its own evaluation, stored while they fit a budget, or from the reference
+model walked beside the variant. Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from workers.artifact import CorruptArtifactError, payload_path
+from workers.tasks.base import Column, Logits, Result, batches, check_finite, item_ids, log_probs, predictions, row_chunks
+
+KIND = "divergence"
+VERSION = 1
+PRIMARY = "kl"
+METRICS = {"kl": False, "top1_agreement": True, "flips": False, "nll": False}
+"""Metric ▸ whether higher is better."""
+MARKER = "reference.json"
+STORED = "reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Params:
+    window: int = 512
+    limit: int | None = None
+    """Windows; None for all."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per predicted token of a batch, `[B, T-1]` each."""
+
+    kl: Tensor
+    agree: Tensor
+    flip: Tensor
+    nll: Tensor
+
+
+def compare(reference: Tensor, logits: Tensor, batch: Tensor) -> TokenScores:
+    """reference: log-probabilities `[B, T-1, V]` float32; logits `[B, T, V]` of the variant; tokens `[B, T]`."""
+    rows, targets = predictions(logits, batch)
+    expected = reference.flatten(0, 1)
+    scores = [torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(4)]
+    for part in row_chunks(*rows.shape):
+        p, q, target = expected[part].to(rows.device), log_probs(rows[part]), targets[part]
+        terms = p.exp() * (p - q)
+        if torch.isneginf(p.amin()):  # masked vocabulary entries: 0 log 0 counts as 0
+            terms.masked_fill_(torch.isneginf(p), 0.0)
+        top, other = p.argmax(1), q.argmax(1)
+        # Rounding can leave a tiny negative sum where both are nearly equal.
+        scores[0][part] = terms.sum(1).clamp_min_(0.0)
+        scores[1][part] = (top == other).float()
+        scores[2][part] = ((top == target) != (other == target)).float()
+        scores[3][part] = -q.gather(1, target[:, None])[:, 0]
+    return TokenScores(*(s.view(batch.shape[0], -1) for s in scores))
+
+
+def run(reference: Iterator[Tensor], logits: Logits, windows: Tensor, batch_tokens: int) -> Result:
+    """reference: log-probabilities `[B, T-1, V]` per batch, in order; windows `[n, T]` ▸ one item per window."""
+    work = batches(windows, batch_tokens)
+    items = _Items()
+    for batch, expected, out in zip(work, reference, logits(work), strict=True):
+        items.add(compare(expected, out, batch))
+    return items.result(windows)
+
+
+def run_reference(logits: Logits, windows: Tensor, batch_tokens: int, payload: Path, budget_bytes: int) -> Result:
+    """Evaluate the reference itself (kl 0, agreement 1, flips 0). Its log-probabilities are stored in `payload` when they
+    fit `budget_bytes`; the marker says whether."""
+    count, length = windows.shape
+    work = batches(windows, batch_tokens)
+    items = _Items()
+    kept: Tensor | None = None
+    needed = 0
+    start = 0
+    for batch, out in zip(work, logits(work), strict=True):
+        found = _window_log_probs(out, batch)
+        items.add(compare(found, out, batch))
+        if start == 0:
+            needed = 4 * count * (length - 1) * found.shape[-1]
+            kept = torch.empty(count, *found.shape[1:]) if needed <= budget_bytes else None
+        if kept is not None:
+            kept[start : start + len(batch)] = found.cpu()
+        start += len(batch)
+    if kept is not None:
+        save_file({"log_probs": kept}, payload / STORED)
+    marker = {"stored": kept is not None, "bytes": needed, "windows": count, "window": length}
+    (payload / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
+    return items.result(windows)
+
+
+def walk(logits: Logits, windows: Tensor, batch_tokens: int) -> Iterator[Tensor]:
+    """Log-probabilities `[B, T-1, V]` float32 of the reference model, batch by batch."""
+    work = batches(windows, batch_tokens)
+    for batch, out in zip(work, logits(work), strict=True):
+        yield _window_log_probs(out, batch)
+
+
+def stored(folder: Path, windows: Tensor, batch_tokens: int) -> Iterator[Tensor] | None:
+    """Log-probabilities as `walk` gives them, from the reference's artifact folder; None when it did not store them.
+
+    Raises CorruptArtifactError.
+    """
+    marker = json.loads(payload_path(folder, MARKER).read_text())
+    if not marker["stored"]:
+        return None
+    path = payload_path(folder, STORED)
+    if (marker["windows"], marker["window"]) != tuple(windows.shape):
+        raise CorruptArtifactError(folder.name, f"it holds windows {marker['windows']} x {marker['window']}, not {tuple(windows.shape)}")
+    return _read(path, [len(b) for b in batches(windows, batch_tokens)])
+
+
+def _read(path: Path, sizes: list[int]) -> Iterator[Tensor]:
+    start = 0
+    with safe_open(path, framework="pt") as f:
+        rows = f.get_slice("log_probs")
+        for size in sizes:
+            yield rows[start : start + size]
+            start += size
+
+
+def _window_log_probs(logits: Tensor, batch: Tensor) -> Tensor:
+    rows, _ = predictions(logits, batch)
+    found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    for part in row_chunks(*rows.shape):
+        found[part] = log_probs(rows[part])
+    return found.view(batch.shape[0], batch.shape[1] - 1, -1)
+
+
+class _Items:
+    """Means per window, in order."""
+
+    def __init__(self) -> None:
+        self.means: dict[str, list[float]] = {name: [] for name in METRICS}
+
+    def add(self, scores: TokenScores) -> None:
+        for name, values in (("nll", scores.nll), ("kl", scores.kl), ("top1_agreement", scores.agree), ("flips", scores.flip)):
+            mean = values.double().mean(1)  # [B]
+            check_finite(mean, len(self.means[name]))
+            self.means[name] += mean.tolist()
+
+    def result(self, windows: Tensor) -> Result:
+        count, length = windows.shape
+        items: dict[str, Column] = {"id": item_ids(count), "n_tokens": [length - 1] * count, "weight": [float(length - 1)] * count}
+        scores = {name: math.fsum(values) / count for name, values in self.means.items()}
+        return Result(columns={**items, **self.means}, scores=scores, primary=PRIMARY)

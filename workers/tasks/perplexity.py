@@ -1,0 +1,58 @@
+"""Perplexity over windows that are each scored alone.
+
+PPL = exp(Σᵢ meanᵢ T / (n T)): windows of T tokens without overlap, no stride and no token put before a window; the T-1
+shifted targets of a window are averaged and weighted by T. The text is tokenized once, so that a tokenizer that adds a
+token for the beginning does so once (Frantar et al., GPTQ, and the tables that follow it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.tasks.base import Logits, Result, batches, check_finite, item_ids, log_probs, predictions, row_chunks
+
+KIND = "perplexity"
+VERSION = 1
+PRIMARY = "ppl"
+METRICS = {"ppl": False, "nll": False}
+"""Metric ▸ whether higher is better."""
+
+
+@dataclass(frozen=True)
+class Params:
+    window: int = 512
+    """Tokens per window; the literature takes 2048."""
+    limit: int | None = None
+    """Windows; None for all."""
+    max_windows: int | None = None
+    """The text is cut to max_windows x window tokens (256 for C4 in the literature)."""
+
+
+def target_nll(logits: Tensor, batch: Tensor) -> Tensor:
+    """logits `[B, T, V]`, tokens `[B, T]` ▸ -log p of each next token, nats, `[B, T-1]` float32."""
+    rows, targets = predictions(logits, batch)
+    nll = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+    for part in row_chunks(*rows.shape):
+        nll[part] = -log_probs(rows[part]).gather(1, targets[part, None])[:, 0]
+    return nll.view(batch.shape[0], batch.shape[1] - 1)
+
+
+def run(logits: Logits, windows: Tensor, batch_tokens: int) -> Result:
+    """windows `[n, T]` int64 ▸ scores ppl and nll (nats per token), one item per window."""
+    count, length = windows.shape
+    work = batches(windows, batch_tokens)
+    means: list[float] = []
+    for batch, out in zip(work, logits(work), strict=True):
+        mean = target_nll(out, batch).double().mean(1)  # [B]
+        check_finite(mean, len(means))
+        means += mean.tolist()
+    nll = math.fsum(means) / count
+    return Result(
+        columns={"id": item_ids(count), "n_tokens": [length - 1] * count, "weight": [float(length)] * count, "nll": means},
+        scores={"ppl": math.exp(nll), "nll": nll},
+        primary=PRIMARY,
+    )
