@@ -68,17 +68,18 @@ def fixed_state(key: str, hints: Hints) -> Iterator[None]:
 @contextmanager
 def logged(folders: Sequence[Path]) -> Iterator[None]:
     """Python's logging of this process, warnings included, into log.txt of every folder."""
-    root = logging.getLogger()
-    level = root.level
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in ("workers", "quant")]
     with ExitStack() as stack:
+        # Not the root's level: libraries change it when they are imported.
+        for logger in ours:
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.INFO)
         for folder in folders:
             handler = logging.FileHandler(folder / LOG, mode="a", encoding="utf-8")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             stack.callback(handler.close)
             stack.callback(root.removeHandler, handler)
             root.addHandler(handler)
-        stack.callback(root.setLevel, level)
-        root.setLevel(min(level or logging.WARNING, logging.INFO))
         stack.callback(logging.captureWarnings, False)
         logging.captureWarnings(True)
         yield
