@@ -28,6 +28,8 @@ class StageResult:
     """Key of the failed stage, for DEP_FAILED."""
     computed_by: str | None = None
     """Key of the sweep whose driver committed it; another sweep's key means it was reused."""
+    spec: dict[str, Any] | None = None
+    """As planned (`workers.specs.to_json`), so that a stage that never ran still tells its bits and group size."""
 
     @property
     def summary(self) -> dict[str, Any]:

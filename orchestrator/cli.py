@@ -1,0 +1,171 @@
+"""The command line: `bitgrid VERB ...`. Verbs that plan take Hydra overrides; the others a sweep by key prefix or name.
+
+Exit codes: 0 everything asked for is there; 1 some stages failed; 2 wrong input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.errors import BitgridError, ConfigError, unknown_name
+
+USAGE = """bitgrid VERB ...
+
+  run [-m] [OVERRIDES]      run a cell, or with -m a grid: bitgrid run -m method=rtn,gptq scheme=w4a16_g64,w3a16_g64
+  plan [-m] [OVERRIDES]     what that would do: stages, what is cached, estimates, what is skipped and why; runs nothing
+  explain [-m] [OVERRIDES]  for every stage that would run, the field that makes it new
+  status [SWEEP]            stages of a sweep by status, and its failures
+  report [SWEEP]            the table, and one HTML page with CSV and Parquet beside it
+  reconcile [SWEEP]         write MLflow anew from the store (all sweeps, when none is named)
+  resume [SWEEP]            run what a stopped sweep still lacks
+  export SWEEP VARIANT      a quantized checkpoint for other tools: --format auto_gptq|dense --out FOLDER
+  ui                        the MLflow dashboard on 127.0.0.1
+
+SWEEP is a name or the start of a key; the latest when left out. --store FOLDER (or BITGRID_STORE) when it is not ./bitgrid-store.
+`bitgrid VERB --help` tells more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"bitgrid {version('bitgrid')}")
+        return 0
+    try:
+        verb = VERBS.get(arguments[0])
+        if verb is None:
+            raise ConfigError(unknown_name("verb", arguments[0], VERBS))
+        return verb(arguments[1:])
+    except BitgridError as e:
+        print(f"bitgrid: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bitgrid: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    from orchestrator.app import run_command
+
+    return run_command(arguments)
+
+
+def _planning(arguments: list[str], verb: str) -> tuple[list[str], bool]:
+    """Overrides, and whether commas make a grid."""
+    if any(a in ("-h", "--help") for a in arguments):
+        from orchestrator.config import help_text
+
+        print(f"bitgrid {verb} [-m] [OVERRIDES]\n\n{help_text()}")
+        raise SystemExit(0)
+    flags = [a for a in arguments if a.startswith("-") and "=" not in a]
+    unknown = [f for f in flags if f not in ("-m", "--multirun")]
+    if unknown:
+        raise ConfigError(unknown_name(f"flag of bitgrid {verb}", unknown[0], ("-m", "--multirun", "--help")))
+    return [a for a in arguments if a not in flags], bool(flags)
+
+
+def _plan(arguments: list[str]) -> int:
+    from orchestrator.preview import print_plan
+
+    overrides, multirun = _planning(arguments, "plan")
+    print_plan(overrides, multirun, Console())
+    return 0
+
+
+def _explain(arguments: list[str]) -> int:
+    from orchestrator.preview import print_explanations
+
+    overrides, multirun = _planning(arguments, "explain")
+    print_explanations(overrides, multirun, Console())
+    return 0
+
+
+def _parser(verb: str, about: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"bitgrid {verb}", description=about)
+    parser.add_argument("--store", type=Path, default=Path(os.environ.get("BITGRID_STORE", "bitgrid-store")), help="folder of the store")
+    return parser
+
+
+def _sweep_parser(verb: str, about: str) -> argparse.ArgumentParser:
+    parser = _parser(verb, about)
+    parser.add_argument("sweep", nargs="?", help="name or start of the key; the latest when left out")
+    return parser
+
+
+def _status(arguments: list[str]) -> int:
+    from orchestrator.verbs import status
+
+    given = _sweep_parser("status", "Stages of a sweep by status.").parse_args(arguments)
+    return status(given.store, given.sweep, Console())
+
+
+def _report(arguments: list[str]) -> int:
+    from orchestrator.verbs import report
+
+    given = _sweep_parser("report", "The table, and one HTML page with CSV and Parquet beside it.").parse_args(arguments)
+    return report(given.store, given.sweep, Console())
+
+
+def _reconcile(arguments: list[str]) -> int:
+    from orchestrator.verbs import reconcile
+
+    given = _sweep_parser("reconcile", "Write MLflow anew from the store.").parse_args(arguments)
+    return reconcile(given.store, given.sweep, Console())
+
+
+def _resume(arguments: list[str]) -> int:
+    from orchestrator.verbs import resume
+
+    given = _sweep_parser("resume", "Run what a stopped sweep still lacks.").parse_args(arguments)
+    return resume(given.store, given.sweep, Console())
+
+
+def _export(arguments: list[str]) -> int:
+    from orchestrator.verbs import export
+
+    parser = _parser("export", "Write a quantized checkpoint for other tools.")
+    parser.add_argument("sweep", help="name or start of the key")
+    parser.add_argument("variant", help="its label, start of its key, or words of the label: 'gptq w4a16_g64'")
+    parser.add_argument("--format", default="auto_gptq", help="auto_gptq (default) or dense")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the checkpoint")
+    given = parser.parse_args(arguments)
+    return export(given.store, given.sweep, given.variant, given.format, given.out, Console())
+
+
+def _ui(arguments: list[str]) -> int:
+    from orchestrator.verbs import ui
+
+    parser = _sweep_parser("ui", "The MLflow dashboard on 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=5000)
+    given = parser.parse_args(arguments)
+    return ui(given.store, given.sweep, given.port, Console())
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "explain": _explain,
+    "status": _status,
+    "report": _report,
+    "reconcile": _reconcile,
+    "resume": _resume,
+    "export": _export,
+    "ui": _ui,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""What the scheduler asks of the store: requests with locations and staging folders, commits, attempts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.ledger import Ledger
+from orchestrator.planned import Plan
+from orchestrator.stage import Stage, Status
+from orchestrator.store import Store
+from workers.request import Failure, Hints, Input, Outcome, Request, StageRequest
+from workers.specs import to_json
+
+
+class StoreHooks:
+    """Implements `orchestrator.schedule.Hooks` for one sweep on one store."""
+
+    def __init__(self, store: Store, ledger: Ledger, plan: Plan, hints: Hints, listen: Callable[[Stage, Status, str | None], None]) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._plan = plan
+        self._hints = hints
+        self._listen = listen
+        self._staging: dict[str, tuple[Path, int]] = {}
+        self.set_aside: dict[str, Path] = {}
+        """Corrupt artifacts of this run: key ▸ where they are now."""
+
+    def request(self, request_id: str, stages: Sequence[Stage], attempts: Mapping[str, int], hints: Mapping[str, Any]) -> Request:
+        made = []
+        for stage in stages:
+            staging = self._store.new_staging(stage.key)
+            self._staging[stage.key] = (staging, attempts[stage.key])
+            inputs = {role: Input(key, str(self._store.folder(self._plan.stages[key].kind, key))) for role, key in stage.inputs.items()}
+            made.append(StageRequest(stage.key, stage.kind.value, to_json(stage.spec), inputs, str(staging), attempts[stage.key]))
+        return Request(
+            id=request_id,
+            stages=tuple(made),
+            models={s.model: self._plan.models[s.model].location for s in stages},
+            texts={digest: source.location for digest, source in self._plan.texts.items()},
+            hints=replace(self._hints, **hints),
+        )
+
+    def commit(self, stage: Stage, outcome: Outcome) -> None:
+        staging, attempt = self._staging.pop(stage.key)
+        record = self._store.commit(stage, outcome, staging, attempt, self._plan.key)
+        self._ledger.add_duration(stage.key, stage.kind.value, stage.model, what(stage), record["ended"] - record["started"])
+
+    def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None:
+        staging = self._staging.pop(stage.key, None)
+        if staging is not None:
+            shutil.rmtree(staging[0], ignore_errors=True)
+        self._store.add_attempt(stage.key, failure, attempt, self._plan.key, final=not will_retry)
+
+    def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
+        self._listen(stage, status, blocked_by)
+
+    def corrupt(self, key: str) -> Stage | None:
+        stage = self._plan.stages.get(key)
+        if stage is not None and self._store.has(stage.kind, key):
+            self.set_aside[key] = self._store.set_aside(stage.kind, key)
+        return stage
+
+
+def what(stage: Stage) -> str:
+    """What makes one stage of a kind slower than another: statistic, method or task."""
+    return stage.label.split(" ")[-1] if stage.kind.value != "quantize" else " ".join(stage.label.split(" ")[-2:])

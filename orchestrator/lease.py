@@ -1,0 +1,131 @@
+"""One driver per store: a lease file with the holder's host, process and expiry.
+
+Taken by an exclusive create. A holder whose process is gone on this host is replaced at once, one on another host after its
+lease has expired; a second live driver is refused with the holder's name. A thread renews the lease while it is held.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from orchestrator.errors import StoreLockedError
+
+LEASE_S = 60.0
+RENEW_S = 10.0
+
+
+class Lease:
+    """Context manager; raises StoreLockedError when another live driver holds the store."""
+
+    def __init__(self, path: Path, purpose: str) -> None:
+        self._path = path
+        self._purpose = purpose
+        self._token = uuid.uuid4().hex
+        self._released = threading.Event()
+        self.lost = threading.Event()
+        """Set when somebody else took the lease over: nothing may be committed any more."""
+
+    def __enter__(self) -> Lease:
+        while not self._try_create():
+            holder = self._read()
+            if holder is not None and _alive(holder):
+                raise StoreLockedError(
+                    f"the store {self._path.parent} is in use by {holder['purpose']} on {holder['host']} (process {holder['pid']}, since "
+                    f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))}); wait for it, stop it, or use another store="
+                )
+            self._set_aside(holder)
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._released.set()
+        holder = self._read()
+        if holder is not None and holder["token"] == self._token:
+            self._path.unlink(missing_ok=True)
+
+    def _content(self) -> dict[str, Any]:
+        me = psutil.Process()
+        return {
+            "token": self._token,
+            "host": socket.gethostname(),
+            "pid": me.pid,
+            "process_started": me.create_time(),
+            "purpose": self._purpose,
+            "since": time.time(),
+            "expires": time.time() + LEASE_S,
+        }
+
+    def _try_create(self) -> bool:
+        # Written beside and linked, so that nobody ever reads half a lease.
+        draft = self._path.with_name(f"{self._path.name}.{self._token}")
+        draft.write_text(json.dumps(self._content()))
+        try:
+            os.link(draft, self._path)
+        except FileExistsError:
+            return False
+        finally:
+            draft.unlink()
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return None
+        return content
+
+    def _set_aside(self, holder: dict[str, Any] | None) -> None:
+        # A rename succeeds for one of several takers only; the others find the new holder on their next turn.
+        stale = self._path.with_name(f"{self._path.name}.stale.{self._token}")
+        try:
+            self._path.rename(stale)
+        except FileNotFoundError:
+            return
+        seen = json.loads(stale.read_text()) if holder is not None else None
+        if seen is not None and holder is not None and seen["token"] != holder["token"]:
+            try:
+                os.link(stale, self._path)
+            finally:
+                stale.unlink()
+            return
+        stale.unlink()
+
+    def _renew(self) -> None:
+        while not self._released.wait(RENEW_S):
+            holder = self._read()
+            if holder is None or holder["token"] != self._token:
+                self.lost.set()
+                return
+            draft = self._path.with_name(f"{self._path.name}.{self._token}")
+            draft.write_text(json.dumps({**holder, "expires": time.time() + LEASE_S}))
+            draft.replace(self._path)
+
+
+def holder(path: Path) -> str | None:
+    """The live driver that holds a lease file, for people."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return f"{content['purpose']} on {content['host']}, process {content['pid']}" if _alive(content) else None
+
+
+def _alive(holder: dict[str, Any]) -> bool:
+    if holder["host"] != socket.gethostname():
+        return bool(holder["expires"] > time.time())
+    try:
+        return abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) < 1.0
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

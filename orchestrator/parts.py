@@ -1,0 +1,134 @@
+"""Option values ▸ typed parts of specs. One function per axis; wrong values raise ConfigError naming option and field."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from orchestrator.cell import Option
+from orchestrator.errors import ConfigError, PlanError, unknown_name
+from orchestrator.results import TaskInfo
+from orchestrator.sources import TextSource
+from quant.scheme import ActivationScheme, KVScheme, Scheme, WeightScheme
+from workers.specs import CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
+
+STATISTICS = ("hessian", "absmax", "absmean", "samples")
+"""What a calibrate stage can collect."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MethodPart:
+    """A method and what planning must know of it."""
+
+    spec: MethodSpec
+    calibrate: tuple[str, ...]
+    """Statistics it takes from calibrate stages, sorted."""
+    feeds_text: bool
+    """The quantize stage itself runs calibration text (propagation=quantized)."""
+    reads: frozenset[str]
+    """Run-time parts of the scheme its result depends on: activation, kv."""
+    uses_seed: bool
+    idle_without_activation: tuple[str, ...]
+    """Names of transforms that only help quantized activations."""
+
+
+@dataclass(frozen=True)
+class TaskPart:
+    spec: TaskSpec
+    needs_reference: bool
+    info: TaskInfo
+
+
+def method_part(option: Option) -> MethodPart:
+    values = option.values
+    rounding = values["rounding"]
+    transforms = [t for t in (values.get("transforms") or {}).values() if t is not None]
+    propagation = values.get("propagation", "original")
+    if propagation not in ("original", "quantized"):
+        raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), ('original', 'quantized'))}")
+    needs = {s for t in transforms for s in t["needs"]}
+    if propagation == "original":
+        needs |= set(rounding["needs"])
+    for statistic in sorted(needs | set(rounding["needs"])):
+        if statistic not in STATISTICS:
+            raise PlanError(f"method {option.name!r} needs a statistic that no calibrate stage collects: "
+                            + unknown_name("statistic", statistic, STATISTICS))
+    components = [*transforms, rounding]
+    return MethodPart(
+        spec=MethodSpec(_component(option, rounding), tuple(_component(option, t) for t in transforms), propagation),
+        calibrate=tuple(sorted(needs)),
+        feeds_text=propagation == "quantized",
+        reads=frozenset(r for c in components for r in c.get("reads", ())),
+        uses_seed=any(c.get("uses_seed", False) for c in components),
+        idle_without_activation=tuple(t["kind"] for t in transforms if t.get("for_activations", False)),
+    )
+
+
+def _component(option: Option, values: Mapping[str, Any]) -> Component:
+    return _checked(option, "params", lambda: Component(values["kind"], values["version"], freeze(values.get("params") or {})))
+
+
+def scheme_part(option: Option) -> Scheme:
+    values = option.values
+    types: dict[str, type[Any]] = {"weight": WeightScheme, "activation": ActivationScheme, "kv": KVScheme}
+    unknown = sorted(set(values) - set(types))
+    if unknown:
+        raise ConfigError(f"scheme {option.name!r}: {unknown_name('part', unknown[0], types)}")
+    parts = {n: _checked(option, n, lambda n=n: from_json(types[n], values[n])) for n in types if values.get(n) is not None}  # type: ignore[misc]
+    return Scheme(**parts)
+
+
+def text_part(option: Option, source: TextSource) -> TextSpec:
+    text = option.values["text"]
+    names = ("field", "split", "join", "documents", "skip_documents")
+    values = {n: text[n] for n in names if n in text}
+    return _checked(option, "text", lambda: from_json(TextSpec, {"digest": source.digest, **values}))
+
+
+def calibration_part(option: Option, source: TextSource, replicate_seed: int) -> CalibrationSpec:
+    names = ("samples", "sequence_length", "seed", "sampling")
+    values = {n: option.values[n] for n in names if n in option.values}
+    spec = _checked(option, "", lambda: from_json(_CalibrationSettings, values))
+    if spec.sampling not in ("windows", "documents", "sequential"):
+        raise ConfigError(f"calibration {option.name!r}: " + unknown_name("sampling", spec.sampling, ("windows", "documents", "sequential")))
+    if spec.samples < 1 or spec.sequence_length < 2:
+        raise ConfigError(f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2")
+    return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, spec.seed + replicate_seed, spec.sampling)
+
+
+@dataclass(frozen=True)
+class _CalibrationSettings:
+    samples: int = 128
+    sequence_length: int = 2048
+    seed: int = 0
+    sampling: str = "windows"
+
+
+def task_part(option: Option, source: TextSource) -> TaskPart:
+    values = option.values
+    metrics = {name: bool(m["higher_is_better"]) for name, m in values["metrics"].items()}
+    if values["primary"] not in metrics:
+        raise ConfigError(f"task {option.name!r}: {unknown_name('primary metric', values['primary'], metrics)}")
+    spec = _checked(
+        option, "params", lambda: TaskSpec(values["kind"], values["version"], text_part(option, source), freeze(values.get("params") or {}))
+    )
+    info = TaskInfo(option.name, values["kind"], values["primary"], metrics)
+    return TaskPart(spec, bool(values.get("needs_reference", False)), info)
+
+
+def replicate_seed(option: Option) -> int:
+    seed = option.values["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"replicate {option.name!r}: seed={seed!r} must be a whole number")
+    return seed
+
+
+def _checked(option: Option, part: str, make: Callable[[], T]) -> T:
+    try:
+        return make()
+    except (ValueError, TypeError, KeyError) as e:
+        where = f"{option.axis}={option.name}" + (f", {part}" if part else "")
+        raise ConfigError(f"{where}: {e.args[0] if isinstance(e, KeyError) else e}") from e

@@ -1,0 +1,263 @@
+"""Cells ▸ the deduplicated graph of stages.
+
+* One calibrate stage per statistic kind, model and calibration draw; every method, bit-width and group size shares it.
+* One quantize stage per model, method, weight scheme (and whatever else the method declares it reads), whatever the number of
+  tasks and run-time parts.
+* One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
+
+Cells that cannot work (a group size that does not divide, a family that is not known) are skipped with their reason, or refused
+when nothing else was asked for. Nothing is run and no torch imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, TypeVar
+
+from orchestrator import parts
+from orchestrator.cell import Cell, Grid, Option
+from orchestrator.errors import ConfigError, PlanError
+from orchestrator.fingerprint import digest, stage_key
+from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
+from orchestrator.sources import ModelSource, Sources
+from orchestrator.stage import Resources, Stage
+from quant.scheme import Scheme
+from workers.errors import UnsupportedModel
+from workers.families import linear_shapes
+from workers.specs import (
+    CalibrateSpec,
+    CalibrationSpec,
+    EvaluateSpec,
+    ModelSpec,
+    QuantizeSpec,
+    Rule,
+    Spec,
+    StageKind,
+)
+
+T = TypeVar("T")
+Estimate = Callable[[Spec, ModelSource], Resources]
+
+
+def build_plan(grid: Grid, sources: Sources, estimate: Estimate = lambda spec, model: Resources()) -> Plan:
+    """Raises PlanError, ConfigError, SourceError."""
+    return _Planner(grid, sources, estimate).plan()
+
+
+class _Planner:
+    """Remembers every part by the identity of its options, so that a cell costs a few look-ups."""
+
+    def __init__(self, grid: Grid, sources: Sources, estimate: Estimate) -> None:
+        self._grid = grid
+        self._sources = sources
+        self._estimate = estimate
+        self._made: dict[Hashable, Any] = {}
+        self._plan = Plan(grid, notes=list(grid.notes))
+        self._several = {axis: len({id(getattr(c, axis)) for c in grid.cells}) > 1 for axis in ("calibration", "replicate")}
+
+    def plan(self) -> Plan:
+        plan = self._plan
+        if not self._grid.cells:
+            raise PlanError("the grid has no cells: every one was excluded; loosen sweep.exclude or sweep.only_if")
+        self._check_model_path()
+        for cell in self._grid.cells:
+            reason = self._impossible(cell)
+            if reason is None:
+                self._add(cell)
+            else:
+                plan.skipped.append(Skip(cell, reason))
+        if not plan.cells:
+            reasons = "\n".join(f"  {reason}" for reason in dict.fromkeys(s.reason for s in plan.skipped))
+            raise PlanError(f"none of the {len(plan.skipped)} cells asked for is possible:\n{reasons}")
+        for name in plan.provisional:
+            plan.notes.append(f"model {name}: the hub was not reached, keys are provisional")
+        skipped = sorted("|".join(s.cell.names().values()) for s in plan.skipped)
+        plan.key = digest({"evaluate": sorted({c.evaluate for c in plan.cells}), "skipped": skipped})
+        return plan
+
+    def _check_model_path(self) -> None:
+        models = {id(c.model): c.model for c in self._grid.cells}
+        if len(models) > 1 and any(m.values.get("path") for m in models.values()):
+            names = ", ".join(m.name for m in models.values())
+            raise ConfigError(f"model.path= is for a single model, but the grid has {names}; put their folders into one and set models_dir= to it")
+
+    # -- parts, each made once -------------------------------------------------------------------------------------
+
+    def _once(self, name: Hashable, make: Callable[[], T]) -> T:
+        if name not in self._made:
+            self._made[name] = make()
+        made: T = self._made[name]
+        return made
+
+    def _model(self, option: Option) -> tuple[ModelSource, ModelSpec]:
+        def make() -> tuple[ModelSource, ModelSpec]:
+            source = self._sources.model(option)
+            dtype = option.values.get("dtype", "float32")
+            if dtype not in ("float32", "bfloat16", "float16"):
+                raise ConfigError(f"model {option.name!r}: dtype={dtype!r}; allowed: float32, bfloat16, float16")
+            self._plan.models.setdefault(source.digest, source)
+            return source, ModelSpec(source.digest, dtype)
+
+        return self._once(("model", id(option)), make)
+
+    def _scheme(self, option: Option) -> Scheme:
+        return self._once(("scheme", id(option)), lambda: parts.scheme_part(option))
+
+    def _method(self, option: Option) -> parts.MethodPart:
+        return self._once(("method", id(option)), lambda: parts.method_part(option))
+
+    def _task(self, option: Option) -> parts.TaskPart:
+        def make() -> parts.TaskPart:
+            source = self._sources.text(option)
+            part = parts.task_part(option, source)
+            self._plan.texts[source.digest] = source
+            self._plan.tasks[option.name] = part.info
+            return part
+
+        return self._once(("task", id(option)), make)
+
+    def _calibration(self, cell: Cell) -> CalibrationSpec:
+        def make() -> CalibrationSpec:
+            source = self._sources.text(cell.calibration)
+            self._plan.texts[source.digest] = source
+            return parts.calibration_part(cell.calibration, source, parts.replicate_seed(cell.replicate))
+
+        return self._once(("calibration", id(cell.calibration), id(cell.replicate)), make)
+
+    # -- what cannot work ------------------------------------------------------------------------------------------
+
+    def _impossible(self, cell: Cell) -> str | None:
+        return self._once(("impossible", id(cell.model), id(cell.scheme)), lambda: self._why_impossible(cell))
+
+    def _why_impossible(self, cell: Cell) -> str | None:
+        source, _ = self._model(cell.model)
+        scheme = self._scheme(cell.scheme)
+        if source.provisional or not source.config:
+            return None
+        if scheme.weight is not None or scheme.activation is not None:
+            try:
+                shapes = linear_shapes(source.config)
+            except UnsupportedModel as e:
+                return f"{cell.model.name}: {e}"
+            size = scheme.weight.group_size if scheme.weight is not None else None
+            bad = [s for s in shapes if size is not None and s.cols % size]
+            if bad:
+                widths = ", ".join(str(w) for w in sorted({s.cols for s in bad}))
+                return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+        if scheme.kv is not None and scheme.kv.group_size is not None:
+            width = _head_width(source.config)
+            if width is not None and width % scheme.kv.group_size:
+                return f"{cell.model.name}: KV group size {scheme.kv.group_size} does not divide a head of {width}"
+        return None
+
+    # -- stages ----------------------------------------------------------------------------------------------------
+
+    def _add(self, cell: Cell) -> None:
+        task = self._task(cell.task)
+        baseline = self._baseline(cell)
+        reference = baseline.evaluations.get(cell.task.name)
+        if reference is None:
+            _, model = self._model(cell.model)
+            label = f"evaluate {cell.model.name} unquantized {cell.task.name}"
+            reference = self._stage(StageKind.EVALUATE, EvaluateSpec(model, task.spec), {}, label)
+            baseline.evaluations[cell.task.name] = reference
+        variant = self._variant(cell, baseline)
+        evaluate = variant.evaluations.get(cell.task.name)
+        if evaluate is None:
+            _, model = self._model(cell.model)
+            scheme = self._scheme(cell.scheme)
+            inputs = {"quantize": variant.quantize} if variant.quantize else {}
+            if task.needs_reference:
+                inputs["reference"] = reference
+            spec = EvaluateSpec(model, task.spec, scheme.activation, scheme.kv)
+            evaluate = self._stage(StageKind.EVALUATE, spec, inputs, f"evaluate {_label(variant)} {cell.task.name}")
+            variant.evaluations[cell.task.name] = evaluate
+        self._plan.cells.append(PlannedCell(cell, variant.key, evaluate))
+
+    def _baseline(self, cell: Cell) -> PlannedVariant:
+        def make() -> PlannedVariant:
+            _, model = self._model(cell.model)
+            key = digest({"model": [model.digest, model.dtype]})
+            axes = {"model": cell.model.name, "method": "none", "scheme": "none", "calibration": "none", "replicate": "none"}
+            variant = PlannedVariant(key, f"{cell.model.name} · unquantized", axes, key, None, {})
+            return self._plan.variants.setdefault(key, variant)
+
+        return self._once(("baseline", id(cell.model)), make)
+
+    def _variant(self, cell: Cell, baseline: PlannedVariant) -> PlannedVariant:
+        def make() -> PlannedVariant:
+            _, model = self._model(cell.model)
+            scheme = self._scheme(cell.scheme)
+            quantize = self._quantize(cell)
+            if quantize is None and scheme.activation is None and scheme.kv is None:
+                return baseline
+            runtime = {"activation": scheme.activation, "kv": scheme.kv}
+            key = digest({"quantize": quantize or [model.digest, model.dtype], **{n: repr(v) for n, v in runtime.items() if v is not None}})
+            names = [cell.model.name, cell.method.name, cell.scheme.name]
+            names += [o.name for o in (cell.calibration, cell.replicate) if self._several[o.axis]]
+            axes = {o.axis: o.name for o in cell if o.axis != "task"}
+            variant = PlannedVariant(key, " · ".join(names), axes, baseline.key, quantize, {}, self._flags(cell, scheme))
+            return self._plan.variants.setdefault(key, variant)
+
+        return self._once(("variant", *(id(o) for o in cell if o.axis != "task")), make)
+
+    def _flags(self, cell: Cell, scheme: Scheme) -> tuple[str, ...]:
+        method = self._method(cell.method)
+        flags = []
+        if scheme.weight is None:
+            flags.append(f"method {cell.method.name} is idle: the scheme leaves weights unquantized")
+        elif scheme.activation is None and method.idle_without_activation:
+            flags.append(f"{', '.join(method.idle_without_activation)} is idle without activation quantization")
+        if scheme.kv is not None:
+            flags.append("KV cache simulated in the single forward pass")
+        return tuple(flags)
+
+    def _quantize(self, cell: Cell) -> str | None:
+        scheme = self._scheme(cell.scheme)
+        if scheme.weight is None:
+            return None
+        weight = scheme.weight
+        method = self._method(cell.method)
+        _, model = self._model(cell.model)
+        static = scheme.activation if scheme.activation is not None and not scheme.activation.dynamic else None
+        calibration = self._calibration(cell) if method.calibrate or method.feeds_text or static is not None else None
+        inputs = {}
+        for statistic in method.calibrate:
+            assert calibration is not None
+            inputs[statistic] = self._calibrate(cell, model, calibration, statistic)
+        spec = QuantizeSpec(
+            model=model,
+            rules=(Rule("*", method.spec, weight),),
+            calibration=calibration if method.feeds_text or static is not None else None,
+            activation=scheme.activation if static is not None or "activation" in method.reads else None,
+            kv=scheme.kv if "kv" in method.reads else None,
+            seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
+        )
+        label = f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}"
+        return self._stage(StageKind.QUANTIZE, spec, inputs, label)
+
+    def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
+        def make() -> str:
+            label = f"calibrate {cell.model.name} {cell.calibration.name} {statistic}"
+            return self._stage(StageKind.CALIBRATE, CalibrateSpec(model, calibration, statistic), {}, label)
+
+        return self._once(("calibrate", id(cell.model), id(cell.calibration), id(cell.replicate), statistic), make)
+
+    def _stage(self, kind: StageKind, spec: Spec, inputs: Mapping[str, str], label: str) -> str:
+        key = stage_key(kind, spec, inputs)
+        if key not in self._plan.stages:
+            resources = self._estimate(spec, self._plan.models[spec.model.digest])
+            self._plan.stages[key] = Stage(key, kind, spec, label, dict(inputs), resources)
+        return key
+
+
+def _label(variant: PlannedVariant) -> str:
+    return variant.label.replace(" · ", " ")
+
+
+def _head_width(config: Mapping[str, Any]) -> int | None:
+    if config.get("head_dim"):
+        return int(config["head_dim"])
+    hidden = config.get("hidden_size") or config.get("n_embd")
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    return int(hidden) // int(heads) if hidden and heads else None

@@ -1,0 +1,64 @@
+"""Keeps MLflow beside a sweep: one writer, a thread while stages run, a last write at the end.
+
+Nothing here holds or fails a sweep. What was written is remembered in the ledger by digest, so that a finished sweep is
+not even opened again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.fingerprint import digest
+from orchestrator.ledger import Ledger
+from orchestrator.results import SweepResult
+from orchestrator.tracked_runs import Phase, content_digest
+from orchestrator.tracking import SyncReport, Tracker
+
+INTERVAL_S = 10.0
+
+
+class Projection:
+    """One sweep's tracking. `load` reads the sweep's present state from the store."""
+
+    def __init__(self, tracker: Tracker, settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> None:
+        self._tracker = tracker
+        self._name = digest({k: settings[k] for k in sorted(settings)})
+        self._ledger = ledger
+        self._load = load
+        self._stop = threading.Event()
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Write while the sweep runs."""
+        self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+        self._thread.start()
+
+    def changed(self) -> None:
+        """Something was committed or failed."""
+        self._changed.set()
+
+    def _loop(self) -> None:
+        self._tracker.prepare()
+        while not self._stop.wait(INTERVAL_S):
+            if self._changed.is_set():
+                self._changed.clear()
+                self._tracker.sync(self._load(), Phase.RUNNING, budget_s=INTERVAL_S)
+
+    def finish(self, result: SweepResult, attachments: Mapping[str, Path], reconcile: bool = False) -> SyncReport:
+        """The last write. Does nothing when this very state was written before, unless `reconcile`."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        state = content_digest(result)
+        if not reconcile and self._ledger.flushed(result.key, self._name) == state:
+            return SyncReport(unchanged=len(result.variants) + 1)
+        write = self._tracker.reconcile if reconcile else self._tracker.sync
+        report = write(result, Phase.ENDED, attachments)
+        if report.complete:
+            self._ledger.set_flushed(result.key, self._name, state)
+        self._tracker.close()
+        return report

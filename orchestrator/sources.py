@@ -1,0 +1,206 @@
+"""Model and text options ▸ content digests and locations. Nothing is downloaded here but small files of a hub model.
+
+A model is found, in this order: `model.path`, the folder `models_dir/<folder or option name>`, the copy shipped with bitgrid, the
+hub at the commit named in the option. A text likewise: `text.path`, `data_dir/<file>`, the shipped copy, the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import workers
+from orchestrator.cell import Option
+from orchestrator.errors import SourceError
+from orchestrator.fingerprint import digest
+from orchestrator.hub import SMALL_FILES, describe_model
+from workers.artifact import file_digest
+from workers.request import Location
+
+ASSETS = Path(workers.__file__).parent / "assets"
+
+@dataclass(frozen=True)
+class ModelSource:
+    name: str
+    digest: str
+    location: Location
+    config: Mapping[str, Any]
+    """config.json."""
+    weight_bytes: int
+    """Of all weight files."""
+    provisional: bool = False
+    """The hub could not be asked: planned under the digest of the name and commit, and cannot run."""
+
+
+@dataclass(frozen=True)
+class TextSource:
+    digest: str
+    location: Location
+
+
+@dataclass
+class Sources:
+    """Finds models and texts, each once."""
+
+    models_dir: Path | None
+    data_dir: Path | None
+    cache_file: Path
+    """Digests by path, size and modification time, so that large files are read once."""
+    allow_provisional: bool = False
+    _models: dict[int, ModelSource] = field(default_factory=dict)
+    _texts: dict[str, TextSource] = field(default_factory=dict)
+    _cache: dict[str, str] | None = None
+
+    def model(self, option: Option) -> ModelSource:
+        if id(option) not in self._models:
+            self._models[id(option)] = self._find_model(option)
+        return self._models[id(option)]
+
+    def text(self, option: Option) -> TextSource:
+        source = option.values["text"]
+        name = digest(json.loads(json.dumps(source)))
+        if name not in self._texts:
+            self._texts[name] = self._find_text(option, source)
+        return self._texts[name]
+
+    def _find_model(self, option: Option) -> ModelSource:
+        values = option.values
+        folder = values.get("folder") or option.name
+        tried = []
+        if values.get("path"):
+            return self._local_model(option.name, Path(values["path"]).expanduser())
+        if self.models_dir is not None:
+            for name in dict.fromkeys((folder, option.name)):
+                candidate = self.models_dir.expanduser() / name
+                if candidate.is_dir():
+                    return self._local_model(option.name, candidate)
+                tried.append(str(candidate))
+        if values.get("asset"):
+            return self._local_model(option.name, ASSETS / values["asset"])
+        if values.get("hub"):
+            return self._hub_model(option.name, values["hub"])
+        there = sorted(p.name for p in self.models_dir.expanduser().iterdir() if p.is_dir()) if self.models_dir and self.models_dir.is_dir() else []
+        raise SourceError(
+            f"model {option.name!r} was not found: looked for {', '.join(tried) or 'models_dir (not set)'}"
+            + (f"; models_dir holds {', '.join(there)}" if there else "")
+            + ". Set models_dir= (or BITGRID_MODELS) to the folder that holds it, or model.path= to its own folder"
+        )
+
+    def _local_model(self, name: str, folder: Path) -> ModelSource:
+        if not folder.is_dir():
+            raise SourceError(f"model {name!r}: {folder} is not a folder; give a folder with config.json and *.safetensors")
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise SourceError(f"model {name!r}: {folder} has no config.json; give a folder saved with save_pretrained")
+        try:
+            config = json.loads(config_file.read_text())
+        except ValueError as e:
+            raise SourceError(f"model {name!r}: {config_file} is not JSON ({e}); copy it again") from e
+        weights = _weight_files(name, folder)
+        for path in weights:
+            check_safetensors(path)
+        present = [*(folder / f for f in SMALL_FILES if (folder / f).is_file()), *weights]
+        digests = {p.name: self._file_digest(p) for p in present}
+        return ModelSource(
+            name=name,
+            digest=digest(digests),
+            location=Location(kind="folder", path=str(folder.resolve())),
+            config=config,
+            weight_bytes=sum(p.stat().st_size for p in weights),
+        )
+
+    def _hub_model(self, name: str, hub: Mapping[str, Any]) -> ModelSource:
+        repository, revision = str(hub["id"]), hub.get("revision")
+        found = describe_model(repository, revision)
+        location = Location(kind="hub_model", path=repository, revision=found.revision or revision)
+        if found.files is None:
+            if not self.allow_provisional:
+                raise SourceError(
+                    f"model {name!r}: the hub cannot be asked for {repository} ({found.reason}). Check the network, unset HF_HUB_OFFLINE, "
+                    "or put the model into a folder and set models_dir="
+                )
+            return ModelSource(name, digest({"hub": repository, "revision": revision}), location, {}, 0, provisional=True)
+        return ModelSource(name, digest(found.files), location, found.config, found.weight_bytes)
+
+    def _find_text(self, option: Option, source: Mapping[str, Any]) -> TextSource:
+        tried = []
+        if source.get("path"):
+            return self._local_text(option, Path(source["path"]).expanduser())
+        if self.data_dir is not None and source.get("file"):
+            candidate = self.data_dir.expanduser() / source["file"]
+            if candidate.is_file():
+                return self._local_text(option, candidate)
+            tried.append(str(candidate))
+        if source.get("asset"):
+            return self._local_text(option, ASSETS / source["asset"])
+        if source.get("hub"):
+            hub = dict(source["hub"])
+            options = {k: v for k, v in hub.items() if k not in ("id", "revision")}
+            location = Location(kind="hub_dataset", path=hub["id"], revision=hub.get("revision"), options=options)
+            return TextSource(digest({"hub": hub}), location)
+        raise SourceError(
+            f"{option.axis} {option.name!r}: its text was not found: looked for {', '.join(tried) or str(source.get('file')) + ' in data_dir (not set)'}. "
+            f"Set data_dir= (or BITGRID_DATA) to the folder that holds it, or {option.axis}.text.path= to the file"
+        )
+
+    def _local_text(self, option: Option, path: Path) -> TextSource:
+        if not path.is_file():
+            raise SourceError(f"{option.axis} {option.name!r}: {path} is not a file; set {option.axis}.text.path= to a .jsonl or .txt file")
+        if path.stat().st_size == 0:
+            raise SourceError(f"{option.axis} {option.name!r}: {path} is empty; give a text with at least one window of tokens")
+        return TextSource(self._file_digest(path)[:32], Location(kind="file", path=str(path.resolve())))
+
+    def _file_digest(self, path: Path) -> str:
+        if self._cache is None:
+            try:
+                self._cache = json.loads(self.cache_file.read_text())
+            except (OSError, ValueError):
+                self._cache = {}
+        stat = path.stat()
+        name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if name not in self._cache:
+            self._cache[name] = file_digest(path)
+            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.cache_file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(self._cache, indent=0))
+            temporary.replace(self.cache_file)
+        return self._cache[name]
+
+
+def _weight_files(name: str, folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [s for s in shards if not (folder / s).is_file()]
+        if missing:
+            raise SourceError(f"model {name!r}: {folder} lacks {', '.join(missing)}, which {index.name} names; copy the missing shards")
+        return [folder / s for s in shards]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        old = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
+        convert = f"; {', '.join(old)} must be converted first: load it with transformers and call save_pretrained" if old else ""
+        raise SourceError(f"model {name!r}: {folder} has no *.safetensors{convert}")
+    return weights
+
+
+def check_safetensors(path: Path) -> None:
+    """Compare a safetensors file's size with what its header says. Raises SourceError when it is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        header = f.read(length) if 0 < length < size else b""
+    try:
+        tensors = json.loads(header)
+    except ValueError:
+        raise SourceError(f"{path} is not a whole safetensors file: {size} bytes with no readable header; copy it again") from None
+    end = max((t["data_offsets"][1] for k, t in tensors.items() if k != "__metadata__"), default=0)
+    expected = 8 + length + end
+    if size != expected:
+        raise SourceError(f"{path} is truncated: got {size} bytes, its header says {expected}; copy it again")
+
+

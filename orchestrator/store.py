@@ -1,0 +1,181 @@
+"""The store: content-addressed artifacts, and the truth that MLflow, the report and the ledger are projections of.
+
+    store.json                        format of the store
+    objects/<kind>/<ab>/<key>/        spec.json, payload/, log.txt, record.json (written last)
+    attempts/<key>/<n>.json           one per failed attempt: error class, message, log tail
+    sweeps/<key>/                     plan.json, config.yaml, report
+    staging/                          unfinished work; emptied by the next driver
+    corrupt/                          artifacts set aside, never read again
+
+A commit writes everything into a sibling folder, flushes it to disk and renames it: a reader sees all of an artifact or nothing,
+and the first writer wins. JSON, Parquet and safetensors only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import StoreError, StoreVersionError
+from orchestrator.fingerprint import identity
+from orchestrator.stage import Stage
+from workers.artifact import PAYLOAD, RECORD, payload_files, read_record
+from workers.request import Failure, Outcome
+from workers.specs import StageKind
+
+FORMAT = 1
+
+
+class Store:
+    """A folder on a local or shared POSIX file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self, create: bool = True) -> Store:
+        """Check the format, or create an empty store. Raises StoreVersionError for a store of a newer bitgrid, StoreError."""
+        marker = self.root / "store.json"
+        if marker.is_file():
+            found = json.loads(marker.read_text()).get("format")
+            if not isinstance(found, int) or found > FORMAT:
+                raise StoreVersionError(
+                    f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; use the newer bitgrid that wrote it, or another store="
+                )
+            return self
+        if not create:
+            raise StoreError(f"there is no store at {self.root}; run a sweep first, or set store= to the folder of an existing one")
+        if self.root.is_dir() and any(self.root.iterdir()):
+            raise StoreError(f"{self.root} is neither empty nor a bitgrid store; set store= to a new folder")
+        try:
+            for name in ("objects", "attempts", "sweeps", "staging"):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            write_json(marker, {"format": FORMAT})
+        except OSError as e:
+            raise StoreError(f"the store {self.root} cannot be created: {e}; set store= to a folder that can be written") from e
+        return self
+
+    def folder(self, kind: StageKind, key: str) -> Path:
+        return self.root / "objects" / kind.value / key[:2] / key
+
+    def has(self, kind: StageKind, key: str) -> bool:
+        return (self.folder(kind, key) / RECORD).is_file()
+
+    def record(self, kind: StageKind, key: str) -> dict[str, Any]:
+        """Raises workers.artifact.CorruptArtifactError."""
+        return read_record(self.folder(kind, key))
+
+    def records(self, kind: StageKind) -> Iterator[Path]:
+        """Folders of all committed artifacts of a kind."""
+        for path in sorted((self.root / "objects" / kind.value).glob(f"*/*/{RECORD}")):
+            yield path.parent
+
+    def new_staging(self, key: str) -> Path:
+        folder = self.root / "staging" / f"{key}.{uuid.uuid4().hex[:8]}"
+        (folder / PAYLOAD).mkdir(parents=True)
+        return folder
+
+    def clear_staging(self) -> None:
+        """Remove what earlier drivers left unfinished; for the holder of the lease only."""
+        shutil.rmtree(self.root / "staging", ignore_errors=True)
+        (self.root / "staging").mkdir(exist_ok=True)
+
+    def commit(self, stage: Stage, outcome: Outcome, staging: Path, attempt: int, sweep: str) -> dict[str, Any]:
+        """Turn a staging folder into an artifact. Raises OSError (disk full); the staging folder is then removed."""
+        assert outcome.record is not None
+        final = self.folder(stage.kind, stage.key)
+        record = {
+            "format": FORMAT,
+            "key": stage.key,
+            "kind": stage.kind.value,
+            "label": stage.label,
+            "sweep": sweep,
+            "attempt": attempt,
+            "inputs": dict(stage.inputs),
+            **outcome.record,
+        }
+        try:
+            record["files"] = payload_files(staging)
+            write_json(staging / "spec.json", identity(stage.kind, stage.spec, stage.inputs))
+            write_json(staging / RECORD, record)
+            for path in staging.rglob("*"):
+                flush(path)
+            flush(staging)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            if not self.has(stage.kind, stage.key):
+                # A folder without a record is no artifact: the rest of one whose commit another host was killed in.
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(staging, final)
+                flush(final.parent)
+                return record
+        except OSError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging)
+        return self.record(stage.kind, stage.key)
+
+    def set_aside(self, kind: StageKind, key: str) -> Path:
+        """Move a corrupt artifact out of the way; its stage will run again."""
+        target = self.root / "corrupt" / f"{kind.value}-{key}-{time.time_ns()}"
+        target.parent.mkdir(exist_ok=True)
+        os.rename(self.folder(kind, key), target)
+        return target
+
+    def find(self, key: str) -> StageKind | None:
+        """Kind of the committed artifact with this key."""
+        return next((kind for kind in StageKind if self.has(kind, key)), None)
+
+    def add_attempt(self, key: str, failure: Failure, attempt: int, sweep: str, final: bool) -> None:
+        """`final`: it was not tried again, so the stage has failed."""
+        folder = self.root / "attempts" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(p.stem) for p in folder.glob("*.json")), default=0)
+        content = {
+            "attempt": attempt,
+            "sweep": sweep,
+            "ended": time.time(),
+            "final": final,
+            "error_class": failure.error_class.value,
+            "type": failure.type,
+            "message": failure.message,
+            "log_tail": failure.log_tail,
+        }
+        write_json(folder / f"{number}.json", content)
+
+    def attempts(self, key: str) -> list[dict[str, Any]]:
+        """Failed attempts, oldest first."""
+        paths = sorted((self.root / "attempts" / key).glob("*.json"), key=lambda p: int(p.stem))
+        return [json.loads(p.read_text()) for p in paths]
+
+    def sweep_folder(self, sweep: str) -> Path:
+        return self.root / "sweeps" / sweep
+
+    def sweep_keys(self) -> list[str]:
+        """Sweeps of the store, the latest started first."""
+        plans = (self.root / "sweeps").glob("*/plan.json")
+        return [p.parent.name for p in sorted(plans, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write beside, flush, rename."""
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with draft.open("w") as f:
+        json.dump(value, f, indent=1)
+        f.write("\n")
+        f.flush()
+        os.fsync(f.fileno())
+    draft.replace(path)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

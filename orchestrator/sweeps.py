@@ -1,0 +1,137 @@
+"""A sweep in the store: written when it starts, read back as a `SweepResult`.
+
+`sweeps/<key>/plan.json` holds the plan, its settings and where it was started from; statuses are not in it, they follow from
+the records and failed attempts of its stages.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from orchestrator.errors import StoreError, unknown_name
+from orchestrator.planned import Plan
+from orchestrator.provenance import collect
+from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
+from orchestrator.stage import Status
+from orchestrator.store import Store, write_json
+from workers.artifact import PAYLOAD, CorruptArtifactError
+from workers.specs import StageKind
+
+
+def write_sweep(store: Store, plan: Plan, overrides: Sequence[str], multirun: bool) -> None:
+    """Record a sweep before it runs. A sweep that is already there keeps its first start."""
+    folder = store.sweep_folder(plan.key)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plan.json"
+    settings = json.loads(json.dumps(plan.grid.settings, default=str))
+    content = {**plan.to_json(), "name": _name(plan), "config": {"settings": settings, "axes": _axes(plan), "multirun": multirun}}
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(k) == content[k] for k in content):
+            return
+        content.update(created=old["created"], provenance=old["provenance"])
+    else:
+        content.update(created=time.time(), provenance=collect(overrides))
+    write_json(path, content)
+
+
+def _name(plan: Plan) -> str:
+    named = (plan.grid.settings.get("sweep") or {}).get("name")
+    if named:
+        return str(named)
+    return " × ".join(_short(names) for axis, names in _axes(plan).items() if axis in ("model", "method", "scheme", "task"))
+
+
+def _short(names: Sequence[str]) -> str:
+    return ",".join(names) if len(names) <= 3 else f"{len(names)} {names[0]}…"
+
+
+def _axes(plan: Plan) -> dict[str, list[str]]:
+    axes: dict[str, dict[str, None]] = {}
+    for cell in plan.grid.cells:
+        for option in cell:
+            axes.setdefault(option.axis, {})[option.name] = None
+    return {axis: list(names) for axis, names in axes.items()}
+
+
+def find_sweep(store: Store, name: str | None) -> str:
+    """Key of a sweep given by key prefix or name; the latest when None. Raises StoreError naming those there are."""
+    keys = store.sweep_keys()
+    if not keys:
+        raise StoreError(f"the store {store.root} holds no sweep yet; start one with `bitgrid run`")
+    if name is None:
+        return keys[0]
+    found = [k for k in keys if k.startswith(name)] or [k for k in keys if _plan(store, k)["name"] == name]
+    if not found:
+        names = [n for k in keys for n in (k[:8], _plan(store, k)["name"])]
+        raise StoreError(unknown_name("sweep", name, names))
+    return found[0]
+
+
+def _plan(store: Store, key: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((store.sweep_folder(key) / "plan.json").read_text())
+    return content
+
+
+def load_sweep(store: Store, key: str) -> SweepResult:
+    """What the store knows of a sweep now."""
+    plan = _plan(store, key)
+    stages = _stages(store, plan["stages"])
+    tasks = {n: TaskInfo(n, t["kind"], t["primary"], t["higher_is_better"]) for n, t in plan["tasks"].items()}
+    variants = tuple(
+        VariantResult(
+            key=k,
+            label=v["label"],
+            axes=v["axes"],
+            is_baseline=k == v["baseline"],
+            baseline_key=v["baseline"],
+            quantize=stages[v["quantize"]] if v["quantize"] else None,
+            evaluations={task: stages[s] for task, s in v["evaluations"].items()},
+            flags=tuple(v["flags"]),
+        )
+        for k, v in plan["variants"].items()
+    )
+    return SweepResult(
+        key=key,
+        name=plan["name"],
+        created=plan["created"],
+        config=plan["config"],
+        provenance=plan["provenance"],
+        tasks=tasks,
+        variants=variants,
+        stages=stages,
+        skipped=tuple(SkippedCell(s["axes"], s["reason"]) for s in plan["skipped"]),
+        model_names={digest: m["name"] for digest, m in plan["models"].items()},
+    )
+
+
+def _stages(store: Store, planned: Mapping[str, Mapping[str, Any]]) -> dict[str, StageResult]:
+    # Inputs come before the stages that read them: plans are written in that order.
+    stages: dict[str, StageResult] = {}
+    for key, stage in planned.items():
+        stages[key] = _stage(store, key, stage, stages)
+    return stages
+
+
+def _stage(store: Store, key: str, stage: Mapping[str, Any], done: Mapping[str, StageResult]) -> StageResult:
+    kind = StageKind(stage["kind"])
+    result = StageResult(key, kind.value, stage["label"], Status.PENDING, spec=stage["spec"])
+    if store.has(kind, key):
+        try:
+            record = store.record(kind, key)
+        except CorruptArtifactError:
+            return result
+        return replace(
+            result, status=Status.SUCCEEDED, record=record, payload=store.folder(kind, key) / PAYLOAD, computed_by=record["sweep"]
+        )
+    for needed in (done[i] for i in stage["inputs"].values()):
+        if needed.status in (Status.FAILED, Status.DEP_FAILED):
+            return replace(result, status=Status.DEP_FAILED, blocked_by=needed.blocked_by or needed.key)
+    attempts = store.attempts(key)
+    if attempts and attempts[-1]["final"]:
+        return replace(result, status=Status.FAILED, failure=attempts[-1])
+    return result

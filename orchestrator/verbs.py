@@ -1,0 +1,135 @@
+"""The verbs that work on a sweep of the store: status, report, reconcile, resume, export, ui."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+
+from orchestrator.errors import ConfigError, PlanError, StoreError, unknown_name
+from orchestrator.grid import compose_grid
+from orchestrator.lease import Lease, holder
+from orchestrator.ledger import Ledger
+from orchestrator.report import print_table
+from orchestrator.results import SweepResult, VariantResult
+from orchestrator.run import open_projection, project, refresh_report, run_grid, show, sync_lines
+from orchestrator.stage import Status
+from orchestrator.store import Store
+from orchestrator.sweeps import find_sweep, load_sweep
+
+
+def _open(root: Path) -> Store:
+    return Store(root.expanduser().resolve()).open(create=False)
+
+
+def status(root: Path, sweep: str | None, console: Console) -> int:
+    store = _open(root)
+    result = load_sweep(store, find_sweep(store, sweep))
+    counts = Counter((s.kind, s.status.value) for s in result.stages.values())
+    console.print(f"sweep {result.key[:8]} {result.name}", highlight=False, markup=False)
+    for (kind, word), count in sorted(counts.items()):
+        console.print(f"  {kind:<10} {word:<10} {count}", highlight=False)
+    for stage in result.stages.values():
+        if stage.status is Status.FAILED and stage.failure is not None:
+            console.print(f"  FAILED {stage.label}: {stage.failure['type']}: {stage.failure['message']}", highlight=False, markup=False)
+    driver = holder(store.root / "lease.json")
+    console.print(f"  driver: {driver}" if driver else "  no driver is at work on this store", highlight=False)
+    return 0
+
+
+def report(root: Path, sweep: str | None, console: Console) -> int:
+    store = _open(root)
+    result = load_sweep(store, find_sweep(store, sweep))
+    print_table(result, console)
+    page = refresh_report(store, result)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def reconcile(root: Path, sweep: str | None, console: Console) -> int:
+    """Exit code 1 when MLflow could not be written whole."""
+    store = _open(root)
+    keys = [find_sweep(store, sweep)] if sweep else list(reversed(store.sweep_keys()))
+    failed = False
+    with Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
+        for key in keys:
+            result = load_sweep(store, key)
+            refresh_report(store, result)
+            settings = result.config["settings"]
+            projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
+            report = project(projection, store, result, reconcile=True)
+            failed = failed or not report.complete
+            for line in sync_lines(report):
+                console.print(f"{result.key[:8]} {line}", highlight=False, markup=False, soft_wrap=True)
+    return int(failed)
+
+
+def resume(root: Path, sweep: str | None, console: Console) -> int:
+    store = _open(root)
+    key = find_sweep(store, sweep)
+    plan = json.loads((store.sweep_folder(key) / "plan.json").read_text())
+    settings = plan["config"]["settings"]
+    folders = [f"{n}='{settings[n]}'" for n in ("models_dir", "data_dir") if settings.get(n)]
+    started = plan["provenance"]["overrides"]
+    own = [o for o in started if o.split("=")[0] not in ("store", "models_dir", "data_dir")]
+    grid = compose_grid([*own, *folders, f"store='{store.root}'"], multirun=plan["config"]["multirun"])
+    run = run_grid(grid, started, plan["config"]["multirun"], console)
+    if run.result.key != key:
+        raise PlanError(
+            f"the grid of sweep {key[:8]} is now {run.result.key[:8]}: conf, models or texts have changed since; "
+            "that sweep was run instead, sharing whatever is unchanged"
+        )
+    show(run, console)
+    return run.exit_code
+
+
+def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: Console) -> int:
+    store = _open(root)
+    result = load_sweep(store, find_sweep(store, sweep))
+    chosen = _variant(result, variant)
+    if chosen.quantize is None or chosen.quantize.payload is None:
+        raise ConfigError(f"variant {chosen.label!r} has no quantized weights ({chosen.status.value}); export takes a quantized variant")
+    location = _model_folder(result, store, chosen)
+    command = [sys.executable, "-m", "workers.export", "--format", form, "--artifact", str(chosen.quantize.payload.parent)]
+    command += ["--model", str(location), "--out", str(out.expanduser().resolve())]
+    code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
+    if code == 0:
+        console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
+    return code
+
+
+def _variant(result: SweepResult, name: str) -> VariantResult:
+    words = set(name.replace("·", " ").split())
+    found = [v for v in result.variants if v.key.startswith(name) or v.label == name]
+    found = found or [v for v in result.variants if words <= set(v.label.split())]
+    if len(found) == 1:
+        return found[0]
+    labels = [v.label for v in found or result.variants]
+    if found:
+        raise ConfigError(f"variant {name!r} is not the only one: {'; '.join(labels)}")
+    raise ConfigError(unknown_name("variant", name, labels))
+
+
+def _model_folder(result: SweepResult, store: Store, variant: VariantResult) -> Path:
+    plan = json.loads((store.sweep_folder(result.key) / "plan.json").read_text())
+    name = variant.axes["model"]
+    location = next((m["location"] for m in plan["models"].values() if m["name"] == name), None)
+    if location is None:
+        raise StoreError(f"the sweep does not say where model {name!r} was; run it again and export then")
+    if location["kind"] == "folder":
+        return Path(location["path"])
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(location["path"], revision=location["revision"]))
+
+
+def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
+    from orchestrator.ui import serve
+
+    store = _open(root)
+    result = load_sweep(store, find_sweep(store, sweep))
+    return serve(result.config["settings"]["tracking"], Path.cwd(), port, console)
