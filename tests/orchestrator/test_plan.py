@@ -1,0 +1,160 @@
+"""A known grid gives exactly these stages: what is shared is planned once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import ConfigError, PlanError, SourceError
+from orchestrator.grid import compose_grid
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
+from orchestrator.sources import Sources
+from workers.specs import QuantizeSpec, StageKind
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path):
+    def make(*overrides: str, models_dir: Path | None = None) -> Plan:
+        grid = compose_grid(list(overrides), multirun=True)
+        return build_plan(grid, Sources(models_dir, None, tmp_path / "digests.json"))
+
+    return make
+
+
+def kinds(plan: Plan) -> dict[str, int]:
+    return dict(Counter(s.kind.value for s in plan.stages.values()))
+
+
+def test_known_grid_has_exactly_these_stages(plan_of) -> None:
+    plan = plan_of(
+        "method=rtn,gptq,awq", "scheme=w4a16_g64,w3a16_g64,w4a16_channel", "task=self_perplexity,self_divergence", "calibration=self_text"
+    )
+    # One Hessian for all GPTQ variants, absmean and samples for all AWQ ones; 9 quantizations; (9 variants + baseline) x 2 tasks.
+    assert kinds(plan) == {"calibrate": 3, "quantize": 9, "evaluate": 20}
+    assert len(plan.cells) == 18
+    assert sum(v.is_baseline for v in plan.variants.values()) == 1
+
+
+def test_run_time_parts_share_one_quantize(plan_of) -> None:
+    plan = plan_of("method=rtn", "scheme=w4a16_g64,w4a8_g64", "task=self_perplexity")
+    assert kinds(plan) == {"quantize": 1, "evaluate": 3}
+    assert len({v.quantize for v in plan.variants.values() if v.quantize}) == 1
+    assert len({c.variant for c in plan.cells}) == 2
+
+
+def test_static_activation_ranges_make_a_quantize_of_their_own(plan_of) -> None:
+    plan = plan_of("method=rtn", "scheme=w8a8_tensor,w8a8_static", "task=self_perplexity")
+    specs = [s.spec for s in plan.stages.values() if s.kind is StageKind.QUANTIZE]
+    assert sorted(isinstance(s, QuantizeSpec) and s.activation is not None for s in specs) == [False, True]
+
+
+def test_number_of_tasks_does_not_multiply_quantization(plan_of) -> None:
+    one = plan_of("method=gptq", "scheme=w4a16_g64", "task=self_perplexity")
+    two = plan_of("method=gptq", "scheme=w4a16_g64", "task=self_perplexity,self_divergence")
+    assert kinds(one)["quantize"] == kinds(two)["quantize"] == 1
+    assert set(one.stages) < set(two.stages)
+
+
+def test_adding_a_method_keeps_every_old_stage(plan_of) -> None:
+    old = plan_of("method=rtn,gptq", "scheme=w4a16_g64,w3a16_g64", "task=self_perplexity,self_divergence")
+    new = plan_of("method=rtn,gptq,awq", "scheme=w4a16_g64,w3a16_g64", "task=self_perplexity,self_divergence")
+    assert set(old.stages) < set(new.stages)
+    assert old.key != new.key
+
+
+def test_replicates_draw_calibration_anew_but_share_data_free_variants(plan_of) -> None:
+    plan = plan_of("method=rtn,gptq", "scheme=w4a16_g64", "task=self_perplexity", "replicate=r0,r1,r2")
+    assert kinds(plan) == {"calibrate": 3, "quantize": 4, "evaluate": 5}
+
+
+def test_divergence_reads_the_baseline_and_perplexity_does_not(plan_of) -> None:
+    plan = plan_of("method=rtn", "scheme=w4a16_g64", "task=self_perplexity,self_divergence")
+    baseline = next(v for v in plan.variants.values() if v.is_baseline)
+    variant = next(v for v in plan.variants.values() if not v.is_baseline)
+    assert plan.stages[variant.evaluations["self_divergence"]].inputs["reference"] == baseline.evaluations["self_divergence"]
+    assert "reference" not in plan.stages[variant.evaluations["self_perplexity"]].inputs
+
+
+def test_same_grid_in_another_order_is_the_same_sweep(plan_of) -> None:
+    first = plan_of("method=rtn,gptq", "scheme=w4a16_g64,w3a16_g64")
+    second = plan_of("scheme=w3a16_g64,w4a16_g64", "method=gptq,rtn")
+    assert first.key == second.key
+
+
+def test_inputs_come_before_what_reads_them(plan_of) -> None:
+    plan = plan_of("method=rtn,gptq,awq", "scheme=w4a16_g64", "task=self_divergence")
+    seen: set[str] = set()
+    for stage in plan.stages.values():
+        assert set(stage.inputs.values()) <= seen
+        seen.add(stage.key)
+
+
+def odd_model(folder: Path, like: Path) -> Path:
+    """The shipped model's files under another width of the feed-forward, which no group of 64 divides."""
+    model = folder / "odd"
+    model.mkdir(parents=True)
+    for path in like.iterdir():
+        (model / path.name).write_bytes(path.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 172}))
+    return model
+
+
+ASSET = Path(__file__).resolve().parents[2] / "workers" / "assets" / "wikitext_llama"
+
+
+def test_group_that_does_not_divide_is_skipped_with_its_reason(plan_of, tmp_path: Path) -> None:
+    odd = odd_model(tmp_path, ASSET)
+    plan = plan_of("method=rtn", "scheme=w4a16_g64,w4a16_channel", f"model.path={odd}")
+    assert [s.cell.scheme.name for s in plan.skipped] == ["w4a16_g64"]
+    assert "64 does not divide 172" in plan.skipped[0].reason
+    assert len(plan.cells) == 1
+
+
+def test_impossible_cell_alone_is_refused(plan_of, tmp_path: Path) -> None:
+    odd = odd_model(tmp_path, ASSET)
+    with pytest.raises(PlanError, match="64 does not divide 172"):
+        plan_of("method=rtn", "scheme=w4a16_g64", f"model.path={odd}")
+
+
+def test_model_path_with_several_models_is_refused(plan_of) -> None:
+    with pytest.raises(ConfigError, match="single model"):
+        plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
+
+
+def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:
+    (tmp_path / "models" / "other").mkdir(parents=True)
+    with pytest.raises(SourceError, match="other"):
+        plan_of("model=stories260k", models_dir=tmp_path / "models")
+
+
+def test_truncated_model_file_is_told_before_anything_runs(plan_of, tmp_path: Path) -> None:
+    odd = odd_model(tmp_path, ASSET)
+    weights = odd / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SourceError, match=r"truncated: got \d+ bytes"):
+        plan_of(f"model.path={odd}")
+
+
+def test_same_content_in_another_folder_has_the_same_keys(plan_of, tmp_path: Path) -> None:
+    copy = tmp_path / "models" / "wikitext-llama-6m"
+    copy.mkdir(parents=True)
+    for path in ASSET.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    assert set(plan_of().stages) == set(plan_of(models_dir=tmp_path / "models").stages)
+
+
+def test_unknown_statistic_is_told_with_the_known_ones(plan_of) -> None:
+    with pytest.raises((PlanError, ConfigError), match="hessian"):
+        plan_of("method=gptq", "method.rounding.needs=[hesian]")
+
+
+def test_empty_calibration_text_is_told(plan_of, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    with pytest.raises(SourceError, match="is empty"):
+        plan_of("method=gptq", f"calibration.text.path={empty}")

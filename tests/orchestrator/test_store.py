@@ -1,0 +1,140 @@
+"""The store: all of an artifact or nothing, first writer wins, one driver."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import StoreError, StoreLockedError, StoreVersionError
+from orchestrator.fingerprint import stage_key
+from orchestrator.lease import Lease, holder
+from orchestrator.stage import Stage
+from orchestrator.store import Store
+from workers.artifact import CorruptArtifactError, payload_path
+from workers.request import ErrorClass, Failure, Outcome
+from workers.specs import EvaluateSpec, ModelSpec, StageKind, TaskSpec, TextSpec
+
+
+def a_stage(digest: str = "m") -> Stage:
+    spec = EvaluateSpec(ModelSpec(digest), TaskSpec("perplexity", 1, TextSpec("t")))
+    return Stage(stage_key(StageKind.EVALUATE, spec, {}), StageKind.EVALUATE, spec, "evaluate m unquantized t")
+
+
+def an_outcome(stage: Stage) -> Outcome:
+    return Outcome(stage.key, {"started": 1.0, "ended": 2.0, "seconds": {}, "environment": {}, "notes": [], "summary": {"scores": {"ppl": 3.0}}})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store").open()
+
+
+def commit(store: Store, stage: Stage, content: bytes = b"rows") -> Path:
+    staging = store.new_staging(stage.key)
+    (staging / "payload" / "items.parquet").write_bytes(content)
+    store.commit(stage, an_outcome(stage), staging, 1, "sweep")
+    return store.folder(stage.kind, stage.key)
+
+
+def test_committed_artifact_is_whole_and_its_record_tells_its_files(store: Store) -> None:
+    stage = a_stage()
+    assert not store.has(stage.kind, stage.key)
+    folder = commit(store, stage)
+    record = store.record(stage.kind, stage.key)
+    assert record["files"]["items.parquet"]["bytes"] == 4
+    assert json.loads((folder / "spec.json").read_text())["kind"] == "evaluate"
+    assert payload_path(folder, "items.parquet").read_bytes() == b"rows"
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_first_writer_wins(store: Store) -> None:
+    stage = a_stage()
+    commit(store, stage, b"first")
+    folder = commit(store, stage, b"second")
+    assert (folder / "payload" / "items.parquet").read_bytes() == b"first"
+
+
+def test_full_disk_leaves_no_half_artifact(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = a_stage()
+    staging = store.new_staging(stage.key)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    with pytest.raises(OSError, match="No space"):
+        store.commit(stage, an_outcome(stage), staging, 1, "sweep")
+    assert not store.has(stage.kind, stage.key)
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_changed_payload_is_told_as_corrupt_and_set_aside(store: Store) -> None:
+    stage = a_stage()
+    folder = commit(store, stage)
+    (folder / "payload" / "items.parquet").write_bytes(b"rowz")
+    with pytest.raises(CorruptArtifactError):
+        payload_path(folder, "items.parquet")
+    store.set_aside(stage.kind, stage.key)
+    assert not store.has(stage.kind, stage.key)
+
+
+def test_attempts_are_kept_in_order(store: Store) -> None:
+    for n, final in ((1, False), (2, True)):
+        store.add_attempt("k", Failure(ErrorClass.USER, "ValueError", f"no {n}"), n, "sweep", final)
+    assert [(a["message"], a["final"]) for a in store.attempts("k")] == [("no 1", False), ("no 2", True)]
+
+
+def test_store_of_a_newer_version_is_refused(store: Store) -> None:
+    (store.root / "store.json").write_text('{"format": 99}')
+    with pytest.raises(StoreVersionError, match="99"):
+        store.open()
+
+
+def test_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(StoreError, match="neither empty"):
+        Store(tmp_path).open()
+
+
+def test_second_live_driver_is_refused_with_the_holders_name(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    with Lease(path, "bitgrid run"):
+        assert str(os.getpid()) in (holder(path) or "")
+        with pytest.raises(StoreLockedError, match=str(os.getpid())), Lease(path, "other"):
+            pass
+    assert not path.exists()
+
+
+def _hold(path: Path) -> None:
+    with Lease(path, "doomed"):
+        time.sleep(60)
+
+
+def test_lease_of_a_killed_driver_is_taken_over_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    process = multiprocessing.get_context("spawn").Process(target=_hold, args=(path,))
+    process.start()
+    while not path.exists():
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    with Lease(path, "next"):
+        assert "next" in (holder(path) or "")
+
+
+def test_lease_on_another_host_is_respected_until_it_expires(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    content = {"token": "x", "host": "elsewhere", "pid": 1, "process_started": 0.0, "purpose": "bitgrid run", "since": 0.0}
+    path.write_text(json.dumps({**content, "expires": time.time() + 60}))
+    with pytest.raises(StoreLockedError, match="elsewhere"), Lease(path, "mine"):
+        pass
+    path.write_text(json.dumps({**content, "expires": time.time() - 1}))
+    with Lease(path, "mine"):
+        pass
