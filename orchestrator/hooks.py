@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from orchestrator.ledger import Ledger
 from orchestrator.planned import Plan
+from orchestrator.retries import Adjustment
 from orchestrator.stage import Stage, Status
 from orchestrator.store import Store
 from workers.request import Failure, Hints, Input, Outcome, Request, StageRequest
@@ -29,7 +28,7 @@ class StoreHooks:
         self.set_aside: dict[str, Path] = {}
         """Corrupt artifacts of this run: key ▸ where they are now."""
 
-    def request(self, request_id: str, stages: Sequence[Stage], attempts: Mapping[str, int], hints: Mapping[str, Any]) -> Request:
+    def request(self, request_id: str, stages: Sequence[Stage], attempts: Mapping[str, int], adjustment: Adjustment) -> Request:
         made = []
         for stage in stages:
             staging = self._store.new_staging(stage.key)
@@ -41,7 +40,7 @@ class StoreHooks:
             stages=tuple(made),
             models={s.model: self._plan.models[s.model].location for s in stages},
             texts={digest: source.location for digest, source in self._plan.texts.items()},
-            hints=replace(self._hints, **hints),
+            hints=adjustment.apply(self._hints),
         )
 
     def commit(self, stage: Stage, outcome: Outcome) -> None:
