@@ -1,0 +1,76 @@
+"""`bitgrid run` as a Hydra application: Hydra's flags, sweepers and launchers work; bitgrid's own sweeper takes the grid as a whole.
+
+Without Hydra flags the grid is composed once before Hydra starts, so that a mistake is told in our words; it is kept for the sweeper.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from rich.console import Console
+
+from orchestrator.cell import Grid
+from orchestrator.errors import BitgridError
+from orchestrator.grid import compose_grid
+from orchestrator.run import SweepRun, run_grid, show
+
+_exit_codes: list[int] = []
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Exit code of `bitgrid run ARGUMENTS`. Raises BitgridError."""
+    flags = [a for a in arguments if a.startswith("-")]
+    multirun = any(f in ("-m", "--multirun") for f in flags)
+    overrides = [a for a in arguments if a not in flags]
+    if all(f in ("-m", "--multirun") for f in flags):
+        _grid(tuple(overrides), multirun)
+    sys.argv = ["bitgrid run", *arguments]
+    _exit_codes.clear()
+    task()
+    return max(_exit_codes, default=0)
+
+
+@lru_cache(maxsize=1)
+def _grid(overrides: tuple[str, ...], multirun: bool) -> Grid:
+    return compose_grid(overrides, multirun=multirun)
+
+
+def sweep(overrides: Sequence[str], multirun: bool = True) -> SweepRun:
+    """Run the grid of a command line and show how it ended: what bitgrid's sweeper and the task function call."""
+    console = Console()
+    run = run_grid(_grid(tuple(overrides), multirun), overrides, multirun, console)
+    show(run, console)
+    _exit_codes.append(run.exit_code)
+    return run
+
+
+def score(run: SweepRun, evaluate: str, task_name: str) -> float:
+    """Primary score of an evaluation. Raises BitgridError when it failed."""
+    stage = run.result.stages[evaluate]
+    if stage.record is None:
+        failed = run.result.stages[stage.blocked_by] if stage.blocked_by else stage
+        reason = f"{failed.label}: {failed.failure['message']}" if failed.failure else f"{failed.label}: {failed.status.value}"
+        raise BitgridError(f"{stage.label} has no score: {reason}")
+    return float(stage.summary["scores"][run.result.tasks[task_name].primary])
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+def task(config: DictConfig) -> float:
+    """One cell: the task function of `bitgrid run` without -m, and of foreign sweepers and launchers."""
+    try:
+        run = sweep(HydraConfig.get().overrides.task, multirun=False)
+        cell = run.plan.cells[0]
+        return score(run, cell.evaluate, cell.cell.task.name)
+    except BitgridError as e:
+        if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
+            raise
+        print(f"bitgrid: {e}", file=sys.stderr)
+        raise SystemExit(2 if not _exit_codes else 1) from None
+
+
+task.bitgrid_task = True  # type: ignore[attr-defined]
