@@ -1,0 +1,76 @@
+"""Around MLflow's client, without importing it: environment, and the SQLite database of the embedded default."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+OUT_OF_DATE = "out-of-date database schema"
+"""In MLflow's message about a database of another version."""
+UPGRADE_LIMIT_S = 300
+
+
+def switch_off_telemetry() -> None:
+    """For this process and its children. Before MLflow is imported: it decides then."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+
+
+@contextmanager
+def client_environment(timeout_s: float) -> Iterator[None]:
+    """MLflow's client is configured by environment variables alone: set while it works, then put back. Telemetry stays off."""
+    switch_off_telemetry()
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, math.ceil(timeout_s))),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }
+    before = {k: os.environ.get(k) for k in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for k, v in before.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """File of a `sqlite:///` address; None for any other address and for a database in memory."""
+    prefix = "sqlite:///"
+    name = uri[len(prefix) :] if uri.startswith(prefix) else ""
+    return Path(name) if name and name != ":memory:" else None
+
+
+def check_sqlite(file: Path, timeout_s: float) -> None:
+    """Raises at once what MLflow would only report after a minute of retries: OSError, sqlite3.Error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(file, timeout=timeout_s, isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("ROLLBACK")
+
+
+def upgrade_sqlite(file: Path) -> str:
+    """Migrate a database of an older MLflow, keeping a copy; what was done, in words. Raises RuntimeError."""
+    copy = file.with_name(f"{file.name}.{int(time.time())}.bak")
+    shutil.copy2(file, copy)
+    command = [sys.executable, "-m", "mlflow", "db", "upgrade", f"sqlite:///{file}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=UPGRADE_LIMIT_S, check=False)
+    if done.returncode:
+        copy.replace(file)
+        last = " ".join(done.stderr.split())[-300:]
+        raise RuntimeError(
+            f"{file} was written by another version of MLflow and cannot be upgraded ({last}); move it away and run `bitgrid reconcile`"
+        )
+    return f"{file.name} was written by an older MLflow and was upgraded; the old one is {copy.name}"

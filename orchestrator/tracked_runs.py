@@ -1,0 +1,321 @@
+"""What MLflow should show of a sweep, as plain data: one run for the sweep, one for each variant that has begun.
+
+Pure: a description depends on the `SweepResult` alone, never on the clock or on what MLflow holds already. So writing it
+twice changes nothing, and a deleted database is rebuilt with the same names, params, metrics, tags, status and artifacts.
+
+| kind   | holds | names |
+|---|---|---|
+| params | the grid's axes | `model.name`, `quant.method`, `quant.scheme`, `quant.bits`, `calibration.name`, `replicate` |
+| metrics | numbers to sort and plot | `eval/<task>/<metric>`, `delta/<task>/<metric>` with `_low`, `_high`, `size/…`, `err/…`, `time/…`, `layer/…` |
+| tags | identity, provenance, state | `bitgrid.*` |
+| artifacts | configuration, small tables, pointers to large files | `config/`, `tables/`, `pointers/` |
+
+The sweep's own counters change while it runs. MLflow never forgets a metric, so they are tags; the one metric of a sweep
+is the series of finished stages, whose past does not change.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from orchestrator.mlflow_names import param_value, tag_key, tag_value
+from orchestrator.results import StageResult, SweepResult, VariantResult
+from orchestrator.stage import Status
+from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
+from orchestrator.tracked_metrics import DeltaOf, LayerErrors, Point, no_delta, no_layer_errors, progress, variant_points
+
+SCHEMA = 1
+"""Version of the form below; a change rewrites every run once."""
+SWEEP_RUN = "sweep"
+"""Key of the sweep's own run among its variants' keys."""
+
+
+class Phase(Enum):
+    """Whether a driver is at work on the sweep: what has not run is still to come, or was left undone."""
+
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    key: str
+    """Variant key, or `SWEEP_RUN`."""
+    name: str
+    status: str
+    """RUNNING, FINISHED, FAILED or KILLED, as MLflow names them."""
+    start_ms: int
+    end_ms: int | None
+    params: Mapping[str, str]
+    metrics: tuple[Point, ...]
+    tags: Mapping[str, str]
+    artifacts: tuple[ArtifactFile, ...]
+
+    @cached_property
+    def content(self) -> str:
+        """Digest of everything above."""
+        points = [[p.name, _number(p.value), p.timestamp_ms, p.step] for p in self.metrics]
+        files = [[a.path, a.sha256] for a in self.artifacts]
+        scalars = [SCHEMA, self.key, self.name, self.status, self.start_ms, self.end_ms]
+        return _digest([*scalars, dict(self.params), points, dict(self.tags), files])
+
+
+def content_digest(result: SweepResult, phase: Phase = Phase.ENDED) -> str:
+    """Digest of all that the runs of a sweep are made from; equal digests need no sync. Reads no file.
+
+    Files attached to the sweep's run (the report) are not part of it.
+    """
+    stages = {s.key: s for v in result.variants for s in _stages(v)} | dict(result.stages)
+    described = [[v.key, v.label, dict(v.axes), v.baseline_key, list(v.flags), [s.key for s in _stages(v)]] for v in result.variants]
+    tasks = {n: [t.primary, dict(t.higher_is_better)] for n, t in result.tasks.items()}
+    states = {k: [s.status.value, s.record, s.spec, s.failure, s.blocked_by, s.computed_by] for k, s in sorted(stages.items())}
+    whole = [result.key, result.name, result.created, result.config, result.provenance, tasks, len(result.skipped)]
+    return _digest([SCHEMA, phase.value, *whole, described, states])
+
+
+def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, Path] | None = None) -> RunDescription:
+    """The parent run. `attachments`: artifact path ▸ file (report.html, plan.json); a missing file is left out."""
+    variants = [_variant_status(v, phase) for v in result.variants]
+    stages = list(result.stages.values())
+    if phase is Phase.RUNNING:
+        status = "RUNNING"
+    elif "FAILED" in variants or any(s.status in (Status.FAILED, Status.DEP_FAILED) for s in stages):
+        status = "FAILED"
+    else:
+        status = "KILLED" if "KILLED" in variants else "FINISHED"
+    ended = [t for s in stages if (t := ended_at(s)) is not None and not _reused(s, result)]
+    end = max([result.created, *ended])
+    count = {s: sum(x.status is s for x in stages) for s in Status}
+    done = count[Status.SUCCEEDED] + count[Status.CACHED]
+    failed = [v.label for v, s in zip(result.variants, variants, strict=True) if s == "FAILED"]
+    tags = {
+        **_identity_tags(result, "sweep"),
+        "bitgrid.stages": str(len(stages)),
+        "bitgrid.stages_done": str(done),
+        "bitgrid.stages_reused": str(sum(_reused(s, result) for s in stages)),
+        "bitgrid.stages_failed": str(count[Status.FAILED]),
+        "bitgrid.stages_dep_failed": str(count[Status.DEP_FAILED]),
+        "bitgrid.variants": str(len(variants)),
+        "bitgrid.variants_failed": str(len(failed)),
+        "bitgrid.cells_skipped": str(len(result.skipped)),
+        "mlflow.note.content": _sweep_note(result, len(stages), done, failed),
+    }
+    return RunDescription(
+        key=SWEEP_RUN,
+        name=f"{result.name} {result.key[:8]}",
+        status=status,
+        start_ms=_ms(result.created),
+        end_ms=None if status == "RUNNING" else _ms(end),
+        params={},
+        metrics=progress(result, _reused, ended_at) if phase is Phase.ENDED else (),
+        tags={tag_key(k): tag_value(v) for k, v in tags.items()},
+        artifacts=(
+            config_file("config/sweep.yaml", {"sweep": result.key, "name": result.name, "config": result.config}),
+            config_file("config/provenance.yaml", result.provenance),
+            *given_files(attachments or {}),
+        ),
+    )
+
+
+def describe_variant(
+    result: SweepResult,
+    variant: VariantResult,
+    phase: Phase,
+    delta_of: DeltaOf = no_delta,
+    layer_errors: LayerErrors = no_layer_errors,
+) -> RunDescription | None:
+    """A variant's run; None before the first of its stages has ended, for there is nothing to say yet.
+
+    `delta_of` gives the paired difference to the baseline's evaluation, `layer_errors` the weight error by decoder layer.
+    """
+    ended = {s.key: t for s in _stages(variant) if (t := _ended_or_blocked(s, result)) is not None}
+    if not ended:
+        return None
+    own = [s for s in _stages(variant) if s.key in ended]
+    # Reused stages may be weeks old: the run's time span is of what this sweep computed, where it computed anything.
+    fresh = [s for s in own if not _reused(s, result)] or own
+    status = _variant_status(variant, phase)
+    baseline = next((v for v in result.variants if v.key == variant.baseline_key), None)
+    points, notes = variant_points(variant, baseline, result.tasks, delta_of, layer_errors)
+    tags = {
+        **_identity_tags(result, "variant"),
+        "bitgrid.variant_key": variant.key,
+        "bitgrid.baseline_key": variant.baseline_key,
+        "bitgrid.is_baseline": str(variant.is_baseline).lower(),
+        **{f"bitgrid.stage.{role}": s.key for role, s in _roles(variant)},
+        **_state_tags(variant, result, [*variant.flags, *notes]),
+    }
+    settings = {
+        "axes": dict(variant.axes),
+        "variant": variant.key,
+        "stages": {role: {"key": s.key, "spec": spec_of(s)} for role, s in _roles(variant)},
+    }
+    artifacts = [config_file("config/variant.yaml", settings)]
+    for role, stage in _roles(variant):
+        artifacts += stage_files(role, stage)
+    return RunDescription(
+        key=variant.key,
+        name=variant.label,
+        status=status,
+        start_ms=min(_ms(_started(s, ended[s.key])) for s in fresh),
+        end_ms=None if status == "RUNNING" else max(_ms(ended[s.key]) for s in fresh),
+        params=_params(variant),
+        metrics=points,
+        tags={tag_key(k): tag_value(v) for k, v in tags.items()},
+        artifacts=tuple(artifacts),
+    )
+
+
+def spec_of(stage: StageResult) -> dict[str, Any]:
+    """The stage's canonical spec, known before it runs; empty where the plan did not keep it."""
+    return dict(stage.spec or (stage.record or {}).get("spec") or {})
+
+
+def ended_at(stage: StageResult) -> float | None:
+    """Epoch seconds at which it was committed or failed for good; None before."""
+    if stage.record is not None:
+        return float(stage.record["ended"])
+    return float(stage.failure["ended"]) if stage.failure and stage.status is Status.FAILED else None
+
+
+def _ended_or_blocked(stage: StageResult, result: SweepResult) -> float | None:
+    blocker = result.stages.get(stage.blocked_by) if stage.status is Status.DEP_FAILED and stage.blocked_by else None
+    return ended_at(blocker or stage)
+
+
+def _started(stage: StageResult, ended: float) -> float:
+    return ended if stage.record is None else float(stage.record["started"])
+
+
+def _reused(stage: StageResult, result: SweepResult) -> bool:
+    return stage.record is not None and stage.computed_by not in (None, result.key)
+
+
+def _roles(variant: VariantResult) -> Iterable[tuple[str, StageResult]]:
+    if variant.quantize is not None:
+        yield "quantize", variant.quantize
+    for task in sorted(variant.evaluations):
+        yield f"evaluate.{task}", variant.evaluations[task]
+
+
+def _stages(variant: VariantResult) -> list[StageResult]:
+    return [s for _, s in _roles(variant)]
+
+
+def _variant_status(variant: VariantResult, phase: Phase) -> str:
+    states = {s.status for s in _stages(variant)}
+    if states & {Status.FAILED, Status.DEP_FAILED}:
+        return "FAILED"
+    if all(s.finished for s in states) and Status.CANCELLED not in states:
+        return "FINISHED"
+    return "RUNNING" if phase is Phase.RUNNING else "KILLED"
+
+
+def _params(variant: VariantResult) -> dict[str, str]:
+    axes = variant.axes
+    params: dict[str, Any] = {
+        "model.name": axes.get("model"),
+        "quant.method": axes.get("method"),
+        "quant.scheme": axes.get("scheme"),
+        "calibration.name": axes.get("calibration"),
+        "replicate": axes.get("replicate"),
+    }
+    specs = {role: spec_of(s) for role, s in _roles(variant)}
+    quantize = specs.get("quantize", {})
+    weights = [r["weight"] for r in quantize.get("rules", []) if r.get("weight")]
+    for name in ("bits", "group_size", "symmetric"):
+        # A mixed variant has several: all are named, in the order of the rules.
+        values = list(dict.fromkeys(w.get(name, "false" if name == "symmetric" else "none") for w in weights))
+        if values:
+            params[f"quant.{name}"] = ",".join(str(v).lower() for v in values)
+    for part in ("activation", "kv"):
+        found = next((s[part] for s in specs.values() if s.get(part)), None)
+        if found:
+            params[f"quant.{part}_bits"] = found["bits"]
+    params["model.dtype"] = next((s["model"].get("dtype", "float32") for s in specs.values() if "model" in s), None)
+    return {k: param_value(v) for k, v in params.items() if v is not None}
+
+
+def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
+    p = result.provenance
+    tags = {
+        "bitgrid.kind": kind,
+        "bitgrid.schema": str(SCHEMA),
+        "bitgrid.sweep_key": result.key,
+        "bitgrid.sweep_name": result.name,
+        "mlflow.source.name": "bitgrid",
+        "mlflow.source.type": "LOCAL",
+    }
+    wanted = {"version": ("bitgrid", "version"), "git_commit": ("git_commit",), "git_dirty": ("git_dirty",), "python": ("python",)}
+    for tag, names in wanted.items():
+        value = next((p[n] for n in names if p.get(n) is not None), None)
+        if value is not None:
+            tags[f"bitgrid.{tag}"] = str(value)
+    if p.get("git_commit"):
+        tags["mlflow.source.git.commit"] = str(p["git_commit"])
+    return tags
+
+
+def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str]) -> dict[str, str]:
+    tags, said = {}, list(notes)
+    reused = [role for role, s in _roles(variant) if _reused(s, result)]
+    if reused:
+        tags["bitgrid.reused"] = ", ".join(reused)
+    for role, stage in _roles(variant):
+        record = stage.record or {}
+        said += [f"{role}: {n}" for n in record.get("notes", ())]
+        device = (record.get("environment") or {}).get("device")
+        if device:
+            tags[f"bitgrid.device.{role}"] = str(device)
+    failed = [(role, s) for role, s in _roles(variant) if s.status in (Status.FAILED, Status.DEP_FAILED)]
+    if failed:
+        # The cause: a stage of its own that failed, or the one that blocks it.
+        role, stage = next(((r, s) for r, s in failed if s.status is Status.FAILED), failed[0])
+        cause = stage if stage.failure else result.stages.get(stage.blocked_by or "", stage)
+        failure = cause.failure or {}
+        tags["bitgrid.failed_stages"] = ", ".join(f"{r} {s.status.value}" for r, s in failed)
+        tags["bitgrid.error_stage"] = cause.label
+        tags["bitgrid.error_class"] = str(failure.get("error_class", "unknown"))
+        tags["bitgrid.error_type"] = str(failure.get("type", "unknown"))
+        tags["bitgrid.error_message"] = str(failure.get("message", "no record of the failure was kept"))
+        tags["mlflow.note.content"] = _failure_note(cause, failure)
+    if said:
+        tags["bitgrid.notes"] = "\n".join(said)
+    return tags
+
+
+def _failure_note(cause: StageResult, failure: Mapping[str, Any]) -> str:
+    kind = f"{failure.get('error_class', 'unknown')}, {failure.get('type', 'unknown')}"
+    head = f"**{cause.label} failed** ({kind}): {failure.get('message', '')}"
+    tail = str(failure.get("log_tail") or "")
+    return head + (f"\n\n```\n{tail[-4000:]}\n```" if tail else "")
+
+
+def _sweep_note(result: SweepResult, stages: int, done: int, failed: list[str]) -> str:
+    lines = [f"Sweep `{result.key}`: {len(result.variants)} variants on {', '.join(sorted(result.tasks))}; {done} of {stages} stages done."]
+    if result.skipped:
+        lines.append(f"{len(result.skipped)} cells were skipped; the report gives the reasons.")
+    if failed:
+        lines += [f"{len(failed)} variants failed:", *(f"- {label}" for label in failed[:50])]
+    return "\n\n".join(lines[:2]) + ("\n\n" + "\n".join(lines[2:]) if lines[2:] else "")
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str, separators=(",", ":")).encode()).hexdigest()
+

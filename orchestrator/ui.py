@@ -1,0 +1,159 @@
+"""`bitgrid ui`: MLflow's dashboard on the tracking database, on 127.0.0.1, for as long as this command runs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from orchestrator.errors import TrackingError
+from orchestrator.mlflow_setup import sqlite_file, switch_off_telemetry
+from orchestrator.tracking import TrackingSettings
+
+HOST = "127.0.0.1"
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 10.0
+
+
+def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, say: Callable[[str], None] = print) -> int:
+    """Serve until Ctrl-C (or SIGTERM, or the terminal is closed); the exit code.
+
+    A taken `port` gives the next free one. With tracking=mlflow_server the address of the server is named and nothing is started.
+
+    Raises:
+        TrackingError: tracking is off, there is no database yet, or the server does not start.
+    """
+    known = TrackingSettings.of(settings, project_dir)
+    if known.kind == "mlflow_server":
+        say(f"The dashboard is on the tracking server: {known.uri}")
+        return 0
+    if known.kind == "none":
+        raise TrackingError("tracking=none keeps no MLflow runs; choose tracking=mlflow and run `bitgrid reconcile` to make them from the store")
+    file = sqlite_file(known.uri or "")
+    if file is not None and not file.is_file():
+        raise TrackingError(f"there is no MLflow database at {file}; run a sweep with tracking=mlflow, or `bitgrid reconcile` to make it from the store")
+    chosen = free_port(port)
+    if chosen != port:
+        say(f"Port {port} is taken; {chosen} is used.")
+    with tempfile.TemporaryFile() as log, _stopping_signals():
+        server = start_server(known, chosen, log)
+        try:
+            say("Starting the dashboard ...")
+            if not wait_until_up(server, chosen):
+                log.seek(max(0, log.tell() - 2000))
+                tail = log.read().decode(errors="replace").strip()
+                raise TrackingError(f"the MLflow server did not start on {HOST}:{chosen}; its last words:\n{tail}")
+            experiment = None if file is None else experiment_id(file, known.experiment)
+            page = "" if experiment is None else f"#/experiments/{experiment}"
+            say(f"MLflow dashboard: http://{HOST}:{chosen}/{page}   (Ctrl-C ends it)")
+            code = server.wait()
+            raise TrackingError(f"the MLflow server ended by itself with exit code {code}")
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            stop_server(server)
+
+
+def server_command(settings: TrackingSettings, port: int) -> list[str]:
+    """One worker process serves one person; artifacts are read where the runs say they are."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", str(settings.uri)]
+    if settings.artifact_location:
+        command += ["--default-artifact-root", settings.artifact_location]
+    return [*command, "--host", HOST, "--port", str(port), "--workers", "1"]
+
+
+def start_server(settings: TrackingSettings, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """In a process group of its own, so that Ctrl-C reaches this process alone and it can end the whole group."""
+    switch_off_telemetry()
+    # No background jobs: they are for MLflow's judges and traces, and cost a process.
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ}
+    command = server_command(settings, port)
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env)
+
+
+def free_port(wanted: int, tries: int = 50) -> int:
+    """`wanted`, or the next port nobody listens on. Raises TrackingError."""
+    for port in range(wanted, min(wanted + tries, 65536)):
+        with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise TrackingError(f"ports {wanted} to {wanted + tries - 1} are all taken; give another with --port")
+
+
+def experiment_id(file: Path, name: str) -> str | None:
+    """Id of the active experiment, read from the database; None where it cannot be told."""
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5)) as db:
+            row = db.execute("select experiment_id from experiments where name = ? and lifecycle_stage = 'active'", (name,)).fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
+
+
+def wait_until_up(server: subprocess.Popen[bytes], port: int) -> bool:
+    # Straight to the server, whatever proxy the environment names.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    limit = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < limit and server.poll() is None:
+        try:
+            with opener.open(f"http://{HOST}:{port}/health", timeout=2):
+                return True
+        except OSError:
+            time.sleep(0.2)
+    return False
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """End the server and the workers it started: they are one process group."""
+    for sig in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, sig)
+        except ProcessLookupError:
+            break
+        try:
+            server.wait(STOP_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            continue
+        if not _group_lives(server.pid):
+            break
+    server.wait()
+
+
+def _group_lives(group: int) -> bool:
+    limit = time.monotonic() + STOP_LIMIT_S
+    while time.monotonic() < limit:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def _stopping_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that no server stays behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
