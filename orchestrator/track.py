@@ -23,7 +23,7 @@ from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environm
 from orchestrator.results import SweepResult
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
 from orchestrator.tracked_files import ArtifactFile
-from orchestrator.tracked_metrics import DeltaOf, LayerErrors, Point, no_delta, no_layer_errors
+from orchestrator.tracked_metrics import DeltaOf, Point, paired
 from orchestrator.tracked_runs import SWEEP_RUN, Phase, RunDescription, describe_sweep, describe_variant
 from orchestrator.tracking import NoTracker, SyncReport, SyncTally, Tracker, TrackingSettings
 
@@ -35,30 +35,18 @@ ACTIVE, DELETED = 1, 2
 """mlflow.entities.ViewType."""
 
 
-def open_tracker(
-    settings: Mapping[str, Any],
-    project_dir: Path,
-    delta_of: DeltaOf = no_delta,
-    layer_errors: LayerErrors = no_layer_errors,
-) -> Tracker:
+def open_tracker(settings: Mapping[str, Any], project_dir: Path, delta_of: DeltaOf = paired) -> Tracker:
     """Tracker for the `tracking` group. Costs nothing: MLflow is imported by the first `prepare` or `sync`. Raises ConfigError."""
     known = TrackingSettings.of(settings, project_dir)
-    return NoTracker() if known.kind == "none" else MlflowTracker(known, delta_of, layer_errors)
+    return NoTracker() if known.kind == "none" else MlflowTracker(known, delta_of)
 
 
 class MlflowTracker:
     """`clock` gives monotonic seconds."""
 
-    def __init__(
-        self,
-        settings: TrackingSettings,
-        delta_of: DeltaOf = no_delta,
-        layer_errors: LayerErrors = no_layer_errors,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, settings: TrackingSettings, delta_of: DeltaOf = paired, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._delta_of = delta_of
-        self._layer_errors = layer_errors
         self._clock = clock
         self._client: Any = None
         self._pause_until = -math.inf
@@ -116,7 +104,7 @@ class MlflowTracker:
                     if budget_s is not None and self._clock() - start > budget_s:
                         tally.left += 1
                         continue
-                    run = describe_variant(result, variant, phase, self._delta_of, self._layer_errors)
+                    run = describe_variant(result, variant, phase, self._delta_of)
                     if run is not None:
                         pass_.write(run, parent)
         except Exception as e:  # as above

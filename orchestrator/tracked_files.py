@@ -1,4 +1,4 @@
-"""Artifacts of a run: configuration, small tables, and pointers in place of large files."""
+"""Artifacts of a run: configuration, small tables, and records that point to large files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from workers.artifact import file_digest
 
 TABLE_SUFFIXES = (".parquet", ".json", ".csv", ".txt")
 LARGEST_TABLE = 8 * 2**20
-"""Bytes. Above it only the pointer is logged: uploads through a tracking server are slow and time out."""
+"""Bytes. Above it only the record is logged: uploads through a tracking server are slow and time out."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def given_files(attachments: Mapping[str, Path]) -> list[ArtifactFile]:
 
 
 def stage_files(role: str, stage: StageResult) -> list[ArtifactFile]:
-    """Small tables of a committed stage, and one pointer file that names everything it holds."""
+    """Small tables of a committed stage, and its record: where it lies in the store, and size and digest of every file it holds."""
     if stage.record is None:
         return []
     files: dict[str, dict[str, Any]] = stage.record.get("files", {})
@@ -49,14 +49,8 @@ def stage_files(role: str, stage: StageResult) -> list[ArtifactFile]:
         source = None if stage.payload is None else stage.payload / name
         if source is not None and name.endswith(TABLE_SUFFIXES) and known["bytes"] <= LARGEST_TABLE and source.is_file():
             out.append(ArtifactFile(f"tables/{folder}/{name}", known["sha256"], source=source))
-    pointer = {
-        "kind": stage.kind,
-        "key": stage.key,
-        "store_path": f"objects/{stage.kind}/{stage.key[:2]}/{stage.key}",
-        "bytes": sum(f["bytes"] for f in files.values()),
-        "files": files,
-    }
-    out.append(_of_bytes(f"pointers/{folder}.json", (json.dumps(pointer, indent=1, sort_keys=True) + "\n").encode()))
+    described = {"store_path": f"objects/{stage.kind}/{stage.key[:2]}/{stage.key}", "record": stage.record}
+    out.append(_of_bytes(f"stages/{folder}.json", (json.dumps(described, indent=1, sort_keys=True) + "\n").encode()))
     return out
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.mlflow_names import metric_name
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
+from workers.artifact import CorruptArtifactError, payload_path
 
 GIB = 2**30
 PROGRESS_POINTS = 200
@@ -35,24 +38,30 @@ class Delta(Protocol):
     def high(self) -> float: ...
 
 
-DeltaOf = Callable[[StageResult, StageResult, TaskInfo, str], Delta | None]
-"""Variant's and baseline's evaluation, task, metric ▸ paired difference; `orchestrator.stats.paired_delta` is one. None, or
-an exception named in the run's notes: the plain difference is logged, without an interval."""
-LayerErrors = Callable[[StageResult], Mapping[int, float]]
-"""Committed quantize stage ▸ mean relative weight error by decoder layer."""
+DeltaOf = Callable[[StageResult, StageResult, TaskInfo, str], Delta]
+"""Variant's and baseline's evaluation, task, metric ▸ paired difference. An exception is named in the run's notes, and the
+plain difference logged without an interval."""
+SIZES = {"bits_nominal": "size/bits_nominal", "bits_stored": "size/bits_stored", "model_bytes": "size/model_bytes"}
+QUANTIZE_FACTS = {
+    **SIZES,
+    "peak_memory_bytes": "mem/quantize_peak_bytes",
+    "weight_error": "err/weight_error",
+    "output_error": "err/output_error",
+}
+"""Name in the summary of a stage ▸ metric."""
+LAYER_COLUMNS = ("weight_error", "output_error")
 
 
-def no_delta(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> None:
-    return None
+def paired(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> Delta:
+    """`orchestrator.stats.paired_delta`, loaded when first used. Its results are cached, so repeated syncs cost little."""
+    from orchestrator.stats import paired_delta
 
-
-def no_layer_errors(stage: StageResult) -> Mapping[int, float]:
-    return {}
+    return paired_delta(variant, baseline, task, metric)
 
 
 def scores(stage: StageResult) -> dict[str, float]:
     """Metrics of an evaluate stage; empty before it is committed."""
-    found = stage.summary.get("metrics", stage.summary)
+    found = stage.summary.get("scores")
     return _numbers(found) if isinstance(found, Mapping) else {}
 
 
@@ -61,13 +70,15 @@ def variant_points(
     baseline: VariantResult | None,
     tasks: Mapping[str, TaskInfo],
     delta_of: DeltaOf,
-    layer_errors: LayerErrors,
 ) -> tuple[tuple[Point, ...], list[str]]:
-    """All points, sorted, and notes about deltas without an interval."""
+    """All points, sorted, and notes about what could not be told: deltas without an interval, a table that cannot be read."""
     points: list[Point] = []
     notes: list[str] = []
-    if variant.quantize is not None and variant.quantize.record is not None:
-        points += _quantize_points(variant.quantize, layer_errors)
+    if variant.quantize is not None:
+        points, notes = _quantize_points(variant.quantize)
+    elif variant.evaluations:
+        # Of one evaluation that is the same however far the sweep has come.
+        points = _facts(variant.evaluations[min(variant.evaluations)], SIZES)
     for task, stage in variant.evaluations.items():
         if stage.record is None:
             continue
@@ -81,19 +92,42 @@ def variant_points(
     return tuple(sorted(points, key=lambda p: (p.name, p.step))), notes
 
 
-def _quantize_points(stage: StageResult, layer_errors: LayerErrors) -> list[Point]:
-    assert stage.record is not None
-    at = _ms(stage.record["ended"])
-    values = {"time/quantize_s": _elapsed(stage)}
-    for name, value in _numbers(stage.summary).items():
-        if name.startswith("bits_") or name.endswith("_bytes"):
-            values[metric_name("size", name)] = value
-        elif "error" in name:
-            values[metric_name("err", name)] = value
+def _facts(stage: StageResult, names: Mapping[str, str]) -> list[Point]:
+    if stage.record is None:
+        return []
+    at, known = _ms(stage.record["ended"]), _numbers(stage.summary)
+    values = {metric: known[name] for name, metric in names.items() if name in known}
     if "size/model_bytes" in values:
         values["size/model_gib"] = values["size/model_bytes"] / GIB
-    series = sorted(layer_errors(stage).items())
-    return [Point(n, v, at) for n, v in values.items()] + [Point("layer/weight_error", v, at, step=i) for i, v in series]
+    return [Point(n, v, at) for n, v in values.items()]
+
+
+def _quantize_points(stage: StageResult) -> tuple[list[Point], list[str]]:
+    if stage.record is None:
+        return [], []
+    at = _ms(stage.record["ended"])
+    points = [*_facts(stage, QUANTIZE_FACTS), Point("time/quantize_s", _elapsed(stage), at)]
+    if stage.payload is None or "layers.parquet" not in stage.record.get("files", {}):
+        return points, []
+    try:
+        series = _block_errors(str(stage.payload.parent))
+    except CorruptArtifactError as e:
+        return points, [f"no error per layer: {e}"]
+    return points + [Point(f"layer/{column}", value, at, step=block) for column, block, value in series], []
+
+
+@lru_cache(maxsize=4096)
+def _block_errors(artifact: str) -> tuple[tuple[str, int, float], ...]:
+    """(column, block, mean over the block's linears) of a quantize stage's table. The folder is named by its content key."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(payload_path(Path(artifact), "layers.parquet")).to_pylist()
+    found: dict[tuple[str, int], list[float]] = {}
+    for row in rows:
+        for column in LAYER_COLUMNS:
+            if row.get(column) is not None and row.get("block") is not None:
+                found.setdefault((column, int(row["block"])), []).append(float(row[column]))
+    return tuple((column, block, sum(v) / len(v)) for (column, block), v in sorted(found.items()))
 
 
 def _delta_points(stage: StageResult, other: StageResult, task: TaskInfo, delta_of: DeltaOf) -> tuple[list[Point], list[str]]:
@@ -105,14 +139,14 @@ def _delta_points(stage: StageResult, other: StageResult, task: TaskInfo, delta_
         if metric not in base or metric not in task.higher_is_better:
             continue
         try:
-            paired = delta_of(stage, other, task, metric)
+            found: Delta | None = delta_of(stage, other, task, metric)
         except Exception as e:  # the score is still worth showing; the run says why it has no interval
-            paired = None
+            found = None
             notes.append(f"delta of {task.name}/{metric} has no interval: {e}")
         name = metric_name("delta", task.name, metric)
-        points.append(Point(name, value - base[metric] if paired is None else paired.delta, at))
-        if paired is not None and not (math.isnan(paired.low) or math.isnan(paired.high)):
-            points += [Point(f"{name}_low", paired.low, at), Point(f"{name}_high", paired.high, at)]
+        points.append(Point(name, value - base[metric] if found is None else found.delta, at))
+        if found is not None and not (math.isnan(found.low) or math.isnan(found.high)):
+            points += [Point(f"{name}_low", found.low, at), Point(f"{name}_high", found.high, at)]
     return points, notes
 
 

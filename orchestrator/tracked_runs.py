@@ -6,9 +6,9 @@ twice changes nothing, and a deleted database is rebuilt with the same names, pa
 | kind   | holds | names |
 |---|---|---|
 | params | the grid's axes | `model.name`, `quant.method`, `quant.scheme`, `quant.bits`, `calibration.name`, `replicate` |
-| metrics | numbers to sort and plot | `eval/<task>/<metric>`, `delta/<task>/<metric>` with `_low`, `_high`, `size/…`, `err/…`, `time/…`, `layer/…` |
+| metrics | numbers to sort and plot | `eval/<task>/<metric>`, `delta/<task>/<metric>` and `_low`, `_high`, `size/…`, `time/…` |
 | tags | identity, provenance, state | `bitgrid.*` |
-| artifacts | configuration, small tables, pointers to large files | `config/`, `tables/`, `pointers/` |
+| artifacts | configuration, small tables, the record of each stage | `config/`, `tables/`, `stages/` |
 
 The sweep's own counters change while it runs. MLflow never forgets a metric, so they are tags; the one metric of a sweep
 is the series of finished stages, whose past does not change.
@@ -30,7 +30,7 @@ from orchestrator.mlflow_names import param_value, tag_key, tag_value
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
-from orchestrator.tracked_metrics import DeltaOf, LayerErrors, Point, no_delta, no_layer_errors, progress, variant_points
+from orchestrator.tracked_metrics import DeltaOf, Point, paired, progress, variant_points
 
 SCHEMA = 1
 """Version of the form below; a change rewrites every run once."""
@@ -125,17 +125,8 @@ def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, 
     )
 
 
-def describe_variant(
-    result: SweepResult,
-    variant: VariantResult,
-    phase: Phase,
-    delta_of: DeltaOf = no_delta,
-    layer_errors: LayerErrors = no_layer_errors,
-) -> RunDescription | None:
-    """A variant's run; None before the first of its stages has ended, for there is nothing to say yet.
-
-    `delta_of` gives the paired difference to the baseline's evaluation, `layer_errors` the weight error by decoder layer.
-    """
+def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired) -> RunDescription | None:
+    """A variant's run; None before the first of its stages has ended, for there is nothing to say yet."""
     ended = {s.key: t for s in _stages(variant) if (t := _ended_or_blocked(s, result)) is not None}
     if not ended:
         return None
@@ -144,14 +135,14 @@ def describe_variant(
     fresh = [s for s in own if not _reused(s, result)] or own
     status = _variant_status(variant, phase)
     baseline = next((v for v in result.variants if v.key == variant.baseline_key), None)
-    points, notes = variant_points(variant, baseline, result.tasks, delta_of, layer_errors)
+    points, notes = variant_points(variant, baseline, result.tasks, delta_of)
     tags = {
         **_identity_tags(result, "variant"),
         "bitgrid.variant_key": variant.key,
         "bitgrid.baseline_key": variant.baseline_key,
         "bitgrid.is_baseline": str(variant.is_baseline).lower(),
         **{f"bitgrid.stage.{role}": s.key for role, s in _roles(variant)},
-        **_state_tags(variant, result, [*variant.flags, *notes]),
+        **_state_tags(variant, result, notes),
     }
     settings = {
         "axes": dict(variant.axes),
@@ -254,18 +245,19 @@ def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
         "mlflow.source.name": "bitgrid",
         "mlflow.source.type": "LOCAL",
     }
-    wanted = {"version": ("bitgrid", "version"), "git_commit": ("git_commit",), "git_dirty": ("git_dirty",), "python": ("python",)}
-    for tag, names in wanted.items():
-        value = next((p[n] for n in names if p.get(n) is not None), None)
-        if value is not None:
-            tags[f"bitgrid.{tag}"] = str(value)
-    if p.get("git_commit"):
-        tags["mlflow.source.git.commit"] = str(p["git_commit"])
+    for tag, name in {"version": "bitgrid", "git": "git", "git_dirty": "git_dirty", "python": "python"}.items():
+        if p.get(name) is not None:
+            tags[f"bitgrid.{tag}"] = str(p[name])
+    if p.get("git"):
+        tags["mlflow.source.git.commit"] = str(p["git"])
     return tags
 
 
 def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str]) -> dict[str, str]:
     tags, said = {}, list(notes)
+    flags = [*variant.flags, *(variant.quantize.summary.get("flags", ()) if variant.quantize else ())]
+    if flags:
+        tags["bitgrid.flags"] = "; ".join(dict.fromkeys(map(str, flags)))
     reused = [role for role, s in _roles(variant) if _reused(s, result)]
     if reused:
         tags["bitgrid.reused"] = ", ".join(reused)
@@ -318,4 +310,3 @@ def _number(value: float) -> float | str:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str, separators=(",", ":")).encode()).hexdigest()
-

@@ -38,10 +38,14 @@ def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, s
         say(f"The dashboard is on the tracking server: {known.uri}")
         return 0
     if known.kind == "none":
-        raise TrackingError("tracking=none keeps no MLflow runs; choose tracking=mlflow and run `bitgrid reconcile` to make them from the store")
+        raise TrackingError(
+            "tracking=none keeps no MLflow runs; choose tracking=mlflow and run `bitgrid reconcile` to make them from the store"
+        )
     file = sqlite_file(known.uri or "")
     if file is not None and not file.is_file():
-        raise TrackingError(f"there is no MLflow database at {file}; run a sweep with tracking=mlflow, or `bitgrid reconcile` to make it from the store")
+        raise TrackingError(
+            f"there is no MLflow database at {file}; run a sweep with tracking=mlflow, or `bitgrid reconcile` to make it from the store"
+        )
     chosen = free_port(port)
     if chosen != port:
         say(f"Port {port} is taken; {chosen} is used.")

@@ -16,8 +16,10 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Two Ray clusters at once starve each other on a small machine: under pytest-xdist all Ray tests share one process.
+    # Two Ray clusters at once starve each other on a small machine, and every process that opens MLflow pays for its import and a
+    # new database: under pytest-xdist each of the two has one process to itself.
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
-            if item.get_closest_marker("ray"):
-                item.add_marker(pytest.mark.xdist_group("ray"))
+            for group in ("ray", "mlflow"):
+                if item.get_closest_marker(group):
+                    item.add_marker(pytest.mark.xdist_group(group))

@@ -21,18 +21,19 @@ from orchestrator.stage import Status
 from orchestrator.track import COOL_DOWN_S, MlflowTracker, open_tracker
 from orchestrator.tracked_runs import SWEEP_RUN, Phase
 from orchestrator.tracking import NoTracker, TrackingSettings
-from tests.orchestrator.synthetic_sweep import (
+from tests.orchestrator.tracked_sweep import (
     KEY,
     change,
     committed,
     failed,
     fixed_delta,
     full_sweep,
-    layer_errors,
     started,
     variant,
     with_failure,
 )
+
+pytestmark = pytest.mark.mlflow
 
 INTERNAL = ("mlflow.parentRunId", "mlflow.user")
 
@@ -61,7 +62,7 @@ def sweep(tmp_path: Path) -> SweepResult:
 
 
 def tracker_of(project: Path, **settings: Any) -> MlflowTracker:
-    return MlflowTracker(TrackingSettings.of({"kind": "mlflow", **settings}, project), fixed_delta, layer_errors)
+    return MlflowTracker(TrackingSettings.of({"kind": "mlflow", **settings}, project), fixed_delta)
 
 
 def client_of(project: Path) -> Any:
@@ -132,9 +133,10 @@ def test_two_levels_with_axes_scores_intervals_and_artifacts(project: Path, swee
     assert run["metrics"]["delta/text/perplexity_low"] == [(0.0, 0, at)]
     assert run["metrics"]["delta/text/perplexity_high"] == [(1.0, 0, at)]
     assert run["metrics"]["size/bits_stored"][0][0] == 2.25
-    assert [(v, s) for v, s, _ in run["metrics"]["layer/weight_error"]] == [(0.01, 0), (0.02, 1), (0.03, 2)]
+    assert [(v, s) for v, s, _ in run["metrics"]["layer/weight_error"]] == [(pytest.approx(0.01 * (i + 1)), i) for i in range(3)]
+    assert "tables/quantize/layers.parquet" in run["files"]
     assert "tables/evaluate/text/table.json" in run["files"]
-    assert "pointers/quantize.json" in run["files"]
+    assert "stages/quantize.json" in run["files"]
     assert not any(name.endswith(".safetensors") for name in run["files"])
     assert not any(name.startswith("delta/") for name in runs[f"{parent}/tiny · unquantized"]["metrics"])
 
@@ -151,7 +153,9 @@ def test_writing_twice_changes_nothing(project: Path, sweep: SweepResult) -> Non
     assert dump(client_of(project)) == before
 
 
-def test_a_sweep_followed_live_equals_one_written_at_the_end(project: Path, tmp_path: Path, sweep: SweepResult, empty_database: Path) -> None:
+def test_a_sweep_followed_live_equals_one_written_at_the_end(
+    project: Path, tmp_path: Path, sweep: SweepResult, empty_database: Path
+) -> None:
     sweep = with_failure(sweep)
     tracker = tracker_of(project)
     names = set()
@@ -279,7 +283,7 @@ def test_a_recomputed_artifact_leaves_no_old_points_behind(project: Path, tmp_pa
     tracker = tracker_of(project)
     tracker.sync(sweep, Phase.ENDED)
     old = variant(sweep, "v-rtn-w4").evaluations
-    new = committed(tmp_path / "store", "evaluate", old["text"].key, 1_700_009_000.0, {"metrics": {"perplexity": 6.75}}, {})
+    new = committed(tmp_path / "store", "evaluate", old["text"].key, 1_700_009_000.0, {"scores": {"perplexity": 6.75}}, {})
     sweep = change(sweep, "v-rtn-w4", evaluations={**old, "text": new})
     again = tracker.sync(sweep, Phase.ENDED)
     assert again.failed is None
@@ -344,7 +348,7 @@ def test_a_sync_cut_off_anywhere_is_completed_by_the_next(project: Path, sweep: 
 def test_the_breaker_keeps_a_dead_server_from_holding_the_sweep(sweep: SweepResult, tmp_path: Path) -> None:
     now = [0.0]
     settings = TrackingSettings.of({"kind": "mlflow_server", "uri": "http://127.0.0.1:9", "timeout_s": 1}, tmp_path)
-    tracker = MlflowTracker(settings, clock=lambda: now[0])
+    tracker = MlflowTracker(settings, fixed_delta, clock=lambda: now[0])
     opened = []
     original = tracker._open
 
@@ -392,7 +396,7 @@ def test_a_refused_run_does_not_stop_the_others(project: Path, sweep: SweepResul
 def test_a_budget_leaves_the_rest_to_the_next_sync(project: Path, sweep: SweepResult) -> None:
     settings = TrackingSettings.of({"kind": "mlflow"}, project)
     ticks = iter(range(10_000))
-    tracker = MlflowTracker(settings, clock=lambda: float(next(ticks)))
+    tracker = MlflowTracker(settings, fixed_delta, clock=lambda: float(next(ticks)))
     first = tracker.sync(sweep, Phase.ENDED, budget_s=2.5)
     assert (first.created, first.left, first.complete) == (3, 3, False)
     assert tracker.sync(sweep, Phase.ENDED).created == 3
@@ -497,7 +501,7 @@ def test_wrong_settings_are_named(settings: dict[str, Any], words: str, tmp_path
 def test_long_values_and_odd_names_are_logged_and_said(project: Path, tmp_path: Path, sweep: SweepResult) -> None:
     v = variant(sweep, "v-rtn-w4")
     long = failed(v.evaluations["text"], message="x" * 20_000)
-    odd = committed(tmp_path / "store", "evaluate", "e-odd", 1_700_000_900.0, {"metrics": {"acc,norm": 0.5, "a/../b": float("nan")}}, {})
+    odd = committed(tmp_path / "store", "evaluate", "e-odd", 1_700_000_900.0, {"scores": {"acc,norm": 0.5, "a/../b": float("nan")}}, {})
     sweep = change(sweep, v.key, evaluations={"text": long, "odd[limit=3]#1": odd})
     tracker = tracker_of(project)
     assert tracker.sync(sweep, Phase.ENDED).failed is None

@@ -1,4 +1,4 @@
-"""A small sweep as the store would tell it, with real payload files and no model: 1 model × {rtn, gptq} × {w4, w2} × 2 tasks."""
+"""A small sweep with a time for every stage, so that it can be replayed as it grew: 1 model × {rtn, gptq} × {w4, w2} × 2 tasks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
-from workers.artifact import payload_files
+from workers.artifact import RECORD, payload_files
 
 T0 = 1_700_000_000.0
 KEY = "5eed" * 16
@@ -23,19 +26,19 @@ class FixedDelta:
 
 
 def fixed_delta(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> FixedDelta:
-    difference = variant.summary["metrics"][metric] - baseline.summary["metrics"][metric]
+    difference = variant.summary["scores"][metric] - baseline.summary["scores"][metric]
     return FixedDelta(difference, difference - 0.5, difference + 0.5)
-
-
-def layer_errors(stage: StageResult) -> dict[int, float]:
-    return {i: 0.01 * (i + 1) for i in range(3)}
 
 
 def committed(root: Path, kind: str, key: str, at: float, summary: dict[str, Any], spec: dict[str, Any], sweep: str = KEY) -> StageResult:
     folder = root / "objects" / kind / key[:2] / key
     (folder / "payload").mkdir(parents=True, exist_ok=True)
     (folder / "payload" / "table.json").write_text(json.dumps({"key": key, "at": at}))
-    (folder / "payload" / "model.safetensors").write_bytes(b"\0" * 64)
+    if kind == "quantize":
+        (folder / "payload" / "model.safetensors").write_bytes(b"\0" * 64)
+        blocks = [0, 0, 1, 1, 2, 2]
+        layers = {"module": [f"m{i}" for i in range(6)], "block": blocks, "weight_error": [0.01 * (b + 1) for b in blocks]}
+        pq.write_table(pa.table(layers), folder / "payload" / "layers.parquet")
     record = {
         "key": key,
         "kind": kind,
@@ -47,6 +50,7 @@ def committed(root: Path, kind: str, key: str, at: float, summary: dict[str, Any
         "summary": summary,
         "files": payload_files(folder),
     }
+    (folder / RECORD).write_text(json.dumps(record))
     return StageResult(key, kind, f"{kind} {key[:6]}", Status.SUCCEEDED, record, folder / "payload", computed_by=sweep, spec=spec)
 
 
@@ -78,7 +82,7 @@ def full_sweep(root: Path, key: str = KEY) -> SweepResult:
         out = {}
         for task, metrics in (("text", {"perplexity": 6.0 + loss}), ("kl", {"kl": loss, "top1": 1.0 - loss / 10})):
             clock += 20
-            out[task] = committed(root, "evaluate", f"e-{name}-{task}", clock, {"metrics": metrics, "items": 8}, {"model": model}, key)
+            out[task] = committed(root, "evaluate", f"e-{name}-{task}", clock, {"scores": metrics, "n_items": 8}, {"model": model}, key)
         return out
 
     axes = {"model": "tiny", "calibration": "self", "replicate": "r0"}
@@ -92,7 +96,7 @@ def full_sweep(root: Path, key: str = KEY) -> SweepResult:
             name = f"{method}-w{bits}"
             clock += 20
             rule = {"pattern": "*", "method": {"rounding": {"name": method, "version": 1}}, "weight": {"bits": bits, "group_size": 64}}
-            summary = {"bits_nominal": float(bits), "bits_stored": bits + 0.25, "model_bytes": 2**20 * bits, "mean_weight_error": 0.1 / bits}
+            summary = {"bits_nominal": float(bits), "bits_stored": bits + 0.25, "model_bytes": 2**20 * bits, "weight_error": 0.1 / bits}
             quantize = committed(root, "quantize", f"q-{name}", clock, summary, {"model": model, "rules": [rule]}, key)
             variants.append(
                 VariantResult(
@@ -111,7 +115,7 @@ def full_sweep(root: Path, key: str = KEY) -> SweepResult:
             name="synthetic",
             created=T0 - 5,
             config={"store": "bitgrid-store", "axes": {"method": ["rtn", "gptq"]}},
-            provenance={"version": "0.1.0", "git_commit": "abc123", "git_dirty": False, "python": "3.11.0"},
+            provenance={"bitgrid": "0.1.0", "git": "abc123", "git_dirty": False, "python": "3.11.0"},
             tasks=tasks,
             variants=(),
             skipped=(SkippedCell({**axes, "method": "gptq", "scheme": "w3", "task": "text"}, "group 64 does not divide 172"),),
@@ -152,7 +156,9 @@ def started(result: SweepResult, done: int) -> SweepResult:
     return with_variants(
         result,
         tuple(
-            replace(v, quantize=None if v.quantize is None else seen(v.quantize), evaluations={t: seen(s) for t, s in v.evaluations.items()})
+            replace(
+                v, quantize=None if v.quantize is None else seen(v.quantize), evaluations={t: seen(s) for t, s in v.evaluations.items()}
+            )
             for v in result.variants
         ),
     )
