@@ -6,6 +6,7 @@ stage's outcome as it ends. It never retries: the scheduler does.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,7 +32,20 @@ class RequestEnded:
     """Why, when the worker died (the slot has, or gets, a new one that holds nothing)."""
 
 
-Event = StageEnded | RequestEnded
+@dataclass(frozen=True)
+class SlotLost:
+    """The slot's worker is gone and cannot be replaced (its node left the cluster): the slot is never used again."""
+
+    slot: int
+    reason: str
+    request_id: str | None = None
+    """A request that was on it: its stages are to be requeued, without blame."""
+
+
+Event = StageEnded | RequestEnded | SlotLost
+
+Runner = Callable[[Request], Iterable[Outcome]]
+"""Runs the stages of a request in order, giving each one's outcome as it ends: `workers.run_stage.run_request`, or a fake."""
 
 
 class Executor(Protocol):

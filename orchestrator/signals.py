@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: once to stop scheduling and let running stages end, twice to end now."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+Notice = Callable[[str], None]
+
+
+class StopRequest:
+    """How often the user asked to stop. Setting and reading need no lock: it only ever grows."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    @property
+    def requested(self) -> bool:
+        return self._count > 0
+
+    @property
+    def killed(self) -> bool:
+        return self._count > 1
+
+    def request(self) -> None:
+        """Stop, or, called again, end now."""
+        self._count += 1
+
+
+@contextmanager
+def stop_on_signals(stop: StopRequest, notice: Notice) -> Iterator[None]:
+    """Turn SIGINT and SIGTERM into `stop.request()` inside the block; a third one raises KeyboardInterrupt.
+
+    Enter it after Ray was started or joined: `ray.init` puts its own SIGTERM handler in place. Signals reach only the main
+    thread; in another one this does nothing, and its owner calls `stop.request` itself. `notice` gets a line to show.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.killed:
+            raise KeyboardInterrupt
+        stop.request()
+        notice(
+            "ending now; `bitgrid resume` continues" if stop.killed else "stopping: running stages end and are kept; once more to end now"
+        )
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
