@@ -59,9 +59,9 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
     left_out = 0
     for line in table.quantized:
         row = line.cells.get(task.name)
-        if row is None or row.value is None or line.bits_stored is None:
+        if row is None:
             continue
-        if not math.isfinite(row.value):
+        if row.value is None or line.bits_stored is None or not math.isfinite(row.value):
             left_out += 1
             continue
         groups.setdefault((line.method, line.family, line.variant.axes.get("calibration", "")), []).append(
@@ -89,7 +89,7 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
         data.append(
             _scatter(xs, ys, name, **style, mode="lines+markers" if len(points) == 1 else "markers", error_y=error, hovertext=shown)
         )
-    layout = _layout("stored bits per weight", metric_axis(task.primary), len(groups))
+    layout = _layout("stored bits per weight", metric_axis(task.primary))
     base = table.baseline.cells.get(task.name) if table.baseline else None
     values = [y for points in groups.values() for _, _, y in points]
     caption = "One line per method; points are schemes, bars the 95 % interval of the difference to the unquantized model."
@@ -137,14 +137,14 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
                 _scatter(
                     [(x.model_bytes or 0) / divisor for x in lines],
                     [_value(x, task) for x in lines],
-                    f"{method}: {standing.value}" if standing is not Standing.DOMINATED else f"{method}: dominated",
+                    method,
                     mode="markers",
                     marker=look(method),
                     hovertext=[f"{_hover(x, x.cells[task.name])}<br>{standing.value}" for x in lines],
                     showlegend=standing is Standing.FRONT,
                 )
             )
-    layout = _layout(f"model size ({unit})", metric_axis(task.primary), len({x.method for x, s in ranked if s is Standing.FRONT}))
+    layout = _layout(f"model size ({unit})", metric_axis(task.primary))
     layout["xaxis"]["rangemode"] = "tozero"
     _choose_scale(layout, [_value(x, task) for x, _ in ranked], [])
     caption = (
@@ -182,13 +182,13 @@ def layer_errors(table: ModelTable, column: str, colours: dict[str, str], number
                 visible=True if line.scheme == first else "legendonly",
             )
         )
-    layout = _layout("decoder block", f"{column.replace('_', ' ')} (relative)", len(drawn))
+    layout = _layout("decoder block", f"{column.replace('_', ' ')} (relative)")
     starts = [(i, b) for i, (m, b) in enumerate(modules.items()) if i == 0 or b != list(modules.values())[i - 1]]
     step = max(1, len(starts) // 16)
     layout["xaxis"] |= {"tickvals": [i for i, _ in starts][::step], "ticktext": [str(b) for _, b in starts][::step], "zeroline": False}
     positive = [r[column] for _, rows in drawn for r in rows if r[column] > 0]
     if positive:
-        layout["yaxis"] |= {"type": "log", "exponentformat": "power", "dtick": 1 if max(positive) / min(positive) > 100 else "D1"}
+        layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
     caption = (
         f"Each point is one linear layer, in model order; a tick marks where a block begins. Variants of {first} are shown; "
         "tap a name in the legend to show or hide one, twice to see it alone."
@@ -245,14 +245,12 @@ def _hover(line: Line, row: Row) -> str:
     return "<br>".join(parts)
 
 
-def _layout(x: str, y: str, entries: int) -> dict[str, Any]:
-    """`entries`: of the legend, which stands below the axes and needs its own height."""
+def _layout(x: str, y: str) -> dict[str, Any]:
+    """The page adds height, legend and colours that fit the reader's screen."""
     return {
-        "height": 360 + 22 * max(0, -(-entries // 3) - 1),
-        "margin": {"l": 64, "r": 16, "t": 12, "b": 48},
+        "margin": {"l": 64, "r": 16, "t": 28, "b": 48},
         "xaxis": {"title": {"text": _safe(x)}, "automargin": True},
         "yaxis": {"title": {"text": _safe(y)}, "automargin": True},
-        "legend": {"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top"},
         "hovermode": "closest",
         "shapes": [],
     }
@@ -260,7 +258,7 @@ def _layout(x: str, y: str, entries: int) -> dict[str, Any]:
 
 def _choose_scale(layout: dict[str, Any], values: Sequence[float], rows: Sequence[Row]) -> None:
     if values and min(values) > 0 and max(values) / min(values) > WIDE:
-        layout["yaxis"] |= {"type": "log", "dtick": 1 if max(values) / min(values) > 1000 else "D2", "exponentformat": "power"}
+        layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
     elif values and any(r.baseline_value == 0 for r in rows):
         layout["yaxis"]["rangemode"] = "tozero"
 
@@ -281,7 +279,7 @@ def _colour(colours: dict[str, str], method: str) -> str:
 
 
 def _left_out(caption: str, count: int) -> str:
-    return f"{caption} Not drawn: {count} without a finite score." if count else caption
+    return f"{caption} Not drawn: {count} without a finite score (failed, not run, or overflowed)." if count else caption
 
 
 def _short(value: float) -> float:

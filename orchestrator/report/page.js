@@ -20,16 +20,30 @@ for (const button of document.querySelectorAll("th button")) {
   });
 }
 
-// Figures take their text and grid colours from the page, in light and dark.
+// Figures take their text and grid colours from the page, in light and dark. The legend stands below the axes; the figure
+// grows by the rows its names need at this width, so that it never covers the axis title.
+const PLOT = 300, TITLE = 56, ROW = 21;
 const shade = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+function fitted(place, figure) {
+  const names = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name);
+  const entry = Math.max(...names.map((name) => name.length), 4) * 7.2;
+  const across = Math.max(1, Math.floor((place.clientWidth - figure.layout.margin.l - figure.layout.margin.r) / (entry + 40)));
+  const below = TITLE + ROW * Math.ceil(names.length / across) + 6;
+  const margin = { ...figure.layout.margin, b: below };
+  const legend = { orientation: "h", x: 0, xanchor: "left", y: -TITLE / PLOT, yanchor: "top", entrywidth: entry, entrywidthmode: "pixels" };
+  place.style.height = `${PLOT + margin.t + below}px`;
+  return { ...figure.layout, height: PLOT + margin.t + below, margin, legend };
+}
 function themed(layout) {
   const axis = { gridcolor: shade("--grid"), linecolor: shade("--rule"), zerolinecolor: shade("--rule"), tickcolor: shade("--rule") };
   return {
     ...layout,
     autosize: true,
+    uirevision: "keep",
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: 12.5, color: shade("--text") },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: shade("--rule"), activecolor: shade("--soft") },
     hoverlabel: { bgcolor: shade("--head"), bordercolor: shade("--rule"), font: { color: shade("--text") } },
     xaxis: { ...layout.xaxis, ...axis },
     yaxis: { ...layout.yaxis, ...axis },
@@ -38,7 +52,12 @@ function themed(layout) {
 const figures = [...document.querySelectorAll("script.figure")].map((s) => [document.getElementById(s.dataset.plot), JSON.parse(s.textContent)]);
 const settings = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
 function draw() {
-  for (const [place, figure] of figures) Plotly.react(place, figure.data, themed(figure.layout), settings);
+  for (const [place, figure] of figures) Plotly.react(place, figure.data, themed(fitted(place, figure)), settings);
 }
 draw();
+let waiting;
+window.addEventListener("resize", () => {
+  clearTimeout(waiting);
+  waiting = setTimeout(draw, 150);
+});
 window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -56,7 +56,7 @@ def model_section(model: ModelTable, number: int, figures: Sequence[Figure], lay
             )
         )
         for task in model.tasks:
-            parts += [tag("p", f"{task.name}, {metric_axis(task.primary)}"), heat_map(model, task)]
+            parts += [tag("p", f"{task.name}, {metric_axis(task.primary)}", class_="task"), heat_map(model, task)]
     if layers:
         parts += [tag("h3", "Where the error is"), tag("div", *map(figure, layers), class_="grid")]
     return join(parts, "\n")
@@ -64,7 +64,7 @@ def model_section(model: ModelTable, number: int, figures: Sequence[Figure], lay
 
 def figure(f: Figure) -> Markup:
     data = json.dumps(f.spec, sort_keys=True, allow_nan=False).replace("<", "\\u003c")  # no text can end the script element
-    plot = tag("div", id=f.id, class_="plot", style=f"height:{f.spec['layout']['height']}px", role="img", aria_label=f.title)
+    plot = tag("div", id=f.id, class_="plot", role="img", aria_label=f.title)
     script = Markup(f'<script type="application/json" class="figure" data-plot="{f.id}">{data}</script>')
     return tag("figure", tag("h3", f.title), plot, tag("figcaption", f.caption), script)
 
