@@ -170,7 +170,7 @@ def expert_forward(
     """
     out = torch.zeros_like(hidden_states)
     for e in range(module.gate_up_proj.shape[0]):
-        slot, token = torch.where(top_k_index.T == e)
+        slot, token = torch.where(top_k_index.T.eq(e))
         if token.numel() == 0:
             continue
         x = tapped("gate_up_proj", e, hidden_states[token], token)

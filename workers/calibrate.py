@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from workers import datasets
 from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
 from workers.families import Structure
 from workers.memory import PeakMemory
+from workers.request import Location
 from workers.specs import CalibrateSpec, CalibrationSpec
 from workers.stream import BlockModel, batches, open_blocks
 
@@ -54,7 +56,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
         prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
     hidden = prepared.hidden
     for b in range(model.structure.count):
-        with context.phase("load"):
+        with context.phase("read"):
             block = model.load(b)
         with context.phase("forward"):
             found, hidden = collect(block, model.structure, kinds, [c[b] for c in prepared.calls], hidden, kept)
@@ -94,10 +96,6 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
 
 def calibration_tokens(context: Context, model: BlockModel, calibration: CalibrationSpec) -> Tensor:
     """`[S, T]` token ids on the CPU. Raises InputError for a tokenizer or a window that does not suit the model."""
-    from transformers import AutoTokenizer
-
-    from workers import datasets
-
     config = model.model.config
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and calibration.sequence_length > limit:
@@ -108,9 +106,8 @@ def calibration_tokens(context: Context, model: BlockModel, calibration: Calibra
             )
         context.notes.append(f"calibration windows of {calibration.sequence_length} tokens are longer than the model's {limit} positions")
     with context.phase("text"):
-        tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
-        location = context.text_location(calibration.text)
-        tokens: Tensor = datasets.calibration_tokens(location, calibration, tokenizer).to(torch.long)
+        tokenizer = datasets.load_tokenizer(Location("folder", str(model.checkpoint.folder)))
+        tokens = datasets.calibration_tokens(context.text_location(calibration.text), calibration, tokenizer).to(torch.long)
     if int(tokens.max()) >= config.vocab_size:
         raise InputError(
             f"the tokenizer gives token {int(tokens.max())}, the model knows {config.vocab_size}; the tokenizer is another model's"

@@ -79,7 +79,7 @@ def quantize_blocks(
     kept: list[dict[str, str]] = []
     replaced: set[str] = set()
     for b in range(model.structure.count):
-        with context.phase("load"):
+        with context.phase("read"):
             block = model.load(b)
         named = {n: method_for(made, model.structure.path(b, n)) for n in model.structure.linear_names()}
         chosen = {n: m for n, m in named.items() if m is not None}
@@ -168,10 +168,20 @@ class _Fed:
             self.hidden = run_block(module, calls, self.hidden)
             return {}
         found, self.hidden = collect(module, self.model.structure, frozenset({"range"}), calls, self.hidden, 0)
-        return found.ranges
+        return _with_unreached(found.ranges, self.model.structure)
 
     def _calls(self, block: int) -> list[Any]:
         return [c[block] for c in self.prepared.calls]
+
+
+def _with_unreached(ranges: dict[str, tuple[float, float]], structure: families.Structure) -> dict[str, tuple[float, float]]:
+    """An expert that no token reached gets the range of all its siblings together."""
+    out = dict(ranges)
+    for name in (s.linears[0] for s in structure.sites):
+        if name not in out:
+            same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
+            out[name] = (min(low for low, _ in same), max(high for _, high in same))
+    return out
 
 
 def _statistics_source(

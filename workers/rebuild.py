@@ -50,7 +50,7 @@ def _finish(opened: BlockModel, context: Context) -> nn.Module:
         context.notes.append(f"streamed block by block: {whole} bytes of weights, {limit if limit is not None else 'any'} allowed")
         opened.stream_in_forward()
     else:
-        with context.phase("load"):
+        with context.phase("read"):
             for i in range(opened.structure.count):
                 opened.load(i)
     model: nn.Module = opened.model

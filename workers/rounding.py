@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -56,7 +57,19 @@ def make_methods(rules: tuple[Rule, ...]) -> tuple[Method, ...]:
 
 
 def _make(factory: Callable[..., Any], component: Component) -> Any:
-    return factory(component.name, dict(component.params), version=component.version)
+    with _translated(component.name):
+        return factory(component.name, dict(component.params), version=component.version)
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Errors of the quantization code ▸ errors the driver knows how to answer."""
+    try:
+        yield
+    except (NonFiniteError, SingularHessianError) as e:
+        raise NumericalError(f"{what}: {e}") from e
+    except ValueError as e:
+        raise InputError(f"{what}: {e}") from e
 
 
 def method_for(made: tuple[Method, ...], name: str) -> Method | None:
@@ -145,7 +158,8 @@ class BlockQuantizer:
             self.left_alone[key] = self.left_alone.get(key, 0) + 1
             return None
         group = self.forward.group(rule, self._of(rule.input), f"{self.structure.blocks}.{self.index}.")
-        s = transform.scale(group, some.scheme)
+        with _translated(group.name):
+            s = transform.scale(group, some.scheme)
         if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
             raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
         return s
@@ -161,7 +175,8 @@ class BlockQuantizer:
         if transform.needs and self.tokens.get(site, 1) == 0:
             self.linear_notes.setdefault(name, []).append(f"{transform.name}: {UNREACHED}")
             return
-        changed = transform.rewrite(self.path(name), self.weights.current[name], self._of(site), method.scheme)
+        with _translated(self.path(name)):
+            changed = transform.rewrite(self.path(name), self.weights.current[name], self._of(site), method.scheme)
         if changed is not None:
             self.weights.current[name] = changed
 
@@ -177,10 +192,8 @@ class BlockQuantizer:
             # A zero Hessian would make every column dead and the weight zero; without knowledge all inputs count alike.
             statistics = Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device))
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
-        try:
+        with _translated(self.path(name)):
             rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme)
-        except (NonFiniteError, SingularHessianError) as e:
-            raise NumericalError(f"{self.path(name)}: {e}") from e
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
         weight_error, output_error = self._errors(name, stored, hessian)
         self.weights.current[name] = stored

@@ -79,7 +79,10 @@ class BlockModel:
         return parameter_bytes(self.blocks[i], self.dtype)
 
     def outer_bytes(self) -> int:
-        return parameter_bytes(self.model, self.dtype) - sum(self.block_bytes(i) for i in range(self.structure.count))
+        """Of everything outside the blocks; tied weights count once."""
+        tied = self.model.all_tied_weights_keys
+        whole = sum(p.numel() for n, p in self.model.named_parameters(remove_duplicate=False) if n not in tied)
+        return whole * self.dtype.itemsize - sum(self.block_bytes(i) for i in range(self.structure.count))
 
     def load(self, i: int) -> nn.Module:
         """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
@@ -189,7 +192,7 @@ def open_blocks(context: Context, spec: ModelSpec) -> BlockModel:
             f"the model does not fit even block by block: {needed} bytes are needed (largest block {largest}, the rest outside "
             f"blocks), {context.hints.memory_bytes} are given; raise hints.memory_bytes or use a 16-bit dtype"
         )
-    with context.phase("load"):
+    with context.phase("read"):
         prefix = structure.blocks + "."
         opened._read([s for name, sources in opened.sources.items() if not name.startswith(prefix) for s in sources])
         _finish_outer(opened)
@@ -227,10 +230,13 @@ def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:
 
 
 def _check_complete(opened: BlockModel) -> None:
-    tied = set(opened.model.all_tied_weights_keys)
-    missing = sorted(n for n, _ in opened.model.named_parameters() if n not in opened.sources and n not in tied)
-    tied_sources = {opened.model.all_tied_weights_keys[t] for t in tied}
-    missing = [m for m in missing if m not in tied_sources or not any(t in opened.sources for t in tied)]
+    """A parameter may be absent where one it is tied to is there."""
+    partners: dict[str, set[str]] = {}
+    for target, source in opened.model.all_tied_weights_keys.items():
+        partners.setdefault(target, set()).add(source)
+        partners.setdefault(source, set()).add(target)
+    have = set(opened.sources)
+    missing = sorted(n for n in opened.model.state_dict() if n not in have and not partners.get(n, set()) & have)
     if missing:
         raise InputError(f"{opened.checkpoint.folder} lacks {len(missing)} tensors of its model, first {missing[0]}; fetch it again")
 
@@ -246,7 +252,7 @@ def _finish_outer(opened: BlockModel) -> None:
     for module in owners.values():
         model._init_weights(module)
     with _silent():
-        model.tie_weights()
+        model.tie_weights(missing_keys=set(model.state_dict()) - set(opened.sources), recompute_mapping=False)
 
 
 def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:

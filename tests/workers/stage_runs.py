@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import string
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import tiny_model
@@ -86,3 +88,16 @@ def quantized(ctx: Context, folder: Path, spec: QuantizeSpec, inputs: Mapping[st
     (folder / "payload").mkdir(parents=True)
     summary = run_quantize(spec, inputs, folder / "payload", ctx)
     return commit(folder), summary
+
+
+def model_with_a_dead_expert(folder: Path) -> Path:
+    """Mixtral that routes to one expert, and whose second router never chooses expert 2: of the opposite logits of experts 0 and 1
+    one is above its zero."""
+    shutil.copytree(tiny_model("mixtral"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": 1}))
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors[next(n for n in tensors if "layers.1." in n and n.endswith("gate.weight"))]
+    weight[1], weight[2] = -weight[0], 0.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
