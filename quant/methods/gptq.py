@@ -48,6 +48,8 @@ class Gptq:
     """Columns between updates of all later columns."""
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal."""
+    true_sequential: bool = False
+    """Read by the block loop, not here: with propagation=quantized, linears also see the quantized ones before them."""
 
     def __post_init__(self) -> None:
         if self.grid is not None:

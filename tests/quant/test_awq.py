@@ -1,0 +1,128 @@
+"""AWQ: each search starts from doing nothing and never ends above it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.grids import GRIDS, round_weight
+from quant.methods.awq import Awq, candidate_scale
+from quant.methods.base import ScaleGroup
+from quant.scheme import Granularity, WeightScheme
+from quant.statistics import Statistics, collect
+
+CHANNEL = WeightScheme(3, scale_dtype="float32")
+GROUP = WeightScheme(3, granularity=Granularity.GROUP, group_size=16, scale_dtype="float32")
+NEEDS = frozenset({"absmean", "samples"})
+
+
+def data(n: int = 12, k: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight and samples `[3, 40, K]` with four salient channels."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 40, k, generator=g)
+    x[..., ::16] *= 12
+    return torch.randn(n, k, generator=g), x
+
+
+def group_of(weights: Mapping[str, Tensor], x: Tensor) -> ScaleGroup:
+    """A feed-forward-like module: tanh of one linear times the other."""
+
+    def forward(w: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        return torch.tanh(inputs @ w["up"].T) * (inputs @ w["gate"].T)
+
+    return ScaleGroup("mlp", "norm", weights, collect(x, NEEDS), forward)
+
+
+def loss(group: ScaleGroup, s: Tensor, scheme: WeightScheme) -> float:
+    x = group.statistics.samples
+    assert x is not None
+    rounded = {name: round_weight(GRIDS["awq_asym"], w * s, scheme) / s for name, w in group.consumers.items()}
+    return float((group.forward(rounded, x) - group.forward(group.consumers, x)).square().mean())
+
+
+@pytest.mark.parametrize("scheme", [CHANNEL, GROUP], ids=["channel", "group"])
+@pytest.mark.parametrize("duo", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_chosen_scale_has_the_least_loss_of_all_candidates(scheme: WeightScheme, duo: bool, seed: int) -> None:
+    w, x = data(seed=seed)
+    group = group_of({"up": w[:6], "gate": w[6:]}, x)
+    before = {name: v.clone() for name, v in group.consumers.items()}
+    s = Awq(duo_scaling=duo).scale(group, scheme)
+    assert s is not None
+    assert all(torch.equal(before[name], group.consumers[name]) for name in before)
+    if not duo:
+        assert group.statistics.absmean is not None
+        candidates = [loss(group, candidate_scale(group.statistics.absmean, i / 20), scheme) for i in range(20)]
+        assert loss(group, s, scheme) == pytest.approx(min(candidates), rel=1e-5)
+        assert min(candidates) < candidates[0] == pytest.approx(loss(group, torch.ones(64), scheme), rel=1e-6)
+
+
+def test_candidates_start_at_one_and_are_centred() -> None:
+    salience = torch.tensor([0.0, 0.5, 2.0, 8.0])
+    assert torch.equal(candidate_scale(salience, 0.0), torch.ones(4))
+    s = candidate_scale(salience, 0.5)
+    assert float(s.max() * s.min()) == pytest.approx(1.0, rel=1e-5)
+    assert float(s[3] / s[2]) == pytest.approx(2.0, rel=1e-5)
+
+
+def group_errors(w: Tensor, changed: Tensor, x: Tensor, scheme: WeightScheme) -> Tensor:
+    """Independent of the search: summed squared error of every row's and group's partial output, `[N, G]`."""
+    width = scheme.group_size or w.shape[1]
+    d = (round_weight(GRIDS["awq_asym"], changed, scheme) - w).view(w.shape[0], -1, width)
+    return torch.einsum("tgi,ngi->tng", x.reshape(-1, d.shape[1], width), d).square().sum(0)
+
+
+@pytest.mark.parametrize("scheme", [CHANNEL, GROUP], ids=["channel", "group"])
+@pytest.mark.parametrize("tokens", [10, 120], ids=["fewer tokens than inputs", "more"])
+def test_clip_search_is_the_best_bound_of_every_row_and_group(scheme: WeightScheme, tokens: int) -> None:
+    w, samples = data()
+    x = samples.reshape(-1, 64)[:tokens]
+    clipped = Awq().clip(w, x, scheme)
+    width = scheme.group_size or 64
+    widest = w.view(12, -1, width).abs().amax(-1, keepdim=True)
+    bounds = [widest * (1 - i / 20) for i in range(10)]
+    errors = torch.stack([group_errors(w, w.view(12, -1, width).clamp(-b, b).view(12, 64), x, scheme) for b in bounds])
+    found = group_errors(w, clipped, x, scheme)
+    torch.testing.assert_close(found, errors.amin(0), rtol=1e-3, atol=1e-4)
+    assert torch.all(found <= errors[0] * (1 + 1e-4))
+    assert float(found.sum()) < float(errors[0].sum())
+
+
+def test_rows_are_searched_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = data()
+    whole = Awq().clip(w, x, GROUP)
+    monkeypatch.setattr("quant.methods.awq.CLIP_VALUES", 5 * 4 * 16)
+    torch.testing.assert_close(Awq().clip(w, x, GROUP), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "clipped"),
+    [
+        ("model.layers.0.self_attn.q_proj", False),
+        ("model.layers.0.self_attn.k_proj", False),
+        ("gpt_neox.layers.0.attention.query_key_value", False),
+        ("model.layers.0.self_attn.v_proj", True),
+        ("model.layers.0.block_sparse_moe.experts.0.w1", True),
+        ("model.layers.0.mlp.down_proj", True),
+    ],
+)
+def test_queries_and_keys_are_not_clipped(name: str, clipped: bool) -> None:
+    w, x = data()
+    found = Awq().rewrite(name, w, Statistics(samples=x), GROUP)
+    assert (found is not None) == clipped
+    assert Awq(clip_search=False).rewrite(name, w, Statistics(samples=x), GROUP) is None
+
+
+def test_wrong_input_is_named() -> None:
+    w, x = data()
+    group = group_of({"up": w[:6], "gate": w[6:]}, x)
+    group.statistics.samples = None
+    with pytest.raises(ValueError, match="awq needs the statistic samples"):
+        Awq().scale(group, GROUP)
+    with pytest.raises(ValueError, match="works per group or channel"):
+        Awq().clip(w, x, WeightScheme(4, granularity=Granularity.TENSOR))
+    with pytest.raises(ValueError, match="scale_grid=0"):
+        Awq(scale_grid=0)

@@ -1,0 +1,170 @@
+"""`quantize_linear`, and the options in `conf/` that must agree with the code."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from quant import methods, quantize_linear
+from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
+from quant.scheme import Scheme
+from quant.tensors.affine import AffineTensor
+from workers.specs import from_json
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+COMPONENTS = {**ROUNDINGS, **TRANSFORMS}
+
+
+def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 50, k, generator=g)
+    x[..., 3] *= 20
+    return torch.randn(n, k, generator=g), x
+
+
+def composed(method: str) -> dict[str, Any]:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        values = OmegaConf.to_container(compose(f"method/{method}"), resolve=True)
+    assert isinstance(values, dict)
+    return values["method"]  # type: ignore[no-any-return]
+
+
+def facts(component: dict[str, Any]) -> dict[str, Any]:
+    return {k: sorted(v) if isinstance(v, list) else v for k, v in component.items() if k != "params"}
+
+
+def declared(name: str) -> dict[str, Any]:
+    c = COMPONENTS[name]
+    return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed}
+
+
+@pytest.mark.parametrize("option", sorted(p.stem for p in (CONF / "method").glob("*.yaml")))
+def test_method_options_equal_the_code(option: str) -> None:
+    values = composed(option)
+    name = option.removesuffix("_sequential")
+    recipe = METHODS[name]
+    assert list(values["transforms"]) == list(recipe.transforms)
+    assert values["propagation"] == ("quantized" if option.endswith("_sequential") else "original")
+    for component, changed in [(values["rounding"], recipe.rounding_params), *((t, {}) for t in values["transforms"].values())]:
+        cls = COMPONENTS[component["kind"]]
+        assert facts(component) == declared(component["kind"])
+        assert component["params"] == {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
+    assert methods.rounding(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+
+
+def test_every_parameter_is_explained() -> None:
+    for path in [*(CONF / "method").glob("*.yaml"), *(CONF / "transform").glob("*.yaml")]:
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# ")
+        inside = False
+        for line in lines:
+            inside = (inside and line.startswith(" ")) or line.strip() == "params:"
+            if inside and line.strip() != "params:":
+                assert " # " in line, f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
+def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    scheme = from_json(Scheme, values)
+    assert set(values) == {"weight", "activation", "kv"}
+    for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
+        assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
+    assert scheme.weight is not None
+    bits = f"w{scheme.weight.bits}a{scheme.activation.bits if scheme.activation else 16}"
+    assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
+    if scheme.weight.group_size:
+        assert path.stem.endswith(f"_g{scheme.weight.group_size}")
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
+    w, x = data()
+    before = w.clone()
+    tensor = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    assert torch.equal(w, before)
+    assert float((tensor.dequantize() - w).norm() / w.norm()) < 0.05
+    again = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["awq", "smoothquant"])
+def test_transform_methods_keep_their_input_scale(method: str) -> None:
+    w, x = data()
+    tensor = quantize_linear(w, method=method, bits=4, group_size=8, inputs=x)
+    assert isinstance(tensor, AffineTensor)
+    assert tensor.input_scale is not None
+    assert tensor.input_scale.shape == (32,)
+    plain = quantize_linear(w, method="rtn", bits=4, group_size=8, grid="awq_asym" if method == "awq" else "absmax")
+    assert tensor.bits_stored - plain.bits_stored == 32 * 32 / w.numel()
+
+
+def test_awq_beats_rounding_where_few_inputs_are_large() -> None:
+    w, x = data(32, 64)
+
+    def error(tensor: Any) -> float:
+        return float((x @ (tensor.dequantize() - w).T).square().sum())
+
+    awq = quantize_linear(w, method="awq", bits=3, group_size=16, inputs=x)
+    assert error(awq) < error(quantize_linear(w, method="rtn", bits=3, group_size=16, grid="awq_asym"))
+
+
+def test_inputs_and_their_hessian_give_the_same_weight() -> None:
+    w, x = data()
+    h = (2 / 4) * torch.einsum("stk,stl->kl", x, x)
+    given = quantize_linear(w, method="gptq", bits=3, hessian=h).dequantize()
+    torch.testing.assert_close(given, quantize_linear(w, method="gptq", bits=3, inputs=x).dequantize())
+
+
+def test_symmetric_is_the_grid_g_sym() -> None:
+    w, _ = data()
+    a, b = (quantize_linear(w, method="rtn", bits=4, **p).dequantize() for p in ({"symmetric": True}, {"grid": "G-sym"}))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
+    w, x = data()
+    tensor = quantize_linear(w.to(dtype), method=method, bits=4, inputs=x.to(dtype), scale_dtype="float16")
+    assert torch.isfinite(tensor.dequantize()).all()
+    assert tensor.dequantize().dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
+        ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
+        ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),
+        ({"method": "awq", "hessian": torch.eye(32)}, r"method awq needs data \(absmean, samples\)"),
+        ({"method": "gptq", "hessian": torch.eye(31)}, r"the Hessian has shape \(31, 31\)"),
+        ({"method": "gptq", "inputs": torch.zeros(5, 31)}, r"a weight with 32 inputs needs \[M, 32\]"),
+        ({"method": "gptq", "hessian": torch.eye(32), "damp": "high"}, "parameter damp='high' of gptq has type str; give float"),
+        ({"method": "rtn", "group_size": 5}, "group_size=5 does not divide in_features=32"),
+        ({"method": "rtn", "bits": 1}, "weight.bits=1 is not between 2 and 8"),
+        ({"method": "rtn", "symmetric": True, "grid": "awq_asym"}, "grid=awq_asym is asymmetric and symmetric=True was given"),
+        ({"method": "rtn", "scale_dtype": "bfloat16"}, "scale_dtype=bfloat16; choose float16 or float32"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize_linear(data()[0], **{"bits": 4, **params})
+
+
+def test_another_version_of_a_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="rounding gptq has version 1 here; version 2 was asked for"):
+        methods.rounding("gptq", {}, version=2)
+    with pytest.raises(ValueError, match="transform 'gptq' is unknown; choose one of awq, smoothquant"):
+        methods.transform("gptq", {})
