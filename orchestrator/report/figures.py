@@ -27,6 +27,11 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 UNITS = {"kl": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens", "flips": "share of tokens"}
 NAMES = {"ppl": "perplexity", "kl": "KL divergence", "nll": "negative log-likelihood", "top1_agreement": "top-1 agreement"}
+LAYER_AXES = {
+    "weight_error": "weight error ‖W′ − W‖ / ‖W‖",
+    "output_error": "output error tr(E H Eᵀ) / tr(W H Wᵀ)",
+}
+"""E = W′ − W; H = the Hessian of the layer's calibration inputs."""
 WIDE = 10.0
 """A range of scores above this ratio gets a logarithmic axis."""
 
@@ -182,7 +187,7 @@ def layer_errors(table: ModelTable, column: str, colours: dict[str, str], number
                 visible=True if line.scheme == first else "legendonly",
             )
         )
-    layout = _layout("decoder block", f"{column.replace('_', ' ')} (relative)")
+    layout = _layout("decoder block", LAYER_AXES[column])
     starts = [(i, b) for i, (m, b) in enumerate(modules.items()) if i == 0 or b != list(modules.values())[i - 1]]
     step = max(1, len(starts) // 16)
     layout["xaxis"] |= {"tickvals": [i for i, _ in starts][::step], "ticktext": [str(b) for _, b in starts][::step], "zeroline": False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.report.tables import SKIPPED, Row
+from orchestrator.report.tables import SKIPPED, Row, nominal_bits, spec_of
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
 
@@ -37,7 +37,7 @@ class Line:
 
     @property
     def bits_nominal(self) -> float | None:
-        return self._fact("bits_nominal")
+        return nominal_bits(self.variant)
 
     @property
     def bits_stored(self) -> float | None:
@@ -165,13 +165,11 @@ def _line(variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -
 
 
 def _family(variant: VariantResult) -> str:
-    quantize = variant.quantize.record if variant.quantize else None
-    weights = [r.get("weight", {}) for r in (quantize or {}).get("spec", {}).get("rules", [])]
+    weights = [r.get("weight", {}) for r in spec_of(variant.quantize).get("rules", [])]
     names = {f"g{w['group_size']}" if w.get("group_size") else w.get("granularity", "channel") for w in weights}
     parts = [names.pop() if len(names) == 1 else "mixed"] if names else []
     for letter, field in (("a", "activation"), ("kv", "kv")):
-        specs = [e.record["spec"].get(field) for e in variant.evaluations.values() if e.record is not None]
-        part = next((s for s in specs if s), None)
+        part = next((s for e in variant.evaluations.values() if (s := spec_of(e).get(field))), None)
         if part:
             static = "" if part.get("dynamic", True) else "s"
             parts.append(f"{letter}{part['bits']}{static}{'t' if part.get('granularity') == 'tensor' else ''}")

@@ -109,6 +109,21 @@ def stage_seconds(stage: StageResult | None) -> float | None:
     return float(stage.record["ended"]) - float(stage.record["started"])
 
 
+def spec_of(stage: StageResult | None) -> dict[str, Any]:
+    """Canonical JSON of a stage's spec, whether it ran or not; empty where there is none."""
+    if stage is None:
+        return {}
+    return dict(stage.spec or (stage.record or {}).get("spec") or {})
+
+
+def nominal_bits(variant: VariantResult) -> float | None:
+    """Weight width: as quantized; as planned where that did not run and all rules agree."""
+    stage = variant.quantize or next(iter(variant.evaluations.values()), None)
+    done = _number(stage.summary.get("bits_nominal")) if stage else None
+    planned = {r["weight"]["bits"] for r in spec_of(variant.quantize).get("rules", []) if r.get("weight")}
+    return done if done is not None or len(planned) != 1 else float(planned.pop())
+
+
 def failure_text(result: SweepResult, stage: StageResult) -> str:
     """One line on why a stage has no result; empty for one that has."""
     if stage.status is Status.DEP_FAILED:
@@ -141,7 +156,7 @@ def _row(
         status=stage.status.value,
         reason=failure_text(result, stage),
         value=_number(stage.summary.get("scores", {}).get(metric)),
-        bits_nominal=_number(facts.get("bits_nominal")),
+        bits_nominal=nominal_bits(variant),
         bits_stored=_number(facts.get("bits_stored")),
         model_bytes=facts.get("model_bytes"),
         weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),

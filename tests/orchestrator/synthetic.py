@@ -70,7 +70,9 @@ def write_stage(
         "summary": dict(summary),
     }
     (folder / RECORD).write_text(json.dumps(record, allow_nan=True))
-    return StageResult(key, kind, label, Status.SUCCEEDED, record=record, payload=folder / "payload", computed_by=computed_by)
+    return StageResult(
+        key, kind, label, Status.SUCCEEDED, record=record, payload=folder / "payload", computed_by=computed_by, spec=record["spec"]
+    )
 
 
 def perplexity_items(seed: int, degradation: float, n: int = 60) -> dict[str, Any]:

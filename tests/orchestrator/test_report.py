@@ -187,7 +187,7 @@ def test_lines_stay_within_method_calibration_and_runtime_parts(tmp_path: Path) 
     for v in result.variants:
         if v.axes["scheme"] == "w3a16_g64":
             spec = {"model": {}, "activation": {"bits": 8}}
-            stages = {k: replace(e, record={**e.record, "spec": spec}) for k, e in v.evaluations.items()}
+            stages = {k: replace(e, spec=spec) for k, e in v.evaluations.items()}
             v = replace(v, evaluations=stages)
         changed.append(v)
     page = page_of(replace(result, variants=tuple(changed)), tmp_path / "report")

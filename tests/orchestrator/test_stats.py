@@ -14,7 +14,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator import stats
+from orchestrator import intervals, stats
 from orchestrator.errors import PairingError
 from orchestrator.results import StageResult
 from orchestrator.stage import Status
@@ -38,7 +38,7 @@ def test_perplexity_delta_is_the_difference_of_the_summary_scores(tmp_path: Path
 
 def test_pairing_narrows_the_interval_against_two_separate_scores(tmp_path: Path) -> None:
     a, b = synthetic.perplexity_items(1, 0.05), synthetic.perplexity_items(2, 0.0)
-    d = stats.compare(a["nll"], b["nll"], a["weight"], "nll")
+    d = intervals.compare(a["nll"], b["nll"], a["weight"], "nll")
     unpaired = scipy.stats.ttest_ind(a["nll"], b["nll"]).confidence_interval(0.95)
     assert (d.high - d.low) < (unpaired.high - unpaired.low) / 10
 
@@ -47,11 +47,11 @@ def test_pairing_narrows_the_interval_against_two_separate_scores(tmp_path: Path
 def test_agrees_with_scipys_t_interval_and_p_value_on_normal_data(n: int) -> None:
     rng = np.random.default_rng(7)
     v, b = rng.normal(1.0, 1.0, n), rng.normal(0.9, 1.0, n)
-    d = stats.compare(v, b, np.ones(n), "kl")
+    d = intervals.compare(v, b, np.ones(n), "kl")
     reference = scipy.stats.ttest_rel(v, b)
     interval = reference.confidence_interval(0.95)
     assert d.p_value == pytest.approx(reference.pvalue, rel=1e-9)
-    if n < stats.FEWEST_TO_RESAMPLE:
+    if n < intervals.FEWEST_TO_RESAMPLE:
         assert d.method == "t"
         assert (d.low, d.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     else:
@@ -70,8 +70,8 @@ def test_agrees_with_scipys_bca_of_the_perplexity_difference() -> None:
         return np.exp((w * v).sum(axis) / total) - np.exp((w * b).sum(axis) / total)
 
     data = (items[0]["nll"], items[1]["nll"], weight)
-    reference = scipy.stats.bootstrap(data, difference, paired=True, vectorized=True, n_resamples=stats.RESAMPLES, method="BCa", rng=1)
-    d = stats.compare(items[0]["nll"], items[1]["nll"], weight, "ppl")
+    reference = scipy.stats.bootstrap(data, difference, paired=True, vectorized=True, n_resamples=intervals.RESAMPLES, method="BCa", rng=1)
+    d = intervals.compare(items[0]["nll"], items[1]["nll"], weight, "ppl")
     interval = reference.confidence_interval
     # Two independent sets of draws: each endpoint has 0.06 standard errors of Monte Carlo noise (see above); four joint ones.
     slack = 4 * math.sqrt(2) * 0.06 * float(reference.standard_error)
@@ -87,13 +87,13 @@ def test_interval_covers_the_truth_as_often_as_it_says(metric: str, n: int) -> N
     for _ in range(trials):
         text = rng.normal(2.0, 0.5, n)
         if metric == "kl":  # skewed, the baseline is exactly zero
-            d = stats.compare(rng.gamma(2.0, 0.5, n), np.zeros(n), weight, metric, resamples=999)
+            d = intervals.compare(rng.gamma(2.0, 0.5, n), np.zeros(n), weight, metric, resamples=999)
             covered += d.low <= 1.0 <= d.high
         else:
-            d = stats.compare(text + rng.normal(0.1, 0.2, n), text, weight, metric, resamples=999)
+            d = intervals.compare(text + rng.normal(0.1, 0.2, n), text, weight, metric, resamples=999)
             # The texts at hand are drawn too, so the truth is that of the whole population of texts.
             covered += d.low <= math.exp(2.1) - math.exp(2.0) <= d.high
-            same = stats.compare(text + rng.normal(0.0, 0.2, n), text, weight, metric, resamples=2)
+            same = intervals.compare(text + rng.normal(0.0, 0.2, n), text, weight, metric, resamples=2)
             falsely_rejected += same.p_value < 0.05
     # Coverage error of BCa and of a t interval on skewed data is O(1/n); the rest is binomial, four standard deviations.
     noise = 4 * math.sqrt(0.05 * 0.95 / trials)
@@ -109,24 +109,24 @@ def test_identical_items_give_an_exact_zero(tmp_path: Path) -> None:
 
 def test_no_spread_a_single_item_and_scores_that_are_not_finite_are_named() -> None:
     ones = np.ones(20)
-    d = stats.compare(ones, 0 * ones, ones, "flips")
+    d = intervals.compare(ones, 0 * ones, ones, "flips")
     assert (d.method, d.low, d.delta, d.high) == ("degenerate", 1.0, 1.0, 1.0)
     assert d.p_value == 2.0**-19
-    single = stats.compare(ones[:1], 0 * ones[:1], ones[:1], "kl")
+    single = intervals.compare(ones[:1], 0 * ones[:1], ones[:1], "kl")
     assert single.method == "single"
     assert math.isnan(single.low)
     for bad in (math.nan, math.inf, 1e6):  # exp(1e6) overflows
-        d = stats.compare(ones * bad, ones, ones, "ppl")
+        d = intervals.compare(ones * bad, ones, ones, "ppl")
         assert d.method == "undefined"
         assert math.isnan(d.p_value)
-    nothing = stats.compare(ones, ones, 0 * ones, "kl")
+    nothing = intervals.compare(ones, ones, 0 * ones, "kl")
     assert (nothing.method, nothing.n_items) == ("undefined", 0)
 
 
 def test_one_item_that_differs_among_many_still_has_an_interval() -> None:
     v = np.zeros(800)
     v[5] = 1.0
-    d = stats.compare(v, np.zeros(800), np.ones(800), "flips")
+    d = intervals.compare(v, np.zeros(800), np.ones(800), "flips")
     assert 0 <= d.low <= d.delta <= d.high <= 1
     assert d.p_value > 0.05
 
@@ -176,5 +176,6 @@ def test_holm_matches_its_definition_and_leaves_untested_differences_alone(p_val
 
 
 def test_the_driver_can_import_statistics_without_the_heavy_libraries() -> None:
-    code = "import sys, orchestrator.stats; print([m for m in ('torch', 'scipy', 'pandas', 'pyarrow', 'statsmodels') if m in sys.modules])"
+    heavy = ("torch", "numpy", "scipy", "pandas", "pyarrow", "statsmodels", "plotly")
+    code = f"import sys, orchestrator.stats, orchestrator.report; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,188 @@
+"""The numbers behind `orchestrator.stats`: items read and paired, and the interval and p value of their difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.errors import PairingError
+from orchestrator.stats import Delta
+
+Floats = NDArray[np.float64]
+
+RESAMPLES = 2000
+FEWEST_TO_RESAMPLE = 12
+"""Below this many items the bootstrap's own coverage is poor; the t interval is used."""
+PERPLEXITIES = ("perplexity", "ppl")
+_CHUNK = 250
+"""Resamples multiplied at once: bounds memory for tasks of many thousand items."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Items:
+    ids: Any
+    """Arrow array."""
+    columns: dict[str, Floats]
+
+
+@lru_cache(maxsize=512)
+def _items(payload: str) -> _Items:
+    """Items of one artifact. A payload folder is named by its content key, so it never changes under the cache."""
+    import pyarrow.parquet as pq
+
+    from workers.artifact import payload_path
+
+    table = pq.read_table(payload_path(Path(payload).parent, "items.parquet"))
+    missing = {"id", "weight"} - set(table.column_names)
+    if missing:
+        raise PairingError(f"{payload}/items.parquet has no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}")
+    numbers = {}
+    for name in table.column_names:
+        column = table.column(name)
+        if name != "id" and str(column.type).startswith(("int", "uint", "float", "double", "half", "bool")):
+            numbers[name] = column.to_numpy().astype(np.float64)
+    return _Items(table.column("id").combine_chunks(), numbers)
+
+
+@lru_cache(maxsize=4096)
+def compare_items(variant: str, baseline: str, metric: str, confidence: float, seed: int, where: str) -> Delta:
+    """`paired_delta` of two payload folders; `where` names them in errors."""
+    a, b = _items(variant), _items(baseline)
+    order = _pairing(a, b, where)
+    column = "nll" if metric in PERPLEXITIES else metric
+    for items in (a, b):
+        if column not in items.columns:
+            have = sorted(set(items.columns) - {"weight", "n_tokens"})
+            raise PairingError(f"{where}: items hold no {column!r} for metric {metric!r}; they hold {', '.join(have)}")
+    weight, other_weight = a.columns["weight"], b.columns["weight"][order]
+    if not np.array_equal(weight, other_weight):
+        raise PairingError(f"{where}: the same ids carry different weights, so the items are not the same text")
+    return compare(a.columns[column], b.columns[column][order], weight, metric, confidence=confidence, seed=seed)
+
+
+def _pairing(a: _Items, b: _Items, where: str) -> Any:
+    """Index into b's rows that puts them in a's order."""
+    if a.ids.equals(b.ids):
+        return slice(None)
+    ours, theirs = a.ids.to_pylist(), b.ids.to_pylist()
+    position = {item: i for i, item in enumerate(theirs)}
+    if len(position) != len(theirs) or len(set(ours)) != len(ours):
+        raise PairingError(f"{where}: item ids repeat, so items cannot be paired")
+    alone = [i for i in ours if i not in position]
+    if alone or len(ours) != len(theirs):
+        example = alone[0] if alone else next(i for i in theirs if i not in set(ours))
+        raise PairingError(
+            f"{where}: the items are not the same ({len(ours)} against {len(theirs)}; {example!r} is in one only); "
+            "evaluate both with the same task settings"
+        )
+    return np.array([position[i] for i in ours])
+
+
+def compare(
+    variant: Floats, baseline: Floats, weight: Floats, metric: str, *, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
+) -> Delta:
+    """The same on arrays: per-item values `[n]` (NLL for perplexity) and weights `[n]`."""
+    used = weight > 0
+    v, b, w = variant[used], baseline[used], weight[used]
+    n = int(v.size)
+    score = np.exp if metric in PERPLEXITIES else np.positive
+    nan = math.nan
+
+    def result(method: str, low: float = nan, high: float = nan, p: float = nan) -> Delta:
+        return Delta(metric, float(value), float(base), float(delta), float(low), float(high), confidence, n, method, float(p))
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean_v, mean_b = (float(np.average(x, weights=w)) if n else nan for x in (v, b))
+        value, base = score(mean_v), score(mean_b)
+        delta = value - base
+        if not (np.isfinite(value) and np.isfinite(base)):
+            return result("undefined")
+        difference = v - b
+        if not np.any(difference):
+            return result("identical", 0.0, 0.0, 1.0)
+        if n == 1:
+            return result("single")
+        if np.ptp(difference) <= 1e-12 * max(1.0, float(np.abs(v).max())):
+            # No spread to resample. Under "no difference" each sign was a coin toss: the exact sign-flip p value.
+            return result("degenerate", delta, delta, 2.0 ** (1 - n))
+        p = _t_test(difference, w)
+        if n < FEWEST_TO_RESAMPLE:
+            return result("t", *_t_interval(v, b, w, metric, confidence), p)
+        method, low, high = _bootstrap(v, b, w, score, float(delta), confidence, seed, resamples)
+    return result(method, low, high, p)
+
+
+def _standard_error(influence: Floats) -> float:
+    """Of a mean of n independent terms whose centred values are `influence` `[n]`."""
+    n = influence.size
+    return math.sqrt(float(influence @ influence) / (n * (n - 1)))
+
+
+def _influence(values: Floats, weight: Floats) -> Floats:
+    """Linearised contribution of each item to a weighted mean: n wᵢ(xᵢ - x̄) / Σw."""
+    scaled = weight * (values.size / float(weight.sum()))
+    centred: Floats = values - float(np.average(values, weights=weight))
+    return scaled * centred
+
+
+def _t_test(difference: Floats, weight: Floats) -> float:
+    from scipy.special import stdtr
+
+    t = float(np.average(difference, weights=weight)) / _standard_error(_influence(difference, weight))
+    return 2 * float(stdtr(difference.size - 1, -abs(t)))
+
+
+def _t_interval(v: Floats, b: Floats, w: Floats, metric: str, confidence: float) -> tuple[float, float]:
+    from scipy.special import stdtrit
+
+    means = [float(np.average(x, weights=w)) for x in (v, b)]
+    if metric in PERPLEXITIES:  # delta method: d exp(m) = exp(m) dm
+        slopes = [math.exp(m) for m in means]
+        delta = slopes[0] - slopes[1]
+    else:
+        slopes, delta = [1.0, 1.0], means[0] - means[1]
+    reach = float(stdtrit(v.size - 1, 0.5 + confidence / 2))
+    reach *= _standard_error(slopes[0] * _influence(v, w) - slopes[1] * _influence(b, w))
+    return delta - reach, delta + reach
+
+
+def _bootstrap(
+    v: Floats, b: Floats, w: Floats, score: Any, delta: float, confidence: float, seed: int, resamples: int
+) -> tuple[str, float, float]:
+    """BCa interval; percentile where the bias correction or the acceleration is undefined."""
+    from scipy.special import ndtr, ndtri
+
+    terms = np.stack([w, w * v, w * b], axis=1)  # [n, 3]
+    sums = np.concatenate([c.astype(np.float64) @ terms for c in np.array_split(_draws(v.size, seed, resamples), -(-resamples // _CHUNK))])
+    drawn = score(sums[:, 1] / sums[:, 0]) - score(sums[:, 2] / sums[:, 0])
+    tails = np.array([0.5 - confidence / 2, 0.5 + confidence / 2])
+
+    left = terms.sum(0) - terms  # sums without one item, [n, 3]
+    jackknife = score(left[:, 1] / left[:, 0]) - score(left[:, 2] / left[:, 0])
+    off = jackknife.mean() - jackknife
+    spread = float(off @ off)
+    bias = ndtri(float(np.mean(drawn < delta) + np.mean(drawn == delta) / 2))
+    method = "percentile"
+    if np.isfinite(bias) and spread > 0 and np.all(np.isfinite(off)):
+        z = bias + ndtri(tails)
+        stretch = 1 - float((off**3).sum()) / (6 * spread**1.5) * z
+        if np.all(stretch > 0):
+            method, tails = "bca", ndtr(bias + z / stretch)
+    low, high = np.quantile(drawn, tails)
+    return method, float(low), float(high)
+
+
+@lru_cache(maxsize=8)
+def _draws(n: int, seed: int, resamples: int) -> NDArray[np.uint8]:
+    """How often each of n items is drawn in each resample, `[resamples, n]`. Shared by all variants of a task."""
+    rng = np.random.default_rng([seed, n])
+    out = np.empty((resamples, n), dtype=np.uint8)
+    for row in range(resamples):
+        out[row] = np.bincount(rng.integers(0, n, size=n), minlength=n)
+    return out
