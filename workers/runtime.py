@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from quant.activation import StaticRange, fake_quantize_activation, fake_quantize_kv
+from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, KVScheme
 from workers import families
 from workers.blocks import Taps, tap_inputs
@@ -46,10 +45,8 @@ def _attach_activation(
             f"static activation ranges are wanted, and {name} has none: quantize with activation.dynamic=false, or use dynamic=true"
         )
 
-    scales = {} if scheme.dynamic else {n: _scale(r, scheme) for n, r in ranges.items() if r is not None}
-
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-        return fake_quantize_activation(x, scheme, scales.get(name))
+        return fake_quantize_activation(x, scheme, None if scheme.dynamic else ranges[name])
 
     # Linears that share an input each quantize it; the result is the same tensor.
     taps = tap_inputs(model, ranges, tap)
@@ -58,12 +55,6 @@ def _attach_activation(
 
 def _static_range(op: dict[str, Any]) -> tuple[float, float] | None:
     return next(((s["low"], s["high"]) for s in op["input"] if s["op"] == "activation"), None)
-
-
-def _scale(limits: tuple[float, float], scheme: ActivationScheme) -> Tensor:
-    seen = StaticRange()
-    seen.update(torch.tensor(limits))
-    return seen.scale(scheme)
 
 
 class _QuantizingCache:
