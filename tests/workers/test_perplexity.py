@@ -1,0 +1,123 @@
+"""Perplexity: the protocol of the literature, against independent references."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.shared import shared_path
+from tests.tiny_models import tiny_model
+from tests.workers.fake_models import given_logits, logits_of, table_model
+from workers.assets import ASSETS
+from workers.errors import InputError, NumericalError
+from workers.tasks import base, perplexity
+
+
+def tokens(count: int, vocabulary: int = 11, seed: int = 0) -> Tensor:
+    return torch.randint(vocabulary, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def naive_perplexity(table: Tensor, text: Tensor, window: int) -> float:
+    """Token by token in double precision, as the formula reads."""
+    log_p = torch.log_softmax(table.double(), -1)
+    total, weight = 0.0, 0
+    for start in range(0, len(text) - window + 1, window):
+        part = text[start : start + window].tolist()
+        mean = -sum(float(log_p[a, b]) for a, b in zip(part, part[1:], strict=False)) / (window - 1)
+        total += mean * window
+        weight += window
+    return math.exp(total / weight)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 10_000])
+def test_equals_a_naive_loop_whatever_the_batch(batch_tokens: int) -> None:
+    model, text = table_model(), tokens(77)
+    result = perplexity.run(logits_of(model), base.cut(text, 7), batch_tokens)
+    # float32 log-probabilities, summed in float64
+    assert result.scores["ppl"] == pytest.approx(naive_perplexity(model.table, text, 7), rel=1e-6)
+    assert result.scores["nll"] == pytest.approx(math.log(result.scores["ppl"]), rel=1e-12)
+    assert result.n_items == 11
+    assert result.n_tokens == 66
+
+
+def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = table_model(), base.cut(tokens(70), 7)
+    whole = perplexity.run(logits_of(model), windows, 10_000)
+    monkeypatch.setattr(base, "CHUNK_BYTES", 3 * 4 * 11)
+    assert perplexity.run(logits_of(model), windows, 10_000) == whole
+
+
+def test_batches_change_a_real_model_by_rounding_only() -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval()
+    windows = base.cut(tokens(480, 96), 24)
+    with torch.inference_mode():
+        one, all_ = (perplexity.run(logits_of(model), windows, n).scores["ppl"] for n in (24, 480))
+        losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    assert one == pytest.approx(all_, rel=1e-6)
+    # The library's own shifted loss is an independent reference for the mean of a window.
+    assert one == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_score_follows_from_the_items() -> None:
+    result = perplexity.run(logits_of(table_model()), base.cut(tokens(50), 7), 20)
+    nll, weight = torch.tensor(result.columns["nll"]), torch.tensor(result.columns["weight"])
+    assert result.scores["ppl"] == pytest.approx(math.exp(float((nll * weight).sum() / weight.sum())), rel=1e-6)
+    assert len(set(result.columns["id"])) == result.n_items
+
+
+def test_partial_window_is_dropped_and_limits_take_the_first() -> None:
+    text = tokens(29)
+    assert base.cut(text, 10).tolist() == text[:20].view(2, 10).tolist()
+    assert base.cut(text, 10, limit=1).tolist() == [text[:10].tolist()]
+    assert len(base.cut(text, 3, limit=5, max_windows=4)) == 4
+    assert len(base.cut(text, 10, limit=100, max_windows=256)) == 2
+
+
+@pytest.mark.parametrize(
+    ("window", "limit", "said"),
+    [(30, None, r"29 tokens, fewer than one window of 30"), (1, None, r"window=1 .* at least 2"), (10, 0, r"limit=0")],
+)
+def test_nothing_to_score_is_an_error_that_says_what_to_do(window: int, limit: int | None, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        base.cut(tokens(29), window, limit)
+
+
+def test_logits_that_are_not_finite_name_their_window() -> None:
+    logits = torch.zeros(4, 5, 6)
+    logits[2, 1, 3] = torch.nan
+    with pytest.raises(NumericalError, match="window 2"):
+        perplexity.run(given_logits(logits), torch.zeros(4, 5, dtype=torch.long), 5)
+
+
+def library_perplexity(text: str, window: int, count: int) -> tuple[float, float]:
+    """(ours, by the loss of transformers) for the first windows of a text on the shipped model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = ASSETS / "wikitext_llama"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"])
+    windows = base.cut(ids, window, limit=count)
+    with torch.inference_mode():
+        ours = perplexity.run(logits_of(model), windows, 1024).scores["ppl"]
+        losses = [float(model(input_ids=w[None], labels=w[None]).loss) for w in windows]
+    return ours, math.exp(sum(losses) / len(losses))
+
+
+def test_shipped_model_on_its_own_text_is_far_from_chance() -> None:
+    rows = (ASSETS / "self_text" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()[:4]
+    ours, theirs = library_perplexity("\n\n".join(json.loads(r)["text"] for r in rows), 128, 8)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert 30 < ours < 80  # 4096 by chance
+
+
+def test_wikitext2_windows_of_the_real_text() -> None:
+    rows = shared_path("data", "wikitext2", "test.jsonl").read_text(encoding="utf-8").splitlines()[:120]
+    ours, theirs = library_perplexity("\n\n".join(json.loads(r)["text"] for r in rows), 512, 4)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert 40 < ours < 160
