@@ -12,7 +12,7 @@ from workers.errors import WorkerError
 from workers.request import ErrorClass, Failure
 
 MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
-NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError"})
+NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 

@@ -71,9 +71,7 @@ class CountingBuilder:
         self.rebuilt.append(artifact.name)
         return table_model(seed=1)
 
-    def attach_runtime(
-        self, model: nn.Module, artifact: Path | None, activation: ActivationScheme | None, kv: KVScheme | None
-    ) -> Handle:
+    def attach_runtime(self, model: nn.Module, artifact: Path | None, activation: ActivationScheme | None, kv: KVScheme | None) -> Handle:
         assert isinstance(model, TableModel)
         assert model.noise == 0.0, "attached twice"
         model.noise = 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def naive_perplexity(table: Tensor, text: Tensor, window: int) -> float:
     total, weight = 0.0, 0
     for start in range(0, len(text) - window + 1, window):
         part = text[start : start + window].tolist()
-        mean = -sum(float(log_p[a, b]) for a, b in zip(part, part[1:], strict=False)) / (window - 1)
+        mean = -sum(float(log_p[a, b]) for a, b in pairwise(part)) / (window - 1)
         total += mean * window
         weight += window
     return math.exp(total / weight)

@@ -41,10 +41,10 @@ SPLITS = (Split("calibration", 128, 20_001, slice(0, 2000)), Split("evaluation",
 
 
 @torch.inference_mode()
-def generate(model: nn.Module, first: Tensor, banned: Tensor, generator: torch.Generator) -> Tensor:
-    """first `[B]` ▸ tokens `[B, TOKENS]`; tokens in `banned` are never drawn."""
+def generate(model: nn.Module, first: Tensor, banned: Tensor, generator: torch.Generator, length: int = TOKENS) -> Tensor:
+    """first `[B]` ▸ tokens `[B, length]`; tokens in `banned` are never drawn."""
     tokens, cache = [first], None
-    for step in range(TOKENS - 1):
+    for step in range(length - 1):
         out = model(tokens[-1][:, None], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         logits = out.logits[:, -1].float()  # [B, V]

@@ -1,0 +1,204 @@
+"""Texts: how files become documents and calibration samples, and what is said when they cannot."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.shared import shared_path
+from tests.tiny_models import tiny_model
+from workers.assets import ASSETS
+from workers.datasets import calibration_tokens, load_documents, load_tokenizer, tokenize
+from workers.errors import InputError
+from workers.request import Location
+from workers.specs import CalibrationSpec, TextSpec
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def text(name: str = "t", **fields: Any) -> TextSpec:
+    return TextSpec(name, **fields)
+
+
+def written(folder: Path, content: str, name: str = "text.txt") -> Location:
+    (folder / name).write_text(content, encoding="utf-8")
+    return Location("file", str(folder / name))
+
+
+def characters(content: str, verbose: bool = True) -> dict[str, list[int]]:
+    """A tokenizer whose tokens are code points."""
+    return {"input_ids": [ord(c) for c in content]}
+
+
+PLAIN = "one\ntwo\n\nthree\n \nfour<|endoftext|>\nfive\n"
+
+
+@pytest.mark.parametrize(
+    ("split", "documents"),
+    [
+        ("rows", ["one", "two", "three", "four<|endoftext|>", "five"]),
+        ("paragraphs", ["one\ntwo", "three", "four<|endoftext|>\nfive"]),
+        ("endoftext", ["one\ntwo\n\nthree\n \nfour", "five"]),
+        ("whole", [PLAIN]),
+    ],
+)
+def test_plain_text_is_cut_as_its_spec_says(tmp_path: Path, split: str, documents: list[str]) -> None:
+    assert load_documents(written(tmp_path, PLAIN), text(split=split)) == documents
+
+
+def test_json_rows_keep_empty_documents_and_odd_line_breaks(tmp_path: Path) -> None:
+    rows = ["a\n", "", "b\u2028c", "ü"]
+    location = written(tmp_path, "".join(json.dumps({"text": r}, ensure_ascii=False) + "\n" for r in rows), "rows.jsonl")
+    assert load_documents(location, text(field="text")) == rows
+
+
+def test_documents_are_skipped_then_counted(tmp_path: Path) -> None:
+    location = written(tmp_path, "a\nb\nc\nd\n")
+    assert load_documents(location, text(skip_documents=1, documents=2)) == ["b", "c"]
+    with pytest.raises(InputError, match="no text is left of 4 documents after skip_documents=4"):
+        load_documents(location, text(skip_documents=4))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fields", "said"),
+    [
+        ("a.txt", "", {}, "is empty"),
+        ("a.txt", " \n\n", {}, "is empty"),
+        ("a.txt", "x", {"split": "words"}, "allowed: endoftext, paragraphs, rows, whole"),
+        ("a.jsonl", '{"text": "x"}\n{"tex', {"field": "text"}, "line 2, is not JSON"),
+        ("a.jsonl", '{"body": "x"}\n', {"field": "text"}, "no text under 'text'; it has body"),
+        ("a.jsonl", '{"body": "x"}\n', {}, "need text.field"),
+        ("a.jsonl", "[1]\n", {"field": "text"}, "it has list"),
+        ("a.jsonl", '{"text": ""}\n', {"field": "text"}, "no text is left"),
+    ],
+)
+def test_unusable_texts_say_what_is_wrong(tmp_path: Path, name: str, content: str, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        load_documents(written(tmp_path, content, name), text(**fields))
+
+
+def test_missing_file_and_other_encodings(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a file"):
+        load_documents(Location("file", str(tmp_path / "none.txt")), text())
+    (tmp_path / "latin.txt").write_bytes("año".encode("latin-1"))
+    with pytest.raises(InputError, match=r"not UTF-8 \(byte 1\)"):
+        load_documents(Location("file", str(tmp_path / "latin.txt")), text())
+
+
+def test_windows_are_drawn_as_in_the_gptq_repository(tmp_path: Path) -> None:
+    content = "".join(chr(65 + i % 50) for i in range(97))
+    location = written(tmp_path, content)
+    spec = CalibrationSpec(text(split="whole"), samples=9, sequence_length=8, seed=5)
+    random.seed(5)
+    starts = [random.randint(0, 97 - 8 - 1) for _ in range(9)]
+    samples = calibration_tokens(location, spec, characters)
+    assert samples.dtype == torch.int64
+    assert samples.tolist() == [[ord(c) for c in content[i : i + 8]] for i in starts]
+
+
+def test_random_documents_are_drawn_until_one_is_long_enough(tmp_path: Path) -> None:
+    documents = ["short", "a rather long document", "tiny", "another long document here", "just8chr"]
+    location = written(tmp_path, "\n".join(documents))
+    spec = CalibrationSpec(text(), samples=6, sequence_length=8, seed=3, sampling="documents")
+    random.seed(3)
+    expected = []
+    for _ in range(6):
+        while True:
+            chosen = documents[random.randint(0, len(documents) - 1)]
+            if len(chosen) > 8:
+                break
+        i = random.randint(0, len(chosen) - 8 - 1)
+        expected.append([ord(c) for c in chosen[i : i + 8]])
+    assert calibration_tokens(location, spec, characters).tolist() == expected
+
+
+def test_sequential_windows_start_at_the_beginning(tmp_path: Path) -> None:
+    spec = CalibrationSpec(text(join="+"), samples=2, sequence_length=4, sampling="sequential")
+    samples = calibration_tokens(written(tmp_path, "abc\ndefgh\n"), spec, characters)
+    assert ["".join(map(chr, s)) for s in samples.tolist()] == ["abc+", "defg"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"sequence_length": 30}, "has 30 tokens; windows of calibration.sequence_length=30 need more"),
+        ({"sequence_length": 16, "samples": 2, "sampling": "sequential"}, "has 30 tokens; 2 consecutive windows of 16 need 32"),
+        ({"sequence_length": 15, "sampling": "documents"}, "the longest seen has 14"),
+        ({"sampling": "random"}, "allowed: documents, sequential, windows"),
+        ({"samples": 0}, "at least 1 sample"),
+    ],
+)
+def test_too_short_calibration_texts_give_the_numbers(tmp_path: Path, fields: dict[str, Any], said: str) -> None:
+    location = written(tmp_path, "x" * 14 + "\n" + "y" * 14 + "\n")
+    with pytest.raises(InputError, match=said):
+        calibration_tokens(location, CalibrationSpec(text(join="--"), **{"samples": 4, "sequence_length": 8, **fields}), characters)
+
+
+def test_seeds_draw_different_samples() -> None:
+    location = Location("file", str(ASSETS / "self_text" / "calibration.jsonl"))
+    tokenizer = load_tokenizer(Location("folder", str(ASSETS / "wikitext_llama")))
+    draws = [
+        calibration_tokens(location, CalibrationSpec(text(field="text", documents=8), samples=4, sequence_length=32, seed=s), tokenizer)
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_tokenizer_that_adds_a_beginning_adds_it_once(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save_pretrained(tmp_path)
+    tokens = tokenize(load_tokenizer(Location("folder", str(tmp_path))), "ab\n\ncd")
+    assert tokens[0] == 0
+    assert (tokens[1:] == 0).sum() <= 2  # the line breaks, which this tokenizer does not know
+
+
+def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no tokenizer"):
+        load_tokenizer(Location("folder", str(tmp_path)))
+
+
+def test_hub_data_set_out_of_reach_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    location = Location("hub_dataset", "nobody/nothing", "0" * 40, {"config": None, "split": "train", "data_files": None})
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        load_documents(location, text(field="text"))
+
+
+@pytest.mark.parametrize("name", ["c4", "tinystories"])
+def test_calibration_and_task_of_one_file_share_no_document(name: str) -> None:
+    parts = []
+    for group in ("calibration", "task"):
+        values = yaml.safe_load((CONF / group / f"{name}.yaml").read_text())["text"]
+        location = Location("file", str(shared_path("data", *values["file"].split("/"))))
+        fields = {k: values[k] for k in ("field", "split", "join", "documents", "skip_documents")}
+        parts.append(set(load_documents(location, text(**fields))))
+    assert min(map(len, parts)) > 100
+    assert not parts[0] & parts[1]
+
+
+@pytest.mark.parametrize("name", ["self_text", "wikitext2", "c4", "tinystories"])
+def test_calibration_defaults_suit_the_shipped_model(name: str) -> None:
+    values = yaml.safe_load((CONF / "calibration" / f"{name}.yaml").read_text())
+    source = values["text"]
+    path = ASSETS / source["asset"] if source["asset"] else shared_path("data", *source["file"].split("/"))
+    fields = {k: source[k] for k in ("field", "split", "join", "documents", "skip_documents")}
+    spec = CalibrationSpec(text(**fields), **{k: v for k, v in values.items() if k in ("samples", "sequence_length", "seed", "sampling")})
+    samples = calibration_tokens(Location("file", str(path)), spec, load_tokenizer(Location("folder", str(ASSETS / "wikitext_llama"))))
+    assert samples.shape == (values["samples"], values["sequence_length"])
+    assert values["sequence_length"] <= 512

@@ -1,0 +1,97 @@
+"""What a worker keeps: loads are counted, the least recently used variant goes, run-time parts never stay attached."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quant.scheme import ActivationScheme, KVScheme
+from tests.workers.fake_models import CountingBuilder, bare_context
+from tests.workers.stage_runs import tiny_context
+from workers.residency import Residency
+from workers.specs import ModelSpec, TextSpec
+
+M = ModelSpec("m")
+
+
+def test_unquantized_model_is_loaded_once_per_content_and_dtype() -> None:
+    builder = CountingBuilder()
+    residency = Residency(builder)
+    context = bare_context()
+    first = residency.unquantized(context, M)
+    assert residency.unquantized(context, M) is first
+    assert builder.loaded == ["m"]
+    residency.unquantized(context, ModelSpec("m", "bfloat16"))
+    assert builder.loaded == ["m", "m"]
+    assert "load" in context.seconds
+
+
+def test_streamed_and_whole_models_are_not_confused() -> None:
+    builder = CountingBuilder()
+    residency = Residency(builder)
+    residency.unquantized(bare_context(), M)
+    residency.unquantized(bare_context(streamed=True), M)
+    assert builder.loaded == ["m", "m"]
+
+
+@pytest.mark.parametrize(("kept", "rebuilt"), [(1, ["a", "b", "a"]), (2, ["a", "b"])])
+def test_variants_are_kept_up_to_the_hint(kept: int, rebuilt: list[str]) -> None:
+    builder = CountingBuilder()
+    residency = Residency(builder)
+    context = bare_context(quantized_cache=kept)
+    for key in ("a", "a", "b", "a"):
+        residency.variant(context, M, Path("objects") / key)
+    assert builder.rebuilt == rebuilt
+
+
+def test_least_recently_used_variant_goes_first() -> None:
+    residency = Residency(CountingBuilder())
+    context = bare_context(quantized_cache=2)
+    for key in ("a", "b", "a", "c"):
+        residency.variant(context, M, Path(key))
+    assert residency.holds() == ["a", "c"]
+
+
+def test_holds_names_the_model_and_its_variants_and_another_model_clears_all() -> None:
+    residency = Residency(CountingBuilder())
+    context = bare_context()
+    assert residency.holds() == []
+    residency.unquantized(context, M)
+    residency.variant(context, M, Path("a"))
+    assert residency.holds() == ["m", "a"]
+    residency.unquantized(context, ModelSpec("other"))
+    assert residency.holds() == ["other"]
+    residency.variant(context, M, Path("a"))
+    assert residency.holds() == ["a"]
+    residency.clear()
+    assert residency.holds() == []
+
+
+@pytest.mark.parametrize(("activation", "kv"), [(ActivationScheme(8), None), (None, KVScheme(4))])
+def test_runtime_parts_are_removed_even_when_the_evaluation_fails(activation: ActivationScheme | None, kv: KVScheme | None) -> None:
+    residency = Residency(CountingBuilder())
+    model = residency.unquantized(bare_context(), M)
+
+    def evaluate() -> None:
+        with residency.runtime(model, None, activation, kv):
+            assert model.noise == 0.5
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        evaluate()
+    assert model.noise == 0.0
+    with residency.runtime(model, None, None, None):
+        assert model.noise == 0.0
+
+
+def test_texts_are_tokenized_once(tmp_path: Path) -> None:
+    residency = Residency(CountingBuilder())
+    context = tiny_context("llama", tmp_path)
+    text = TextSpec("text", join="")
+    first = residency.tokens(context, ModelSpec("model"), text)
+    Path(context.texts["text"].path).write_text("changed\n")
+    assert residency.tokens(context, ModelSpec("model"), text) is first
+    assert len(first) == 60 * 80
+    assert json.dumps(sorted(context.seconds)) == '["tokenize"]'
