@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.cost import what
 from orchestrator.ledger import Ledger
 from orchestrator.planned import Plan
 from orchestrator.retries import Adjustment
@@ -46,7 +47,7 @@ class StoreHooks:
     def commit(self, stage: Stage, outcome: Outcome) -> None:
         staging, attempt = self._staging.pop(stage.key)
         record = self._store.commit(stage, outcome, staging, attempt, self._plan.key)
-        self._ledger.add_duration(stage.key, stage.kind.value, stage.model, what(stage), record["ended"] - record["started"])
+        self._ledger.add_duration(stage.key, stage.kind.value, stage.model, what(stage.spec), record["ended"] - record["started"])
 
     def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None:
         staging = self._staging.pop(stage.key, None)
@@ -62,8 +63,3 @@ class StoreHooks:
         if stage is not None and self._store.has(stage.kind, key):
             self.set_aside[key] = self._store.set_aside(stage.kind, key)
         return stage
-
-
-def what(stage: Stage) -> str:
-    """What makes one stage of a kind slower than another: statistic, method or task."""
-    return stage.label.split(" ")[-1] if stage.kind.value != "quantize" else " ".join(stage.label.split(" ")[-2:])

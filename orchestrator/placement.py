@@ -11,7 +11,7 @@ the longest chain for last. The rule here:
   The last two keep a slot from idling while another one has a queue.
 * Among equals the order of the sweep decides, so that variants are finished one after the other and results come early.
 
-A quantize stage leaves only the model resident; a worker keeps `variants_per_slot` quantized models.
+A worker keeps one model and `variants_per_slot` quantized models that evaluations loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from orchestrator.stage import Stage
-from workers.specs import StageKind
 
 
 class Level(IntEnum):
@@ -114,8 +113,6 @@ class Slot:
         if stage.model != self.model:
             self.variants.clear()
             self.model = stage.model
-        if stage.kind is StageKind.QUANTIZE:
-            self.variants.clear()
         variant = stage.inputs.get("quantize")
         if variant:
             self.variants = [v for v in self.variants if v != variant] + [variant]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-Notice = Callable[[str], None]
+from rich.console import Console
+
+STOPPING = "stopping: running stages end and are kept; once more to end now"
+ENDING = "ending now; `bitgrid resume` continues"
 
 
 class StopRequest:
@@ -31,27 +34,27 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(stop: StopRequest, notice: Notice) -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `stop.request()` inside the block; a third one raises KeyboardInterrupt.
+def stop_on_signals(console: Console) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into `StopRequest.request` inside the block; a third one raises KeyboardInterrupt.
 
     Enter it after Ray was started or joined: `ray.init` puts its own SIGTERM handler in place. Signals reach only the main
-    thread; in another one this does nothing, and its owner calls `stop.request` itself. `notice` gets a line to show.
+    thread; in another one nothing is installed, and the request is never made.
     """
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.killed:
             raise KeyboardInterrupt
         stop.request()
-        notice(
-            "ending now; `bitgrid resume` continues" if stop.killed else "stopping: running stages end and are kept; once more to end now"
-        )
+        # Not printed from here: the signal may have come in the middle of a print.
+        threading.Thread(target=console.print, args=(ENDING if stop.killed else STOPPING,), daemon=True).start()
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)

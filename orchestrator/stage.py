@@ -33,6 +33,8 @@ class Resources:
     memory_bytes: int = 0
     """Estimated peak."""
     gpus: float = 0.0
+    uncertainty: float = 1.0
+    """The true time is likely between `seconds / uncertainty` and `seconds * uncertainty`."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ stage's outcome as it ends. It never retries: the scheduler does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,8 +44,8 @@ class SlotLost:
 
 Event = StageEnded | RequestEnded | SlotLost
 
-Runner = Callable[[Request], Iterable[Outcome]]
-"""Runs the stages of a request in order, giving each one's outcome as it ends: `workers.run_stage.run_request`, or a fake."""
+Runner = Callable[[Request, Callable[[Outcome], None], Callable[[], bool]], None]
+"""`run(request, on_outcome, should_stop)`: `workers.run_stage.run_request`, or a fake."""
 
 
 class Executor(Protocol):

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.drive import drive
 from orchestrator.errors import ClusterError, StoreError
 from orchestrator.retries import Adjustment, Policy
-from orchestrator.schedule import Scheduler
+from orchestrator.schedule import drive
+from orchestrator.scheduler import Scheduler
 from orchestrator.signals import StopRequest
 from orchestrator.stage import Stage, Status
 from tests.orchestrator.virtual_time import (

@@ -197,8 +197,6 @@ class VirtualExecutor:
             worker.model, worker.variant = stage.model, None
             self.model_loads += 1
             seconds += self._load_model_s
-        if stage.kind is StageKind.QUANTIZE:
-            worker.variant = None
         variant = stage.inputs.get("quantize")
         if variant is not None and worker.variant != variant:
             worker.variant = variant

@@ -1,0 +1,172 @@
+"""Estimates per stage: seconds, bytes written, memory. They order the schedule and fill `bitgrid plan`; nothing depends on them.
+
+Seconds are floating-point operations over one assumed rate, plus a fixed cost per stage, until stages of the same kind, model
+and `what` have run: then their mean. Only ratios matter to the scheduler, and these come from the operations:
+
+    forward      2 P per token (P: parameters)
+    Hessian      2 K² per token and distinct input of K values
+    GPTQ         2 K³ + 2 N K² per linear [N, K] (Cholesky factor and inverse; the error spread over the columns to the right)
+    scale search 20 candidates, each a forward of every block over 64 Ki tokens (AWQ's grid)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from orchestrator.stage import Resources
+from workers.errors import WorkerError
+from workers.families import linear_shapes
+from workers.specs import CalibrateSpec, EvaluateSpec, MethodSpec, QuantizeSpec, Spec, StageKind
+
+History = Mapping[tuple[str, str, str], float]
+"""(kind, model digest, `what(spec)`) ▸ mean seconds of finished stages."""
+
+OPERATIONS_PER_S = 4e10
+"""Of one CPU core in float32; the history corrects it on anything else."""
+STAGE_S = 0.3
+"""Reading inputs, writing and committing."""
+TASK_TOKENS = 300_000
+"""Of an evaluation text without a limit: about WikiText-2's test split."""
+SEARCH_TOKENS = 20 * 65_536
+UNKNOWN, KNOWN = 4.0, 1.5
+"""Factors by which an estimate is easily wrong, without and with history."""
+
+
+class ModelFacts(Protocol):
+    """`orchestrator.sources.ModelSource` is one."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class _Size:
+    parameters: int
+    linear_parameters: int
+    linears: tuple[tuple[int, int], ...]
+    """[N, K] of each."""
+    inputs: tuple[int, ...]
+    """K of each distinct input."""
+    vocabulary: int
+    hidden: int
+    value_bytes: int
+    """Of a weight in the checkpoint."""
+
+
+_sizes: dict[tuple[str, int], _Size] = {}
+
+
+def what(spec: Spec) -> str:
+    """What makes one stage of a kind and model slower than another: statistic, method, or task."""
+    if isinstance(spec, CalibrateSpec):
+        return f"{spec.statistic} {spec.calibration.samples}x{spec.calibration.sequence_length}"
+    if isinstance(spec, QuantizeSpec):
+        return " ".join(_method_name(rule.method) for rule in spec.rules)
+    return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}"
+
+
+def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
+    """Of one stage. Never raises for a model that cannot be quantized: planning says so elsewhere."""
+    size = _size(model)
+    if isinstance(spec, CalibrateSpec):
+        kind, seconds, output = StageKind.CALIBRATE, _calibrate_s(spec, size), _statistic_bytes(spec, size)
+    elif isinstance(spec, QuantizeSpec):
+        kind, seconds, output = StageKind.QUANTIZE, _quantize_s(spec, size), _stored_bytes(spec, size)
+    else:
+        tokens = _task_tokens(spec)
+        kind, seconds, output = StageKind.EVALUATE, _seconds(2 * size.parameters * tokens), 16 * tokens
+    seen = history.get((kind.value, model.digest, what(spec)))
+    return Resources(
+        seconds=seconds if seen is None else seen,
+        output_bytes=output,
+        memory_bytes=_memory_bytes(spec, size),
+        uncertainty=UNKNOWN if seen is None else KNOWN,
+    )
+
+
+def _seconds(operations: float) -> float:
+    return STAGE_S + operations / OPERATIONS_PER_S
+
+
+def _size(model: ModelFacts) -> _Size:
+    key = (model.digest, model.weight_bytes)
+    if key not in _sizes:
+        _sizes[key] = _measure(model)
+    return _sizes[key]
+
+
+def _measure(model: ModelFacts) -> _Size:
+    config = model.config
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    value_bytes = 2 if dtype in ("float16", "bfloat16") else 4
+    parameters = max(1, model.weight_bytes // value_bytes)
+    try:
+        shapes = linear_shapes(config)
+    except (WorkerError, KeyError, TypeError, ValueError):
+        shapes = ()
+    return _Size(
+        parameters=parameters,
+        linear_parameters=min(parameters, sum(s.rows * s.cols for s in shapes)),
+        linears=tuple((s.rows, s.cols) for s in shapes),
+        inputs=tuple(s.cols for s in shapes if s.name == s.site),
+        vocabulary=int(config.get("vocab_size") or 32_000),
+        hidden=int(config.get("hidden_size") or config.get("n_embd") or 1024),
+        value_bytes=value_bytes,
+    )
+
+
+def _calibrate_s(spec: CalibrateSpec, size: _Size) -> float:
+    tokens = spec.calibration.samples * spec.calibration.sequence_length
+    hessian = 2 * sum(k * k for k in size.inputs) if spec.statistic == "hessian" else 0
+    return _seconds(tokens * (2 * size.linear_parameters + hessian))
+
+
+def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
+    operations = 50.0 * size.linear_parameters
+    names = {c.name for rule in spec.rules for c in (*rule.method.transforms, rule.method.rounding)}
+    if "gptq" in names:
+        operations += sum(2 * k**3 + 2 * n * k * k for n, k in size.linears)
+    if "awq" in names:
+        operations += 2 * size.linear_parameters * SEARCH_TOKENS
+    if spec.calibration is not None:
+        # The text passes every block twice: to collect, and through the quantized block to feed the next one.
+        operations += 4 * size.linear_parameters * spec.calibration.samples * spec.calibration.sequence_length
+    return _seconds(operations)
+
+
+def _task_tokens(spec: EvaluateSpec) -> int:
+    params = dict(spec.task.params)
+    window, windows = params.get("window"), params.get("max_windows") or params.get("limit")
+    return int(window) * int(windows) if window and windows else TASK_TOKENS
+
+
+def _statistic_bytes(spec: CalibrateSpec, size: _Size) -> int:
+    tokens = spec.calibration.samples * spec.calibration.sequence_length
+    values = {"hessian": sum(k * k for k in size.inputs), "samples": tokens * sum(size.inputs) // max(1, spec.calibration.samples)}
+    return 4 * values.get(spec.statistic, sum(size.inputs))
+
+
+def _stored_bytes(spec: QuantizeSpec, size: _Size) -> int:
+    weight = spec.rules[-1].weight
+    # A scale of 16 bits and a zero of `bits` per group.
+    bits = weight.bits + ((16 + weight.bits) / weight.group_size if weight.group_size else 0)
+    return int(size.linear_parameters * bits / 8)
+
+
+def _memory_bytes(spec: Spec, size: _Size) -> int:
+    value_bytes = 4 if spec.model.dtype == "float32" else 2
+    batch = 4096 * (20 * size.hidden + size.vocabulary) * value_bytes
+    return size.parameters * value_bytes + batch
+
+
+def _method_name(method: MethodSpec) -> str:
+    parts = [*(t.name for t in method.transforms), method.rounding.name]
+    return "+".join(parts) + ("" if method.propagation == "original" else f"@{method.propagation}")
