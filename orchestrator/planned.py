@@ -84,6 +84,6 @@ class Plan:
             "tasks": {
                 t.name: {"kind": t.kind, "primary": t.primary, "higher_is_better": t.higher_is_better} for t in self.tasks.values()
             },
-            "models": {digest: {"name": m.name, "location": asdict(m.location)} for digest, m in self.models.items()},
+            "models": {digest: {"name": m.name, "location": asdict(m.location), "bytes": m.weight_bytes} for digest, m in self.models.items()},
             "notes": self.notes,
         }

@@ -99,3 +99,5 @@ class SweepResult:
     skipped: tuple[SkippedCell, ...] = ()
     model_names: dict[str, str] = field(default_factory=dict)
     """Model digest ▸ option name."""
+    model_bytes: dict[str, int] = field(default_factory=dict)
+    """Model digest ▸ bytes of its unquantized weight files."""

@@ -106,6 +106,7 @@ def load_sweep(store: Store, key: str) -> SweepResult:
         stages=stages,
         skipped=tuple(SkippedCell(s["axes"], s["reason"]) for s in plan["skipped"]),
         model_names={digest: m["name"] for digest, m in plan["models"].items()},
+        model_bytes={digest: m["bytes"] for digest, m in plan["models"].items() if m.get("bytes")},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.report.tables import SKIPPED, Row, nominal_bits, spec_of
+from orchestrator.report.tables import SKIPPED, Row, model_size, nominal_bits, spec_of
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
 
@@ -27,6 +27,10 @@ class Line:
     family: str
     """What must not be joined by a line: granularity and run-time parts, as in `g64` or `channel a8 kv4`."""
 
+    bits_nominal: float | None
+    bits_stored: float | None
+    model_bytes: int | None
+
     @property
     def method(self) -> str:
         return BASELINE if self.variant.is_baseline else self.variant.axes.get("method", "")
@@ -34,24 +38,6 @@ class Line:
     @property
     def scheme(self) -> str:
         return BASELINE if self.variant.is_baseline else self.variant.axes.get("scheme", "")
-
-    @property
-    def bits_nominal(self) -> float | None:
-        return nominal_bits(self.variant)
-
-    @property
-    def bits_stored(self) -> float | None:
-        return self._fact("bits_stored")
-
-    @property
-    def model_bytes(self) -> float | None:
-        return self._fact("model_bytes")
-
-    def _fact(self, name: str) -> float | None:
-        """From the quantize stage; for the unquantized model from an evaluation, where it says so."""
-        stages = [self.variant.quantize] if self.variant.quantize else list(self.variant.evaluations.values())
-        known = [s.summary[name] for s in stages if s.summary.get(name) is not None]
-        return float(known[0]) if known else None
 
 
 @dataclass(frozen=True)
@@ -145,11 +131,11 @@ def _model_table(result: SweepResult, rows: Sequence[Row], model: str) -> ModelT
     return ModelTable(
         model=model,
         tasks=tuple(t for name, t in result.tasks.items() if name in asked),
-        lines=tuple(_line(v, by_variant.get(v.key, []), varying) for v in variants),
+        lines=tuple(_line(result, v, by_variant.get(v.key, []), varying) for v in variants),
     )
 
 
-def _line(variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -> Line:
+def _line(result: SweepResult, variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -> Line:
     parts = [variant.axes.get(a, "") for a in ("method", "scheme", *varying)]
     others: dict[str, tuple[Row, ...]] = {}
     for row in rows:
@@ -161,6 +147,9 @@ def _line(variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -
         cells={r.task: r for r in rows if r.is_primary},
         others=others,
         family=_family(variant),
+        bits_nominal=nominal_bits(variant),
+        bits_stored=variant.quantize.summary.get("bits_stored") if variant.quantize else None,
+        model_bytes=model_size(result, variant),
     )
 
 

@@ -124,6 +124,15 @@ def nominal_bits(variant: VariantResult) -> float | None:
     return done if done is not None or len(planned) != 1 else float(planned.pop())
 
 
+def model_size(result: SweepResult, variant: VariantResult) -> int | None:
+    """Bytes of the whole model as stored; of its weight files where it is unquantized."""
+    if variant.quantize is not None:
+        size = variant.quantize.summary.get("model_bytes")
+        return None if size is None else int(size)
+    digests = [spec_of(e).get("model", {}).get("digest") for e in variant.evaluations.values()]
+    return next((result.model_bytes[d] for d in digests if d in result.model_bytes), None)
+
+
 def failure_text(result: SweepResult, stage: StageResult) -> str:
     """One line on why a stage has no result; empty for one that has."""
     if stage.status is Status.DEP_FAILED:
@@ -158,7 +167,7 @@ def _row(
         value=_number(stage.summary.get("scores", {}).get(metric)),
         bits_nominal=nominal_bits(variant),
         bits_stored=_number(facts.get("bits_stored")),
-        model_bytes=facts.get("model_bytes"),
+        model_bytes=model_size(result, variant),
         weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),
         quantize_seconds=stage_seconds(quantize),
         evaluate_seconds=stage_seconds(stage),

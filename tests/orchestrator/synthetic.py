@@ -245,4 +245,5 @@ def sweep(
         stages=stages,
         skipped=tuple(skipped),
         model_names={key_of("model", m): m for m in models},
+        model_bytes={key_of("model", m): 12_000_000 for m in models},
     )
