@@ -142,8 +142,6 @@ def choose_grid(name: str | None, scheme: WeightScheme) -> tuple[Grid, list[str]
     chosen = grid(name)
     if scheme.symmetric and not chosen.symmetric:
         return GRIDS["g_sym"], [f"the scheme is symmetric: grid g_sym is used instead of {chosen.name}"]
-    if chosen.symmetric and not scheme.symmetric:
-        return chosen, [f"the method's grid {chosen.name} is symmetric; the scheme would allow asymmetric weights"]
     return chosen, []
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from quant.errors import require_finite
 from quant.grids import grid as grid_named
 from quant.methods.base import ScaleGroup, StoredTensor, Transform
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS, param_names, rounding, transform, unknown
+from quant.methods.make import param_names, rounding, transform, unknown
+from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics, collect
 

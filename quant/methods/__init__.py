@@ -1,4 +1,4 @@
-"""One file per method. `base.py` has the protocols; `registry.py` names them.
+"""One file per method. `base.py` has the protocols; `registry.py` names them, `make.py` makes them.
 
 Importing this package loads no method, so that planning code may read facts from yaml without torch.
 """
@@ -12,7 +12,7 @@ __all__ = ["rounding", "transform"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from quant.methods import registry
+        from quant.methods import make
 
-        return getattr(registry, name)
+        return getattr(make, name)
     raise AttributeError(f"module 'quant.methods' has no attribute {name!r}")

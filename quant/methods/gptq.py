@@ -100,9 +100,7 @@ class Gptq:
 class _Ranges:
     """Scale and zero of every group, known before the solver starts (per row, per tensor, static) or fitted on the way."""
 
-    def __init__(
-        self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor
-    ) -> None:
+    def __init__(self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor) -> None:
         self.grid, self.bits, self.scale_dtype, self.mse = chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
         self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else order.numel()

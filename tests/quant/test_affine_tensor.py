@@ -94,9 +94,7 @@ def test_an_unknown_stored_format_is_named() -> None:
         unpack("codebook9", {}, {})
 
 
-@pytest.mark.parametrize(
-    ("bits", "group", "published"), [(4, 128, 4.156), (3, 128, 3.148), (2, 128, 2.141), (2, 64, 2.281)]
-)
+@pytest.mark.parametrize(("bits", "group", "published"), [(4, 128, 4.156), (3, 128, 3.148), (2, 128, 2.141), (2, 64, 2.281)])
 def test_formula_gives_the_published_bits(bits: int, group: int, published: float) -> None:
     scheme = WeightScheme(bits, granularity=Granularity.GROUP, group_size=group)
     assert bits_formula(scheme, (4096, 4096)) == pytest.approx(published, abs=5e-4)

@@ -128,9 +128,10 @@ def test_choosing_a_grid_notes_where_it_differs_from_the_scheme() -> None:
     assert choose_grid(None, WeightScheme(4, symmetric=True))[0].name == "g_sym"
     chosen, notes = choose_grid("awq_asym", WeightScheme(4, symmetric=True))
     assert (chosen.name, len(notes)) == ("g_sym", 1)
-    chosen, notes = choose_grid("absmax", WeightScheme(4))
-    assert (chosen.name, len(notes)) == ("absmax", 1)
-    assert choose_grid("q_sym", WeightScheme(4, symmetric=True))[1] == []
+    for name in ("absmax", "q_sym"):
+        for symmetric in (False, True):
+            chosen, notes = choose_grid(name, WeightScheme(4, symmetric))
+            assert (chosen.name, notes) == (name, [])
 
 
 def test_wrong_input_is_named() -> None:

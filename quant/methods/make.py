@@ -1,0 +1,54 @@
+"""Methods made from names and parameters, with errors that say what is allowed."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from quant.methods.base import Rounding, Transform
+from quant.methods.registry import ROUNDINGS, TRANSFORMS
+
+T = TypeVar("T")
+
+
+def rounding(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding:
+    """A rounding with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
+    return _make(ROUNDINGS, "rounding", name, params, version)
+
+
+def transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Transform:
+    """A transform with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
+    return _make(TRANSFORMS, "transform", name, params, version)
+
+
+def unknown(what: str, name: str, allowed: Iterable[str]) -> ValueError:
+    """The error for a name that is not one of `allowed`, with the nearest."""
+    names = list(allowed)
+    near = difflib.get_close_matches(name, names, n=2, cutoff=0.5)
+    choose = f"choose one of {', '.join(names)}" if names else "there are none"
+    return ValueError(f"{what} {name!r} is unknown; {choose}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+
+
+def param_names(cls: type[Any]) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _make(table: Mapping[str, type[T]], what: str, name: str, params: Mapping[str, Any], version: int | None) -> T:
+    if name not in table:
+        raise unknown(what, name, table)
+    cls: Any = table[name]
+    if version is not None and version != cls.version:
+        raise ValueError(f"{what} {name} has version {cls.version} here; version {version} was asked for: use the release that wrote it")
+    hints = typing.get_type_hints(cls)
+    for key, value in params.items():
+        if key not in param_names(cls):
+            raise unknown(f"parameter of {name}", key, param_names(cls))
+        kinds = [t for t in typing.get_args(hints[key]) or (hints[key],)]
+        if not any(type(value) is t or (t is float and type(value) is int) for t in kinds):
+            allowed = " or ".join("null" if t is type(None) else t.__name__ for t in kinds)
+            raise ValueError(f"parameter {key}={value!r} of {name} has type {type(value).__name__}; give {allowed}")
+    made: T = cls(**params)
+    return made
