@@ -75,7 +75,7 @@ def refuse_unknown_roots(composer: Composer, base: Base) -> None:
 
 def settings_of(base: Base, overrides: Sequence[Override]) -> DictConfig:
     """The root config without axes and Hydra's node, overrides applied, not yet resolved."""
-    kept = [k for k in base.config if k != "hydra" and k not in AXES]
+    kept = [str(k) for k in base.config if k != "hydra" and k not in AXES]
     settings = OmegaConf.masked_copy(base.config, kept)
     OmegaConf.set_struct(settings, True)
     for override in overrides:

@@ -56,7 +56,9 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
         product_cells, excluded, rule_notes = apply_rules(rules, product_cells, narrowed_axes)
     cells = tuple(dict.fromkeys([*product_cells, *extra_cells]))
     if not cells:
-        raise ConfigError(f"the rules of sweep={root.base.choices.get('sweep')} leave no cell of {len(excluded)}; loosen sweep.exclude or only_if")
+        raise ConfigError(
+            f"the rules of sweep={root.base.choices.get('sweep')} leave no cell of {len(excluded)}; loosen sweep.exclude or only_if"
+        )
     return Grid(cells, root.plain, tuple(excluded), (*notes, *rule_notes))
 
 
@@ -99,7 +101,9 @@ class _Root:
         refuse_unknown_roots(composer, base)
         missing = [axis for axis in AXES if axis not in base.choices]
         if missing:
-            raise ConfigError(f"the defaults list of {composer.config_name}.yaml has no {', '.join(missing)}; every axis needs a default option")
+            raise ConfigError(
+                f"the defaults list of {composer.config_name}.yaml has no {', '.join(missing)}; every axis needs a default option"
+            )
         settings = settings_of(base, request.settings)
         lines = [str(o.input_line) for o in (*request.groups, *request.settings)]
         return cls(base, settings, resolved_settings(settings), {axis: base.choices[axis] for axis in AXES}, lines)
@@ -172,11 +176,13 @@ class _SlowComposer:
         self._check_changes(row)
         config = self._compose(line for choice in row for line in choice.lines)
         options = [self._table.add(c, plain_values(config, c.axis, c.file)) for c in row]
-        plain = resolved_settings(OmegaConf.masked_copy(config, [k for k in config if k not in AXES]))
+        plain = resolved_settings(OmegaConf.masked_copy(config, [str(k) for k in config if k not in AXES]))
         if plain != self._root.plain:
             changed = sorted(k for k in {*plain, *self._root.plain} if plain.get(k) != self._root.plain.get(k))
             what = " ".join(line for choice in row for line in choice.lines)
-            raise ConfigError(f"{what}: an option changes {', '.join(changed)}, which belongs to the whole sweep; set it on the command line")
+            raise ConfigError(
+                f"{what}: an option changes {', '.join(changed)}, which belongs to the whole sweep; set it on the command line"
+            )
         return Cell(*options)
 
     def _check_changes(self, row: Row) -> None:

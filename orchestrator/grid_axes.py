@@ -145,7 +145,9 @@ def _check_group(composer: Composer, override: Override) -> None:
         if override.is_delete() and text in (None, ""):
             continue
         if isinstance(text, list):
-            raise ConfigError(f"{override.input_line}: a cell takes one {group}; to sweep, write {group}={','.join(map(str, text))} with -m")
+            raise ConfigError(
+                f"{override.input_line}: a cell takes one {group}; to sweep, write {group}={','.join(map(str, text))} with -m"
+            )
         if str(text) not in options:
             raise ConfigError(unknown_name(group, "null" if text is None else str(text), options))
 

@@ -61,7 +61,7 @@ class OptionLoader:
     def __init__(self, composer: Composer, settings: DictConfig, table: OptionTable) -> None:
         self._composer = composer
         self._table = table
-        self._settings = OmegaConf.create(OmegaConf.to_container(settings, resolve=False))
+        self._settings = DictConfig(OmegaConf.to_container(settings, resolve=False))
         self._templates: dict[tuple[str, str, tuple[str, ...]], _Template] = {}
         self._options: dict[Choice, Option] = {}
 
@@ -88,7 +88,7 @@ class OptionLoader:
         return plain
 
     def _apply(self, template: _Template, choice: Choice, changes: Sequence[Change]) -> dict[str, Any]:
-        config = OmegaConf.create({choice.axis: template.config[choice.axis]})
+        config = DictConfig({choice.axis: template.config[choice.axis]})
         OmegaConf.set_struct(config, True)
         try:
             apply_overrides(config, [c.override for c in changes])
@@ -138,7 +138,7 @@ def plain_values(config: DictConfig, axis: str, file: str) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(config[axis], resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"{axis}={file} needs a value: {_first_line(error)}; give it on the command line") from error
+        raise ConfigError(f"{axis}={file} needs a value: {error.full_key} is ???; give it on the command line") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{axis}={file} is {type(values).__name__}, expected a mapping")
     return {str(k): v for k, v in values.items()}
@@ -191,4 +191,3 @@ def reaches_in(composer: Composer, base: Base) -> str | None:
             if key in AXES:
                 return f"{path} sets {key} from outside"
     return None
-

@@ -183,4 +183,3 @@ def apply_rules(rules: Rules, cells: Sequence[Cell], narrowed_axes: set[str]) ->
             raise ConfigError(f"{where} {match} matches no cell of the grid, which has {cells_have}; correct or remove the rule")
         notes.append(f"{where} {match} matches no cell: the command line narrowed the grid")
     return kept, removed, notes
-

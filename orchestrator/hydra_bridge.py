@@ -18,8 +18,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault, ResultDefault
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.core.utils import setup_globals
@@ -27,10 +27,11 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from orchestrator.errors import ConfigError
 
-HYDRA_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError)
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError)
 """What composing raises for wrong input."""
 BARE_WORD = re.compile(r"[A-Za-z_][\w./-]*")
 
@@ -117,7 +118,7 @@ class Composer:
         setup_globals()
         path = create_config_search_path(main)
         if config_dir is not None:
-            path.append("command-line", config_dir, anchor="main")
+            path.append("command-line", config_dir, anchor=SearchPathQuery("main", None))
         loader = ConfigLoaderImpl(config_search_path=path)
         for source in loader.get_sources():
             if source.provider in ("main", "command-line") and not source.available():

@@ -3,7 +3,6 @@
 Hydra executes this module before it is in `sys.modules`: dataclasses here cannot use postponed annotations.
 """
 
-
 from dataclasses import dataclass, field
 from typing import Dict, Optional  # noqa: UP035 - OmegaConf 2.3 reads these spellings on every Python
 

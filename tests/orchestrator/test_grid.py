@@ -148,7 +148,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return draw(st.permutations(lines))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(line=command_lines())
 def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -> None:
     if any("${model.source.name}2" in x for x in line):
@@ -164,7 +164,11 @@ def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -
 OUTWARD = {
     "global package": ("method__far", "# @package _global_\nmethod: {rounding: {kind: rtn, params: {}}}\n", "puts method/far into package"),
     "another axis": ("method__far", "rounding: {kind: rtn, params: {bits: '${scheme.weight.bits}'}}\n", "refers outside its package"),
-    "cross-group default": ("method__far", "defaults: [/scheme@_global_.scheme.inner: w2, _self_]\nrounding: {kind: rtn}\n", "puts scheme/w2"),
+    "cross-group default": (
+        "method__far",
+        "defaults: [/scheme@_global_.scheme.inner: w2, _self_]\nrounding: {kind: rtn}\n",
+        "puts scheme/w2",
+    ),
     "resolver": ("method__far", "rounding: {kind: rtn, params: '${oc.dict.keys:scheme}'}\n", "uses a resolver"),
     "sweep file": ("sweep__far", "# @package _global_\nmodel: {dtype: float16}\n", "sweep/far sets model from outside"),
 }
@@ -187,7 +191,7 @@ def test_the_slow_way_names_and_checks_values_too(tmp_path: Path) -> None:
     small = composer(tmp_path, method__far=OUTWARD["another axis"][1])
     grid = compose_with(small, ["method=far", "replicate.seed=3,4"], multirun=True)
     assert [c.replicate.name for c in grid.cells] == ["r0[seed=3]", "r0[seed=4]"]
-    with pytest.raises(ConfigError, match="unknown key of task.params in task ppl 'windw'; nearest: window"):
+    with pytest.raises(ConfigError, match=r"unknown key of task.params in task ppl 'windw'; nearest: window"):
         compose_with(small, ["method=far", "task.params.windw=3"], multirun=False)
 
 
