@@ -154,10 +154,8 @@ class SequentialGptq(Gptq):
 
 @pytest.mark.parametrize("rounding", [Gptq(), SequentialGptq()], ids=["at_once", "true_sequential"])
 @pytest.mark.parametrize("family", ["llama", "falcon_old"])
-def test_quantized_propagation_equals_the_slow_loop(
-    family: str, rounding: Gptq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reference: the whole model on all text again for every group of linears, plain hooks, in methods.md §1.3's order."""
+def test_quantized_propagation_equals_the_slow_loop(family: str, rounding: Gptq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the whole model on all text again for every group of linears, plain hooks, in GPTQ's order."""
     monkeypatch.setattr(methods, "rounding", lambda name, params, version: rounding, raising=False)
     ctx = tiny_context(family, tmp_path)
     spec = quantize_spec("gptq", propagation="quantized")
@@ -172,7 +170,9 @@ def test_quantized_propagation_equals_the_slow_loop(
     for names in groups.values():
         seen: dict[str, Tensor] = {}
         hooks = [
-            linear_view(model, n).module.register_forward_pre_hook(lambda _m, args, n=n: seen.update({n: args[0].flatten(0, -2)}))
+            linear_view(model, n).module.register_forward_pre_hook(
+                lambda _m, args, n=n, seen=seen: seen.update({n: args[0].flatten(0, -2)})
+            )
             for n in names
         ]
         with torch.no_grad():

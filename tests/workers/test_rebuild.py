@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache
 
-from quant.activation import StaticRange, fake_quantize_activation, fake_quantize_kv
+from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
@@ -189,6 +189,17 @@ def test_every_linear_gets_a_quantized_input(family: str, tmp_path: Path) -> Non
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+def test_ranges_per_tensor_do_not_depend_on_the_batch(family: str, tmp_path: Path) -> None:
+    model = load_model(tiny_context(family, tmp_path), MODEL)
+    handle = attach_runtime(model, None, ActivationScheme(4, granularity=Granularity.TENSOR), None)
+    with torch.no_grad():
+        together = model(TOKENS, use_cache=False).logits
+        alone = torch.cat([model(TOKENS[i : i + 1], use_cache=False).logits for i in range(len(TOKENS))])
+    handle.remove()
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_only_quantized_linears_get_quantized_inputs(tmp_path: Path) -> None:
     ctx = tiny_context("llama", tmp_path)
     artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(pattern="*.down_proj"), {})
@@ -200,8 +211,9 @@ def test_only_quantized_linears_get_quantized_inputs(tmp_path: Path) -> None:
         module.register_forward_pre_hook(lambda _m, args, n=name: seen.update({n: args[0]}))
     logits(model)
     handle.remove()
-    assert seen["mlp.down_proj"].unique().numel() <= 255
-    assert seen["mlp.up_proj"].unique().numel() > 255
+    values = {n: max(sequence.unique().numel() for sequence in x) for n, x in seen.items()}
+    assert values["mlp.down_proj"] <= 255
+    assert values["mlp.up_proj"] > 255
 
 
 def test_static_ranges_come_from_the_artifact(tmp_path: Path) -> None:
@@ -210,11 +222,9 @@ def test_static_ranges_come_from_the_artifact(tmp_path: Path) -> None:
     operations = json.loads((artifact / "payload" / "recipe.json").read_text())["operations"]
     reference = rebuild(ctx, MODEL, artifact)
     for op in operations:
-        seen = StaticRange()
-        seen.update(torch.tensor([op["input"][0]["low"], op["input"][0]["high"]]))
-        scale = seen.scale(STATIC)
+        limits = (op["input"][0]["low"], op["input"][0]["high"])
         linear_view(reference, op["module"]).module.register_forward_pre_hook(
-            lambda _m, args, scale=scale: (fake_quantize_activation(args[0], STATIC, scale),)
+            lambda _m, args, limits=limits: (fake_quantize_activation(args[0], STATIC, limits),)
         )
     model = rebuild(ctx, MODEL, artifact)
     handle = attach_runtime(model, artifact, STATIC, None)
