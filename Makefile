@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AUTO_GPTQ := .venv-auto-gptq
-AUTO_GPTQ_STAMP := $(AUTO_GPTQ)/.installed
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 

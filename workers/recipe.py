@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant import tensors as stored_tensors
+from quant.methods.base import StoredTensor
 from workers.artifact import payload_path
 from workers.blocks import linear_view
 from workers.errors import InputError
@@ -79,6 +80,10 @@ class Recipe:
     def replaced(self) -> list[Operation]:
         return [op for op in self.operations if op["op"] == "replace_linear"]
 
+    def stored(self, op: Operation) -> StoredTensor:
+        """The packed weight of a replace_linear operation."""
+        return _stored(op, self._tensors(op))
+
     def _tensors(self, op: Operation) -> dict[str, Tensor]:
         file = op.get("file")
         if file is None:
@@ -96,10 +101,13 @@ def check_operation(op: Operation) -> None:
             raise InputError(f"unknown input operation {step.get('op')!r}; this version knows {', '.join(INPUT_OPERATIONS)}")
 
 
+def _stored(op: Operation, tensors: dict[str, Tensor]) -> StoredTensor:
+    return stored_tensors.unpack(op["format"], {k: tensors[n] for k, n in op["tensors"].items()}, op["meta"])
+
+
 def _replace_linear(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     view = linear_view(model, op["module"])
-    stored = stored_tensors.unpack(op["format"], {k: tensors[n] for k, n in op["tensors"].items()}, op["meta"])
-    view.write(stored.dequantize())
+    view.write(_stored(op, tensors).dequantize())
     if op["bias"] is not None:
         view.write_bias(tensors[op["bias"]])
 

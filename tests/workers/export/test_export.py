@@ -1,0 +1,137 @@
+"""Artifacts exported to the AutoGPTQ format and to dense folders. The real auto-gptq reads them in tests/auto_gptq."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from quant.scheme import Granularity, WeightScheme
+from tests.tiny_models import build, save_tokenizer
+from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
+from workers.export import ExportError, run
+from workers.export.__main__ import main
+from workers.export.model import as_half, open_model, read_quantized
+from workers.recipe import Recipe
+
+G16 = WeightScheme(4, granularity=Granularity.GROUP, group_size=16)
+SIZES = {"hidden_size": 64, "intermediate_size": 96}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build("llama", **SIZES).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def artifact(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rtn")
+    return quantized(context(model, folder), folder / "a", quantize_spec(weight=G16), {})[0]
+
+
+def unpacked(words: Tensor, bits: int) -> Tensor:
+    """int32 `[R, C]` whose codes do not cross words ▸ `[R * 32 / bits, C]`."""
+    shifts = torch.arange(0, 32, bits)
+    return (words.to(torch.int64)[:, None, :] >> shifts[None, :, None] & (2**bits - 1)).reshape(-1, words.shape[1])
+
+
+def read_linear(tensors: dict[str, Tensor], name: str, bits: int) -> Tensor:
+    """The weight `[N, K]`, float32, as the format defines it."""
+    codes = unpacked(tensors[f"{name}.qweight"], bits)
+    zeros = (unpacked(tensors[f"{name}.qzeros"].T.contiguous(), bits).T + 1) % 2**bits
+    groups = tensors[f"{name}.g_idx"].long()
+    return (tensors[f"{name}.scales"].float()[groups] * (codes - zeros[groups])).T
+
+
+def test_the_checkpoint_holds_the_very_weights(model: Path, artifact: Path, tmp_path: Path) -> None:
+    report = run("auto_gptq", artifact, model, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    stored = read_quantized(artifact, model).linears
+    assert report.linears == len(stored) == 14
+    for name, tensor in stored.items():
+        assert torch.equal(read_linear(tensors, name, 4), tensor.dequantize())
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert {k: config[k] for k in ("bits", "group_size", "desc_act", "sym")} == {
+        "bits": 4,
+        "group_size": 16,
+        "desc_act": False,
+        "sym": False,
+    }
+
+
+def test_a_folded_norm_is_exported_folded(model: Path, tmp_path: Path) -> None:
+    work = context(model, tmp_path)
+    inputs = calibrated(work, tmp_path / "statistics", "absmean", "samples")
+    artifact = quantized(work, tmp_path / "a", quantize_spec("rtn", "awq", weight=G16), inputs)[0]
+    report = run("auto_gptq", artifact, model, tmp_path / "out")
+    assert "rounded to float16" in " ".join(report.notes)
+    opened, _ = open_model(Recipe(artifact), model)
+    name = "input_layernorm.weight"
+    folded = opened.load(0).get_parameter(name)
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"model.layers.0.{name}"]
+    assert torch.equal(found, folded.half())
+    assert not torch.equal(found, load_file(model / "model.safetensors")[f"model.layers.0.{name}"].half())
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (quantize_spec(weight=G16, pattern="*mlp*"), "8 of 14 linears are not quantized"),
+        (quantize_spec(weight=WeightScheme(5)), "5 bits; the format has 2, 3, 4 and 8"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(model: Path, tmp_path: Path, spec, reason: str) -> None:
+    artifact = quantized(context(model, tmp_path), tmp_path / "a", spec, {})[0]
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ExportError, match=reason):
+        run("auto_gptq", artifact, model, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ExportError, match="not an empty folder"):
+        run("auto_gptq", artifact, model, tmp_path)
+    with pytest.raises(ExportError, match="allowed: auto_gptq, dense"):
+        run("gguf", artifact, model, tmp_path / "out")
+
+
+def test_values_beyond_float16_are_refused() -> None:
+    with pytest.raises(ExportError, match="norm has values that float16 cannot hold"):
+        as_half({"norm": torch.tensor([1e6])})
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build(family, **SIZES).save_pretrained(folder)
+    save_tokenizer(folder)
+    artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
+    run("dense", artifact, folder, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    opened, _ = open_model(Recipe(artifact), folder)
+    for i in range(opened.structure.count):
+        opened.load(i)
+    rebuilt = dict(opened.model.named_parameters())
+    found = dict(loaded.named_parameters())
+    assert set(found) == set(rebuilt)
+    assert all(torch.equal(found[n], rebuilt[n].half().float()) for n in found)
+
+
+def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--format", "auto_gptq", "--artifact", str(artifact), "--model", str(model), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["format"], report["linears"]) == ("auto_gptq", 14)
+    assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
+    assert main(arguments) == 2
+    assert "not an empty folder" in capsys.readouterr().err

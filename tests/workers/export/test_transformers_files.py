@@ -1,0 +1,78 @@
+"""Configuration and tokenizer files that old and new transformers read alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
+
+SHIPPED = Path(__file__).resolve().parents[3] / "workers" / "assets" / "wikitext_llama"
+
+
+def test_new_rope_keys_get_their_old_spelling() -> None:
+    new = {"model_type": "llama", "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}, "dtype": "bfloat16"}
+    both = with_both_spellings(new, "float16")
+    assert (both["rope_theta"], both["rope_scaling"], both["torch_dtype"], both["dtype"]) == (500000.0, None, "float16", "float16")
+    assert both["rope_parameters"] == new["rope_parameters"]
+
+
+def test_old_rope_keys_get_their_new_spelling() -> None:
+    old = {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    both = with_both_spellings(old, "float16")
+    assert both["rope_parameters"] == {"rope_theta": 500000.0, "rope_type": "linear", "factor": 2.0}
+    assert both["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_gpt_neox_has_names_of_its_own() -> None:
+    new = {
+        "model_type": "gpt_neox",
+        "rope_parameters": {"rope_theta": 20000.0, "partial_rotary_factor": 0.5, "rope_type": "linear", "factor": 4},
+    }
+    both = with_both_spellings(new, "float16")
+    assert (both["rotary_emb_base"], both["rotary_pct"]) == (20000.0, 0.5)
+    assert both["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+def test_a_config_without_rope_keeps_none() -> None:
+    assert "rope_parameters" not in with_both_spellings({"model_type": "gpt2"}, "float16")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"model_type": "mistral", "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+        ({"model_type": "llama", "head_dim": 128, "hidden_size": 1024, "num_attention_heads": 16}, "head_dim 128"),
+        ({"model_type": "llama", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
+    ],
+)
+def test_what_old_transformers_would_misread_is_named(config: dict, reason: str) -> None:
+    assert reason in str(unreadable_by_old(config))
+
+
+def test_a_model_both_read_alike_has_no_reason() -> None:
+    assert unreadable_by_old(json.loads((SHIPPED / "config.json").read_text())) is None
+
+
+def test_the_adapted_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
+    assert copy_tokenizer(SHIPPED, tmp_path) == []
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert all(isinstance(m, str) for m in merges)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    text = "Naïve café — the 2nd   band released\n\ttheir album ."
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == AutoTokenizer.from_pretrained(SHIPPED)(text)["input_ids"]
+
+
+def test_merges_that_old_files_cannot_hold_are_kept_and_noted(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    merges = [["a ", "b"]]
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}}))
+    assert "tokens with spaces" in copy_tokenizer(source, out)[0]
+    assert json.loads((out / "tokenizer.json").read_text())["model"]["merges"] == merges

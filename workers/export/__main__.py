@@ -1,0 +1,42 @@
+"""python -m workers.export --format auto_gptq --artifact FOLDER --model FOLDER --out FOLDER
+
+Prints the report as one JSON object and exits 0; exits 2 with a message on stderr when the export is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from workers.artifact import CorruptArtifactError
+from workers.checkpoint import locate
+from workers.errors import WorkerError
+from workers.export import FORMATS, run
+from workers.request import Location
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m workers.export", description="Write a quantized model in another tool's format.")
+    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
+    parser.add_argument("--artifact", required=True, type=Path, help="folder of the quantize stage (holds record.json)")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="folder of the unquantized model")
+    source.add_argument("--hub-model", help="its hub id, with --revision")
+    parser.add_argument("--revision", help="commit of the hub model")
+    parser.add_argument("--out", required=True, type=Path, help="new folder to write")
+    given = parser.parse_args(arguments)
+    location = Location("folder", given.model) if given.model else Location("hub_model", given.hub_model, given.revision)
+    try:
+        report = run(given.format, given.artifact, locate(location), given.out)
+    except (WorkerError, CorruptArtifactError) as e:
+        print(e, file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(report)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

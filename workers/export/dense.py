@@ -1,0 +1,30 @@
+"""Export as an ordinary float16 transformers folder: dequantized weights, for tools that know no quantized format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from workers.export.model import as_half, open_model
+from workers.export.transformers_files import copy_tokenizer, with_both_spellings
+from workers.recipe import Recipe
+
+
+def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]]:
+    """Write the folder `out` (existing, empty); returns the number of quantized linears and notes.
+
+    Raises InputError, ExportError (values beyond float16), CorruptArtifactError.
+    """
+    recipe = Recipe(artifact)
+    opened, _ = open_model(recipe, model_folder)
+    for i in range(opened.structure.count):
+        opened.load(i)
+    model = opened.model
+    _, notes = as_half(dict(model.named_parameters()))
+    # transformers writes its own names (experts apart, tied heads once).
+    model.to(torch.float16).save_pretrained(out)
+    config = with_both_spellings(opened.checkpoint.config, "float16")
+    (out / "config.json").write_text(json.dumps(config, indent=2))
+    return len(recipe.replaced()), [*notes, *copy_tokenizer(model_folder, out)]

@@ -1,0 +1,53 @@
+"""One entry for every export format: checks the target, writes beside it, moves it into place."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from workers.export import auto_gptq, dense
+from workers.export.model import read_quantized
+from workers.export.report import ExportError, ExportReport, folder_bytes
+
+Writer = Callable[[Path, Path, Path], tuple[int, list[str]]]
+
+
+def export_auto_gptq(artifact: Path, model_folder: Path, out: Path) -> ExportReport:
+    """Write a quantize artifact as a folder that auto-gptq 0.7.1 loads. Raises ExportError, InputError, CorruptArtifactError."""
+    return run("auto_gptq", artifact, model_folder, out)
+
+
+def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportReport:
+    """Write a quantize artifact in a format of `FORMATS` as the new folder `out`.
+
+    Args:
+        artifact: folder of the committed quantize stage (record.json, payload/).
+        model_folder: the unquantized model it was made from.
+
+    Raises ExportError where the format cannot hold the model, InputError, CorruptArtifactError; then `out` is not made.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"unknown export format {format!r}; allowed: {', '.join(FORMATS)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"{out} exists and is not an empty folder; give a new one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        linears, notes = FORMATS[format](artifact, model_folder, staging)
+        staging.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return ExportReport(format, str(out), linears, folder_bytes(out), tuple(notes))
+
+
+def _auto_gptq(artifact: Path, model_folder: Path, staging: Path) -> tuple[int, list[str]]:
+    model = read_quantized(artifact, model_folder)
+    return len(model.linears), auto_gptq.write(model, staging)
+
+
+FORMATS: dict[str, Writer] = {"auto_gptq": _auto_gptq, "dense": dense.write}

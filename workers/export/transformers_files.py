@@ -1,0 +1,125 @@
+"""config.json and tokenizer files that transformers 4.44 and transformers 5 both read. Standard library only.
+
+transformers 5 writes `rope_parameters` and `dtype`, which 4.44 ignores in favour of its defaults (a rope theta of 10000,
+float32): a checkpoint written by the one and read by the other is silently wrong. So both spellings are written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+COPIED = (
+    "generation_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Copied as they are; tokenizer.json and tokenizer_config.json are adapted."""
+
+_ROPE_SCALING = {
+    "llama": ("linear", "dynamic", "llama3"),
+    "falcon": ("linear", "dynamic"),
+    "gpt_neox": ("linear", "dynamic"),
+}
+"""Kinds of rope scaling that 4.44 reads, by family; the other families have none."""
+_FIXED_HEAD_DIM = ("llama", "mixtral", "qwen2")
+"""Families whose head size in 4.44 is always hidden_size / num_attention_heads."""
+
+
+def unreadable_by_old(config: Mapping[str, Any]) -> str | None:
+    """Why transformers 4.44 would misread the model of a config.json; None when it would not."""
+    kind = config.get("model_type")
+    rope = _rope(config)
+    if rope and any(isinstance(v, Mapping) for v in rope.values()):
+        return "rope parameters that differ between layers"
+    scaling = rope.get("rope_type", "default")
+    if scaling != "default" and scaling not in _ROPE_SCALING.get(str(kind), ()):
+        return f"rope scaling {scaling!r}, which transformers 4.44 does not have for {kind}"
+    head_dim, hidden, heads = (config.get(k) for k in ("head_dim", "hidden_size", "num_attention_heads"))
+    if kind in _FIXED_HEAD_DIM and head_dim is not None and head_dim * heads != hidden:
+        return f"head_dim {head_dim}: transformers 4.44 takes hidden_size / num_attention_heads = {hidden} / {heads} for {kind}"
+    if kind == "qwen2" and config.get("use_sliding_window"):
+        return "sliding-window attention, which transformers 4.44 leaves out for qwen2"
+    if config.get("use_bidirectional_attention"):
+        return "bidirectional attention, which transformers 4.44 does not have"
+    return None
+
+
+def with_both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`."""
+    out = {**config, "dtype": dtype, "torch_dtype": dtype}
+    if config.get("model_type") == "gemma" and config.get("hidden_act"):
+        out["hidden_activation"] = config["hidden_act"]
+    rope = _rope(config)
+    if not rope:
+        return out
+    out["rope_parameters"] = rope
+    neox = config.get("model_type") == "gpt_neox"
+    if "rope_theta" in rope:
+        out["rotary_emb_base" if neox else "rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        out["rotary_pct" if neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        out["rope_scaling"] = None
+    elif config.get("model_type") == "llama":
+        out["rope_scaling"] = scaling
+    else:
+        out["rope_scaling"] = {"type": kind, "factor": float(scaling["factor"])}
+    return out
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Rope parameters as transformers 5 spells them; empty where the config leaves them at the family's defaults."""
+    if config.get("rope_parameters"):
+        return dict(config["rope_parameters"])
+    out: dict[str, Any] = {}
+    theta = config.get("rope_theta", config.get("rotary_emb_base"))
+    partial = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    scaling = dict(config.get("rope_scaling") or {})
+    if theta is not None:
+        out["rope_theta"] = float(theta)
+    if partial is not None:
+        out["partial_rotary_factor"] = partial
+    if scaling:
+        kind = scaling.pop("type", None)
+        out.update({"rope_type": scaling.pop("rope_type", kind), **scaling})
+    elif out:
+        out["rope_type"] = "default"
+    return out
+
+
+def copy_tokenizer(model_folder: Path, out: Path) -> list[str]:
+    """Write the tokenizer files of a model into `out` so that both versions read them; returns what could not be adapted."""
+    notes = []
+    for name in COPIED:
+        if (model_folder / name).is_file():
+            shutil.copyfile(model_folder / name, out / name)
+    if (model_folder / "tokenizer.json").is_file():
+        tokenizer = json.loads((model_folder / "tokenizer.json").read_text(encoding="utf-8"))
+        merges = tokenizer.get("model", {}).get("merges")
+        if merges and not isinstance(merges[0], str):
+            # tokenizers before 0.20 read merges as "a b" only, which cannot hold a token with a space.
+            if any(" " in token for pair in merges for token in pair):
+                notes.append("tokenizer.json has merges of tokens with spaces; tokenizers before 0.20 cannot read it")
+            else:
+                tokenizer["model"]["merges"] = [" ".join(pair) for pair in merges]
+        (out / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=2), encoding="utf-8")
+    if (model_folder / "tokenizer_config.json").is_file():
+        config = json.loads((model_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") == "TokenizersBackend":
+            config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(config.get("extra_special_tokens"), list):
+            config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        (out / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+    return notes
