@@ -38,7 +38,7 @@ def _items(payload: str) -> _Items:
 
     from workers.artifact import payload_path
 
-    table = pq.read_table(payload_path(Path(payload).parent, "items.parquet"))
+    table = pq.ParquetFile(payload_path(Path(payload).parent, "items.parquet")).read(use_threads=False)
     missing = {"id", "weight"} - set(table.column_names)
     if missing:
         raise PairingError(f"{payload}/items.parquet has no column {', '.join(sorted(missing))}; it has {', '.join(table.column_names)}")

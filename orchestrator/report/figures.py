@@ -210,7 +210,9 @@ def _layers(stage: StageResult | None) -> list[dict[str, Any]]:
         path = payload_path(Path(stage.payload).parent, "layers.parquet")
     except CorruptArtifactError:
         return []  # named with the stage by `bitgrid status`; the figure shows the others
-    rows: list[dict[str, Any]] = pq.read_table(path, columns=["module", "block", "weight_error", "output_error"]).to_pylist()
+    rows: list[dict[str, Any]] = (
+        pq.ParquetFile(path).read(columns=["module", "block", "weight_error", "output_error"], use_threads=False).to_pylist()
+    )
     return rows
 
 
