@@ -51,10 +51,10 @@ def fixed_state(key: str, hints: Hints) -> Iterator[None]:
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
     enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = memory.fill_uninitialized_memory
+    fill = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
     # A debugging aid that writes every new tensor once more.
-    memory.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if hints.threads is not None:
         torch.set_num_threads(hints.threads)
     try:
@@ -62,7 +62,7 @@ def fixed_state(key: str, hints: Hints) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        memory.fill_uninitialized_memory = fill
+        memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
 @contextmanager
