@@ -36,6 +36,7 @@ class Awq:
     needs: ClassVar[frozenset[str]] = frozenset({"absmean", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
+    for_activations: ClassVar[bool] = False
 
     scale_grid: int = 20
     """Exponents tried: i / scale_grid for i = 0 .. scale_grid - 1."""

@@ -96,6 +96,8 @@ class Transform(Protocol):
     needs: ClassVar[frozenset[str]]
     reads: ClassVar[frozenset[str]]
     uses_seed: ClassVar[bool]
+    for_activations: ClassVar[bool]
+    """It only helps quantized activations; without them it runs, flagged as idle."""
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` > 0: consumers' columns are multiplied, the producer's output divided by it (function-preserving);

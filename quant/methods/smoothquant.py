@@ -29,6 +29,7 @@ class SmoothQuant:
     needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
+    for_activations: ClassVar[bool] = True
 
     alpha: float = 0.5
     """Share of the outliers' size that moves into the weights: 0 none, 1 all."""

@@ -42,8 +42,9 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 
 
 def declared(name: str) -> dict[str, Any]:
-    c = COMPONENTS[name]
-    return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed}
+    c: Any = COMPONENTS[name]
+    own = {"for_activations": c.for_activations} if name in TRANSFORMS else {}
+    return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
 @pytest.mark.parametrize("option", sorted(p.stem for p in (CONF / "method").glob("*.yaml")))
