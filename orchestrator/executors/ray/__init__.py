@@ -1,0 +1,1 @@
+"""Runs requests on Ray actors. The only package that imports ray."""

@@ -1,0 +1,214 @@
+"""Starting a Ray cluster on this machine, or joining one, and leaving it as it was found.
+
+Authentication is always decided here, by `RAY_AUTH_MODE`, which Ray reads once when it is first used in a process:
+a local cluster gets a fresh random token that lives in the environment of its processes only (Ray binds every interface,
+so a cluster without one would be open to the network); joining uses the cluster's token. An explicit address never turns
+authentication on by itself in Ray, and a wrong token makes `ray.init` retry for 20 s and then tell only that it could not
+connect: hence the question to the head first, which answers in milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from orchestrator.errors import ClusterError
+from orchestrator.executors.settings import ClusterSettings
+
+PROJECT = Path(__file__).resolve().parents[3]
+"""Holds the packages that workers import."""
+TOKEN_HELP = (
+    "give the cluster's token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token "
+    "(`ray get-auth-token` on its head shows it), or set cluster.auth=disabled for a cluster without authentication"
+)
+PROBE_S = 10.0
+"""Longest wait for the head's answer."""
+
+
+@dataclass
+class Session:
+    """A connection to Ray. `close` undoes what opening it did, and nothing else."""
+
+    started_here: bool = False
+    connected_here: bool = False
+    env: Mapping[str, str] = field(default_factory=dict)
+    """What workers need in their environment, where they do not inherit it from a cluster started here."""
+    restore: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables of this process as they were."""
+    folder: Path | None = None
+
+    def close(self) -> None:
+        """Ends a cluster started here, disconnects from one joined here."""
+        import ray
+
+        if self.connected_here and ray.is_initialized():
+            ray.shutdown()
+        _set_environment(self.restore)
+        _reload_authentication()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_session(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int) -> Session:
+    """Connect, by starting a cluster (ray_local, with `cores` to share out) or joining one. Raises ClusterError.
+
+    Where this process is connected to Ray already, that connection is used, and left open.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as e:
+        raise ClusterError(f"Ray cannot be imported ({e}); install it with bitgrid's dependencies, or use cluster=in_process") from e
+    if ray.is_initialized():
+        return Session(env=worker_env)
+    return _start(settings, worker_env, cores) if settings.kind == "ray_local" else _join(settings, worker_env)
+
+
+def _start(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int) -> Session:
+    import ray
+
+    if threading.current_thread() is not threading.main_thread():
+        # Ray's processes end with the thread that started them.
+        raise ClusterError("a local Ray cluster can be started from the main thread only; start it there, or use cluster=in_process")
+    token = settings.auth != "disabled"
+    variables = {**worker_env, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    if token:
+        variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # A short path of its own: sockets live in it, and the cluster is not found by address=auto from elsewhere.
+    folder = Path(tempfile.mkdtemp(prefix="bitgrid-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    session = Session(True, True, {}, _set_environment(variables), folder)
+    try:
+        _reload_authentication()
+        with _own_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=cores,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                namespace=settings.namespace,
+                object_store_memory=settings.object_store_mb * 2**20,
+                _temp_dir=str(folder),
+            )
+    except (Exception, SystemExit) as e:
+        kept, session.folder = session.folder, None
+        session.close()
+        raise ClusterError(f"a local Ray cluster did not start: {e}; its logs are in {kept}; cluster=in_process works without Ray") from e
+    return session
+
+
+def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
+    import ray
+
+    address = settings.address if settings.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")
+    mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or ("token" if _token_found() else "disabled")
+    session = Session(False, True, worker_env, _set_environment({"RAY_AUTH_MODE": mode}))
+    try:
+        _reload_authentication()
+        if mode == "token" and not _token_found():
+            # Ray would end this process.
+            raise ClusterError(f"cluster.auth=token, but no token is found; {TOKEN_HELP}")
+        if address not in (None, "auto"):
+            _check_head(str(address))
+        with _own_sigterm():
+            ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace=settings.namespace)
+    except ClusterError:
+        session.close()
+        raise
+    except (Exception, SystemExit) as e:
+        session.close()
+        raise ClusterError(
+            f"the Ray cluster at {address or 'auto'} cannot be joined: {e}; it must run the same Ray version ({ray.__version__}) and "
+            f"Python, and its token must be known: {TOKEN_HELP}"
+        ) from e
+    return session
+
+
+def _token_found() -> bool:
+    """In the environment, the file it names, or the default file."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled, without stubs
+
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    return bool(loader.has_token(ignore_auth_mode=True))
+
+
+def _check_head(address: str) -> None:
+    """Ask the head at host:port whether it is there and lets us in. Raises ClusterError, in bounded time."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"cluster.address={address!r} is not host:port, for example 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except OSError as e:
+        raise ClusterError(
+            f"nothing answers at cluster.address={address} ({e}); start a cluster there with `ray start --head --port={port}`, "
+            "or correct the address"
+        ) from e
+    refusal = _ask(address)
+    if refusal is not None:
+        raise ClusterError(f"the Ray cluster at {address} refuses: {refusal}; {TOKEN_HELP}")
+
+
+def _ask(address: str) -> str | None:
+    """`None` when the head answers; why not otherwise."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    answers: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            GcsClient(address=address)
+            answers.append(None)
+        except AuthenticationError as e:
+            answers.append(str(e).split(".")[0])
+        except BaseException as e:
+            answers.append(f"{type(e).__name__}: {e}")
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_S)
+    return answers[0] if answers else f"no answer to Ray's protocol within {PROBE_S:.0f} s"
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Set (or with `None` unset) variables; returns what they were."""
+    before = {name: os.environ.get(name) for name in variables}
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before
+
+
+def _reload_authentication() -> None:
+    """Make Ray read mode and token anew: it keeps what it saw first."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put back the SIGTERM handler that `ray.init` replaces."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)

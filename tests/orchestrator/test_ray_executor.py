@@ -1,0 +1,225 @@
+"""The Ray executor on a local cluster, and joining one that runs already. One local cluster for the whole module."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import ClusterError
+from orchestrator.executors.base import Executor, RequestEnded
+from orchestrator.executors.ray.executor import RayExecutor
+from orchestrator.executors.settings import ClusterSettings
+from orchestrator.retries import Policy
+from orchestrator.schedule import run_stages
+from orchestrator.signals import StopRequest
+from orchestrator.stage import Status
+from tests.orchestrator.executor_contract import LIMIT_S, ExecutorContract, events_until_end, stage_ends, wait_until_exists
+from tests.orchestrator.fake_runner import fake_request, run_fake
+from tests.orchestrator.virtual_time import VirtualHooks, plan, quantize
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).resolve().parents[2]
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[RayExecutor]:
+    before = {name: os.environ.get(name) for name in AUTH}
+    handler = signal.getsignal(signal.SIGTERM)
+    executor = RayExecutor(ClusterSettings(slots=2, threads=1, startup_timeout_s=LIMIT_S), run_fake)
+    executor.start()
+    assert os.environ["RAY_AUTH_MODE"] == "token", "a local cluster is closed to the network"
+    assert signal.getsignal(signal.SIGTERM) is handler
+    yield executor
+    executor.stop()
+    assert {name: os.environ.get(name) for name in AUTH} == before
+
+
+class TestRay(ExecutorContract):
+    @pytest.fixture
+    def executor(self, local: RayExecutor) -> Executor:
+        return local
+
+    def pid(self, executor: Executor, slot: int) -> int:
+        executor.submit(slot, fake_request("pid", a={}))
+        (end,) = stage_ends(events_until_end(executor, "pid"))
+        assert end.outcome.record is not None
+        return int(end.outcome.record["pid"])
+
+    def test_workers_are_other_processes_with_fixed_threads(self, executor: Executor) -> None:
+        executor.submit(0, fake_request("r", a={}))
+        (end,) = stage_ends(events_until_end(executor, "r"))
+        record = end.outcome.record
+        assert record is not None
+        assert record["pid"] != os.getpid()
+        assert (record["threads"], record["omp"]) == (1, "1")
+
+    def test_workers_stay_warm(self, executor: Executor) -> None:
+        assert self.pid(executor, 1) == self.pid(executor, 1)
+
+    def test_ctrl_c_does_not_reach_workers(self, executor: Executor) -> None:
+        pid = self.pid(executor, 1)
+        os.kill(pid, signal.SIGINT)
+        assert self.pid(executor, 1) == pid
+
+    def test_a_killed_worker_is_reported_and_replaced(self, executor: Executor, tmp_path: Path) -> None:
+        on, go = tmp_path / "on", tmp_path / "go"
+        executor.submit(0, fake_request("killed", done={}, under_way={"started": str(on), "wait_for": str(go)}, never={}))
+        executor.submit(1, fake_request("other", b={"wait_for": str(go)}))
+        wait_until_exists(on)
+        killed = int(on.read_text())
+        os.kill(killed, signal.SIGKILL)
+        events = events_until_end(executor, "killed")
+        assert [e.outcome.key for e in stage_ends(events)] == ["done"]
+        assert isinstance(events[-1], RequestEnded)
+        assert "died" in (events[-1].worker_lost or "")
+        go.touch()
+        assert events_until_end(executor, "other")[-1] == RequestEnded("other", 1)
+        assert self.pid(executor, 0) != killed
+
+    def test_the_scheduler_retries_what_a_killed_worker_left(self, executor: Executor) -> None:
+        stages = plan(quantize("q"), quantize("poison"))
+
+        class Hooks(VirtualHooks):
+            def request(self, *arguments):  # type: ignore[no-untyped-def]
+                request = super().request(*arguments)
+                for stage in request.stages:
+                    if stage.key == "poison":
+                        stage.spec["exit"] = 9
+                return request
+
+        hooks = Hooks(stages)
+        statuses = run_stages(stages, executor, hooks, Policy(max_retries=1, backoff_s=0), StopRequest())
+        assert statuses == {"q": Status.SUCCEEDED, "poison": Status.FAILED}
+        assert [a[0] for a in hooks.attempts] == ["poison", "poison"]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster somebody else runs."""
+
+    address: str
+    token: str
+    process: subprocess.Popen[bytes]
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    token, folder = secrets.token_hex(32), tempfile.mkdtemp(prefix="bg-head-", dir="/tmp")
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=false"),
+        *("--node-ip-address=127.0.0.1", f"--port={port}", "--num-cpus=2", "--object-store-memory=100000000", f"--temp-dir={folder}"),
+    ]
+    environment = {**os.environ, "HOME": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    yield Head(f"127.0.0.1:{port}", token, process)
+    process.terminate()
+    process.wait(LIMIT_S)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+JOIN = """
+import json, os, socket, sys, time
+from orchestrator.errors import ClusterError
+from orchestrator.executors.ray.executor import RayExecutor
+from orchestrator.executors.settings import ClusterSettings
+from tests.orchestrator.executor_contract import events_until_end, stage_ends
+from tests.orchestrator.fake_runner import fake_request, run_fake
+
+address, token = sys.argv[1:]
+host, port = address.split(":")
+
+def attempt(token, address=address, **settings):
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    if token:
+        os.environ["RAY_AUTH_TOKEN"] = token
+    executor = RayExecutor(ClusterSettings(kind="ray_existing", address=address, **settings), run_fake)
+    try:
+        executor.start()
+        executor.submit(0, fake_request("r", a={}))
+        return [e.outcome.key for e in stage_ends(events_until_end(executor, "r"))]
+    except ClusterError as e:
+        return str(e)
+    finally:
+        executor.stop()
+
+until = time.monotonic() + 60
+while time.monotonic() < until:
+    try:
+        socket.create_connection((host, int(port))).close()
+        break
+    except OSError:
+        time.sleep(0.1)
+with socket.create_server(("127.0.0.1", 0)) as closed:
+    dead = "127.0.0.1:%d" % closed.getsockname()[1]
+results = {
+    "wrong token": attempt("0" * 64),
+    "no token": attempt(None, auth="token"),
+    "disabled": attempt(None, auth="disabled"),
+    "dead": attempt(token, address=dead),
+    "too much": attempt(token, gpus_per_worker=1),
+    "good": attempt(token),
+    "found token": attempt(token, slots=1),
+}
+print(json.dumps(results))
+"""
+
+
+def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in AUTH} | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", JOIN, head.address, head.token], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert "RAY_AUTH_TOKEN" in results["wrong token"]
+    assert "RAY_AUTH_TOKEN" in results["no token"]
+    assert "RAY_AUTH_TOKEN" in results["disabled"]
+    assert "nothing answers" in results["dead"]
+    assert "has 0 GPUs" in results["too much"]
+    assert results["good"] == ["a"]
+    assert results["found token"] == ["a"], "the cluster outlives its guests"
+    assert head.process.poll() is None
+
+
+def test_a_cluster_starts_from_the_main_thread_only() -> None:
+    code = """
+import threading
+from orchestrator.errors import ClusterError
+from orchestrator.executors.ray.executor import RayExecutor
+from orchestrator.executors.settings import ClusterSettings
+def start():
+    try:
+        RayExecutor(ClusterSettings()).start()
+    except ClusterError as e:
+        print(e)
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=True)
+    assert "main thread" in done.stdout
+
+
+def test_asking_for_what_the_cluster_lacks_is_an_error_at_once(local: RayExecutor) -> None:
+    # This process is connected already: the connection is used, and left as it is.
+    greedy = RayExecutor(ClusterSettings(slots=64, threads=4), run_fake)
+    with pytest.raises(ClusterError, match="do not fit"):
+        greedy.start()
+    local.submit(0, fake_request("r", a={}))
+    assert events_until_end(local, "r")[-1] == RequestEnded("r", 0)
