@@ -23,6 +23,11 @@ class Option:
     values: Mapping[str, Any]
     """Plain, resolved values of the group (dicts, lists, numbers, strings)."""
 
+    @property
+    def file(self) -> str:
+        """The name without swept parameters: what folders of models and texts are named by."""
+        return self.name.partition("[")[0]
+
 
 class Cell(NamedTuple):
     """One grid point."""

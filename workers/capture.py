@@ -38,7 +38,7 @@ def sample_sequences(sequences: int, length: int) -> int:
 
 @dataclass
 class Collector:
-    """Of one site. Sums are kept raw in float32 and scaled once, at the end (methods.md §1.4)."""
+    """Of one site. Sums are kept raw in float32 and scaled once, at the end, as GPTQ defines H."""
 
     kinds: frozenset[str]
     """Of KINDS, and `range` for the least and greatest value."""

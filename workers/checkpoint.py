@@ -127,6 +127,4 @@ def _header(path: Path) -> dict[str, TensorEntry]:
     expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
     if actual < expected:
         raise InputError(f"{path} is truncated: expected {expected} bytes, got {actual}; fetch it again")
-    return {
-        name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"])) for name, e in header.items()
-    }
+    return {name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"])) for name, e in header.items()}

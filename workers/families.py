@@ -2,7 +2,8 @@
 
 One table entry per family says where the decoder blocks are, which linears a block has in true-sequential order, which
 of them read one input (a site), and which groups can be scaled: the operation that produces an input, its consumers, and
-the modules whose output shows the effect (methods.md §2.3, 3.1). lm_head, embeddings and expert routers are not linears here.
+the modules whose output shows the effect (AWQ, arXiv 2306.00978; SmoothQuant, arXiv 2211.10438).
+lm_head, embeddings and expert routers are not linears here.
 
 Names are module paths. A fused qkv is one linear; expert e of a 3-D expert tensor is `<...>.experts.gate_up_proj.e`.
 """
@@ -10,10 +11,11 @@ Names are module paths. A fused qkv is one linear; expert e of a 3-D expert tens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from workers.errors import UnsupportedModel
+from workers.structure import LinearShape, ScaleRule, Site, Structure
 
 Config = Mapping[str, Any]
 
@@ -21,86 +23,6 @@ POST_NORM = "the norm's output is also the residual, so dividing it by a scale w
 NONLINEAR = "an activation function that is not positively homogeneous produces this input"
 FUSED = "the producer is part of a fused qkv whose rows are not the values alone"
 GQA = "value and output projections differ in shape (grouped-query attention)"
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """A quantizable linear, y = W x, W `[rows, cols]`."""
-
-    name: str
-    block: int
-    rows: int
-    cols: int
-    site: str
-    """Name of the first linear that shares its input."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """Linears of a block that read one input. Names are relative to the block."""
-
-    linears: tuple[str, ...]
-    rows: tuple[int, ...]
-    cols: int
-
-
-@dataclass(frozen=True)
-class ScaleRule:
-    """A group of linears whose shared input can be divided by a scale."""
-
-    name: str
-    producer: str | None
-    """Norm, or linear whose last outputs are this input; None where nothing can take the scale."""
-    producer_kind: str
-    """norm, linear or none."""
-    consumers: tuple[str, ...]
-    inspect: tuple[str, ...]
-    """Modules that read the input; the sum of their outputs shows the effect. A linear inspects itself."""
-    routers: tuple[str, ...] = ()
-    """Modules with a `weight [*, K]` that read the same input, are scaled along, and are never quantized."""
-    reason: str | None = None
-    """Why the group must be left alone; None where it may be scaled."""
-
-    @property
-    def input(self) -> str:
-        """Module whose input is the group's shared input."""
-        return self.routers[0] if self.routers else self.consumers[0]
-
-
-@dataclass(frozen=True)
-class Structure:
-    """Of one model."""
-
-    model_type: str
-    blocks: str
-    """Module path of the list of decoder blocks."""
-    count: int
-    sites: tuple[Site, ...]
-    """Of every block, in true-sequential order."""
-    groups: tuple[ScaleRule, ...]
-    attention: str
-    """Attention module of a block."""
-    cache_argument: str
-    """Keyword under which the attention module receives its key-value cache."""
-    tuple_output: bool = False
-    """A block returns (hidden states, ...) instead of the hidden states."""
-    norm_offset: float = 0.0
-    """A norm multiplies by offset + weight (1 for Gemma)."""
-    experts: str | None = None
-    """Module that holds 3-D expert tensors."""
-    other_parameters: int = 0
-    """Estimate of everything outside the blocks."""
-
-    def path(self, block: int, name: str) -> str:
-        return f"{self.blocks}.{block}.{name}"
-
-    def linear_names(self) -> tuple[str, ...]:
-        """Relative names, in true-sequential order."""
-        return tuple(n for s in self.sites for n in s.linears)
-
-    def routed_inputs(self) -> tuple[str, ...]:
-        """Inputs of routers: sites that only scale groups need."""
-        return tuple(r for g in self.groups for r in g.routers)
 
 
 def linear_shapes(config: Config) -> tuple[LinearShape, ...]:

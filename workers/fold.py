@@ -1,6 +1,6 @@
 """The weights of one block while it is being quantized: as given, as scaled, and how both relate.
 
-A scale s of a group multiplies the columns of its consumers and divides the output of its producer (methods.md §2.3, 4.):
+A scale s of a group multiplies the columns of its consumers and divides the output of its producer:
 a norm's weight and bias, or the last s.numel() output rows and biases of a linear. Exact in real arithmetic; computed in
 float32 (float64 for float64 models).
 """

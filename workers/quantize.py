@@ -1,7 +1,7 @@
 """The quantize stage: weights straight from the checkpoint shards, block by block.
 
 With propagation=original the statistics come from calibrate artifacts and no text is fed. With propagation=quantized
-(GPTQ's own order, methods.md §1.3) calibration text is fed through the already quantized blocks and statistics are collected
+(GPTQ's own order, arXiv 2210.17323) calibration text is fed through the already quantized blocks and statistics are collected
 here. Static activation ranges are those of the final, quantized blocks: each block is run once more after its linears are
 replaced, and what it puts out feeds the next one.
 
@@ -10,23 +10,17 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from quant.statistics import Statistics
 from workers import families
-from workers.artifact import payload_path
-from workers.calibrate import SITES, calibration_tokens
-from workers.capture import BlockStatistics, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
-from workers.errors import InputError, WorkerError
+from workers.errors import WorkerError
+from workers.feeding import FedStatistics, StoredStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
@@ -39,11 +33,10 @@ from workers.rounding import (
     make_methods,
     merge,
     method_for,
-    missing_statistics,
 )
 from workers.scaling import GroupForward
 from workers.specs import QuantizeSpec
-from workers.stream import BlockModel, Prepared, batches, open_blocks
+from workers.stream import BlockModel, open_blocks
 
 NO_RULE = "no rule names it"
 
@@ -72,7 +65,7 @@ def quantize_blocks(
     made = make_methods(spec.rules)
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made)
-    source = _statistics_source(spec, made, inputs, context, model)
+    source = statistics_source(spec, made, inputs, context, model)
     writer = RecipeWriter(payload, spec.model.digest, spec.model.dtype)
     layers = Layers({s.name: s for s in shapes})
     left_alone: dict[tuple[str, str, str], int] = {}
@@ -120,107 +113,9 @@ def quantize_blocks(
     }
 
 
-# --- where statistics come from -----------------------------------------------------------------------------------
-
-
-class _Stored:
-    """Calibrate artifacts; nothing is fed."""
-
-    def __init__(self, indices: Mapping[str, tuple[Path, dict[str, Any]]], device: torch.device) -> None:
-        self._indices = indices
-        self._device = device
-
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
-        prefix = f"{structure.blocks}.{block}."
-        parts = []
-        for kind, (folder, index) in self._indices.items():
-            described = index["blocks"][block]
-            tensors = load_file(payload_path(folder, described["file"]), device=str(self._device))
-            sites = {n.removeprefix(prefix): Statistics(**{kind: t}) for n, t in tensors.items()}
-            parts.append(BlockStatistics(sites, {n.removeprefix(prefix): s["tokens"] for n, s in described["sites"].items()}))
-        return parts
-
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
-        return {}
-
-
-@dataclass
-class _Fed:
-    """Text fed through the quantized blocks; `kinds` are collected before a block is quantized (none with stored statistics)."""
-
-    model: BlockModel
-    prepared: Prepared
-    hidden: list[Tensor]
-    kinds: frozenset[str]
-    kept: int
-    stored: _Stored | None = None
-
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
-        if self.stored is not None:
-            return self.stored.collect(block, structure, only)
-        if not self.kinds:
-            return []
-        return [collect(self.model.blocks[block], structure, self.kinds, self._calls(block), self.hidden, self.kept, only)[0]]
-
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
-        module, calls = self.model.blocks[block], self._calls(block)
-        if not static:
-            self.hidden = run_block(module, calls, self.hidden)
-            return {}
-        found, self.hidden = collect(module, self.model.structure, frozenset({"range"}), calls, self.hidden, 0)
-        return _with_unreached(found.ranges, self.model.structure)
-
-    def _calls(self, block: int) -> list[Any]:
-        return [c[block] for c in self.prepared.calls]
-
-
-def _with_unreached(ranges: dict[str, tuple[float, float]], structure: families.Structure) -> dict[str, tuple[float, float]]:
-    """An expert that no token reached gets the range of all its siblings together."""
-    out = dict(ranges)
-    for name in (s.linears[0] for s in structure.sites):
-        if name not in out:
-            same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
-            out[name] = (min(low for low, _ in same), max(high for _, high in same))
-    return out
-
-
-def _statistics_source(
-    spec: QuantizeSpec, made: tuple[Method, ...], inputs: Mapping[str, Path], context: Context, model: BlockModel
-) -> _Stored | _Fed:
-    modes = {r.method.propagation for r in spec.rules}
-    if not modes <= {"original", "quantized"}:
-        raise InputError(f"propagation={sorted(modes - {'original', 'quantized'})}; allowed: original, quantized")
-    quantized = "quantized" in modes
-    if len(modes) > 1:
-        raise InputError("all rules of one quantize stage need the same propagation; use original or quantized for every rule")
-    static = spec.activation is not None and not spec.activation.dynamic
-    stored = None
-    if not quantized:
-        missing = missing_statistics(made, frozenset(inputs))
-        if missing:
-            raise InputError(f"the methods need the statistics {', '.join(missing)}; given: {', '.join(sorted(inputs)) or 'none'}")
-        stored = _Stored({check_kind(k): (p, json.loads(payload_path(p, SITES).read_text())) for k, p in inputs.items()}, context.device)
-        _check_sites(stored, model)
-        if not static:
-            return stored
-    if spec.calibration is None:
-        raise InputError("propagation=quantized and static activation ranges feed text: the spec needs a calibration")
-    tokens = calibration_tokens(context, model, spec.calibration)
-    kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
-    with context.phase("forward"):
-        prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
-    return _Fed(model, prepared, prepared.hidden, kinds, sample_sequences(*tokens.shape), stored)
-
-
-def _check_sites(stored: _Stored, model: BlockModel) -> None:
-    for kind, (folder, index) in stored._indices.items():
-        if len(index["blocks"]) != model.structure.count:
-            raise InputError(f"statistic {kind} in {folder} is of a model with {len(index['blocks'])} blocks, not {model.structure.count}")
-
-
-def _round(worker: BlockQuantizer, source: _Stored | _Fed, context: Context) -> list[LinearResult]:
+def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, context: Context) -> list[LinearResult]:
     """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
-    sequential = isinstance(source, _Fed) and source.kinds and any(m.sequential for m in worker.methods.values())
+    sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
     results = []
     for position, site in enumerate(worker.structure.sites):
         names = [n for n in site.linears if n in worker.methods]
@@ -322,4 +217,3 @@ def _flags(made: tuple[Method, ...], left_alone: Mapping[tuple[str, str, str], i
     names = {t.name for m in made for t in m.transforms}
     groups = {g.name for g in structure.groups}
     return [f"{t} could scale nothing in this model" for t in sorted(names) if {g for n, g, _ in left_alone if n == t} == groups]
-

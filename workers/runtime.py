@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quant.activation import fake_quantize_activation, fake_quantize_kv
-from quant.scheme import ActivationScheme, KVScheme
+from quant.scheme import ActivationScheme, Granularity, KVScheme
 from workers import families
-from workers.blocks import Taps, tap_inputs
+from workers.blocks import Taps, input_of, tap_inputs
 from workers.errors import InputError
 from workers.recipe import Recipe
 
@@ -45,12 +46,46 @@ def _attach_activation(
             f"static activation ranges are wanted, and {name} has none: quantize with activation.dynamic=false, or use dynamic=true"
         )
 
-    def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-        return fake_quantize_activation(x, scheme, None if scheme.dynamic else ranges[name])
+    shape = _BatchShape()
+    for block in model.get_submodule(structure.blocks):
+        handle.add(block.register_forward_pre_hook(shape.record, with_kwargs=True).remove)
+    last: list[Tensor] = []
 
-    # Linears that share an input each quantize it; the result is the same tensor.
-    taps = tap_inputs(model, ranges, tap)
-    handle.add(taps.remove)
+    def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+        # Linears that share an input read the same tensor object: it is quantized once.
+        if not (last and last[0] is x):
+            last[:] = [x, _quantized(x, tokens, scheme, ranges[name], shape)]
+        return last[1]
+
+    handle.add(tap_inputs(model, ranges, tap).remove)
+    handle.add(last.clear)
+
+
+class _BatchShape:
+    """Sequences and tokens a sequence of the batch that is running."""
+
+    sequences: int
+    length: int
+
+    def record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.sequences, self.length = input_of(args, kwargs).shape[:2]
+
+
+def _quantized(
+    x: Tensor, tokens: Tensor | None, scheme: ActivationScheme, limits: tuple[float, float] | None, shape: _BatchShape
+) -> Tensor:
+    """A dynamic range per tensor is one per sequence, also where tokens come flat or, routed to an expert, picked."""
+    if not scheme.dynamic:
+        return fake_quantize_activation(x, scheme, limits)
+    if scheme.granularity is not Granularity.TENSOR or x.dim() > 2:
+        return fake_quantize_activation(x, scheme)
+    if tokens is None:
+        return fake_quantize_activation(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)
+    out = torch.empty_like(x)
+    sequence = tokens // shape.length
+    for s in sequence.unique():
+        out[sequence == s] = fake_quantize_activation(x[sequence == s], scheme)
+    return out
 
 
 def _static_range(op: dict[str, Any]) -> tuple[float, float] | None:

@@ -285,5 +285,3 @@ def _silent() -> Iterator[None]:
 def batches(tokens: Tensor, batch_tokens: int) -> list[Tensor]:
     """Split `[S, T]` into batches of at most `batch_tokens` tokens, one sequence at least."""
     return list(tokens.split(max(1, batch_tokens // tokens.shape[1])))
-
-

@@ -40,9 +40,7 @@ def plain_inputs(family: str, tokens: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     for shape in families.linear_shapes(model.config.to_dict()):
         module = linear_view(model, shape.name).module
-        module.register_forward_pre_hook(
-            lambda _m, args, n=shape.name, k=shape.cols: seen.update({n: args[0].view(*tokens.shape, k)})
-        )
+        module.register_forward_pre_hook(lambda _m, args, n=shape.name, k=shape.cols: seen.update({n: args[0].view(*tokens.shape, k)}))
     with torch.no_grad():
         model(tokens, use_cache=False)
     return seen

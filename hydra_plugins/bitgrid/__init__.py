@@ -1,0 +1,1 @@
+"""Hydra's view of bitgrid: a launcher and a sweeper. Light: every Hydra program in the environment imports these modules."""

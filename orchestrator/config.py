@@ -1,0 +1,196 @@
+"""What a configuration may hold: names of axes and options, types of values, the settings that belong to a sweep.
+
+Everything wrong is a ConfigError on the driver, before anything is scheduled, with the nearest valid names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from orchestrator.cell import AXES
+from orchestrator.errors import ConfigError, unknown_name
+from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
+from quant.scheme import Granularity, Scheme
+from workers.specs import from_json
+
+NOT_SWEPT = {
+    "cluster": "where stages run changes no result, and one sweep runs on one cluster",
+    "tracking": "all runs of a sweep go to one place, or they cannot be compared there",
+    "store": "one store holds the whole sweep, so that cells share stages",
+    "models_dir": "the folder serves every model of the sweep; sweep model=a,b instead",
+    "data_dir": "the folder serves every text of the sweep; sweep task=a,b or calibration=a,b instead",
+    "sweep": "a sweep has one name and one set of rules; run the command once per named sweep",
+    "hints": "hints change how stages run, never a result",
+    "hydra": "Hydra's own settings hold for the whole sweep",
+}
+"""Settings of a sweep, with the reason why they are not axes."""
+
+SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
+
+CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("model", "dtype"): ("float32", "bfloat16", "float16"),
+    ("method", "propagation"): ("original", "quantized"),
+    ("calibration", "sampling"): ("windows", "documents", "sequential"),
+    **{("scheme", f"{part}.granularity"): tuple(g.value for g in Granularity) for part in ("weight", "activation")},
+    **{(axis, f"{prefix}split"): ("rows", "paragraphs", "whole") for axis in ("calibration", "task") for prefix in ("", "text.")},
+}
+"""Words that the specs know (`workers.specs`), by axis and key inside the option."""
+
+
+def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
+    """Options of an axis or of a settings group (cluster, tracking, sweep), sorted."""
+    composer = Composer.at(config_dir=config_dir)
+    names = composer.options(axis)
+    if not names:
+        raise ConfigError(unknown_name("axis", axis, [*AXES, "cluster", "tracking", "sweep"]))
+    return names
+
+
+def help_text(*, config_dir: str | None = None) -> str:
+    """Axes, settings groups and named sweeps with their options, for `bitgrid --help`."""
+    composer = Composer.at(config_dir=config_dir)
+    lines = ["axes (sweep with -m and commas, as in: bitgrid run -m method=rtn,gptq scheme=glob(w4*)):"]
+    lines += [f"  {axis:<12} {', '.join(composer.options(axis))}" for axis in AXES]
+    lines += ["settings of the whole sweep:"]
+    lines += [f"  {group:<12} {', '.join(composer.options(group))}" for group in ("cluster", "tracking", "sweep")]
+    return "\n".join(lines)
+
+
+def refuse_unknown_roots(composer: Composer, base: Base) -> None:
+    """A misspelt root key in a sweep's own yaml would otherwise be carried along unseen."""
+    root = composer.raw(composer.config_name)
+    allowed = {str(k) for k in (root or {})} | {group for group in base.choices if "/" not in group and "@" not in group}
+    for key in base.config:
+        if key != "hydra" and str(key) not in allowed:
+            raise ConfigError(unknown_name("root key", str(key), allowed))
+    sweep = base.config.get("sweep")
+    for key in sweep if isinstance(sweep, DictConfig) else ():
+        if key not in SWEEP_KEYS:
+            raise ConfigError(unknown_name("key of sweep", str(key), SWEEP_KEYS))
+
+
+def settings_of(base: Base, overrides: Sequence[Override]) -> DictConfig:
+    """The root config without axes and Hydra's node, overrides applied, not yet resolved."""
+    kept = [str(k) for k in base.config if k != "hydra" and k not in AXES]
+    settings = OmegaConf.masked_copy(base.config, kept)
+    OmegaConf.set_struct(settings, True)
+    for override in overrides:
+        check_override(settings, override, "settings")
+        with as_config_error():
+            apply_overrides(settings, [override])
+    return settings
+
+
+def resolved_settings(settings: DictConfig) -> dict[str, Any]:
+    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell."""
+    with as_config_error("settings hold for the whole sweep and cannot read an axis"):
+        plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def check_override(config: DictConfig, override: Override, where: str) -> None:
+    """An override's key must exist in `config` and its value have the type of the value there.
+
+    `+` adds keys only to free mappings: those that are empty or null in the yaml.
+    """
+    path = plain_key(override)
+    parts = path.split(".")
+    node: Any = config
+    for depth, part in enumerate(parts):
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
+            return _check_below_leaf(node, parts, depth, where, override)
+        below = node._get_node(part, validate_access=False)
+        if below is None:
+            if (override.is_add() or override.is_force_add()) and len(node) == 0:
+                return
+            raise ConfigError(_unknown_key(parts[:depth], part, node, where, override))
+        node = below
+    if override.is_delete():
+        return
+    value = override.value()
+    if isinstance(node, DictConfig) and isinstance(value, dict) and not node._is_none():
+        for key, below in value.items() if len(node) else ():
+            check_override(config, _below(override, str(key), below), where)
+        return
+    check_type(path, _plain(node), value)
+
+
+def _below(override: Override, key: str, value: Any) -> Override:
+    line = f"{override.key_or_group}.{key}={override_text(value)}"
+    return Override(override.type, f"{override.key_or_group}.{key}", override.value_type, value, None, line)
+
+
+def _check_below_leaf(node: Any, parts: list[str], depth: int, where: str, override: Override) -> None:
+    if isinstance(node, ListConfig) or (override.is_add() or override.is_force_add()) or OmegaConf.is_config(node):
+        return
+    above = ".".join(parts[:depth])
+    raise ConfigError(f"{override.input_line}: {above} of {where} is the value {node!s}, not a mapping; use {above}=VALUE")
+
+
+def _unknown_key(above: Sequence[str], word: str, node: DictConfig, where: str, override: Override) -> str:
+    if len(node) == 0:
+        return f"{override.input_line}: {'.'.join(above)} of {where} is an empty mapping without key {word!r}"
+    allowed = [str(k) for k in node]
+    if not above:
+        return unknown_name("key", word, [*allowed, *AXES])
+    message = unknown_name(f"key of {'.'.join(above)} in {where}", word, allowed)
+    if override.is_add() or override.is_force_add():
+        message += " (+ adds keys only to mappings that are empty in the yaml)"
+    return message
+
+
+def _plain(node: Any) -> Any:
+    if OmegaConf.is_config(node):
+        return None if node._is_none() or node._is_interpolation() or node._is_missing() else OmegaConf.to_container(node, resolve=False)
+    if node._is_interpolation() or node._is_missing():
+        return None
+    return node._value()
+
+
+def check_type(path: str, default: Any, value: Any) -> None:
+    """The value must be of the yaml value's type; null in the yaml takes anything, and null is a value for anything."""
+    if default is None or value is None or (isinstance(value, str) and "${" in value):
+        return
+    if isinstance(default, bool) or isinstance(value, bool):
+        fits = isinstance(default, bool) and isinstance(value, bool)
+    elif isinstance(default, float):
+        fits = isinstance(value, (int, float))
+    else:
+        fits = isinstance(value, type(default))
+    if fits:
+        return
+    hint = f"; quote it for text: {path}=\\'{value}\\'" if isinstance(default, str) and isinstance(value, (int, float)) else ""
+    raise ConfigError(f"{path}={override_text(value)} is {_kind(value)}, expected {_kind(default)} like {override_text(default)}{hint}")
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return names.get(type(value), type(value).__name__)
+
+
+def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
+    """Values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
+    for (owner, path), allowed in CHOICES.items():
+        if owner == axis:
+            value = _at(values, path.split("."))
+            if value is not None and value not in allowed:
+                raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', str(value), allowed)}")
+    if axis == "scheme":
+        parts = {part: values[part] for part in ("weight", "activation", "kv") if part in values}
+        try:
+            from_json(Scheme, parts)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"scheme={name}: {error}") from error
+
+
+def _at(values: Any, path: Iterable[str]) -> Any:
+    for part in path:
+        if not isinstance(values, Mapping) or part not in values:
+            return None
+        values = values[part]
+    return values

@@ -1,0 +1,75 @@
+"""A small configuration folder of its own, so that tests of composing do not change with the shipped options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from orchestrator.hydra_bridge import Composer
+
+FILES = {
+    "config": """
+defaults:
+  - model: tiny
+  - method: plain
+  - scheme: w4
+  - calibration: text
+  - task: ppl
+  - replicate: r0
+  - cluster: here
+  - tracking: none
+  - sweep: none
+  - _self_
+store: some/store
+models_dir: null
+data_dir: null
+hints: {}
+""",
+    "model/tiny": "source: {name: tiny, revision: null}\ndtype: float32\n",
+    "model/large": "source: {name: large, revision: abc}\ndtype: bfloat16\n",
+    "model/larger": "source: {name: larger, revision: abd}\ndtype: bfloat16\n",
+    "method/plain": "rounding: {kind: rtn, params: {}}\ntransforms: {}\npropagation: original\n",
+    "method/hess": """
+rounding:
+  kind: gptq
+  params: {damp: 0.01, block: 128, act_order: true, order: "${.block}"}
+transforms: {}
+propagation: original
+""",
+    "method/aware": """
+defaults:
+  - /transform@transforms.scale: search
+  - _self_
+rounding: {kind: rtn, params: {}}
+propagation: original
+""",
+    "transform/search": "kind: awq\nparams: {grid: 20, alpha: 0.5}\n",
+    "transform/clip": "kind: clip\nparams: {grid: 10}\n",
+    "scheme/w4": "weight: {bits: 4, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",
+    "scheme/w4g64": "weight: {bits: 4, symmetric: false, granularity: group, group_size: 64}\nactivation: null\nkv: null\n",
+    "scheme/w2": "weight: {bits: 2, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",
+    "scheme/w8a8": "weight: {bits: 8}\nactivation: {bits: 8}\nkv: null\n",
+    "calibration/text": "text: {digest: d, split: rows}\nsamples: 8\nsequence_length: 64\nsampling: windows\n",
+    "calibration/other": "text: {digest: e, split: rows}\nsamples: 16\nsequence_length: 64\nsampling: windows\n",
+    "task/ppl": "kind: perplexity\nparams: {window: 128, folder: '${data_dir}'}\n",
+    "task/div": "kind: divergence\nparams: {window: 128}\n",
+    "replicate/r0": "seed: 0\n",
+    "replicate/r1": "seed: 1\n",
+    "cluster/here": "kind: in_process\naddress: null\n",
+    "cluster/there": "kind: ray_existing\naddress: null\n",
+    "tracking/none": "kind: none\n",
+    "sweep/none": "# @package _global_\nsweep: {name: null, exclude: [], only_if: [], zip: [], extra: []}\n",
+}
+"""Config path ▸ yaml."""
+
+
+def write_conf(folder: Path, **more: str) -> Path:
+    """The files above and `more` (with `__` for `/` in names) in a folder."""
+    for path, text in {**FILES, **{k.replace("__", "/"): v for k, v in more.items()}}.items():
+        file = folder / f"{path}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def composer(folder: Path, **more: str) -> Composer:
+    return Composer.at(str(write_conf(folder, **more)))

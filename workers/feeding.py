@@ -1,0 +1,123 @@
+"""Where the quantize stage's statistics come from: calibrate artifacts, or text fed through the already quantized blocks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quant.statistics import Statistics
+from workers import families
+from workers.artifact import payload_path
+from workers.calibrate import SITES, calibration_tokens
+from workers.capture import BlockStatistics, check_kind, collect, run_block, sample_sequences
+from workers.context import Context
+from workers.errors import InputError
+from workers.rounding import Method, missing_statistics
+from workers.specs import QuantizeSpec
+from workers.stream import BlockModel, Call, Prepared, batches
+
+
+class StoredStatistics:
+    """Calibrate artifacts; nothing is fed."""
+
+    kinds: frozenset[str] = frozenset()
+    """Collected from fed text: none."""
+
+    def __init__(self, indices: Mapping[str, tuple[Path, dict[str, Any]]], device: torch.device) -> None:
+        self._indices = indices
+        self._device = device
+
+    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+        prefix = f"{structure.blocks}.{block}."
+        parts = []
+        for kind, (folder, index) in self._indices.items():
+            described = index["blocks"][block]
+            tensors = load_file(payload_path(folder, described["file"]), device=str(self._device))
+            sites = {n.removeprefix(prefix): Statistics(**{kind: t}) for n, t in tensors.items()}
+            parts.append(BlockStatistics(sites, {n.removeprefix(prefix): s["tokens"] for n, s in described["sites"].items()}))
+        return parts
+
+    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+        return {}
+
+
+@dataclass
+class FedStatistics:
+    """Text fed through the quantized blocks; `kinds` are collected before a block is quantized (none with stored statistics)."""
+
+    model: BlockModel
+    prepared: Prepared
+    hidden: list[Tensor]
+    kinds: frozenset[str]
+    kept: int
+    stored: StoredStatistics | None = None
+
+    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+        if self.stored is not None:
+            return self.stored.collect(block, structure, only)
+        if not self.kinds:
+            return []
+        return [collect(self.model.blocks[block], structure, self.kinds, self._calls(block), self.hidden, self.kept, only)[0]]
+
+    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+        module, calls = self.model.blocks[block], self._calls(block)
+        if not static:
+            self.hidden = run_block(module, calls, self.hidden)
+            return {}
+        found, self.hidden = collect(module, self.model.structure, frozenset({"range"}), calls, self.hidden, 0)
+        return _with_unreached(found.ranges, self.model.structure)
+
+    def _calls(self, block: int) -> list[Call]:
+        return [c[block] for c in self.prepared.calls]
+
+
+def _with_unreached(ranges: dict[str, tuple[float, float]], structure: families.Structure) -> dict[str, tuple[float, float]]:
+    """An expert that no token reached gets the range of all its siblings together."""
+    out = dict(ranges)
+    for name in (s.linears[0] for s in structure.sites):
+        if name not in out:
+            same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
+            out[name] = (min(low for low, _ in same), max(high for _, high in same))
+    return out
+
+
+def statistics_source(
+    spec: QuantizeSpec, made: tuple[Method, ...], inputs: Mapping[str, Path], context: Context, model: BlockModel
+) -> StoredStatistics | FedStatistics:
+    modes = {r.method.propagation for r in spec.rules}
+    if not modes <= {"original", "quantized"}:
+        raise InputError(f"propagation={sorted(modes - {'original', 'quantized'})}; allowed: original, quantized")
+    quantized = "quantized" in modes
+    if len(modes) > 1:
+        raise InputError("all rules of one quantize stage need the same propagation; use original or quantized for every rule")
+    static = spec.activation is not None and not spec.activation.dynamic
+    stored = None
+    if not quantized:
+        missing = missing_statistics(made, frozenset(inputs))
+        if missing:
+            raise InputError(f"the methods need the statistics {', '.join(missing)}; given: {', '.join(sorted(inputs)) or 'none'}")
+        indices = {check_kind(kind): (folder, json.loads(payload_path(folder, SITES).read_text())) for kind, folder in inputs.items()}
+        stored = StoredStatistics(indices, context.device)
+        _check_sites(stored, model)
+        if not static:
+            return stored
+    if spec.calibration is None:
+        raise InputError("propagation=quantized and static activation ranges feed text: the spec needs a calibration")
+    tokens = calibration_tokens(context, model, spec.calibration)
+    kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
+    with context.phase("forward"):
+        prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
+    return FedStatistics(model, prepared, prepared.hidden, kinds, sample_sequences(*tokens.shape), stored)
+
+
+def _check_sites(stored: StoredStatistics, model: BlockModel) -> None:
+    for kind, (folder, index) in stored._indices.items():
+        if len(index["blocks"]) != model.structure.count:
+            raise InputError(f"statistic {kind} in {folder} is of a model with {len(index['blocks'])} blocks, not {model.structure.count}")
