@@ -1,6 +1,7 @@
 """python -m workers.export --format auto_gptq --artifact FOLDER --model FOLDER --out FOLDER
 
-Prints the report as one JSON object and exits 0; exits 2 with a message on stderr when the export is refused.
+Says what was written and exits 0 (`--json`: the report as one JSON object); exits 2 with the reason on stderr when the export is
+refused.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     source.add_argument("--hub-model", help="its hub id, with --revision")
     parser.add_argument("--revision", help="commit of the hub model")
     parser.add_argument("--out", required=True, type=Path, help="new folder to write")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     given = parser.parse_args(arguments)
     location = Location("folder", given.model) if given.model else Location("hub_model", given.hub_model, given.revision)
     try:
@@ -34,7 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (WorkerError, CorruptArtifactError) as e:
         print(e, file=sys.stderr)
         return 2
-    print(json.dumps(asdict(report)))
+    if given.json:
+        print(json.dumps(asdict(report)))
+    else:
+        print(f"{report.format}: {report.linears} quantized linears, {report.bytes / 1e6:.1f} MB in {report.out}")
+        for note in report.notes:
+            print(f"note: {note}")
     return 0
 
 
