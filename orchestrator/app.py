@@ -17,6 +17,7 @@ from rich.console import Console
 from orchestrator.cell import Grid
 from orchestrator.errors import BitgridError
 from orchestrator.grid import compose_grid
+from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
 _exit_codes: list[int] = []
@@ -40,10 +41,13 @@ def _grid(overrides: tuple[str, ...], multirun: bool) -> Grid:
     return compose_grid(overrides, multirun=multirun)
 
 
-def sweep(overrides: Sequence[str], multirun: bool = True) -> SweepRun:
-    """Run the grid of a command line and show how it ended: what bitgrid's sweeper and the task function call."""
+def sweep(overrides: Sequence[str], multirun: bool = True, grid: Grid | None = None) -> SweepRun:
+    """Run the grid of a command line and show how it ended: what bitgrid's sweeper, launcher and task function call.
+
+    `grid` where the caller has composed it already.
+    """
     console = Console()
-    run = run_grid(_grid(tuple(overrides), multirun), overrides, multirun, console)
+    run = run_grid(_grid(tuple(overrides), multirun) if grid is None else grid, overrides, multirun, console)
     show(run, console)
     _exit_codes.append(run.exit_code)
     return run
@@ -60,6 +64,7 @@ def score(run: SweepRun, evaluate: str, task_name: str) -> float:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
+@bitgrid_task
 def task(config: DictConfig) -> float:
     """One cell: the task function of `bitgrid run` without -m, and of foreign sweepers and launchers."""
     try:
@@ -71,6 +76,3 @@ def task(config: DictConfig) -> float:
             raise
         print(f"bitgrid: {e}", file=sys.stderr)
         raise SystemExit(2 if not _exit_codes else 1) from None
-
-
-task.bitgrid_task = True  # type: ignore[attr-defined]
