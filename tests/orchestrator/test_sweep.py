@@ -1,0 +1,155 @@
+"""A sweep from end to end in one process: shared, resumed, repeated, broken and mended."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.stage import Status
+from tests.orchestrator.sweeping import ROOT, bitgrid, command, committed, scores, sweep
+from workers.artifact import RECORD
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with rtn and gptq on two tasks; tests that change it take a copy."""
+    store = tmp_path_factory.mktemp("finished") / "store"
+    run = sweep(store, "method=rtn,gptq", "task=self_perplexity,self_divergence")
+    assert run.exit_code == 0
+    return store
+
+
+@pytest.fixture
+def store(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "store"))
+
+
+BOTH = ("method=rtn,gptq", "task=self_perplexity,self_divergence")
+
+
+def test_scores_mean_something(finished: Path) -> None:
+    found = scores(sweep(finished, *BOTH))
+    baseline = found["wikitext_llama · unquantized", "self_perplexity", "ppl"]
+    assert 1 < baseline < found["wikitext_llama · rtn · w4a16_g64", "self_perplexity", "ppl"] * 1.05
+    assert found["wikitext_llama · unquantized", "self_divergence", "kl"] == 0
+    assert 0 < found["wikitext_llama · gptq · w4a16_g64", "self_divergence", "kl"] < 1
+
+
+def test_second_run_computes_nothing_and_tells_the_same_table(store: Path) -> None:
+    before = committed(store)
+    first = scores(sweep(store, *BOTH))
+    again = sweep(store, *BOTH)
+    assert committed(store) == before
+    assert set(again.statuses.values()) == {Status.CACHED}
+    assert scores(again) == first
+
+
+def test_adding_a_method_reruns_no_old_stage(store: Path) -> None:
+    before = committed(store)
+    run = sweep(store, "method=rtn,gptq,awq", "task=self_perplexity,self_divergence")
+    after = committed(store)
+    assert {k: after[k] for k in before} == before
+    ran = {run.result.stages[k].kind for k, s in run.statuses.items() if s is Status.SUCCEEDED}
+    assert ran == {"calibrate", "quantize", "evaluate"}
+    # absmean and samples, one quantization, two evaluations
+    assert sum(s is Status.SUCCEEDED for s in run.statuses.values()) == 5
+
+
+def test_failed_stage_fails_alone_and_its_dependants_are_named(tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    run = sweep(tmp_path / "store", "method=rtn,gptq", f"calibration.text.path={short}")
+    by_label = {run.result.stages[k].label: s for k, s in run.statuses.items()}
+    assert run.exit_code == 1
+    assert by_label["evaluate wikitext_llama rtn w4a16_g64 self_perplexity"] is Status.SUCCEEDED
+    assert sorted(s.value for s in by_label.values() if s is not Status.SUCCEEDED) == ["DEP_FAILED", "DEP_FAILED", "FAILED"]
+    failed = next(s for s in run.result.stages.values() if s.status is Status.FAILED)
+    assert failed.failure is not None
+    assert "tokens" in failed.failure["message"]
+    shown = bitgrid(tmp_path, "status", "--store", str(tmp_path / "store"))
+    assert failed.failure["message"][:40] in shown.stdout
+
+
+def test_corrupt_artifact_is_set_aside_and_recomputed_with_the_same_result(store: Path) -> None:
+    wanted = scores(sweep(store, *BOTH))
+    quantize = next((store / "objects" / "quantize").glob("*/*"))
+    tensors = next((quantize / "payload").glob("*.safetensors"))
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    for folder in (store / "objects" / "evaluate").glob("*/*"):
+        record = json.loads((folder / RECORD).read_text())
+        if record["inputs"].get("quantize") == quantize.name:
+            shutil.rmtree(folder)
+    run = sweep(store, *BOTH)
+    assert run.exit_code == 0
+    assert scores(run) == pytest.approx(wanted, rel=1e-6)
+    assert [p.name.split("-")[1] for p in (store / "corrupt").iterdir()] == [quantize.name]
+
+
+@pytest.mark.timeout(280)
+def test_driver_killed_at_random_moments_is_resumed_to_the_same_table(finished: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    moments = random.Random(7)
+    seen: dict[str, float] = {}
+    for _ in range(3):
+        process = command(store, *BOTH)
+        start = len(list(store.glob("objects/*/*/*/record.json")))
+        # Somewhere in the work, not in the imports before it: after one more commit, at a random moment.
+        while process.poll() is None and len(list(store.glob("objects/*/*/*/record.json"))) == start:
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        now = committed(store)
+        assert {k: now[k] for k in seen} == seen
+        seen = now
+    run = sweep(store, *BOTH)
+    final = committed(store)
+    assert {k: final[k] for k in seen} == seen
+    assert scores(run) == pytest.approx(scores(sweep(finished, *BOTH)), rel=1e-6)
+    assert list((store / "staging").iterdir()) == []
+
+
+def test_explain_names_the_field_that_made_a_stage_miss(store: Path) -> None:
+    lines = [
+        "method=gptq",
+        "method.rounding.params.damp=0.05",
+        "scheme=w4a16_g64",
+        "task=self_perplexity",
+        "task.params.limit=2",
+        "calibration=self_text",
+        "calibration.samples=2",
+        "calibration.sequence_length=64",
+        "cluster=in_process",
+        "tracking=none",
+        f"store={store}",
+    ]
+    shown = bitgrid(store.parent, "explain", *lines)
+    assert "damp: stored 0.01, wanted 0.05" in shown.stdout, shown.stdout + shown.stderr
+
+
+def test_plan_runs_nothing_and_never_imports_torch(tmp_path: Path) -> None:
+    probe = (
+        "import sys; from orchestrator.cli import main; code = main(sys.argv[1:]);"
+        "print('heavy:', sorted({'torch', 'ray', 'mlflow', 'transformers'} & set(sys.modules))); sys.exit(code)"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "plan", "-m", "sweep=demo"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "140"},
+        capture_output=True,
+        text=True,
+    )
+    assert "heavy: []" in done.stdout, done.stdout + done.stderr
+    assert "evaluate" in done.stdout
+    assert not (tmp_path / "bitgrid-store" / "objects").exists()
