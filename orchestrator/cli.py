@@ -22,7 +22,7 @@ USAGE = """bitgrid VERB ...
   explain [-m] [OVERRIDES]  for every stage that would run, the field that makes it new
   status [SWEEP]            stages of a sweep by status, and its failures
   report [SWEEP]            the table, and one HTML page with CSV and Parquet beside it
-  reconcile [SWEEP]         write MLflow anew from the store (all sweeps, when none is named)
+  reconcile [SWEEP]         write MLflow anew from the store (all sweeps, when none is named); takes tracking=...
   resume [SWEEP]            run what a stopped sweep still lacks
   export SWEEP VARIANT      a quantized checkpoint for other tools: --format auto_gptq|dense --out FOLDER
   ui                        the MLflow dashboard on 127.0.0.1
@@ -122,8 +122,10 @@ def _report(arguments: list[str]) -> int:
 def _reconcile(arguments: list[str]) -> int:
     from orchestrator.verbs import reconcile
 
-    given = _sweep_parser("reconcile", "Write MLflow anew from the store.").parse_args(arguments)
-    return reconcile(given.store, given.sweep, Console())
+    overrides = [a for a in arguments if a.startswith("tracking")]
+    parser = _sweep_parser("reconcile", "Write MLflow anew from the store; tracking=... and tracking.KEY=... say where.")
+    given = parser.parse_args([a for a in arguments if a not in overrides])
+    return reconcile(given.store, given.sweep, overrides, Console())
 
 
 def _resume(arguments: list[str]) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.cost import estimate
+from orchestrator.drive import run_stages
 from orchestrator.errors import PlanError
 from orchestrator.executors import open_executor
 from orchestrator.hooks import StoreHooks
@@ -22,8 +23,8 @@ from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
 from orchestrator.results import StageResult, SweepResult
-from orchestrator.schedule import Policy, run_stages
-from orchestrator.signals import stop_on_signals
+from orchestrator.retries import Policy
+from orchestrator.signals import StopRequest, stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
 from orchestrator.stats import paired_delta
@@ -118,7 +119,9 @@ def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
 def _execute(
     plan: Plan, store: Store, ledger: Ledger, missing: Mapping[str, Stage], projection: Projection, console: Console
 ) -> dict[str, Status]:
-    executor = open_executor(plan.grid.settings)
+    executor = open_executor(plan.grid.settings["cluster"])
+    run_hints = hints(plan.grid.settings)
+    stop = StopRequest()
     done = {key for key in plan.stages if key not in missing and store.has(plan.stages[key].kind, key)}
     with Progress(missing, console) as progress:
 
@@ -127,18 +130,23 @@ def _execute(
             if status.finished:
                 projection.changed()
 
-        hooks = StoreHooks(store, ledger, plan, hints(plan.grid.settings), listen)
+        hooks = StoreHooks(store, ledger, plan, run_hints, listen)
         try:
             executor.start()
-            with stop_on_signals(console) as stop:
+            with stop_on_signals(stop, progress.say):
                 projection.start()
-                return run_stages(missing, executor, hooks, Policy(), stop, done=done)
+                return run_stages(missing, executor, hooks, policy(plan.grid.settings), stop, done=done, variants_per_slot=run_hints.quantized_cache)
         finally:
-            executor.stop()
+            executor.stop(kill=stop.killed)
 
 
 def hints(settings: Mapping[str, Any]) -> Hints:
-    return Hints(**(settings.get("hints") or {}))
+    given = {k: v for k, v in (settings.get("hints") or {}).items() if v is not None}
+    return Hints(**{"threads": settings["cluster"].get("threads"), **given})
+
+
+def policy(settings: Mapping[str, Any]) -> Policy:
+    return Policy(fail_fast=bool((settings.get("sweep") or {}).get("fail_fast", False)))
 
 
 def estimator(ledger: Ledger | None) -> Callable[[Spec, ModelSource], Resources]:

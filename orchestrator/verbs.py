@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -50,16 +51,17 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
     return 0
 
 
-def reconcile(root: Path, sweep: str | None, console: Console) -> int:
-    """Exit code 1 when MLflow could not be written whole."""
+def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: Console) -> int:
+    """`overrides` of the tracking group replace a sweep's own. Exit code 1 when MLflow could not be written whole."""
     store = _open(root)
+    elsewhere = compose_grid(overrides, multirun=False).settings if overrides else None
     keys = [find_sweep(store, sweep)] if sweep else list(reversed(store.sweep_keys()))
     failed = False
     with Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
         for key in keys:
             result = load_sweep(store, key)
             refresh_report(store, result)
-            settings = result.config["settings"]
+            settings = elsewhere or result.config["settings"]
             projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
             report = project(projection, store, result, reconcile=True)
             failed = failed or not report.complete
