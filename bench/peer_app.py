@@ -34,7 +34,7 @@ def job(config: DictConfig) -> float:
         store = Store(Path(folder) / "store").open()
         plan = build_plan(grid, sources(grid.settings, store.root))
         with Ledger(store.root / "ledger.sqlite") as ledger:
-            hooks = StoreHooks(store, ledger, plan, Hints(threads=1), lambda *_: None)
+            hooks = StoreHooks(store, ledger, plan, Hints(threads=1), ())
             for stage in plan.stages.values():
 
                 def commit(outcome: Outcome, stage=stage) -> None:

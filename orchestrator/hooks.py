@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from orchestrator.cost import what
 from orchestrator.ledger import Ledger
@@ -16,15 +17,23 @@ from workers.request import Failure, Hints, Input, Outcome, Request, StageReques
 from workers.specs import to_json
 
 
+class Listener(Protocol):
+    """Told of every transition and failure: progress, tracking."""
+
+    def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None: ...
+
+    def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None: ...
+
+
 class StoreHooks:
     """Implements `orchestrator.schedule.Hooks` for one sweep on one store."""
 
-    def __init__(self, store: Store, ledger: Ledger, plan: Plan, hints: Hints, listen: Callable[[Stage, Status, str | None], None]) -> None:
+    def __init__(self, store: Store, ledger: Ledger, plan: Plan, hints: Hints, listeners: Sequence[Listener]) -> None:
         self._store = store
         self._ledger = ledger
         self._plan = plan
         self._hints = hints
-        self._listen = listen
+        self._listeners = listeners
         self._staging: dict[str, tuple[Path, int]] = {}
         self.set_aside: dict[str, Path] = {}
         """Corrupt artifacts of this run: key ▸ where they are now."""
@@ -53,10 +62,13 @@ class StoreHooks:
         staging = self._staging.pop(stage.key, None)
         if staging is not None:
             shutil.rmtree(staging[0], ignore_errors=True)
+        for listener in self._listeners:
+            listener.failed_attempt(stage, failure, attempt, will_retry)
         self._store.add_attempt(stage.key, failure, attempt, self._plan.key, final=not will_retry)
 
     def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
-        self._listen(stage, status, blocked_by)
+        for listener in self._listeners:
+            listener.status(stage, status, blocked_by)
 
     def corrupt(self, key: str) -> Stage | None:
         stage = self._plan.stages.get(key)

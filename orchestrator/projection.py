@@ -14,8 +14,10 @@ from typing import Any
 from orchestrator.fingerprint import digest
 from orchestrator.ledger import Ledger
 from orchestrator.results import SweepResult
+from orchestrator.stage import Stage, Status
 from orchestrator.tracked_runs import Phase, content_digest
 from orchestrator.tracking import SyncReport, Tracker
+from workers.request import Failure
 
 INTERVAL_S = 10.0
 
@@ -37,9 +39,12 @@ class Projection:
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
         self._thread.start()
 
-    def changed(self) -> None:
-        """Something was committed or failed."""
-        self._changed.set()
+    def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
+        if status.finished:
+            self._changed.set()
+
+    def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None:
+        return None
 
     def _loop(self) -> None:
         self._tracker.prepare()

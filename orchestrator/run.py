@@ -12,7 +12,6 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.cost import estimate
-from orchestrator.drive import run_stages
 from orchestrator.errors import PlanError
 from orchestrator.executors import open_executor
 from orchestrator.hooks import StoreHooks
@@ -22,12 +21,11 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
-from orchestrator.results import StageResult, SweepResult
-from orchestrator.retries import Policy
-from orchestrator.signals import StopRequest, stop_on_signals
+from orchestrator.results import SweepResult
+from orchestrator.schedule import Policy, run_stages
+from orchestrator.signals import stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
-from orchestrator.stats import paired_delta
 from orchestrator.store import Store
 from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.track import open_tracker
@@ -119,25 +117,22 @@ def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
 def _execute(
     plan: Plan, store: Store, ledger: Ledger, missing: Mapping[str, Stage], projection: Projection, console: Console
 ) -> dict[str, Status]:
-    executor = open_executor(plan.grid.settings["cluster"])
+    executor = open_executor(plan.grid.settings)
     run_hints = hints(plan.grid.settings)
-    stop = StopRequest()
     done = {key for key in plan.stages if key not in missing and store.has(plan.stages[key].kind, key)}
-    with Progress(missing, console) as progress:
-
-        def listen(stage: Stage, status: Status, blocked_by: str | None) -> None:
-            progress.status(stage, status, blocked_by)
-            if status.finished:
-                projection.changed()
-
-        hooks = StoreHooks(store, ledger, plan, run_hints, listen)
-        try:
-            executor.start()
-            with stop_on_signals(stop, progress.say):
-                projection.start()
-                return run_stages(missing, executor, hooks, policy(plan.grid.settings), stop, done=done, variants_per_slot=run_hints.quantized_cache)
-        finally:
-            executor.stop(kill=stop.killed)
+    kill = False
+    try:
+        executor.start()
+        with Progress(missing, console) as progress, stop_on_signals(console) as stop:
+            hooks = StoreHooks(store, ledger, plan, run_hints, (progress, projection))
+            projection.start()
+            statuses = run_stages(
+                missing, executor, hooks, policy(plan.grid.settings), stop, done=done, variants_per_slot=run_hints.quantized_cache
+            )
+            kill = stop.killed
+            return statuses
+    finally:
+        executor.stop(kill=kill)
 
 
 def hints(settings: Mapping[str, Any]) -> Hints:
@@ -157,7 +152,7 @@ def estimator(ledger: Ledger | None) -> Callable[[Spec, ModelSource], Resources]
 
 def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:
     tracking = settings["tracking"]
-    tracker = open_tracker(tracking, Path.cwd(), paired_delta, layer_errors)
+    tracker = open_tracker(tracking, Path.cwd())
     return Projection(tracker, tracking, ledger, load)
 
 
@@ -175,18 +170,6 @@ def sync_lines(report: SyncReport) -> Iterator[str]:
         yield report.failed
     elif report.created or report.updated:
         yield f"MLflow: {report.created} runs created, {report.updated} updated, {report.unchanged} unchanged"
-
-
-def layer_errors(stage: StageResult) -> dict[int, float]:
-    """Mean relative weight error of a quantize stage by decoder layer."""
-    import pyarrow.parquet as pq
-
-    assert stage.payload is not None
-    table = pq.read_table(stage.payload / "layers.parquet", columns=["block", "weight_error"])
-    errors: dict[int, list[float]] = {}
-    for block, error in zip(table["block"].to_pylist(), table["weight_error"].to_pylist(), strict=True):
-        errors.setdefault(block, []).append(error)
-    return {block: sum(e) / len(e) for block, e in errors.items()}
 
 
 def refresh_report(store: Store, result: SweepResult) -> Path:
