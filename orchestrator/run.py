@@ -55,7 +55,8 @@ class SweepRun:
 
 def sources(settings: Mapping[str, Any], store: Path, allow_provisional: bool = False) -> Sources:
     folders = {n: Path(settings[n]).expanduser() if settings.get(n) else None for n in ("models_dir", "data_dir")}
-    return Sources(folders["models_dir"], folders["data_dir"], store / "cache" / "digests.json", allow_provisional)
+    cache = store / "cache" / "digests.json" if (store / "store.json").is_file() else None
+    return Sources(folders["models_dir"], folders["data_dir"], cache, allow_provisional)
 
 
 def store_root(settings: Mapping[str, Any]) -> Path:

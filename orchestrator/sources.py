@@ -7,6 +7,7 @@ hub at the commit named in the option. A text likewise: `text.path`, `data_dir/<
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,8 +49,8 @@ class Sources:
 
     models_dir: Path | None
     data_dir: Path | None
-    cache_file: Path
-    """Digests by path, size and modification time, so that large files are read once."""
+    cache_file: Path | None
+    """Digests by path, size and modification time, so that large files are read once; None writes nothing."""
     allow_provisional: bool = False
     _models: dict[int, ModelSource] = field(default_factory=dict)
     _texts: dict[str, TextSource] = field(default_factory=dict)
@@ -156,19 +157,24 @@ class Sources:
 
     def _file_digest(self, path: Path) -> str:
         if self._cache is None:
-            try:
-                self._cache = json.loads(self.cache_file.read_text())
-            except (OSError, ValueError):
-                self._cache = {}
+            self._cache = _read_cache(self.cache_file)
         stat = path.stat()
         name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if name not in self._cache:
             self._cache[name] = file_digest(path)
-            self.cache_file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.cache_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self._cache, indent=0))
-            temporary.replace(self.cache_file)
+            if self.cache_file is not None:
+                self.cache_file.parent.mkdir(parents=True, exist_ok=True)
+                draft = self.cache_file.with_suffix(f".{os.getpid()}")
+                draft.write_text(json.dumps(self._cache, indent=0))
+                draft.replace(self.cache_file)
         return self._cache[name]
+
+
+def _read_cache(path: Path | None) -> dict[str, str]:
+    try:
+        return {} if path is None else dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:
