@@ -6,7 +6,7 @@ and `what` have run: then their mean. Only ratios matter to the scheduler, and t
     forward      2 P per token (P: parameters)
     Hessian      2 K² per token and distinct input of K values
     GPTQ         2 K³ + 2 N K² per linear [N, K] (Cholesky factor and inverse; the error spread over the columns to the right)
-    scale search 20 candidates, each a forward of every block over 64 Ki tokens (AWQ's grid)
+    scale search 20 candidates, each a forward of every block over 4 Ki tokens (AWQ's grid)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STAGE_S = 0.3
 """Reading inputs, writing and committing."""
 TASK_TOKENS = 300_000
 """Of an evaluation text without a limit: about WikiText-2's test split."""
-SEARCH_TOKENS = 20 * 65_536
+SEARCH_TOKENS = 20 * 4096
 UNKNOWN, KNOWN = 4.0, 1.5
 """Factors by which an estimate is easily wrong, without and with history."""
 

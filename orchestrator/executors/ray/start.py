@@ -18,15 +18,21 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from orchestrator.errors import ClusterError
 from orchestrator.executors.settings import ClusterSettings
 
+log = logging.getLogger(__name__)
 PROJECT = Path(__file__).resolve().parents[3]
 """Holds the packages that workers import."""
+FOLDER = "bitgrid-ray-"
+"""Start of the names of folders for logs and sockets; the process id follows."""
 TOKEN_HELP = (
     "give the cluster's token in RAY_AUTH_TOKEN, in a file named by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token "
     "(`ray get-auth-token` on its head shows it), or set cluster.auth=disabled for a cluster without authentication"
@@ -46,6 +52,8 @@ class Session:
     restore: Mapping[str, str | None] = field(default_factory=dict)
     """Variables of this process as they were."""
     folder: Path | None = None
+    speech: Callable[..., None] | None = None
+    """Ray's own printing, while it is put off."""
 
     def close(self) -> None:
         """Ends a cluster started here, disconnects from one joined here."""
@@ -53,6 +61,8 @@ class Session:
 
         if self.connected_here and ray.is_initialized():
             ray.shutdown()
+        if self.speech is not None:
+            ray._private.worker.print_to_stdstream = self.speech
         _set_environment(self.restore)
         _reload_authentication()
         if self.folder is not None:
@@ -85,11 +95,12 @@ def _start(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int)
     if token:
         variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # A short path of its own: sockets live in it, and the cluster is not found by address=auto from elsewhere.
-    folder = Path(tempfile.mkdtemp(prefix="bitgrid-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    folder = _own_folder()
     session = Session(True, True, {}, _set_environment(variables), folder)
     try:
         _reload_authentication()
         with _own_sigterm():
+            session.speech = _silence()
             ray.init(
                 address="local",
                 num_cpus=cores,
@@ -107,6 +118,16 @@ def _start(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int)
     return session
 
 
+def _own_folder() -> Path:
+    """A new folder for a cluster of this process; those of processes that were killed are removed."""
+    parent = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
+    for old in parent.glob(f"{FOLDER}*-*"):
+        owner = old.name.removeprefix(FOLDER).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=parent))
+
+
 def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
     import ray
 
@@ -121,6 +142,7 @@ def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
         if address not in (None, "auto"):
             _check_head(str(address))
         with _own_sigterm():
+            session.speech = _silence()
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace=settings.namespace)
     except ClusterError:
         session.close()
@@ -180,6 +202,22 @@ def _ask(address: str) -> str | None:
     thread.start()
     thread.join(PROBE_S)
     return answers[0] if answers else f"no answer to Ray's protocol within {PROBE_S:.0f} s"
+
+
+def _silence() -> Callable[..., None]:
+    """Log what Ray would print about dead workers, a page each, in the middle of the display; returns the printing.
+
+    `log_to_driver=False` does not cover these messages, and the failure is told by whoever lost the worker.
+    """
+    import ray
+
+    speech: Callable[..., None] = ray._private.worker.print_to_stdstream
+
+    def log_instead(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        log.debug("%s", "\n".join(data["lines"]))
+
+    ray._private.worker.print_to_stdstream = log_instead
+    return speech
 
 
 def _set_environment(variables: Mapping[str, str | None]) -> dict[str, str | None]:
