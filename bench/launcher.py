@@ -54,7 +54,7 @@ def main() -> int:
         peer_s, peer = run_peer(grid, Path(folder), given.peer_python.absolute())
     wrong = [c for c in ours.keys() & peer.keys() if abs(ours[c] - peer[c]) > TOLERANCE * abs(peer[c])]
     missing = ours.keys() ^ peer.keys()
-    print(f"correctness: {len(peer)} cells, {len(wrong)} scores differ by more than {TOLERANCE:g} relative, {len(missing)} cells in one only")
+    print(f"correctness: {len(peer)} cells, {len(wrong)} differ by more than {TOLERANCE:g} relative, {len(missing)} in one only")
     if wrong or missing:
         for cell in [*wrong, *missing]:
             print(f"  {cell}: ours {ours.get(cell)}, peer {peer.get(cell)}")
@@ -103,7 +103,8 @@ def run_ours(grid: list[str], folder: Path) -> tuple[float, dict[str, float]]:
 
 def run_peer(grid: list[str], folder: Path, python: Path) -> tuple[float, dict[str, float]]:
     out = folder / "scores.jsonl"
-    ray = ["hydra/launcher=ray", "hydra/sweeper=basic", f"hydra.launcher.ray.init.num_cpus={os.cpu_count()}", "hydra.launcher.ray.remote.num_cpus=1"]
+    ray = ["hydra/launcher=ray", "hydra/sweeper=basic"]
+    ray += [f"hydra.launcher.ray.init.num_cpus={os.cpu_count()}", "hydra.launcher.ray.remote.num_cpus=1"]
     command = [str(python), str(ROOT / "bench" / "peer_app.py"), "-m", *ray, *grid]
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, env=environment(BITGRID_PEER_SCORES=str(out)), check=True, stdout=sys.stderr)

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -72,7 +73,7 @@ def task(config: DictConfig) -> float:
         cell = run.plan.cells[0]
         return score(run, cell.evaluate, cell.cell.task.name)
     except BitgridError as e:
-        if HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN":
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise
         print(f"bitgrid: {e}", file=sys.stderr)
         raise SystemExit(2 if not _exit_codes else 1) from None

@@ -69,7 +69,7 @@ def _from_cache(repository: str, revision: str | None) -> HubModel:
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception as e:  # not cached, however the library says it
-        return HubModel(None, reason=f"HF_HUB_OFFLINE is set or the hub is out of reach, and it is not in the local cache ({type(e).__name__})")
+        return HubModel(None, reason=f"the hub is out of reach or HF_HUB_OFFLINE is set, and the local cache lacks it ({type(e).__name__})")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights or not (folder / "config.json").is_file():
         return HubModel(None, reason=f"the local cache {folder} is incomplete")

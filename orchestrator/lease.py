@@ -124,7 +124,7 @@ def _alive(holder: dict[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
         return bool(holder["expires"] > time.time())
     try:
-        return abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) < 1.0
+        return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) < 1.0)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

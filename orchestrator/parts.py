@@ -16,6 +16,8 @@ from workers.specs import CalibrationSpec, Component, MethodSpec, TaskSpec, Text
 STATISTICS = ("hessian", "absmax", "absmean", "samples")
 """What a calibrate stage can collect."""
 
+SAMPLINGS = ("windows", "documents", "sequential")
+
 T = TypeVar("T")
 
 
@@ -54,8 +56,10 @@ def method_part(option: Option) -> MethodPart:
         needs |= set(rounding["needs"])
     for statistic in sorted(needs | set(rounding["needs"])):
         if statistic not in STATISTICS:
-            raise PlanError(f"method {option.name!r} needs a statistic that no calibrate stage collects: "
-                            + unknown_name("statistic", statistic, STATISTICS))
+            raise PlanError(
+                f"method {option.name!r} needs a statistic that no calibrate stage collects: "
+                + unknown_name("statistic", statistic, STATISTICS)
+            )
     components = [*transforms, rounding]
     return MethodPart(
         spec=MethodSpec(_component(option, rounding), tuple(_component(option, t) for t in transforms), propagation),
@@ -92,10 +96,12 @@ def calibration_part(option: Option, source: TextSource, replicate_seed: int) ->
     names = ("samples", "sequence_length", "seed", "sampling")
     values = {n: option.values[n] for n in names if n in option.values}
     spec = _checked(option, "", lambda: from_json(_CalibrationSettings, values))
-    if spec.sampling not in ("windows", "documents", "sequential"):
-        raise ConfigError(f"calibration {option.name!r}: " + unknown_name("sampling", spec.sampling, ("windows", "documents", "sequential")))
+    if spec.sampling not in SAMPLINGS:
+        raise ConfigError(f"calibration {option.name!r}: {unknown_name('sampling', spec.sampling, SAMPLINGS)}")
     if spec.samples < 1 or spec.sequence_length < 2:
-        raise ConfigError(f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2")
+        raise ConfigError(
+            f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2"
+        )
     return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, spec.seed + replicate_seed, spec.sampling)
 
 

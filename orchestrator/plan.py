@@ -79,7 +79,9 @@ class _Planner:
         models = {id(c.model): c.model for c in self._grid.cells}
         if len(models) > 1 and any(m.values.get("path") for m in models.values()):
             names = ", ".join(m.name for m in models.values())
-            raise ConfigError(f"model.path= is for a single model, but the grid has {names}; put their folders into one and set models_dir= to it")
+            raise ConfigError(
+                f"model.path= is for a single model, but the grid has {names}; put their folders into one and set models_dir= to it"
+            )
 
     # -- parts, each made once -------------------------------------------------------------------------------------
 

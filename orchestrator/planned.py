@@ -80,10 +80,12 @@ class Plan:
                 }
                 for v in self.variants.values()
             },
-            "stages": {s.key: {"kind": s.kind.value, "label": s.label, "inputs": s.inputs, "spec": to_json(s.spec)} for s in self.stages.values()},
-            "tasks": {
-                t.name: {"kind": t.kind, "primary": t.primary, "higher_is_better": t.higher_is_better} for t in self.tasks.values()
+            "stages": {
+                s.key: {"kind": s.kind.value, "label": s.label, "inputs": s.inputs, "spec": to_json(s.spec)} for s in self.stages.values()
             },
-            "models": {digest: {"name": m.name, "location": asdict(m.location), "bytes": m.weight_bytes} for digest, m in self.models.items()},
+            "tasks": {t.name: {"kind": t.kind, "primary": t.primary, "higher_is_better": t.higher_is_better} for t in self.tasks.values()},
+            "models": {
+                digest: {"name": m.name, "location": asdict(m.location), "bytes": m.weight_bytes} for digest, m in self.models.items()
+            },
             "notes": self.notes,
         }

@@ -21,7 +21,8 @@ from orchestrator.store import Store
 def print_plan(overrides: Sequence[str], multirun: bool, console: Console) -> None:
     plan, store = _plan(overrides, multirun)
     missing = missing_stages(plan, store)
-    table = Table("stage", "in all", "cached", "to run", "estimated time", "estimated size", title=f"sweep {plan.key[:8]}", title_justify="left")
+    columns = ("stage", "in all", "cached", "to run", "estimated time", "estimated size")
+    table = Table(*columns, title=f"sweep {plan.key[:8]}", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, stages in _by_kind(plan).items():
@@ -73,7 +74,8 @@ def print_explanations(overrides: Sequence[str], multirun: bool, console: Consol
         nearest = f" ({found.nearest[:8]})" if found.nearest else ""
         console.print(f"{found.stage.label} [{found.stage.key[:8]}]: {found.reason}{nearest}", highlight=False, markup=False)
         for difference in found.differences:
-            console.print(f"    {difference.field}: stored {difference.stored!r}, wanted {difference.wanted!r}", highlight=False, markup=False)
+            line = f"    {difference.field}: stored {difference.stored!r}, wanted {difference.wanted!r}"
+            console.print(line, highlight=False, markup=False)
     if cached:
         console.print("cached: " + ", ".join(f"{n} {kind}" for kind, n in cached.items()), highlight=False)
 

@@ -24,6 +24,7 @@ from workers.request import Location
 
 ASSETS = Path(workers.__file__).parent / "assets"
 
+
 @dataclass(frozen=True)
 class ModelSource:
     name: str
@@ -84,7 +85,7 @@ class Sources:
             return self._local_model(option.name, ASSETS / values["asset"])
         if values.get("hub"):
             return self._hub_model(option.name, values["hub"])
-        there = sorted(p.name for p in self.models_dir.expanduser().iterdir() if p.is_dir()) if self.models_dir and self.models_dir.is_dir() else []
+        there = _folders(self.models_dir)
         raise SourceError(
             f"model {option.name!r} was not found: looked for {', '.join(tried) or 'models_dir (not set)'}"
             + (f"; models_dir holds {', '.join(there)}" if there else "")
@@ -144,7 +145,8 @@ class Sources:
             location = Location(kind="hub_dataset", path=hub["id"], revision=hub.get("revision"), options=options)
             return TextSource(digest({"hub": hub}), location)
         raise SourceError(
-            f"{option.axis} {option.name!r}: its text was not found: looked for {', '.join(tried) or str(source.get('file')) + ' in data_dir (not set)'}. "
+            f"{option.axis} {option.name!r}: its text was not found: looked for "
+            f"{', '.join(tried) or str(source.get('file')) + ' in data_dir (not set)'}. "
             f"Set data_dir= (or BITGRID_DATA) to the folder that holds it, or {option.axis}.text.path= to the file"
         )
 
@@ -168,6 +170,12 @@ class Sources:
                 draft.write_text(json.dumps(self._cache, indent=0))
                 draft.replace(self.cache_file)
         return self._cache[name]
+
+
+def _folders(parent: Path | None) -> list[str]:
+    if parent is None or not parent.expanduser().is_dir():
+        return []
+    return sorted(p.name for p in parent.expanduser().iterdir() if p.is_dir())
 
 
 def _read_cache(path: Path | None) -> dict[str, str]:
@@ -208,5 +216,3 @@ def check_safetensors(path: Path) -> None:
     expected = 8 + length + end
     if size != expected:
         raise SourceError(f"{path} is truncated: got {size} bytes, its header says {expected}; copy it again")
-
-

@@ -45,7 +45,8 @@ class Store:
             found = json.loads(marker.read_text()).get("format")
             if not isinstance(found, int) or found > FORMAT:
                 raise StoreVersionError(
-                    f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; use the newer bitgrid that wrote it, or another store="
+                    f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; "
+                    "use the newer bitgrid that wrote it, or another store="
                 )
             return self
         if not create:

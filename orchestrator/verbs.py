@@ -130,8 +130,10 @@ def _model_folder(result: SweepResult, store: Store, variant: VariantResult) -> 
 
 
 def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
-    from orchestrator.ui import serve
+    from orchestrator.ui import serve_ui
 
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
-    return serve(result.config["settings"]["tracking"], Path.cwd(), port, console)
+    return serve_ui(
+        result.config["settings"]["tracking"], Path.cwd(), port, lambda line: console.print(line, highlight=False, soft_wrap=True)
+    )

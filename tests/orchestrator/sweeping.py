@@ -21,13 +21,14 @@ SMALL = (
     "calibration.samples=2",
     "calibration.sequence_length=64",
     "cluster=in_process",
+    "tracking=none",
 )
 
 
 def overrides(store: Path, *more: str) -> list[str]:
     """`more` wins over the small settings."""
     given = {m.split("=", 1)[0] for m in more}
-    return [f"store={store}", *(s for s in SMALL if s.split("=", 1)[0] not in given), *([] if "tracking" in given else ["tracking=none"]), *more]
+    return [f"store={store}", *(s for s in SMALL if s.split("=", 1)[0] not in given), *more]
 
 
 def sweep(store: Path, *more: str) -> SweepRun:

@@ -27,7 +27,8 @@ def a_stage(digest: str = "m") -> Stage:
 
 
 def an_outcome(stage: Stage) -> Outcome:
-    return Outcome(stage.key, {"started": 1.0, "ended": 2.0, "seconds": {}, "environment": {}, "notes": [], "summary": {"scores": {"ppl": 3.0}}})
+    times = {"started": 1.0, "ended": 2.0, "seconds": {}}
+    return Outcome(stage.key, {**times, "environment": {}, "notes": [], "summary": {"scores": {"ppl": 3.0}}})
 
 
 @pytest.fixture
