@@ -28,8 +28,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 UNITS = {"kl": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens", "flips": "share of tokens"}
 NAMES = {"ppl": "perplexity", "kl": "KL divergence", "nll": "negative log-likelihood", "top1_agreement": "top-1 agreement"}
 LAYER_AXES = {
-    "weight_error": "weight error ‖W′ − W‖ / ‖W‖",
-    "output_error": "output error tr(E H Eᵀ) / tr(W H Wᵀ)",
+    "weight_error": "‖W′ − W‖ / ‖W‖",
+    "output_error": "tr(E H Eᵀ) / tr(W H Wᵀ)",
 }
 """E = W′ − W; H = the Hessian of the layer's calibration inputs."""
 WIDE = 10.0
@@ -85,15 +85,16 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
             "line": {"color": colours[method], "width": 2, "dash": DASHES[families.index(family) % len(DASHES)]},
             "marker": {"color": colours[method], "size": 8, "symbol": SYMBOLS[calibrations.index(calibration) % len(SYMBOLS)]},
         }
-        data.append(_scatter([x for x, _ in means], [y for _, y in means], name, **style, mode="lines", hoverinfo="skip", showlegend=False))
+        replicated = len(means) < len(points)
+        if replicated:
+            through = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
+            data.append(_scatter([x for x, _ in means], [y for _, y in means], name, **style, **through))
         points.sort(key=lambda p: p[1])
         bars = [_bar(line.cells[task.name]) for line, _, _ in points]
         error = {"type": "data", "array": [b[1] for b in bars], "arrayminus": [b[0] for b in bars], "thickness": 1, "width": 3}
         shown = [_hover(line, line.cells[task.name]) for line, _, _ in points]
         xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
-        data.append(
-            _scatter(xs, ys, name, **style, mode="lines+markers" if len(points) == 1 else "markers", error_y=error, hovertext=shown)
-        )
+        data.append(_scatter(xs, ys, name, **style, mode="markers" if replicated else "lines+markers", error_y=error, hovertext=shown))
     layout = _layout("stored bits per weight", metric_axis(task.primary))
     base = table.baseline.cells.get(task.name) if table.baseline else None
     values = [y for points in groups.values() for _, _, y in points]
@@ -102,7 +103,7 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
         values.append(base.value)
         _baseline_line(layout, base.value)
         caption += " Dashed: unquantized."
-    _choose_scale(layout, values, [r for points in groups.values() for x, _, _ in points if (r := x.cells[task.name])])
+    _choose_scale(layout, values)
     better = "Higher" if task.higher_is_better.get(task.primary) else "Lower"
     return Figure(
         f"bits-{number}",
@@ -117,6 +118,16 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
     ranked = standings(table, task)
     if not ranked:
         return None
+    caption = (
+        "Full points form the front: nothing smaller scores as well. Open points are beaten, but by no more than chance "
+        "(the paired 95 % interval holds zero). Grey crosses are beaten."
+    )
+    if not any(x.variant.is_baseline for x, _ in ranked):
+        caption += " The unquantized model is not drawn: it has no score or no known size."
+    values = [_value(x, task) for x, _ in ranked if not x.variant.is_baseline]
+    if _is_wide(values) and any(_value(x, task) <= 0 for x, _ in ranked):
+        ranked = [(x, s) for x, s in ranked if not x.variant.is_baseline]
+        caption += " The unquantized model, 0 by definition, has no place on the logarithmic axis."
     divisor, unit = numbers.size_unit(max(x.model_bytes or 0 for x, _ in ranked))
     front = [(x.model_bytes or 0, _value(x, task), x) for x, s in ranked if s is Standing.FRONT]
     data = [
@@ -150,15 +161,7 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
                 )
             )
     layout = _layout(f"model size ({unit})", metric_axis(task.primary))
-    layout["xaxis"]["rangemode"] = "tozero"
-    _choose_scale(layout, [_value(x, task) for x, _ in ranked], [])
-    caption = (
-        "Full points form the front: nothing smaller scores as well. Open points are beaten, but by no more than chance "
-        "(the paired 95 % interval holds zero). Grey crosses are beaten."
-    )
-    unknown = sum(x.model_bytes is None and x.cells.get(task.name) is not None for x in table.lines if x.variant.is_baseline)
-    if unknown:
-        caption += " The unquantized model is not drawn: its size was not recorded."
+    _choose_scale(layout, [_value(x, task) for x, _ in ranked])
     return Figure(f"pareto-{number}", f"{task.name}: quality and size", caption, {"data": data, "layout": layout})
 
 
@@ -191,13 +194,15 @@ def layer_errors(table: ModelTable, column: str, colours: dict[str, str], number
     starts = [(i, b) for i, (m, b) in enumerate(modules.items()) if i == 0 or b != list(modules.values())[i - 1]]
     step = max(1, len(starts) // 16)
     layout["xaxis"] |= {"tickvals": [i for i, _ in starts][::step], "ticktext": [str(b) for _, b in starts][::step], "zeroline": False}
-    positive = [r[column] for _, rows in drawn for r in rows if r[column] > 0]
-    if positive:
-        layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
+    shown = [r[column] for x, rows in drawn if x.scheme == first for r in rows]
+    if min(r[column] for _, rows in drawn for r in rows) > 0:
+        layout["yaxis"] |= _log_axis(shown)
     caption = (
         f"Each point is one linear layer, in model order; a tick marks where a block begins. Variants of {first} are shown; "
         "tap a name in the legend to show or hide one, twice to see it alone."
     )
+    if column == "output_error":
+        caption += " Known where the method had collected a Hessian."
     return Figure(f"{column}-{number}", f"{column.replace('_', ' ').capitalize()} per layer", caption, {"data": data, "layout": layout})
 
 
@@ -256,18 +261,27 @@ def _layout(x: str, y: str) -> dict[str, Any]:
     """The page adds height, legend and colours that fit the reader's screen."""
     return {
         "margin": {"l": 64, "r": 16, "t": 28, "b": 48},
-        "xaxis": {"title": {"text": _safe(x)}, "automargin": True},
-        "yaxis": {"title": {"text": _safe(y)}, "automargin": True},
+        "xaxis": {"title": {"text": _safe(x), "standoff": 12}, "automargin": True},
+        "yaxis": {"title": {"text": _safe(y), "standoff": 12}, "automargin": True},
         "hovermode": "closest",
         "shapes": [],
     }
 
 
-def _choose_scale(layout: dict[str, Any], values: Sequence[float], rows: Sequence[Row]) -> None:
-    if values and min(values) > 0 and max(values) / min(values) > WIDE:
-        layout["yaxis"] |= {"type": "log", "exponentformat": "power"}
-    elif values and any(r.baseline_value == 0 for r in rows):
-        layout["yaxis"]["rangemode"] = "tozero"
+def _choose_scale(layout: dict[str, Any], values: Sequence[float]) -> None:
+    if _is_wide(values):
+        layout["yaxis"] |= _log_axis(values)
+
+
+def _is_wide(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """Ticks at powers of ten over a wide range, at 1, 2 and 5 over a smaller one, Plotly's own over less than half a decade."""
+    ratio = max(values) / min(values)
+    ticks = {"dtick": 1} if ratio > 1000 else {"dtick": "D2"} if ratio > 3 else {}
+    return {"type": "log", "exponentformat": "power", **ticks}
 
 
 def _baseline_line(layout: dict[str, Any], value: float) -> None:

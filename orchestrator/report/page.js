@@ -22,7 +22,7 @@ for (const button of document.querySelectorAll("th button")) {
 
 // Figures take their text and grid colours from the page, in light and dark. The legend stands below the axes; the figure
 // grows by the rows its names need at this width, so that it never covers the axis title.
-const PLOT = 300, TITLE = 56, ROW = 21;
+const PLOT = 300, TITLE = 64, ROW = 21;
 const shade = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 function fitted(place, figure) {
   const names = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name);
@@ -30,7 +30,7 @@ function fitted(place, figure) {
   const across = Math.max(1, Math.floor((place.clientWidth - figure.layout.margin.l - figure.layout.margin.r) / (entry + 40)));
   const below = TITLE + ROW * Math.ceil(names.length / across) + 6;
   const margin = { ...figure.layout.margin, b: below };
-  const legend = { orientation: "h", x: 0, xanchor: "left", y: -TITLE / PLOT, yanchor: "top", entrywidth: entry, entrywidthmode: "pixels" };
+  const legend = { orientation: "h", x: 0, xanchor: "left", y: -TITLE / PLOT, yanchor: "top", traceorder: "normal", entrywidth: entry, entrywidthmode: "pixels" };
   place.style.height = `${PLOT + margin.t + below}px`;
   return { ...figure.layout, height: PLOT + margin.t + below, margin, legend };
 }

@@ -214,8 +214,11 @@ def provenance(result: SweepResult) -> Markup:
             said = _pretty(s.record.get("environment", {}))
             environments[said] = environments.get(said, 0) + 1
     texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(s.record.get("spec", {}))})
+    # Short facts stand in the open: `git` as git commit, git dirty.
+    small = {k: v for k, v in result.provenance.items() if isinstance(v, dict) and len(v) <= 3}
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]
-    nested = {k: v for k, v in result.provenance.items() if isinstance(v, (dict, list, tuple))}
+    facts += [(f"{k} {name}", v) for k, values in small.items() for name, v in values.items()]
+    nested = {k: v for k, v in result.provenance.items() if isinstance(v, (dict, list, tuple)) and k not in small}
     keys = table(
         ["variant", "variant key", "quantize", *(f"evaluate {t}" for t in result.tasks)],
         [
