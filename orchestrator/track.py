@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.dashboard_view import view_tag
 from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, sqlite_file, upgrade_sqlite
 from orchestrator.results import SweepResult
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
@@ -97,7 +98,8 @@ class MlflowTracker:
                 self._open()
                 tally.notes += self._said
                 self._said = []
-                pass_ = _Pass(self._client, self._experiment(result, tally), result.key, self._settings, trust_earlier, tally)
+                experiment = self._experiment(result, tally)
+                pass_ = _Pass(self._client, experiment, result.key, self._settings, trust_earlier, tally)
                 pass_.find()
                 parent = pass_.write(describe_sweep(result, phase, attachments), None)
                 for variant in result.variants:
@@ -149,26 +151,32 @@ class MlflowTracker:
         for name in (base, *(f"{base}-{n}" for n in range(2, 10))):
             found = self._client.get_experiment_by_name(name)
             if found is None:
-                return self._new_experiment(name, result)
+                found = self._new_experiment(name, result)
             if found.lifecycle_stage == "active":
-                return str(found.experiment_id)
+                return self._with_view(found, result)
             try:
                 self._client.restore_experiment(found.experiment_id)
             except MlflowException as e:
                 tally.notes.append(f"experiment {name!r} is in MLflow's trash and cannot be restored ({e}); the next name is used")
                 continue
             tally.notes.append(f"experiment {name!r} was in MLflow's trash and was restored")
-            return str(found.experiment_id)
+            return self._with_view(found, result)
         raise RuntimeError(f"experiments {base} to {base}-9 are all deleted; set tracking.experiment to another name")
 
-    def _new_experiment(self, name: str, result: SweepResult) -> str:
+    def _new_experiment(self, name: str, result: SweepResult) -> Any:
         # Without a kind MLflow guesses one, and may open its view of traces in place of the table of runs.
         tags = {"mlflow.experimentKind": "custom_model_development"}
         task = next(iter(result.tasks.values()), None)
         if task is not None:
             tags["mlflow.experiment.primaryMetric.name"] = f"eval/{task.name}/{task.primary}"
             tags["mlflow.experiment.primaryMetric.greaterIsBetter"] = str(task.higher_is_better.get(task.primary, False))
-        return str(self._client.create_experiment(name, artifact_location=self._settings.artifact_location, tags=tags))
+        return self._client.get_experiment(self._client.create_experiment(name, self._settings.artifact_location, tags))
+
+    def _with_view(self, experiment: Any, result: SweepResult) -> str:
+        key, value = view_tag(result)
+        if experiment.tags.get(key) != value:
+            self._client.set_experiment_tag(experiment.experiment_id, key, value)
+        return str(experiment.experiment_id)
 
 
 @dataclass

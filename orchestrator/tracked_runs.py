@@ -236,7 +236,7 @@ def _params(variant: VariantResult) -> dict[str, str]:
 
 
 def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
-    p = result.provenance
+    p, git = result.provenance, result.provenance.get("git") or {}
     tags = {
         "bitgrid.kind": kind,
         "bitgrid.schema": str(SCHEMA),
@@ -245,11 +245,15 @@ def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
         "mlflow.source.name": "bitgrid",
         "mlflow.source.type": "LOCAL",
     }
-    for tag, name in {"version": "bitgrid", "git": "git", "git_dirty": "git_dirty", "python": "python"}.items():
-        if p.get(name) is not None:
-            tags[f"bitgrid.{tag}"] = str(p[name])
-    if p.get("git"):
-        tags["mlflow.source.git.commit"] = str(p["git"])
+    known = {
+        "version": (p.get("packages") or {}).get("bitgrid"),
+        "git_commit": git.get("commit"),
+        "git_dirty": git.get("dirty"),
+        "python": p.get("python"),
+    }
+    tags.update({f"bitgrid.{k}": str(v).lower() if isinstance(v, bool) else str(v) for k, v in known.items() if v is not None})
+    if git.get("commit"):
+        tags["mlflow.source.git.commit"] = str(git["commit"])
     return tags
 
 
@@ -287,7 +291,7 @@ def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str
 def _failure_note(cause: StageResult, failure: Mapping[str, Any]) -> str:
     kind = f"{failure.get('error_class', 'unknown')}, {failure.get('type', 'unknown')}"
     head = f"**{cause.label} failed** ({kind}): {failure.get('message', '')}"
-    tail = str(failure.get("log_tail") or "")
+    tail = str(failure.get("log_tail") or "").replace("```", "'''")
     return head + (f"\n\n```\n{tail[-4000:]}\n```" if tail else "")
 
 

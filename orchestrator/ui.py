@@ -16,13 +16,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from orchestrator.dashboard_view import page
 from orchestrator.errors import TrackingError
 from orchestrator.mlflow_setup import sqlite_file, switch_off_telemetry
 from orchestrator.tracking import TrackingSettings
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 120.0
-STOP_LIMIT_S = 10.0
+STOP_LIMIT_S = 4.0
 
 
 def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, say: Callable[[str], None] = print) -> int:
@@ -57,9 +58,8 @@ def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, s
                 log.seek(max(0, log.tell() - 2000))
                 tail = log.read().decode(errors="replace").strip()
                 raise TrackingError(f"the MLflow server did not start on {HOST}:{chosen}; its last words:\n{tail}")
-            experiment = None if file is None else experiment_id(file, known.experiment)
-            page = "" if experiment is None else f"#/experiments/{experiment}"
-            say(f"MLflow dashboard: http://{HOST}:{chosen}/{page}   (Ctrl-C ends it)")
+            where = "" if file is None else latest_page(file, known.experiment)
+            say(f"MLflow dashboard: http://{HOST}:{chosen}/{where}   (Ctrl-C ends it)")
             code = server.wait()
             raise TrackingError(f"the MLflow server ended by itself with exit code {code}")
         except KeyboardInterrupt:
@@ -98,14 +98,20 @@ def free_port(wanted: int, tries: int = 50) -> int:
     raise TrackingError(f"ports {wanted} to {wanted + tries - 1} are all taken; give another with --port")
 
 
-def experiment_id(file: Path, name: str) -> str | None:
-    """Id of the active experiment, read from the database; None where it cannot be told."""
+def latest_page(file: Path, experiment: str) -> str:
+    """Where the dashboard opens: the view of the sweep started last, read from the database; the front page where it cannot be told."""
+    query = (
+        "select e.experiment_id, t.value from experiments e join runs r on r.experiment_id = e.experiment_id "
+        "join tags t on t.run_uuid = r.run_uuid and t.key = 'bitgrid.sweep_key' "
+        "join tags k on k.run_uuid = r.run_uuid and k.key = 'bitgrid.kind' and k.value = 'sweep' "
+        "where e.name = ? and e.lifecycle_stage = 'active' and r.lifecycle_stage = 'active' order by r.start_time desc limit 1"
+    )
     try:
         with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5)) as db:
-            row = db.execute("select experiment_id from experiments where name = ? and lifecycle_stage = 'active'", (name,)).fetchone()
+            row = db.execute(query, (experiment,)).fetchone()
     except sqlite3.Error:
-        return None
-    return None if row is None else str(row[0])
+        return ""
+    return "" if row is None else page(str(row[0]), str(row[1]))
 
 
 def wait_until_up(server: subprocess.Popen[bytes], port: int) -> bool:
@@ -155,7 +161,9 @@ def _stopping_signals() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    # One that is ignored on purpose (nohup) stays so.
+    caught = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, stop) for s in caught}
     try:
         yield
     finally:

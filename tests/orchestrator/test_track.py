@@ -38,21 +38,11 @@ pytestmark = pytest.mark.mlflow
 INTERNAL = ("mlflow.parentRunId", "mlflow.user")
 
 
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Migrating a new database takes seconds; tests copy this one."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    tracker = open_tracker({"kind": "mlflow"}, folder)
-    assert tracker.prepare() is None
-    tracker.close()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def project(tmp_path: Path, empty_database: Path) -> Path:
+def project(tmp_path: Path, empty_mlflow: Path) -> Path:
     folder = tmp_path / "project"
     folder.mkdir()
-    shutil.copy(empty_database, folder / "mlflow.db")
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
     return folder
 
 
@@ -153,9 +143,7 @@ def test_writing_twice_changes_nothing(project: Path, sweep: SweepResult) -> Non
     assert dump(client_of(project)) == before
 
 
-def test_a_sweep_followed_live_equals_one_written_at_the_end(
-    project: Path, tmp_path: Path, sweep: SweepResult, empty_database: Path
-) -> None:
+def test_a_sweep_followed_live_equals_one_written_at_the_end(project: Path, tmp_path: Path, sweep: SweepResult, empty_mlflow: Path) -> None:
     sweep = with_failure(sweep)
     tracker = tracker_of(project)
     names = set()
@@ -168,7 +156,7 @@ def test_a_sweep_followed_live_equals_one_written_at_the_end(
     tracker.sync(sweep, Phase.ENDED)
     other = tmp_path / "other"
     other.mkdir()
-    shutil.copy(empty_database, other / "mlflow.db")
+    shutil.copy(empty_mlflow, other / "mlflow.db")
     tracker_of(other).sync(sweep, Phase.ENDED)
     assert dump(client_of(project)) == dump(client_of(other))
 
@@ -205,7 +193,7 @@ def test_what_an_interrupted_sweep_left_undone_is_killed(project: Path, sweep: S
     }
 
 
-def test_a_deleted_database_is_rebuilt_the_same(project: Path, sweep: SweepResult, empty_database: Path) -> None:
+def test_a_deleted_database_is_rebuilt_the_same(project: Path, sweep: SweepResult, empty_mlflow: Path) -> None:
     sweep = with_failure(sweep)
     tracker = tracker_of(project)
     tracker.sync(sweep, Phase.ENDED)
@@ -213,7 +201,7 @@ def test_a_deleted_database_is_rebuilt_the_same(project: Path, sweep: SweepResul
     tracker.close()
     (project / "mlflow.db").unlink()
     shutil.rmtree(project / "mlartifacts")
-    shutil.copy(empty_database, project / "mlflow.db")
+    shutil.copy(empty_mlflow, project / "mlflow.db")
     tracker_of(project).reconcile(sweep, Phase.ENDED)
     assert dump(client_of(project)) == before
 
@@ -307,11 +295,11 @@ def test_what_a_person_adds_to_a_run_stays(project: Path, sweep: SweepResult) ->
     assert kept.info.status == "FINISHED"
 
 
-def test_a_sync_cut_off_anywhere_is_completed_by_the_next(project: Path, sweep: SweepResult, tmp_path: Path, empty_database: Path) -> None:
+def test_a_sync_cut_off_anywhere_is_completed_by_the_next(project: Path, sweep: SweepResult, tmp_path: Path, empty_mlflow: Path) -> None:
     """Every call that changes MLflow fails once, in a sync of its own."""
     whole = tmp_path / "whole"
     whole.mkdir()
-    shutil.copy(empty_database, whole / "mlflow.db")
+    shutil.copy(empty_mlflow, whole / "mlflow.db")
     tracker_of(whole).sync(sweep, Phase.ENDED)
     wanted = dump(client_of(whole))
 

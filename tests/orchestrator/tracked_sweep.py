@@ -16,6 +16,7 @@ from workers.artifact import RECORD, payload_files
 
 T0 = 1_700_000_000.0
 KEY = "5eed" * 16
+OTHER = "0dd0" * 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def full_sweep(root: Path, key: str = KEY) -> SweepResult:
             name="synthetic",
             created=T0 - 5,
             config={"store": "bitgrid-store", "axes": {"method": ["rtn", "gptq"]}},
-            provenance={"bitgrid": "0.1.0", "git": "abc123", "git_dirty": False, "python": "3.11.0"},
+            provenance={"packages": {"bitgrid": "0.1.0"}, "git": {"commit": "abc123", "dirty": False}, "python": "3.11.0"},
             tasks=tasks,
             variants=(),
             skipped=(SkippedCell({**axes, "method": "gptq", "scheme": "w3", "task": "text"}, "group 64 does not divide 172"),),

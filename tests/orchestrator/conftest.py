@@ -1,0 +1,19 @@
+"""Fixtures of the orchestrator's tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new, migrated MLflow database: making one takes seconds, so tests copy it."""
+    from orchestrator.track import open_tracker
+
+    folder = tmp_path_factory.mktemp("mlflow")
+    tracker = open_tracker({"kind": "mlflow"}, folder)
+    assert tracker.prepare() is None
+    tracker.close()
+    return folder / "mlflow.db"

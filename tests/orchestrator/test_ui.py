@@ -1,0 +1,195 @@
+"""`bitgrid ui` and a tracking server, for real: one MLflow server that is watched, used, killed and replaced."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from orchestrator.errors import TrackingError
+from orchestrator.mlflow_setup import switch_off_telemetry
+from orchestrator.results import SweepResult
+from orchestrator.track import MlflowTracker
+from orchestrator.tracked_runs import Phase
+from orchestrator.tracking import TrackingSettings
+from orchestrator.ui import HOST, free_port, latest_page, serve_ui, server_command, start_server, stop_server, wait_until_up
+from tests.orchestrator.tracked_sweep import KEY, fixed_delta, full_sweep, started, with_failure
+
+pytestmark = pytest.mark.mlflow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> SweepResult:
+    return with_failure(full_sweep(tmp_path / "store"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, sweep: SweepResult, empty_mlflow: Path) -> Path:
+    """A project whose database holds the sweep."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
+    tracker = MlflowTracker(TrackingSettings.of({"kind": "mlflow"}, folder), fixed_delta)
+    assert tracker.sync(sweep, Phase.ENDED).failed is None
+    tracker.close()
+    return folder
+
+
+def lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_the_dashboard_is_served_on_this_machine_only_and_ends_with_ctrl_c(project: Path) -> None:
+    port = free_port(5600)
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.ui import serve_ui\n"
+        f"sys.exit(serve_ui({{'kind': 'mlflow'}}, Path({str(project)!r}), {port}, say=lambda m: print(m, flush=True)))"
+    )
+    # A shell that starts it in the background would have it ignore Ctrl-C; a terminal does not.
+    ui = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    try:
+        assert ui.stdout is not None
+        line = next(text for text in ui.stdout if "dashboard:" in text)
+        address = line.split()[2]
+        assert address.startswith(f"http://{HOST}:{port}/#/experiments/1/runs?")
+        assert f"viewStateShareKey=bitgrid-{KEY[:12]}" in address
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://{HOST}:{port}/api/2.0/mlflow/experiments/get-by-name?experiment_name=bitgrid", timeout=20) as answer:
+            assert b'"bitgrid"' in answer.read()
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(ui.pid)], capture_output=True, text=True, check=True).stdout.split()
+        ui.send_signal(signal.SIGINT)
+        assert ui.wait(30) == 0
+        assert children
+        assert not any(lives(int(c)) for c in children)
+    finally:
+        ui.kill()
+        ui.communicate()
+
+
+@pytest.fixture
+def served(tmp_path: Path, empty_mlflow: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """Address of a server on an empty database, and its process, to be killed."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
+    settings = TrackingSettings.of({"kind": "mlflow", "artifact_location": "mlflow-artifacts:/"}, folder)
+    port = free_port(5650)
+    running: list[subprocess.Popen[bytes]] = []
+    here = os.getcwd()
+    os.chdir(folder)
+    try:
+        with tempfile.TemporaryFile() as log:
+            running.append(start_server(settings, port, log))
+            assert wait_until_up(running[0], port)
+            yield f"http://{HOST}:{port}", running
+    finally:
+        os.chdir(here)
+        for server in running:
+            stop_server(server)
+
+
+def test_a_server_that_dies_mid_sweep_costs_a_reconcile(
+    tmp_path: Path, sweep: SweepResult, served: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    address, running = served
+    settings = TrackingSettings.of({"kind": "mlflow_server", "uri": address, "timeout_s": 2}, tmp_path)
+    now = [0.0]
+    tracker = MlflowTracker(settings, fixed_delta, clock=lambda: now[0])
+    assert tracker.prepare() is None
+    first = tracker.sync(started(sweep, 5), Phase.RUNNING)
+    assert first.failed is None
+    assert first.created == 3
+    assert tracker.sync(started(sweep, 5), Phase.RUNNING).unchanged == 3
+
+    # It hangs: connections are taken and never answered.
+    for pid in group_of(running[0].pid):
+        os.kill(pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    hung = tracker.sync(sweep, Phase.RUNNING)
+    waited = time.monotonic() - begin
+    for pid in group_of(running[0].pid):
+        os.kill(pid, signal.SIGCONT)
+    assert f"bitgrid reconcile {KEY[:12]}" in str(hung.failed)
+    assert waited < 30  # MLflow's own defaults wait 8 × 120 s
+
+    stop_server(running.pop())
+    now[0] += 100
+    assert "reconcile" in str(tracker.sync(sweep, Phase.ENDED).failed)
+
+    with tempfile.TemporaryFile() as log:
+        port = int(address.rsplit(":", 1)[1])
+        running.append(
+            start_server(TrackingSettings.of({"kind": "mlflow", "artifact_location": "mlflow-artifacts:/"}, Path.cwd()), port, log)
+        )
+        assert wait_until_up(running[0], port)
+        done = tracker.reconcile(sweep, Phase.ENDED)
+        assert (done.failed, done.created) == (None, 3)
+        assert tracker.sync(sweep, Phase.ENDED).unchanged == 6
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=address)
+        runs = client.search_runs([client.get_experiment_by_name("bitgrid").experiment_id])
+        assert sorted(r.info.status for r in runs) == ["FAILED", "FAILED", "FINISHED", "FINISHED", "FINISHED", "FINISHED"]
+        names = {f.path for f in client.list_artifacts(done.run_ids["v-rtn-w4"], "tables/quantize")}
+        assert "tables/quantize/layers.parquet" in names
+
+
+def group_of(leader: int) -> list[int]:
+    out = subprocess.run(["ps", "-o", "pid=", "-g", str(leader)], capture_output=True, text=True, check=True).stdout
+    return [int(p) for p in out.split()]
+
+
+def test_the_server_is_told_to_listen_here_and_nothing_is_sent_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_DISABLE_TELEMETRY", raising=False)
+    command = server_command(TrackingSettings.of({"kind": "mlflow"}, tmp_path), 5000)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--backend-store-uri") + 1] == f"sqlite:///{tmp_path.resolve()}/mlflow.db"
+    switch_off_telemetry()
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+def test_a_taken_port_gives_the_next_free_one() -> None:
+    with closing(socket.socket()) as s:
+        s.bind((HOST, 0))
+        s.listen()
+        taken = s.getsockname()[1]
+        assert free_port(taken) > taken
+
+
+def test_what_cannot_be_shown_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    assert serve_ui({"kind": "mlflow_server", "uri": "http://mlflow.example:5000"}, tmp_path, say=said.append) == 0
+    assert "http://mlflow.example:5000" in said[0]
+    with pytest.raises(TrackingError, match="run a sweep"):
+        serve_ui({"kind": "mlflow"}, tmp_path)
+    with pytest.raises(TrackingError, match="tracking=none"):
+        serve_ui({"kind": "none"}, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_is_the_latest_sweeps(project: Path) -> None:
+    assert f"bitgrid-{KEY[:12]}" in latest_page(project / "mlflow.db", "bitgrid")
+    assert latest_page(project / "mlflow.db", "another") == ""
+    shutil.copy(ROOT / "pyproject.toml", project / "not.db")
+    assert latest_page(project / "not.db", "bitgrid") == ""
