@@ -236,7 +236,8 @@ def _params(variant: VariantResult) -> dict[str, str]:
 
 
 def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
-    p, git = result.provenance, result.provenance.get("git") or {}
+    p = result.provenance
+    git = p["git"] if isinstance(p.get("git"), Mapping) else {}
     tags = {
         "bitgrid.kind": kind,
         "bitgrid.schema": str(SCHEMA),
