@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,12 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert tracker.prepare() is None
     tracker.close()
     return folder / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_project(tmp_path: Path, empty_mlflow: Path) -> Path:
+    """A project folder with an empty MLflow database."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    shutil.copy(empty_mlflow, folder / "mlflow.db")
+    return folder
