@@ -17,7 +17,7 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.errors import BitgridError
-from orchestrator.grid import compose_grid
+from orchestrator.grid import compose_grid, compose_job
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
@@ -68,12 +68,14 @@ def score(run: SweepRun, evaluate: str, task_name: str) -> float:
 @bitgrid_task
 def task(config: DictConfig) -> float:
     """One cell: the task function of `bitgrid run` without -m, and of foreign sweepers and launchers."""
+    overrides = list(HydraConfig.get().overrides.task)
+    chosen_by_sweeper = HydraConfig.get().mode is RunMode.MULTIRUN
     try:
-        run = sweep(HydraConfig.get().overrides.task, multirun=False)
+        run = sweep(overrides, multirun=False, grid=compose_job(overrides) if chosen_by_sweeper else None)
         cell = run.plan.cells[0]
         return score(run, cell.evaluate, cell.cell.task.name)
     except BitgridError as e:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
+        if chosen_by_sweeper:
             raise
         print(f"bitgrid: {e}", file=sys.stderr)
         raise SystemExit(2 if not _exit_codes else 1) from None

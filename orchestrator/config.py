@@ -36,7 +36,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("method", "propagation"): ("original", "quantized"),
     ("calibration", "sampling"): ("windows", "documents", "sequential"),
     **{("scheme", f"{part}.granularity"): tuple(g.value for g in Granularity) for part in ("weight", "activation")},
-    **{(axis, f"{prefix}split"): ("rows", "paragraphs", "whole") for axis in ("calibration", "task") for prefix in ("", "text.")},
+    **{(axis, "text.split"): ("rows", "paragraphs", "whole", "endoftext") for axis in ("calibration", "task")},
 }
 """Words that the specs know (`workers.specs`), by axis and key inside the option."""
 

@@ -65,7 +65,8 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
 def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Grid, list[Cell]]:
     """The grid of a launcher's jobs, each a full list of overrides for one cell, and the cell of each job.
 
-    Equal jobs share a cell. Settings must be the same in every job.
+    Equal jobs share a cell. Settings must be the same in every job. Rules of a named sweep are for bitgrid's own sweeper; a
+    note says so where there are some.
     """
     roots: dict[tuple[str, ...], _Root] = {}
     rows: list[Row] = []
@@ -80,7 +81,15 @@ def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Gri
         raise ConfigError("jobs of one launch differ in settings of the sweep (cluster, tracking, store, folders); these cannot be swept")
     root = next(iter(roots.values()))
     cells, _, notes = _cells(composer, root, rows, [])
+    idle = [f"sweep.{k}" for k in ("exclude", "only_if", "zip", "extra") if (root.plain.get("sweep") or {}).get(k)]
+    if idle:
+        notes = (*notes, f"{', '.join(idle)} had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules")
     return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes), cells
+
+
+def compose_job(overrides: Sequence[str]) -> Grid:
+    """The one-cell grid of a job that a foreign sweeper chose, in a process of its own."""
+    return compose_jobs(Composer.at(), [overrides])[0]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import GroupDefault, ResultDefault
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, ValueType
 from hydra.core.utils import setup_globals
@@ -102,6 +103,7 @@ class Composer:
         self.loader = loader
         self.config_name = config_name
         self._parsed: dict[str, Override] = {}
+        self._options: dict[str, list[str]] = {}
         self._parser = OverridesParser.create(config_loader=loader)
         with warnings.catch_warnings():
             # A search path that does not exist is reported by `at`.
@@ -140,7 +142,9 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """Names of a group's options."""
-        return self.loader.get_group_options(group) if self.is_group(group) else []
+        if group not in self._options:
+            self._options[group] = self.repository.get_group_options(group, ObjectType.CONFIG) if self.is_group(group) else []
+        return self._options[group]
 
     def is_group(self, name: str) -> bool:
         return self.repository.group_exists(name)

@@ -232,3 +232,9 @@ def test_files_found_beside_the_shipped_folder_are_options_too(tmp_path: Path) -
     (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: mine, params: {}}\n")
     grid = compose_with(Composer.at(str(main), config_dir=str(tmp_path / "more")), ["method=mine,plain"], multirun=True)
     assert [c.method.values["rounding"]["kind"] for c in grid.cells] == ["mine", "rtn"]
+
+
+def test_rules_that_a_foreign_sweeper_ignores_are_noted(tmp_path: Path) -> None:
+    small = composer(tmp_path, sweep__s="# @package _global_\nsweep: {name: s, exclude: [{method: plain}]}\n")
+    grid, _ = compose_jobs(small, [["sweep=s", "method=plain"]])
+    assert grid.notes == ("sweep.exclude had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules",)
