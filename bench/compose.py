@@ -17,7 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-SWEEP = ("method=gptq,gptq_sequential", "scheme=w4a16_g64,w3a16_g64,w4a16_channel,w2a16_channel,w8a16_channel", "task=self_perplexity,self_divergence")
+SWEEP = (
+    "method=gptq,gptq_sequential",
+    "scheme=w4a16_g64,w3a16_g64,w4a16_channel,w2a16_channel,w8a16_channel",
+    "task=self_perplexity,self_divergence",
+)
 """20 cells; two swept numbers multiply them."""
 
 

@@ -5,7 +5,7 @@ Everything wrong is a ConfigError on the driver, before anything is scheduled, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -31,14 +31,22 @@ NOT_SWEPT = {
 
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
 
+FACTS = ("kind", "version", "needs", "reads", "uses_seed", "for_activations", "needs_reference", "metrics")
+"""Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
+
+_GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): ("float32", "bfloat16", "float16"),
     ("method", "propagation"): ("original", "quantized"),
+    ("method", "rounding.params.grid"): _GRIDS,
+    ("method", "transforms.*.params.grid"): _GRIDS,
     ("calibration", "sampling"): ("windows", "documents", "sequential"),
-    **{("scheme", f"{part}.granularity"): tuple(g.value for g in Granularity) for part in ("weight", "activation")},
-    **{(axis, "text.split"): ("rows", "paragraphs", "whole", "endoftext") for axis in ("calibration", "task")},
+    ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
+    ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
 }
-"""Words that the specs know (`workers.specs`), by axis and key inside the option."""
+"""Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
 
 
 def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
@@ -100,6 +108,11 @@ def check_override(config: DictConfig, override: Override, where: str) -> None:
     """
     path = plain_key(override)
     parts = path.split(".")
+    if parts[0] in ("method", "task") and not {"params", "text"} & set(parts) and set(FACTS) & set(parts):
+        raise ConfigError(
+            f"{override.input_line}: {parts[-1]} is a fact about the code behind {where}, not a choice; "
+            f"choose another {parts[0]}, or write an option file for it in conf/{parts[0]}/"
+        )
     node: Any = config
     for depth, part in enumerate(parts):
         if not isinstance(node, DictConfig) or node._is_none() or node._is_interpolation():
@@ -176,10 +189,9 @@ def _kind(value: Any) -> str:
 def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
     """Values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
     for (owner, path), allowed in CHOICES.items():
-        if owner == axis:
-            value = _at(values, path.split("."))
-            if value is not None and value not in allowed:
-                raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', str(value), allowed)}")
+        for value in _at(values, path.split(".")) if owner == axis else ():
+            if isinstance(value, str) and value not in allowed:
+                raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', value, allowed)}")
     if axis == "scheme":
         parts = {part: values[part] for part in ("weight", "activation", "kv") if part in values}
         try:
@@ -188,9 +200,11 @@ def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"scheme={name}: {error}") from error
 
 
-def _at(values: Any, path: Iterable[str]) -> Any:
-    for part in path:
-        if not isinstance(values, Mapping) or part not in values:
-            return None
-        values = values[part]
-    return values
+def _at(values: Any, path: Sequence[str]) -> list[Any]:
+    """What is at the path; several values below `*`."""
+    if not path:
+        return [values]
+    if not isinstance(values, Mapping):
+        return []
+    below = list(values.values()) if path[0] == "*" else [values[path[0]]] if path[0] in values else []
+    return [found for value in below for found in _at(value, path[1:])]

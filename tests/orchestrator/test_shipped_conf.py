@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from orchestrator.cell import AXES
+from orchestrator.config import CHOICES
 from orchestrator.grid import compose_grid, compose_with
 from orchestrator.hydra_bridge import Composer
 
@@ -65,10 +66,22 @@ def test_the_example_sweep_shows_every_rule_at_work() -> None:
     rows = [(c.method.name, c.scheme.name) for c in grid.cells]
     assert ("rtn", "w2a16_channel") not in rows
     assert {scheme for method, scheme in rows if method == "smoothquant"} == {"w8a8"}
-    assert {c.calibration.name for c in grid.cells} == {"self_text[samples=32,sequence_length=64]", "self_text[samples=16,sequence_length=128]"}
+    assert {c.calibration.name for c in grid.cells} == {
+        "self_text[samples=32,sequence_length=64]",
+        "self_text[samples=16,sequence_length=128]",
+    }
     assert rows.count(("gptq[rounding.params.damp=0.1]", "w2a16_channel")) == 2
     assert {rule.split(" ")[0] for _, rule in grid.excluded} == {"sweep.exclude", "sweep.only_if"}
     assert grid.notes == ()
+
+
+def test_words_of_the_configuration_are_those_of_the_code() -> None:
+    from quant import grids
+    from workers import datasets
+
+    assert set(CHOICES["method", "rounding.params.grid"]) == {*grids.GRIDS, *grids.ALIASES}
+    assert set(CHOICES["calibration", "text.split"]) == set(CHOICES["task", "text.split"]) == set(datasets.SPLITS)
+    assert set(CHOICES["calibration", "sampling"]) == set(datasets.SAMPLINGS)
 
 
 def test_ten_thousand_cells_share_their_options() -> None:

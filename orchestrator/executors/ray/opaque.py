@@ -6,6 +6,7 @@ No more than Hydra's contract for launchers needs: no store, no retries, no prog
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,8 +51,7 @@ def run_jobs(
     Raises ClusterError when there is no cluster, or none of the jobs could ever run on it.
     """
     session = _session(cluster, cores)
-    import ray
-
+    ray: Any = importlib.import_module("ray")
     total = ray.cluster_resources()
     for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
         if per_job[name] > total.get(key, 0):
