@@ -31,6 +31,8 @@ def run_command(arguments: Sequence[str]) -> int:
     overrides = [a for a in arguments if a not in flags]
     if all(f in ("-m", "--multirun") for f in flags):
         _grid(tuple(overrides), multirun)
+        # Hydra's parser takes overrides in one piece only.
+        arguments = [*flags, *overrides]
     sys.argv = ["bitgrid run", *arguments]
     _exit_codes.clear()
     task()
