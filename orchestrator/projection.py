@@ -15,8 +15,9 @@ from orchestrator.fingerprint import digest
 from orchestrator.ledger import Ledger
 from orchestrator.results import SweepResult
 from orchestrator.stage import Stage, Status
+from orchestrator.track import open_tracker
 from orchestrator.tracked_runs import Phase, content_digest
-from orchestrator.tracking import SyncReport, Tracker
+from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.request import Failure
 
 INTERVAL_S = 10.0
@@ -25,9 +26,9 @@ INTERVAL_S = 10.0
 class Projection:
     """One sweep's tracking. `load` reads the sweep's present state from the store."""
 
-    def __init__(self, tracker: Tracker, settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> None:
-        self._tracker = tracker
-        self._name = digest({k: settings[k] for k in sorted(settings)})
+    def __init__(self, settings: Mapping[str, Any], project_dir: Path, ledger: Ledger, load: Callable[[], SweepResult]) -> None:
+        self._tracker = open_tracker(settings, project_dir)
+        self._place = TrackingSettings.of(settings, project_dir)
         self._ledger = ledger
         self._load = load
         self._stop = threading.Event()
@@ -47,11 +48,22 @@ class Projection:
         return None
 
     def _loop(self) -> None:
+        # A tracker that is not ready pauses itself; `finish` tries again and tells why.
         self._tracker.prepare()
         while not self._stop.wait(INTERVAL_S):
             if self._changed.is_set():
                 self._changed.clear()
                 self._tracker.sync(self._load(), Phase.RUNNING, budget_s=INTERVAL_S)
+
+    @property
+    def _written(self) -> str:
+        """Name of the place in the ledger."""
+        return digest([self._place.kind, self._place.uri, self._place.experiment])
+
+    def _is_there(self) -> bool:
+        """Whether what was written can still be there: a database deleted by hand is written anew."""
+        path = (self._place.uri or "").removeprefix("sqlite:///")
+        return self._place.kind != "mlflow" or Path(path).is_file()
 
     def finish(self, result: SweepResult, attachments: Mapping[str, Path], reconcile: bool = False) -> SyncReport:
         """The last write. Does nothing when this very state was written before, unless `reconcile`."""
@@ -59,11 +71,11 @@ class Projection:
         if self._thread is not None:
             self._thread.join()
         state = content_digest(result)
-        if not reconcile and self._ledger.flushed(result.key, self._name) == state:
+        if not reconcile and self._is_there() and self._ledger.flushed(result.key, self._written) == state:
             return SyncReport(unchanged=len(result.variants) + 1)
         write = self._tracker.reconcile if reconcile else self._tracker.sync
         report = write(result, Phase.ENDED, attachments)
         if report.complete:
-            self._ledger.set_flushed(result.key, self._name, state)
+            self._ledger.set_flushed(result.key, self._written, state)
         self._tracker.close()
         return report

@@ -28,7 +28,6 @@ from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
 from orchestrator.store import Store
 from orchestrator.sweeps import load_sweep, write_sweep
-from orchestrator.track import open_tracker
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport
 from workers.request import Hints
@@ -152,9 +151,7 @@ def estimator(ledger: Ledger | None) -> Callable[[Spec, ModelSource], Resources]
 
 
 def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:
-    tracking = settings["tracking"]
-    tracker = open_tracker(tracking, Path.cwd())
-    return Projection(tracker, tracking, ledger, load)
+    return Projection(settings["tracking"], Path.cwd(), ledger, load)
 
 
 def project(projection: Projection, store: Store, result: SweepResult, reconcile: bool = False) -> SyncReport:
