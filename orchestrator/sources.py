@@ -71,12 +71,12 @@ class Sources:
 
     def _find_model(self, option: Option) -> ModelSource:
         values = option.values
-        folder = values.get("folder") or option.name
+        folder = values.get("folder") or option.file
         tried = []
         if values.get("path"):
             return self._local_model(option.name, Path(values["path"]).expanduser())
         if self.models_dir is not None:
-            for name in dict.fromkeys((folder, option.name)):
+            for name in dict.fromkeys((folder, option.file)):
                 candidate = self.models_dir.expanduser() / name
                 if candidate.is_dir():
                     return self._local_model(option.name, candidate)
