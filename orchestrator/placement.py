@@ -8,7 +8,7 @@ the longest chain for last. The rule here:
   wait without harm. A ready stage with rank >= (1 - slack) T is urgent and goes first, to the best slot for it.
 * Without an urgent stage the cheapest pair of slot and stage goes first (`Level`): the slot holds the variant; it holds the
   model; it would have to load what no one holds; and, last, taking a stage away from a slot that holds its variant or model.
-  The last two keep a slot from idling while another one has a queue.
+  These two keep a slot from idling while another one has a queue; models share the slots by the work they have.
 * Among equals the order of the sweep decides, so that variants are finished one after the other and results come early.
 
 A worker keeps one model and `variants_per_slot` quantized models that evaluations loaded.
@@ -17,7 +17,7 @@ A worker keeps one model and `variants_per_slot` quantized models that evaluatio
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -65,7 +65,9 @@ class ReadyQueue:
 
     def __init__(self) -> None:
         self.groups: dict[tuple[str, ...], Group] = {}
-        self._entries: dict[str, tuple[tuple[str, ...], Urgency]] = {}
+        self.model_work_s: defaultdict[str, float] = defaultdict(float)
+        """Model ▸ estimated seconds of its ready stages."""
+        self._entries: dict[str, tuple[Stage, Urgency]] = {}
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._entries))
@@ -80,18 +82,20 @@ class ReadyQueue:
         group = self.groups.setdefault(stage.affinity, Group())
         insort(group.by_rank, entry)
         insort(group.by_order, Turn(order, stage.key))
-        self._entries[stage.key] = (stage.affinity, entry)
+        self._entries[stage.key] = (stage, entry)
+        self.model_work_s[stage.model] += stage.resources.seconds
 
     def discard(self, key: str) -> None:
         found = self._entries.pop(key, None)
         if found is None:
             return
-        affinity, entry = found
-        group = self.groups[affinity]
+        stage, entry = found
+        self.model_work_s[stage.model] -= stage.resources.seconds
+        group = self.groups[stage.affinity]
         group.by_rank.remove(entry)
         group.by_order.remove(Turn(entry.order, key))
         if not group.by_rank:
-            del self.groups[affinity]
+            del self.groups[stage.affinity]
 
     def most_urgent(self) -> tuple[tuple[str, ...], Urgency] | None:
         return min(((affinity, g.by_rank[0]) for affinity, g in self.groups.items()), key=lambda pair: pair[1], default=None)
@@ -169,5 +173,23 @@ class Holdings:
         affinity, first = urgent
         if -first.negative_rank_s >= (1 - slack) * time_left_s:
             return min(usable, key=lambda slot: (self.level(slot, affinity), slot)), first.key
-        _, turn, slot = min((self.level(slot, a), g.by_order[0], slot) for slot in usable for a, g in ready.groups.items())
+        held = [
+            (g.by_order[0], slot) for slot in usable for v in self._slots[slot].variants if (g := ready.groups.get(self._pair(slot, v)))
+        ]
+        if held:
+            turn, slot = min(held)
+            return slot, turn.key
+        # Of slots that hold the same, one stands for all.
+        distinct = {tuple(self._slots[slot].held): slot for slot in reversed(usable)}.values()
+        _, _, turn, slot = min((*self._cost(slot, a, ready), g.by_order[0], slot) for slot in distinct for a, g in ready.groups.items())
         return slot, turn.key
+
+    def _pair(self, slot: int, variant: str) -> tuple[str, ...]:
+        """The affinity of stages for which this slot has everything."""
+        return (variant, str(self._slots[slot].model))
+
+    def _cost(self, slot: int, affinity: tuple[str, ...], ready: ReadyQueue) -> tuple[Level, float]:
+        """A slot that must load what others hold joins the model with the fewest slots for its work."""
+        level, model = self.level(slot, affinity), affinity[-1]
+        crowd = self._holders[model] / max(1e-9, ready.model_work_s[model]) if level is Level.MODEL_HELD_ELSEWHERE else 0.0
+        return level, crowd

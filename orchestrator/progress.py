@@ -39,8 +39,10 @@ class Tally:
 
     def __init__(self, stages: Mapping[str, Stage], clock: Callable[[], float]) -> None:
         self._clock = clock
-        self.stages = dict(stages)
-        self.statuses = dict.fromkeys(stages, Status.PENDING)
+        self._statuses = dict.fromkeys(stages, Status.PENDING)
+        self._counts = Counter(self._statuses.values())
+        self._left_s = sum(s.resources.seconds for s in stages.values())
+        """Estimated seconds of unfinished stages."""
         self.running: dict[str, tuple[Stage, float]] = {}
         """Key ▸ stage and start, oldest first."""
         self._most_running = 1
@@ -48,12 +50,21 @@ class Tally:
         self._measured_s = 0.0
 
     @property
+    def total(self) -> int:
+        return len(self._statuses)
+
+    @property
     def done(self) -> int:
-        return sum(s.finished for s in self.statuses.values())
+        return sum(n for status, n in self._counts.items() if status.finished)
 
     def status(self, stage: Stage, status: Status) -> float | None:
         """Note a transition; the seconds the stage ran, when it ended."""
-        self.stages[stage.key], self.statuses[stage.key] = stage, status
+        before = self._statuses.get(stage.key)
+        self._statuses[stage.key] = status
+        self._counts[status] += 1
+        if before is not None:
+            self._counts[before] -= 1
+        self._left_s += stage.resources.seconds * ((before is None or before.finished) - status.finished)
         _, started = self.running.pop(stage.key, (stage, None))
         if status is Status.RUNNING:
             self.running[stage.key] = (stage, self._clock())
@@ -69,8 +80,7 @@ class Tally:
         if not self._measured_s or not self._estimated_s:
             return None
         scale = self._measured_s / self._estimated_s
-        work = sum(s.resources.seconds * scale for k, s in self.stages.items() if not self.statuses[k].finished)
-        longest = 0.0
+        work, longest = self._left_s * scale, 0.0
         for stage, started in self.running.values():
             ran = min(self._clock() - started, stage.resources.seconds * scale)
             work -= ran
@@ -78,12 +88,11 @@ class Tally:
         return max(longest, work / self._most_running)
 
     def totals(self) -> str:
-        counts = Counter(self.statuses.values())
-        parts = [f"{self.done}/{len(self.stages)} stages"]
+        parts = [f"{self.done}/{self.total} stages"]
         names = {Status.RUNNING: "running", Status.FAILED: "failed", Status.DEP_FAILED: "blocked", Status.CANCELLED: "cancelled"}
-        parts += [f"{counts[s]} {name}" for s, name in names.items() if counts[s]]
+        parts += [f"{self._counts[s]} {name}" for s, name in names.items() if self._counts[s]]
         left = self.left_s()
-        if left is not None and self.done < len(self.stages):
+        if left is not None and self.done < self.total:
             parts.append(f"about {clock_time(left)} left")
         return ", ".join(parts)
 
@@ -100,7 +109,7 @@ class Progress:
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
-        if self._console.is_terminal and self._tally.stages:
+        if self._console.is_terminal and self._tally.total:
             self._live.start()
         return self
 
@@ -112,7 +121,7 @@ class Progress:
     def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
         with self._lock:
             seconds = self._tally.status(stage, status)
-            done, total = self._tally.done, len(self._tally.stages)
+            done, total = self._tally.done, self._tally.total
         if status is Status.FAILED:
             self._print(f"[red]failed[/] {escape(stage.label)}")
         if self._live.is_started or not status.finished or status in (Status.FAILED, Status.CANCELLED):
@@ -137,7 +146,7 @@ class Progress:
         with self._lock:
             head = Table.grid(padding=(0, 1))
             head.add_row(
-                ProgressBar(total=max(1, len(self._tally.stages)), completed=self._tally.done, width=30),
+                ProgressBar(total=max(1, self._tally.total), completed=self._tally.done, width=30),
                 Text(f"{self._tally.totals()}, {clock_time(self._clock() - self._started)} passed"),
             )
             rows = [

@@ -314,6 +314,15 @@ def test_an_idle_slot_takes_over_from_one_with_a_queue() -> None:
     assert {slot for _, k, slot in executor.starts if k.startswith("e")} == {0, 1}
 
 
+def test_models_share_the_slots_by_their_work() -> None:
+    """Were all slots on one model, then all on the next, each of them would load every model."""
+    stages = plan(*(evaluate(f"{m} {i}", m) for m, count in (("a", 80), ("b", 40), ("c", 40)) for i in range(count)))
+    executor = VirtualExecutor(8, stages, load_model_s=2)
+    run(stages, executor=executor)
+    assert executor.model_loads <= 2 * 8
+    assert executor.now <= (160 + 2 * 8) / 8 * 1.2
+
+
 @pytest.mark.parametrize("estimate_error", [1.0, 3.0])
 def test_affinity_saves_model_loads_and_costs_no_time(estimate_error: float) -> None:
     """A 576 point grid of 3 models, 24 variants each, 8 tasks; priority alone is the same scheduler with slack 1."""
