@@ -6,26 +6,12 @@ Only small files (configuration, tokenizer) are fetched, since planning reads th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workers.artifact import file_digest
-
-SMALL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "added_tokens.json",
-    "model.safetensors.index.json",
-)
-"""Files besides the weights that make up a model's identity."""
+from workers.model_files import EXPECTED, SMALL_FILES, find_weights, weights_in
 
 
 @dataclass(frozen=True)
@@ -39,40 +25,59 @@ class HubModel:
     reason: str = ""
 
 
-def describe_model(repository: str, revision: str | None) -> HubModel:
+def describe_model(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
     """Digests of a hub model's files at its resolved commit; equal to those of the same files in a folder."""
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        return _from_cache(repository, revision)
+        return _from_cache(repository, revision, file_digest)
     try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
-        files, size = {}, 0
-        for sibling in info.siblings or []:
-            if sibling.rfilename in SMALL_FILES:
-                files[sibling.rfilename] = file_digest(Path(hf_hub_download(repository, sibling.rfilename, revision=info.sha)))
-            elif sibling.rfilename.endswith(".safetensors") and "/" not in sibling.rfilename and sibling.lfs is not None:
-                files[sibling.rfilename] = sibling.lfs.sha256
-                size += sibling.lfs.size
-        config = json.loads(Path(hf_hub_download(repository, "config.json", revision=info.sha)).read_text())
+        return _from_hub(repository, revision, file_digest)
     except Exception as e:  # any network or hub error: the cache may still answer
-        cached = _from_cache(repository, revision)
-        return cached if cached.files is not None else HubModel(None, reason=f"{type(e).__name__}: {str(e).splitlines()[0][:200]}")
-    if not any(f.endswith(".safetensors") for f in files):
-        return HubModel(None, info.sha, reason="the repository has no *.safetensors; name a revision that has them (refs/pr/...)")
-    return HubModel(files, info.sha, config, size)
+        cached = _from_cache(repository, revision, file_digest)
+        lines = str(e).splitlines() or [""]
+        return cached if cached.files is not None else HubModel(None, reason=f"{type(e).__name__}: {lines[0][:200]}")
 
 
-def _from_cache(repository: str, revision: str | None) -> HubModel:
+def _from_hub(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=10)
+    there = {s.rfilename: s for s in info.siblings or []}
+
+    def fetch(name: str) -> Path:
+        return Path(hf_hub_download(repository, name, revision=info.sha))
+
+    weights = find_weights(there.__contains__, lambda name: fetch(name).read_text())
+    missing = [n for n in ("config.json", *(weights.files if weights else ())) if n not in there]
+    if weights is None or missing:
+        lacks = ", ".join(missing) or f"weights; expected {EXPECTED}"
+        return HubModel(None, info.sha, reason=f"at {info.sha} the repository lacks {lacks}")
+    files, size = {}, 0
+    for name in (*(n for n in SMALL_FILES if n in there), *weights.identity):
+        lfs = there[name].lfs
+        large = lfs is not None and name in weights.files
+        files[name] = lfs.sha256 if large and lfs is not None else file_digest(fetch(name))
+        size += (there[name].size or 0) if name in weights.files else 0
+    return HubModel(files, info.sha, json.loads(fetch("config.json").read_text()), size)
+
+
+def _from_cache(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        # The named file only: the library refuses a snapshot that lacks files which nobody needs.
+        folder = Path(snapshot_download(repository, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
     except Exception as e:  # not cached, however the library says it
         return HubModel(None, reason=f"the hub is out of reach or HF_HUB_OFFLINE is set, and the local cache lacks it ({type(e).__name__})")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights or not (folder / "config.json").is_file():
-        return HubModel(None, reason=f"the local cache {folder} is incomplete")
-    small = [folder / n for n in SMALL_FILES if (folder / n).is_file()]
-    files = {p.name: file_digest(p) for p in [*small, *weights]}
-    return HubModel(files, folder.name, json.loads((folder / "config.json").read_text()), sum(p.stat().st_size for p in weights))
+    try:
+        weights = weights_in(folder)
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        return HubModel(None, reason=f"the local cache {folder} cannot be read ({e})")
+    missing = [n for n in weights.files if not (folder / n).is_file()] if weights else []
+    if weights is None or missing:
+        return HubModel(None, reason=f"the local cache {folder} lacks {', '.join(missing) or 'the weights'}")
+    names = (*(n for n in SMALL_FILES if (folder / n).is_file()), *weights.identity)
+    files = {n: file_digest(folder / n) for n in names}
+    return HubModel(files, folder.name, config, sum((folder / n).stat().st_size for n in weights.files))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,9 @@ import workers
 from orchestrator.cell import Option
 from orchestrator.errors import SourceError
 from orchestrator.fingerprint import digest
-from orchestrator.hub import SMALL_FILES, describe_model
+from orchestrator.hub import describe_model
 from workers.artifact import file_digest
+from workers.model_files import EXPECTED, SAFETENSORS, SMALL_FILES, Weights, weights_in
 from workers.request import Location
 
 ASSETS = Path(workers.__file__).parent / "assets"
@@ -94,7 +96,7 @@ class Sources:
 
     def _local_model(self, name: str, folder: Path) -> ModelSource:
         if not folder.is_dir():
-            raise SourceError(f"model {name!r}: {folder} is not a folder; give a folder with config.json and *.safetensors")
+            raise SourceError(f"model {name!r}: {folder} is not a folder; give a folder with config.json and the weights")
         config_file = folder / "config.json"
         if not config_file.is_file():
             raise SourceError(f"model {name!r}: {folder} has no config.json; give a folder saved with save_pretrained")
@@ -103,21 +105,22 @@ class Sources:
         except ValueError as e:
             raise SourceError(f"model {name!r}: {config_file} is not JSON ({e}); copy it again") from e
         weights = _weight_files(name, folder)
-        for path in weights:
-            check_safetensors(path)
-        present = [*(folder / f for f in SMALL_FILES if (folder / f).is_file()), *weights]
-        digests = {p.name: self._file_digest(p) for p in present}
+        for file in weights.files:
+            check = check_safetensors if weights.format is SAFETENSORS else check_pickled
+            check(folder / file)
+        present = [*(f for f in SMALL_FILES if (folder / f).is_file()), *weights.identity]
+        digests = {name: self._file_digest(folder / name) for name in present}
         return ModelSource(
             name=name,
             digest=digest(digests),
             location=Location(kind="folder", path=str(folder.resolve())),
             config=config,
-            weight_bytes=sum(p.stat().st_size for p in weights),
+            weight_bytes=sum((folder / f).stat().st_size for f in weights.files),
         )
 
     def _hub_model(self, name: str, hub: Mapping[str, Any]) -> ModelSource:
         repository, revision = str(hub["id"]), hub.get("revision")
-        found = describe_model(repository, revision)
+        found = describe_model(repository, revision, self._file_digest)
         location = Location(kind="hub_model", path=repository, revision=found.revision or revision)
         if found.files is None:
             if not self.allow_provisional:
@@ -185,20 +188,29 @@ def _read_cache(path: Path | None) -> dict[str, str]:
         return {}
 
 
-def _weight_files(name: str, folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [s for s in shards if not (folder / s).is_file()]
-        if missing:
-            raise SourceError(f"model {name!r}: {folder} lacks {', '.join(missing)}, which {index.name} names; copy the missing shards")
-        return [folder / s for s in shards]
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        old = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        convert = f"; {', '.join(old)} must be converted first: load it with transformers and call save_pretrained" if old else ""
-        raise SourceError(f"model {name!r}: {folder} has no *.safetensors{convert}")
+def _weight_files(name: str, folder: Path) -> Weights:
+    try:
+        weights = weights_in(folder)
+    except ValueError as e:
+        raise SourceError(f"model {name!r}: {folder}: {e}") from e
+    if weights is None:
+        there = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise SourceError(f"model {name!r}: {folder} holds no weights: got {there}; expected {EXPECTED}")
+    missing = [f for f in weights.files if not (folder / f).is_file()]
+    if missing:
+        raise SourceError(f"model {name!r}: {folder} lacks {', '.join(missing)}, which {weights.index} names; copy the missing shards")
     return weights
+
+
+def check_pickled(path: Path) -> None:
+    """Raises SourceError for what cannot be a whole file of PyTorch weights; a zip archive's directory stands at its end."""
+    with path.open("rb") as f:
+        start = f.read(4)
+    if start[:2] == b"PK" and not zipfile.is_zipfile(path):
+        size = path.stat().st_size
+        raise SourceError(f"{path} is truncated: got {size} bytes without the directory that ends the archive; copy it again")
+    if start[:2] != b"PK" and start[:1] != b"\x80":
+        raise SourceError(f"{path} is no file of PyTorch weights: it starts with {start!r}, neither a zip archive nor a pickle; copy it again")
 
 
 def check_safetensors(path: Path) -> None:

@@ -95,9 +95,8 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     chosen = _variant(result, variant)
     if chosen.quantize is None or chosen.quantize.payload is None:
         raise ConfigError(f"variant {chosen.label!r} has no quantized weights ({chosen.status.value}); export takes a quantized variant")
-    location = _model_folder(result, store, chosen)
     command = [sys.executable, "-m", "workers.export", "--format", form, "--artifact", str(chosen.quantize.payload.parent)]
-    command += ["--model", str(location), "--out", str(out.expanduser().resolve())]
+    command += [*_model_arguments(result, store, chosen), "--out", str(out.expanduser().resolve())]
     code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
     if code == 0:
         console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
@@ -116,17 +115,16 @@ def _variant(result: SweepResult, name: str) -> VariantResult:
     raise ConfigError(unknown_name("variant", name, labels))
 
 
-def _model_folder(result: SweepResult, store: Store, variant: VariantResult) -> Path:
+def _model_arguments(result: SweepResult, store: Store, variant: VariantResult) -> list[str]:
+    """Where the export finds the unquantized model."""
     plan = json.loads((store.sweep_folder(result.key) / "plan.json").read_text())
     name = variant.axes["model"]
     location = next((m["location"] for m in plan["models"].values() if m["name"] == name), None)
     if location is None:
         raise StoreError(f"the sweep does not say where model {name!r} was; run it again and export then")
     if location["kind"] == "folder":
-        return Path(location["path"])
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(location["path"], revision=location["revision"]))
+        return ["--model", location["path"]]
+    return ["--hub-model", location["path"], "--revision", location["revision"]]
 
 
 def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:

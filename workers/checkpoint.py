@@ -1,19 +1,25 @@
-"""A model's folder on this machine: configuration, safetensors shards, their headers, and what can be wrong with them."""
+"""A model's folder on this machine: configuration, weight files, their headers, and what can be wrong with them.
+
+Pickled weights are read through their conversion to safetensors (`workers.convert`).
+"""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from workers.convert import convert_once
 from workers.errors import InputError
+from workers.model_files import EXPECTED, PICKLED, SAFETENSORS, SMALL_FILES, Weights, weights_in
 from workers.request import Location
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "vocab*", "merges*"]
+HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*")
+"""Fetched of every hub model besides its weights."""
 MAX_HEADER = 100_000_000
 """The format's own limit for the JSON header, in bytes."""
 
@@ -23,6 +29,8 @@ class TensorEntry:
     file: Path
     bytes: int
     shape: tuple[int, ...]
+    name: str
+    """In the file; another than the checkpoint's own where two names share one tensor."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +41,12 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, TensorEntry]
     """Checkpoint name ▸ where it is and its size as stored."""
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
-        return sum(t.bytes for t in self.tensors.values())
+        """Of all tensors; one with two names counts once."""
+        return sum(t.bytes for t in {(t.file, t.name): t for t in self.tensors.values()}.values())
 
 
 def locate(location: Location) -> Path:
@@ -47,51 +57,75 @@ def locate(location: Location) -> Path:
             raise InputError(f"model folder {folder} does not exist; give the folder that holds config.json and model.safetensors")
         return folder
     if location.kind == "hub_model":
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(location.path, revision=location.revision, allow_patterns=HUB_FILES))
-        except LocalEntryNotFoundError as e:
-            raise InputError(
-                f"model {location.path} at {location.revision} is not in the local hub cache and cannot be downloaded ({e}); "
-                "download it once with a network, or give a folder"
-            ) from e
+        return _snapshot(location.path, location.revision)
     raise InputError(f"a model cannot be at a location of kind {location.kind!r}; allowed: folder, hub_model")
 
 
+@lru_cache(maxsize=64)
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """The hub's cache folder with the small files and one format of the weights: safetensors, or else the pickled ones."""
+    folder = _fetch(repository, revision, (*HUB_FILES, SAFETENSORS.single, SAFETENSORS.index, PICKLED.index))
+    weights = _weights(folder)
+    if weights is None:  # nothing but, at most, a single pickled file
+        _fetch(repository, revision, (PICKLED.single,))
+    elif not all((folder / n).is_file() for n in weights.files):
+        _fetch(repository, revision, weights.files)
+    return folder
+
+
+def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+    except (LocalEntryNotFoundError, HfHubHTTPError) as e:
+        offline = "HF_HUB_OFFLINE is set and " if constants.HF_HUB_OFFLINE else ""
+        raise InputError(
+            f"model {repository} at {revision}: {offline}it is not in the local hub cache and cannot be fetched "
+            f"({type(e).__name__}); download it once with a network, or put it into a folder and set models_dir="
+        ) from e
+
+
 def open_checkpoint(location: Location) -> Checkpoint:
-    """Raises InputError for a missing or truncated file, a shard that the index names and the folder lacks, or pickled weights."""
+    """Raises InputError for a missing or truncated file, a shard that the index names and the folder lacks, or pickled weights
+    that torch's restricted loader refuses."""
     folder = locate(location)
     config = _json(folder / "config.json", "the model's configuration")
+    weights = _weights(folder)
+    if weights is None:
+        raise InputError(f"{folder} holds no weights: got {_names(folder)}; expected {EXPECTED}")
+    missing = [n for n in weights.files if not (folder / n).is_file()]
+    if missing:
+        raise InputError(f"{folder / missing[0]} is missing; {weights.index} names {len(weights.files)} shards; fetch the model again")
+    files = tuple(folder / n for n in weights.files)
+    aliases: dict[str, str] = {}
+    notes: tuple[str, ...] = ()
+    if weights.format is PICKLED:
+        converted = convert_once(files)
+        files, aliases, notes = converted.files, converted.aliases, (converted.note,)
     tensors: dict[str, TensorEntry] = {}
-    for shard in _shards(folder):
-        tensors.update(_header(shard))
-    index = folder / INDEX
-    if index.is_file():
-        missing = sorted(set(_json(index, "the shard index")["weight_map"]) - set(tensors))
-        if missing:
-            raise InputError(f"{index} names {len(missing)} tensors that no shard holds, first {missing[0]}; fetch the model again")
-    return Checkpoint(folder, config, tensors)
+    for file in files:
+        tensors.update(_header(file))
+    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
+    if weights.index is not None:
+        lacking = sorted(set(_json(folder / weights.index, "the shard index")["weight_map"]) - set(tensors))
+        if lacking:
+            raise InputError(
+                f"{folder / weights.index} names {len(lacking)} tensors that no shard holds, first {lacking[0]}; fetch the model again"
+            )
+    return Checkpoint(folder, config, tensors, notes)
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(_json(index, "the shard index")["weight_map"].values()))
-        for name in names:
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name} is missing; {INDEX} names {len(names)} shards; fetch the model again")
-        return [folder / n for n in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{folder} holds only pickled weights ({', '.join(pickles)}), which are never loaded because unpickling runs code; "
-            "convert once where you trust the file: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-        )
-    raise InputError(f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a model in safetensors format")
+def _weights(folder: Path) -> Weights | None:
+    try:
+        return weights_in(folder)
+    except ValueError as e:
+        raise InputError(f"{folder}: {e}") from e
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(p.name for p in folder.iterdir())) or "an empty folder"
 
 
 def _json(path: Path, what: str) -> dict[str, Any]:
@@ -127,4 +161,4 @@ def _header(path: Path) -> dict[str, TensorEntry]:
     expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
     if actual < expected:
         raise InputError(f"{path} is truncated: expected {expected} bytes, got {actual}; fetch it again")
-    return {name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"])) for name, e in header.items()}
+    return {name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"]), name) for name, e in header.items()}

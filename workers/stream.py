@@ -152,14 +152,15 @@ class BlockModel:
             block.register_forward_hook(lambda _m, _a, _o, i=i: self.release(i))
 
     def _read(self, names: list[str]) -> None:
-        by_file: dict[str, list[str]] = {}
+        by_file: dict[str, list[tuple[str, str]]] = {}
         for n in names:
-            by_file.setdefault(str(self.checkpoint.tensors[n].file), []).append(n)
+            entry = self.checkpoint.tensors[n]
+            by_file.setdefault(str(entry.file), []).append((n, entry.name))
         with ExitStack() as stack, _silent():
             slices: dict[str, Any] = {}
             for file, wanted in by_file.items():
                 handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                slices.update({n: handle.get_slice(n) for n in wanted})
+                slices.update({n: handle.get_slice(stored) for n, stored in wanted})
             load_config = LoadStateDictConfig(
                 device_map={"": self.device},
                 dtype=self.dtype,
@@ -179,7 +180,9 @@ def open_blocks(context: Context, spec: ModelSpec) -> BlockModel:
 
     Raises InputError (missing or damaged files; not even one block fits `hints.memory_bytes`), UnsupportedModel, NumericalError.
     """
-    checkpoint = open_checkpoint(context.model_location(spec))
+    with context.phase("read"):
+        checkpoint = open_checkpoint(context.model_location(spec))
+    context.notes += checkpoint.notes
     structure = families.structure(checkpoint.config)
     dtype = DTYPES[spec.dtype]
     model = _skeleton(checkpoint, dtype)

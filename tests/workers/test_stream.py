@@ -177,10 +177,10 @@ def test_weights_that_are_not_finite_are_refused_with_name_and_count(folder: Pat
     refused(folder, r"model\.layers\.1\.mlp\.up_proj\.weight hold 3 NaN or infinite values", NumericalError)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert(folder: Path) -> None:
+def test_damaged_pickled_weights_are_refused_with_the_way_to_convert(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
-    refused(folder, r"only pickled weights \(pytorch_model\.bin\).*save_pretrained")
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle")
+    refused(folder, r"pytorch_model\.bin is refused by torch's restricted loader.*save_pretrained")
 
 
 def test_an_unknown_kind_of_location_is_refused(tmp_path: Path) -> None:

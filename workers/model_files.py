@@ -1,0 +1,77 @@
+"""Which files of a model's folder or hub repository are read. Standard library only; shared with the driver.
+
+Weights are safetensors where there are any; PyTorch's pickled files are taken only where there are none, never both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+SMALL_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "added_tokens.json",
+)
+"""Files besides the weights that make up a model's identity."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    single: str
+    """The file of unsharded weights."""
+    index: str
+    """The JSON that names the shards."""
+
+
+SAFETENSORS = WeightFormat("model.safetensors", "model.safetensors.index.json")
+PICKLED = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json")
+EXPECTED = f"{SAFETENSORS.single}, {SAFETENSORS.index} with its shards, or {PICKLED.single} ({PICKLED.index})"
+
+
+@dataclass(frozen=True)
+class Weights:
+    format: WeightFormat
+    files: tuple[str, ...]
+    """Names relative to the folder, sorted."""
+    index: str | None = None
+    """Where the weights are sharded."""
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The files that make up the weights' identity."""
+        return self.files if self.index is None else (self.index, *self.files)
+
+
+def find_weights(has: Callable[[str], bool], read: Callable[[str], str]) -> Weights | None:
+    """The weight files of a model, given whether a file is there and its text; None where there are none.
+
+    Files that an index names need not be there. Raises ValueError for an index that cannot be read.
+    """
+    for form in (SAFETENSORS, PICKLED):
+        if has(form.index):
+            return Weights(form, shards(form.index, read(form.index)), form.index)
+        if has(form.single):
+            return Weights(form, (form.single,))
+    return None
+
+
+def shards(index: str, text: str) -> tuple[str, ...]:
+    """The files an index names. Raises ValueError."""
+    try:
+        return tuple(sorted(set(json.loads(text)["weight_map"].values())))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{index} is no index of weight shards ({type(e).__name__}: {e}); fetch it again") from e
+
+
+def weights_in(folder: Path) -> Weights | None:
+    """As `find_weights`, of a folder."""
+    return find_weights(lambda name: (folder / name).is_file(), lambda name: (folder / name).read_text())
