@@ -51,19 +51,18 @@ def method_part(option: Option) -> MethodPart:
     propagation = values.get("propagation", "original")
     if propagation not in ("original", "quantized"):
         raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), ('original', 'quantized'))}")
-    needs = {s for t in transforms for s in t["needs"]}
-    if propagation == "original":
-        needs |= set(rounding["needs"])
-    for statistic in sorted(needs | set(rounding["needs"])):
+    components = [*transforms, rounding]
+    needs = {s for c in components for s in c["needs"]}
+    for statistic in sorted(needs):
         if statistic not in STATISTICS:
             raise PlanError(
                 f"method {option.name!r} needs a statistic that no calibrate stage collects: "
                 + unknown_name("statistic", statistic, STATISTICS)
             )
-    components = [*transforms, rounding]
     return MethodPart(
         spec=MethodSpec(_component(option, rounding), tuple(_component(option, t) for t in transforms), propagation),
-        calibrate=tuple(sorted(needs)),
+        # With propagation=quantized the stage collects all of them itself, from inputs that earlier blocks have changed.
+        calibrate=tuple(sorted(needs)) if propagation == "original" else (),
         feeds_text=propagation == "quantized",
         reads=frozenset(r for c in components for r in c.get("reads", ())),
         uses_seed=any(c.get("uses_seed", False) for c in components),

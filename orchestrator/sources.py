@@ -210,7 +210,7 @@ def check_pickled(path: Path) -> None:
         size = path.stat().st_size
         raise SourceError(f"{path} is truncated: got {size} bytes without the directory that ends the archive; copy it again")
     if start[:2] != b"PK" and start[:1] != b"\x80":
-        raise SourceError(f"{path} is no file of PyTorch weights: it starts with {start!r}, neither a zip archive nor a pickle; copy it again")
+        raise SourceError(f"{path} is no file of PyTorch weights: it starts with {start!r}, as no zip or pickle does; copy it again")
 
 
 def check_safetensors(path: Path) -> None:

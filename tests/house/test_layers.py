@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ("workers.specs", "workers.families", "workers.request", "workers.artifact", "workers.errors", "workers.model_files", "quant.scheme")
+SHARED = (
+    "workers.specs",
+    "workers.families",
+    "workers.request",
+    "workers.artifact",
+    "workers.errors",
+    "workers.model_files",
+    "quant.scheme",
+)
 
 
 def run(code: str, *flags: str) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.cell import Option
 from orchestrator.errors import ConfigError, PlanError, SourceError
 from orchestrator.grid import compose_grid
+from orchestrator.parts import method_part
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
@@ -149,8 +151,20 @@ def test_same_content_in_another_folder_has_the_same_keys(plan_of, tmp_path: Pat
 
 
 def test_unknown_statistic_is_told_with_the_known_ones(plan_of) -> None:
-    with pytest.raises((PlanError, ConfigError), match="hessian"):
-        plan_of("method=gptq", "method.rounding.needs=[hesian]")
+    # Not a choice on the command line: it comes from the yaml of a new method.
+    values = compose_grid(["method=gptq"], multirun=True).cells[0].method.values
+    option = Option("method", "mine", {**values, "rounding": {**values["rounding"], "needs": ["hesian"]}})
+    with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, samples"):
+        method_part(option)
+
+
+def test_fed_quantization_asks_for_no_stored_statistics(plan_of) -> None:
+    plan = plan_of("method=awq", "method.propagation=quantized", "scheme=w4a16_g64", "task=self_perplexity")
+    assert kinds(plan) == {"quantize": 1, "evaluate": 2}
+    (quantize,) = (s for s in plan.stages.values() if s.kind is StageKind.QUANTIZE)
+    assert quantize.inputs == {}
+    assert isinstance(quantize.spec, QuantizeSpec)
+    assert quantize.spec.calibration is not None
 
 
 def test_empty_calibration_text_is_told(plan_of, tmp_path: Path) -> None:
