@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quant.statistics import Statistics
+from quant.statistics import KINDS, Accumulator, Statistics, accumulator
 from workers.blocks import tap_inputs
 from workers.errors import InputError, NumericalError
 from workers.families import Structure
 from workers.stream import Call
 
-KINDS = ("hessian", "absmax", "absmean", "samples")
 SAMPLE_SEQUENCES = 16
 """Whole sequences kept by `samples`, at most."""
 SAMPLE_TOKENS = 8192
@@ -36,33 +35,42 @@ def sample_sequences(sequences: int, length: int) -> int:
     return max(1, min(sequences, SAMPLE_SEQUENCES, SAMPLE_TOKENS // length))
 
 
-@dataclass
 class Collector:
-    """Of one site. Sums are kept raw in float32 and scaled once, at the end, as GPTQ defines H."""
+    """Of one site, sequence by sequence: how sequences were batched changes nothing."""
 
-    kinds: frozenset[str]
-    """Of KINDS, and `range` for the least and greatest value."""
-    tokens: int = 0
-    low: float = float("inf")
-    high: float = float("-inf")
-    outer: Tensor | None = None
-    absmax: Tensor | None = None
-    abs_sum: Tensor | None = None
-    samples: list[Tensor] = field(default_factory=list)
+    def __init__(self, kinds: frozenset[str], cols: int, device: torch.device, kept_sequences: int, routed: bool) -> None:
+        self.tokens = 0
+        self.low, self.high = float("inf"), float("-inf")
+        self._found: dict[str, Accumulator] = {k: accumulator(k, cols, device) for k in KINDS if k in kinds}
+        self._samples = self._found.pop("samples", None)
+        self._keep = kept_sequences
+        self._routed = routed
+        self._kept: list[Tensor] = []
+        """Tokens that were routed here, of the kept sequences."""
+        self._ranges = "range" in kinds
 
-    def add(self, x: Tensor) -> None:
-        """x: `[n, K]` tokens of a batch, any floating-point dtype."""
-        self.tokens += x.shape[0]
-        wide = x.float()
-        if "hessian" in self.kinds:
-            self.outer = wide.T @ wide if self.outer is None else self.outer.addmm_(wide.T, wide)
-        if self.kinds & {"absmax", "absmean"}:
-            magnitude = wide.abs()
-            top, total = magnitude.amax(0), magnitude.sum(0)
-            self.absmax = top if self.absmax is None else torch.maximum(self.absmax, top)
-            self.abs_sum = total if self.abs_sum is None else self.abs_sum + total
-        if "range" in self.kinds:
-            self.low, self.high = min(self.low, float(wide.min())), max(self.high, float(wide.max()))
+    def add(self, tokens: Tensor) -> None:
+        """tokens: `[n, K]` of the next sequence, any floating-point dtype; none where a sequence sent none here."""
+        self.tokens += tokens.shape[0]
+        for part in self._found.values():
+            part.update(tokens)
+        if self._samples is not None and self._keep > 0:
+            self._keep -= 1
+            if self._routed:
+                self._kept.append(tokens.detach().clone())
+            else:
+                self._samples.update(tokens)
+        if self._ranges and tokens.shape[0]:
+            self.low, self.high = min(self.low, float(tokens.min())), max(self.high, float(tokens.max()))
+
+    def statistics(self) -> Statistics:
+        """Zeros, and no sample tokens, where no token came (an expert that was never chosen)."""
+        if self._samples is not None and self._kept:
+            # Tokens routed to an expert come in no sequences of one length: they form one.
+            self._samples.update(torch.cat(self._kept)[None])
+            self._kept.clear()
+        parts = {**self._found, **({"samples": self._samples} if self._samples is not None else {})}
+        return Statistics(**{kind: part.value() for kind, part in parts.items()})
 
 
 @dataclass
@@ -96,21 +104,21 @@ def collect(
     `kept_sequences` sequences, in the model's own dtype (exact). Raises NumericalError for values that are not finite.
     """
     names = tuple(only) if only is not None else input_sites(structure, kinds)
-    collectors = {n: Collector(kinds) for n in names}
     widths: dict[str, int] = {s.linears[0]: s.cols for s in structure.sites}
     widths.update({r: structure.sites[0].cols for r in structure.routed_inputs()})
-    position = {"first": 0, "batch": 0, "length": 0}
+    routed = {n for n in names if structure.experts is not None and n.startswith(structure.experts + ".")}
+    device = hidden[0].device
+    collectors = {n: Collector(kinds, widths[n], device, kept_sequences, n in routed) for n in names}
+    shape = [0, 0]
+    """Sequences and tokens of the batch that runs."""
+    unseen: set[str] = set()
 
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-        c = collectors[name]
+        unseen.discard(name)
         flat = x.reshape(-1, x.shape[-1])
-        c.add(flat)
-        keep = kept_sequences - position["first"]
-        if "samples" in kinds and keep > 0:
-            if tokens is not None:
-                c.samples.append(flat[tokens < keep * position["length"]].detach())
-            else:
-                c.samples.append(flat.view(position["batch"], position["length"], -1)[:keep].detach())
+        for i in range(shape[0]):
+            own = flat[i * shape[1] : (i + 1) * shape[1]] if tokens is None else flat[tokens // shape[1] == i]
+            collectors[name].add(own)
         return x
 
     taps = tap_inputs(block, names, tap)
@@ -118,13 +126,16 @@ def collect(
     try:
         with torch.no_grad():
             for call, h in zip(calls, hidden, strict=True):
-                position.update(batch=h.shape[0], length=h.shape[1])
+                shape[:] = h.shape[:2]
+                unseen.update(names)
                 outputs.append(call.run(block, h))
-                position["first"] += h.shape[0]
+                for name in unseen:  # an expert that no token of the batch was sent to; its sequences count all the same
+                    for _ in range(shape[0]):
+                        collectors[name].add(h.new_zeros(0, widths[name]))
+                unseen.clear()
     finally:
         taps.remove()
-    sequences = position["first"]
-    made = {n: _finish(c, n, structure, sequences, widths[n], hidden[0]) for n, c in collectors.items()}
+    made = {n: _finite(c.statistics(), n) for n, c in collectors.items()}
     ranges = {n: (c.low, c.high) for n, c in collectors.items() if "range" in kinds and c.tokens}
     return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges), outputs
 
@@ -135,23 +146,7 @@ def run_block(block: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list
         return [call.run(block, h) for call, h in zip(calls, hidden, strict=True)]
 
 
-def _finish(c: Collector, name: str, structure: Structure, sequences: int, cols: int, like: Tensor) -> Statistics:
-    """Zeros, and no sample tokens, where no token reached the site (an expert that was never chosen)."""
-    zero = torch.zeros(cols, device=like.device)
-    made = Statistics()
-    if "hessian" in c.kinds:
-        made.hessian = zero.new_zeros(cols, cols) if c.outer is None else c.outer * (2.0 / sequences)
-    if "absmax" in c.kinds:
-        made.absmax = zero if c.absmax is None else c.absmax
-    if "absmean" in c.kinds:
-        made.absmean = zero if c.abs_sum is None else c.abs_sum / c.tokens
-    if "samples" in c.kinds:
-        # Tokens routed to an expert come in no sequences: they form one.
-        routed = structure.experts is not None and name.startswith(structure.experts + ".")
-        if routed:
-            made.samples = torch.cat([s[None] for s in c.samples], 1) if c.samples else like.new_zeros(1, 0, cols)
-        else:
-            made.samples = torch.cat(c.samples)
+def _finite(made: Statistics, name: str) -> Statistics:
     for kind in KINDS:
         value = getattr(made, kind)
         if value is not None and not torch.isfinite(value).all():

@@ -57,6 +57,8 @@ class FedStatistics:
     hidden: list[Tensor]
     kinds: frozenset[str]
     kept: int
+    notes: list[str]
+    """Told of fallbacks."""
     stored: StoredStatistics | None = None
 
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
@@ -72,20 +74,20 @@ class FedStatistics:
             self.hidden = run_block(module, calls, self.hidden)
             return {}
         found, self.hidden = collect(module, self.model.structure, frozenset({"range"}), calls, self.hidden, 0)
-        return _with_unreached(found.ranges, self.model.structure)
+        return self._with_unreached(block, found.ranges)
 
     def _calls(self, block: int) -> list[Call]:
         return [c[block] for c in self.prepared.calls]
 
-
-def _with_unreached(ranges: dict[str, tuple[float, float]], structure: families.Structure) -> dict[str, tuple[float, float]]:
-    """An expert that no token reached gets the range of all its siblings together."""
-    out = dict(ranges)
-    for name in (s.linears[0] for s in structure.sites):
-        if name not in out:
-            same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
-            out[name] = (min(low for low, _ in same), max(high for _, high in same))
-    return out
+    def _with_unreached(self, block: int, ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        """An expert that no token reached gets the range of all its siblings together."""
+        structure, out = self.model.structure, dict(ranges)
+        for name in (s.linears[0] for s in structure.sites):
+            if name not in out:
+                same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
+                out[name] = (min(low for low, _ in same), max(high for _, high in same))
+                self.notes.append(f"no calibration token reached {structure.path(block, name)}; its static range is that of its siblings")
+        return out
 
 
 def statistics_source(
@@ -114,7 +116,7 @@ def statistics_source(
     kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
     with context.phase("forward"):
         prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
-    return FedStatistics(model, prepared, prepared.hidden, kinds, sample_sequences(*tokens.shape), stored)
+    return FedStatistics(model, prepared, prepared.hidden, kinds, sample_sequences(*tokens.shape), context.notes, stored)
 
 
 def _check_sites(stored: StoredStatistics, model: BlockModel) -> None:

@@ -271,6 +271,13 @@ def test_an_unreached_expert_is_rounded_not_zeroed(tmp_path: Path) -> None:
     assert any("down.2 alone" in n and "no calibration token" in n for n in ctx.notes)
 
 
+def test_static_ranges_of_an_expert_that_no_token_reaches_are_noted(tmp_path: Path) -> None:
+    ctx = context(model_with_a_dead_expert(tmp_path / "m"), tmp_path)
+    quantized(ctx, tmp_path / "q", quantize_spec(activation=STATIC), {})
+    said = "no calibration token reached model.layers.1.mlp.experts.down_proj.2; its static range is that of its siblings"
+    assert said in ctx.notes
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 
