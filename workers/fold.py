@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.blocks import LinearView, linear_view
+from workers.errors import NumericalError
 from workers.families import ScaleRule, Structure
 
 
@@ -45,7 +46,7 @@ class BlockWeights:
             self.current[name] = w * factor
             self.columns[name] = self.columns.get(name, torch.ones_like(factor)) * factor
         for name in rule.routers:
-            w = self.routers.get(name, _wide(self._module(name).weight))
+            w = self.router(name)
             self.routers[name] = w * s.to(w)
         if rule.producer is None:
             raise ValueError(f"group {rule.name} has no producer to divide by the scale")
@@ -53,6 +54,10 @@ class BlockWeights:
             self._divide_norm(rule.producer, s)
         else:
             self._divide_rows(rule.producer, s)
+
+    def router(self, name: str) -> Tensor:
+        """The router's weight `[*, K]` as it is now."""
+        return self.routers[name] if name in self.routers else _wide(self._module(name).weight)
 
     def _divide_norm(self, name: str, s: Tensor) -> None:
         module = self._module(name)
@@ -87,21 +92,30 @@ class BlockWeights:
         return out * self.rows[name][:, None] if name in self.rows else out
 
     def write(self) -> None:
-        """Put the current weights, biases, norms and routers into the block's modules, in their dtypes."""
+        """Put the current weights, biases, norms and routers into the block's modules, in their dtypes.
+
+        Raises NumericalError for a value that the dtype cannot hold."""
         for name, view in self.views.items():
             if self.current[name] is not self.original[name]:
                 view.write(self.current[name])
+                _check_held(view.storage, f"{name}.weight")
         for name, bias in self.biases.items():
             self.views[name].write_bias(bias)
+            _check_held(self.views[name].bias, f"{name}.bias")
         with torch.no_grad():
             for name, values in self.norms.items():
                 for k, v in values.items():
-                    getattr(self._module(name), k).copy_(v)
+                    _check_held(getattr(self._module(name), k).copy_(v), f"{name}.{k}")
             for name, weight in self.routers.items():
-                self._module(name).weight.copy_(weight)
+                _check_held(self._module(name).weight.copy_(weight), f"{name}.weight")
 
     def _module(self, name: str) -> Any:
         return self._block.get_submodule(name)
+
+
+def _check_held(t: Tensor | None, name: str) -> None:
+    if t is not None and not bool(torch.isfinite(t).all()):
+        raise NumericalError(f"{name}, with its scales folded in, is not finite in {t.dtype}; use model.dtype=bfloat16 or float32")
 
 
 def _wide(t: Tensor) -> Tensor:

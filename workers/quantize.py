@@ -69,6 +69,7 @@ def quantize_blocks(
     writer = RecipeWriter(payload, spec.model.digest, spec.model.dtype)
     layers = Layers({s.name: s for s in shapes})
     left_alone: dict[tuple[str, str, str], int] = {}
+    scaled: set[str] = set()
     kept: list[dict[str, str]] = []
     replaced: set[str] = set()
     for b in range(model.structure.count):
@@ -82,7 +83,7 @@ def quantize_blocks(
         forward = GroupForward(
             block, weights, lambda s, t, b=b: model.block_calls(s, t)[b], context.hints.batch_tokens, model.structure.sites[0].cols
         )
-        worker = BlockQuantizer(b, block, model.structure, chosen, weights, statistics, tokens, forward, left_alone)
+        worker = BlockQuantizer(b, block, model.structure, chosen, weights, statistics, tokens, forward, left_alone, scaled)
         with context.phase("search"):
             worker.transform()
         results = _round(worker, source, context)
@@ -109,7 +110,7 @@ def quantize_blocks(
         "coverage": {"asked": len(replaced), "quantized": len(replaced), "kept": kept},
         "peak_memory_bytes": peak.bytes(),
         "working_set": {"declared": "block", "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count))},
-        "flags": _flags(made, left_alone, model.structure),
+        "flags": _flags(made, scaled),
     }
 
 
@@ -213,7 +214,6 @@ def _note_left_alone(context: Context, left_alone: Mapping[tuple[str, str, str],
         context.notes.append(f"{transform} left group {group} alone in {count} blocks: {reason}")
 
 
-def _flags(made: tuple[Method, ...], left_alone: Mapping[tuple[str, str, str], int], structure: families.Structure) -> list[str]:
+def _flags(made: tuple[Method, ...], scaled: set[str]) -> list[str]:
     names = {t.name for m in made for t in m.transforms}
-    groups = {g.name for g in structure.groups}
-    return [f"{t} could scale nothing in this model" for t in sorted(names) if {g for n, g, _ in left_alone if n == t} == groups]
+    return [f"{name} could scale nothing in this model" for name in sorted(names - scaled)]

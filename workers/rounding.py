@@ -120,6 +120,8 @@ class BlockQuantizer:
     forward: GroupForward
     left_alone: dict[tuple[str, str, str], int]
     """(transform, group, reason) ▸ blocks: filled here."""
+    scaled: set[str]
+    """Transforms that scaled a group: filled here."""
     linear_notes: dict[str, list[str]] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
@@ -162,6 +164,8 @@ class BlockQuantizer:
             s = transform.scale(group, some.scheme)
         if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
             raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
+        if s is not None:
+            self.scaled.add(transform.name)
         return s
 
     def _apply(self, rule: ScaleRule, s: Tensor) -> None:

@@ -41,7 +41,8 @@ class GroupForward:
                 return F.linear(inputs.to(weight.dtype), weight)
             return self._modules(rule, relative, inputs)
 
-        return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward)
+        routers = {prefix + n: self._weights.router(n) for n in rule.routers}
+        return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward, routers=routers)
 
     @torch.no_grad()
     def _modules(self, rule: ScaleRule, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

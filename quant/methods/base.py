@@ -86,6 +86,8 @@ class ScaleGroup:
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """(weights of the consumers, inputs `[S, T, K]`) ▸ output of the module that reads the input (the attention or
     feed-forward module, or the linear itself)."""
+    routers: dict[str, Tensor] = field(default_factory=dict)
+    """Name ▸ weight `[*, K]` that reads the same input and is scaled along, but never quantized."""
 
 
 class Transform(Protocol):

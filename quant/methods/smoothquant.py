@@ -1,7 +1,8 @@
 """SmoothQuant (Xiao et al. 2022, arXiv 2211.10438): moves activation outliers into the weights.
 
 Objective: s_j = max|x_j|^α / max|w_j|^(1-α), clamped at 1e-5; columns of the weights are multiplied by s, the norm before
-them divided, so that per-token activations quantize well. Shapes: absmax `[K]`, weights `[N, K]` with max over all rows of all consumers.
+them divided, so that per-token activations quantize well. Shapes: absmax `[K]`, weights `[N, K]` with max over all rows of all
+readers of the input, a router included.
 Only inputs that come from a norm are smoothed, as in the reference code (attention output and down projections are not).
 Default alpha 0.5; published runs tune it per model (0.6 to 0.9).
 """
@@ -46,9 +47,10 @@ class SmoothQuant:
         assert group.statistics.absmax is not None
         peak = group.statistics.absmax.float()
         require_finite("activation absmax", peak)
-        for name, weight in group.consumers.items():
+        readers = {**group.consumers, **group.routers}
+        for name, weight in readers.items():
             require_finite(f"weight {name}", weight)
-        widest = torch.stack([w.detach().float().abs().amax(0) for w in group.consumers.values()]).amax(0).clamp(min=FLOOR)
+        widest = torch.stack([w.detach().float().abs().amax(0) for w in readers.values()]).amax(0).clamp(min=FLOOR)
         return (peak.pow(self.alpha) / widest.pow(1 - self.alpha)).clamp(min=FLOOR)
 
     def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:

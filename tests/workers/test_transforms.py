@@ -1,0 +1,71 @@
+"""Transforms inside the quantize stage: which weights they look at, and what is said when they do nothing or too much."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.tiny_models import tiny_model
+from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized, tiny_context
+from workers import families
+from workers.errors import NumericalError
+from workers.fold import BlockWeights
+from workers.rebuild import load_model, rebuild
+from workers.specs import ModelSpec
+
+MODEL = ModelSpec("model")
+
+
+def changed_model(family: str, folder: Path, change: Callable[[str, Tensor], Tensor] = lambda _, t: t, **config: Any) -> Path:
+    """A copy of the tiny model with other tensors and configuration."""
+    shutil.copytree(tiny_model(family), folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**written, **config}))
+    tensors = {n: change(n, t) for n, t in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_smoothing_counts_the_router_among_the_readers_of_its_input(tmp_path: Path) -> None:
+    """s = (absmax / widest weight of the router and of every expert)^(1/2), with a router that is wider than the experts."""
+    folder = changed_model("mixtral", tmp_path / "m", lambda n, t: 5 * t if n.endswith("gate.weight") else t)
+    ctx = context(folder, tmp_path)
+    inputs = calibrated(ctx, tmp_path, "absmax")
+    artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec("rtn", "smoothquant"), inputs)
+    before: Any = load_model(ctx, MODEL)
+    after: Any = rebuild(ctx, MODEL, artifact)
+    for b in (0, 1):
+        old, new = before.model.layers[b], after.model.layers[b]
+        peak = load_file(inputs["absmax"] / "payload" / f"block_{b:04d}.safetensors")[f"model.layers.{b}.mlp.gate"]
+        router, experts = old.mlp.gate.weight.abs().amax(0), old.mlp.experts.gate_up_proj.abs().amax((0, 1))
+        assert (router > experts).any()
+        want = (peak / torch.maximum(router, experts)).sqrt()
+        torch.testing.assert_close(old.post_attention_layernorm.weight / new.post_attention_layernorm.weight, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("before_norm", "flags"), [(True, []), (False, ["smoothquant could scale nothing in this model"])])
+def test_a_transform_that_scales_nothing_is_flagged(before_norm: bool, flags: list[str], tmp_path: Path) -> None:
+    folder = changed_model("opt", tmp_path / "m", do_layer_norm_before=before_norm)
+    ctx = context(folder, tmp_path)
+    _, summary = quantized(ctx, tmp_path / "q", quantize_spec("rtn", "smoothquant"), calibrated(ctx, tmp_path, "absmax"))
+    assert summary["flags"] == flags
+
+
+def test_a_fold_that_the_dtype_cannot_hold_names_the_tensor(tmp_path: Path) -> None:
+    ctx = tiny_context("opt", tmp_path)
+    model: Any = load_model(ctx, ModelSpec("model", "float16"))
+    structure = families.structure(model.config.to_dict())
+    weights = BlockWeights(model.model.decoder.layers[0], structure)
+    s = torch.ones(32)
+    s[3] = 1e-6
+    weights.scale(structure.groups[0], s)
+    with pytest.raises(NumericalError, match=r"self_attn_layer_norm\.\w+, with its scales folded in, is not finite in torch\.float16"):
+        weights.write()
