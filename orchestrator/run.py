@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.cost import estimate
-from orchestrator.errors import PlanError
+from orchestrator.errors import ConfigError, PlanError
 from orchestrator.executors import open_executor
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
@@ -26,13 +27,14 @@ from orchestrator.schedule import Policy, run_stages
 from orchestrator.signals import stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
-from orchestrator.store import Store
+from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport
 from workers.request import Hints
 from workers.specs import Spec
 
+LEAST_HINTS = {"threads": 1, "batch_tokens": 1, "memory_bytes": 1, "reference_bytes": 0, "quantized_cache": 1}
 FAILED = (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.PENDING)
 
 
@@ -81,8 +83,9 @@ def run_grid(grid: Grid, overrides: Sequence[str], multirun: bool, console: Cons
     Failures of stages do not raise: see `SweepRun.exit_code`. `overrides` and `multirun` say how the grid was asked for, so
     that the sweep can be resumed.
     """
+    hints(grid.settings)
     store = Store(store_root(grid.settings)).open()
-    with Lease(store.root / "lease.json", "bitgrid run"), Ledger(store.root / "ledger.sqlite") as ledger:
+    with full_disk_told(store.root), Lease(store.root / "lease.json", "bitgrid run"), Ledger(store.root / "ledger.sqlite") as ledger:
         plan = build_plan(grid, sources(grid.settings, store.root), estimator(ledger))
         if plan.provisional:
             raise PlanError(f"the hub was not reached for {', '.join(plan.provisional)}; a plan under provisional keys cannot run")
@@ -136,7 +139,14 @@ def _execute(
 
 
 def hints(settings: Mapping[str, Any]) -> Hints:
+    """Raises ConfigError for a value that no stage could run with."""
     given = {k: v for k, v in (settings.get("hints") or {}).items() if v is not None}
+    for name, least in LEAST_HINTS.items():
+        value = given.get(name, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"hints.{name}={value!r}; give a whole number from {least}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(given.get("device", "auto"))):
+        raise ConfigError(f"hints.device={given['device']!r} is no device; use auto, cpu, cuda or cuda:N")
     return Hints(**{"threads": settings["cluster"].get("threads"), **given})
 
 

@@ -5,7 +5,6 @@ The loop knows neither store nor ledger nor Ray: `Hooks` and `Executor` do. It w
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +13,7 @@ from orchestrator.executors.base import Executor, RequestEnded, SlotLost, StageE
 from orchestrator.retries import LOST_WORKER, Adjustment, Policy, poisons_worker, worker_lost
 from orchestrator.scheduler import Assignment, Scheduler
 from orchestrator.stage import Stage, Status
+from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import ErrorClass, Failure, Outcome, Request
 
 __all__ = ["Adjustment", "Hooks", "Policy", "Stop", "drive", "run_stages"]
@@ -200,6 +200,7 @@ def _failure(error: OSError | BitgridError) -> Failure:
     """The failure of a stage whose request or commit the driver could not make."""
     error_class = ErrorClass.USER
     if isinstance(error, OSError):
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        error_class = ErrorClass.DISK_FULL if full else ErrorClass.INFRASTRUCTURE
+        if error.errno in DISK_FULL:
+            return Failure(ErrorClass.DISK_FULL, type(error).__name__, f"{error}; {MAKE_ROOM}")
+        error_class = ErrorClass.INFRASTRUCTURE
     return Failure(error_class, type(error).__name__, str(error))

@@ -16,9 +16,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from orchestrator.errors import StoreError, StoreVersionError
 from orchestrator.fingerprint import identity
 from orchestrator.stage import Stage
 from workers.artifact import PAYLOAD, RECORD, payload_files, read_record
+from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import Failure, Outcome
 from workers.specs import StageKind
 
@@ -42,8 +45,8 @@ class Store:
         """Check the format, or create an empty store. Raises StoreVersionError for a store of a newer bitgrid, StoreError."""
         marker = self.root / "store.json"
         if marker.is_file():
-            found = json.loads(marker.read_text()).get("format")
-            if not isinstance(found, int) or found > FORMAT:
+            found = _format(marker)
+            if found > FORMAT:
                 raise StoreVersionError(
                     f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; "
                     "use the newer bitgrid that wrote it, or another store="
@@ -160,6 +163,30 @@ class Store:
         """Sweeps of the store, the latest started first."""
         plans = (self.root / "sweeps").glob("*/plan.json")
         return [p.parent.name for p in sorted(plans, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def _format(marker: Path) -> int:
+    try:
+        found = json.loads(marker.read_text())["format"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        found = f"{type(e).__name__}: {e}"
+    if not isinstance(found, int) or isinstance(found, bool):
+        raise StoreError(
+            f'{marker} does not say the store\'s format ({found}); if this is a store, write {{"format": {FORMAT}}} into it, '
+            "else set store= to another folder"
+        )
+    return found
+
+
+@contextmanager
+def full_disk_told(root: Path) -> Iterator[None]:
+    """A full disk raises StoreError, with what to do."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as e:
+        if getattr(e, "errno", None) in DISK_FULL or (isinstance(e, sqlite3.OperationalError) and "full" in str(e)):
+            raise StoreError(f"the disk of {root} is full: {e}; {MAKE_ROOM}") from e
+        raise
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

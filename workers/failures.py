@@ -13,7 +13,8 @@ from workers.request import ErrorClass, Failure
 
 MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
 NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
-DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+MAKE_ROOM = "make free space there and run the sweep again (bitgrid resume): all that was committed is kept"
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -41,10 +42,12 @@ def classify(error: BaseException) -> ErrorClass:
 
 
 def failure(error: BaseException, log_tail: str) -> Failure:
+    error_class = classify(error)
+    message = str(error) or type(error).__name__
     return Failure(
-        error_class=classify(error),
+        error_class=error_class,
         type=type(error).__name__,
-        message=str(error) or type(error).__name__,
+        message=f"{message}; {MAKE_ROOM}" if error_class is ErrorClass.DISK_FULL else message,
         log_tail=log_tail,
         corrupt_key=error.key if isinstance(error, CorruptArtifactError) else None,
     )

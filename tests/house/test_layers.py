@@ -17,6 +17,7 @@ SHARED = (
     "workers.request",
     "workers.artifact",
     "workers.errors",
+    "workers.failures",
     "workers.model_files",
     "quant.scheme",
 )

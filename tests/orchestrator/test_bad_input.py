@@ -1,0 +1,287 @@
+"""Bad input: the message says what was got, what is allowed and what to do; no traceback; what was finished stays."""
+
+from __future__ import annotations
+
+import errno
+import html
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from orchestrator.errors import PlanError, SourceError, StoreError, StoreLockedError, StoreVersionError
+from orchestrator.lease import Lease
+from orchestrator.results import StageResult
+from orchestrator.run import SweepRun
+from orchestrator.stage import Status
+from orchestrator.store import FORMAT, Store
+from tests.orchestrator.sweeping import bitgrid, committed, overrides, sweep
+from tests.shared import shared_path
+from tests.tiny_models import tiny_model
+
+TINY = ("scheme=w4a16_channel", "task.params.window=32", "calibration.sequence_length=32")
+
+
+def failures(run: SweepRun) -> dict[str, StageResult]:
+    return {s.label: s for s in run.result.stages.values() if s.status is Status.FAILED}
+
+
+def only_failure(run: SweepRun) -> tuple[str, str]:
+    """(error class, message) of the one failed stage."""
+    assert run.exit_code == 1
+    (stage,) = failures(run).values()
+    assert stage.failure is not None
+    return stage.failure["error_class"], stage.failure["message"]
+
+
+def changed(model: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+# --- models -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_without_weights_is_told_with_what_is_expected(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match=r"holds no weights: got config.json.*expected model.safetensors.*pytorch_model.bin"):
+        sweep(tmp_path / "store", f"model.path={folder}")
+
+
+def test_a_missing_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"absent is not a folder; give a folder with config.json"):
+        sweep(tmp_path / "store", f"model.path={tmp_path / 'absent'}")
+
+
+def test_a_truncated_model_file_is_told_with_both_sizes(tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    file = folder / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-64])
+    with pytest.raises(SourceError, match=rf"truncated: got {size - 64} bytes, its header says {size}; copy it again"):
+        sweep(tmp_path / "store", f"model.path={folder}")
+
+
+def test_nan_weights_fail_their_model_and_no_other(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")
+
+    models = tmp_path / "models"
+    changed(tiny_model("llama"), models / "stories260k", spoil)
+    shutil.copytree(tiny_model("llama_mha"), models / "wikitext_llama")
+    run = sweep(tmp_path / "store", f"models_dir={models}", "model=stories260k,wikitext_llama", "method=rtn", *TINY)
+    assert run.exit_code == 1
+    for stage in failures(run).values():
+        assert stage.failure is not None
+        assert stage.failure["error_class"] == "numerical"
+        assert "model.layers.1.mlp.up_proj.weight hold 3 NaN or infinite values" in stage.failure["message"]
+    finished = {s.label for s in run.result.stages.values() if s.status is Status.SUCCEEDED}
+    assert {label.split()[1] for label in finished} == {"wikitext_llama"}
+    assert len(finished) == 3
+    assert {label.split()[1] for label in failures(run)} == {"stories260k"}
+
+
+def test_a_model_that_fits_neither_whole_nor_by_block_says_how_much_it_needs(tmp_path: Path) -> None:
+    run = sweep(tmp_path / "store", "method=rtn", f"model.path={tiny_model('llama')}", "hints.memory_bytes=20000", *TINY)
+    assert run.exit_code == 1
+    for stage in failures(run).values():
+        assert stage.failure is not None
+        assert stage.failure["error_class"] == "user"
+        assert "not fit even block by block" in stage.failure["message"]
+        assert "20000 are given; raise hints.memory_bytes" in stage.failure["message"]
+    # It is a hint: with more memory the same sweep goes on.
+    again = sweep(tmp_path / "store", "method=rtn", f"model.path={tiny_model('llama')}", "hints.memory_bytes=60000", *TINY)
+    assert again.exit_code == 0
+    assert again.plan.key == run.plan.key
+
+
+def test_a_family_that_cannot_be_quantized_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "tiny-rwkv4-660K"
+    shutil.copytree(tiny_model("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
+    shutil.copytree(tiny_model("llama"), tmp_path / "models" / "wikitext_llama")
+    run = sweep(tmp_path / "store", f"models_dir={folder.parent}", "model=tiny_rwkv,wikitext_llama", "method=rtn", *TINY)
+    assert run.exit_code == 0
+    (skipped,) = run.result.skipped
+    assert "rwkv" in skipped.reason
+    assert "supported: " in skipped.reason
+    assert run.report is not None
+    assert skipped.reason in html.unescape(run.report.read_text())
+
+
+def test_the_real_rwkv_alone_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"model_type 'rwkv' cannot be quantized: .*supported: "):
+        sweep(tmp_path / "store", f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn")
+
+
+def test_a_group_that_divides_nothing_is_skipped_and_the_rest_runs(tmp_path: Path) -> None:
+    run = sweep(tmp_path / "store", f"model.path={tiny_model('llama')}", "method=rtn", *TINY, "scheme=w4a16_g64,w4a16_channel")
+    assert run.exit_code == 0
+    (skipped,) = run.result.skipped
+    assert "group size 64 does not divide 32, 48 inputs" in skipped.reason
+
+
+# --- texts --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_calibration_text_is_refused_while_planning(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(SourceError, match=r"calibration .*empty.txt is empty; give a text"):
+        sweep(tmp_path / "store", "method=gptq", f"calibration.text.path={tmp_path / 'empty.txt'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(" \n\n", "is empty; give a text"), ("too short", "has 9 tokens; windows of calibration.sequence_length=32 need more")],
+)
+def test_a_calibration_text_that_is_too_short_fails_what_needs_it(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(text)
+    run = sweep(tmp_path / "store", f"model.path={tiny_model('llama')}", "method=rtn,gptq", f"calibration.text.path={path}", *TINY)
+    error_class, message = only_failure(run)
+    assert error_class == "user"
+    assert said in message
+    assert sum(s.status is Status.SUCCEEDED for s in run.result.stages.values()) == 3
+
+
+# --- the store ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_while_committing_loses_only_that_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system calls of one commit answer as a full disk does."""
+    plain, full = os.rename, [True]
+
+    def rename(source: str | Path, target: str | Path) -> None:
+        if full[0] and "quantize" in Path(target).parts:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
+        plain(source, target)
+
+    monkeypatch.setattr("orchestrator.store.os.rename", rename)
+    arguments = (f"model.path={tiny_model('llama')}", "method=rtn", *TINY)
+    store = tmp_path / "store"
+    error_class, message = only_failure(sweep(store, *arguments))
+    assert error_class == "disk_full"
+    assert "No space left on device" in message
+    assert "free space" in message
+    assert "bitgrid resume" in message
+    assert not list((store / "staging").iterdir())
+    kept = committed(store)
+    assert len(kept) == 1  # the baseline
+    full[0] = False
+    assert sweep(store, *arguments).exit_code == 0
+    assert kept.items() <= committed(store).items()
+
+
+def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store").open()
+    with Lease(store.root / "lease.json", "bitgrid run"):
+        done = bitgrid(tmp_path, "run", *overrides(store.root, "method=rtn"))
+        shown = bitgrid(tmp_path, "status", "--store", str(store.root))
+    assert done.returncode == 2
+    assert f"is in use by bitgrid run on {socket.gethostname()} (process {os.getpid()}" in done.stderr
+    assert "wait for it, stop it, or use another store=" in done.stderr
+    assert "Traceback" not in done.stderr + shown.stderr
+    assert not committed(store.root)
+    with Lease(store.root / "lease.json", "bitgrid run"), pytest.raises(StoreLockedError):
+        sweep(store.root, "method=rtn")
+
+
+def test_a_store_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    Store(store).open()
+    (store / "store.json").write_text(json.dumps({"format": FORMAT + 1}))
+    before = sorted(p.name for p in store.rglob("*"))
+    with pytest.raises(StoreVersionError, match=rf"has format {FORMAT + 1}, this bitgrid reads up to {FORMAT}; use the newer bitgrid"):
+        sweep(store, "method=rtn")
+    assert sorted(p.name for p in store.rglob("*")) == before
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "not json"])
+def test_a_damaged_marker_of_the_store_is_told(content: str, tmp_path: Path) -> None:
+    Store(tmp_path).open()
+    (tmp_path / "store.json").write_text(content)
+    with pytest.raises(StoreError, match=r"store\.json does not say"):
+        Store(tmp_path).open()
+
+
+def test_a_disk_that_is_full_for_the_driver_ends_it_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("orchestrator.run.write_sweep", full)
+    with pytest.raises(StoreError, match=r"the disk of .*store is full: .*make free space there and run the sweep again"):
+        sweep(tmp_path / "store", f"model.path={tiny_model('llama')}", "method=rtn", *TINY)
+
+
+# --- MLflow -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.mlflow
+def test_an_mlflow_server_that_is_not_there_costs_nothing_but_a_reconcile(tmp_path: Path) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = [f"model.path={tiny_model('llama')}", "method=rtn", *TINY, f"tracking.uri=http://127.0.0.1:{port}", "tracking.timeout_s=1"]
+    done = bitgrid(tmp_path, "run", "-m", *overrides(tmp_path / "store", "tracking=mlflow_server", *arguments))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing is lost: run `bitgrid reconcile" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(committed(tmp_path / "store")) == 3
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------
+
+
+def exit_code(*arguments: str) -> object:
+    from orchestrator.cli import main
+
+    try:
+        return main(arguments)
+    except SystemExit as e:
+        return e.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["method=gtpq"], ["gtpq", "nearest: gptq", "rtn"]),
+        (["metod=gptq"], ["metod", "nearest: method"]),
+        (["method=gptq", "method.rounding.params.dampp=0.1"], ["dampp", "nearest: damp"]),
+        (["calibration.sampling=window"], ["window", "nearest: windows", "sequential"]),
+        (["scheme.weight.bits=four"], ["bits", "four"]),
+        (["hints.batch_token=3"], ["batch_token", "nearest: batch_tokens"]),
+        (["hints.batch_tokens=many"], ["batch_tokens", "many"]),
+        (["hints.batch_tokens=0"], ["batch_tokens", "0"]),
+        (["hints.device=gpu7"], ["hints.device", "gpu7", "auto"]),
+        (["cluster=in_proces"], ["in_proces", "nearest: in_process"]),
+        (["replicate.seed=one"], ["seed", "one"]),
+    ],
+)
+def test_what_is_misspelt_is_refused_with_the_nearest_names(
+    arguments: list[str], said: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("run", "-m", *overrides(tmp_path / "store", "method=gptq", *arguments)) == 2
+    shown = capfd.readouterr().err
+    assert all(word in shown for word in said), shown
+    assert "Traceback" not in shown
+    assert not committed(tmp_path / "store")
+    assert not list((tmp_path / "store").glob("sweeps/*"))
+
+
+def test_the_command_line_itself_ends_with_exit_code_2(tmp_path: Path) -> None:
+    done = bitgrid(tmp_path, "run", "method=gtpq")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("bitgrid: ")
+    assert not list(tmp_path.iterdir())
