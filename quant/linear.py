@@ -103,7 +103,7 @@ def _apply(
     def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return x.float() @ weights["weight"].T
 
-    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward)
+    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward, linear=True)
     s = t.scale(group, scheme)
     current = weight.float()
     if s is not None:

@@ -33,16 +33,17 @@ class GroupForward:
     def group(self, rule: ScaleRule, statistics: Statistics, prefix: str) -> ScaleGroup:
         """Weights and statistics as they are now."""
         consumers = {prefix + n: self._weights.current[n] for n in rule.consumers}
+        linear = rule.inspect == rule.consumers
 
         def forward(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
             relative = {n: weights[prefix + n] for n in rule.consumers}
-            if rule.inspect == rule.consumers:
+            if linear:
                 (weight,) = relative.values()
                 return F.linear(inputs.to(weight.dtype), weight)
             return self._modules(rule, relative, inputs)
 
         routers = {prefix + n: self._weights.router(n) for n in rule.routers}
-        return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward, routers=routers)
+        return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward, routers, linear)
 
     @torch.no_grad()
     def _modules(self, rule: ScaleRule, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:

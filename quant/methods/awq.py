@@ -4,12 +4,15 @@ Objective, scale search: min over r of mean (module(x; W) - module(x; Q(W s) / s
 the start r = 0 is s = 1, so the choice is never worse than no scaling. Clip search: per row and group, the symmetric
 bound M of least mean (⟨x_g, Q(clamp(w, ±M))⟩ - ⟨x_g, w⟩)²; M = max|w| is among the candidates.
 Shapes: weights `[N, K]`, samples `[S, T, K]`, absmean `[K]`. Query and key projections are not clipped, as in the reference.
-Departures: one group per row works in the clip search; fewer than `clip_tokens` tokens are all used; more than g tokens
-enter the clip error through the triangular factor of their QR decomposition (the same error, less work).
+Departures: one group per row works in the clip search; fewer than `clip_tokens` tokens are all used.
+Three shortcuts leave the result as it is: where the module is the linear itself the loss is tr(D XᵀX Dᵀ), D the change of
+the weight (exact in real arithmetic); a candidate is given up as soon as its sum of squares reaches the least one; more
+than g tokens enter the clip error through the triangular factor of their QR decomposition (exact in real arithmetic).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,8 +26,8 @@ from quant.methods.base import ScaleGroup
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
 
-LOSS_TOKENS = 8192
-"""Tokens per forward pass of the loss; whole sequences, at least one."""
+LOSS_TOKENS = 1024
+"""Tokens between two looks at whether a candidate can still win; whole sequences, at least one."""
 CLIP_VALUES = 2**24
 """Values of one intermediate of the clip search."""
 
@@ -69,16 +72,20 @@ class Awq:
             require_finite(f"weight {name}", w)
         salience = group.statistics.absmean.float()
         require_finite("activation absmean", salience)
+        require_finite("activation samples", _samples(group))
         chosen, _ = choose_grid(self.grid, scheme)
         magnitude = _relative_magnitude(list(consumers.values()), scheme) if self.duo_scaling else None
 
-        batches = _batches(group)
-        targets = [group.forward(consumers, x) for x in batches]
+        partial_losses = (_linear_losses if group.linear else _module_losses)(group, consumers, self.scale_grid)
         best, least = torch.ones_like(salience), float("inf")
         for i in range(self.scale_grid):
             s = candidate_scale(salience, i / self.scale_grid, magnitude)
             rounded = {name: round_weight(chosen, w * s, scheme) / s for name, w in consumers.items()}
-            loss = _loss(group, rounded, batches, targets)
+            loss = 0.0
+            for part in partial_losses(rounded):
+                loss += part
+                if loss >= least:
+                    break
             if loss < least:
                 best, least = s, loss
         if least == float("inf"):
@@ -139,21 +146,47 @@ def _relative_magnitude(weights: list[Tensor], scheme: WeightScheme) -> Tensor:
     return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(stacked.shape).mean(0)
 
 
-def _batches(group: ScaleGroup) -> list[Tensor]:
+PartialLosses = Callable[[Mapping[str, Tensor]], Iterator[float]]
+"""Weights of the consumers ▸ sums of the squared change of the module's output, part by part of the samples, never negative."""
+
+
+def _module_losses(group: ScaleGroup, weights: Mapping[str, Tensor], trials: int) -> PartialLosses:
+    """Through the module; the same parts in every trial, so that the sums compare."""
+    samples = _samples(group)
+    batches = torch.split(samples, max(1, LOSS_TOKENS // samples.shape[1]))
+    targets = [group.forward(weights, x) for x in batches]
+
+    def losses(changed: Mapping[str, Tensor]) -> Iterator[float]:
+        for x, y in zip(batches, targets, strict=True):
+            yield float((group.forward(changed, x) - y).float().square().sum(dtype=torch.float64))
+
+    return losses
+
+
+def _linear_losses(group: ScaleGroup, weights: Mapping[str, Tensor], trials: int) -> PartialLosses:
+    """||X Dᵀ||² = tr(D XᵀX Dᵀ): XᵀX once instead of all tokens in every trial, where that is less work."""
+    ((name, weight),) = weights.items()
+    x = _samples(group).flatten(0, 1).float()
+    (tokens, k), n = x.shape, weight.shape[0]
+    gram = x.T @ x if tokens * k + trials * n * k < trials * n * tokens else None
+
+    def losses(changed: Mapping[str, Tensor]) -> Iterator[float]:
+        difference = changed[name] - weight
+        if gram is None:
+            yield float((x @ difference.T).square().sum(dtype=torch.float64))
+        else:
+            # Rounding can leave a tiny negative sum where nothing changed.
+            yield max(0.0, float(((difference @ gram) * difference).sum(dtype=torch.float64)))
+
+    return losses
+
+
+def _samples(group: ScaleGroup) -> Tensor:
     samples = group.statistics.samples
     assert samples is not None
     if samples.dim() != 3 or not samples.numel():
         raise ValueError(f"group {group.name}: awq needs samples [S, T, K]; got shape {tuple(samples.shape)}")
-    require_finite("activation samples", samples)
-    return list(torch.split(samples, max(1, LOSS_TOKENS // samples.shape[1])))
-
-
-def _loss(group: ScaleGroup, weights: dict[str, Tensor], batches: list[Tensor], targets: list[Tensor]) -> float:
-    """Mean squared change of the module's output."""
-    total = 0.0
-    for x, y in zip(batches, targets, strict=True):
-        total += float((group.forward(weights, x) - y).float().square().sum(dtype=torch.float64))
-    return total / sum(y.numel() for y in targets)
+    return samples
 
 
 def _feeds_scores(name: str) -> bool:

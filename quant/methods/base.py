@@ -88,6 +88,8 @@ class ScaleGroup:
     feed-forward module, or the linear itself)."""
     routers: dict[str, Tensor] = field(default_factory=dict)
     """Name ▸ weight `[*, K]` that reads the same input and is scaled along, but never quantized."""
+    linear: bool = False
+    """The module is the one consumer itself: forward(w, x) = x wᵀ, so that xᵀx says all about a change of w."""
 
 
 class Transform(Protocol):

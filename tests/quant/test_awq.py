@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -126,3 +127,61 @@ def test_wrong_input_is_named() -> None:
         Awq().clip(w, x, WeightScheme(4, granularity=Granularity.TENSOR))
     with pytest.raises(ValueError, match="scale_grid=0"):
         Awq(scale_grid=0)
+
+
+def exhaustive(forward: Callable[[Tensor], Tensor], w: Tensor, x: Tensor, bits: int, width: int) -> tuple[int, list[float]]:
+    """The paper's search written plainly, in float64, all candidates on all tokens: (best exponent's index, losses)."""
+    w, x = w.double(), x.double()
+    salience = x.abs().mean((0, 1))
+    losses = []
+    for i in range(20):
+        s = salience.pow(i / 20).clamp(min=1e-4)
+        s = s / (s.max() * s.min()).sqrt()
+        groups = (w * s).view(len(w), -1, width)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        step = (high - low).clamp(min=1e-5) / (2**bits - 1)
+        zero = (-low / step).round().clamp(0, 2**bits - 1)
+        rounded = (((groups / step).round() + zero).clamp(0, 2**bits - 1) - zero) * step
+        losses.append(float((forward(rounded.view(w.shape) / s) - forward(w)).square().mean()))
+    return losses.index(min(losses)), losses
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("tokens", [5, 40, 700], ids=["fewer tokens than inputs", "more", "several parts"])
+@pytest.mark.parametrize("linear", [True, False], ids=["linear", "module"])
+def test_shortcuts_choose_as_the_exhaustive_search(linear: bool, tokens: int, bits: int) -> None:
+    chosen = set()
+    for seed in range(4):
+        w, _ = data(seed=seed)
+        g = torch.Generator().manual_seed(100 + seed)
+        x = torch.randn(3, tokens, 64, generator=g) * torch.rand(64, generator=g).mul(3).exp()
+        scheme = WeightScheme(bits, granularity=Granularity.GROUP, group_size=16, scale_dtype="float32")
+        if linear:
+            group = ScaleGroup("down", "linear", {"down": w}, collect(x, NEEDS), lambda _w, _x: torch.full((1,), math.nan), linear=True)
+            best, losses = exhaustive(lambda v, x=x: x.double() @ v.T, w, x, bits, 16)
+        else:
+            group = group_of({"up": w[:6], "gate": w[6:]}, x)
+            best, losses = exhaustive(lambda v, x=x: torch.tanh(x.double() @ v[:6].T) * (x.double() @ v[6:].T), w, x, bits, 16)
+        second = sorted(losses)[1]
+        assert second > min(losses) * (1 + 1e-4), "the case does not separate the candidates"
+        s = Awq().scale(group, scheme)
+        assert s is not None
+        assert group.statistics.absmean is not None
+        torch.testing.assert_close(s, candidate_scale(group.statistics.absmean, best / 20), rtol=1e-6, atol=0)
+        chosen.add(best)
+    assert len(chosen) > 1
+
+
+def test_losing_candidates_are_given_up_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, x = data()
+    seen = []
+    group = group_of({"up": w[:6], "gate": w[6:]}, x)
+    plain = group.forward
+    group.forward = lambda weights, inputs: seen.append(inputs.shape[0]) or plain(weights, inputs)  # type: ignore[func-returns-value]
+    whole = Awq().scale(group, GROUP)
+    calls = sum(seen)
+    assert calls == 21 * 3
+    seen.clear()
+    monkeypatch.setattr("quant.methods.awq.LOSS_TOKENS", 40)
+    assert torch.equal(Awq().scale(group, GROUP), whole)
+    assert sum(seen) < calls
