@@ -47,10 +47,11 @@ def test_equals_a_naive_loop_whatever_the_batch(batch_tokens: int) -> None:
     assert result.n_tokens == 66
 
 
-def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rows", [0, 1, 3, 6, 13])
+def test_chunks_of_rows_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = table_model(), base.cut(tokens(70), 7)
     whole = perplexity.run(logits_of(model), windows, 10_000)
-    monkeypatch.setattr(base, "CHUNK_BYTES", 3 * 4 * 11)
+    monkeypatch.setitem(base.CHUNK_BYTES, "cpu", rows * 4 * 11)
     assert perplexity.run(logits_of(model), windows, 10_000) == whole
 
 

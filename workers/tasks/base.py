@@ -1,6 +1,6 @@
 """What all tasks share: the model as a function, windows of tokens, per-item rows and the score of a token.
 
-Letters: n windows of T tokens, B windows a batch, V vocabulary, M rows of logits.
+Letters: n windows of T tokens, B windows a batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ model that does not fit can walk them block by block."""
 
 Column = list[str] | list[int] | list[float]
 
-CHUNK_BYTES = 64 * 2**20
-"""Bound for one float32 copy of logits."""
+CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**26}
+"""Bound for one float32 copy of logits, one row at least: on a CPU the passes over it stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +62,29 @@ def batches(windows: Tensor, batch_tokens: int) -> list[Tensor]:
     return list(windows.split(max(1, batch_tokens // windows.shape[1])))
 
 
-def row_chunks(rows: int, vocabulary: int) -> Iterator[slice]:
-    """Slices of M rows whose float32 logits stay below CHUNK_BYTES."""
-    step = max(1, CHUNK_BYTES // (4 * vocabulary))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def chunks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(windows, positions) of logits `[B, T, V]`: all positions with a known next token, a few rows at a time."""
+    count, length, vocabulary = logits.shape
+    rows = max(1, CHUNK_BYTES.get(logits.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary))
+    together = max(1, rows // (length - 1))
+    for window in range(0, count, together):
+        for start in range(0, length - 1, rows):
+            yield slice(window, window + together), slice(start, min(start + rows, length - 1))
 
 
 def log_probs(logits: Tensor) -> Tensor:
-    """`[M, V]` of any float type ▸ log-probabilities, float32."""
+    """`[.., V]` of any float type ▸ log-probabilities, float32."""
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-def predictions(logits: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """logits `[B, T, V]`, batch `[B, T]` ▸ logits that predict a token of the window `[B (T-1), V]`, and that token `[B (T-1)]`."""
-    return logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten().to(logits.device)
+def next_tokens(batch: Tensor, logits: Tensor) -> Tensor:
+    """Tokens `[B, T]` ▸ what logits `[B, T, V]` are to predict, `[B, T-1]` where they are."""
+    return batch[:, 1:].to(logits.device)
+
+
+def picked(values: Tensor, tokens: Tensor) -> Tensor:
+    """values `[.., V]` at tokens `[..]`."""
+    return values.gather(-1, tokens[..., None])[..., 0]
 
 
 def check_finite(values: Tensor, first_window: int) -> None:

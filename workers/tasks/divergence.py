@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers.artifact import CorruptArtifactError, payload_path
-from workers.tasks.base import Column, Logits, Result, batches, check_finite, item_ids, log_probs, predictions, row_chunks
+from workers.tasks.base import Column, Logits, Result, batches, check_finite, chunks, item_ids, log_probs, next_tokens, picked
 
 KIND = "divergence"
 VERSION = 1
@@ -52,21 +52,27 @@ class TokenScores:
 
 def compare(reference: Tensor, logits: Tensor, batch: Tensor) -> TokenScores:
     """reference: log-probabilities `[B, T-1, V]` float32; logits `[B, T, V]` of the variant; tokens `[B, T]`."""
-    rows, targets = predictions(logits, batch)
-    expected = reference.flatten(0, 1)
-    scores = [torch.empty(len(rows), dtype=torch.float32, device=rows.device) for _ in range(4)]
-    for part in row_chunks(*rows.shape):
-        p, q, target = expected[part].to(rows.device), log_probs(rows[part]), targets[part]
-        terms = p.exp() * (p - q)
+    targets = next_tokens(batch, logits)
+    scores = [torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(4)]
+    for part in chunks(logits):
+        p, q, target = reference[part].to(logits.device), log_probs(logits[part]), targets[part]
+        terms = (p - q).mul_(p.exp())
         if torch.isneginf(p.amin()):  # masked vocabulary entries: 0 log 0 counts as 0
             terms.masked_fill_(torch.isneginf(p), 0.0)
-        top, other = p.argmax(1), q.argmax(1)
+        top, other = p.argmax(-1), q.argmax(-1)
         # Rounding can leave a tiny negative sum where both are nearly equal.
-        scores[0][part] = terms.sum(1).clamp_min_(0.0)
+        scores[0][part] = terms.sum(-1).clamp_min_(0.0)
         scores[1][part] = (top == other).float()
         scores[2][part] = ((top == target) != (other == target)).float()
-        scores[3][part] = -q.gather(1, target[:, None])[:, 0]
-    return TokenScores(*(s.view(batch.shape[0], -1) for s in scores))
+        scores[3][part] = -picked(q, target)
+    return TokenScores(*scores)
+
+
+def compare_with_itself(reference: Tensor, batch: Tensor) -> TokenScores:
+    """What `compare` gives for the logits that the log-probabilities `[B, T-1, V]` come from."""
+    nll = -picked(reference, batch[:, 1:].to(reference.device))
+    zero, one = torch.zeros_like(nll), torch.ones_like(nll)
+    return TokenScores(kl=zero, agree=one, flip=zero, nll=nll)
 
 
 def run(reference: Iterator[Tensor], logits: Logits, windows: Tensor, batch_tokens: int) -> Result:
@@ -88,8 +94,8 @@ def run_reference(logits: Logits, windows: Tensor, batch_tokens: int, payload: P
     needed = 0
     start = 0
     for batch, out in zip(work, logits(work), strict=True):
-        found = _window_log_probs(out, batch)
-        items.add(compare(found, out, batch))
+        found = _window_log_probs(out)
+        items.add(compare_with_itself(found, batch))
         if start == 0:
             needed = 4 * count * (length - 1) * found.shape[-1]
             kept = torch.empty(count, *found.shape[1:]) if needed <= budget_bytes else None
@@ -106,8 +112,8 @@ def run_reference(logits: Logits, windows: Tensor, batch_tokens: int, payload: P
 def walk(logits: Logits, windows: Tensor, batch_tokens: int) -> Iterator[Tensor]:
     """Log-probabilities `[B, T-1, V]` float32 of the reference model, batch by batch."""
     work = batches(windows, batch_tokens)
-    for batch, out in zip(work, logits(work), strict=True):
-        yield _window_log_probs(out, batch)
+    for out in logits(work):
+        yield _window_log_probs(out)
 
 
 def stored(folder: Path, windows: Tensor, batch_tokens: int) -> Iterator[Tensor] | None:
@@ -133,12 +139,12 @@ def _read(path: Path, sizes: list[int]) -> Iterator[Tensor]:
             start += size
 
 
-def _window_log_probs(logits: Tensor, batch: Tensor) -> Tensor:
-    rows, _ = predictions(logits, batch)
-    found = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
-    for part in row_chunks(*rows.shape):
-        found[part] = log_probs(rows[part])
-    return found.view(batch.shape[0], batch.shape[1] - 1, -1)
+def _window_log_probs(logits: Tensor) -> Tensor:
+    """`[B, T, V]` ▸ `[B, T-1, V]` float32, without the last position, whose next token is not known."""
+    found = torch.empty(logits.shape[0], logits.shape[1] - 1, logits.shape[2], dtype=torch.float32, device=logits.device)
+    for part in chunks(logits):
+        found[part] = log_probs(logits[part])
+    return found
 
 
 class _Items:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.tasks.base import Logits, Result, batches, check_finite, item_ids, log_probs, predictions, row_chunks
+from workers.tasks.base import Logits, Result, batches, check_finite, chunks, item_ids, log_probs, next_tokens, picked
 
 KIND = "perplexity"
 VERSION = 1
@@ -34,11 +34,11 @@ class Params:
 
 def target_nll(logits: Tensor, batch: Tensor) -> Tensor:
     """logits `[B, T, V]`, tokens `[B, T]` ▸ -log p of each next token, nats, `[B, T-1]` float32."""
-    rows, targets = predictions(logits, batch)
-    nll = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
-    for part in row_chunks(*rows.shape):
-        nll[part] = -log_probs(rows[part]).gather(1, targets[part, None])[:, 0]
-    return nll.view(batch.shape[0], batch.shape[1] - 1)
+    targets = next_tokens(batch, logits)
+    nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    for part in chunks(logits):
+        nll[part] = -picked(log_probs(logits[part]), targets[part])
+    return nll
 
 
 def run(logits: Logits, windows: Tensor, batch_tokens: int) -> Result:
