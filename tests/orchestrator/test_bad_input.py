@@ -186,7 +186,7 @@ def test_a_disk_that_fills_up_while_committing_loses_only_that_stage(tmp_path: P
 def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     store = Store(tmp_path / "store").open()
     with Lease(store.root / "lease.json", "bitgrid run"):
-        done = bitgrid(tmp_path, "run", *overrides(store.root, "method=rtn"))
+        done = bitgrid(tmp_path, "run", "-m", *overrides(store.root, "method=rtn,gptq"))
         shown = bitgrid(tmp_path, "status", "--store", str(store.root))
     assert done.returncode == 2
     assert f"is in use by bitgrid run on {socket.gethostname()} (process {os.getpid()}" in done.stderr

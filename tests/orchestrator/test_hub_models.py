@@ -14,6 +14,7 @@ import pytest
 from orchestrator.errors import SourceError
 from orchestrator.fingerprint import digest
 from orchestrator.sources import Sources
+from tests import fake_hub
 from tests.hub_cache import COMMIT, into_cache, pickled_copy
 from tests.orchestrator.sweeping import ROOT, overrides
 from tests.tiny_models import tiny_model
@@ -28,11 +29,11 @@ def plain_environment(tmp_path: Path) -> dict[str, str]:
     return {**left, **here, "OMP_NUM_THREADS": "1"}
 
 
-def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", "run", "-m", *overrides(tmp_path / "store", *HUB, *arguments)],
         cwd=tmp_path,
-        env=plain_environment(tmp_path),
+        env=environment or plain_environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=200,
@@ -59,6 +60,29 @@ def test_a_hub_model_in_the_cache_runs_offline(form: str, tmp_path: Path) -> Non
     assert model["location"]["revision"] == COMMIT
     records = [json.loads(p.read_text()) for p in (tmp_path / "store" / "objects" / "quantize").glob("*/*/record.json")]
     assert [any("pytorch_model.bin: converted" in n or "converted before" in n for n in r["notes"]) for r in records] == [form == "pickled"]
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pickled"])
+def test_only_needed_files_are_fetched_from_a_hub_that_answers(form: str, tmp_path: Path) -> None:
+    folder = pickled_copy(tiny_model("opt"), tmp_path / "m")
+    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    if form == "safetensors":
+        (folder / "model.safetensors").write_bytes((tiny_model("opt") / "model.safetensors").read_bytes())
+    for name in ("flax_model.msgpack", "tf_model.h5", "README.md"):
+        (folder / name).write_bytes(b"not wanted")
+    with fake_hub.serve("org/tiny", folder) as hub:
+        environment = {**plain_environment(tmp_path), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        done = run(tmp_path, "model.hub.id=org/tiny", "model.hub.revision=main", environment=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+    weights = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
+    assert hub.fetched - {"generation_config.json"} == {*wanted, weights}
+    ((found, model),) = models_of(tmp_path / "store").items()
+    assert found == folder_digest(folder)
+    assert model["location"]["revision"] == fake_hub.COMMIT
+    # What was fetched is enough to plan and run offline, under the same keys.
+    again = run(tmp_path, "model.hub.id=org/tiny", f"model.hub.revision={fake_hub.COMMIT}")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "to run: nothing" in again.stdout
 
 
 def test_a_branch_is_resolved_to_its_commit(tmp_path: Path) -> None:

@@ -1,0 +1,82 @@
+"""A model hub on 127.0.0.1 with one model: what the hub's client asks of the real one, and a list of what was fetched."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
+LARGE = (".safetensors", ".bin", ".msgpack", ".h5")
+
+
+@dataclass
+class Hub:
+    address: str = ""
+    fetched: set[str] = field(default_factory=set)
+    """Names of files whose content was asked for."""
+
+
+@contextmanager
+def serve(repository: str, folder: Path) -> Iterator[Hub]:
+    """`folder` as `repository` at COMMIT, its branch main."""
+    hub = Hub()
+    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+    def entry(name: str, kind: str) -> dict[str, object]:
+        content = files[name]
+        out: dict[str, object] = {kind: name, "size": len(content), "blobId": sha1(content).hexdigest(), "oid": sha1(content).hexdigest()}
+        if name.endswith(LARGE):
+            digest = sha256(content).hexdigest()
+            out["lfs"] = {"sha256": digest, "oid": digest, "size": len(content), "pointerSize": 134}
+        return out
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = self.path.partition("?")[0]
+            if path.startswith(f"/api/models/{repository}/tree/"):
+                self._json([{"type": "file", **entry(n, "path")} for n in files])
+            elif path.startswith(f"/api/models/{repository}"):
+                self._json({"id": repository, "sha": COMMIT, "siblings": [entry(n, "rfilename") for n in files]})
+            elif path.startswith(f"/{repository}/resolve/{COMMIT}/") and path.rpartition("/")[2] in files:
+                name = path.rpartition("/")[2]
+                hash_ = sha256 if name.endswith(LARGE) else sha1
+                if self.command == "GET":
+                    hub.fetched.add(name)
+                self._send(files[name], {"ETag": f'"{hash_(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            else:
+                self._send(b"{}", {"X-Error-Code": "EntryNotFound"}, status=404)
+
+        def _json(self, value: object) -> None:
+            self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+        def _send(self, content: bytes, headers: dict[str, str], status: int = 200) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *args: object) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
