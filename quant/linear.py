@@ -46,8 +46,7 @@ def quantize_linear(
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
-        raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
+    _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
     scheme = WeightScheme(bits, symmetric, granularity, group_size, params.pop("scale_dtype", "float32"))
@@ -71,6 +70,22 @@ def quantize_linear(
         current, statistics, scale = _apply(t, current, statistics, scheme, scale)
     tensor = rounder.quantize(current, statistics, scheme).tensor
     return tensor if scale is None else tensor.with_input_scale(scale)
+
+
+def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:
+    """What a notebook may get wrong: raises ValueError."""
+    for name, value in {"weight": weight, **data}.items():
+        if not isinstance(value, Tensor) and (value is not None or name == "weight"):
+            raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor, as torch.as_tensor({name})")
+    assert isinstance(weight, Tensor)
+    if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
+        raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
+    if type(bits) is not int:
+        raise ValueError(f"bits={bits!r}; give a whole number from 2 to 8")
+    if group_size is not None and (type(group_size) is not int or group_size < 1):
+        raise ValueError(f"group_size={group_size!r}; give a whole number of inputs, or None for one group per output channel")
+    if type(symmetric) is not bool:
+        raise ValueError(f"symmetric={symmetric!r}; give True or False")
 
 
 def _own(params: Mapping[str, Any], cls: type[Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Payload (short name: type, shape)
   codes: uint8 bit stream of N·K codes, row-major · scale: float16 or float32 `[R, G]`, R = N (1 for one scale per tensor)
   zero: a bit stream of R·G codes (code), int16 `[R, G]` (integer), like the scale (float, minimum), absent (constant)
   g_idx: group of each column `[K]`, uint8, int16 or int32; only when groups are not consecutive columns
-  input_scale: like the scale `[K]`; only when the weight was multiplied by it and nothing before divides by it
+  input_scale: float16 or float32 `[K]`; only when the weight was multiplied by it and nothing before divides by it
 Invariant: `dequantize` is computed from what is stored, so it is the same bits in every process.
 """
 
@@ -88,8 +88,10 @@ class AffineTensor:
         return bits_stored(self.pack(), self.codes.numel())
 
     def with_input_scale(self, scale: Tensor) -> AffineTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
-        return replace(self, input_scale=scale.to(self.scale.dtype))
+        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
+        that changes no value, else in float32."""
+        like_scales = scale.to(self.scale.dtype)
+        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
 
     def columns(self, per_group: Tensor) -> Tensor:
         """`[R, G]` ▸ float32 `[R, K]`: the value of each column's group."""

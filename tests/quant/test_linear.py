@@ -110,6 +110,15 @@ def test_transform_methods_keep_their_input_scale(method: str) -> None:
     assert tensor.bits_stored - plain.bits_stored == 32 * 32 / w.numel()
 
 
+def test_an_input_scale_beyond_float16_is_kept_in_float32() -> None:
+    w, x = data()
+    tensor = quantize_linear(1e-9 * w, method="smoothquant", bits=8, inputs=1e7 * x, scale_dtype="float16")
+    assert isinstance(tensor, AffineTensor)
+    assert tensor.input_scale is not None
+    assert float(tensor.input_scale.max()) > 65504
+    assert float((tensor.dequantize() - 1e-9 * w).norm() / (1e-9 * w).norm()) < 0.05
+
+
 def test_awq_beats_rounding_where_few_inputs_are_large() -> None:
     w, x = data(32, 64)
 
@@ -154,6 +163,10 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
         ({"method": "gptq", "inputs": torch.zeros(5, 31)}, r"a weight with 32 inputs needs \[M, 32\]"),
         ({"method": "gptq", "hessian": torch.eye(32), "damp": "high"}, "parameter damp='high' of gptq has type str; give float"),
         ({"method": "rtn", "group_size": 5}, "group_size=5 does not divide in_features=32"),
+        ({"method": "rtn", "group_size": -1}, "group_size=-1; give a whole number of inputs, or None"),
+        ({"method": "rtn", "bits": 4.0}, "bits=4.0; give a whole number from 2 to 8"),
+        ({"method": "rtn", "symmetric": "no"}, "symmetric='no'; give True or False"),
+        ({"method": "gptq", "inputs": [[1.0]]}, r"inputs is a list; give a torch tensor, as torch.as_tensor\(inputs\)"),
         ({"method": "rtn", "bits": 1}, "weight.bits=1 is not between 2 and 8"),
         ({"method": "rtn", "symmetric": True, "grid": "awq_asym"}, "grid=awq_asym is asymmetric and symmetric=True was given"),
         ({"method": "rtn", "scale_dtype": "bfloat16"}, "scale_dtype=bfloat16; choose float16 or float32"),

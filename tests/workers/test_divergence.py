@@ -78,6 +78,27 @@ def test_kl_is_never_negative_and_zero_for_the_same_model(seed: int, scale: floa
     assert (same.scores["kl"], same.scores["top1_agreement"], same.scores["flips"]) == (0.0, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 1.0])
+def test_a_small_divergence_is_as_exact_as_a_large_one(noise: float) -> None:
+    """Near-equal models, about noise² / 2 nats, against float64. A log-probability is off by some 1e-6 in float32, and d by the
+    same, of about the noise's size: hence the relative error."""
+    generator = torch.Generator().manual_seed(0)
+    a = 4 * torch.randn(2, 9, 4000, generator=generator)
+    b = a + noise * torch.randn(2, 9, 4000, generator=generator)
+    windows = torch.randint(4000, (2, 9), generator=generator)
+    exact = torch.nn.functional.kl_div(
+        b[:, :-1].double().log_softmax(-1), a[:, :-1].double().log_softmax(-1), log_target=True, reduction="none"
+    )
+    assert run(a, b, windows, 9).columns["kl"] == pytest.approx(exact.sum(-1).mean(-1).tolist(), rel=3e-6 / noise)
+
+
+def test_a_prediction_the_reference_all_but_excludes_counts() -> None:
+    """log P = -100 where Q is nearly 1: Q counts, though P is nothing in float32."""
+    a, b = torch.tensor([[[0.0, -200.0, -100.0]] * 3]), torch.tensor([[[-100.0, -100.0, 0.0]] * 3])
+    exact = (a.double().softmax(-1) * (a.double().log_softmax(-1) - b.double().log_softmax(-1))).sum(-1)
+    assert run(a, b, torch.tensor([[0, 1, 2]])).columns["kl"] == pytest.approx([float(exact[0, 0])], rel=1e-6)
+
+
 def test_masked_vocabulary_counts_as_zero() -> None:
     a, b = REFERENCE.clone(), VARIANT.clone()
     a[..., 0] = b[..., 0] = -torch.inf
