@@ -54,12 +54,13 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     with context.phase("forward"):
         prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
-    hidden = prepared.hidden
+    hidden, calls = prepared.hidden, prepared.calls
+    del prepared  # or the first block's inputs would stay beside every block's
     for b in range(model.structure.count):
         with context.phase("read"):
             block = model.load(b)
         with context.phase("forward"):
-            found, hidden = collect(block, model.structure, kinds, [c[b] for c in prepared.calls], hidden, kept)
+            found, hidden = collect(block, model.structure, kinds, [c[b] for c in calls], hidden, kept)
         model.release(b)
         _note_unused(context, model.structure, b, found)
         with context.phase("write"):

@@ -21,7 +21,7 @@ from workers.context import Context
 from workers.errors import InputError
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
-from workers.stream import BlockModel, Call, Prepared, batches
+from workers.stream import BlockModel, Call, batches
 
 
 class StoredStatistics:
@@ -53,7 +53,8 @@ class FedStatistics:
     """Text fed through the quantized blocks; `kinds` are collected before a block is quantized (none with stored statistics)."""
 
     model: BlockModel
-    prepared: Prepared
+    calls: list[list[Call]]
+    """Per batch, per block."""
     hidden: list[Tensor]
     kinds: frozenset[str]
     kept: int
@@ -77,7 +78,7 @@ class FedStatistics:
         return self._with_unreached(block, found.ranges)
 
     def _calls(self, block: int) -> list[Call]:
-        return [c[block] for c in self.prepared.calls]
+        return [c[block] for c in self.calls]
 
     def _with_unreached(self, block: int, ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         """An expert that no token reached gets the range of all its siblings together."""
@@ -116,7 +117,7 @@ def statistics_source(
     kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
     with context.phase("forward"):
         prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
-    return FedStatistics(model, prepared, prepared.hidden, kinds, sample_sequences(*tokens.shape), context.notes, stored)
+    return FedStatistics(model, prepared.calls, prepared.hidden, kinds, sample_sequences(*tokens.shape), context.notes, stored)
 
 
 def _check_sites(stored: StoredStatistics, model: BlockModel) -> None:

@@ -11,6 +11,7 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,52 +67,69 @@ def quantize_blocks(
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made)
     source = statistics_source(spec, made, inputs, context, model)
-    writer = RecipeWriter(payload, spec.model.digest, spec.model.dtype)
-    layers = Layers({s.name: s for s in shapes})
-    left_alone: dict[tuple[str, str, str], int] = {}
-    scaled: set[str] = set()
-    kept: list[dict[str, str]] = []
-    replaced: set[str] = set()
+    writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
+    run = _Run(spec, made, model, source, context, writer, layers)
     for b in range(model.structure.count):
-        with context.phase("read"):
-            block = model.load(b)
-        named = {n: method_for(made, model.structure.path(b, n)) for n in model.structure.linear_names()}
-        chosen = {n: m for n, m in named.items() if m is not None}
-        with context.phase("forward"):
-            statistics, tokens = merge(source.collect(b, model.structure, None))
-        weights = BlockWeights(block, model.structure)
-        forward = GroupForward(
-            block, weights, lambda s, t, b=b: model.block_calls(s, t)[b], context.hints.batch_tokens, model.structure.sites[0].cols
-        )
-        worker = BlockQuantizer(b, block, model.structure, chosen, weights, statistics, tokens, forward, left_alone, scaled)
-        with context.phase("search"):
-            worker.transform()
-        results = _round(worker, source, context)
-        with context.phase("forward"):
-            ranges = source.advance(b, static=spec.activation is not None and not spec.activation.dynamic)
-        with context.phase("write"):
-            operations, tensors = _operations(worker, results, ranges)
-            replaced |= {m.name for m in results}
-            for name in named:
-                if name not in chosen:
-                    kept.append({"module": worker.path(name), "reason": NO_RULE})
-                    operations.append({"op": "keep", **kept[-1]})
-            writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
-            layers.add(b, results)
+        run.block(b)
         done(b)
     writer.close()
     layers.write(payload / "layers.parquet")
-    _check_coverage(shapes, made, replaced, kept)
-    _note_left_alone(context, left_alone)
+    _check_coverage(shapes, made, run.replaced, run.kept)
+    _note_left_alone(context, run.left_alone)
     context.notes += [f"{n}: {note}" for n, note in layers.notes()]
     return {
         **layers.summary(),
         "model_bytes": writer.bytes + _untouched_bytes(model, writer.operations),
-        "coverage": {"asked": len(replaced), "quantized": len(replaced), "kept": kept},
+        "coverage": {"asked": len(run.replaced), "quantized": len(run.replaced), "kept": run.kept},
         "peak_memory_bytes": peak.bytes(),
         "working_set": {"declared": "block", "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count))},
-        "flags": _flags(made, scaled),
+        "flags": _flags(made, run.scaled),
     }
+
+
+@dataclass
+class _Run:
+    """What lasts from block to block. A block's own tensors are locals of `block`, so that one block at a time is in memory."""
+
+    spec: QuantizeSpec
+    made: tuple[Method, ...]
+    model: BlockModel
+    source: StoredStatistics | FedStatistics
+    context: Context
+    writer: RecipeWriter
+    layers: Layers
+    left_alone: dict[tuple[str, str, str], int] = field(default_factory=dict)
+    scaled: set[str] = field(default_factory=set)
+    kept: list[dict[str, str]] = field(default_factory=list)
+    replaced: set[str] = field(default_factory=set)
+
+    def block(self, b: int) -> None:
+        """Read, quantize and write block `b`."""
+        context, model, structure = self.context, self.model, self.model.structure
+        with context.phase("read"):
+            block = model.load(b)
+        named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
+        chosen = {n: m for n, m in named.items() if m is not None}
+        with context.phase("forward"):
+            statistics, tokens = merge(self.source.collect(b, structure, None))
+        weights = BlockWeights(block, structure)
+        forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.hints.batch_tokens, structure.sites[0].cols)
+        worker = BlockQuantizer(b, block, structure, chosen, weights, statistics, tokens, forward, self.left_alone, self.scaled)
+        with context.phase("search"):
+            worker.transform()
+        results = _round(worker, self.source, context)
+        activation = self.spec.activation
+        with context.phase("forward"):
+            ranges = self.source.advance(b, static=activation is not None and not activation.dynamic)
+        with context.phase("write"):
+            operations, tensors = _operations(worker, results, ranges)
+            self.replaced |= {m.name for m in results}
+            for name in named:
+                if name not in chosen:
+                    self.kept.append({"module": worker.path(name), "reason": NO_RULE})
+                    operations.append({"op": "keep", **self.kept[-1]})
+            self.writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
+            self.layers.add(b, results)
 
 
 def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, context: Context) -> list[LinearResult]:

@@ -1,9 +1,11 @@
-"""Transforms inside the quantize stage: which weights they look at, and what is said when they do nothing or too much."""
+"""Transforms inside the quantize stage: which weights they look at, what is said when they do nothing or too much, what they keep."""
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from torch import Tensor
 
 from tests.tiny_models import tiny_model
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized, tiny_context
-from workers import families
+from workers import families, quantize
 from workers.errors import NumericalError
 from workers.fold import BlockWeights
 from workers.rebuild import load_model, rebuild
 from workers.specs import ModelSpec
+from workers.stream import open_blocks
 
 MODEL = ModelSpec("model")
 
@@ -69,3 +72,24 @@ def test_a_fold_that_the_dtype_cannot_hold_names_the_tensor(tmp_path: Path) -> N
     weights.scale(structure.groups[0], s)
     with pytest.raises(NumericalError, match=r"self_attn_layer_norm\.\w+, with its scales folded in, is not finite in torch\.float16"):
         weights.write()
+
+
+def test_nothing_of_a_block_stays_in_memory_once_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[BlockWeights]] = []
+
+    def recorded(*args: Any) -> BlockWeights:
+        made.append(weakref.ref(weights := BlockWeights(*args)))
+        return weights
+
+    monkeypatch.setattr(quantize, "BlockWeights", recorded)
+    ctx = tiny_context("llama", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "absmean", "samples")
+    (tmp_path / "q" / "payload").mkdir(parents=True)
+    opened, alive = open_blocks(ctx, MODEL), []
+
+    def done(block: int) -> None:
+        gc.collect()
+        alive.append([ref() is not None for ref in made])
+
+    quantize.quantize_blocks(quantize_spec("rtn", "awq"), inputs, tmp_path / "q" / "payload", ctx, opened, done)
+    assert alive == [[False], [False, False]]
