@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AUTO_GPTQ := .venv-auto-gptq
+BENCH_PEER := .venv-bench-peer
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 
@@ -36,12 +37,19 @@ test: check ## make check, then every test
 fix: $(STAMP) ## format and repair what ruff can
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
 
-bench: $(STAMP) ## benchmarks; each prints our figure beside the other's
-	@for f in bench/bench_*.py; do echo "== $$f"; $(BIN)/python "$$f" || exit 1; done
+bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure beside the other's
+	@$(BIN)/python bench/compose.py
+	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
+
+$(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)
+	@echo "making $(BENCH_PEER), the environment of the other launcher"
+	@$(BIN)/python -m venv --clear $(BENCH_PEER)
+	@$(BENCH_PEER)/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+	@touch $@
 
 test-auto-gptq: $(STAMP) ## load our exported checkpoints with the real auto-gptq, in an environment of its own (needs Python 3.11)
 	@scripts/test_auto_gptq.sh "$(BIN)" "$(AUTO_GPTQ)"
 
-clean: ## remove both environments and every cache; stores and MLflow files stay
-	@rm -rf $(VENV) $(AUTO_GPTQ) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+clean: ## remove the environments and every cache; stores and MLflow files stay
+	@rm -rf $(VENV) $(AUTO_GPTQ) $(BENCH_PEER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -36,7 +36,8 @@ def status(root: Path, sweep: str | None, console: Console) -> int:
         console.print(f"  {kind:<10} {word:<10} {count}", highlight=False)
     for stage in result.stages.values():
         if stage.status is Status.FAILED and stage.failure is not None:
-            console.print(f"  FAILED {stage.label}: {stage.failure['type']}: {stage.failure['message']}", highlight=False, markup=False)
+            told = f"  FAILED {stage.label}: {stage.failure['type']}: {stage.failure['message']}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     driver = holder(store.root / "lease.json")
     console.print(f"  driver: {driver}" if driver else "  no driver is at work on this store", highlight=False)
     return 0
