@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from random import Random
 
 from orchestrator.executors.base import Event, RequestEnded, SlotLost, StageEnded
-from orchestrator.retries import Adjustment
+from orchestrator.retries import Adjustment, Policy
+from orchestrator.schedule import drive
+from orchestrator.scheduler import Scheduler
 from orchestrator.signals import StopRequest
 from orchestrator.stage import Resources, Stage, Status
 from quant.scheme import WeightScheme
@@ -218,3 +221,26 @@ class StopAfter(StopRequest):
     @property
     def killed(self) -> bool:
         return self._executor.now >= self._killed_s
+
+
+Run = tuple[dict[str, Status], VirtualHooks, VirtualExecutor]
+OK, FAILED, BLOCKED, CANCELLED = Status.SUCCEEDED, Status.FAILED, Status.DEP_FAILED, Status.CANCELLED
+
+
+def run(
+    stages: dict[str, Stage],
+    verdict: Callable[[str, int], Verdict] = lambda key, attempt: None,
+    *,
+    slots: int = 2,
+    policy: Policy | None = None,
+    done: tuple[str, ...] = (),
+    hooks: VirtualHooks | None = None,
+    executor: VirtualExecutor | None = None,
+    stop: StopRequest | None = None,
+) -> Run:
+    hooks = hooks or VirtualHooks(stages)
+    executor = executor or VirtualExecutor(slots, stages | hooks.makers, verdict)
+    scheduler = Scheduler(executor.slots, policy or Policy(), hooks.status, clock=executor.clock, random=Random(0))
+    scheduler.add(stages, done)
+    drive(scheduler, executor, hooks, stop or StopRequest())
+    return scheduler.statuses, hooks, executor
