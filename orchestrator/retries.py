@@ -34,10 +34,6 @@ class Policy:
     backoff_s: float = 1.0
     """Wait before the first retry; doubled each time."""
     backoff_limit_s: float = 60.0
-    fail_fast: bool = False
-    """Schedule nothing more after the first failed stage."""
-    max_failures: int | None = None
-    """Schedule nothing more after so many failed stages."""
     slack: float = 0.5
     """A ready stage goes first when its longest path is at least (1 - slack) of the time left; see `orchestrator.placement`.
     On a modelled grid of 576 points, 2 to 32 slots, 0.5 stays within 10 % of the bound even with estimates wrong by a factor 3."""

@@ -32,7 +32,10 @@ class Hooks(Protocol):
         """Move a successful stage's files into the store. May raise OSError or BitgridError: the stage fails, nothing else."""
 
     def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None:
-        """An attempt failed; called before the status changes. `attempt` counts from 1 within this run."""
+        """An attempt failed; called before the status changes. `attempt` counts from 1 within this run.
+
+        `will_retry`: it is no final failure; while stopping, the next run tries again.
+        """
 
     def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
         """Every transition. `blocked_by`: key of the failed stage, for DEP_FAILED."""
@@ -171,24 +174,27 @@ class _Loop:
         elif failure.error_class is ErrorClass.CORRUPT and failure.corrupt_key is not None:
             self._corrupt(stage, failure, failure.corrupt_key)
         elif (retry := scheduler.reaction(stage.key, failure)) is not None:
-            self._hooks.failed_attempt(stage, failure, attempt, not scheduler.stopping)
+            self._hooks.failed_attempt(stage, failure, attempt, True)
             scheduler.retry(stage.key, retry)
+        elif scheduler.stopping and failure.type == LOST_WORKER:
+            self._hooks.failed_attempt(stage, failure, attempt, True)
+            scheduler.cancel(stage.key)
         else:
             self._hooks.failed_attempt(stage, failure, attempt, False)
-            if scheduler.stopping and failure.type == LOST_WORKER:
-                scheduler.cancel(stage.key)
-            else:
-                scheduler.fail(stage.key)
+            scheduler.fail(stage.key)
 
     def _corrupt(self, stage: Stage, failure: Failure, key: str) -> None:
         scheduler, attempt = self._scheduler, self._scheduler.attempt(stage.key)
         if scheduler.recomputed_since(key, stage.key):
-            self._hooks.failed_attempt(stage, failure, attempt, not scheduler.stopping)
+            self._hooks.failed_attempt(stage, failure, attempt, True)
             scheduler.requeue(stage.key)
             return
         # Set aside in any case: whoever needs it next must not meet it again.
         producer = self._hooks.corrupt(key)
-        if producer is None or not scheduler.may_recompute(stage.key):
+        if producer is not None and scheduler.stopping:
+            self._hooks.failed_attempt(stage, failure, attempt, True)
+            scheduler.cancel(stage.key)
+        elif producer is None or not scheduler.may_recompute(stage.key):
             self._hooks.failed_attempt(stage, failure, attempt, False)
             scheduler.fail(stage.key)
         else:

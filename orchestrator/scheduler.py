@@ -68,7 +68,6 @@ class Scheduler:
         self._running: dict[str, Assignment] = {}
         self._unfinished = 0
         self._work_left_s = 0.0
-        self._failures = 0
         self._requests = 0
         self._events = 0
         self._stopping = False
@@ -176,11 +175,7 @@ class Scheduler:
             self._enqueue(node)
 
     def fail(self, key: str) -> None:
-        self._failures += 1
         self._end_with_dependants(self._graph.nodes[key], Status.FAILED, key)
-        limit = self._policy.max_failures
-        if self._policy.fail_fast or (limit is not None and self._failures >= limit):
-            self.cancel_pending()
 
     def cancel(self, key: str) -> None:
         self._end_with_dependants(self._graph.nodes[key], Status.CANCELLED, None)
@@ -198,7 +193,7 @@ class Scheduler:
         return node is not None and (not node.status.finished or node.succeeded > self._graph.nodes[dependant].started)
 
     def may_recompute(self, dependant: str) -> bool:
-        return not self._stopping and self._graph.nodes[dependant].tries.recomputed < self._policy.max_retries
+        return self._graph.nodes[dependant].tries.recomputed < self._policy.max_retries
 
     def recompute(self, producer: Stage, dependant: str) -> None:
         """Run `producer`, whose artifact was corrupt, again before `dependant`; inputs of it that are unknown count as done."""
