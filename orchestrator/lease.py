@@ -32,8 +32,9 @@ class Lease:
         self._purpose = purpose
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.lost = threading.Event()
-        """Set when somebody else took the lease over: nothing may be committed any more."""
+        """Set when somebody else took the lease over: the store is theirs, and this driver must end."""
 
     def __enter__(self) -> Lease:
         while not self._try_create():
@@ -44,11 +45,12 @@ class Lease:
                     f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))}); wait for it, stop it, or use another store="
                 )
             self._set_aside(holder)
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._released.set()
+        self._thread.join()  # or it would put the file back
         holder = self._read()
         if holder is not None and holder["token"] == self._token:
             self._path.unlink(missing_ok=True)
@@ -102,13 +104,19 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
-            holder = self._read()
-            if holder is None or holder["token"] != self._token:
-                self.lost.set()
-                return
-            draft = self._path.with_name(f"{self._path.name}.{self._token}")
-            draft.write_text(json.dumps({**holder, "expires": time.time() + LEASE_S}))
-            draft.replace(self._path)
+            try:
+                holder = json.loads(self._path.read_text())
+                if holder["token"] == self._token:
+                    draft = self._path.with_name(f"{self._path.name}.{self._token}")
+                    draft.write_text(json.dumps({**holder, "expires": time.time() + LEASE_S}))
+                    draft.replace(self._path)
+                    continue
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError):
+                continue  # a full disk, a file server that is away: tried again
+            self.lost.set()
+            return
 
 
 def holder(path: Path) -> str | None:
