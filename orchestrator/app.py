@@ -16,8 +16,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orchestrator.cell import Grid
+from orchestrator.command import Command
 from orchestrator.errors import BitgridError
-from orchestrator.grid import compose_grid, compose_job
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
@@ -30,7 +30,7 @@ def run_command(arguments: Sequence[str]) -> int:
     multirun = any(f in ("-m", "--multirun") for f in flags)
     overrides = [a for a in arguments if a not in flags]
     if all(f in ("-m", "--multirun") for f in flags):
-        _grid(tuple(overrides), multirun)
+        _grid(Command(tuple(overrides), multirun))
         # Hydra's parser takes overrides in one piece only.
         arguments = [*flags, *overrides]
     sys.argv = ["bitgrid run", *arguments]
@@ -40,17 +40,17 @@ def run_command(arguments: Sequence[str]) -> int:
 
 
 @lru_cache(maxsize=1)
-def _grid(overrides: tuple[str, ...], multirun: bool) -> Grid:
-    return compose_grid(overrides, multirun=multirun)
+def _grid(command: Command) -> Grid:
+    return command.compose()
 
 
-def sweep(overrides: Sequence[str], multirun: bool = True, grid: Grid | None = None) -> SweepRun:
+def sweep(command: Command, grid: Grid | None = None) -> SweepRun:
     """Run the grid of a command line and show how it ended: what bitgrid's sweeper, launcher and task function call.
 
     `grid` where the caller has composed it already.
     """
     console = Console()
-    run = run_grid(_grid(tuple(overrides), multirun) if grid is None else grid, overrides, multirun, console)
+    run = run_grid(_grid(command) if grid is None else grid, command, console)
     show(run, console)
     _exit_codes.append(run.exit_code)
     return run
@@ -70,14 +70,15 @@ def score(run: SweepRun, evaluate: str, task_name: str) -> float:
 @bitgrid_task
 def task(config: DictConfig) -> float:
     """One cell: the task function of `bitgrid run` without -m, and of foreign sweepers and launchers."""
-    overrides = list(HydraConfig.get().overrides.task)
-    chosen_by_sweeper = HydraConfig.get().mode is RunMode.MULTIRUN
+    hydra_config = HydraConfig.get()
+    overrides = [str(o) for o in hydra_config.overrides.task]
+    chosen_by_sweeper = hydra_config.mode is RunMode.MULTIRUN
     try:
-        run = sweep(overrides, multirun=False, grid=compose_job(overrides) if chosen_by_sweeper else None)
+        run = sweep(Command.of_hydra(hydra_config, overrides, multirun=False, jobs=[overrides] if chosen_by_sweeper else None))
         cell = run.plan.cells[0]
         return score(run, cell.evaluate, cell.cell.task.name)
     except BitgridError as e:
         if chosen_by_sweeper:
             raise
         print(f"bitgrid: {e}", file=sys.stderr)
-        raise SystemExit(2 if not _exit_codes else 1) from None
+        raise SystemExit((_exit_codes[-1] or 1) if _exit_codes else 2) from None

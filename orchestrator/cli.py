@@ -10,10 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from orchestrator.errors import BitgridError, ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from orchestrator.command import Command
 
 USAGE = """bitgrid VERB ...
 
@@ -63,33 +67,38 @@ def _run(arguments: list[str]) -> int:
     return run_command(arguments)
 
 
-def _planning(arguments: list[str], verb: str) -> tuple[list[str], bool]:
-    """Overrides, and whether commas make a grid."""
-    if any(a in ("-h", "--help") for a in arguments):
-        from orchestrator.config import help_text
+def _planning(arguments: list[str], verb: str) -> Command:
+    """The command line of `bitgrid run`, with those of Hydra's flags that change what is composed."""
+    from orchestrator.command import Command
+    from orchestrator.config import help_text
 
-        print(f"bitgrid {verb} [-m] [OVERRIDES]\n\n{help_text()}")
+    if any(a in ("-h", "--help") for a in arguments):
+        print(f"bitgrid {verb} [-m] [--config-dir FOLDER] [--config-name NAME] [OVERRIDES]\n\n{help_text()}")
         raise SystemExit(0)
-    flags = [a for a in arguments if a.startswith("-") and "=" not in a]
-    unknown = [f for f in flags if f not in ("-m", "--multirun")]
+    parser = argparse.ArgumentParser(prog=f"bitgrid {verb}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    parser.add_argument("--config-name", "-cn", default="config")
+    given, overrides = parser.parse_known_args(arguments)
+    unknown = [a for a in overrides if a.startswith("-")]
     if unknown:
-        raise ConfigError(unknown_name(f"flag of bitgrid {verb}", unknown[0], ("-m", "--multirun", "--help")))
-    return [a for a in arguments if a not in flags], bool(flags)
+        allowed = ("-m", "--multirun", "--config-dir", "--config-name", "--help")
+        raise ConfigError(unknown_name(f"flag of bitgrid {verb}", unknown[0], allowed))
+    folder = None if given.config_dir is None else f"file://{given.config_dir}"
+    return Command(tuple(overrides), given.multirun, config_dir=folder, config_name=given.config_name)
 
 
 def _plan(arguments: list[str]) -> int:
     from orchestrator.preview import print_plan
 
-    overrides, multirun = _planning(arguments, "plan")
-    print_plan(overrides, multirun, Console())
+    print_plan(_planning(arguments, "plan"), Console())
     return 0
 
 
 def _explain(arguments: list[str]) -> int:
     from orchestrator.preview import print_explanations
 
-    overrides, multirun = _planning(arguments, "explain")
-    print_explanations(overrides, multirun, Console())
+    print_explanations(_planning(arguments, "explain"), Console())
     return 0
 
 

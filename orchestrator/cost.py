@@ -1,4 +1,4 @@
-"""Estimates per stage: seconds, bytes written, memory. They order the schedule and fill `bitgrid plan`; nothing depends on them.
+"""Estimates per stage: seconds and bytes written. They order the schedule and fill `bitgrid plan`; nothing depends on them.
 
 Seconds are floating-point operations over one assumed rate, plus a fixed cost per stage, until stages of the same kind, model
 and `what` have run: then their mean. Only ratios matter to the scheduler, and these come from the operations:
@@ -30,8 +30,8 @@ STAGE_S = 0.3
 TASK_TOKENS = 300_000
 """Of an evaluation text without a limit: about WikiText-2's test split."""
 SEARCH_TOKENS = 20 * 4096
-UNKNOWN, KNOWN = 4.0, 1.5
-"""Factors by which an estimate is easily wrong, without and with history."""
+UNKNOWN = 4.0
+"""Factor by which an estimate without history is easily wrong."""
 
 
 class ModelFacts(Protocol):
@@ -55,10 +55,6 @@ class _Size:
     """[N, K] of each."""
     inputs: tuple[int, ...]
     """K of each distinct input."""
-    vocabulary: int
-    hidden: int
-    value_bytes: int
-    """Of a weight in the checkpoint."""
 
 
 _sizes: dict[tuple[str, int], _Size] = {}
@@ -87,8 +83,7 @@ def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
     return Resources(
         seconds=seconds if seen is None else seen,
         output_bytes=output,
-        memory_bytes=_memory_bytes(spec, size),
-        uncertainty=UNKNOWN if seen is None else KNOWN,
+        uncertainty=UNKNOWN if seen is None else 1.0,
     )
 
 
@@ -117,9 +112,6 @@ def _measure(model: ModelFacts) -> _Size:
         linear_parameters=min(parameters, sum(s.rows * s.cols for s in shapes)),
         linears=tuple((s.rows, s.cols) for s in shapes),
         inputs=tuple(s.cols for s in shapes if s.name == s.site),
-        vocabulary=int(config.get("vocab_size") or 32_000),
-        hidden=int(config.get("hidden_size") or config.get("n_embd") or 1024),
-        value_bytes=value_bytes,
     )
 
 
@@ -159,12 +151,6 @@ def _stored_bytes(spec: QuantizeSpec, size: _Size) -> int:
     # A scale of 16 bits and a zero of `bits` per group.
     bits = weight.bits + ((16 + weight.bits) / weight.group_size if weight.group_size else 0)
     return int(size.linear_parameters * bits / 8)
-
-
-def _memory_bytes(spec: Spec, size: _Size) -> int:
-    value_bytes = 4 if spec.model.dtype == "float32" else 2
-    batch = 4096 * (20 * size.hidden + size.vocabulary) * value_bytes
-    return size.parameters * value_bytes + batch
 
 
 def _method_name(method: MethodSpec) -> str:

@@ -39,7 +39,8 @@ def explain(plan: Plan, store: Store) -> Iterator[Explanation]:
     stored: dict[StageKind, list[tuple[str, dict[str, Any]]]] = {}
     for stage in plan.stages.values():
         if store.has(stage.kind, stage.key):
-            yield Explanation(stage, "cached")
+            whole = stage.kind is not StageKind.EVALUATE or store.is_whole(stage.kind, stage.key)
+            yield Explanation(stage, "cached" if whole else "its artifact is corrupt")
             continue
         if stage.kind not in stored:
             stored[stage.kind] = [(f.name, json.loads((f / "spec.json").read_text())) for f in store.records(stage.kind)]

@@ -87,11 +87,6 @@ def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Gri
     return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes), cells
 
 
-def compose_job(overrides: Sequence[str]) -> Grid:
-    """The one-cell grid of a job that a foreign sweeper chose, in a process of its own."""
-    return compose_jobs(Composer.at(), [overrides])[0]
-
-
 @dataclass(frozen=True)
 class _Root:
     """The composed base and its settings."""

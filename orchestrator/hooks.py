@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,8 +36,8 @@ class StoreHooks:
         self._hints = hints
         self._listeners = listeners
         self._staging: dict[str, tuple[Path, int]] = {}
-        self.set_aside: dict[str, Path] = {}
-        """Corrupt artifacts of this run: key ▸ where they are now."""
+        self.statuses: dict[str, Status] = {}
+        """The latest of every stage."""
 
     def request(self, request_id: str, stages: Sequence[Stage], attempts: Mapping[str, int], adjustment: Adjustment) -> Request:
         made = []
@@ -64,14 +65,17 @@ class StoreHooks:
             shutil.rmtree(staging[0], ignore_errors=True)
         for listener in self._listeners:
             listener.failed_attempt(stage, failure, attempt, will_retry)
-        self._store.add_attempt(stage.key, failure, attempt, self._plan.key, final=not will_retry)
+        # Where the disk is full the failure is told here only, and the stage counts as one that has not run.
+        with contextlib.suppress(OSError):
+            self._store.add_attempt(stage.key, failure, attempt, self._plan.key, final=not will_retry)
 
     def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
+        self.statuses[stage.key] = status
         for listener in self._listeners:
             listener.status(stage, status, blocked_by)
 
     def corrupt(self, key: str) -> Stage | None:
         stage = self._plan.stages.get(key)
         if stage is not None and self._store.has(stage.kind, key):
-            self.set_aside[key] = self._store.set_aside(stage.kind, key)
+            self._store.set_aside(stage.kind, key)
         return stage

@@ -111,7 +111,14 @@ class Composer:
             _, self.repository = loader._parse_overrides_and_create_caching_repo(config_name, list(hydra_overrides))
 
     @classmethod
-    def at(cls, main: str = "pkg://conf", *, config_dir: str | None = None, config_name: str = "config") -> Composer:
+    def at(
+        cls,
+        main: str = "pkg://conf",
+        *,
+        config_dir: str | None = None,
+        config_name: str = "config",
+        hydra_overrides: Sequence[str] = (),
+    ) -> Composer:
         """A composer of the shipped `conf`, with `config_dir` searched after it.
 
         Raises ConfigError where a folder or the root config is not there.
@@ -125,7 +132,7 @@ class Composer:
         for source in loader.get_sources():
             if source.provider in ("main", "command-line") and not source.available():
                 raise ConfigError(f"configuration folder {source.path!r} is not there; give a folder that holds the groups' yaml files")
-        composer = cls(loader, config_name)
+        composer = cls(loader, config_name, hydra_overrides)
         if not composer.repository.config_exists(config_name):
             raise ConfigError(f"root config {config_name!r} is not in {main} nor in {config_dir}; give a name without .yaml")
         return composer

@@ -14,10 +14,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.cell import Cell
+from orchestrator.command import Command
 from orchestrator.errors import BitgridError, PlanError
 from orchestrator.executors.settings import ClusterSettings
-from orchestrator.grid import compose_jobs, compose_with
-from orchestrator.hydra_bridge import Composer
+from orchestrator.grid import compose_jobs
 
 MARK = "bitgrid_task"
 """Attribute of the task function whose jobs are cells."""
@@ -58,31 +58,15 @@ class Launch:
         return configs
 
 
-def sweep_grid(context: HydraContext, master: DictConfig, arguments: Sequence[str]) -> Any:
+def sweep_grid(master: DictConfig, arguments: Sequence[str]) -> Any:
     """Run the grid of a multirun command line as a whole. Wrong input ends the process with a message, not a traceback."""
     from orchestrator.app import sweep
 
-    hydra_overrides = _hydra_overrides(master)
     try:
-        grid = None
-        if hydra_overrides or _has_own_folders(context, master):
-            composer = Composer(context.config_loader, str(master.hydra.job.config_name), hydra_overrides)
-            grid = compose_with(composer, [*hydra_overrides, *arguments], multirun=True)
-        return sweep(arguments, multirun=True, grid=grid)
+        return sweep(Command.of_hydra(master.hydra, arguments, multirun=True))
     except BitgridError as error:
         print(f"bitgrid: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _hydra_overrides(master: DictConfig) -> list[str]:
-    """Hydra's own overrides of the command line, without the mode that Hydra adds itself."""
-    return [str(o) for o in master.hydra.overrides.hydra if not str(o).startswith("hydra.mode=")]
-
-
-def _has_own_folders(context: HydraContext, master: DictConfig) -> bool:
-    """Whether flags of Hydra changed where the configuration is read (--config-dir, --config-name)."""
-    sources = {s.provider for s in context.config_loader.get_sources()}
-    return "command-line" in sources or str(master.hydra.job.config_name) != "config"
 
 
 def launch_cells(launch: Launch) -> list[JobReturn]:
@@ -90,11 +74,11 @@ def launch_cells(launch: Launch) -> list[JobReturn]:
     from orchestrator.app import score, sweep
 
     configs = launch.prepare()
-    composer = Composer(launch.context.config_loader, str(launch.master.hydra.job.config_name), _hydra_overrides(launch.master))
     asked = [str(o) for o in launch.master.hydra.overrides.task]
+    command = Command.of_hydra(launch.master.hydra, asked, multirun=True, jobs=launch.jobs)
     try:
-        grid, cells = compose_jobs(composer, [[*_hydra_overrides(launch.master), *job] for job in launch.jobs])
-        run = sweep(asked, multirun=True, grid=grid)
+        grid, cells = compose_jobs(command.composer(), command.jobs or ())
+        run = sweep(command, grid)
     except BitgridError as error:
         return [_returned(launch, c, error) for c in configs]
     planned = {id_of(c.cell): c for c in run.plan.cells}

@@ -33,6 +33,7 @@ from workers.specs import (
     Rule,
     Spec,
     StageKind,
+    to_json,
 )
 
 T = TypeVar("T")
@@ -193,8 +194,8 @@ class _Planner:
             quantize = self._quantize(cell)
             if quantize is None and scheme.activation is None and scheme.kv is None:
                 return baseline
-            runtime = {"activation": scheme.activation, "kv": scheme.kv}
-            key = digest({"quantize": quantize or [model.digest, model.dtype], **{n: repr(v) for n, v in runtime.items() if v is not None}})
+            runtime = {n: to_json(part) for n, part in (("activation", scheme.activation), ("kv", scheme.kv)) if part is not None}
+            key = digest({"quantize": quantize or [model.digest, model.dtype], **runtime})
             names = [cell.model.name, cell.method.name, cell.scheme.name]
             names += [o.name for o in (cell.calibration, cell.replicate) if self._several[o.axis]]
             axes = {o.axis: o.name for o in cell if o.axis != "task"}

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.command import Command
 from orchestrator.explain import explain
-from orchestrator.grid import compose_grid
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import read_durations
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.report.numbers import duration, size
 from orchestrator.run import estimator, missing_stages, sources, store_root
+from orchestrator.stage import Stage
 from orchestrator.store import Store
 
 
-def print_plan(overrides: Sequence[str], multirun: bool, console: Console) -> None:
-    plan, store = _plan(overrides, multirun)
+def print_plan(command: Command, console: Console) -> None:
+    plan, store = _plan(command)
     missing = missing_stages(plan, store)
     columns = ("stage", "in all", "cached", "to run", "estimated time", "estimated size")
     table = Table(*columns, title=f"sweep {plan.key[:8]}", title_justify="left")
@@ -28,18 +29,34 @@ def print_plan(overrides: Sequence[str], multirun: bool, console: Console) -> No
     for kind, stages in _by_kind(plan).items():
         todo = [plan.stages[k] for k in stages if k in missing]
         there = sum(1 for k in stages if store.has(plan.stages[k].kind, k))
-        seconds = sum(s.resources.seconds for s in todo)
-        space = sum(s.resources.output_bytes for s in todo)
-        table.add_row(kind, str(len(stages)), str(there), str(len(todo)), duration(seconds) if todo else "", size(space) if todo else "")
+        table.add_row(kind, str(len(stages)), str(there), str(len(todo)), _seconds(todo), _bytes(todo))
     console.print(table)
-    total = sum(s.resources.seconds for s in missing.values())
+    work = list(missing.values())
     console.print(
-        f"{len(plan.cells)} cells, {len(plan.variants)} variants; about {duration(total)} of work in all, shared by the workers"
-        if missing
-        else f"{len(plan.cells)} cells, {len(plan.variants)} variants; everything is cached",
+        f"{len(plan.cells)} cells, {len(plan.variants)} variants; "
+        + (f"in all {_seconds(work)} of work, shared by the workers, and {_bytes(work)}" if work else "everything is cached"),
         highlight=False,
     )
+    if any(s.resources.uncertainty > 1 for s in work):
+        console.print("A range stands where no stage of that kind, model and method or task has run here yet.", highlight=False)
     _print_left_out(plan, console)
+
+
+def _seconds(stages: Sequence[Stage]) -> str:
+    return _range([s.resources.seconds for s in stages], stages, duration)
+
+
+def _bytes(stages: Sequence[Stage]) -> str:
+    return _range([float(s.resources.output_bytes) for s in stages], stages, size)
+
+
+def _range(estimates: Sequence[float], stages: Sequence[Stage], text: Callable[[float], str]) -> str:
+    """The sum, with its bounds where some of it is a guess; empty for none."""
+    if not stages:
+        return ""
+    low = text(sum(e / s.resources.uncertainty for e, s in zip(estimates, stages, strict=True)))
+    high = text(sum(e * s.resources.uncertainty for e, s in zip(estimates, stages, strict=True)))
+    return f"about {low}" if low == high else f"{low} to {high}"
 
 
 def _print_left_out(plan: Plan, console: Console) -> None:
@@ -64,10 +81,13 @@ def _by_kind(plan: Plan) -> dict[str, list[str]]:
     return {k: kinds[k] for k in ("calibrate", "quantize", "evaluate") if k in kinds}
 
 
-def print_explanations(overrides: Sequence[str], multirun: bool, console: Console) -> None:
-    plan, store = _plan(overrides, multirun)
+def print_explanations(command: Command, console: Console) -> None:
+    plan, store = _plan(command)
+    missing = missing_stages(plan, store)
     cached: Counter[str] = Counter()
     for found in explain(plan, store):
+        if found.stage.key not in missing and found.reason != "cached":
+            continue  # its artifact is gone, and nobody needs it
         if found.reason == "cached":
             cached[found.stage.kind.value] += 1
             continue
@@ -80,13 +100,11 @@ def print_explanations(overrides: Sequence[str], multirun: bool, console: Consol
         console.print("cached: " + ", ".join(f"{n} {kind}" for kind, n in cached.items()), highlight=False)
 
 
-def _plan(overrides: Sequence[str], multirun: bool) -> tuple[Plan, Store]:
-    grid = compose_grid(overrides, multirun=multirun)
+def _plan(command: Command) -> tuple[Plan, Store]:
+    grid = command.compose()
     store = Store(store_root(grid.settings))
     if (store.root / "store.json").is_file():
         store.open(create=False)
-    path = store.root / "ledger.sqlite"
-    if not path.is_file():
-        return build_plan(grid, sources(grid.settings, store.root, allow_provisional=True), estimator(None)), store
-    with Ledger(path) as ledger:
-        return build_plan(grid, sources(grid.settings, store.root, allow_provisional=True), estimator(ledger)), store
+    # A driver may be at work on the store: nothing of it is held or written here.
+    history = read_durations(store.root / "ledger.sqlite")
+    return build_plan(grid, sources(grid.settings, store.root, allow_provisional=True), estimator(history)), store

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.cost import estimate
-from orchestrator.errors import ConfigError, PlanError
+from orchestrator.command import Command
+from orchestrator.cost import estimate, what
+from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
 from orchestrator.executors import open_executor
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
-from orchestrator.ledger import Ledger
+from orchestrator.ledger import Durations, Ledger
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
 from orchestrator.results import SweepResult
 from orchestrator.schedule import Policy, run_stages
-from orchestrator.signals import stop_on_signals
+from orchestrator.signals import StopRequest, stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
 from orchestrator.store import Store, full_disk_told
@@ -32,10 +33,23 @@ from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport
 from workers.request import Hints
-from workers.specs import Spec
+from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
 LEAST_HINTS = {"threads": 1, "batch_tokens": 1, "memory_bytes": 1, "reference_bytes": 0, "quantized_cache": 1}
-FAILED = (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.PENDING)
+DONE = (Status.SUCCEEDED, Status.CACHED)
+INTERRUPTED = 130
+"""Exit code, as shells have it for Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What became of the stages that had to run."""
+
+    statuses: dict[str, Status]
+    interrupted: bool = False
+    """The user stopped it."""
+    lost: str | None = None
+    """Why the cluster could not go on."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,20 @@ class SweepRun:
     statuses: dict[str, Status]
     """Final status of every stage of the plan; CACHED where nothing had to run."""
     plan: Plan
-    report: Path | None = None
+    report: Path
+    ending: Ending
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `bitgrid resume` has something left that did not fail."""
+        return any(not s.finished or s is Status.CANCELLED for s in self.statuses.values())
 
     @property
     def exit_code(self) -> int:
-        """0 when every evaluation is there, else 1."""
-        return 1 if any(self.statuses[c.evaluate] in FAILED for c in self.plan.cells) else 0
+        """0 when every stage is there, else 1; 130 where the user stopped it before that."""
+        if self.ending.interrupted and self.unfinished:
+            return INTERRUPTED
+        return 0 if all(s in DONE for s in self.statuses.values()) else 1
 
 
 def sources(settings: Mapping[str, Any], store: Path, allow_provisional: bool = False) -> Sources:
@@ -65,47 +87,63 @@ def store_root(settings: Mapping[str, Any]) -> Path:
 
 
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
-    """Stages that must run: those without an artifact that an evaluation of the sweep still needs."""
+    """Stages that must run: those without an artifact that an evaluation of the sweep still needs.
+
+    Evaluations are read whole here: no stage reads them, so nothing else would find a corrupt one and make it again.
+    """
     needed: dict[str, None] = {}
     waiting = [e for v in plan.variants.values() for e in v.evaluations.values()]
     while waiting:
         key = waiting.pop()
-        if key in needed or store.has(plan.stages[key].kind, key):
+        kind = plan.stages[key].kind
+        if key in needed or (store.has(kind, key) and (kind is not StageKind.EVALUATE or store.is_whole(kind, key))):
             continue
         needed[key] = None
         waiting.extend(plan.stages[key].inputs.values())
     return {k: s for k, s in plan.stages.items() if k in needed}
 
 
-def run_grid(grid: Grid, overrides: Sequence[str], multirun: bool, console: Console) -> SweepRun:
+def run_grid(grid: Grid, command: Command, console: Console, expected: str | None = None) -> SweepRun:
     """Plan, run what is missing, project into MLflow and the report. Raises BitgridError before anything is scheduled.
 
-    Failures of stages do not raise: see `SweepRun.exit_code`. `overrides` and `multirun` say how the grid was asked for, so
-    that the sweep can be resumed.
+    Failures of stages do not raise, nor does a cluster that is lost on the way: see `SweepRun.exit_code`. `command` says how
+    the grid was asked for, so that the sweep can be resumed; `expected` is the key of the sweep that is to be resumed.
     """
     hints(grid.settings)
     store = Store(store_root(grid.settings)).open()
-    with full_disk_told(store.root), Lease(store.root / "lease.json", "bitgrid run"), Ledger(store.root / "ledger.sqlite") as ledger:
-        plan = build_plan(grid, sources(grid.settings, store.root), estimator(ledger))
+    locked = Lease(store.root / "lease.json", "bitgrid run")
+    with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:
+        plan = build_plan(grid, sources(grid.settings, store.root), estimator(ledger.durations()))
         if plan.provisional:
             raise PlanError(f"the hub was not reached for {', '.join(plan.provisional)}; a plan under provisional keys cannot run")
-        write_sweep(store, plan, overrides, multirun)
-        return _run(plan, store, ledger, console)
+        if expected not in (None, plan.key):
+            raise PlanError(
+                f"the grid of sweep {str(expected)[:8]} is now {plan.key[:8]}: conf, models or texts have changed since; "
+                "start that one with `bitgrid run`, it shares whatever is unchanged (`bitgrid explain` tells the difference)"
+            )
+        write_sweep(store, plan, command)
+        return _run(plan, store, ledger, lease, console)
 
 
-def _run(plan: Plan, store: Store, ledger: Ledger, console: Console) -> SweepRun:
+def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Console) -> SweepRun:
     missing = missing_stages(plan, store)
     statuses = {k: Status.CACHED for k in plan.stages}
     console.print(_headline(plan, missing), highlight=False)
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
+    ending = Ending({})
     if missing:
         store.clear_staging()
-        statuses.update(_execute(plan, store, ledger, missing, projection, console))
+        for stage in missing.values():
+            if store.has(stage.kind, stage.key):
+                place = store.set_aside(stage.kind, stage.key)
+                console.print(f"{stage.label} was corrupt: set aside as {place.name}, runs again", highlight=False, markup=False)
+        ending = _execute(plan, store, ledger, lease, missing, projection, console)
+        statuses.update(ending.statuses)
     result = load_sweep(store, plan.key)
     report = refresh_report(store, result)
     for line in sync_lines(project(projection, store, result)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return SweepRun(result, statuses, plan, report)
+    return SweepRun(result, statuses, plan, report, ending)
 
 
 def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
@@ -117,25 +155,46 @@ def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
     return f"sweep {plan.key[:8]}: {cells} cells{skipped}{excluded}, {stages} stages; to run: {todo}"
 
 
+@dataclass(frozen=True)
+class _Stop:
+    """Signals, and a lease that somebody else took over: from then on the store is theirs."""
+
+    signals: StopRequest
+    lease: Lease
+
+    @property
+    def requested(self) -> bool:
+        return self.signals.requested or self.killed
+
+    @property
+    def killed(self) -> bool:
+        return self.signals.killed or self.lease.lost.is_set()
+
+
 def _execute(
-    plan: Plan, store: Store, ledger: Ledger, missing: Mapping[str, Stage], projection: Projection, console: Console
-) -> dict[str, Status]:
+    plan: Plan, store: Store, ledger: Ledger, lease: Lease, missing: Mapping[str, Stage], projection: Projection, console: Console
+) -> Ending:
+    """Raises ClusterError where the cluster cannot be started or joined, StoreLockedError where the lease was lost."""
     executor = open_executor(plan.grid.settings)
     run_hints = hints(plan.grid.settings)
     done = {key for key in plan.stages if key not in missing and store.has(plan.stages[key].kind, key)}
-    kill = False
+    kill, lost = True, None
     try:
         executor.start()
-        with Progress(missing, console) as progress, stop_on_signals(console) as stop:
+        with Progress(missing, console) as progress, stop_on_signals(console) as signals:
             hooks = StoreHooks(store, ledger, plan, run_hints, (progress, projection))
+            stop = _Stop(signals, lease)
             projection.start()
-            statuses = run_stages(
-                missing, executor, hooks, policy(plan.grid.settings), stop, done=done, variants_per_slot=run_hints.quantized_cache
-            )
-            kill = stop.killed
-            return statuses
+            try:
+                run_stages(missing, executor, hooks, Policy(), stop, done=done, variants_per_slot=run_hints.quantized_cache)
+                kill = stop.killed
+            except ClusterError as e:
+                lost = str(e)
     finally:
         executor.stop(kill=kill)
+    if lease.lost.is_set():
+        raise StoreLockedError(f"another driver has taken over the store {store.root} while this one could not renew its lease")
+    return Ending(hooks.statuses, signals.requested, lost)
 
 
 def hints(settings: Mapping[str, Any]) -> Hints:
@@ -150,14 +209,17 @@ def hints(settings: Mapping[str, Any]) -> Hints:
     return Hints(**{"threads": settings["cluster"].get("threads"), **given})
 
 
-def policy(settings: Mapping[str, Any]) -> Policy:
-    return Policy(fail_fast=bool((settings.get("sweep") or {}).get("fail_fast", False)))
-
-
-def estimator(ledger: Ledger | None) -> Callable[[Spec, ModelSource], Resources]:
-    """Estimates from the ledger's history where there is one."""
-    history = {} if ledger is None else ledger.durations()
+def estimator(history: Durations) -> Callable[[Spec, ModelSource], Resources]:
+    """Estimates from what stages took before, where there is such a history."""
     return lambda spec, model: estimate(spec, model, history)
+
+
+def remember_durations(ledger: Ledger, result: SweepResult) -> None:
+    """What a deleted ledger knew of a sweep's stages."""
+    for stage in result.stages.values():
+        if stage.record is not None and stage.spec is not None:
+            spec = from_json(SPEC_TYPES[StageKind(stage.kind)], stage.spec)
+            ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.record["ended"] - stage.record["started"])
 
 
 def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:
@@ -194,11 +256,14 @@ def refresh_report(store: Store, result: SweepResult) -> Path:
 
 
 def show(run: SweepRun, console: Console) -> None:
-    """The end of `bitgrid run`: table, failures, where the report is and how to open the dashboard."""
+    """The end of `bitgrid run`: table, failures, where the report is, how to open the dashboard, and how to go on."""
     from orchestrator.report import print_table
 
     print_table(run.result, console)
-    if run.report is not None:
-        console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     if run.result.config["settings"]["tracking"]["kind"] != "none":
         console.print("dashboard: bitgrid ui", highlight=False)
+    if run.ending.lost is not None:
+        console.print(run.ending.lost, highlight=False, markup=False, soft_wrap=True)
+    if run.unfinished:
+        console.print(f"not finished: `bitgrid resume {run.result.key[:8]}` runs the rest", highlight=False)

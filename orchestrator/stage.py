@@ -30,11 +30,8 @@ class Resources:
     """Estimated."""
     output_bytes: int = 0
     """Estimated size of the artifact."""
-    memory_bytes: int = 0
-    """Estimated peak."""
-    gpus: float = 0.0
     uncertainty: float = 1.0
-    """The true time is likely between `seconds / uncertainty` and `seconds * uncertainty`."""
+    """Time and size are likely between `estimate / uncertainty` and `estimate * uncertainty`; 1 where history tells them."""
 
 
 @dataclass(frozen=True)

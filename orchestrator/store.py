@@ -3,7 +3,7 @@
     store.json                        format of the store
     objects/<kind>/<ab>/<key>/        spec.json, payload/, log.txt, record.json (written last)
     attempts/<key>/<n>.json           one per failed attempt: error class, message, log tail
-    sweeps/<key>/                     plan.json, config.yaml, report
+    sweeps/<key>/                     plan.json, started.json, report.html, table.csv, table.parquet
     staging/                          unfinished work; emptied by the next driver
     corrupt/                          artifacts set aside, never read again
 
@@ -27,7 +27,7 @@ from typing import Any
 from orchestrator.errors import StoreError, StoreVersionError
 from orchestrator.fingerprint import identity
 from orchestrator.stage import Stage
-from workers.artifact import PAYLOAD, RECORD, payload_files, read_record
+from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, payload_files, payload_path, read_record
 from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import Failure, Outcome
 from workers.specs import StageKind
@@ -69,6 +69,16 @@ class Store:
 
     def has(self, kind: StageKind, key: str) -> bool:
         return (self.folder(kind, key) / RECORD).is_file()
+
+    def is_whole(self, kind: StageKind, key: str) -> bool:
+        """Whether every file of a committed artifact is what its record says. Reads them all."""
+        folder = self.folder(kind, key)
+        try:
+            for name in read_record(folder)["files"]:
+                payload_path(folder, name)
+        except CorruptArtifactError:
+            return False
+        return True
 
     def record(self, kind: StageKind, key: str) -> dict[str, Any]:
         """Raises workers.artifact.CorruptArtifactError."""
@@ -130,10 +140,6 @@ class Store:
         os.rename(self.folder(kind, key), target)
         return target
 
-    def find(self, key: str) -> StageKind | None:
-        """Kind of the committed artifact with this key."""
-        return next((kind for kind in StageKind if self.has(kind, key)), None)
-
     def add_attempt(self, key: str, failure: Failure, attempt: int, sweep: str, final: bool) -> None:
         """`final`: it was not tried again, so the stage has failed."""
         folder = self.root / "attempts" / key
@@ -161,8 +167,8 @@ class Store:
 
     def sweep_keys(self) -> list[str]:
         """Sweeps of the store, the latest started first."""
-        plans = (self.root / "sweeps").glob("*/plan.json")
-        return [p.parent.name for p in sorted(plans, key=lambda p: p.stat().st_mtime, reverse=True)]
+        starts = [p for p in (self.root / "sweeps").glob("*/started.json") if (p.parent / "plan.json").is_file()]
+        return [p.parent.name for p in sorted(starts, key=lambda p: p.stat().st_mtime_ns, reverse=True)]
 
 
 def _format(marker: Path) -> int:

@@ -1,7 +1,7 @@
 """A sweep in the store: written when it starts, read back as a `SweepResult`.
 
-`sweeps/<key>/plan.json` holds the plan, its settings and where it was started from; statuses are not in it, they follow from
-the records and failed attempts of its stages.
+`sweeps/<key>/plan.json` holds the plan, its settings and where it was first started from; statuses are not in it, they follow
+from the records and failed attempts of its stages. `started.json` holds the latest command, for `bitgrid resume`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.command import Command
 from orchestrator.errors import StoreError, unknown_name
 from orchestrator.planned import Plan
 from orchestrator.provenance import collect
@@ -21,22 +22,33 @@ from orchestrator.store import Store, write_json
 from workers.artifact import PAYLOAD, CorruptArtifactError
 from workers.specs import StageKind
 
+STARTED = "started.json"
 
-def write_sweep(store: Store, plan: Plan, overrides: Sequence[str], multirun: bool) -> None:
+
+def write_sweep(store: Store, plan: Plan, command: Command) -> None:
     """Record a sweep before it runs. A sweep that is already there keeps its first start."""
     folder = store.sweep_folder(plan.key)
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / STARTED, {"started": time.time(), "command": command.to_json()})
     path = folder / "plan.json"
     settings = json.loads(json.dumps(plan.grid.settings, default=str))
-    content = {**plan.to_json(), "name": _name(plan), "config": {"settings": settings, "axes": _axes(plan), "multirun": multirun}}
+    content = {**plan.to_json(), "name": _name(plan), "config": {"settings": settings, "axes": _axes(plan)}}
     if path.is_file():
         old = json.loads(path.read_text())
         if all(old.get(k) == content[k] for k in content):
             return
         content.update(created=old["created"], provenance=old["provenance"])
     else:
-        content.update(created=time.time(), provenance=collect(overrides))
+        content.update(created=time.time(), provenance=collect(command.overrides))
     write_json(path, content)
+
+
+def last_command(store: Store, key: str) -> Command:
+    """How the sweep was started last. Raises StoreError."""
+    path = store.sweep_folder(key) / STARTED
+    if not path.is_file():
+        raise StoreError(f"{path} is not there, so the command of sweep {key[:8]} is not known; start it again with `bitgrid run`")
+    return Command.from_json(json.loads(path.read_text())["command"])
 
 
 def _name(plan: Plan) -> str:

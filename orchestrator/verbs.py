@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.errors import ConfigError, PlanError, StoreError, unknown_name
+from orchestrator.errors import ConfigError, StoreError, unknown_name
 from orchestrator.grid import compose_grid
 from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.report import print_table
 from orchestrator.results import SweepResult, VariantResult
-from orchestrator.run import open_projection, project, refresh_report, run_grid, show, sync_lines
+from orchestrator.run import open_projection, project, refresh_report, remember_durations, run_grid, show, sync_lines
 from orchestrator.stage import Status
 from orchestrator.store import Store
-from orchestrator.sweeps import find_sweep, load_sweep
+from orchestrator.sweeps import find_sweep, last_command, load_sweep
 
 
 def _open(root: Path) -> Store:
@@ -62,6 +64,7 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
         for key in keys:
             result = load_sweep(store, key)
             refresh_report(store, result)
+            remember_durations(ledger, result)
             settings = elsewhere or result.config["settings"]
             projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
             report = project(projection, store, result, reconcile=True)
@@ -74,20 +77,28 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
 def resume(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
     key = find_sweep(store, sweep)
-    plan = json.loads((store.sweep_folder(key) / "plan.json").read_text())
-    settings = plan["config"]["settings"]
+    settings = load_sweep(store, key).config["settings"]
+    # Where these come from the environment, they may have changed since.
     folders = [f"{n}='{settings[n]}'" for n in ("models_dir", "data_dir") if settings.get(n)]
-    started = plan["provenance"]["overrides"]
-    own = [o for o in started if o.split("=")[0] not in ("store", "models_dir", "data_dir")]
-    grid = compose_grid([*own, *folders, f"store='{store.root}'"], multirun=plan["config"]["multirun"])
-    run = run_grid(grid, started, plan["config"]["multirun"], console)
-    if run.result.key != key:
-        raise PlanError(
-            f"the grid of sweep {key[:8]} is now {run.result.key[:8]}: conf, models or texts have changed since; "
-            "that sweep was run instead, sharing whatever is unchanged"
-        )
+    command = last_command(store, key).with_overrides([*folders, f"store='{store.root}'"])
+    with _inside(Path(command.folder)):
+        run = run_grid(command.compose(), command, console, expected=key)
     show(run, console)
     return run.exit_code
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    """Relative paths start there, as they did when the sweep was started."""
+    before = Path.cwd()
+    try:
+        os.chdir(folder)
+    except OSError as e:
+        raise StoreError(f"the sweep was started in {folder}, which cannot be entered ({e}); start it anew with `bitgrid run`") from e
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: Console) -> int:

@@ -23,7 +23,7 @@ class BitgridSweeper(Sweeper):
         from orchestrator.launch import is_bitgrid_task, sweep_grid
 
         if is_bitgrid_task(self.task_function):
-            return sweep_grid(self.hydra_context, self.config, arguments)
+            return sweep_grid(self.config, arguments)
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
         basic = BasicSweeper(self.max_batch_size, self.params)

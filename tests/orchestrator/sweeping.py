@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orchestrator.grid import compose_grid
+from orchestrator.command import Command
 from orchestrator.run import SweepRun, run_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,8 @@ def overrides(store: Path, *more: str) -> list[str]:
 def sweep(store: Path, *more: str) -> SweepRun:
     lines = overrides(store, *more)
     with open(os.devnull, "w") as nowhere:
-        return run_grid(compose_grid(lines, multirun=True), lines, True, Console(file=nowhere))
+        command = Command(tuple(lines), multirun=True)
+        return run_grid(command.compose(), command, Console(file=nowhere))
 
 
 def command(store: Path, *more: str) -> subprocess.Popen[str]:

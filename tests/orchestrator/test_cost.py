@@ -74,7 +74,6 @@ def test_more_work_takes_longer() -> None:
 def test_a_larger_model_takes_more_of_everything(spec: Spec) -> None:
     small, large = estimate(spec, llama(2), {}), estimate(spec, llama(8), {})
     assert small.seconds < large.seconds
-    assert small.memory_bytes < large.memory_bytes
     assert small.output_bytes <= large.output_bytes
 
 

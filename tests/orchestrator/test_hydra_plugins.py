@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from orchestrator import app
 from orchestrator.cell import Cell, Grid
+from orchestrator.command import Command
 from orchestrator.errors import BitgridError
 from orchestrator.launch import bitgrid_task, is_bitgrid_task
 from orchestrator.planned import PlannedCell, Skip
@@ -137,10 +138,10 @@ class FakeApplication:
     grids: list[Grid] = field(default_factory=list)
     asked: list[list[str]] = field(default_factory=list)
 
-    def sweep(self, overrides: Sequence[str], multirun: bool = True, grid: Grid | None = None) -> FakeRun:
-        grid = app._grid(tuple(overrides), multirun) if grid is None else grid
+    def sweep(self, command: Command, grid: Grid | None = None) -> FakeRun:
+        grid = command.compose() if grid is None else grid
         self.grids.append(grid)
-        self.asked.append(list(overrides))
+        self.asked.append([o for o in command.overrides if not o.startswith("hydra")])
         possible = [c for c in grid.cells if c.scheme.name != "w2a16_channel"]
         impossible = [Skip(c, "too few bits") for c in grid.cells if c not in possible]
         return FakeRun(FakePlan([PlannedCell(c, "variant", c.scheme.name) for c in possible], impossible))

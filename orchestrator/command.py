@@ -1,0 +1,70 @@
+"""How a grid was asked for: everything that composing it again needs, also from another folder on another day."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from orchestrator.cell import Grid
+from orchestrator.grid import compose_jobs, compose_with
+from orchestrator.hydra_bridge import Composer
+
+CONF = "pkg://conf"
+"""The shipped configuration, as Hydra names it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    overrides: tuple[str, ...]
+    """Of the command line, `hydra.*` ones included."""
+    multirun: bool
+    jobs: tuple[tuple[str, ...], ...] | None = None
+    """The overrides of each cell, where another sweeper than bitgrid's chose the cells."""
+    main: str = CONF
+    """Root of the configuration (Hydra's --config-path)."""
+    config_dir: str | None = None
+    """Searched after it (--config-dir)."""
+    config_name: str = "config"
+    folder: str = field(default_factory=os.getcwd)
+    """Where the command ran: relative paths start there."""
+
+    @classmethod
+    def of_hydra(cls, hydra: Any, overrides: Sequence[str], *, multirun: bool, jobs: Sequence[Sequence[str]] | None = None) -> Command:
+        """`hydra`: the node of that name in a composed configuration. The mode that Hydra adds itself is left out."""
+        own = [str(o) for o in hydra.overrides.hydra if not str(o).startswith("hydra.mode=")]
+        places = {s.provider: f"{s.schema}://{s.path}" for s in hydra.runtime.config_sources}
+        return cls(
+            overrides=(*own, *overrides),
+            multirun=multirun,
+            jobs=None if jobs is None else tuple((*own, *job) for job in jobs),
+            main=places.get("main", CONF),
+            config_dir=places.get("command-line"),
+            config_name=str(hydra.job.config_name),
+        )
+
+    def composer(self) -> Composer:
+        """Raises ConfigError where a folder or the root config is not there."""
+        own = [o for o in self.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+        return Composer.at(self.main, config_dir=self.config_dir, config_name=self.config_name, hydra_overrides=own)
+
+    def compose(self) -> Grid:
+        """Raises ConfigError."""
+        if self.jobs is not None:
+            return compose_jobs(self.composer(), self.jobs)[0]
+        return compose_with(self.composer(), self.overrides, multirun=self.multirun)
+
+    def with_overrides(self, more: Sequence[str]) -> Command:
+        """Settings that win over what was given."""
+        jobs = None if self.jobs is None else tuple((*job, *more) for job in self.jobs)
+        return replace(self, overrides=(*self.overrides, *more), jobs=jobs)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Command:
+        jobs = value["jobs"]
+        given = {**value, "overrides": tuple(value["overrides"]), "jobs": None if jobs is None else tuple(map(tuple, jobs))}
+        return Command(**given)

@@ -1,0 +1,322 @@
+"""Sweeps that were stopped, broken, moved away from, or run without tracking, and what the verbs make of them afterwards."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from orchestrator import lease, run, verbs
+from orchestrator.command import Command
+from orchestrator.errors import PlanError, StoreLockedError
+from orchestrator.executors.base import Event, SlotLost
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.ledger import Ledger, read_durations
+from orchestrator.run import SweepRun, run_grid
+from orchestrator.stage import Status
+from tests.orchestrator.sweeping import SMALL, bitgrid, committed, overrides, scores, sweep
+from tests.orchestrator.tracked_mlflow import client_of, dump, runs_of
+from workers.request import ErrorClass, Failure, Outcome, Request, StageRequest
+
+Meddle = Callable[[StageRequest], "Failure | None"]
+
+
+def small_stage(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
+    """Stages that read and compute nothing; scores follow from the key, so that the same stage gives the same result."""
+    for stage in request.stages:
+        if should_stop():
+            return
+        started, payload = time.time(), Path(stage.staging) / "payload"
+        draws = random.Random(stage.key)
+        summary: dict[str, Any] = {"bits_nominal": 4, "bits_stored": 4.5, "model_bytes": 1000}
+        if stage.kind == "evaluate":
+            nll = [1 + draws.random() for _ in range(20)]
+            items = {"id": [str(i) for i in range(20)], "weight": [1.0] * 20, "nll": nll}
+            pq.write_table(pa.table(items), payload / "items.parquet")
+            summary = {"scores": {"ppl": math.exp(sum(nll) / 20)}}
+        else:
+            (payload / "values.txt").write_text(str(draws.random()))
+        on_outcome(Outcome(stage.key, record={"started": started, "ended": time.time(), "notes": [], "summary": summary}))
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process; commands in processes of their own run the real ones."""
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+
+
+def meddle(monkeypatch: pytest.MonkeyPatch, act: Meddle) -> None:
+    """`act` is called before each stage and may fail it."""
+
+    def runner(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
+        failures = {s.key: f for s in request.stages if (f := act(s)) is not None}
+        for key, failure in failures.items():
+            on_outcome(Outcome(key, failure=failure))
+        left = tuple(s for s in request.stages if s.key not in failures)
+        if left:
+            small_stage(Request(request.id, left, request.models, request.texts, request.hints), on_outcome, should_stop)
+
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=runner))
+
+
+def is_gptq(stage: StageRequest) -> bool:
+    return stage.kind == "quantize" and stage.spec["rules"][0]["method"]["rounding"]["name"] == "gptq"
+
+
+def gptq_fails(stage: StageRequest) -> Failure | None:
+    return Failure(ErrorClass.NUMERICAL, "FakeError", "the Hessian is not positive definite") if is_gptq(stage) else None
+
+
+def resume(store: Path) -> tuple[int, str]:
+    said = io.StringIO()
+    return verbs.resume(store, None, Console(file=said, width=200)), said.getvalue()
+
+
+def reconcile(store: Path, *given: str) -> tuple[int, str]:
+    said = io.StringIO()
+    return verbs.reconcile(store, None, given, Console(file=said, width=200)), said.getvalue()
+
+
+# --- MLflow from the store ----------------------------------------------------------------------------------------------
+
+
+def test_deleted_ledger_and_database_are_rebuilt_with_the_failed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    meddle(monkeypatch, gptq_fails)
+    assert sweep(store, "method=rtn,gptq", "tracking=mlflow").exit_code == 1
+    before, history = dump(client_of(tmp_path)), read_durations(store / "ledger.sqlite")
+    assert sorted(r["status"] for r in before.values()) == ["FAILED", "FAILED", "FINISHED", "FINISHED"]
+    (store / "ledger.sqlite").unlink()
+    # MLflow keeps a deleted database open in this process; in another folder there is none either.
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    for _ in range(2):
+        assert reconcile(store)[0] == 0
+        assert dump(client_of(empty)) == before
+    assert read_durations(store / "ledger.sqlite") == history
+
+
+def test_a_failed_variant_that_is_mended_becomes_finished_without_a_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, given = tmp_path / "store", ("method=rtn,gptq", "tracking=mlflow")
+    with monkeypatch.context() as broken:
+        meddle(broken, gptq_fails)
+        assert sweep(store, *given).exit_code == 1
+    assert resume(store)[0] == 0
+    runs = runs_of(client_of(tmp_path))
+    assert [r.info.status for r in runs] == ["FINISHED"] * 4
+    assert not any("bitgrid.error_message" in r.data.tags for r in runs)
+
+
+def test_a_sweep_without_tracking_is_written_to_mlflow_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    sweep(store, "method=rtn")
+    assert not (tmp_path / "mlflow.db").exists()
+    assert reconcile(store, "tracking=mlflow")[0] == 0
+    assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
+
+
+# --- stopped and resumed --------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_ends_with_130_and_resume_goes_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    away.mkdir()
+    (home / "text.txt").write_text("Once upon a time there was a quantizer. " * 200)
+    monkeypatch.chdir(home)
+    store = home / "store"
+
+    def interrupt(stage: StageRequest) -> None:
+        if stage.kind == "quantize":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as stopping:
+        meddle(stopping, interrupt)  # type: ignore[arg-type]
+        stopped = sweep(Path("store"), "method=gptq", "calibration.text.path=text.txt", "tracking=mlflow")
+    assert stopped.exit_code == 130
+    assert Status.CANCELLED in stopped.statuses.values()
+    assert stopped.report.is_file()
+    before = committed(store)
+    monkeypatch.chdir(away)
+    assert resume(store)[0] == 0
+    after = committed(store)
+    assert before.items() < after.items()
+    assert list(away.iterdir()) == [], "the sweep's own folder is where it goes on"
+    assert {r.info.status for r in runs_of(client_of(home))} == {"FINISHED"}
+
+
+def test_resume_refuses_a_grid_that_is_no_longer_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a quantizer. " * 200)
+    store = tmp_path / "store"
+    sweep(store, "method=gptq", f"calibration.text.path={text}")
+    before = committed(store)
+    text.write_text("Twice upon a time there was a quantizer. " * 200)
+    with pytest.raises(PlanError, match="have changed since"):
+        resume(store)
+    assert committed(store) == before
+
+
+def test_resume_knows_the_configuration_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "scheme").mkdir(parents=True)
+    (tmp_path / "mine" / "scheme" / "own.yaml").write_text("weight: {bits: 5, group_size: 32}\nactivation: null\nkv: null\n")
+    given = ["method=rtn", "scheme=own", *(s for s in SMALL if not s.startswith("scheme"))]
+    flags = ["--config-dir", "mine"]
+    ran = bitgrid(tmp_path, "run", *flags, *given)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    planned = bitgrid(tmp_path, "plan", *flags, *given)
+    assert "everything is cached" in planned.stdout, planned.stdout + planned.stderr
+    (tmp_path / "other").mkdir()
+    again = bitgrid(tmp_path / "other", "resume", "--store", str(tmp_path / "bitgrid-store"))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "to run: nothing" in again.stdout
+
+
+def test_a_command_survives_its_json() -> None:
+    command = Command(("a=1",), True, jobs=(("a=1", "b=2"), ("a=2",)), config_dir="file:///x", config_name="other")
+    assert Command.from_json(json.loads(json.dumps(command.to_json()))) == command
+    assert command.with_overrides(["store=s"]).jobs == (("a=1", "b=2", "store=s"), ("a=2", "store=s"))
+
+
+def test_the_sweep_started_last_is_the_latest(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = sweep(store, "method=rtn").result.key
+    second = sweep(store, "method=rtn", "scheme=w8a16_channel").result.key
+    assert run.Store(store).sweep_keys() == [second, first]
+    sweep(store, "method=rtn")
+    assert run.Store(store).sweep_keys() == [first, second]
+
+
+# --- what goes wrong on the way ---------------------------------------------------------------------------------------------
+
+
+def test_a_failed_baseline_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(stage: StageRequest) -> Failure | None:
+        return Failure(ErrorClass.USER, "FakeError", "no") if stage.kind == "evaluate" and not stage.inputs else None
+
+    meddle(monkeypatch, act)
+    assert sweep(tmp_path / "store", "method=rtn").exit_code == 1
+
+
+class VanishingExecutor(InProcessExecutor):
+    """Loses its only worker once something was committed."""
+
+    def __init__(self) -> None:
+        super().__init__(runner=small_stage)
+        self.requests = 0
+
+    def submit(self, slot: int, request: Any) -> None:
+        self.requests += 1
+        self.last = request.id
+        if self.requests < 2:
+            super().submit(slot, request)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        return [SlotLost(0, "its node is gone", self.last)] if self.requests > 1 else super().poll(timeout_s)
+
+
+def test_what_a_lost_cluster_finished_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    with monkeypatch.context() as losing:
+        losing.setattr(run, "open_executor", lambda settings: VanishingExecutor())
+        lost = sweep(store, "method=rtn", "tracking=mlflow")
+    assert lost.exit_code == 1
+    assert lost.unfinished
+    assert "its node is gone" in str(lost.ending.lost)
+    assert lost.report.is_file()
+    assert runs_of(client_of(tmp_path))
+    assert resume(store)[0] == 0
+
+
+def test_a_driver_whose_lease_was_taken_over_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEW_S", 0.02)
+    store = tmp_path / "store"
+
+    def take_over(stage: StageRequest) -> None:
+        path = store / "lease.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "token": "another"}))
+
+    meddle(monkeypatch, take_over)  # type: ignore[arg-type]
+    with pytest.raises(StoreLockedError, match="taken over"):
+        sweep(store, "method=rtn,gptq")
+    assert json.loads((store / "lease.json").read_text())["token"] == "another"
+
+
+def test_a_corrupt_evaluation_is_set_aside_and_run_again(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = sweep(store, "method=rtn")
+    broken = first.result.variants[1].evaluations["self_perplexity"].payload
+    assert broken is not None
+    (broken / "items.parquet").write_bytes(b"nothing")
+    again = sweep(store, "method=rtn")
+    assert scores(again) == scores(first)
+    assert [s for s in again.statuses.values() if s is Status.SUCCEEDED] == [Status.SUCCEEDED]
+    assert len(list((store / "corrupt").iterdir())) == 1
+
+
+# --- beside a driver at work ------------------------------------------------------------------------------------------------
+
+
+def test_verbs_that_look_need_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    sweep(store, "method=rtn")
+    seen: list[str] = []
+
+    def look(stage: StageRequest) -> None:
+        if is_gptq(stage):
+            for arguments in (["status"], ["report"], ["plan", "-m", *overrides(store, "method=rtn,gptq")]):
+                where = [] if arguments[0] == "plan" else ["--store", str(store)]
+                shown = bitgrid(tmp_path, *arguments, *where)
+                seen.append(shown.stdout if shown.returncode == 0 else shown.stderr)
+
+    meddle(monkeypatch, look)  # type: ignore[arg-type]
+    assert sweep(store, "method=rtn,gptq").exit_code == 0
+    status, report, plan = seen
+    assert "driver: bitgrid run" in status
+    assert "PENDING" in status
+    assert "report:" in report
+    assert "quantize" in plan
+
+
+def test_a_ledger_in_use_is_read_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        ledger.add_duration("key", "evaluate", "model", "task", 3.0)
+        ledger._connection.execute("BEGIN IMMEDIATE")
+        assert read_durations(path) == {("evaluate", "model", "task"): 3.0}
+        ledger._connection.rollback()
+    path.write_bytes(b"no database" * 100)
+    assert read_durations(path) == {}
+    assert path.read_bytes() == b"no database" * 100
+    assert read_durations(tmp_path / "absent") == {}
+
+
+def quiet(command: Command) -> SweepRun:
+    return run_grid(command.compose(), command, Console(file=io.StringIO()))
+
+
+def test_jobs_of_another_sweeper_are_resumed_as_they_were(tmp_path: Path) -> None:
+    settings = tuple(overrides(tmp_path / "store"))
+    command = Command((), True, jobs=((*settings, "method=rtn"), (*settings, "method=rtn", "scheme=w8a16_channel")))
+    key = quiet(command).result.key
+    code, said = resume(tmp_path / "store")
+    assert code == 0
+    assert key[:8] in said
+    assert "to run: nothing" in said
