@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from orchestrator.stage import Status
 from tests.orchestrator.sweeping import ROOT, bitgrid, command, committed, scores, sweep
 from workers.artifact import RECORD
+from workers.residency import process_residency
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,7 @@ def test_corrupt_artifact_is_set_aside_and_recomputed_with_the_same_result(store
         record = json.loads((folder / RECORD).read_text())
         if record["inputs"].get("quantize") == quantize.name:
             shutil.rmtree(folder)
+    process_residency().clear()  # as in another process: nothing that was loaded while it was whole
     run = sweep(store, *BOTH)
     assert run.exit_code == 0
     assert scores(run) == pytest.approx(wanted, rel=1e-6)
@@ -152,4 +155,5 @@ def test_plan_runs_nothing_and_never_imports_torch(tmp_path: Path) -> None:
     )
     assert "heavy: []" in done.stdout, done.stdout + done.stderr
     assert "evaluate" in done.stdout
+    assert re.search(r"in all [\d.]+ \w+.* to .*work", done.stdout), "ranges, until something has run"
     assert not (tmp_path / "bitgrid-store" / "objects").exists()

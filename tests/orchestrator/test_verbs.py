@@ -175,7 +175,9 @@ def test_resume_refuses_a_grid_that_is_no_longer_the_same(tmp_path: Path, monkey
 
 def test_resume_knows_the_configuration_folder(tmp_path: Path) -> None:
     (tmp_path / "mine" / "scheme").mkdir(parents=True)
-    (tmp_path / "mine" / "scheme" / "own.yaml").write_text("weight: {bits: 5, group_size: 32}\nactivation: null\nkv: null\n")
+    (tmp_path / "mine" / "scheme" / "own.yaml").write_text(
+        "weight: {bits: 5, granularity: group, group_size: 32}\nactivation: null\nkv: null\n"
+    )
     given = ["method=rtn", "scheme=own", *(s for s in SMALL if not s.startswith("scheme"))]
     flags = ["--config-dir", "mine"]
     ran = bitgrid(tmp_path, "run", *flags, *given)
