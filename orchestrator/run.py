@@ -128,7 +128,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
 def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Console) -> SweepRun:
     missing = missing_stages(plan, store)
     statuses = {k: Status.CACHED for k in plan.stages}
-    console.print(_headline(plan, missing), highlight=False)
+    console.print(_headline(plan, missing), highlight=False, soft_wrap=True)
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
@@ -136,7 +136,9 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
         for stage in missing.values():
             if store.has(stage.kind, stage.key):
                 place = store.set_aside(stage.kind, stage.key)
-                console.print(f"{stage.label} was corrupt: set aside as {place.name}, runs again", highlight=False, markup=False)
+                console.print(
+                    f"{stage.label} was corrupt: set aside as {place.name}, runs again", highlight=False, markup=False, soft_wrap=True
+                )
         ending = _execute(plan, store, ledger, lease, missing, projection, console)
         statuses.update(ending.statuses)
     result = load_sweep(store, plan.key)

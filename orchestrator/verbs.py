@@ -33,7 +33,7 @@ def status(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
     counts = Counter((s.kind, s.status.value) for s in result.stages.values())
-    console.print(f"sweep {result.key[:8]} {result.name}", highlight=False, markup=False)
+    console.print(f"sweep {result.key[:8]} {result.name}", highlight=False, markup=False, soft_wrap=True)
     for (kind, word), count in sorted(counts.items()):
         console.print(f"  {kind:<10} {word:<10} {count}", highlight=False)
     for stage in result.stages.values():

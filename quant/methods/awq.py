@@ -191,4 +191,4 @@ def _samples(group: ScaleGroup) -> Tensor:
 
 def _feeds_scores(name: str) -> bool:
     """Whether the linear makes queries or keys, alone or fused: clipping them hurts the attention scores."""
-    return any(p.startswith(("q_", "k_")) or "query" in p or "key" in p or "qkv" in p.lower() for p in name.split("."))
+    return any(p.startswith(("q_", "k_")) or "query" in p or "key" in p or "qkv" in p.lower() or p == "c_attn" for p in name.split("."))
