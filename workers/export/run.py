@@ -36,7 +36,10 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         linears, notes = FORMATS[format](artifact, model_folder, staging)
+        # Temporary folders, and files of safetensors, are for their owner alone.
         staging.chmod(0o755)
+        for path in staging.iterdir():
+            path.chmod(0o644)
         if out.exists():
             out.rmdir()
         staging.rename(out)
