@@ -76,7 +76,12 @@ def main() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    quiet = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     return {**os.environ, **quiet, **more}
 
 
@@ -104,10 +109,12 @@ def run_ours(grid: list[str], folder: Path) -> tuple[float, dict[str, float]]:
 def run_peer(grid: list[str], folder: Path, python: Path) -> tuple[float, dict[str, float]]:
     out = folder / "scores.jsonl"
     ray = ["hydra/launcher=ray", "hydra/sweeper=basic"]
-    ray += [f"hydra.launcher.ray.init.num_cpus={os.cpu_count()}", "hydra.launcher.ray.remote.num_cpus=1"]
+    ray += [f"+hydra.launcher.ray.init.num_cpus={os.cpu_count()}", "+hydra.launcher.ray.remote.num_cpus=1"]
     command = [str(python), str(ROOT / "bench" / "peer_app.py"), "-m", *ray, *grid]
     start = time.perf_counter()
-    subprocess.run(command, cwd=folder, env=environment(BITGRID_PEER_SCORES=str(out)), check=True, stdout=sys.stderr)
+    subprocess.run(
+        command, cwd=folder, env=environment(BITGRID_PEER_SCORES=str(out), RAY_AUTH_MODE="disabled"), check=True, stdout=sys.stderr
+    )
     seconds = time.perf_counter() - start
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     return seconds, {name_of(r["cell"]): r["score"] for r in rows}
