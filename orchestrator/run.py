@@ -89,7 +89,7 @@ def store_root(settings: Mapping[str, Any]) -> Path:
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
     """Stages that must run: those without an artifact that an evaluation of the sweep still needs.
 
-    Evaluations are read whole here: no stage reads them, so nothing else would find a corrupt one and make it again.
+    Evaluations are checked here: no stage reads them, so nothing else would find a corrupt one and make it again.
     """
     needed: dict[str, None] = {}
     waiting = [e for v in plan.variants.values() for e in v.evaluations.values()]
