@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from orchestrator.cell import Grid
@@ -13,6 +16,17 @@ from orchestrator.hydra_bridge import Composer
 
 CONF = "pkg://conf"
 """The shipped configuration, as Hydra names it."""
+
+
+def program() -> str:
+    """How this bitgrid is called from here: by name where PATH finds it, else by the path of its environment."""
+    own = Path(sys.executable).with_name("bitgrid")
+    found = shutil.which("bitgrid")
+    if found is not None and Path(found).absolute() == own:
+        return "bitgrid"
+    if own.is_file():
+        return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
+    return f"{sys.executable} -m orchestrator.cli"
 
 
 @dataclass(frozen=True)

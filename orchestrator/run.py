@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command
+from orchestrator.command import Command, program
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
 from orchestrator.executors import open_executor
@@ -264,8 +264,8 @@ def show(run: SweepRun, console: Console) -> None:
     print_table(run.result, console)
     console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     if run.result.config["settings"]["tracking"]["kind"] != "none":
-        console.print("dashboard: bitgrid ui", highlight=False)
+        console.print(f"dashboard: {program()} ui", highlight=False, soft_wrap=True)
     if run.ending.lost is not None:
         console.print(run.ending.lost, highlight=False, markup=False, soft_wrap=True)
     if run.unfinished:
-        console.print(f"not finished: `bitgrid resume {run.result.key[:8]}` runs the rest", highlight=False)
+        console.print(f"not finished: `{program()} resume {run.result.key[:8]}` runs the rest", highlight=False, soft_wrap=True)

@@ -1,0 +1,42 @@
+"""The command that a sweep's last lines name is one that can be typed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.command import program
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An environment's bin folder below the working folder, not on PATH."""
+    bin_folder = tmp_path / ".venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    (bin_folder / "bitgrid").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(bin_folder / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    return bin_folder
+
+
+def test_environment_that_is_not_active_is_named_by_path(environment: Path) -> None:
+    assert program() == ".venv/bin/bitgrid"
+
+
+def test_path_is_whole_from_elsewhere(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert program() == str(environment / "bitgrid")
+
+
+def test_active_environment_needs_the_name_alone(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(environment))
+    assert program() == "bitgrid"
+
+
+def test_bitgrid_that_is_not_installed_is_called_as_a_module(environment: Path) -> None:
+    (environment / "bitgrid").unlink()
+    assert program() == f"{sys.executable} -m orchestrator.cli"
