@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.stage import Status
-from tests.orchestrator.sweeping import ROOT, bitgrid, command, committed, scores, sweep
+from tests.orchestrator.sweeping import ROOT, bitgrid, command, committed, overrides, scores, sweep
 from workers.artifact import RECORD
 from workers.residency import process_residency
 
@@ -123,20 +123,7 @@ def test_driver_killed_at_random_moments_is_resumed_to_the_same_table(finished: 
 
 
 def test_explain_names_the_field_that_made_a_stage_miss(store: Path) -> None:
-    lines = [
-        "method=gptq",
-        "method.rounding.params.damp=0.05",
-        "scheme=w4a16_g64",
-        "task=self_perplexity",
-        "task.params.limit=2",
-        "calibration=self_text",
-        "calibration.samples=2",
-        "calibration.sequence_length=64",
-        "cluster=in_process",
-        "tracking=none",
-        f"store={store}",
-    ]
-    shown = bitgrid(store.parent, "explain", *lines)
+    shown = bitgrid(store.parent, "explain", *overrides(store, "method=gptq", "method.rounding.params.damp=0.05"))
     assert "damp: stored 0.01, wanted 0.05" in shown.stdout, shown.stdout + shown.stderr
 
 
