@@ -15,7 +15,7 @@ from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
 from quant.scheme import Granularity, Scheme
-from workers.specs import from_json
+from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
 
 NOT_SWEPT = {
     "cluster": "where stages run changes no result, and one sweep runs on one cluster",
@@ -36,11 +36,11 @@ FACTS = ("kind", "version", "needs", "reads", "uses_seed", "for_activations", "n
 
 _GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("model", "dtype"): ("float32", "bfloat16", "float16"),
-    ("method", "propagation"): ("original", "quantized"),
+    ("model", "dtype"): DTYPES,
+    ("method", "propagation"): PROPAGATIONS,
     ("method", "rounding.params.grid"): _GRIDS,
     ("method", "transforms.*.params.grid"): _GRIDS,
-    ("calibration", "sampling"): ("windows", "documents", "sequential"),
+    ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),

@@ -11,12 +11,11 @@ from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, WeightScheme
-from workers.specs import CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
+from workers.specs import PROPAGATIONS, SAMPLINGS, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
 STATISTICS = ("hessian", "absmax", "absmean", "samples")
 """What a calibrate stage can collect."""
 
-SAMPLINGS = ("windows", "documents", "sequential")
 
 T = TypeVar("T")
 
@@ -49,8 +48,8 @@ def method_part(option: Option) -> MethodPart:
     rounding = values["rounding"]
     transforms = [t for t in (values.get("transforms") or {}).values() if t is not None]
     propagation = values.get("propagation", "original")
-    if propagation not in ("original", "quantized"):
-        raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), ('original', 'quantized'))}")
+    if propagation not in PROPAGATIONS:
+        raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), PROPAGATIONS)}")
     components = [*transforms, rounding]
     needs = {s for c in components for s in c["needs"]}
     for statistic in sorted(needs):

@@ -25,6 +25,7 @@ from quant.scheme import Scheme
 from workers.errors import UnsupportedModel
 from workers.families import linear_shapes
 from workers.specs import (
+    DTYPES,
     CalibrateSpec,
     CalibrationSpec,
     EvaluateSpec,
@@ -96,8 +97,8 @@ class _Planner:
         def make() -> tuple[ModelSource, ModelSpec]:
             source = self._sources.model(option)
             dtype = option.values.get("dtype", "float32")
-            if dtype not in ("float32", "bfloat16", "float16"):
-                raise ConfigError(f"model {option.name!r}: dtype={dtype!r}; allowed: float32, bfloat16, float16")
+            if dtype not in DTYPES:
+                raise ConfigError(f"model {option.name!r}: dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
             self._plan.models.setdefault(source.digest, source)
             return source, ModelSpec(source.digest, dtype)
 

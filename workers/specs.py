@@ -19,6 +19,10 @@ from typing import Any, TypeVar
 
 from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 
+DTYPES = ("float32", "bfloat16", "float16")
+PROPAGATIONS = ("original", "quantized")
+SAMPLINGS = ("windows", "documents", "sequential")
+
 Params = tuple[tuple[str, Any], ...]
 """Parameters by name, sorted; values are JSON values with lists as tuples."""
 
