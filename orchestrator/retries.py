@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from workers.request import ErrorClass, Failure, Hints
+from workers.request import BATCH_TOKENS, ErrorClass, Failure, Hints
 
 LOST_WORKER = "WorkerLost"
 """`Failure.type` of a stage whose worker died."""
@@ -50,7 +50,10 @@ class Adjustment:
     """No other request runs meanwhile."""
 
     def apply(self, hints: Hints) -> Hints:
-        return replace(hints, batch_tokens=max(1, hints.batch_tokens >> self.halvings), streamed=hints.streamed or self.streamed)
+        batch = hints.batch_tokens
+        if self.halvings:
+            batch = max(1, (batch or min(BATCH_TOKENS.values())) >> self.halvings)
+        return replace(hints, batch_tokens=batch, streamed=hints.streamed or self.streamed)
 
     def next_step(self, slots: int) -> Adjustment | None:
         """One step down the memory ladder; `None` at its end. With one slot every request is alone already."""

@@ -53,7 +53,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     kept = sample_sequences(sequences, length)
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     with context.phase("forward"):
-        prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
+        prepared = model.prepare(batches(tokens, context.batch_tokens))
     hidden, calls = prepared.hidden, prepared.calls
     del prepared  # or the first block's inputs would stay beside every block's
     for b in range(model.structure.count):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from workers.request import Hints, Location
+from workers.request import BATCH_TOKENS, Hints, Location
 from workers.specs import ModelSpec, TextSpec
 
 
@@ -31,6 +31,11 @@ class Context:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per forward pass."""
+        return self.hints.batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
 
     def model_location(self, model: ModelSpec) -> Location:
         return self.models[model.digest]

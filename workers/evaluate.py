@@ -106,7 +106,7 @@ class _Stage:
 
     @property
     def _batch_tokens(self) -> int:
-        return self.context.hints.batch_tokens
+        return self.context.batch_tokens
 
     def _tokens(self) -> Tensor:
         return self.residency.tokens(self.context, self.spec.model, self.spec.task.text)

@@ -116,7 +116,7 @@ def statistics_source(
     tokens = calibration_tokens(context, model, spec.calibration)
     kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
     with context.phase("forward"):
-        prepared = model.prepare(batches(tokens, context.hints.batch_tokens))
+        prepared = model.prepare(batches(tokens, context.batch_tokens))
     return FedStatistics(model, prepared.calls, prepared.hidden, kinds, sample_sequences(*tokens.shape), context.notes, stored)
 
 

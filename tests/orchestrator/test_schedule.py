@@ -111,6 +111,8 @@ def test_memory_ladder() -> None:
     assert statuses == {"q": FAILED}
     ladder = [a.apply(Hints(batch_tokens=4096)) for _, a in hooks.requests]
     assert [(h.batch_tokens, h.streamed) for h in ladder] == [(4096, False), (2048, False), (1024, False), (1024, True), (1024, True)]
+    unsaid = [a.apply(Hints()).batch_tokens for _, a in hooks.requests]
+    assert unsaid == [None, 512, 256, 256, 256]
     assert [a.exclusive for _, a in hooks.requests] == [False, False, False, False, True]
 
 
