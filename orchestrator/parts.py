@@ -10,7 +10,7 @@ from orchestrator.cell import Option
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
-from quant.scheme import ActivationScheme, KVScheme, Scheme, WeightScheme
+from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
 from workers.specs import PROPAGATIONS, SAMPLINGS, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
 STATISTICS = ("hessian", "absmax", "absmean", "samples")
@@ -34,6 +34,16 @@ class MethodPart:
     uses_seed: bool
     idle_without_activation: tuple[str, ...]
     """Names of transforms that only help quantized activations."""
+    supports: tuple[tuple[str, Supports], ...] = ()
+    """Of each transform and the rounding, by name."""
+
+    @property
+    def ragged_groups(self) -> bool:
+        return self.supports[-1][1].ragged_groups
+
+    def refuses(self, weight: WeightScheme, family: str | None) -> str | None:
+        """Why the method cannot make this weight scheme on this family of models."""
+        return next((r for name, s in self.supports if (r := s.refuses(name, weight, family)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,13 @@ def method_part(option: Option) -> MethodPart:
         reads=frozenset(r for c in components for r in c.get("reads", ())),
         uses_seed=any(c.get("uses_seed", False) for c in components),
         idle_without_activation=tuple(t["kind"] for t in transforms if t.get("for_activations", False)),
+        supports=tuple((str(c["kind"]), supports_part(option, c)) for c in components),
     )
+
+
+def supports_part(option: Option, component: Mapping[str, Any]) -> Supports:
+    """What a component's yaml says it works on; what it leaves out is the usual."""
+    return _checked(option, "supports", lambda: from_json(Supports, component.get("supports") or {}))
 
 
 def _component(option: Option, values: Mapping[str, Any]) -> Component:

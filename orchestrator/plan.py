@@ -131,19 +131,24 @@ class _Planner:
     # -- what cannot work ------------------------------------------------------------------------------------------
 
     def _impossible(self, cell: Cell) -> str | None:
-        return self._once(("impossible", id(cell.model), id(cell.scheme)), lambda: self._why_impossible(cell))
+        return self._once(("impossible", id(cell.model), id(cell.method), id(cell.scheme)), lambda: self._why_impossible(cell))
 
     def _why_impossible(self, cell: Cell) -> str | None:
         source, _ = self._model(cell.model)
         scheme = self._scheme(cell.scheme)
         if source.provisional or not source.config:
             return None
+        method = self._method(cell.method)
+        if scheme.weight is not None:
+            refusal = method.refuses(scheme.weight, source.config.get("model_type"))
+            if refusal is not None:
+                return refusal
         if scheme.weight is not None or scheme.activation is not None:
             try:
                 shapes = linear_shapes(source.config)
             except UnsupportedModel as e:
                 return f"{cell.model.name}: {e}"
-            size = scheme.weight.group_size if scheme.weight is not None else None
+            size = scheme.weight.group_size if scheme.weight is not None and not method.ragged_groups else None
             bad = [s for s in shapes if size is not None and s.cols % size]
             if bad:
                 widths = ", ".join(str(w) for w in sorted({s.cols for s in bad}))

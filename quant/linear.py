@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.errors import require_finite
 from quant.grids import grid as grid_named
-from quant.methods.base import ScaleGroup, StoredTensor, Transform
+from quant.methods.base import Linear, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding, transform, unknown
 from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
 from quant.scheme import Granularity, WeightScheme
@@ -36,7 +36,7 @@ def quantize_linear(
     symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs.
     hessian: `[K, K]`, instead of inputs, for gptq.
-    seed: for methods that draw random numbers; none of the present ones does.
+    seed: for methods that draw random numbers.
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.
 
@@ -63,12 +63,15 @@ def quantize_linear(
         if name not in allowed:
             raise unknown(f"parameter of {method}", name, [*allowed, "scale_dtype"])
 
+    reason = rounder.supports.refuses(method, scheme)
+    if reason is not None:
+        raise ValueError(reason)
     needs = rounder.needs.union(*(t.needs for t in transforms))
     statistics = _statistics(method, needs, weight, inputs, hessian)
     current, scale = weight.detach(), None
     for t in transforms:
         current, statistics, scale = _apply(t, current, statistics, scheme, scale)
-    tensor = rounder.quantize(current, statistics, scheme).tensor
+    tensor = rounder.quantize(current, statistics, scheme, Linear(seed=seed)).tensor
     return tensor if scale is None else tensor.with_input_scale(scale)
 
 
@@ -81,7 +84,7 @@ def _check_types(weight: object, bits: object, group_size: object, symmetric: ob
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
     if type(bits) is not int:
-        raise ValueError(f"bits={bits!r}; give a whole number from 2 to 8")
+        raise ValueError(f"bits={bits!r}; give a whole number from 1 to 8")
     if group_size is not None and (type(group_size) is not int or group_size < 1):
         raise ValueError(f"group_size={group_size!r}; give a whole number of inputs, or None for one group per output channel")
     if type(symmetric) is not bool:

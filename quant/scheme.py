@@ -35,8 +35,8 @@ class WeightScheme:
     """Stored type of scales and of non-integer zeros: float16 or float32. Codes are chosen for the stored value."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"weight.bits={self.bits} is not between 2 and 8; leave `weight: null` for unquantized weights")
+        if not 1 <= self.bits <= 8:
+            raise ValueError(f"weight.bits={self.bits} is not between 1 and 8; leave `weight: null` for unquantized weights")
         if (self.granularity is Granularity.GROUP) != (self.group_size is not None):
             raise ValueError(
                 f"weight.granularity={self.granularity.value} with group_size={self.group_size}: "
@@ -48,6 +48,28 @@ class WeightScheme:
             raise ValueError(f"weight.group_size={self.group_size} must be positive")
         if self.scale_dtype not in ("float16", "float32"):
             raise ValueError(f"weight.scale_dtype={self.scale_dtype}; choose float16 or float32")
+
+
+@dataclass(frozen=True)
+class Supports:
+    """Which weight schemes and models a transform or rounding works on. Planning reads the same facts from yaml."""
+
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    granularity: tuple[str, ...] = ("tensor", "channel", "group")
+    ragged_groups: bool = False
+    """Works where the group size does not divide the inputs: the last group is smaller."""
+    families: tuple[str, ...] | None = None
+    """Model types of config.json; None for all that bitgrid knows."""
+
+    def refuses(self, name: str, scheme: WeightScheme, family: str | None = None) -> str | None:
+        """Why the method `name` cannot make `scheme`, with what it can; None where it can."""
+        if scheme.bits not in self.bits:
+            return f"{name} does not make weight.bits={scheme.bits}; it makes {', '.join(map(str, self.bits))}"
+        if scheme.granularity.value not in self.granularity:
+            return f"{name} does not work with weight.granularity={scheme.granularity.value}; it works with {', '.join(self.granularity)}"
+        if family is not None and self.families is not None and family not in self.families:
+            return f"{name} does not know the blocks of model_type {family!r}; it works on {', '.join(self.families)}"
+        return None
 
 
 @dataclass(frozen=True)

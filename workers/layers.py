@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
         ("bits_stored", pa.float64()),
         ("damp", pa.float64()),
         ("notes", pa.string()),
+        ("details", pa.string()),  # JSON: what only this method has to say
         ("seconds", pa.float64()),
     ]
 )
@@ -49,6 +51,7 @@ class Layers:
                     "bits_stored": float(r.rounded.tensor.bits_stored),
                     "damp": r.rounded.damp,
                     "notes": "; ".join(r.notes),
+                    "details": json.dumps(r.rounded.details, sort_keys=True) if r.rounded.details else "",
                     "seconds": r.seconds,
                 }
             )

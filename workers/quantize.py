@@ -65,7 +65,7 @@ def quantize_blocks(
         torch.manual_seed(spec.seed)
     made = make_methods(spec.rules)
     shapes = families.linear_shapes(model.checkpoint.config)
-    check_shapes(shapes, made)
+    check_shapes(shapes, made, model.structure.model_type)
     source = statistics_source(spec, made, inputs, context, model)
     writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
     run = _Run(spec, made, model, source, context, writer, layers)
@@ -113,8 +113,10 @@ class _Run:
         with context.phase("forward"):
             statistics, tokens = merge(self.source.collect(b, structure, None))
         weights = BlockWeights(block, structure)
-        forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.hints.batch_tokens, structure.sites[0].cols)
-        worker = BlockQuantizer(b, block, structure, chosen, weights, statistics, tokens, forward, self.left_alone, self.scaled)
+        forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.batch_tokens, structure.sites[0].cols)
+        worker = BlockQuantizer(
+            b, block, structure, chosen, weights, statistics, tokens, forward, self.left_alone, self.scaled, self.spec.seed or 0
+        )
         with context.phase("search"):
             worker.transform()
         results = _round(worker, self.source, context)

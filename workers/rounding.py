@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
-from quant.methods.base import Rounded, Rounding, Transform
+from quant.methods.base import Linear, Rounded, Rounding, Transform
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
 from workers.capture import KINDS, BlockStatistics
@@ -77,12 +77,18 @@ def method_for(made: tuple[Method, ...], name: str) -> Method | None:
     return next((m for m in reversed(made) if fnmatchcase(name, m.rule.pattern)), None)
 
 
-def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...]) -> None:
-    """Raises InputError for a group size that does not divide a linear's inputs."""
+def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], family: str) -> None:
+    """Raises InputError for a scheme or family that a method does not support, and for a group size that does not divide a
+    linear's inputs."""
+    for method in made:
+        for part in (*method.transforms, method.rounding):
+            reason = part.supports.refuses(part.name, method.scheme, family)
+            if reason is not None:
+                raise InputError(reason)
     for shape in shapes:
         method = method_for(made, shape.name)
         size = method.scheme.group_size if method else None
-        if size is not None and shape.cols % size:
+        if method is not None and size is not None and shape.cols % size and not method.rounding.supports.ragged_groups:
             fitting = [d for d in range(8, shape.cols + 1) if shape.cols % d == 0]
             raise InputError(
                 f"group_size={size} does not divide the {shape.cols} inputs of {shape.name}; "
@@ -122,6 +128,7 @@ class BlockQuantizer:
     """(transform, group, reason) ▸ blocks: filled here."""
     scaled: set[str]
     """Transforms that scaled a group: filled here."""
+    seed: int = 0
     linear_notes: dict[str, list[str]] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
@@ -197,12 +204,16 @@ class BlockQuantizer:
             statistics = Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device))
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
         with _translated(self.path(name)):
-            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme)
+            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self._linear(name))
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
         weight_error, output_error = self._errors(name, stored, hessian)
         self.weights.current[name] = stored
         self.weights.views[name].write(stored)
         return LinearResult(self.path(name), rounded, weight_error, output_error, time.perf_counter() - start, [*notes, *rounded.notes])
+
+    def _linear(self, name: str) -> Linear:
+        bias = self.weights.biases.get(name, self.weights.views[name].bias)
+        return Linear(self.path(name), self.seed, None if bias is None else bias.detach())
 
     def _errors(self, name: str, stored: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
         original = self.weights.original[name].double()

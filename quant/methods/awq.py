@@ -23,7 +23,7 @@ from quant.affine import grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, fit, grid, round_weight, with_stored_scales
 from quant.methods.base import ScaleGroup
-from quant.scheme import Granularity, WeightScheme
+from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 
 LOSS_TOKENS = 1024
@@ -40,6 +40,7 @@ class Awq:
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
     for_activations: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)))
 
     scale_grid: int = 20
     """Exponents tried: i / scale_grid for i = 0 .. scale_grid - 1."""

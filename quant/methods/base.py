@@ -6,13 +6,15 @@ Shapes: weight `[N, K]` (out, in), statistics of the input with K channels, samp
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
-from quant.scheme import WeightScheme
+from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 
 
@@ -56,6 +58,28 @@ class Rounded:
     """Damping that was used, as a fraction of mean(diag H); None where there is no Hessian."""
     notes: list[str] = field(default_factory=list)
     """Every fallback taken, in words."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """JSON facts for the record that only this method has: bits per group, share of outliers, entropy of a mask."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a rounding may know of a linear besides its weight and statistics."""
+
+    name: str = "weight"
+    """Full module path."""
+    seed: int = 0
+    """Of the stage; zero for methods that do not declare uses_seed."""
+    bias: Tensor | None = None
+    """`[N]`."""
+
+    def generator(self) -> torch.Generator:
+        """On the CPU, of this linear alone: results do not depend on the order of linears."""
+        digest = hashlib.sha256(f"{self.seed}:{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+ANY = Linear()
 
 
 class Rounding(Protocol):
@@ -68,8 +92,9 @@ class Rounding(Protocol):
     reads: ClassVar[frozenset[str]]
     """Run-time parts of the scheme that change the result: activation, kv."""
     uses_seed: ClassVar[bool]
+    supports: ClassVar[Supports]
 
-    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded: ...
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded: ...
 
 
 @dataclass
@@ -102,6 +127,7 @@ class Transform(Protocol):
     uses_seed: ClassVar[bool]
     for_activations: ClassVar[bool]
     """It only helps quantized activations; without them it runs, flagged as idle."""
+    supports: ClassVar[Supports]
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` > 0: consumers' columns are multiplied, the producer's output divided by it (function-preserving);

@@ -21,8 +21,8 @@ from torch import Tensor
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
-from quant.methods.base import Rounded
-from quant.scheme import Granularity, WeightScheme
+from quant.methods.base import ANY, Linear, Rounded
+from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -35,6 +35,7 @@ class Gptq:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports()
 
     grid: str | None = None
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
@@ -59,7 +60,7 @@ class Gptq:
         if not 0 <= self.damp < float("inf"):
             raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
 
-    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded:
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
         statistics.require("gptq", "hessian")
         hessian = statistics.hessian

@@ -15,8 +15,8 @@ from torch import Tensor
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, fit, grid, with_stored_scales
-from quant.methods.base import Rounded
-from quant.scheme import WeightScheme
+from quant.methods.base import ANY, Linear, Rounded
+from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 
@@ -28,6 +28,7 @@ class Rtn:
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports()
 
     grid: str | None = None
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
@@ -38,7 +39,7 @@ class Rtn:
         if self.grid is not None:
             grid(self.grid)
 
-    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Rounded:
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""
         require_finite("weight", weight)
         chosen, notes = choose_grid(self.grid, scheme)

@@ -46,7 +46,7 @@ WRONG = [
     ("task.kind=other", "kind is a fact about the code behind task ppl"),
     ("method.rounding={kind: gptq}", "kind is a fact about the code"),
     ("+method.rounding.params.grid=g_assym", "unknown method.rounding.params.grid 'g_assym'; nearest: g_asym"),
-    ("scheme.weight.bits=9", "scheme=w4: weight.bits=9 is not between 2 and 8"),
+    ("scheme.weight.bits=9", "scheme=w4: weight.bits=9 is not between 1 and 8"),
     ("scheme.weight.granularity=chanel", "unknown scheme.weight.granularity 'chanel'; nearest: channel"),
     ("scheme.weight.group_size=64", "give a group_size with granularity 'group'"),
     ("scheme.weight.bits=2,9", "scheme=w4[weight.bits=9]: weight.bits=9"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import methods, quantize_linear
 from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
-from quant.scheme import Scheme
+from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
@@ -38,7 +38,7 @@ def composed(method: str) -> dict[str, Any]:
 
 
 def facts(component: dict[str, Any]) -> dict[str, Any]:
-    return {k: sorted(v) if isinstance(v, list) else v for k, v in component.items() if k != "params"}
+    return {k: sorted(v) if isinstance(v, list) else v for k, v in component.items() if k not in ("params", "supports")}
 
 
 def declared(name: str) -> dict[str, Any]:
@@ -57,6 +57,7 @@ def test_method_options_equal_the_code(option: str) -> None:
     for component, changed in [(values["rounding"], recipe.rounding_params), *((t, {}) for t in values["transforms"].values())]:
         cls = COMPONENTS[component["kind"]]
         assert facts(component) == declared(component["kind"])
+        assert from_json(Supports, component["supports"]) == cls.supports
         assert component["params"] == {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
     assert methods.rounding(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
@@ -164,10 +165,11 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
         ({"method": "gptq", "hessian": torch.eye(32), "damp": "high"}, "parameter damp='high' of gptq has type str; give float"),
         ({"method": "rtn", "group_size": 5}, "group_size=5 does not divide in_features=32"),
         ({"method": "rtn", "group_size": -1}, "group_size=-1; give a whole number of inputs, or None"),
-        ({"method": "rtn", "bits": 4.0}, "bits=4.0; give a whole number from 2 to 8"),
+        ({"method": "rtn", "bits": 4.0}, "bits=4.0; give a whole number from 1 to 8"),
         ({"method": "rtn", "symmetric": "no"}, "symmetric='no'; give True or False"),
         ({"method": "gptq", "inputs": [[1.0]]}, r"inputs is a list; give a torch tensor, as torch.as_tensor\(inputs\)"),
-        ({"method": "rtn", "bits": 1}, "weight.bits=1 is not between 2 and 8"),
+        ({"method": "rtn", "bits": 1}, "rtn does not make weight.bits=1; it makes 2, 3, 4, 5, 6, 7, 8"),
+        ({"method": "rtn", "bits": 9}, "weight.bits=9 is not between 1 and 8"),
         ({"method": "rtn", "symmetric": True, "grid": "awq_asym"}, "grid=awq_asym is asymmetric and symmetric=True was given"),
         ({"method": "rtn", "scale_dtype": "bfloat16"}, "scale_dtype=bfloat16; choose float16 or float32"),
     ],
