@@ -18,10 +18,11 @@ from orchestrator import parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
+from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
-from quant.scheme import Scheme
+from quant.scheme import Scheme, WeightScheme
 from workers.errors import UnsupportedModel
 from workers.families import linear_shapes
 from workers.specs import (
@@ -36,6 +37,7 @@ from workers.specs import (
     StageKind,
     to_json,
 )
+from workers.structure import LinearShape
 
 T = TypeVar("T")
 Estimate = Callable[[Spec, ModelSource], Resources]
@@ -138,28 +140,48 @@ class _Planner:
         scheme = self._scheme(cell.scheme)
         if source.provisional or not source.config:
             return None
-        method = self._method(cell.method)
-        if scheme.weight is not None:
-            refusal = method.refuses(scheme.weight, source.config.get("model_type"))
-            if refusal is not None:
-                return refusal
         if scheme.weight is not None or scheme.activation is not None:
             try:
                 shapes = linear_shapes(source.config)
             except UnsupportedModel as e:
                 return f"{cell.model.name}: {e}"
-            size = scheme.weight.group_size if scheme.weight is not None and not method.ragged_groups else None
-            bad = [s for s in shapes if size is not None and s.cols % size]
-            if bad:
-                widths = ", ".join(str(w) for w in sorted({s.cols for s in bad}))
-                return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+            if scheme.weight is not None:
+                reason = self._why_not_quantized(cell, scheme.weight, source.config, shapes)
+                if reason is not None:
+                    return reason
         if scheme.kv is not None and scheme.kv.group_size is not None:
             width = _head_width(source.config)
             if width is not None and width % scheme.kv.group_size:
                 return f"{cell.model.name}: KV group size {scheme.kv.group_size} does not divide a head of {width}"
         return None
 
+    def _why_not_quantized(
+        self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
+    ) -> str | None:
+        method = self._method(cell.method)
+        table = self._rules(cell, weight)
+        for scheme in dict.fromkeys(rule.weight for rule in table):
+            refusal = method.refuses(scheme, config.get("model_type"))
+            if refusal is not None:
+                return refusal
+        chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
+        sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
+        bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]
+        if not bad:
+            return None
+        size, widths = sizes[bad[0].name], ", ".join(str(w) for w in sorted({s.cols for s in bad}))
+        return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+
     # -- stages ----------------------------------------------------------------------------------------------------
+
+    def _rules(self, cell: Cell, weight: WeightScheme) -> tuple[Rule, ...]:
+        def make() -> tuple[Rule, ...]:
+            source, _ = self._model(cell.model)
+            return rules(cell.method, self._method(cell.method).spec, cell.scheme, weight, cell.model.name, source.config)
+
+        # Without overrides the model does not matter.
+        by_model = id(cell.model) if has_overrides(cell.method, cell.scheme) else None
+        return self._once(("rules", by_model, id(cell.method), id(cell.scheme)), make)
 
     def _add(self, cell: Cell) -> None:
         task = self._task(cell.task)
@@ -236,7 +258,7 @@ class _Planner:
             inputs[statistic] = self._calibrate(cell, model, calibration, statistic)
         spec = QuantizeSpec(
             model=model,
-            rules=(Rule("*", method.spec, weight),),
+            rules=self._rules(cell, weight),
             calibration=calibration if method.feeds_text or static is not None else None,
             activation=scheme.activation if static is not None or "activation" in method.reads else None,
             kv=scheme.kv if "kv" in method.reads else None,
