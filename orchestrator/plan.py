@@ -1,6 +1,7 @@
 """Cells ▸ the deduplicated graph of stages.
 
 * One calibrate stage per statistic kind, model and calibration draw; every method, bit-width and group size shares it.
+* With automatic bits, one quantize stage per candidate width, and one prepare stage for the sensitivity table made from them.
 * One quantize stage per model, method, weight scheme (and whatever else the method declares it reads), whatever the number of
   tasks and run-time parts.
 * One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
@@ -27,10 +28,12 @@ from workers.errors import UnsupportedModel
 from workers.families import linear_shapes
 from workers.specs import (
     DTYPES,
+    AutoBits,
     CalibrateSpec,
     CalibrationSpec,
     EvaluateSpec,
     ModelSpec,
+    PrepareSpec,
     QuantizeSpec,
     Rule,
     Spec,
@@ -112,6 +115,9 @@ class _Planner:
     def _method(self, option: Option) -> parts.MethodPart:
         return self._once(("method", id(option)), lambda: parts.method_part(option))
 
+    def _auto(self, option: Option) -> parts.AutoPart | None:
+        return self._once(("auto", id(option)), lambda: parts.auto_part(option, self._scheme(option).weight))
+
     def _task(self, option: Option) -> parts.TaskPart:
         def make() -> parts.TaskPart:
             source = self._sources.text(option)
@@ -159,6 +165,13 @@ class _Planner:
         self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
     ) -> str | None:
         method = self._method(cell.method)
+        auto = self._auto(cell.scheme)
+        if auto is not None:
+            if method.spec.transforms or has_overrides(cell.method, cell.scheme):
+                return f"method {cell.method.name}: automatic bits work with methods without transforms and overrides"
+            refusal = next((r for w in auto.auto.candidates if (r := method.refuses(w, config.get("model_type"))) is not None), None)
+            if refusal is not None:
+                return refusal
         table = self._rules(cell, weight)
         for scheme in dict.fromkeys(rule.weight for rule in table):
             refusal = method.refuses(scheme, config.get("model_type"))
@@ -244,28 +257,43 @@ class _Planner:
         return tuple(flags)
 
     def _quantize(self, cell: Cell) -> str | None:
-        scheme = self._scheme(cell.scheme)
-        if scheme.weight is None:
+        weight = self._scheme(cell.scheme).weight
+        if weight is None:
             return None
-        weight = scheme.weight
-        method = self._method(cell.method)
+        auto = self._auto(cell.scheme)
+        if auto is None:
+            return self._quantize_stage(cell, self._rules(cell, weight), "")
+        _, model = self._model(cell.model)
+        spec = self._method(cell.method).spec
+        candidates = {}
+        for i, candidate in enumerate(auto.auto.candidates):
+            candidates[auto.auto.role(i)] = self._quantize_stage(cell, (Rule("*", spec, candidate),), f" {candidate.bits} bits")
+        search = PrepareSpec(model, "sensitivity", 1, self._calibration(cell), (("sequences", auto.sequences),))
+        label = f"prepare {cell.model.name} {cell.method.name} {cell.scheme.name} sensitivity"
+        table = self._stage(StageKind.PREPARE, search, candidates, label)
+        return self._quantize_stage(cell, (Rule("*", spec, auto.auto.candidates[0]),), "", auto.auto, {"sensitivity": table})
+
+    def _quantize_stage(
+        self, cell: Cell, table: tuple[Rule, ...], suffix: str, auto: AutoBits | None = None, more: Mapping[str, str] | None = None
+    ) -> str:
+        scheme, method = self._scheme(cell.scheme), self._method(cell.method)
         _, model = self._model(cell.model)
         static = scheme.activation if scheme.activation is not None and not scheme.activation.dynamic else None
         calibration = self._calibration(cell) if method.calibrate or method.feeds_text or static is not None else None
-        inputs = {}
+        inputs = dict(more or {})
         for statistic in method.calibrate:
             assert calibration is not None
             inputs[statistic] = self._calibrate(cell, model, calibration, statistic)
         spec = QuantizeSpec(
             model=model,
-            rules=self._rules(cell, weight),
+            rules=table,
             calibration=calibration if method.feeds_text or static is not None else None,
             activation=scheme.activation if static is not None or "activation" in method.reads else None,
             kv=scheme.kv if "kv" in method.reads else None,
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
+            auto=auto,
         )
-        label = f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}"
-        return self._stage(StageKind.QUANTIZE, spec, inputs, label)
+        return self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
 
     def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
         def make() -> str:

@@ -84,3 +84,35 @@ def test_wrong_overrides_say_what_is_allowed(plan_of: PlanOf, override: str, err
     with pytest.raises(error) as e:
         plan_of("method=gptq", "scheme=w4a16_g64", override)
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+# --- automatic bits -------------------------------------------------------------------------------------------------
+
+
+def test_automatic_bits_plan_a_table_made_from_shared_candidates(tmp_path: Path) -> None:
+    def plan(*words: str) -> Plan:
+        grid = compose_grid(["task=self_perplexity", "method=gptq", *words], multirun=True)
+        return build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
+
+    auto = plan("scheme=auto", "scheme.auto.budget=3.2,4.0", "scheme.auto.bits=[2,3,4]")
+    kinds = [s.kind for s in auto.stages.values()]
+    assert kinds.count(StageKind.PREPARE) == 1  # both budgets read one table
+    assert kinds.count(StageKind.QUANTIZE) == 3 + 2
+    assert kinds.count(StageKind.CALIBRATE) == 1
+    assert key(plan("scheme=w3a16_g64")) in auto.stages
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["scheme=auto"], ["auto.budget=None", "as budget=3.2"]),
+        (["scheme=auto", "budget=1.5"], ["not above the smallest width, 2"]),
+        (["scheme=auto", "budget=3", "scheme.auto.bits=[4]"], ["at least two different widths"]),
+        (["scheme=auto", "budget=3", "method=awq"], ["automatic bits work with methods without transforms"]),
+        (["scheme=auto", "budget=3", "scheme.auto.bits=[2,9]"], ["weight.bits=9"]),
+    ],
+)
+def test_wrong_automatic_bits_say_what_is_allowed(plan_of: PlanOf, overrides: list[str], words: list[str]) -> None:
+    with pytest.raises((ConfigError, PlanError)) as e:
+        plan_of(*overrides)
+    assert all(w in str(e.value) for w in words), str(e.value)
