@@ -8,10 +8,11 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
+from quant.methods.hqq import Hqq
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
+ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
 
 
@@ -27,6 +28,7 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
+    "hqq": Recipe("hqq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
 }

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
+from quant.tensors.strided import StridedTensor
 
-FORMATS = {AffineTensor.format: AffineTensor}
+FORMATS: dict[str, type[AffineTensor] | type[StridedTensor]] = {
+    AffineTensor.format: AffineTensor,
+    StridedTensor.format: StridedTensor,
+}
 
 
 def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:

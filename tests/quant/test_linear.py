@@ -156,7 +156,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of .*; did you mean gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),

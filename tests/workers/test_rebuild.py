@@ -52,6 +52,8 @@ SPECS = {
     "gptq": quantize_spec("gptq", weight=W4G16),
     "gptq_act_order": quantize_spec("gptq", weight=W4G16, act_order=True),
     "gptq_quantized": quantize_spec("gptq", weight=W4, propagation="quantized"),
+    "hqq": quantize_spec("hqq", weight=W4G16),
+    "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
