@@ -9,10 +9,18 @@ from typing import Any
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
+from quant.methods.quip import Quip
+from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq]] = {"rtn": Rtn, "gptq": Gptq, "hqq": Hqq}
+ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq] | type[Quip] | type[QuipSharp]] = {
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "hqq": Hqq,
+    "quip": Quip,
+    "quip_sharp": QuipSharp,
+}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
 
 
@@ -29,6 +37,8 @@ METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
     "hqq": Recipe("hqq"),
+    "quip": Recipe("quip"),
+    "quip_sharp": Recipe("quip_sharp"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
 }

@@ -54,6 +54,8 @@ SPECS = {
     "gptq_quantized": quantize_spec("gptq", weight=W4, propagation="quantized"),
     "hqq": quantize_spec("hqq", weight=W4G16),
     "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
+    "quip": quantize_spec("quip", weight=W4),
+    "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
