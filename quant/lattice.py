@@ -68,8 +68,8 @@ def e8p_codewords() -> Tensor:
 
 @cache
 def _candidates() -> tuple[Tensor, Tensor]:
-    """Of targets whose coordinates are positive, the last one perhaps not, the nearest codeword without its shift is among these: per pattern its base, and
-    the base with the last and one other sign flipped. Vectors `[2048, 8]` and codes (pattern << 8 | flips)."""
+    """Of targets whose coordinates are positive, the last one perhaps not, the nearest codeword without its shift is among these: per
+    pattern its base, and the base with the last and one other sign flipped. Vectors `[2048, 8]` and codes (pattern << 8 | flips)."""
     base = _bases()
     flipped = torch.ones(DIMENSION, DIMENSION, dtype=torch.float64)
     for i in range(DIMENSION - 1):
@@ -137,7 +137,7 @@ class Codebook:
         for i, part in enumerate(self.parts):
             scaled = left if i == 0 else left * self.residual_scale
             search = _nearest_e8p if part == "e8p" else _nearest_e81b
-            codes = torch.cat([search(piece) for piece in scaled.split(CHUNK)]) if len(x) else torch.zeros(0, dtype=torch.long)
+            codes = torch.cat([search(scaled[i : i + CHUNK]) for i in range(0, len(x), CHUNK)])
             out.append(codes)
             left = left - self.part(i, codes).to(x)
         return out
