@@ -76,9 +76,10 @@ def test_search_finds_the_nearest_of_all_codewords(spread: float, dtype: torch.d
     assert int(codes[1]) == 4711
 
 
-def test_every_codeword_is_its_own_nearest() -> None:
-    (codes,) = CODEBOOKS[2].encode(e8p_codewords())
-    assert torch.equal(codes, torch.arange(1 << 16))
+def test_codewords_are_their_own_nearest() -> None:
+    # Every 13th: all patterns, flips and shifts occur.
+    (codes,) = CODEBOOKS[2].encode(e8p_codewords()[::13])
+    assert torch.equal(codes, torch.arange(0, 1 << 16, 13))
 
 
 @pytest.mark.parametrize("bits", [3, 4])

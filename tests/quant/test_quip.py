@@ -50,7 +50,7 @@ def nearest(step: float, low: float = -2.0, high: float = 1.5) -> Affine:
 GRID = nearest(0.5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(n=st.integers(1, 5), blocks=st.integers(1, 20), block=st.sampled_from([1, 2, 8]), seed=st.integers(0, 999))
 def test_the_factors_and_summed_errors_are_those_of_the_hessian(n: int, blocks: int, block: int, seed: int) -> None:
     k = blocks * block
@@ -67,7 +67,7 @@ def test_the_factors_and_summed_errors_are_those_of_the_hessian(n: int, blocks: 
     torch.testing.assert_close(loss, torch.einsum("nk,kl,nl->n", e, h, e), rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(n=st.integers(1, 5), k=st.integers(1, 300), seed=st.integers(0, 999))
 def test_mirrored_ldlq_is_gptq(n: int, k: int, seed: int) -> None:
     w, h = problem(n, k, seed)

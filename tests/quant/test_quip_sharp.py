@@ -90,7 +90,7 @@ def test_two_bits_beat_rounding_to_nearest_by_far() -> None:
 
 def test_more_bits_are_closer_and_the_error_is_the_codebooks() -> None:
     w, _ = problem(64, 128, 5, torch.float32)
-    errors = [float((stored(w, torch.eye(128), bits).dequantize() - w).square().mean()) for bits in (2, 3, 4)]
+    errors = [float((stored(w, torch.eye(128), bits, tune_iters=0).dequantize() - w).square().mean()) for bits in (2, 3, 4)]
     # 1024 Gaussian vectors, an identity Hessian: nothing is fed back. The sample's deviation is about 1 %.
     for error, mse in zip(errors, (0.0902, 0.0291, 0.00947), strict=True):
         assert error == pytest.approx(mse, rel=0.05)
