@@ -31,7 +31,7 @@ def quantize_linear(
 ) -> StoredTensor:
     """Quantizes one weight `[N, K]` of any float type, which is not changed.
 
-    method: rtn, gptq, awq or smoothquant, with its own defaults (those of `conf/method/`); method_params override them.
+    method: a name of `quant.methods.registry.METHODS`, with its own defaults (those of `conf/method/`); method_params override them.
     group_size: inputs that share a scale; None is one group per output channel.
     symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs.

@@ -8,10 +8,19 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
+from quant.methods.hqq import Hqq
+from quant.methods.quip import Quip
+from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
+ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq] | type[Quip] | type[QuipSharp]] = {
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "hqq": Hqq,
+    "quip": Quip,
+    "quip_sharp": QuipSharp,
+}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
 
 
@@ -27,6 +36,9 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
+    "hqq": Recipe("hqq"),
+    "quip": Recipe("quip"),
+    "quip_sharp": Recipe("quip_sharp"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
 }

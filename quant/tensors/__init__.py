@@ -9,8 +9,16 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
+from quant.tensors.incoherent import IncoherentTensor
+from quant.tensors.lattice import LatticeTensor
+from quant.tensors.strided import StridedTensor
 
-FORMATS = {AffineTensor.format: AffineTensor}
+FORMATS: dict[str, type[AffineTensor] | type[StridedTensor] | type[IncoherentTensor] | type[LatticeTensor]] = {
+    AffineTensor.format: AffineTensor,
+    StridedTensor.format: StridedTensor,
+    IncoherentTensor.format: IncoherentTensor,
+    LatticeTensor.format: LatticeTensor,
+}
 
 
 def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:

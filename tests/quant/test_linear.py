@@ -96,11 +96,17 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
+    supports = ROUNDINGS[METHODS[method].rounding].supports
+    if group_size is not None and "group" not in supports.granularity:
+        pytest.skip(f"{method} has no groups; that it refuses them is tested elsewhere")
+    bits = max(supports.bits)
     before = w.clone()
-    tensor = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert torch.equal(w, before)
-    assert float((tensor.dequantize() - w).norm() / w.norm()) < 0.05
-    again = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    # QuIP cuts weights off at 2.4 times their RMS, whatever the bits.
+    limit = 0.15 if method == "quip" else 0.05 * 2 ** (8 - bits)
+    assert float((tensor.dequantize() - w).norm() / w.norm()) < limit
+    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
 
 
@@ -159,7 +165,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of .*; did you mean gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),
