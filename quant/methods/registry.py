@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant.methods.awq import Awq
+from quant.methods.billm import Billm
 from quant.methods.gptq import Gptq
+from quant.methods.pb_llm import PbLlm
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
+ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Billm] | type[PbLlm]] = {
+    "rtn": Rtn,
+    "gptq": Gptq,
+    "billm": Billm,
+    "pb_llm": PbLlm,
+}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
 
 
@@ -29,4 +36,7 @@ METHODS: dict[str, Recipe] = {
     "gptq": Recipe("gptq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+    "billm": Recipe("billm"),
+    "billm_joint": Recipe("billm", {"variant": "joint"}),
+    "pb_llm": Recipe("pb_llm"),
 }

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
+from quant.tensors.binary import BinaryTensor
+from quant.tensors.partially_binary import PartiallyBinaryTensor
 
-FORMATS = {AffineTensor.format: AffineTensor}
+FORMATS: dict[str, type[AffineTensor] | type[BinaryTensor] | type[PartiallyBinaryTensor]] = {
+    t.format: t for t in (AffineTensor, BinaryTensor, PartiallyBinaryTensor)
+}
 
 
 def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:

@@ -88,16 +88,26 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
+def widest(method: str, most: int) -> int:
+    """The most bits, up to `most`, that the method makes."""
+    return max(b for b in ROUNDINGS[METHODS[method].rounding].supports.bits if b <= most)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
     before = w.clone()
-    tensor = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    bits = widest(method, 8)
+    if group_size is not None and "group" not in ROUNDINGS[METHODS[method].rounding].supports.granularity:
+        with pytest.raises(ValueError, match="granularity=group"):
+            quantize_linear(w, method=method, bits=bits, group_size=group_size, inputs=x)
+        return
+    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert torch.equal(w, before)
-    assert float((tensor.dequantize() - w).norm() / w.norm()) < 0.05
-    again = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    assert float((tensor.dequantize() - w).norm() / w.norm()) < (0.05 if bits == 8 else 0.7)
+    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
 
 
@@ -148,7 +158,7 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
-    tensor = quantize_linear(w.to(dtype), method=method, bits=4, inputs=x.to(dtype), scale_dtype="float16")
+    tensor = quantize_linear(w.to(dtype), method=method, bits=widest(method, 4), inputs=x.to(dtype), scale_dtype="float16")
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32
 
@@ -156,7 +166,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant, .*; did you mean gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),
