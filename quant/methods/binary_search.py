@@ -26,10 +26,11 @@ def ranked(score: Tensor) -> Tensor:
 def reference_quantiles(values: Tensor) -> Tensor:
     """The 81 quantiles 0.10, 0.11 .. 0.90 of all values, interpolated linearly."""
     ordered = values.reshape(-1).sort().values
-    position = torch.linspace(0.10, 0.90, SPLITS, dtype=torch.float64, device=values.device) * (ordered.numel() - 1)
-    below = position.floor().long()
+    # Exact in integers, so that a quantile that falls on a value equals it.
+    place = torch.arange(10, 10 + SPLITS, device=values.device) * (ordered.numel() - 1)
+    below = place // 100
     above = (below + 1).clamp(max=ordered.numel() - 1)
-    fraction = (position - below).to(values)
+    fraction = (place % 100).to(values) / 100
     return ordered[below] + (ordered[above] - ordered[below]) * fraction
 
 
@@ -57,7 +58,7 @@ def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
     sets = torch.stack([inside, ~inside], dim=2).to(m)  # [k, C, 2]
     sizes = sets.sum(1, keepdim=True).clamp(min=1)  # [k, 1, 2]
     total = torch.zeros(len(counts), dtype=torch.float64, device=m.device)
-    for rows in _chunks(m, (len(counts) * c)):
+    for rows in _chunks(m, len(counts) * c):
         x = rows.expand(len(counts), -1, -1)  # [k, n, C]
         mean = x @ sets / sizes
         spread = sets.transpose(1, 2)
@@ -93,7 +94,7 @@ def split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
     """Squared error `[T]`, float64, of x `[N, C]` split at |x| >= t, both parts binarized once with means (step c of the
     reference). Thresholds `[T]` are 0 or more."""
     total = torch.zeros(thresholds.numel(), dtype=torch.float64, device=x.device)
-    for rows in _chunks(x, (8 * (x.shape[1] + thresholds.numel()))):
+    for rows in _chunks(x, 8 * (x.shape[1] + thresholds.numel())):
         total += _split_errors(rows, thresholds)
     return total
 
@@ -141,8 +142,8 @@ def joint_errors(magnitude: Tensor, counts: Sequence[int], thresholds: Tensor) -
     largest, bins = max(counts), thresholds.numel()
     ks = torch.tensor(counts, device=magnitude.device)
     total = torch.zeros(len(counts), bins, dtype=torch.float64, device=magnitude.device)
-    thresholds = thresholds.to(magnitude)
-    for rows in _chunks(magnitude, ((largest + 1) * bins)):
+    thresholds = thresholds.to(magnitude).contiguous()
+    for rows in _chunks(magnitude, (largest + 1) * bins):
         number = torch.bucketize(rows.contiguous(), thresholds, right=True)  # thresholds that a value reaches
         high_count, high_sum = (_reached(number, w, bins) for w in (torch.ones_like(rows), rows))
         reached = (number[:, :largest, None] > torch.arange(bins, device=rows.device)).to(rows)
