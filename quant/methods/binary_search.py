@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-CHUNK = 2**20
+CHUNK = 2**17
 """Values in a temporary tensor."""
 SPLITS = 81
 
@@ -135,26 +135,27 @@ def _deviation(total: Tensor, count: Tensor, under: Tensor, number: Tensor, mean
     return (total - under) - (count - number) * mean + number * mean - under
 
 
-def joint_errors(magnitude: Tensor, counts: Sequence[int], thresholds: Tensor) -> Tensor:
+def joint_errors(magnitude: Tensor, counts: range, thresholds: Tensor) -> Tensor:
     """Squared error `[k, T]`, float64, of |w| `[N, C]`: the first k columns binarized twice, the others split at t and both parts
     binarized once, all without means."""
     c = magnitude.shape[1]
     largest, bins = max(counts), thresholds.numel()
     ks = torch.tensor(counts, device=magnitude.device)
     total = torch.zeros(len(counts), bins, dtype=torch.float64, device=magnitude.device)
+    taken = slice(counts[0], counts[-1] + 1)
     thresholds = thresholds.to(magnitude).contiguous()
     for rows in _chunks(magnitude, (largest + 1) * bins):
         number = torch.bucketize(rows.contiguous(), thresholds, right=True)  # thresholds that a value reaches
         high_count, high_sum = (_reached(number, w, bins) for w in (torch.ones_like(rows), rows))
         reached = (number[:, :largest, None] > torch.arange(bins, device=rows.device)).to(rows)
         # What the first k columns hold, k = 0 .. largest: to be taken off.
-        high_count = high_count[:, None] - _prefixes(reached)[:, ks]
-        high_sum = high_sum[:, None] - _prefixes(reached * rows[:, :largest, None])[:, ks]
-        rest_sum = (rows.sum(1, keepdim=True) - _prefixes(rows[:, :largest, None])[:, ks, 0])[:, :, None]
+        high_count = high_count[:, None] - _prefixes(reached)[:, taken]
+        high_sum = high_sum[:, None] - _prefixes(reached * rows[:, :largest, None])[:, taken]
+        rest_sum = (rows.sum(1, keepdim=True) - _prefixes(rows[:, :largest, None])[:, taken, 0])[:, :, None]
         low_count, low_sum = (c - ks).to(rows)[None, :, None] - high_count, rest_sum - high_sum
         explained = high_sum.square() / high_count.clamp(min=1) + low_sum.square() / low_count.clamp(min=1)
         squares = rows.square()
-        rest = squares.sum(1, keepdim=True) - _prefixes(squares[:, :largest, None])[:, ks, 0]
+        rest = squares.sum(1, keepdim=True) - _prefixes(squares[:, :largest, None])[:, taken, 0]
         total += rest.sum(0, dtype=torch.float64)[:, None] - explained.sum(0, dtype=torch.float64)
     return total + salient_errors(magnitude, counts)[:, None]
 
