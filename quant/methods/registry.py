@@ -7,21 +7,30 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant.methods.awq import Awq
+from quant.methods.billm import Billm
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
+from quant.methods.pb_llm import PbLlm
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq] | type[Quip] | type[QuipSharp]] = {
-    "rtn": Rtn,
-    "gptq": Gptq,
-    "hqq": Hqq,
-    "quip": Quip,
-    "quip_sharp": QuipSharp,
-}
-TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
+_ROUNDINGS: tuple[type[Any], ...] = (
+    Rtn,
+    Gptq,
+    Hqq,
+    Billm,
+    PbLlm,
+    Quip,
+    QuipSharp,
+)
+_TRANSFORMS: tuple[type[Any], ...] = (
+    Awq,
+    SmoothQuant,
+)
+ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
+TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
 
 
 @dataclass(frozen=True)
@@ -36,9 +45,12 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
-    "hqq": Recipe("hqq"),
-    "quip": Recipe("quip"),
-    "quip_sharp": Recipe("quip_sharp"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+    "hqq": Recipe("hqq"),
+    "billm": Recipe("billm"),
+    "billm_joint": Recipe("billm", {"variant": "joint"}),
+    "pb_llm": Recipe("pb_llm"),
+    "quip": Recipe("quip"),
+    "quip_sharp": Recipe("quip_sharp"),
 }
