@@ -8,6 +8,7 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.billm import Billm
+from quant.methods.claq import Claq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
 from quant.methods.pb_llm import PbLlm
@@ -19,6 +20,7 @@ from quant.methods.smoothquant import SmoothQuant
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
     Gptq,
+    Claq,
     Hqq,
     Billm,
     PbLlm,
@@ -45,6 +47,7 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
+    "claq": Recipe("claq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "hqq": Recipe("hqq"),

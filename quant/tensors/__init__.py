@@ -10,6 +10,7 @@ from torch import Tensor
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
+from quant.tensors.codebook import CodebookTensor
 from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
 from quant.tensors.partially_binary import PartiallyBinaryTensor
@@ -19,6 +20,7 @@ _FORMATS: tuple[type[Any], ...] = (
     AffineTensor,
     StridedTensor,
     BinaryTensor,
+    CodebookTensor,
     PartiallyBinaryTensor,
     IncoherentTensor,
     LatticeTensor,
