@@ -136,7 +136,7 @@ def _sensitivity_s(spec: PrepareSpec, size: _Size) -> float:
 def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
     operations = 50.0 * size.linear_parameters
     names = {c.name for rule in spec.rules for c in (*rule.method.transforms, rule.method.rounding)}
-    if "gptq" in names:
+    if names & {"gptq", "claq"}:
         operations += sum(2 * k**3 + 2 * n * k * k for n, k in size.linears)
     if "awq" in names:
         operations += 2 * size.linear_parameters * SEARCH_TOKENS

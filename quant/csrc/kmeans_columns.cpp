@@ -73,6 +73,14 @@ void candidates(int64_t n, int64_t bins, Workspace& w) {
     double total = 0;
     w.measure[0] = 0;
     for (int64_t i = 1; i < n; i++) w.measure[i] = std::sqrt(w.x[i] - w.x[i - 1]);
+    // One cut in a gap is enough: no gap counts for more than two shares.
+    for (int pass = 0; pass < 2; pass++) {
+        total = 0;
+        for (int64_t i = 1; i < n; i++) total += w.measure[i];
+        const double most = 2 * total / double(bins);
+        for (int64_t i = 1; i < n; i++) w.measure[i] = std::min(w.measure[i], most);
+    }
+    total = 0;
     for (int64_t i = 1; i < n; i++) {
         total += w.measure[i];
         w.measure[i] = total;
@@ -230,7 +238,11 @@ void plus_plus(const T* column, int64_t n, int64_t k, const double* draws, Works
                 potential[t] += std::min(closest[i], d * d);
             }
         }
-        const double chosen = tried[std::min_element(potential, potential + trials) - potential];
+        // Two values that are each other's only gain leave the same sum but for rounding: the first counts.
+        const double limit = *std::min_element(potential, potential + trials) * (1 + 1e-12);
+        int64_t best = 0;
+        while (potential[best] > limit) best++;
+        const double chosen = tried[best];
         for (int64_t i = 0; i < n; i++) {
             const double d = double(column[i]) - chosen;
             closest[i] = std::min(closest[i], d * d);

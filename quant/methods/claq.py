@@ -10,8 +10,9 @@ The behaviour is the reference code's; `variant="reference"` repeats its mistake
 its block, so that every block has the pattern of the first; "corrected" looks it up by column.
 Departures: k-means is scikit-learn's algorithm with its random numbers, in float64 and with clusters that lose all members left where
 they are; tables are rounded to the stored type before codes are chosen; a column of at most 2^b values is kept exactly; ties of scores
-keep the order of columns (the reference sorts unstably); an outlier equal to its table's value is not stored; below 1 / (2 p) rows,
-where the reference stops, the lower tail is empty. What GPTQ does with dead inputs, ties of the order and damping holds here too.
+keep the order of columns (the reference sorts unstably); a column that its table holds exactly, or with equal weights at its tails, does
+not store outliers that the table gives already; below 1 / (2 p) rows, where the reference stops, the lower tail is empty.
+What GPTQ does with dead inputs, ties of the order and damping holds here too.
 Float64 weights are computed in float64, all others in float32.
 """
 
@@ -236,7 +237,10 @@ class Columns:
         exact = column.to(self.dtype)
         if not bool(torch.isfinite(exact).all()):
             raise ScaleDtypeError("reserved weights do not fit float16")
-        rows = (mask & (exact.to(values) != values)).nonzero()[:, 0]
+        if bool((exact.to(values) == values).all()) or int(mask.sum()) > top + bottom:
+            # Equal weights, or as few as the table holds, need no reserving.
+            mask &= exact.to(values) != values
+        rows = mask.nonzero()[:, 0]
         self.rows.append(rows)
         self.kept.append(exact[rows])
         values[rows] = exact[rows].to(values)

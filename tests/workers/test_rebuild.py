@@ -57,6 +57,8 @@ SPECS = {
     "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
     "quip": quantize_spec("quip", weight=W4),
     "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
+    "claq": quantize_spec("claq", weight=WeightScheme(2), adaptive_bits=2.5, outlier_reservation=True),
+    "claq_smoothquant": quantize_spec("claq", "smoothquant", weight=W4, kmeans_start="partition"),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "billm": quantize_spec("billm", weight=W1, block_size=24),

@@ -64,7 +64,9 @@ def _plus_plus(columns: Tensor, k: int) -> Tensor:
         potential = torch.stack(
             [torch.minimum(closest, (columns - t).square()).cumsum(1)[:, -1] for t in torch.split(tried, 1, dim=1)], dim=1
         )
-        chosen = tried.gather(1, potential.argmin(1, keepdim=True))
+        # Two values that are each other's only gain leave the same sum but for rounding: the first counts.
+        least = potential <= potential.amin(1, keepdim=True) * (1 + 1e-12)
+        chosen = tried.gather(1, least.long().argmax(1, keepdim=True))
         closest = torch.minimum(closest, (columns - chosen).square())
         centres.append(chosen)
     return torch.cat(centres, dim=1).sort(dim=1).values
@@ -74,7 +76,11 @@ def _candidates(x: Tensor, count: int) -> Tensor:
     """Cuts `[C, count + 1]` from 0 to N: equal shares of the sum of square roots of gaps (16 parts) and of count (1 part). The first
     share follows the square root of the density, close to the cube root that centres of least error follow (Panter & Dite)."""
     c, n = x.shape
-    gaps = x.diff(dim=1).sqrt().cumsum(1)
+    gaps = x.diff(dim=1).sqrt()
+    for _ in range(2):
+        # One cut in a gap is enough: no gap counts for more than two shares.
+        gaps = gaps.minimum(2 * gaps.cumsum(1)[:, -1:] / count)
+    gaps = gaps.cumsum(1)
     measure = torch.cat([x.new_zeros(c, 1), gaps], dim=1) * (16 * float(n - 1) / gaps[:, -1:]) + torch.arange(n).to(x)
     wanted = measure[:, -1:] * (torch.arange(1, count).to(x) / count)
     inner = torch.searchsorted(measure, wanted.contiguous())
