@@ -68,19 +68,98 @@ void sorted(const double* column, int64_t n, Workspace& w) {
     std::sort(w.x.begin(), w.x.end());
 }
 
+VECTOR void add_above(const float* x, int64_t n, float middle, uint8_t* codes) {
+    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
+}
+
+VECTOR void add_above(const double* x, int64_t n, double middle, uint8_t* codes) {
+    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
+}
+
+// One more run: next[b] = min over a of least[a] + cost[a, b], from[b] = the first such a, not before that of one run less, which
+// `earlier` holds (cuts never move back when a run is added). Indices are doubles, so that compilers use vector instructions.
+VECTOR void one_more_run(const double* least, const double* cost, int64_t side, const double* earlier, double* next, double* from,
+                         int64_t* until) {
+    for (int64_t b = 0; b < side; b++) {
+        next[b] = INFINITY;
+        from[b] = 0;
+        until[b] = b;
+    }
+    for (int64_t b = 0; b < side; b++) until[int64_t(earlier[b])] = std::max(until[int64_t(earlier[b])], b);
+    for (int64_t a = 0, last = 0; a < side; a++) {
+        const double before = least[a], index = double(a);
+        const double* row = cost + a * side;
+        last = std::max(last, until[a]);
+        for (int64_t b = a; b <= last; b++) {
+            const double trial = before + row[b];
+            const bool better = (trial < next[b]) & (earlier[b] <= index);
+            next[b] = better ? trial : next[b];
+            from[b] = better ? index : from[b];
+        }
+    }
+}
+
+// Sums in eight lanes: value i goes to lane i mod 8, and the lanes are added in order at the end.
+VECTOR double lane_sum(const double* values, int64_t n) {
+    double lane[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) lane[j] += values[i + j];
+    for (int j = 0; i + j < n; j++) lane[j] += values[i + j];
+    double total = lane[0];
+    for (int j = 1; j < 8; j++) total += lane[j];
+    return total;
+}
+
+// The lane sum of min(closest, squared distance to centre).
+VECTOR double left_over(const double* values, const double* closest, double centre, int64_t n) {
+    double lane[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) {
+            const double d = values[i + j] - centre, q = d * d;
+            lane[j] += q < closest[i + j] ? q : closest[i + j];
+        }
+    for (int j = 0; i + j < n; j++) {
+        const double d = values[i + j] - centre, q = d * d;
+        lane[j] += q < closest[i + j] ? q : closest[i + j];
+    }
+    double total = lane[0];
+    for (int j = 1; j < 8; j++) total += lane[j];
+    return total;
+}
+
+VECTOR void take_centre(const double* values, double* closest, double centre, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const double d = values[i] - centre, q = d * d;
+        closest[i] = q < closest[i] ? q : closest[i];
+    }
+}
+
+VECTOR void roots_of_gaps(const double* x, double* roots, int64_t n) {
+    for (int64_t i = 1; i < n; i++) roots[i] = std::sqrt(x[i] - x[i - 1]);
+}
+
+VECTOR void at_most(double* values, double most, int64_t n) {
+    for (int64_t i = 0; i < n; i++) values[i] = values[i] < most ? values[i] : most;
+}
+
+// Squared error of bins a .. b - 1 as one cluster.
+VECTOR void costs_of(const double* count, const double* sum, const double* square, int64_t side, double* cost) {
+    for (int64_t a = 0; a < side; a++)
+        for (int64_t b = a; b < side; b++) {
+            const double s = sum[b] - sum[a], q = square[b] - square[a], m = count[b] - count[a];
+            cost[a * side + b] = q - s * s / (m < 1 ? 1 : m);
+        }
+}
+
 // Candidate cuts at[0] = 0 <= ... <= at[bins] = n: equal shares of the sum of square roots of gaps (16 parts) and of count (1 part).
 void candidates(int64_t n, int64_t bins, Workspace& w) {
     double total = 0;
     w.measure[0] = 0;
-    for (int64_t i = 1; i < n; i++) w.measure[i] = std::sqrt(w.x[i] - w.x[i - 1]);
+    roots_of_gaps(w.x.data(), w.measure.data(), n);
     // One cut in a gap is enough: no gap counts for more than two shares.
-    for (int pass = 0; pass < 2; pass++) {
-        total = 0;
-        for (int64_t i = 1; i < n; i++) total += w.measure[i];
-        const double most = 2 * total / double(bins);
-        for (int64_t i = 1; i < n; i++) w.measure[i] = std::min(w.measure[i], most);
-    }
-    total = 0;
+    for (int pass = 0; pass < 2; pass++) at_most(w.measure.data(), 2 * lane_sum(w.measure.data() + 1, n - 1) / double(bins), n);
     for (int64_t i = 1; i < n; i++) {
         total += w.measure[i];
         w.measure[i] = total;
@@ -98,59 +177,25 @@ void candidates(int64_t n, int64_t bins, Workspace& w) {
     }
 }
 
-// One more run: next[b] = min over a of least[a] + cost[a, b], from[b] = the first such a. Indices are doubles, so that compilers
-// use vector instructions throughout.
-VECTOR void one_more_run(const double* least, const double* cost, int64_t side, double* next, double* from) {
-    for (int64_t b = 0; b < side; b++) {
-        next[b] = least[0] + cost[b];
-        from[b] = 0;
-    }
-    for (int64_t a = 1; a < side; a++) {
-        const double before = least[a], index = double(a);
-        const double* row = cost + a * side;
-        for (int64_t b = a; b < side; b++) {
-            const double trial = before + row[b];
-            const bool better = trial < next[b];
-            next[b] = better ? trial : next[b];
-            from[b] = better ? index : from[b];
-        }
-    }
-}
-
-// Squared error of bins a .. b - 1 as one cluster.
-VECTOR void costs_of(const double* count, const double* sum, const double* square, int64_t side, double* cost) {
-    for (int64_t a = 0; a < side; a++)
-        for (int64_t b = a; b < side; b++) {
-            const double s = sum[b] - sum[a], q = square[b] - square[a], m = count[b] - count[a];
-            cost[a * side + b] = q - s * s / (m < 1 ? 1 : m);
-        }
-}
-
-VECTOR void add_above(const float* x, int64_t n, float middle, uint8_t* codes) {
-    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
-}
-
-VECTOR void add_above(const double* x, int64_t n, double middle, uint8_t* codes) {
-    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
-}
-
 // The best k consecutive runs of bins, by dynamic programming.
 void best_runs(int64_t bins, int64_t k, Workspace& w) {
     const int64_t side = bins + 1;
     w.cost.resize(side * side);
     w.least.resize(3 * side);
     w.next.resize(side);
-    w.from.resize(k * side);
+    w.from.assign(k * side, 0.0);
     double *count = w.least.data(), *sum = count + side, *square = sum + side;
     for (int64_t b = 0; b < side; b++) {
         count[b] = double(w.at[b]);
         sum[b] = w.sum[w.at[b]];
         square[b] = w.square[w.at[b]];
     }
+    w.cuts.resize(std::max(side, k + 1));
     costs_of(count, sum, square, side, w.cost.data());
     w.least.assign(w.cost.begin(), w.cost.begin() + side);
     for (int64_t c = 1; c < k; c++) {
-        one_more_run(w.least.data(), w.cost.data(), side, w.next.data(), w.from.data() + c * side);
+        double* from = w.from.data() + c * side;
+        one_more_run(w.least.data(), w.cost.data(), side, from - side, w.next.data(), from, w.cuts.data());
         w.least.swap(w.next);
         w.next.resize(side);
     }
@@ -215,39 +260,27 @@ void lloyd(int64_t n, int64_t k, int64_t steps, double tolerance, Workspace& w) 
 template <typename T>
 void plus_plus(const T* column, int64_t n, int64_t k, const double* draws, Workspace& w) {
     const int64_t trials = 2 + int64_t(std::log(double(k)));
-    std::vector<double>&closest = w.next, &running = w.measure;
-    closest.resize(n);
-    w.centres[0] = double(column[std::min(n - 1, int64_t(draws[0] * double(n)))]);
-    for (int64_t i = 0; i < n; i++) {
-        const double d = double(column[i]) - w.centres[0];
-        closest[i] = d * d;
-    }
+    std::vector<double>&closest = w.next, &running = w.measure, &values = w.square;
+    std::copy(column, column + n, values.begin());  // the squares are not needed any more
+    w.centres[0] = values[std::min(n - 1, int64_t(draws[0] * double(n)))];
+    closest.assign(n, INFINITY);
+    take_centre(values.data(), closest.data(), w.centres[0], n);
     for (int64_t c = 1; c < k; c++) {
         double total = 0;
         for (int64_t i = 0; i < n; i++) running[i] = total += closest[i];
-        double tried[16], potential[16] = {};
+        double tried[16], potential[16], least = INFINITY;
         for (int64_t t = 0; t < trials; t++) {
             const double wanted = draws[1 + (c - 1) * trials + t] * total;
             const int64_t at = std::lower_bound(running.begin(), running.begin() + n, wanted) - running.begin();
-            tried[t] = double(column[std::min(n - 1, at)]);
-        }
-        for (int64_t i = 0; i < n; i++) {
-            const double x = double(column[i]);
-            for (int64_t t = 0; t < trials; t++) {
-                const double d = x - tried[t];
-                potential[t] += std::min(closest[i], d * d);
-            }
+            tried[t] = values[std::min(n - 1, at)];
+            potential[t] = left_over(values.data(), closest.data(), tried[t], n);
+            least = std::min(least, potential[t]);
         }
         // Two values that are each other's only gain leave the same sum but for rounding: the first counts.
-        const double limit = *std::min_element(potential, potential + trials) * (1 + 1e-12);
         int64_t best = 0;
-        while (potential[best] > limit) best++;
-        const double chosen = tried[best];
-        for (int64_t i = 0; i < n; i++) {
-            const double d = double(column[i]) - chosen;
-            closest[i] = std::min(closest[i], d * d);
-        }
-        w.centres[c] = chosen;
+        while (potential[best] > least * (1 + 1e-12)) best++;
+        w.centres[c] = tried[best];
+        take_centre(values.data(), closest.data(), tried[best], n);
     }
     std::sort(w.centres.begin(), w.centres.end());
 }
@@ -310,7 +343,7 @@ void shared_out(int64_t count, int64_t threads, const Work& work) {
 template <typename T>
 void kmeans(const T* columns, int64_t count, int64_t n, int64_t k, int64_t bins, int64_t steps, int64_t threads, const double* draws, T* centres) {
     shared_out(count, threads, [&](int64_t from, int64_t to) {
-        Workspace w;
+        static thread_local Workspace w;  // kept from call to call: columns come one at a time
         for (int64_t c = from; c < to; c++) one_column(columns + c * n, n, k, bins, steps, draws, centres + c * k, w);
     });
 }

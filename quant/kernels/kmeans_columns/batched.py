@@ -61,15 +61,19 @@ def _plus_plus(columns: Tensor, k: int) -> Tensor:
         running = closest.cumsum(1)
         at = torch.searchsorted(running, given * running[:, -1:]).clamp(max=n - 1)
         tried = columns.gather(1, at)
-        potential = torch.stack(
-            [torch.minimum(closest, (columns - t).square()).cumsum(1)[:, -1] for t in torch.split(tried, 1, dim=1)], dim=1
-        )
+        potential = torch.cat([_lane_sum(torch.minimum(closest, (columns - t).square())) for t in torch.split(tried, 1, dim=1)], dim=1)
         # Two values that are each other's only gain leave the same sum but for rounding: the first counts.
         least = potential <= potential.amin(1, keepdim=True) * (1 + 1e-12)
         chosen = tried.gather(1, least.long().argmax(1, keepdim=True))
         closest = torch.minimum(closest, (columns - chosen).square())
         centres.append(chosen)
     return torch.cat(centres, dim=1).sort(dim=1).values
+
+
+def _lane_sum(values: Tensor) -> Tensor:
+    """`[C, N]` ▸ `[C, 1]`, in eight lanes as in C++: value i goes to lane i mod 8, and the lanes are added in order at the end."""
+    lanes = torch.nn.functional.pad(values, (0, -values.shape[1] % 8)).view(values.shape[0], -1, 8)
+    return lanes.cumsum(1)[:, -1].cumsum(1)[:, -1:]
 
 
 def _candidates(x: Tensor, count: int) -> Tensor:
@@ -79,7 +83,7 @@ def _candidates(x: Tensor, count: int) -> Tensor:
     gaps = x.diff(dim=1).sqrt()
     for _ in range(2):
         # One cut in a gap is enough: no gap counts for more than two shares.
-        gaps = gaps.minimum(2 * gaps.cumsum(1)[:, -1:] / count)
+        gaps = gaps.minimum(2 * _lane_sum(gaps) / count)
     gaps = gaps.cumsum(1)
     measure = torch.cat([x.new_zeros(c, 1), gaps], dim=1) * (16 * float(n - 1) / gaps[:, -1:]) + torch.arange(n).to(x)
     wanted = measure[:, -1:] * (torch.arange(1, count).to(x) / count)
@@ -93,9 +97,11 @@ def _best_runs(at: Tensor, sums: Tensor, squares: Tensor, k: int) -> Tensor:
     s, q, m = (v[:, None, :] - v[:, :, None] for v in (sums.gather(1, at), squares.gather(1, at), at.to(sums)))
     below = torch.ones(side, side, dtype=torch.bool, device=at.device).tril(-1)
     cost = (q - s * s / m.clamp(min=1)).masked_fill(below, torch.inf)
-    least, origins = cost[:, 0], []
+    least, origins, origin = cost[:, 0], [], at.new_zeros(c, side)
+    index = torch.arange(side, device=at.device)[:, None]
     for _ in range(k - 1):
-        least, origin = (least[:, :, None] + cost).min(dim=1)
+        # Cuts never move back when a run is added.
+        least, origin = (least[:, :, None] + cost).masked_fill(index < origin[:, None, :], torch.inf).min(dim=1)
         origins.append(origin)
     b = torch.full((c, 1), side - 1, device=at.device)
     cuts = [at.gather(1, b)]

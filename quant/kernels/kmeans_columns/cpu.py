@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,8 +26,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
     check(k, start)
     x = _known(columns)
     centres = x.new_empty(x.shape[0], k)
-    numbers = torch.tensor(draws(k), dtype=torch.float64)
-    given = numbers.data_ptr() if start == "plus_plus" else 0
+    given = _numbers(k).data_ptr() if start == "plus_plus" else 0
     _call("kmeans", x, x.data_ptr(), *x.shape, k, bins(k), STEPS, _threads(x), given, centres.data_ptr())
     return centres.to(columns.dtype)
 
@@ -38,6 +38,11 @@ def nearest(columns: Tensor, centres: Tensor) -> Tensor:
     codes = torch.empty(x.shape, dtype=torch.uint8)
     _call("nearest", x, x.data_ptr(), *x.shape, c.data_ptr(), c.shape[1], _threads(x), codes.data_ptr())
     return codes
+
+
+@cache
+def _numbers(k: int) -> Tensor:
+    return torch.tensor(draws(k), dtype=torch.float64)
 
 
 def _known(columns: Tensor) -> Tensor:
