@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import methods, quantize_linear
 from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
-from quant.scheme import Granularity, Scheme, Supports, WeightScheme
+from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
