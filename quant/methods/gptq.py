@@ -23,7 +23,7 @@ from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.scheme import Granularity, Supports, WeightScheme
-from quant.solver import inverse_factor, revive_dead, solve_columns
+from quant.solver import inverse_factor, revive_dead, solve_affine
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 
@@ -89,7 +89,9 @@ class Gptq:
         def run(scale_dtype: torch.dtype) -> AffineTensor:
             source = grouped(w, scheme) if scheme.granularity is Granularity.GROUP else groups
             ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order)
-            codes = solve_columns(w.T[order], upper, self.block_size, ranges.round_column).codes
+            solved, kernel_notes = solve_affine(w.T[order], upper, self.block_size, ranges.block)
+            notes.extend(n for n in kernel_notes if n not in notes)
+            codes = solved.codes
             plain = torch.empty_like(codes)
             plain[order] = codes
             return AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
@@ -114,13 +116,19 @@ class _Ranges:
             for g in range(groups.shape[1]):
                 self.fitted.append(Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero))
 
-    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        if self.dynamic and j % self.width == 0:
-            new = fit(self.grid, weights[j : j + self.width].T.contiguous(), self.bits, self.scale_dtype, self.mse)
-            self.fitted.append(Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero))
-        affine = self.fitted[self.plan[j]]
-        codes = affine.encode(column)
-        return codes, affine.decode(codes)
+    def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        """Scale and zero `[G, N]` of the columns start .. end - 1, and which is whose. Dynamic groups that begin here are fitted to
+        the weights as they are before the block."""
+        if self.dynamic:
+            for j in range(start, end):
+                if j % self.width == 0:
+                    new = fit(self.grid, weights[j : j + self.width].T.contiguous(), self.bits, self.scale_dtype, self.mse)
+                    self.fitted.append(Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero))
+        plan = self.plan[start:end]
+        rows = {g: row for row, g in enumerate(dict.fromkeys(plan))}
+        n = weights.shape[1]
+        scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in rows]) for part in ("scale", "zero"))
+        return Affine(scale, zero, self.bits, self.grid.zero), [rows[g] for g in plan]
 
     def affine(self) -> Affine:
         """Scale and zero `[R, G]`."""
