@@ -49,13 +49,15 @@ def logits(
 
 
 def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:
-    """JSON facts of the record: how the cache was read, and bits a value of a whole window's cache."""
+    """JSON facts of the record: how the cache was read, and bits a value of a whole window's cache.
+
+    Raises InputError for a version that is not here."""
     config = _config(model)
     heads = int(
         config.get("num_key_value_heads") or config.get("num_kv_heads") or config.get("num_attention_heads") or config.get("n_head") or 1
     )
     width = kv_rules.head_width(config)
-    bits = None if width is None else make(kv).bits(window, heads, width)
+    bits = None if width is None else _made(kv).bits(window, heads, width)
     return {"kind": kv.kind, "mode": kv.mode, "tokens": window, "bits_stored": bits}
 
 
@@ -65,15 +67,19 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def _made(kv: KVScheme) -> KVQuantizer:
+    try:
+        return make(kv)
+    except ValueError as e:
+        raise InputError(f"{e}; driver and workers must run the same bitgrid") from e
+
+
 def _quantizers(model: nn.Module, kv: KVScheme, calibration: Path | None) -> list[KVQuantizer]:
     config = _config(model)
     refusal = kv_rules.refuses(kv, config)
     if refusal is not None:
         raise InputError(refusal)
-    try:
-        quantizer = make(kv)
-    except ValueError as e:
-        raise InputError(f"{e}; driver and workers must run the same bitgrid") from e
+    quantizer = _made(kv)
     structure = families.structure(config)
     if not quantizer.needs:
         return [quantizer] * structure.count

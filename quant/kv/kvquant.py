@@ -169,7 +169,7 @@ class KVQuant:
         codes = coded * (self.bits_per_value + (FULL + 16) * self.outliers)
         books = 2 * 2**self.bits_per_value * 32 / width if self.codebook == "nuq" else 0.0
         # Per channel of values: a range of keys once, a range of values a token shared by the width, two codebooks once.
-        shared = (2 * scale + coded * 2 * scale / width + books) / 2
+        shared = (2 * scale + coded * 2 * scale / width + books) / 2 if coded else 0.0
         return (codes + sinks * FULL + shared) / length
 
 
