@@ -176,13 +176,13 @@ def test_the_statistic_kv_is_what_the_projections_give(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
     nuq = KVScheme(3, kind="kvquant", codebook="nuq")
     llama, gpt2 = tiny_context("llama", tmp_path), tiny_context("gpt2", tmp_path)
-    with pytest.raises(InputError, match="before the rotary embedding, .* a gpt2 model"):
+    with pytest.raises(InputError, match=r"before the rotary embedding, .* a gpt2 model"):
         evaluated(gpt2, tmp_path / "a", "perplexity", kv=nuq)
     with pytest.raises(InputError, match="got a gpt2 model"):
         calibrated(gpt2, tmp_path / "b", "kv")
     with pytest.raises(InputError, match="as the input `kv`"):
         evaluated(llama, tmp_path / "c", "perplexity", kv=nuq)
-    with pytest.raises(InputError, match="use kv.mode=decode for a gpt2 model"):
+    with pytest.raises(InputError, match=r"use kv\.mode=decode for a gpt2 model"):
         evaluated(gpt2, tmp_path / "d", "perplexity", kv=KIVI)
     with pytest.raises(InputError, match="KV group size 3 does not divide a head of 8"):
         evaluated(llama, tmp_path / "e", "perplexity", kv=KVScheme(2, group_size=3, kind="kivi", residual_length=6))
