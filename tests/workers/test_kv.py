@@ -57,7 +57,7 @@ def kvquant(model: Any, **params: Any) -> KVQuant:
     return KVQuant(3, **params).calibrate(2 * torch.randn(500, width, generator=g), 2 * torch.randn(500, width, generator=g))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "rwkv"])
 def test_decoding_at_16_bits_is_the_plain_forward(family: str) -> None:
     model = model_of(family)
     want = plain(model)
@@ -188,7 +188,9 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         evaluated(llama, tmp_path / "e", "perplexity", kv=KVScheme(2, group_size=3, kind="kivi", residual_length=6))
     with pytest.raises(InputError, match="the same bitgrid"):
         evaluated(llama, tmp_path / "f", "perplexity", kv=KVScheme(2, version=7, mode="decode"))
-    assert kv_rules.refuses(KVScheme(4), {"model_type": "rwkv"}) is not None
+    assert kv_rules.refuses(KVScheme(4), {"model_type": "mamba"}) is not None
+    with pytest.raises(InputError, match="a rwkv model has no keys and values"):
+        evaluated(tiny_context("rwkv", tmp_path), tmp_path / "g", "perplexity", kv=KVScheme(4, mode="decode"))
 
 
 @pytest.mark.parametrize(
