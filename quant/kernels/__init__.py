@@ -13,14 +13,11 @@ from typing import Any
 import torch
 
 TABLE: dict[str, dict[str, str]] = {
-<<<<<<< HEAD
-=======
     "gptq_block": {
         "cpu": "quant.kernels.gptq_block.cpu",
         "torch": "quant.kernels.gptq_block.eager",
         "reference": "quant.kernels.gptq_block.reference",
     },
->>>>>>> 99dbb78 (Solve a block of GPTQ's columns in C++ where there is a compiler)
     "kmeans_columns": {
         "cpu": "quant.kernels.kmeans_columns.cpu",
         "torch": "quant.kernels.kmeans_columns.batched",

@@ -19,11 +19,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 # No fused multiply-add: results equal those of the torch twins bit for bit.
-<<<<<<< HEAD
-FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
-=======
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
->>>>>>> 99dbb78 (Solve a block of GPTQ's columns in C++ where there is a compiler)
 COMPILERS = ("c++", "g++", "clang++")
 
 

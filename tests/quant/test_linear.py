@@ -84,10 +84,10 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
-    assert scheme.weight is not None
-    bits = f"w{scheme.weight.bits}a{scheme.activation.bits if scheme.activation else 16}"
+    assert scheme != Scheme()
+    bits = f"w{scheme.weight.bits if scheme.weight else 16}a{scheme.activation.bits if scheme.activation else 16}"
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
-    if scheme.weight.group_size:
+    if scheme.weight and scheme.weight.group_size:
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
