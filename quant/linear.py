@@ -45,7 +45,9 @@ def quantize_linear(
     divide K; NonFiniteError; SingularHessianError.
     """
     if method not in METHODS:
-        raise unknown("method", method, METHODS)
+        raise unknown("method", method, [m for m, recipe in METHODS.items() if not recipe.of_whole_models])
+    if METHODS[method].of_whole_models:
+        raise ValueError(f"{method} rewrites a whole model; for one weight use its rounding alone: method={METHODS[method].rounding}")
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP

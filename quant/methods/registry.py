@@ -8,11 +8,14 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
+from quant.methods.quarot import Quarot
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
 ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
+MODEL_TRANSFORMS: dict[str, type[Quarot]] = {"quarot": Quarot}
+"""Transforms of a whole model: the first of a method's transforms, if any."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,16 @@ class Recipe:
     rounding_params: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
 
+    @property
+    def of_whole_models(self) -> bool:
+        """It rewrites a model, so that there is nothing for it to do on one linear."""
+        return any(t in MODEL_TRANSFORMS for t in self.transforms)
+
 
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+    "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
 }

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context, with_calibration
 from workers.artifact import CorruptArtifactError
 from workers.blocks import linear_view
 from workers.errors import InputError
@@ -56,6 +56,14 @@ SPECS = {
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
+ROTATED = {
+    "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
+    "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
+    "quarot_quantized": quantize_spec("gptq", "quarot", weight=W4G16, propagation="quantized"),
+    "quarot_awq": quantize_spec("rtn", "quarot", "awq", weight=W4G16, feeds=True),
+    "quarot_static": quantize_spec("gptq", "quarot", weight=W4, activation=STATIC),
+    "quarot_partly": quantize_spec("rtn", "quarot", weight=W4, pattern="*.q_proj"),
+}
 
 
 @pytest.mark.parametrize("family", ["llama_mha", "gpt2", "mixtral", "opt", "falcon_old"])
@@ -65,6 +73,18 @@ def test_rebuilt_logits_equal_those_in_memory(family: str, tmp_path: Path) -> No
     for name, spec in SPECS.items():
         want = in_memory(spec, inputs, tmp_path / name, ctx)
         assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_mha", "qwen2", "opt"])
+def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Path) -> None:
+    ctx = tiny_context(family, tmp_path)
+    inputs = calibrated(ctx, tmp_path, *KINDS)
+    for name, spec in ROTATED.items():
+        want = in_memory(with_calibration(spec) if family == "opt" else spec, inputs, tmp_path / name, ctx)
+        assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+        streamed = rebuild(tiny_context(family, tmp_path, streamed=True), MODEL, tmp_path / name)
+        assert torch.equal(logits(streamed), want), name
+        assert torch.equal(logits(streamed), want), name
 
 
 FRESH = """
@@ -84,8 +104,9 @@ save_file({n: logits(rebuild(ctx, MODEL, Path(folder) / n)) for n in names}, Pat
 def test_rebuilt_logits_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     ctx = tiny_context("llama_mha", tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in SPECS.items()}
-    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *SPECS]
+    specs = {**SPECS, **ROTATED}
+    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in specs.items()}
+    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *specs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = load_file(tmp_path / "fresh.safetensors")
