@@ -81,6 +81,8 @@ class ActivationScheme:
     granularity: Granularity = Granularity.TOKEN
     dynamic: bool = True
     """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
+    clip: float = 1.0
+    """Share of a dynamic range that is kept; QuaRot's tables use 0.9."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -89,6 +91,9 @@ class ActivationScheme:
             raise ValueError(f"activation.granularity={self.granularity.value}; choose token or tensor")
         if not self.dynamic and self.granularity is Granularity.TOKEN:
             raise ValueError("static activation ranges exist per tensor only; set activation.granularity=tensor or dynamic=true")
+        _check_clip("activation", self.clip)
+        if not self.dynamic and self.clip != 1:
+            raise ValueError(f"activation.clip={self.clip} is for dynamic ranges; static ones are those of calibration: use 1.0")
 
 
 @dataclass(frozen=True)
@@ -99,10 +104,18 @@ class KVScheme:
     symmetric: bool = False
     group_size: int | None = None
     """Consecutive channels of a head that share a scale; `None` is one scale per token and head."""
+    clip: float = 1.0
+    """Share of the range that is kept; QuaRot's tables use 0.95."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"kv.bits={self.bits} is not between 2 and 8; leave `kv: null` for 16 bits")
+        _check_clip("kv", self.clip)
+
+
+def _check_clip(part: str, clip: float) -> None:
+    if not 0 < clip <= 1:
+        raise ValueError(f"{part}.clip={clip} is not a share of the range; give more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -98,8 +98,8 @@ class Rotator:
         head = whole.get_submodule(sites.head)
         bias = None
         if shift is not None:
-            new = head.weight.double() @ shift
-            steps.write_bias(head, new if head.bias is None else head.bias.double() + new)
+            new = head.weight.detach().double() @ shift
+            steps.write_bias(head, new if head.bias is None else head.bias.detach().double() + new)
             bias = f"{sites.head}.bias"
             tensors[bias] = head.bias
         residual = self._residual()

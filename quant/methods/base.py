@@ -7,7 +7,7 @@ Shapes: weight `[N, K]` (out, in), statistics of the input with K channels, samp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -171,8 +171,8 @@ class Rotation:
     """JSON facts for the record: losses of a search."""
 
 
-RotationLoss = Callable[[Tensor, Sequence[Tensor], int], Tensor]
-"""(residual, values, number of a batch, taken modulo their count) ▸ the quantized model's mean loss, with a graph."""
+RotationLoss = Callable[[Rotation, int], Tensor]
+"""(rotation in any float type, number of a sequence, taken modulo their count) ▸ the quantized model's mean loss, with a graph."""
 
 
 class ModelTransform(Protocol):

@@ -8,13 +8,14 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
+from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.quarot import Quarot
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
 ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
-MODEL_TRANSFORMS: dict[str, type[Quarot]] = {"quarot": Quarot}
+MODEL_TRANSFORMS: dict[str, type[Quarot] | type[LearnedRotation]] = {"quarot": Quarot, "learned_rotation": LearnedRotation}
 """Transforms of a whole model: the first of a method's transforms, if any."""
 
 
@@ -38,4 +39,5 @@ METHODS: dict[str, Recipe] = {
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
+    "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
 }

@@ -14,13 +14,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS = {**ROUNDINGS, **TRANSFORMS}
+COMPONENTS = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS}
+FOR_LINEARS = sorted(m for m, recipe in METHODS.items() if not recipe.of_whole_models)
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,8 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 
 def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
-    own = {"for_activations": c.for_activations} if name in TRANSFORMS else {}
+    own = {} if name in ROUNDINGS else {"for_activations": c.for_activations}
+    own |= {"maps": sorted(c.maps)} if name in MODEL_TRANSFORMS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
@@ -88,7 +90,7 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FOR_LINEARS)
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
@@ -145,7 +147,7 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", FOR_LINEARS)
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
     tensor = quantize_linear(w.to(dtype), method=method, bits=4, inputs=x.to(dtype), scale_dtype="float16")
@@ -157,6 +159,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
     ("params", "message"),
     [
         ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "quarot"}, "quarot rewrites a whole model; for one weight use its rounding alone: method=gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),
