@@ -27,17 +27,16 @@ class Recipe:
     rounding_params: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
 
-    @property
-    def of_whole_models(self) -> bool:
-        """It rewrites a model, so that there is nothing for it to do on one linear."""
-        return any(t in MODEL_TRANSFORMS for t in self.transforms)
-
 
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+}
+
+MODEL_METHODS: dict[str, Recipe] = {
     "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
     "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
 }
+"""Methods that rewrite a whole model: in `conf/method/`, but nothing that one linear could be given to."""

@@ -14,14 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMPONENTS = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS}
-FOR_LINEARS = sorted(m for m, recipe in METHODS.items() if not recipe.of_whole_models)
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -53,7 +52,7 @@ def declared(name: str) -> dict[str, Any]:
 def test_method_options_equal_the_code(option: str) -> None:
     values = composed(option)
     name = option.removesuffix("_sequential")
-    recipe = METHODS[name]
+    recipe = {**METHODS, **MODEL_METHODS}[name]
     assert list(values["transforms"]) == list(recipe.transforms)
     assert values["propagation"] == ("quantized" if option.endswith("_sequential") else "original")
     for component, changed in [(values["rounding"], recipe.rounding_params), *((t, {}) for t in values["transforms"].values())]:
@@ -90,7 +89,7 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
-@pytest.mark.parametrize("method", FOR_LINEARS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
@@ -147,7 +146,7 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", FOR_LINEARS)
+@pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
     tensor = quantize_linear(w.to(dtype), method=method, bits=4, inputs=x.to(dtype), scale_dtype="float16")
