@@ -68,7 +68,7 @@ def calibrated(ctx: Context, folder: Path, *kinds: str, dtype: str = "float32") 
 
 def quantize_spec(
     rounding: str = "rtn",
-    *transforms: str,
+    *transforms: str | Component,
     weight: WeightScheme = W4,
     propagation: str = "original",
     activation: ActivationScheme | None = None,
@@ -77,7 +77,9 @@ def quantize_spec(
     **params: Any,
 ) -> QuantizeSpec:
     method = MethodSpec(
-        Component(rounding, 1, tuple(sorted(params.items()))), tuple(Component(t, 1) for t in transforms), propagation=propagation
+        Component(rounding, 1, tuple(sorted(params.items()))),
+        tuple(Component(t, 1) if isinstance(t, str) else t for t in transforms),
+        propagation=propagation,
     )
     feeds = feeds or propagation == "quantized" or activation is not None
     return QuantizeSpec(
