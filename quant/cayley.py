@@ -19,7 +19,7 @@ def cayley_step(r: Tensor, gradient: Tensor, lr: float) -> Tensor:
     w = m - 0.5 * (r.T @ (r @ m))
     a = w - w.T
     tau = min(lr, 1 / (float(a.abs().sum(0).max()) + 1e-8))
-    y: Tensor = r.T - tau * gradient.T
+    y = r.T - tau * gradient.T
     for _ in range(FIXED_POINT_STEPS):
         y = r.T + (tau / 2) * a @ (r.T + y)
     return y.T
@@ -29,4 +29,5 @@ def orthonormal(r: Tensor) -> Tensor:
     """The orthonormal factor of R `[n, n]`'s QR decomposition with the signs of R kept: R itself, up to rounding, where R is
     orthonormal."""
     q, upper = torch.linalg.qr(r)
-    return q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q)
+    signed: Tensor = q * torch.where(upper.diagonal() < 0, -1.0, 1.0).to(q)
+    return signed
