@@ -126,4 +126,5 @@ def test_awkward_weights_and_inputs_are_answered(method: str, case: str) -> None
     if case == "zeros":
         assert not q.any()
     if case == "equal groups":
-        assert torch.allclose(q, w, rtol=0.5)
+        # In the norm: methods that mix the entries of the matrix spread their error.
+        assert float((q - w).norm()) <= 0.5 * float(w.norm())
