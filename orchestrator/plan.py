@@ -165,6 +165,9 @@ class _Planner:
         self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
     ) -> str | None:
         method = self._method(cell.method)
+        reason = method.cannot_rotate(config)
+        if reason is not None:
+            return f"{cell.model.name}: {reason}"
         auto = self._auto(cell.scheme)
         if auto is not None:
             if method.spec.transforms or has_overrides(cell.method, cell.scheme):
@@ -258,6 +261,9 @@ class _Planner:
             flags.append(f"method {cell.method.name} is idle: the scheme leaves weights unquantized")
         elif scheme.activation is None and method.idle_without_activation:
             flags.append(f"{', '.join(method.idle_without_activation)} is idle without activation quantization")
+        recollects = method.recollects(self._model(cell.model)[0].config) if scheme.weight is not None else None
+        if recollects is not None:
+            flags.append(f"the quantize stage collects statistics of the rotated model itself: {recollects}")
         if scheme.kv is not None:
             flags.append(kv_rules.label(scheme.kv))
         return tuple(flags)
@@ -283,17 +289,19 @@ class _Planner:
         self, cell: Cell, table: tuple[Rule, ...], suffix: str, auto: AutoBits | None = None, more: Mapping[str, str] | None = None
     ) -> str:
         scheme, method = self._scheme(cell.scheme), self._method(cell.method)
-        _, model = self._model(cell.model)
+        source, model = self._model(cell.model)
         static = scheme.activation if scheme.activation is not None and not scheme.activation.dynamic else None
-        calibration = self._calibration(cell) if method.calibrate or method.feeds_text or static is not None else None
+        recollects = method.recollects(source.config) is not None
+        feeds = method.feeds_text or static is not None or recollects
+        calibration = self._calibration(cell) if method.calibrate or feeds else None
         inputs = dict(more or {})
-        for statistic in method.calibrate:
+        for statistic in () if recollects else method.calibrate:
             assert calibration is not None
             inputs[statistic] = self._calibrate(cell, model, calibration, statistic)
         spec = QuantizeSpec(
             model=model,
             rules=table,
-            calibration=calibration if method.feeds_text or static is not None else None,
+            calibration=calibration if feeds else None,
             activation=scheme.activation if static is not None or "activation" in method.reads else None,
             kv=scheme.kv if "kv" in method.reads else None,
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,

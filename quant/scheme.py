@@ -81,6 +81,8 @@ class ActivationScheme:
     granularity: Granularity = Granularity.TOKEN
     dynamic: bool = True
     """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
+    clip: float = 1.0
+    """Share of a dynamic range that is kept; QuaRot's tables use 0.9."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -89,6 +91,9 @@ class ActivationScheme:
             raise ValueError(f"activation.granularity={self.granularity.value}; choose token or tensor")
         if not self.dynamic and self.granularity is Granularity.TOKEN:
             raise ValueError("static activation ranges exist per tensor only; set activation.granularity=tensor or dynamic=true")
+        _check_clip("activation", self.clip)
+        if not self.dynamic and self.clip != 1:
+            raise ValueError(f"activation.clip={self.clip} is for dynamic ranges; static ones are those of calibration: use 1.0")
 
 
 KV_KINDS = {"per_token": (2, 8), "kivi": (2, 8), "kvquant": (2, 5)}
@@ -127,6 +132,8 @@ class KVScheme:
     """kvquant: uniform, or nuq (k-means on calibration data)."""
     first_few_fp16: int = 0
     """kvquant: tokens at the start kept exactly."""
+    clip: float = 1.0
+    """per_token: share of the range that is kept; QuaRot's tables use 0.95."""
 
     def __post_init__(self) -> None:
         if self.kind not in KV_KINDS:
@@ -138,6 +145,7 @@ class KVScheme:
             if bits is not None and not least <= bits <= most:
                 raise ValueError(f"kv.{name}={bits} is not between {least} and {most}; leave `kv: null` for 16 bits")
         self._check_foreign()
+        _check_clip("kv", self.clip)
         if self.kind == "kivi":
             size, length = self.group_size, self.residual_length
             if size is None or length is None or size < 1 or length < 1 or length % size:
@@ -155,6 +163,7 @@ class KVScheme:
         """A field of another kind would change the key and nothing else."""
         owners = {
             "symmetric": ("per_token",),
+            "clip": ("per_token",),
             "group_size": ("per_token", "kivi"),
             "prefill": ("kivi",),
             "value_bits": ("kivi",),
@@ -173,6 +182,11 @@ class KVScheme:
     def calibrated(self) -> bool:
         """Needs keys and values of calibration text."""
         return self.kind == "kvquant"
+
+
+def _check_clip(part: str, clip: float) -> None:
+    if not 0 < clip <= 1:
+        raise ValueError(f"{part}.clip={clip} is not a share of the range; give more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from workers.decoding import decoded_logits
 from workers.errors import InputError
 from workers.kv_aging import aging_logits
 from workers.kv_cache import QuantizedCache
+from workers.steps import key_rotation
 from workers.tasks import base
 
 
@@ -40,6 +41,8 @@ def logits(
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
     quantizers = _quantizers(model, kv, calibration)
+    if any(key_rotation(module) for module in model.modules()):
+        context.notes.append("the method's rotation of keys is left out: it is applied where keys are quantized per token in one pass only")
     first = quantizers[0]
     if kv.mode == "simulate" and isinstance(first, Kivi):
         return aging_logits(model, context.device, runtime, first, kv.prefill)

@@ -21,11 +21,13 @@ from torch import Tensor
 from workers import families
 from workers.context import Context
 from workers.errors import InputError, WorkerError
-from workers.feeding import FedStatistics, StoredStatistics, statistics_source
+from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
 from workers.recipe import Operation, RecipeWriter
+from workers.rotate import Rotator
+from workers.rotation import rotate_outside
 from workers.rounding import (
     BlockQuantizer,
     LinearResult,
@@ -73,9 +75,10 @@ def quantize_blocks(
     made = make_methods(spec.rules)
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made, model.structure.model_type)
-    source = statistics_source(spec, made, inputs, context, model)
     writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
-    run = _Run(spec, made, model, source, context, writer, layers)
+    rotator = rotate_outside(spec, made, model, context, writer)
+    source = statistics_source(spec, made, inputs, context, model, rotator)
+    run = _Run(spec, made, model, source, context, writer, layers, rotator)
     for b in range(model.structure.count):
         run.block(b)
         done(b)
@@ -89,9 +92,15 @@ def quantize_blocks(
         "model_bytes": writer.bytes + _untouched_bytes(model, writer.operations),
         "coverage": {"asked": len(run.replaced), "quantized": len(run.replaced), "kept": run.kept},
         "peak_memory_bytes": peak.bytes(),
-        "working_set": {"declared": "block", "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count))},
+        "working_set": {"declared": _working_set(made), "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count))},
         "flags": _flags(made, run.scaled),
+        **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
     }
+
+
+def _working_set(made: tuple[Method, ...]) -> str:
+    declared = {m.whole.working_set for m in made if m.whole is not None}
+    return "model" if "model" in declared else "block"
 
 
 @dataclass
@@ -101,10 +110,11 @@ class _Run:
     spec: QuantizeSpec
     made: tuple[Method, ...]
     model: BlockModel
-    source: StoredStatistics | FedStatistics
+    source: OriginalStatistics | FedStatistics
     context: Context
     writer: RecipeWriter
     layers: Layers
+    rotator: Rotator | None = None
     left_alone: dict[tuple[str, str, str], int] = field(default_factory=dict)
     scaled: set[str] = field(default_factory=set)
     kept: list[dict[str, str]] = field(default_factory=list)
@@ -112,7 +122,8 @@ class _Run:
 
     def block(self, b: int) -> None:
         """Read, quantize and write block `b`."""
-        context, model, structure = self.context, self.model, self.model.structure
+        context, model = self.context, self.model
+        structure = model.structure if self.rotator is None else self.rotator.structure
         with context.phase("read"):
             block = model.load(b)
         named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
@@ -131,7 +142,7 @@ class _Run:
         with context.phase("forward"):
             ranges = self.source.advance(b, static=activation is not None and not activation.dynamic)
         with context.phase("write"):
-            operations, tensors = _operations(worker, results, ranges)
+            operations, tensors = _operations(worker, results, ranges, self.rotator)
             self.replaced |= {m.name for m in results}
             for name in named:
                 if name not in chosen:
@@ -141,7 +152,7 @@ class _Run:
             self.layers.add(b, results)
 
 
-def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, context: Context) -> list[LinearResult]:
+def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, context: Context) -> list[LinearResult]:
     """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
     sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
     results = []
@@ -161,17 +172,18 @@ def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, con
 
 
 def _operations(
-    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]]
+    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]], rotator: Rotator | None
 ) -> tuple[list[Operation], dict[str, Tensor]]:
     weights = worker.weights
     tensors: dict[str, Tensor] = {}
-    operations: list[Operation] = []
-    for name, values in weights.norms.items():
+    operations: list[Operation] = [] if rotator is None else rotator.block_operations(worker.index)
+    for name in dict.fromkeys([*(() if rotator is None else rotator.norms), *weights.norms]):
         path = worker.path(name)
-        names = {k: f"{path}.{k}" for k in values}
+        names = {k: f"{path}.{k}" for k in weights.norms.get(name, ())}
         module: Any = worker.block.get_submodule(name)
-        tensors.update({names[k]: getattr(module, k) for k in values})
-        operations.append({"op": "set_norm", "module": path, "tensors": names})
+        tensors.update({names[k]: getattr(module, k) for k in names})
+        kind = {} if rotator is None else rotator.norm_operation(name)
+        operations.append({"op": "set_norm", "module": path, "tensors": names, **kind})
     for name in weights.routers:
         tensors[f"{worker.path(name)}.weight"] = worker.block.get_submodule(name).weight
         operations.append({"op": "dense", "module": worker.path(name), "tensor": f"{worker.path(name)}.weight"})
@@ -179,13 +191,13 @@ def _operations(
     for name, view in weights.views.items():
         path = worker.path(name)
         bias = None
-        if name in weights.biases:
+        if name in weights.biases or (rotator is not None and view.bias is not None):
             bias, tensors[f"{path}.bias"] = f"{path}.bias", view.bias
+        steps = [] if rotator is None else rotator.input_steps(name)
         if path in rounded:
             stored = rounded[path].rounded.tensor
             packed = stored.pack()
             tensors.update({f"{path}.{k}": t for k, t in packed.items()})
-            steps = []
             if worker.site(name) in ranges:
                 low, high = ranges[worker.site(name)]
                 steps.append({"op": "activation", "low": low, "high": high})
@@ -200,9 +212,10 @@ def _operations(
                     "input": steps,
                 }
             )
-        elif weights.current[name] is not weights.original[name]:
+        elif rotator is not None or weights.current[name] is not weights.original[name]:
             tensors[f"{path}.weight"] = view.weight()
-            operations.append({"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias})
+            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias}
+            operations.append({**dense, "input": steps} if steps else dense)
     file = f"tensors_{worker.index:04d}.safetensors"
     return [{**op, "file": file} for op in operations], tensors
 
@@ -222,15 +235,17 @@ def _untouched_bytes(model: BlockModel, operations: list[Operation]) -> int:
     """Bytes of the checkpoint's tensors that no operation replaces, as stored; experts count by their share."""
     gone = 0.0
     for op in operations:
-        if op["op"] == "keep":
+        if op["op"] not in ("replace_linear", "set_norm", "dense"):
             continue
-        parts = [f"{op['module']}.{k}" for k in op.get("tensors", {})] if op["op"] == "set_norm" else [f"{op['module']}.weight"]
+        parts = [f"{op['module']}.weight"]
+        if op["op"] == "set_norm":
+            parts = [f"{op['module']}.{k}" for k in (("weight", "bias") if "kind" in op else op["tensors"])]
         if op.get("bias"):
             parts.append(f"{op['module']}.bias")
         for name in parts:
-            sources, share = model.sources.get(name), 1.0
-            if sources is None:  # one expert of a 3-D tensor
-                tensor = name.removesuffix(".weight").rpartition(".")[0]
+            sources, share = model.sources.get(name, []), 1.0
+            tensor = name.removesuffix(".weight").rpartition(".")[0]
+            if not sources and tensor in model.sources:  # one expert of a 3-D tensor
                 sources, share = model.sources[tensor], 1.0 / model.model.get_parameter(tensor).shape[0]
             gone += share * sum(model.checkpoint.tensors[s].bytes for s in sources)
     return model.checkpoint.bytes - round(gone)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
-from quant.methods.base import Linear, Rounded, Rounding, Transform
+from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, Transform
+from quant.methods.registry import MODEL_TRANSFORMS
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
 from workers.capture import KINDS, BlockStatistics
@@ -34,10 +35,17 @@ class Method:
     rule: Rule
     rounding: Rounding
     transforms: tuple[Transform, ...]
+    """Of groups of linears, in order."""
+    whole: ModelTransform | None = None
+    """Of the whole model, before all others."""
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(self.rounding.needs, *(t.needs for t in self.transforms))
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[ModelTransform | Transform | Rounding, ...]:
+        return (*((self.whole,) if self.whole is not None else ()), *self.transforms, self.rounding)
 
     @property
     def scheme(self) -> WeightScheme:
@@ -50,10 +58,27 @@ class Method:
 
 
 def make_methods(rules: tuple[Rule, ...]) -> tuple[Method, ...]:
-    return tuple(
-        Method(r, _make(methods.rounding, r.method.rounding), tuple(_make(methods.transform, t) for t in r.method.transforms))
-        for r in rules
-    )
+    """Raises InputError for unknown names or parameters, and for transforms of the whole model that do not come first or that not
+    all rules share."""
+    made = tuple(_make_method(r) for r in rules)
+    wholes = {r.method.transforms[:1] if m.whole is not None else () for r, m in zip(rules, made, strict=True)}
+    if len(wholes) > 1:
+        names = sorted({m.whole.name if m.whole is not None else "none" for m in made})
+        raise InputError(f"a transform of the whole model must be the same in all rules; got {', '.join(names)} with different parameters")
+    return made
+
+
+def _make_method(rule: Rule) -> Method:
+    first, rest = rule.method.transforms[:1], rule.method.transforms[1:]
+    if not first or first[0].name not in MODEL_TRANSFORMS:
+        first, rest = (), rule.method.transforms
+    late = next((t.name for t in rest if t.name in MODEL_TRANSFORMS), None)
+    if late is not None:
+        raise InputError(
+            f"{late} rewrites the whole model: it must be the first transform; got {', '.join(t.name for t in rule.method.transforms)}"
+        )
+    whole = _make(methods.model_transform, first[0]) if first else None
+    return Method(rule, _make(methods.rounding, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
 
 
 def _make(factory: Callable[..., Any], component: Component) -> Any:
@@ -81,7 +106,7 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
     """Raises InputError for a scheme or family that a method does not support, and for a group size that does not divide a
     linear's inputs."""
     for method in made:
-        for part in (*method.transforms, method.rounding):
+        for part in method.parts:
             reason = part.supports.refuses(part.name, method.scheme, family)
             if reason is not None:
                 raise InputError(reason)

@@ -14,7 +14,7 @@ __all__ = ["KVQuant", "KVQuantizer", "KVState", "Kivi", "PerToken", "make"]
 
 
 def _per_token(s: KVScheme) -> KVQuantizer:
-    return PerToken(s.bits, s.symmetric, s.group_size)
+    return PerToken(s.bits, s.symmetric, s.group_size, s.clip)
 
 
 def _kivi(s: KVScheme) -> KVQuantizer:

@@ -30,6 +30,8 @@ class PerToken:
     symmetric: bool = False
     group_size: int | None = None
     """Channels of a head that share a scale; None for one scale per token and head."""
+    clip: float = 1.0
+    """Share of the range that is kept."""
 
     def __post_init__(self) -> None:
         check_bits(self.name, self.bits_per_value, tuple(range(2, 9)))
@@ -57,7 +59,7 @@ class _State(KVState):
     def __init__(self, rule: PerToken, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(batch, heads, head_dim, dtype, device)
         full = rule.bits_per_value == FULL
-        self._scheme = None if full else KVScheme(rule.bits_per_value, rule.symmetric, rule.group_size)
+        self._scheme = None if full else KVScheme(rule.bits_per_value, rule.symmetric, rule.group_size, clip=rule.clip)
 
     def together(self) -> None:
         return None

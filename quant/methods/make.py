@@ -8,8 +8,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from quant.methods.base import Rounding, Transform
-from quant.methods.registry import ROUNDINGS, TRANSFORMS
+from quant.methods.base import ModelTransform, Rounding, Transform
+from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
 
 T = TypeVar("T")
 
@@ -23,6 +23,12 @@ def rounding(name: str, params: Mapping[str, Any], *, version: int | None = None
 def transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Transform:
     """A transform with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
     made: Transform = _make(TRANSFORMS, "transform", name, params, version)
+    return made
+
+
+def model_transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> ModelTransform:
+    """A transform of a whole model with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
+    made: ModelTransform = _make(MODEL_TRANSFORMS, "model transform", name, params, version)
     return made
 
 

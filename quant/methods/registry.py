@@ -11,7 +11,9 @@ from quant.methods.billm import Billm
 from quant.methods.claq import Claq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
+from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.pb_llm import PbLlm
+from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
@@ -31,8 +33,14 @@ _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
 )
+_MODEL_TRANSFORMS: tuple[type[Any], ...] = (
+    Quarot,
+    LearnedRotation,
+)
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
+MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
+"""Transforms of a whole model: the first of a method's transforms, if any."""
 
 
 @dataclass(frozen=True)
@@ -57,3 +65,9 @@ METHODS: dict[str, Recipe] = {
     "quip": Recipe("quip"),
     "quip_sharp": Recipe("quip_sharp"),
 }
+
+MODEL_METHODS: dict[str, Recipe] = {
+    "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
+    "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
+}
+"""Methods that rewrite a whole model: in `conf/method/`, but nothing that one linear could be given to."""

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS = {**ROUNDINGS, **TRANSFORMS}
+COMPONENTS = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS}
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,8 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 
 def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
-    own = {"for_activations": c.for_activations} if name in TRANSFORMS else {}
+    own = {} if name in ROUNDINGS else {"for_activations": c.for_activations}
+    own |= {"maps": sorted(c.maps)} if name in MODEL_TRANSFORMS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
@@ -51,7 +52,7 @@ def declared(name: str) -> dict[str, Any]:
 def test_method_options_equal_the_code(option: str) -> None:
     values = composed(option)
     name = option.removesuffix("_sequential")
-    recipe = METHODS[name]
+    recipe = {**METHODS, **MODEL_METHODS}[name]
     assert list(values["transforms"]) == list(recipe.transforms)
     assert values["propagation"] == ("quantized" if option.endswith("_sequential") else "original")
     for component, changed in [(values["rounding"], recipe.rounding_params), *((t, {}) for t in values["transforms"].values())]:
@@ -173,6 +174,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
     ("params", "message"),
     [
         ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of .*; did you mean gptq"),
+        ({"method": "quarot"}, "quarot rewrites a whole model; for one weight use its rounding alone: method=gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),

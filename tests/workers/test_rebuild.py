@@ -17,13 +17,13 @@ from transformers import DynamicCache
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context, with_calibration
 from workers.artifact import CorruptArtifactError
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.quantize import quantize_blocks
 from workers.rebuild import attach_runtime, load_model, rebuild
-from workers.specs import ModelSpec, QuantizeSpec
+from workers.specs import Component, ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -66,6 +66,16 @@ SPECS = {
     "pb_llm": quantize_spec("pb_llm", weight=W1),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
+LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
+ROTATED = {
+    "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
+    "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
+    "quarot_quantized": quantize_spec("gptq", "quarot", weight=W4G16, propagation="quantized"),
+    "quarot_awq": quantize_spec("rtn", "quarot", "awq", weight=W4G16, feeds=True),
+    "quarot_static": quantize_spec("gptq", "quarot", weight=W4, activation=STATIC),
+    "learned_rotation": quantize_spec("gptq", LEARNED, weight=W4, feeds=True),
+    "quarot_partly": quantize_spec("rtn", "quarot", weight=W4, pattern="*.q_proj"),
+}
 
 
 @pytest.mark.parametrize("family", ["llama_mha", "gpt2", "mixtral", "opt", "falcon_old"])
@@ -75,6 +85,19 @@ def test_rebuilt_logits_equal_those_in_memory(family: str, tmp_path: Path) -> No
     for name, spec in SPECS.items():
         want = in_memory(spec, inputs, tmp_path / name, ctx)
         assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Path) -> None:
+    ctx = tiny_context(family, tmp_path)
+    inputs = calibrated(ctx, tmp_path, *KINDS)
+    for name, spec in ROTATED.items():
+        want = in_memory(with_calibration(spec) if family == "opt" else spec, inputs, tmp_path / name, ctx)
+        assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+        if name in ("quarot_static", "quarot_partly"):
+            streamed = rebuild(tiny_context(family, tmp_path, streamed=True), MODEL, tmp_path / name)
+            assert torch.equal(logits(streamed), want), name
+            assert torch.equal(logits(streamed), want), name
 
 
 FRESH = """
@@ -94,8 +117,9 @@ save_file({n: logits(rebuild(ctx, MODEL, Path(folder) / n)) for n in names}, Pat
 def test_rebuilt_logits_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     ctx = tiny_context("llama_mha", tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in SPECS.items()}
-    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *SPECS]
+    specs = {**SPECS, **ROTATED}
+    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in specs.items()}
+    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *specs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = load_file(tmp_path / "fresh.safetensors")
