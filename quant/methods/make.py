@@ -46,7 +46,7 @@ def _make(table: Mapping[str, type[T]], what: str, name: str, params: Mapping[st
     for key, value in params.items():
         if key not in param_names(cls):
             raise unknown(f"parameter of {name}", key, param_names(cls))
-        kinds = [t for t in typing.get_args(hints[key]) or (hints[key],)]
+        kinds = [typing.get_origin(t) or t for t in typing.get_args(hints[key]) or (hints[key],)]
         if not any(type(value) is t or (t is float and type(value) is int) for t in kinds):
             allowed = " or ".join("null" if t is type(None) else t.__name__ for t in kinds)
             raise ValueError(f"parameter {key}={value!r} of {name} has type {type(value).__name__}; give {allowed}")

@@ -12,14 +12,18 @@ from quant.methods.hqq import Hqq
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
+from quant.methods.slim_llm import SlimLlm
 from quant.methods.smoothquant import SmoothQuant
+from quant.methods.spqr import Spqr
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq] | type[Quip] | type[QuipSharp]] = {
+ROUNDINGS: dict[str, type[Rtn] | type[Gptq] | type[Hqq] | type[Quip] | type[QuipSharp] | type[SlimLlm] | type[Spqr]] = {
     "rtn": Rtn,
     "gptq": Gptq,
     "hqq": Hqq,
     "quip": Quip,
     "quip_sharp": QuipSharp,
+    "slim_llm": SlimLlm,
+    "spqr": Spqr,
 }
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
 
@@ -41,4 +45,9 @@ METHODS: dict[str, Recipe] = {
     "quip_sharp": Recipe("quip_sharp"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+    "owq": Recipe("gptq", {"outlier_columns": 4}),
+    "quik": Recipe("gptq", {"outlier_columns": 16, "outlier_metric": "quik"}),
+    "slim_llm": Recipe("slim_llm"),
+    "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
+    "spqr": Recipe("spqr"),
 }

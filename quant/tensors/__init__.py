@@ -9,15 +9,15 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
+from quant.tensors.columns import ColumnsTensor
 from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
+from quant.tensors.mixed import MixedTensor
+from quant.tensors.sparse import SparseTensor
 from quant.tensors.strided import StridedTensor
 
-FORMATS: dict[str, type[AffineTensor] | type[StridedTensor] | type[IncoherentTensor] | type[LatticeTensor]] = {
-    AffineTensor.format: AffineTensor,
-    StridedTensor.format: StridedTensor,
-    IncoherentTensor.format: IncoherentTensor,
-    LatticeTensor.format: LatticeTensor,
+FORMATS: dict[str, Any] = {
+    t.format: t for t in (AffineTensor, ColumnsTensor, IncoherentTensor, LatticeTensor, MixedTensor, SparseTensor, StridedTensor)
 }
 
 
@@ -25,4 +25,5 @@ def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) 
     """The stored tensor whose `pack()` and `meta()` these are. Raises ValueError for an unknown format."""
     if format not in FORMATS:
         raise ValueError(f"stored format {format!r} is unknown; this version reads {', '.join(FORMATS)}")
-    return FORMATS[format].unpack(tensors, meta)
+    made: StoredTensor = FORMATS[format].unpack(tensors, meta)
+    return made

@@ -16,6 +16,7 @@ from quant.methods.base import ScaleGroup
 from quant.methods.smoothquant import SmoothQuant
 from quant.scheme import WeightScheme
 from quant.statistics import collect
+from quant.tensors.mixed import MixedTensor
 from tests.quant.golden_inputs import inputs, output_error, relative_error, weight
 
 RTN = [
@@ -71,6 +72,17 @@ def test_gptq_equals_the_reference_code(params: dict[str, Any], rel: float, out:
     assert relative_error(q) == pytest.approx(rel, rel=2e-3)
     assert output_error(q) == pytest.approx(out, rel=1e-2)
     assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4, abs=1e-6)
+
+
+def test_slim_llm_equals_the_reference_code() -> None:
+    tensor = quantize_linear(weight(), method="slim_llm", bits=2, group_size=32, inputs=inputs())
+    assert isinstance(tensor, MixedTensor)
+    assert tensor.widths == (1, 2, 2, 2, 2, 3, 2, 2)
+    q = tensor.dequantize()
+    assert relative_error(q) == pytest.approx(0.616086, rel=2e-3)
+    assert output_error(q) == pytest.approx(331462.4, rel=1e-2)
+    assert float(q.double().sum()) == pytest.approx(-74.448, rel=1e-2)
+    assert q[0, :4].tolist() == pytest.approx([1.31541] * 4, rel=1e-4)
 
 
 @pytest.mark.parametrize(("symmetric", "clip", "rel"), [(True, 1.0, 0.158524), (True, 0.9, 0.144122), (False, 1.0, 0.134019)])

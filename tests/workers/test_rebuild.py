@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quant.activation import fake_quantize_activation, fake_quantize_kv
-from quant.scheme import ActivationScheme, Granularity, KVScheme
+from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
 from workers.artifact import CorruptArtifactError
@@ -47,6 +47,7 @@ def in_memory(spec: QuantizeSpec, inputs: dict[str, Path], folder: Path, ctx: An
     return logits(opened.model)
 
 
+W2G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
 SPECS = {
     "rtn": quantize_spec(weight=W4G16),
     "gptq": quantize_spec("gptq", weight=W4G16),
@@ -58,6 +59,12 @@ SPECS = {
     "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
+    "owq": quantize_spec("gptq", weight=W4G16, outlier_columns=3, outlier_metric="owq"),
+    "quik": quantize_spec("gptq", weight=W4, outlier_columns=2, outlier_metric="quik"),
+    "slim_llm": quantize_spec("slim_llm", weight=W2G8),
+    "slim_llm_corrected": quantize_spec("slim_llm", "awq", weight=W2G8, variant="corrected"),
+    "spqr": quantize_spec("spqr", weight=W4G16),
+    "spqr_awq": quantize_spec("spqr", "awq", weight=W4G16, round_zero=True),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 
