@@ -23,7 +23,7 @@ from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.outliers import METRICS, sensitive_columns
+from quant.outliers import METRICS, outlier_columns, without_columns
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
@@ -124,8 +124,13 @@ class Gptq:
     def _kept_columns(self, chosen: Grid, groups: Tensor, w: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
         if not self.outlier_columns:
             return torch.empty(0, dtype=torch.int64, device=w.device)
-        plain = fit(chosen, groups, scheme.bits, torch.float32).round(groups).view(w.shape)
-        return sensitive_columns(self.outlier_metric, w, plain, diagonal, self.outlier_columns)
+        width = groups.shape[2] if scheme.granularity is Granularity.GROUP else w.shape[1]
+
+        def rounded(source: Tensor) -> Tensor:
+            affine = fit(chosen, source.view(groups.shape), scheme.bits, torch.float32)
+            return affine.round(groups).view(w.shape)
+
+        return outlier_columns(self.outlier_metric, w, diagonal, self.outlier_columns, width, rounded)
 
 
 class _Ranges:
@@ -151,7 +156,7 @@ class _Ranges:
         self.fitted: dict[int, Affine] = {}
         if not self.dynamic:
             if kept:
-                groups = _without(groups, order[self.coded :], k, self.width)
+                groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[self.coded :]).view(groups.shape)
             all_groups = fit(chosen, groups, self.bits, scale_dtype, self.mse)
             for g in range(groups.shape[1]):
                 self.fitted[g] = Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero)
@@ -194,15 +199,3 @@ class _Ranges:
         index = torch.empty_like(self.order)
         index[self.order] = torch.arange(self.order.numel(), device=self.order.device) // self.width
         return index
-
-
-def _without(groups: Tensor, kept: Tensor, k: int, width: int) -> Tensor:
-    """Like `groups`; kept columns have given way to a coded one of their row and group, which leaves the range to the others; 0 where the
-    whole group is kept."""
-    w = groups.reshape(-1, k // width, width)
-    stays = torch.ones(k, dtype=torch.bool, device=w.device)
-    stays[kept] = False
-    stays = stays.view(k // width, width)
-    first = stays.float().argmax(1).view(1, -1, 1).expand(w.shape[0], -1, 1)
-    stand_in = w.gather(2, first) * stays.any(1).view(1, -1, 1)
-    return torch.where(stays, w, stand_in).view(groups.shape)

@@ -8,10 +8,11 @@ Objective: min tr((W - Q) H (W - Q)ᵀ) column by column as in GPTQ, on a grid t
   outliers: weights with (w - ŵ)² / U_jj² > τ, kept
 Shapes: weight `[N, K]`, Hessian `[K, K]`; threshold relative, without unit. Defaults are those of the recommended command (3 bits, 16
 columns per group); an infinite threshold (`.inf` in yaml) keeps no outlier.
-Departures: an all-zero group has the scale 0 and stays 0 (the reference takes [-1, 1], whose grid has no 0), a constant one the scale |w|;
-`stat_rows` need not divide the rows; with `round_zero` ranges hold 0, so that the zero is one of its 2^b codes; the variance of a single
-row is taken over its columns; inputs that no token reached (H = 0) count as H = I; failed factorizations climb GPTQ's ladder on top of
-`damp`. A symmetric scheme is not what SpQR makes: zeros are stored all the same, and it is noted.
+Departures: an all-zero group has the scale 0 and stays 0 (the reference takes [-1, 1], whose grid has no 0), a constant one the scale
+|w|; `stat_rows` need not divide the rows; with `round_zero` ranges hold 0, so that the zero is one of its 2^b codes; the variance of a
+single row is taken over its columns, of a single weight around 0; inputs that no token reached (H = 0) count as H = I; failed
+factorizations climb GPTQ's ladder on top of `damp`. A symmetric scheme is not what SpQR makes: zeros are stored all the same, and it is
+noted.
 Float64 weights are computed in float64, all others in float32.
 """
 
@@ -100,10 +101,7 @@ class Spqr:
         if more:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {more:g} more was used")
         columns = w.T[order]
-        spread = columns.var(1) if n > 1 else columns.var().expand(k)
-        threshold = self.outlier_threshold * float((spread / upper.diagonal().square()).nan_to_num(0.0).mean()) if k * n > 1 else math.inf
-        if math.isnan(threshold):  # infinity times a weight without variance
-            threshold = math.inf
+        threshold = self._threshold(columns, upper.diagonal())
 
         def run(scale_dtype: torch.dtype) -> tuple[SparseTensor, Solved]:
             groups = _Groups(self, scheme.bits, size, n, scale_dtype, upper.diagonal(), threshold)
@@ -118,6 +116,14 @@ class Spqr:
             "solver_loss": float(solved.loss.sum()),
         }
         return Rounded(tensor, damp=self.damp + more, notes=notes + dtype_notes, details=details)
+
+    def _threshold(self, columns: Tensor, u: Tensor) -> float:
+        """τ of columns `[K, N]`."""
+        k, n = columns.shape
+        if math.isinf(self.outlier_threshold):
+            return math.inf
+        spread = columns.var(1) if n > 1 else (columns.var() if k > 1 else columns.square().mean()).expand(k)
+        return self.outlier_threshold * float((spread / u.square()).mean())
 
 
 @dataclass(frozen=True)
