@@ -150,18 +150,18 @@ def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = Fal
 
     Raises ScaleDtypeError when the stored type cannot hold them."""
     low, high = g.limits(w)
-    best = _affine(g, low, high, bits, scale_dtype)
+    best = affine_of(g, low, high, bits, scale_dtype)
     if mse:
         least = _error(best, w)
         for i in range(1, MSE_STEPS):
             p = 1 - i / 100
-            trial = _affine(g, p * low, p * high, bits, scale_dtype)
+            trial = affine_of(g, p * low, p * high, bits, scale_dtype)
             error = _error(trial, w)
             better = error < least
             least = torch.where(better, error, least)
             best = Affine(torch.where(better, trial.scale, best.scale), torch.where(better, trial.zero, best.zero), bits, g.zero)
     if scale_dtype is torch.float16:
-        _check_float16(best, w)
+        check_float16(best, w)
     return best
 
 
@@ -170,7 +170,8 @@ def _error(affine: Affine, w: Tensor) -> Tensor:
     return (affine.round(w) - w).abs().pow(MSE_POWER).sum(-1, keepdim=True)
 
 
-def _affine(g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dtype) -> Affine:
+def affine_of(g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dtype) -> Affine:
+    """Scale and zero of the range [low, high], rounded to their stored type."""
     # An all-zero group decodes to 0 whatever its scale; 1 is one that every type holds.
     exact = torch.where((low == 0) & (high == 0), 1.0, g.step(low, high, bits))
     scale = exact.to(scale_dtype).to(low.dtype)
@@ -186,7 +187,7 @@ def _affine(g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dt
     return Affine(scale, zero, bits, g.zero)
 
 
-def _check_float16(affine: Affine, w: Tensor) -> None:
+def check_float16(affine: Affine, w: Tensor) -> None:
     """Scales may be off by half a step over the whole range of codes, zeros by a quarter of a step."""
     scale, zero = affine.scale, affine.zero
     # Subnormal float16 values are 2^-24 apart.

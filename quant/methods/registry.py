@@ -17,12 +17,16 @@ from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
+from quant.methods.slim_llm import SlimLlm
 from quant.methods.smoothquant import SmoothQuant
+from quant.methods.spqr import Spqr
 
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
     Gptq,
     Claq,
+    SlimLlm,
+    Spqr,
     Hqq,
     Billm,
     PbLlm,
@@ -64,6 +68,11 @@ METHODS: dict[str, Recipe] = {
     "pb_llm": Recipe("pb_llm"),
     "quip": Recipe("quip"),
     "quip_sharp": Recipe("quip_sharp"),
+    "owq": Recipe("gptq", {"outlier_columns": 4}),
+    "quik": Recipe("gptq", {"outlier_columns": 16, "outlier_metric": "quik"}),
+    "slim_llm": Recipe("slim_llm"),
+    "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
+    "spqr": Recipe("spqr"),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {

@@ -48,6 +48,7 @@ def in_memory(spec: QuantizeSpec, inputs: dict[str, Path], folder: Path, ctx: An
 
 
 W1 = WeightScheme(1)
+W2G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
 SPECS = {
     "rtn": quantize_spec(weight=W4G16),
     "gptq": quantize_spec("gptq", weight=W4G16),
@@ -64,6 +65,12 @@ SPECS = {
     "billm": quantize_spec("billm", weight=W1, block_size=24),
     "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
     "pb_llm": quantize_spec("pb_llm", weight=W1),
+    "owq": quantize_spec("gptq", weight=W4G16, outlier_columns=3, outlier_metric="owq"),
+    "quik": quantize_spec("gptq", weight=W4, outlier_columns=2, outlier_metric="quik"),
+    "slim_llm": quantize_spec("slim_llm", weight=W2G8),
+    "slim_llm_corrected": quantize_spec("slim_llm", "awq", weight=W2G8, variant="corrected"),
+    "spqr": quantize_spec("spqr", weight=W4G16),
+    "spqr_awq": quantize_spec("spqr", "awq", weight=W4G16, round_zero=True),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
