@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from quant.methods.base import Rounding, Transform
-from quant.methods.registry import ROUNDINGS, TRANSFORMS
+from quant.methods.registry import ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.tuner import BlockTuner
 
 T = TypeVar("T")
 
@@ -22,6 +23,17 @@ def rounding(name: str, params: Mapping[str, Any], *, version: int | None = None
 def transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Transform:
     """A transform with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
     return _make(TRANSFORMS, "transform", name, params, version)
+
+
+def tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> BlockTuner:
+    """A block tuner with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
+    return _make(TUNERS, "tuner", name, params, version)
+
+
+def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:
+    """What stands in a method's `rounding`. Raises ValueError for a wrong name, parameter, type or version."""
+    made: Rounding | BlockTuner = _make({**ROUNDINGS, **TUNERS}, "rounding", name, params, version)
+    return made
 
 
 def unknown(what: str, name: str, allowed: Iterable[str]) -> ValueError:

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS = {**ROUNDINGS, **TRANSFORMS}
+COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **TUNERS}
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -44,6 +44,7 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
     own = {"for_activations": c.for_activations} if name in TRANSFORMS else {}
+    own |= {"feeds_text": c.feeds_text, "working_set": c.working_set} if name in TUNERS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
@@ -59,7 +60,7 @@ def test_method_options_equal_the_code(option: str) -> None:
         assert facts(component) == declared(component["kind"])
         assert from_json(Supports, component["supports"]) == cls.supports
         assert component["params"] == {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
-    assert methods.rounding(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+    assert methods.rounding_or_tuner(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
 
 def test_every_parameter_is_explained() -> None:
@@ -155,7 +156,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, awq, smoothquant; did you mean gptq"),
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, .*; did you mean gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),
