@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from orchestrator.stage import Resources
 from workers.errors import WorkerError
 from workers.families import linear_shapes
-from workers.specs import CalibrateSpec, EvaluateSpec, MethodSpec, QuantizeSpec, Spec, StageKind
+from workers.specs import CalibrateSpec, EvaluateSpec, MethodSpec, PrepareSpec, QuantizeSpec, Spec, StageKind
 
 History = Mapping[tuple[str, str, str], float]
 """(kind, model digest, `what(spec)`) ▸ mean seconds of finished stages."""
@@ -30,6 +30,8 @@ STAGE_S = 0.3
 TASK_TOKENS = 300_000
 """Of an evaluation text without a limit: about WikiText-2's test split."""
 SEARCH_TOKENS = 20 * 4096
+CANDIDATES = 4
+"""Widths of a sensitivity table, about."""
 UNKNOWN = 4.0
 """Factor by which an estimate without history is easily wrong."""
 
@@ -64,6 +66,8 @@ def what(spec: Spec) -> str:
     """What makes one stage of a kind and model slower than another: statistic, method, or task."""
     if isinstance(spec, CalibrateSpec):
         return f"{spec.statistic} {spec.calibration.samples}x{spec.calibration.sequence_length}"
+    if isinstance(spec, PrepareSpec):
+        return f"{spec.kind} {spec.params}"
     if isinstance(spec, QuantizeSpec):
         return " ".join(_method_name(rule.method) for rule in spec.rules)
     return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}"
@@ -74,6 +78,8 @@ def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
     size = _size(model)
     if isinstance(spec, CalibrateSpec):
         kind, seconds, output = StageKind.CALIBRATE, _calibrate_s(spec, size), _statistic_bytes(spec, size)
+    elif isinstance(spec, PrepareSpec):
+        kind, seconds, output = StageKind.PREPARE, _sensitivity_s(spec, size), 64 * len(size.linears)
     elif isinstance(spec, QuantizeSpec):
         kind, seconds, output = StageKind.QUANTIZE, _quantize_s(spec, size), _stored_bytes(spec, size)
     else:
@@ -119,6 +125,12 @@ def _calibrate_s(spec: CalibrateSpec, size: _Size) -> float:
     tokens = spec.calibration.samples * spec.calibration.sequence_length
     hessian = 2 * sum(k * k for k in size.inputs) if spec.statistic == "hessian" else 0
     return _seconds(tokens * (2 * size.linear_parameters + hessian))
+
+
+def _sensitivity_s(spec: PrepareSpec, size: _Size) -> float:
+    """Half a forward, on average, for every linear and candidate."""
+    sequences, length = dict(spec.params).get("sequences", 8), spec.calibration.sequence_length if spec.calibration else 1
+    return _seconds(size.parameters * sequences * length * len(size.linears) * CANDIDATES)
 
 
 def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:

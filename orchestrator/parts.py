@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from orchestrator.cell import Option
@@ -11,7 +11,7 @@ from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
-from workers.specs import PROPAGATIONS, SAMPLINGS, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
+from workers.specs import PROPAGATIONS, SAMPLINGS, AutoBits, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
 STATISTICS = ("hessian", "absmax", "absmean", "samples")
 """What a calibrate stage can collect."""
@@ -92,11 +92,45 @@ def _component(option: Option, values: Mapping[str, Any]) -> Component:
 def scheme_part(option: Option) -> Scheme:
     values = option.values
     types: dict[str, type[Any]] = {"weight": WeightScheme, "activation": ActivationScheme, "kv": KVScheme}
-    unknown = sorted(set(values) - set(types))
+    unknown = sorted(set(values) - {*types, "overrides", "auto"})
     if unknown:
-        raise ConfigError(f"scheme {option.name!r}: {unknown_name('part', unknown[0], types)}")
+        raise ConfigError(f"scheme {option.name!r}: {unknown_name('part', unknown[0], [*types, 'overrides'])}")
     parts = {n: _checked(option, n, lambda n=n: from_json(types[n], values[n])) for n in types if values.get(n) is not None}  # type: ignore[misc]
     return Scheme(**parts)
+
+
+@dataclass(frozen=True)
+class AutoPart:
+    """Widths chosen per linear under a budget (`scheme=auto`)."""
+
+    auto: AutoBits
+    sequences: int
+    """Of the calibration set, for the sensitivity table."""
+
+
+def auto_part(option: Option, weight: WeightScheme | None) -> AutoPart | None:
+    """`auto: {budget, bits, sequences}` of a scheme. Raises ConfigError."""
+    values = option.values.get("auto")
+    if values is None:
+        return None
+    where = f"scheme={option.name}: auto"
+    allowed = ("budget", "bits", "sequences")
+    for name in values:
+        if name not in allowed:
+            raise ConfigError(f"{where}: {unknown_name('key', str(name), allowed)}")
+    budget, bits, sequences = values.get("budget"), values.get("bits"), values.get("sequences", 8)
+    if weight is None:
+        raise ConfigError(f"{where} chooses weight.bits, and weight is null; give the scheme's weight part")
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or budget <= 0:
+        raise ConfigError(f"{where}.budget={budget!r}; give the average stored bits per weight, as budget=3.2")
+    if not isinstance(bits, list) or len(bits) < 2 or len(set(bits)) != len(bits) or not all(type(b) is int for b in bits):
+        raise ConfigError(f"{where}.bits={bits!r}; give at least two different widths to choose from, as [2,3,4]")
+    if budget <= min(bits):
+        raise ConfigError(f"{where}.budget={budget} stored bits per weight is not above the smallest width, {min(bits)}, and its scales")
+    if not isinstance(sequences, int) or isinstance(sequences, bool) or sequences < 1:
+        raise ConfigError(f"{where}.sequences={sequences!r}; give a whole number from 1")
+    candidates = _checked(option, "auto.bits", lambda: tuple(replace(weight, bits=b) for b in sorted(bits)))
+    return AutoPart(AutoBits(float(budget), candidates), sequences)
 
 
 def text_part(option: Option, source: TextSource) -> TextSpec:

@@ -1,6 +1,7 @@
 """Cells ▸ the deduplicated graph of stages.
 
 * One calibrate stage per statistic kind, model and calibration draw; every method, bit-width and group size shares it.
+* With automatic bits, one quantize stage per candidate width, and one prepare stage for the sensitivity table made from them.
 * One quantize stage per model, method, weight scheme (and whatever else the method declares it reads), whatever the number of
   tasks and run-time parts.
 * One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
@@ -18,24 +19,28 @@ from orchestrator import parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
+from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
-from quant.scheme import Scheme
+from quant.scheme import Scheme, WeightScheme
 from workers.errors import UnsupportedModel
 from workers.families import linear_shapes
 from workers.specs import (
     DTYPES,
+    AutoBits,
     CalibrateSpec,
     CalibrationSpec,
     EvaluateSpec,
     ModelSpec,
+    PrepareSpec,
     QuantizeSpec,
     Rule,
     Spec,
     StageKind,
     to_json,
 )
+from workers.structure import LinearShape
 
 T = TypeVar("T")
 Estimate = Callable[[Spec, ModelSource], Resources]
@@ -110,6 +115,9 @@ class _Planner:
     def _method(self, option: Option) -> parts.MethodPart:
         return self._once(("method", id(option)), lambda: parts.method_part(option))
 
+    def _auto(self, option: Option) -> parts.AutoPart | None:
+        return self._once(("auto", id(option)), lambda: parts.auto_part(option, self._scheme(option).weight))
+
     def _task(self, option: Option) -> parts.TaskPart:
         def make() -> parts.TaskPart:
             source = self._sources.text(option)
@@ -138,28 +146,55 @@ class _Planner:
         scheme = self._scheme(cell.scheme)
         if source.provisional or not source.config:
             return None
-        method = self._method(cell.method)
-        if scheme.weight is not None:
-            refusal = method.refuses(scheme.weight, source.config.get("model_type"))
-            if refusal is not None:
-                return refusal
         if scheme.weight is not None or scheme.activation is not None:
             try:
                 shapes = linear_shapes(source.config)
             except UnsupportedModel as e:
                 return f"{cell.model.name}: {e}"
-            size = scheme.weight.group_size if scheme.weight is not None and not method.ragged_groups else None
-            bad = [s for s in shapes if size is not None and s.cols % size]
-            if bad:
-                widths = ", ".join(str(w) for w in sorted({s.cols for s in bad}))
-                return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+            if scheme.weight is not None:
+                reason = self._why_not_quantized(cell, scheme.weight, source.config, shapes)
+                if reason is not None:
+                    return reason
         if scheme.kv is not None and scheme.kv.group_size is not None:
             width = _head_width(source.config)
             if width is not None and width % scheme.kv.group_size:
                 return f"{cell.model.name}: KV group size {scheme.kv.group_size} does not divide a head of {width}"
         return None
 
+    def _why_not_quantized(
+        self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
+    ) -> str | None:
+        method = self._method(cell.method)
+        auto = self._auto(cell.scheme)
+        if auto is not None:
+            if method.spec.transforms or has_overrides(cell.method, cell.scheme):
+                return f"method {cell.method.name}: automatic bits work with methods without transforms and overrides"
+            refusal = next((r for w in auto.auto.candidates if (r := method.refuses(w, config.get("model_type"))) is not None), None)
+            if refusal is not None:
+                return refusal
+        table = self._rules(cell, weight)
+        for scheme in dict.fromkeys(rule.weight for rule in table):
+            refusal = method.refuses(scheme, config.get("model_type"))
+            if refusal is not None:
+                return refusal
+        chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
+        sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
+        bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]
+        if not bad:
+            return None
+        size, widths = sizes[bad[0].name], ", ".join(str(w) for w in sorted({s.cols for s in bad}))
+        return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+
     # -- stages ----------------------------------------------------------------------------------------------------
+
+    def _rules(self, cell: Cell, weight: WeightScheme) -> tuple[Rule, ...]:
+        def make() -> tuple[Rule, ...]:
+            source, _ = self._model(cell.model)
+            return rules(cell.method, self._method(cell.method).spec, cell.scheme, weight, cell.model.name, source.config)
+
+        # Without overrides the model does not matter.
+        by_model = id(cell.model) if has_overrides(cell.method, cell.scheme) else None
+        return self._once(("rules", by_model, id(cell.method), id(cell.scheme)), make)
 
     def _add(self, cell: Cell) -> None:
         task = self._task(cell.task)
@@ -222,28 +257,43 @@ class _Planner:
         return tuple(flags)
 
     def _quantize(self, cell: Cell) -> str | None:
-        scheme = self._scheme(cell.scheme)
-        if scheme.weight is None:
+        weight = self._scheme(cell.scheme).weight
+        if weight is None:
             return None
-        weight = scheme.weight
-        method = self._method(cell.method)
+        auto = self._auto(cell.scheme)
+        if auto is None:
+            return self._quantize_stage(cell, self._rules(cell, weight), "")
+        _, model = self._model(cell.model)
+        spec = self._method(cell.method).spec
+        candidates = {}
+        for i, candidate in enumerate(auto.auto.candidates):
+            candidates[auto.auto.role(i)] = self._quantize_stage(cell, (Rule("*", spec, candidate),), f" {candidate.bits} bits")
+        search = PrepareSpec(model, "sensitivity", 1, self._calibration(cell), (("sequences", auto.sequences),))
+        label = f"prepare {cell.model.name} {cell.method.name} {cell.scheme.name} sensitivity"
+        table = self._stage(StageKind.PREPARE, search, candidates, label)
+        return self._quantize_stage(cell, (Rule("*", spec, auto.auto.candidates[0]),), "", auto.auto, {"sensitivity": table})
+
+    def _quantize_stage(
+        self, cell: Cell, table: tuple[Rule, ...], suffix: str, auto: AutoBits | None = None, more: Mapping[str, str] | None = None
+    ) -> str:
+        scheme, method = self._scheme(cell.scheme), self._method(cell.method)
         _, model = self._model(cell.model)
         static = scheme.activation if scheme.activation is not None and not scheme.activation.dynamic else None
         calibration = self._calibration(cell) if method.calibrate or method.feeds_text or static is not None else None
-        inputs = {}
+        inputs = dict(more or {})
         for statistic in method.calibrate:
             assert calibration is not None
             inputs[statistic] = self._calibrate(cell, model, calibration, statistic)
         spec = QuantizeSpec(
             model=model,
-            rules=(Rule("*", method.spec, weight),),
+            rules=table,
             calibration=calibration if method.feeds_text or static is not None else None,
             activation=scheme.activation if static is not None or "activation" in method.reads else None,
             kv=scheme.kv if "kv" in method.reads else None,
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
+            auto=auto,
         )
-        label = f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}"
-        return self._stage(StageKind.QUANTIZE, spec, inputs, label)
+        return self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
 
     def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
         def make() -> str:

@@ -17,6 +17,7 @@ from orchestrator.report.numbers import duration, size
 from orchestrator.run import estimator, missing_stages, sources, store_root
 from orchestrator.stage import Stage
 from orchestrator.store import Store
+from workers.specs import StageKind
 
 
 def print_plan(command: Command, console: Console) -> None:
@@ -80,7 +81,7 @@ def _by_kind(plan: Plan) -> dict[str, list[str]]:
     kinds: dict[str, list[str]] = defaultdict(list)
     for stage in plan.stages.values():
         kinds[stage.kind.value].append(stage.key)
-    return {k: kinds[k] for k in ("calibrate", "quantize", "evaluate") if k in kinds}
+    return {k: kinds[k] for k in (kind.value for kind in StageKind) if k in kinds}
 
 
 def print_explanations(command: Command, console: Console) -> None:

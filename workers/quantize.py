@@ -39,6 +39,7 @@ from workers.rounding import (
     method_for,
 )
 from workers.scaling import GroupForward
+from workers.sensitivity import with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
 from workers.tuning import Tuning, tuner_of
@@ -52,7 +53,13 @@ def run_quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
     Raises InputError (model, statistics or group size that do not fit), NumericalError, CorruptArtifactError.
     """
     model = open_blocks(context, spec.model)
-    return quantize_blocks(spec, inputs, payload, context, model, model.release)
+    if spec.auto is None:
+        return quantize_blocks(spec, inputs, payload, context, model, model.release)
+    if "sensitivity" not in inputs:
+        raise InputError("automatic bits need a sensitivity table as the input `sensitivity`")
+    resolved, chosen = with_chosen_bits(spec, spec.auto, inputs["sensitivity"])
+    statistics = {role: path for role, path in inputs.items() if role != "sensitivity"}
+    return {**quantize_blocks(resolved, statistics, payload, context, model, model.release), "auto": chosen}
 
 
 def quantize_blocks(

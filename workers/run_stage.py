@@ -25,7 +25,7 @@ from workers.artifact import PAYLOAD
 from workers.failures import failure
 from workers.process import fixed_state, formatted, logged, pick_device, tail
 from workers.request import ErrorClass, Outcome, Request, StageRequest
-from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, QuantizeSpec, Spec, StageKind, from_json
+from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
 
 if TYPE_CHECKING:
     from workers.context import Context
@@ -43,6 +43,7 @@ class Runners:
     calibrate: Callable[[Mapping[str, tuple[CalibrateSpec, Path]], Context], dict[str, dict[str, Any]]]
     quantize: Callable[[QuantizeSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
     evaluate: Callable[[EvaluateSpec, Mapping[str, Path], Path, Context, Residency], dict[str, Any]]
+    prepare: Callable[[PrepareSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
 
 
 def _calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
@@ -63,7 +64,13 @@ def _evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, con
     return run_evaluate(spec, inputs, payload, context, residency)
 
 
-RUNNERS = Runners(_calibrate, _quantize, _evaluate)
+def _prepare(spec: PrepareSpec, inputs: Mapping[str, Path], payload: Path, context: Context) -> dict[str, Any]:
+    from workers.prepare import run_prepare
+
+    return run_prepare(spec, inputs, payload, context)
+
+
+RUNNERS = Runners(_calibrate, _quantize, _evaluate, _prepare)
 
 
 def run_request(
@@ -138,6 +145,8 @@ def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> 
         return {stage.key: runners.evaluate(spec, inputs, payloads[stage.key], context, process_residency())}
     if isinstance(spec, QuantizeSpec):
         return {stage.key: runners.quantize(spec, inputs, payloads[stage.key], context)}
+    if isinstance(spec, PrepareSpec):
+        return {stage.key: runners.prepare(spec, inputs, payloads[stage.key], context)}
     wanted = {key: (s, payloads[key]) for key, s in specs.items() if isinstance(s, CalibrateSpec)}
     return runners.calibrate(wanted, context)
 

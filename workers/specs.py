@@ -29,6 +29,7 @@ Params = tuple[tuple[str, Any], ...]
 
 class StageKind(str, Enum):
     CALIBRATE = "calibrate"
+    PREPARE = "prepare"
     QUANTIZE = "quantize"
     EVALUATE = "evaluate"
 
@@ -106,6 +107,32 @@ class CalibrateSpec:
 
 
 @dataclass(frozen=True)
+class PrepareSpec:
+    """A search whose small result several quantize stages reuse."""
+
+    model: ModelSpec
+    kind: str
+    """sensitivity."""
+    version: int
+    calibration: CalibrationSpec | None = None
+    params: Params = ()
+
+
+@dataclass(frozen=True)
+class AutoBits:
+    """Widths chosen per linear by a sensitivity table."""
+
+    budget: float
+    """Average stored bits per weight, at most."""
+    candidates: tuple[WeightScheme, ...]
+
+    @staticmethod
+    def role(index: int) -> str:
+        """Of a candidate's quantize artifact among the inputs of the sensitivity table."""
+        return f"candidate{index}"
+
+
+@dataclass(frozen=True)
 class QuantizeSpec:
     model: ModelSpec
     rules: tuple[Rule, ...]
@@ -116,6 +143,8 @@ class QuantizeSpec:
     kv: KVScheme | None = None
     seed: int | None = None
     """Only for methods that declare uses_seed."""
+    auto: AutoBits | None = None
+    """The one rule's weight scheme gives way to the candidates; the table is the input `sensitivity`."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +166,10 @@ class EvaluateSpec:
     kv: KVScheme | None = None
 
 
-Spec = CalibrateSpec | QuantizeSpec | EvaluateSpec
-SPEC_TYPES: dict[StageKind, type[CalibrateSpec] | type[QuantizeSpec] | type[EvaluateSpec]] = {
+Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec
+SPEC_TYPES: dict[StageKind, type[CalibrateSpec] | type[PrepareSpec] | type[QuantizeSpec] | type[EvaluateSpec]] = {
     StageKind.CALIBRATE: CalibrateSpec,
+    StageKind.PREPARE: PrepareSpec,
     StageKind.QUANTIZE: QuantizeSpec,
     StageKind.EVALUATE: EvaluateSpec,
 }

@@ -77,6 +77,7 @@ def test_every_parameter_is_explained() -> None:
 @pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
 def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
+    assert values.pop("overrides") == {}
     scheme = from_json(Scheme, values)
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):

@@ -1,0 +1,94 @@
+"""Overrides per linear ▸ the rules of a quantize stage.
+
+    scheme.overrides:   {"*.down_proj": {bits: 8}, "model.layers.0.*": null}    weight fields over the scheme's own; null leaves alone
+    method.overrides:   {"*.o_proj": {damp: 0.1}}                               parameters of the rounding over the method's own
+
+Patterns are those of a shell (`fnmatch`) on full module names. Of each mapping the last pattern that matches a linear decides.
+Without overrides one rule `*` serves all linears; with them the stage is given, and its key digests, the full table: one rule per
+linear by name. A pattern that matches no linear is an error.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from orchestrator.cell import Option
+from orchestrator.errors import ConfigError, PlanError, unknown_name
+from quant.scheme import WeightScheme
+from workers.families import linear_shapes
+from workers.specs import MethodSpec, Rule, freeze, from_json, to_json
+from workers.structure import LinearShape
+
+T = TypeVar("T")
+
+
+def has_overrides(*options: Option) -> bool:
+    return any(o.values.get("overrides") for o in options)
+
+
+def rules(
+    method_option: Option, method: MethodSpec, scheme_option: Option, weight: WeightScheme, model: str, config: Mapping[str, Any]
+) -> tuple[Rule, ...]:
+    """`config` is the model's parsed config.json, empty where it is not known yet.
+
+    Raises ConfigError for wrong fields or values, PlanError for a pattern that matches nothing or a model that is not known."""
+    if not has_overrides(method_option, scheme_option):
+        return (Rule("*", method, weight),)
+    if not config:
+        raise PlanError(
+            f"overrides are resolved linear by linear, and the hub could not be asked for {model}'s config.json; try with a network"
+        )
+    shapes = linear_shapes(config)
+    weights = _resolved(scheme_option, shapes, model, lambda changes: _weight(scheme_option, weight, changes))
+    methods = _resolved(method_option, shapes, model, lambda changes: _method(method_option, method, changes))
+    out = []
+    for shape in shapes:
+        chosen, made = weights.get(shape.name, weight), methods.get(shape.name, method)
+        if chosen is not None and made is not None:
+            out.append(Rule(shape.name, made, chosen))
+    if not out:
+        raise PlanError(f"scheme={scheme_option.name}, method={method_option.name}: the overrides leave no linear of {model} to quantize")
+    return tuple(out)
+
+
+def _resolved(option: Option, shapes: Sequence[LinearShape], model: str, make: Callable[[Mapping[str, Any]], T]) -> dict[str, T | None]:
+    """Linear ▸ what its last matching pattern makes of it; linears that no pattern matches are left out."""
+    where = f"{option.axis}={option.name}: overrides"
+    patterns = option.values.get("overrides") or {}
+    if not isinstance(patterns, Mapping):
+        raise ConfigError(f"{where} is {patterns!r}; give a mapping from module patterns to changes, as {{'*.down_proj': {{...}}}}")
+    found: dict[str, T | None] = {}
+    for pattern, changes in patterns.items():
+        names = [s.name for s in shapes if fnmatchcase(s.name, str(pattern))]
+        if not names:
+            near = difflib.get_close_matches(str(pattern), [s.name for s in shapes], n=2, cutoff=0.0)
+            raise PlanError(f"{where}: {pattern!r} matches no linear of {model}; linears are named like {' or '.join(near)}")
+        if changes is not None and not isinstance(changes, Mapping):
+            raise ConfigError(f"{where}: {pattern!r} is given {changes!r}; give a mapping of changes, or null to leave those linears alone")
+        value = None if changes is None else make(changes)
+        found.update(dict.fromkeys(names, value))
+    return found
+
+
+def _weight(option: Option, base: WeightScheme, changes: Mapping[str, Any]) -> WeightScheme:
+    known = asdict(base)
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"scheme={option.name}: overrides: {unknown_name('field of weight', str(name), known)}")
+    try:
+        made: WeightScheme = from_json(WeightScheme, {**to_json(base), **changes})
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"scheme={option.name}: overrides: {e}") from e
+    return made
+
+
+def _method(option: Option, base: MethodSpec, changes: Mapping[str, Any]) -> MethodSpec:
+    known = dict(base.rounding.params)
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"method={option.name}: overrides: {unknown_name(f'parameter of {base.rounding.name}', str(name), known)}")
+    return replace(base, rounding=replace(base.rounding, params=freeze({**known, **changes})))
