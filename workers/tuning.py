@@ -210,6 +210,7 @@ class Tuning:
             places=tuple(p for w in workers for p in _places(w)),
             observe=lambda tap: BlockForward(self._model, range(workers[0].index, workers[-1].index + 1)).observe(self._full, sites, tap),
             activation=self._activation,
+            seed=workers[0].seed,
         )
 
 

@@ -79,7 +79,7 @@ class OmniQuant:
         optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
         for epoch in range(self.epochs):
             for i in range(blocks.quantized.shape[0]):
-                loss = sequence_loss(blocks, state.soft(), i, i + 1)
+                loss = sequence_loss(blocks, state.soft(), slice(i, i + 1))
                 if not torch.isfinite(loss):
                     return best.result([*state.notes, f"the loss was not finite in epoch {epoch + 1}: training ended there"])
                 optimizer.zero_grad()

@@ -8,13 +8,14 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.gptq import Gptq
+from quant.methods.learned_rounding import LearnedRounding
 from quant.methods.omniquant import OmniQuant
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
 ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
 TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
-TUNERS: dict[str, type[OmniQuant]] = {"omniquant": OmniQuant}
+TUNERS: dict[str, type[OmniQuant] | type[LearnedRounding]] = {"omniquant": OmniQuant, "learned_rounding": LearnedRounding}
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,6 @@ METHODS: dict[str, Recipe] = {
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "omniquant": Recipe("omniquant"),
+    "learned_rounding": Recipe("learned_rounding"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
 }

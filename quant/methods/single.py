@@ -21,4 +21,4 @@ def single_linear(weight: Tensor, inputs: Tensor, scheme: WeightScheme, about: L
     def forward(changed: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
         return hidden @ changed.get(key, w).to(hidden).T
 
-    return TuningBlocks(about.name, {about.name: TunableLinear(w, scheme, about=about)}, x, x, x @ w.T, forward)
+    return TuningBlocks(about.name, {about.name: TunableLinear(w, scheme, about=about)}, x, x, x @ w.T, forward, seed=about.seed)

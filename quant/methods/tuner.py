@@ -83,6 +83,12 @@ class TuningBlocks:
     and the first linear of each distinct input."""
     activation: ActivationScheme | None = None
     """Fake-quantized at run time; only for tuners that read it, with dynamic ranges."""
+    seed: int = 0
+    """Of the stage; zero for tuners that do not declare uses_seed."""
+
+    def generator(self) -> torch.Generator:
+        """On the CPU, of these blocks alone."""
+        return Linear(self.name, self.seed).generator()
 
 
 @dataclass
@@ -138,12 +144,12 @@ class BlockTuner(Protocol):
         """The iterate of least `blocks_loss`, the start included. Raises NonFiniteError for a start that is not finite."""
 
 
-def sequence_loss(blocks: TuningBlocks, changed: Mapping[str, Tensor], first: int, last: int) -> Tensor:
-    """Mean squared difference from the targets over sequences first .. last - 1, in both terms where there are own targets."""
-    out = blocks.forward(changed, blocks.quantized[first:last])
-    loss = F.mse_loss(out, blocks.targets[first:last].to(out))
+def sequence_loss(blocks: TuningBlocks, changed: Mapping[str, Tensor], picked: slice | Tensor) -> Tensor:
+    """Mean squared difference from the targets over the sequences picked, in both terms where there are own targets."""
+    out = blocks.forward(changed, blocks.quantized[picked])
+    loss = F.mse_loss(out, blocks.targets[picked].to(out))
     if blocks.own_targets is not None:
-        loss = loss + F.mse_loss(out, blocks.own_targets[first:last].to(out))
+        loss = loss + F.mse_loss(out, blocks.own_targets[picked].to(out))
     return loss
 
 
@@ -155,7 +161,7 @@ def blocks_loss(blocks: TuningBlocks, changed: Mapping[str, Tensor]) -> float:
     total = 0.0
     for first in range(0, count, step):
         last = min(count, first + step)
-        total += (last - first) * float(sequence_loss(blocks, changed, first, last))
+        total += (last - first) * float(sequence_loss(blocks, changed, slice(first, last)))
     return total / count
 
 
