@@ -247,6 +247,8 @@ def _norms(worker: BlockQuantizer) -> dict[str, Tensor]:
 
 
 def _places(worker: BlockQuantizer) -> list[Place]:
+    """After norms, between values and output, between queries and keys. The feed-forward's last input is none: a product or a
+    nonlinearity makes it, which a shift, or a negative scale, would change. Neither is an input that a router reads."""
     structure = worker.structure
     out = [
         Place(
@@ -257,7 +259,10 @@ def _places(worker: BlockQuantizer) -> list[Place]:
             norm_offset=structure.norm_offset,
         )
         for rule in structure.groups
-        if rule.reason is None and rule.producer is not None and not rule.routers and rule.producer_kind in ("norm", "linear")
+        if rule.reason is None
+        and rule.producer is not None
+        and not rule.routers
+        and (rule.producer_kind == "norm" or rule.name == "output")
     ]
     s = structure.scores
     if s is not None:

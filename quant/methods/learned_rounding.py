@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quant.adam import Adam
 from quant.affine import Affine, ZeroKind, grouped
 from quant.errors import require_finite
 from quant.grids import DTYPES, GRIDS, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid, grid
@@ -94,7 +95,7 @@ class LearnedRounding:
         best, draw = Best(blocks, hard()), blocks.generator()
         sequences, length = blocks.quantized.shape[:2]
         parameters = [p for o in linears.values() for p in o.parameters()]
-        adam = torch.optim.Adam(parameters, lr=self.lr or 0.01) if self.rule == "adaround" else None
+        adam = Adam([(parameters, self.lr or 0.01)]) if self.rule == "adaround" else None
         marks = {round(self.iters * (i + 1) / self.checks) for i in range(self.checks)}
         for step in range(self.iters):
             for p in parameters:

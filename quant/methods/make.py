@@ -25,11 +25,6 @@ def transform(name: str, params: Mapping[str, Any], *, version: int | None = Non
     return _make(TRANSFORMS, "transform", name, params, version)
 
 
-def tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> BlockTuner:
-    """A block tuner with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
-    return _make(TUNERS, "tuner", name, params, version)
-
-
 def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:
     """What stands in a method's `rounding`. Raises ValueError for a wrong name, parameter, type or version."""
     made: Rounding | BlockTuner = _make({**ROUNDINGS, **TUNERS}, "rounding", name, params, version)

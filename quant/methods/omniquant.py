@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from quant.adam import Adam
 from quant.grids import grid
 from quant.methods.clipping import LearnedClipping
 from quant.methods.equivalent import EquivalentTransform, Transformed
@@ -73,10 +74,9 @@ class OmniQuant:
         state = _State(self, blocks)
         best = Best(blocks, state.hard())
         groups = [(state.clip_parameters(), self.lwc_lr), (state.let_parameters(), self.let_lr)]
-        learned = [{"params": p, "lr": lr} for p, lr in groups if p]
-        if not learned:
+        if not any(p for p, _ in groups):
             return best.result([*state.notes, "there is nothing to learn: lwc and let are both off"])
-        optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
+        optimizer = Adam(groups)
         for epoch in range(self.epochs):
             for i in range(blocks.quantized.shape[0]):
                 loss = sequence_loss(blocks, state.soft(), slice(i, i + 1))
@@ -109,9 +109,7 @@ class _State:
         if not quantized and not any(n.endswith(".bias") for n in blocks.norms):
             self.notes.append("let is left out: activations are not quantized, and no norm has a bias")
             return None
-        # As in the reference, the feed-forward's last linear is left alone.
-        chosen = tuple(p for p in blocks.places if p.kind != "linear" or p.name.endswith("output"))
-        return EquivalentTransform(blocks, chosen, method.alpha, shift=quantized)
+        return EquivalentTransform(blocks, blocks.places, method.alpha, shift=quantized)
 
     def _transformed(self) -> Transformed:
         return Transformed({n: x.weight for n, x in self._blocks.linears.items()}) if self._let is None else self._let.apply()

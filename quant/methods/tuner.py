@@ -43,8 +43,8 @@ class Place:
 
     name: str
     kind: str
-    """norm: a norm makes the input of linears. linear: the last outputs of a linear are it. scores: queries (producer) against
-    keys (the one consumer), whose scales cancel in their products."""
+    """norm: a norm makes the input of linears. linear: it is averages (attention) of the last outputs of a linear. scores: queries
+    (producer) against keys (the one consumer), whose scales cancel in their products."""
     producer: str
     consumers: tuple[str, ...]
     norm_offset: float = 0.0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quant.methods.registry import TUNERS
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import tiny_model
 from workers.artifact import payload_files
@@ -77,7 +78,7 @@ def quantize_spec(
     method = MethodSpec(
         Component(rounding, 1, tuple(sorted(params.items()))), tuple(Component(t, 1) for t in transforms), propagation=propagation
     )
-    feeds = propagation == "quantized" or activation is not None
+    feeds = propagation == "quantized" or activation is not None or rounding in TUNERS
     return QuantizeSpec(
         ModelSpec("model"), (Rule(pattern, method, weight),), calibration=CALIBRATION if feeds else None, activation=activation
     )

@@ -54,6 +54,10 @@ SPECS = {
     "gptq_quantized": quantize_spec("gptq", weight=W4, propagation="quantized"),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
+    "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
+    "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
+    "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
+    "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 
