@@ -82,7 +82,7 @@ def _rounded(by: Rounding | BlockTuner, weight: Tensor, statistics: Statistics, 
     if by.name not in TUNERS:
         return cast(Rounding, by).quantize(weight, statistics, scheme, about).tensor
     assert statistics.samples is not None
-    return cast(BlockTuner, by).tune(single_linear(weight, statistics.samples, scheme, about)).tensors[about.name].tensor
+    return cast(BlockTuner, by).tune(single_linear(weight, statistics.samples, scheme, about, statistics)).tensors[about.name].tensor
 
 
 def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:

@@ -249,6 +249,10 @@ class BlockQuantizer:
         base = float(((full @ h) * full).sum())
         return float(((difference @ h) * difference).sum()) / base if base > 0 else None
 
+    def statistics_of(self, name: str) -> Statistics:
+        """Of the input of a linear."""
+        return self._of(self.site(name))
+
     def _of(self, site: str) -> Statistics:
         return self.statistics.get(site, Statistics())
 

@@ -196,7 +196,7 @@ class Tuning:
             for n, method in w.methods.items():
                 if method.tuner is not None:
                     about = w.linear(n)
-                    linears[w.path(n)] = TunableLinear(w.weights.current[n], method.scheme, about.bias, about)
+                    linears[w.path(n)] = TunableLinear(w.weights.current[n], method.scheme, about.bias, about, w.statistics_of(n))
         name = workers[0].path("").rstrip(".") + (f" .. {workers[-1].index}" if len(workers) > 1 else "")
         return TuningBlocks(
             name=name,

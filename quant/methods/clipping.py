@@ -8,10 +8,12 @@ rounding is straight-through. A symmetric grid takes the larger end of the clipp
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-from quant.affine import Affine, grouped
+from quant.affine import Affine, ZeroKind, grouped
 from quant.errors import require_finite
 from quant.grids import DTYPES, ScaleDtypeError, affine_of, check_float16, choose_grid
 from quant.methods.base import Rounded
@@ -20,6 +22,16 @@ from quant.straight_through import affine_through, round_through, scaled_limits
 from quant.tensors.affine import AffineTensor
 
 START = 4.0
+
+
+class Clipping(Protocol):
+    """What is learned of one linear's quantizer."""
+
+    def parameters(self) -> list[Tensor]: ...
+
+    def soft(self, weight: Tensor) -> Tensor: ...
+
+    def hard(self, weight: Tensor) -> Rounded: ...
 
 
 class LearnedClipping:
@@ -60,7 +72,9 @@ class LearnedClipping:
             self._scale_dtype = torch.float32
             self._notes.append(f"{e}; scales are stored in float32")
             affine = self._affine(groups, low, high)
-        flat = Affine(affine.scale[..., 0], affine.zero[..., 0], affine.bits, affine.kind)
+        inside = affine.kind is ZeroKind.INTEGER and bool(((affine.zero >= 0) & (affine.zero <= affine.top)).all())
+        # Zeros among the codes take as many bits as a code; 16 where one group's values lie on one side of 0.
+        flat = Affine(affine.scale[..., 0], affine.zero[..., 0], affine.bits, ZeroKind.CODE if inside else affine.kind)
         tensor = AffineTensor.build(affine.encode(groups).view(weight.shape), flat, self._scale_dtype)
         return Rounded(tensor, notes=list(self._notes))
 

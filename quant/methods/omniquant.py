@@ -12,15 +12,15 @@ activation part says (inputs of linears); symmetric schemes use g_sym; a place w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from quant.adam import Adam
 from quant.grids import grid
-from quant.methods.clipping import LearnedClipping
+from quant.methods.clipping import Clipping, LearnedClipping
 from quant.methods.equivalent import EquivalentTransform, Transformed
 from quant.methods.tuner import Best, Tuned, TuningBlocks, sequence_loss
 from quant.scheme import Supports
@@ -71,65 +71,58 @@ class OmniQuant:
 
     def tune(self, blocks: TuningBlocks) -> Tuned:
         """The best of the start and the state after each epoch. Raises NonFiniteError."""
-        state = _State(self, blocks)
-        best = Best(blocks, state.hard())
-        groups = [(state.clip_parameters(), self.lwc_lr), (state.let_parameters(), self.let_lr)]
-        if not any(p for p, _ in groups):
-            return best.result([*state.notes, "there is nothing to learn: lwc and let are both off"])
-        optimizer = Adam(groups)
-        for epoch in range(self.epochs):
-            for i in range(blocks.quantized.shape[0]):
-                loss = sequence_loss(blocks, state.soft(), slice(i, i + 1))
-                if not torch.isfinite(loss):
-                    return best.result([*state.notes, f"the loss was not finite in epoch {epoch + 1}: training ended there"])
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                state.hold()
-            best.offer(f"epoch {epoch + 1}", state.hard())
-        return best.result(state.notes)
+        notes: list[str] = []
+        let = self._transform(blocks, notes)
+        start = _transformed(blocks, let)
+        clips = {n: LearnedClipping(n, start.weights[n].detach(), x.scheme, self.grid, self.lwc) for n, x in blocks.linears.items()}
+        return train(blocks, clips, let, self.epochs, self.lwc_lr, self.let_lr, notes)
 
-
-class _State:
-    """What is learned, and the parameters it makes."""
-
-    def __init__(self, method: OmniQuant, blocks: TuningBlocks) -> None:
-        self._blocks = blocks
-        self.notes: list[str] = []
-        self._let = self._transform(method, blocks)
-        start = self._transformed()
-        self._clips = {
-            n: LearnedClipping(n, start.weights[n].detach(), x.scheme, method.grid, method.lwc) for n, x in blocks.linears.items()
-        }
-
-    def _transform(self, method: OmniQuant, blocks: TuningBlocks) -> EquivalentTransform | None:
-        if not method.let:
+    def _transform(self, blocks: TuningBlocks, notes: list[str]) -> EquivalentTransform | None:
+        if not self.let:
             return None
         quantized = blocks.activation is not None
         if not quantized and not any(n.endswith(".bias") for n in blocks.norms):
-            self.notes.append("let is left out: activations are not quantized, and no norm has a bias")
+            notes.append("let is left out: activations are not quantized, and no norm has a bias")
             return None
-        return EquivalentTransform(blocks, blocks.places, method.alpha, shift=quantized)
+        return EquivalentTransform(blocks, blocks.places, self.alpha, shift=quantized)
 
-    def _transformed(self) -> Transformed:
-        return Transformed({n: x.weight for n, x in self._blocks.linears.items()}) if self._let is None else self._let.apply()
 
-    def clip_parameters(self) -> list[Tensor]:
-        return [p for c in self._clips.values() for p in c.parameters()]
-
-    def let_parameters(self) -> list[Tensor]:
-        return [] if self._let is None else self._let.parameters()
-
-    def hold(self) -> None:
-        if self._let is not None:
-            self._let.hold()
-
-    def soft(self) -> dict[str, Tensor]:
-        """Differentiable parameters of the blocks."""
-        t = self._transformed()
-        return {**{f"{n}.weight": c.soft(t.weights[n]) for n, c in self._clips.items()}, **t.parameters}
+def train(
+    blocks: TuningBlocks,
+    clips: Mapping[str, Clipping],
+    let: EquivalentTransform | None,
+    epochs: int,
+    lwc_lr: float,
+    let_lr: float,
+    notes: list[str],
+) -> Tuned:
+    """AdamW without decay, one sequence a step, in order; the best of the start and the state after each epoch."""
 
     @torch.no_grad()
-    def hard(self) -> Tuned:
-        t = self._transformed()
-        return Tuned({n: c.hard(t.weights[n]) for n, c in self._clips.items()}, t.parameters, t.columns, t.rows)
+    def hard() -> Tuned:
+        t = _transformed(blocks, let)
+        return Tuned({n: c.hard(t.weights[n]) for n, c in clips.items()}, t.parameters, t.columns, t.rows)
+
+    best = Best(blocks, hard())
+    groups = [([p for c in clips.values() for p in c.parameters()], lwc_lr), ([] if let is None else let.parameters(), let_lr)]
+    if not any(p for p, _ in groups):
+        return best.result([*notes, "there is nothing to learn: lwc and let are both off"])
+    optimizer = Adam(groups)
+    for epoch in range(epochs):
+        for i in range(blocks.quantized.shape[0]):
+            t = _transformed(blocks, let)
+            changed = {**{f"{n}.weight": c.soft(t.weights[n]) for n, c in clips.items()}, **t.parameters}
+            loss = sequence_loss(blocks, changed, slice(i, i + 1))
+            if not torch.isfinite(loss):
+                return best.result([*notes, f"the loss was not finite in epoch {epoch + 1}: training ended there"])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if let is not None:
+                let.hold()
+        best.offer(f"epoch {epoch + 1}", hard())
+    return best.result(notes)
+
+
+def _transformed(blocks: TuningBlocks, let: EquivalentTransform | None) -> Transformed:
+    return Transformed({n: x.weight for n, x in blocks.linears.items()}) if let is None else let.apply()

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from quant.errors import NonFiniteError
 from quant.methods.base import ANY, Linear, Rounded
 from quant.scheme import ActivationScheme, Supports, WeightScheme
+from quant.statistics import Statistics
 
 LOSS_TOKENS = 2048
 """Tokens of one forward pass of a loss, one sequence at least. A constant: another would change the last bits of a loss."""
@@ -35,6 +36,8 @@ class TunableLinear:
     bias: Tensor | None = None
     """`[N]`, or None where the linear has none: then it cannot get one."""
     about: Linear = ANY
+    statistics: Statistics = field(default_factory=Statistics)
+    """Of its input, those that the tuner needs."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class BlockTuner(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     needs: ClassVar[frozenset[str]]
-    """Statistics of calibrate stages; a tuner reads its text instead."""
+    """Statistics of the linears' inputs that it is given besides the streams."""
     reads: ClassVar[frozenset[str]]
     """Run-time parts of the scheme that change the result: activation, kv."""
     uses_seed: ClassVar[bool]

@@ -267,6 +267,14 @@ def test_what_is_trained_is_what_is_stored(scheme: WeightScheme) -> None:
     assert torch.equal(offsets.soft().detach(), offsets.hard().tensor.dequantize())
 
 
+def test_zeros_among_the_codes_are_stored_in_their_bits() -> None:
+    """Omni's zeros may lie elsewhere, where a group is on one side of 0: only then they take 16 bits."""
+    w = random(16, 128, dtype=torch.float32)
+    inside = quantize_linear(w, method="omniquant", bits=2, group_size=64, inputs=random(1, 4, 128), epochs=0, scale_dtype="float16")
+    outside = quantize_linear(w + 9, method="omniquant", bits=2, group_size=64, inputs=random(1, 4, 128), epochs=0, scale_dtype="float16")
+    assert (inside.bits_stored, outside.bits_stored) == (2 + 18 / 64, 2 + 32 / 64)
+
+
 def test_learned_rounding_starts_at_round_to_nearest() -> None:
     w = random(6, 32, dtype=torch.float32)
     want = quantize_linear(w, method="rtn", bits=3, group_size=8)
