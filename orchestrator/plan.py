@@ -25,7 +25,7 @@ from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
 from quant.scheme import Scheme, WeightScheme
 from workers.errors import UnsupportedModel
-from workers.families import linear_shapes
+from workers.families import linear_shapes, structure
 from workers.specs import (
     DTYPES,
     AutoBits,
@@ -155,6 +155,8 @@ class _Planner:
                 reason = self._why_not_quantized(cell, scheme.weight, source.config, shapes)
                 if reason is not None:
                     return reason
+        if scheme.kv is not None and not structure(source.config).cache_argument:
+            return f"{cell.model.name}: a {source.config.get('model_type')} model has no keys and values to quantize"
         if scheme.kv is not None and scheme.kv.group_size is not None:
             width = _head_width(source.config)
             if width is not None and width % scheme.kv.group_size:

@@ -37,7 +37,7 @@ def quantize_linear(
     group_size: inputs that share a scale; None is one group per output channel.
     symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs; a tuner takes the linear for its block.
-    hessian: `[K, K]`, instead of inputs, for gptq.
+    hessian: `[K, K]`, instead of inputs, for methods that need nothing else.
     seed: for methods that draw random numbers.
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.

@@ -77,6 +77,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+FAMILIES["rwkv"] = (
+    "RwkvConfig",
+    {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "attention_hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "rescale_every": 0,
+    },
+)
 EXPERTS = {"mixtral": "eager"}
 """The library's default adds up in another order."""
 
@@ -97,7 +108,9 @@ def build(family: str, **changes: Any) -> Any:
         model = AutoModelForCausalLM.from_config(config_of(family, **changes), experts_implementation=EXPERTS.get(family))
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if p.ndim == 1:
+                if "time_mix" in name:  # proportions, all alike at first
+                    p.uniform_(0.1, 0.9)
+                elif p.ndim == 1:
                     offset = 1.0 if ("norm" in name or "ln_" in name) and name.endswith("weight") and "gemma" not in family else 0.0
                     p.copy_(offset + 0.2 * torch.randn_like(p))
     return model.eval()

@@ -120,14 +120,27 @@ def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
 
 
 def load_tokenizer(location: Location) -> Tokenizer:
-    """The model's own tokenizer. Raises InputError when its folder has none."""
+    """The model's own tokenizer; bytes for an RWKV model of 256 tokens without one. Raises InputError when its folder has none."""
     from transformers import AutoTokenizer
 
     folder = locate(location)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if _reads_bytes(folder):
+            return byte_tokens
         raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
     tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
     return tokenizer
+
+
+def byte_tokens(text: str, **_: Any) -> dict[str, list[int]]:
+    """A tokenizer whose tokens are the bytes of UTF-8."""
+    return {"input_ids": list(text.encode())}
+
+
+def _reads_bytes(folder: Path) -> bool:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    return config.get("model_type") == "rwkv" and config.get("vocab_size") == 256
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:

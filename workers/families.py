@@ -22,6 +22,7 @@ Config = Mapping[str, Any]
 POST_NORM = "the norm's output is also the residual, so dividing it by a scale would change the block"
 NONLINEAR = "an activation function that is not positively homogeneous produces this input"
 FUSED = "the producer is part of a fused qkv whose rows are not the values alone"
+MIXED = "each of its linears mixes in the previous token in its own proportion, so that they share no input"
 GQA = "value and output projections differ in shape (grouped-query attention)"
 
 
@@ -167,7 +168,7 @@ def _fused(
     norms: tuple[ScaleRule, ...],
     output_group: ScaleRule | None = None,
     cache_argument: str = "layer_past",
-    tuple_output: bool = False,
+    outputs: int = 1,
     other_parameters: int = 0,
 ) -> Structure:
     """Blocks of four linears: fused qkv, output, up, down."""
@@ -189,7 +190,7 @@ def _fused(
         groups=groups,
         attention=qkv.split(".")[0],
         cache_argument=cache_argument,
-        tuple_output=tuple_output,
+        outputs=outputs,
         other_parameters=other_parameters,
     )
 
@@ -259,7 +260,7 @@ def _bloom(config: Config) -> Structure:
             ScaleRule("qkv", "input_layernorm", "norm", ("self_attention.query_key_value",), ("self_attention",), reason=reason),
             ScaleRule("up", "post_attention_layernorm", "norm", ("mlp.dense_h_to_4h",), ("mlp",), reason=reason),
         ),
-        tuple_output=True,
+        outputs=2,
         other_parameters=int(_get(config, "vocab_size")) * hidden,
     )
 
@@ -301,7 +302,7 @@ def _falcon(config: Config) -> Structure:
         up=up,
         down="mlp.dense_4h_to_h",
         norms=norms,
-        tuple_output=True,
+        outputs=2,
         other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings", True) else 2),
     )
     return made if attention_norm != mlp_norm else _merge_first_and_third_site(made)
@@ -312,6 +313,36 @@ def _merge_first_and_third_site(s: Structure) -> Structure:
     a, output, b, down = s.sites
     shared = Site(a.linears + b.linears, a.rows + b.rows, a.cols)
     return replace(s, sites=(shared, output, down))
+
+
+def _rwkv(config: Config) -> Structure:
+    hidden = int(_get(config, "hidden_size"))
+    inner = int(_get(config, "intermediate_size", default=4 * hidden))
+    width = int(_get(config, "attention_hidden_size", default=hidden))
+    # Every projection mixes the previous token into its input in its own proportion, so each reads an input of its own.
+    shapes = (
+        *((f"attention.{p}", width, hidden) for p in ("key", "value", "receptance")),
+        ("attention.output", hidden, width),
+        ("feed_forward.key", inner, hidden),
+        ("feed_forward.receptance", hidden, hidden),
+        ("feed_forward.value", hidden, inner),
+    )
+    mixing = tuple(f"attention.{p}" for p in ("key", "value", "receptance"))
+    channel = ("feed_forward.key", "feed_forward.receptance")
+    return Structure(
+        model_type="rwkv",
+        blocks="rwkv.blocks",
+        count=int(_get(config, "num_hidden_layers")),
+        sites=tuple(Site((name,), (rows,), cols) for name, rows, cols in shapes),
+        groups=(
+            ScaleRule("time_mixing", "ln1", "norm", mixing, ("attention",), reason=MIXED),
+            ScaleRule("channel_mixing", "ln2", "norm", channel, ("feed_forward",), reason=MIXED),
+        ),
+        attention="attention",
+        cache_argument="",
+        outputs=3,
+        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings") else 2),
+    )
 
 
 FAMILIES: dict[str, Callable[[Config], Structure]] = {
@@ -325,9 +356,9 @@ FAMILIES: dict[str, Callable[[Config], Structure]] = {
     "gpt_neox": _gpt_neox,
     "bloom": _bloom,
     "falcon": _falcon,
+    "rwkv": _rwkv,
 }
 REFUSED = {
-    "rwkv": "RWKV has recurrent time mixing instead of attention blocks",
     "mamba": "Mamba has state-space blocks instead of attention blocks",
     "t5": "it is an encoder-decoder model; only decoders are supported",
 }

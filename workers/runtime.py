@@ -25,6 +25,8 @@ def attach(model: nn.Module, recipe: Recipe | None, activation: ActivationScheme
     if activation is not None:
         _attach_activation(model, structure, recipe, activation, handle)
     if kv is not None:
+        if not structure.cache_argument:
+            raise InputError(f"a {structure.model_type} model has no keys and values to quantize; use a scheme with kv: null")
         for block in model.get_submodule(structure.blocks):
             attention = block.get_submodule(structure.attention)
             hook = _quantize_cache(structure.cache_argument, kv)

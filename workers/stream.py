@@ -126,7 +126,7 @@ class BlockModel:
                 hidden = args[0] if args else kwargs["hidden_states"]
                 entered.append(hidden)
                 calls.append(Call(args, kwargs))
-                return (hidden, None) if self.structure.tuple_output else hidden
+                return self._returned(hidden)
 
             return forward
 
@@ -139,11 +139,16 @@ class BlockModel:
         """`[B, T, V]` from the output of the last block for `tokens` `[B, T]`."""
 
         def skip(i: int) -> Callable[..., Any]:
-            return lambda *_, **__: (hidden, None) if self.structure.tuple_output else hidden
+            return lambda *_, **__: self._returned(hidden)
 
         with replaced_forward(self.blocks, skip):
             out: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
         return out
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """As a block returns it."""
+        more = self.structure.outputs - 1
+        return (hidden, *[None] * more) if more else hidden
 
     def stream_in_forward(self) -> None:
         """Make `self.model` usable as it is: a block is read before its forward and given up after it."""
@@ -209,6 +214,10 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     if cls is None:
         raise UnsupportedModel(f"transformers has no causal language model for model_type {config.model_type!r}")
     config._experts_implementation = "eager"  # the one whose linears can be observed one by one
+    if getattr(config, "rescale_every", 0):
+        # RWKV halves later blocks' weights in place against float16 overflow. Without it the function is the same but for the share
+        # of the last norm's epsilon.
+        config.rescale_every = 0
     with ExitStack() as stack:
         for entered in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(entered)

@@ -75,9 +75,9 @@ class Structure:
     attention: str
     """Attention module of a block."""
     cache_argument: str
-    """Keyword under which the attention module receives its key-value cache."""
-    tuple_output: bool = False
-    """A block returns (hidden states, ...) instead of the hidden states."""
+    """Keyword under which the attention module receives its key-value cache; empty where there is none."""
+    outputs: int = 1
+    """Values that a block returns; where there are several the hidden states are the first."""
     norm_offset: float = 0.0
     """A norm multiplies by offset + weight (1 for Gemma)."""
     scores: Scores | None = None

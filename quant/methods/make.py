@@ -17,12 +17,14 @@ T = TypeVar("T")
 
 def rounding(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding:
     """A rounding with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
-    return _make(ROUNDINGS, "rounding", name, params, version)
+    made: Rounding = _make(ROUNDINGS, "rounding", name, params, version)
+    return made
 
 
 def transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Transform:
     """A transform with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
-    return _make(TRANSFORMS, "transform", name, params, version)
+    made: Transform = _make(TRANSFORMS, "transform", name, params, version)
+    return made
 
 
 def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:

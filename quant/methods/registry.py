@@ -7,15 +7,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quant.methods.awq import Awq
+from quant.methods.billm import Billm
 from quant.methods.gptq import Gptq
+from quant.methods.hqq import Hqq
 from quant.methods.learned_rounding import LearnedRounding
 from quant.methods.omniquant import OmniQuant
+from quant.methods.pb_llm import PbLlm
+from quant.methods.quip import Quip
+from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
 from quant.methods.smoothquant import SmoothQuant
 
-ROUNDINGS: dict[str, type[Rtn] | type[Gptq]] = {"rtn": Rtn, "gptq": Gptq}
-TRANSFORMS: dict[str, type[Awq] | type[SmoothQuant]] = {"awq": Awq, "smoothquant": SmoothQuant}
-TUNERS: dict[str, type[OmniQuant] | type[LearnedRounding]] = {"omniquant": OmniQuant, "learned_rounding": LearnedRounding}
+_ROUNDINGS: tuple[type[Any], ...] = (
+    Rtn,
+    Gptq,
+    Hqq,
+    Billm,
+    PbLlm,
+    Quip,
+    QuipSharp,
+)
+_TRANSFORMS: tuple[type[Any], ...] = (
+    Awq,
+    SmoothQuant,
+)
+_TUNERS: tuple[type[Any], ...] = (
+    OmniQuant,
+    LearnedRounding,
+)
+ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
+TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
+TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,12 @@ METHODS: dict[str, Recipe] = {
     "gptq": Recipe("gptq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
+    "hqq": Recipe("hqq"),
+    "billm": Recipe("billm"),
+    "billm_joint": Recipe("billm", {"variant": "joint"}),
+    "pb_llm": Recipe("pb_llm"),
+    "quip": Recipe("quip"),
+    "quip_sharp": Recipe("quip_sharp"),
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),

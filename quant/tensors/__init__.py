@@ -9,12 +9,26 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
+from quant.tensors.binary import BinaryTensor
+from quant.tensors.incoherent import IncoherentTensor
+from quant.tensors.lattice import LatticeTensor
+from quant.tensors.partially_binary import PartiallyBinaryTensor
+from quant.tensors.strided import StridedTensor
 
-FORMATS = {AffineTensor.format: AffineTensor}
+_FORMATS: tuple[type[Any], ...] = (
+    AffineTensor,
+    StridedTensor,
+    BinaryTensor,
+    PartiallyBinaryTensor,
+    IncoherentTensor,
+    LatticeTensor,
+)
+FORMATS: dict[str, type[Any]] = {t.format: t for t in _FORMATS}
 
 
 def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:
     """The stored tensor whose `pack()` and `meta()` these are. Raises ValueError for an unknown format."""
     if format not in FORMATS:
         raise ValueError(f"stored format {format!r} is unknown; this version reads {', '.join(FORMATS)}")
-    return FORMATS[format].unpack(tensors, meta)
+    stored: StoredTensor = FORMATS[format].unpack(tensors, meta)
+    return stored

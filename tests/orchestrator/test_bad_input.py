@@ -21,7 +21,7 @@ from orchestrator.results import StageResult
 from orchestrator.run import SweepRun
 from orchestrator.stage import Status
 from orchestrator.store import FORMAT, Store
-from tests.orchestrator.sweeping import bitgrid, committed, overrides, sweep
+from tests.orchestrator.sweeping import bitgrid, committed, overrides, scores, sweep
 from tests.shared import shared_path
 from tests.tiny_models import tiny_model
 
@@ -109,20 +109,32 @@ def test_a_family_that_cannot_be_quantized_is_skipped_with_its_reason(tmp_path: 
     folder = tmp_path / "models" / "tiny-rwkv4-660K"
     shutil.copytree(tiny_model("llama"), folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     shutil.copytree(tiny_model("llama"), tmp_path / "models" / "wikitext_llama")
     run = sweep(tmp_path / "store", f"models_dir={folder.parent}", "model=tiny_rwkv,wikitext_llama", "method=rtn", *TINY)
     assert run.exit_code == 0
     (skipped,) = run.result.skipped
-    assert "rwkv" in skipped.reason
+    assert "mamba" in skipped.reason
     assert "supported: " in skipped.reason
     assert run.report is not None
     assert skipped.reason in html.unescape(run.report.read_text())
 
 
-def test_the_real_rwkv_alone_is_refused_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"model_type 'rwkv' cannot be quantized: .*supported: "):
-        sweep(tmp_path / "store", f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn")
+def test_keys_and_values_of_the_real_rwkv_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="a rwkv model has no keys and values to quantize"):
+        sweep(tmp_path / "store", f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn", "scheme=w4a16kv4_g64")
+
+
+def test_the_real_rwkv_is_quantized_by_weight_only_methods(tmp_path: Path) -> None:
+    """Bytes are its tokens."""
+    where = (f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn,gptq", "scheme=w4a16_g64,w8a16_g64")
+    run = sweep(tmp_path / "store", *where, "task.params.window=32", "calibration.sequence_length=32")
+    assert run.exit_code == 0
+    kept = {label: value for (label, _, metric), value in scores(run).items() if metric == "nll"}
+    unquantized = kept["tiny_rwkv · unquantized"]
+    for method in ("rtn", "gptq"):
+        near, far = (abs(kept[f"tiny_rwkv · {method} · {scheme}"] - unquantized) for scheme in ("w8a16_g64", "w4a16_g64"))
+        assert near < far < 1.0
 
 
 def test_a_group_that_divides_nothing_is_skipped_and_the_rest_runs(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_values_are_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
 
 
 def test_an_unknown_stored_format_is_named() -> None:
-    with pytest.raises(ValueError, match="stored format 'codebook9' is unknown; this version reads affine"):
+    with pytest.raises(ValueError, match="stored format 'codebook9' is unknown; this version reads affine, "):
         unpack("codebook9", {}, {})
 
 

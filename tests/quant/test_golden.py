@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from quant import quantize_linear
 from quant.activation import fake_quantize
+from quant.binary import binarize
 from quant.methods.base import ScaleGroup
 from quant.methods.smoothquant import SmoothQuant
 from quant.scheme import WeightScheme
@@ -43,6 +45,12 @@ GPTQ = [
     ({"bits": 3, "act_order": True}, 0.562843, 213215.9, (1.5163, 0, 0, 1.5163)),
     ({"bits": 3, "group_size": 64, "act_order": True}, 0.393570, 104711.6, (0, 0.57144, 0, 1.5163)),
 ]
+PB_LLM = [
+    (0.5, 0.184768, 49464.0, -147.780, None),
+    (0.8, 0.342615, 183087.9, -104.425, None),
+    (0.9, 0.430948, 291255.7, -127.240, (1.7482, 0.56831, 0.56831, 2.20607)),
+]
+BINARIZED = [(1, 0.671343, 1139136, -119.114, None), (2, 0.479912, 606777, -91.036, (1.40024, 0.31598, 1.40024, 1.40024))]
 
 
 def _name(value: object) -> str:
@@ -71,6 +79,34 @@ def test_gptq_equals_the_reference_code(params: dict[str, Any], rel: float, out:
     assert relative_error(q) == pytest.approx(rel, rel=2e-3)
     assert output_error(q) == pytest.approx(out, rel=1e-2)
     assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize(("fraction", "rel", "out", "total", "first"), PB_LLM)
+def test_pb_llm_equals_the_reference_code(fraction: float, rel: float, out: float, total: float, first: Any) -> None:
+    q = quantize_linear(weight(), method="pb_llm", bits=1, inputs=inputs(), low_fraction=fraction).dequantize()
+    assert relative_error(q) == pytest.approx(rel, rel=2e-3)
+    assert output_error(q) == pytest.approx(out, rel=1e-2)
+    assert float(q.double().sum()) == pytest.approx(total, rel=1e-2)
+    if first is not None:
+        assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4)
+
+
+def test_billm_equals_the_reference_code() -> None:
+    q = quantize_linear(weight(), method="billm", bits=1, inputs=inputs(), metric="magnitude").dequantize()
+    assert relative_error(q) == pytest.approx(0.367785, rel=2e-3)
+    assert output_error(q) == pytest.approx(209805.3, rel=1e-2)
+    assert float(q.double().sum()) == pytest.approx(-256.587, rel=1e-2)
+    assert q[0, :4].tolist() == pytest.approx((1.82217, 0.42662, 1.82217, 1.82217), rel=1e-4)
+
+
+@pytest.mark.parametrize(("order", "rel", "out", "total", "first"), BINARIZED)
+def test_the_binarizer_equals_the_reference_code(order: int, rel: float, out: float, total: float, first: Any) -> None:
+    q = binarize(weight(), torch.ones(256, dtype=torch.bool), order).value
+    assert relative_error(q) == pytest.approx(rel, rel=1e-4)
+    assert output_error(q) == pytest.approx(out, rel=1e-4)
+    assert float(q.double().sum()) == pytest.approx(total, rel=1e-4)
+    if first is not None:
+        assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4)
 
 
 @pytest.mark.parametrize(("symmetric", "clip", "rel"), [(True, 1.0, 0.158524), (True, 0.9, 0.144122), (False, 1.0, 0.134019)])

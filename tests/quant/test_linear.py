@@ -78,6 +78,9 @@ def test_every_parameter_is_explained() -> None:
 def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     assert values.pop("overrides") == {}
+    if path.stem == "auto":
+        assert set(values.pop("auto")) == {"budget", "bits", "sequences"}
+        path = path.with_stem("w4a16_g64")
     scheme = from_json(Scheme, values)
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
@@ -89,16 +92,29 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
+def widest(method: str, most: int) -> int:
+    """The most bits, up to `most`, that the method makes."""
+    return max(b for b in ROUNDINGS[METHODS[method].rounding].supports.bits if b <= most)
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
+    supports = ROUNDINGS[METHODS[method].rounding].supports
+    bits = max(supports.bits)
+    if group_size is not None and "group" not in supports.granularity:
+        with pytest.raises(ValueError, match="granularity=group"):
+            quantize_linear(w, method=method, bits=bits, group_size=group_size, inputs=x)
+        return
     before = w.clone()
-    tensor = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert torch.equal(w, before)
-    assert float((tensor.dequantize() - w).norm() / w.norm()) < 0.05
-    again = quantize_linear(w, method=method, bits=8, group_size=group_size, symmetric=symmetric, inputs=x)
+    # QuIP cuts weights off at 2.4 times their RMS, whatever the bits.
+    limit = 0.15 if method == "quip" else min(0.7, 0.05 * 2 ** (8 - bits))
+    assert float((tensor.dequantize() - w).norm() / w.norm()) < limit
+    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
     assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
 
 
@@ -149,7 +165,7 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
-    tensor = quantize_linear(w.to(dtype), method=method, bits=4, inputs=x.to(dtype), scale_dtype="float16")
+    tensor = quantize_linear(w.to(dtype), method=method, bits=widest(method, 4), inputs=x.to(dtype), scale_dtype="float16")
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32
 
@@ -157,7 +173,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of rtn, gptq, .*; did you mean gptq"),
+        ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of .*; did you mean gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quant.activation import fake_quantize_activation, fake_quantize_kv
-from quant.scheme import ActivationScheme, Granularity, KVScheme
+from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
 from workers.artifact import CorruptArtifactError
@@ -47,13 +47,21 @@ def in_memory(spec: QuantizeSpec, inputs: dict[str, Path], folder: Path, ctx: An
     return logits(opened.model)
 
 
+W1 = WeightScheme(1)
 SPECS = {
     "rtn": quantize_spec(weight=W4G16),
     "gptq": quantize_spec("gptq", weight=W4G16),
     "gptq_act_order": quantize_spec("gptq", weight=W4G16, act_order=True),
     "gptq_quantized": quantize_spec("gptq", weight=W4, propagation="quantized"),
+    "hqq": quantize_spec("hqq", weight=W4G16),
+    "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
+    "quip": quantize_spec("quip", weight=W4),
+    "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
+    "billm": quantize_spec("billm", weight=W1, block_size=24),
+    "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
+    "pb_llm": quantize_spec("pb_llm", weight=W1),
     "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),

@@ -200,5 +200,5 @@ def test_a_hub_model_that_is_not_cached_offline_is_refused(tmp_path: Path, monke
 
 def test_a_family_outside_the_table_is_refused(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "rwkv"}))
-    refused(folder, "recurrent", UnsupportedModel)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    refused(folder, "state-space", UnsupportedModel)

@@ -1,0 +1,67 @@
+"""Residual binarization: x ≈ Σ_k (sign(r_k - μ_k) α_k + μ_k) on a mask, row by row.
+
+r_1 = x, μ_k the mean of r_k over the row's masked entries, α_k the mean of |r_k - μ_k|, r_(k+1) what is left (BiLLM, Huang
+et al. 2024, arXiv 2402.04291, eq. 4 to 7; XNOR-Net for the first order). Rows without masked entries have α = μ = 0.
+Departure: sign(0) is +1, as a sign is stored in one bit; the reference code's sign(0) is 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.grids import ScaleDtypeError
+
+
+@dataclass(frozen=True)
+class Binarized:
+    """Lists have one entry per order."""
+
+    value: Tensor
+    """`[N, C]`: 0 outside the mask."""
+    signs: list[Tensor]
+    """bool `[N, C]`: True is +1."""
+    scale: list[Tensor]
+    """α `[N]`."""
+    mean: list[Tensor]
+    """μ `[N]`; zeros without means."""
+
+
+def binarize(x: Tensor, mask: Tensor, order: int, *, means: bool = True) -> Binarized:
+    """x `[N, C]`, mask bool `[N, C]` or `[C]`, order 1 or more. Works in the float type of x."""
+    mask = mask.expand_as(x)
+    count = mask.sum(1).clamp(min=1).to(x)
+    value = torch.zeros_like(x)
+    out = Binarized(value, [], [], [])
+    for _ in range(order):
+        rest = (x - value).masked_fill(~mask, 0)
+        mean = rest.sum(1) / count if means else torch.zeros_like(count)
+        centred = (rest - mean[:, None]).masked_fill(~mask, 0)
+        scale = centred.abs().sum(1) / count
+        positive = centred >= 0
+        value += (torch.where(positive, scale[:, None], -scale[:, None]) + mean[:, None]).masked_fill(~mask, 0)
+        out.signs.append(positive)
+        out.scale.append(scale)
+        out.mean.append(mean)
+    return out
+
+
+def stored(scale: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales `[N, P]` and means `[N, M]` of the same weights, rounded to their stored type but kept in their float type.
+
+    Raises ScaleDtypeError where one of them is off by more than 2^-10 of the row's largest."""
+    largest = scale.abs().amax(1, keepdim=True)
+    if mean is not None:
+        largest = torch.maximum(largest, mean.abs().amax(1, keepdim=True))
+    return _rounded(scale, largest, dtype), None if mean is None else _rounded(mean, largest, dtype)
+
+
+def _rounded(x: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    out = x.to(dtype).to(x.dtype)
+    # NaN, from infinity, is not within the bound either.
+    wrong = ~((out - x).abs() <= 2.0**-10 * largest)
+    if bool(wrong.any()):
+        raise ScaleDtypeError(f"{int(wrong.sum())} of {x.numel()} scales or means do not fit {str(dtype).removeprefix('torch.')}")
+    return out

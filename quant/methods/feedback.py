@@ -1,0 +1,51 @@
+"""What methods with error feedback do before their first column: checks, dead inputs, the factor of the inverse Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.errors import require_finite
+from quant.solver import inverse_factor, revive_dead
+from quant.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Prepared:
+    given: Tensor
+    """The weight `[N, K]` as given, float64 where it was, else float32."""
+    weight: Tensor
+    """The same with dead inputs' columns 0."""
+    upper: Tensor
+    """U `[K, K]`, UᵀU = (H + d I)⁻¹."""
+    damp: float
+    """d / mean(diag H)."""
+    notes: list[str]
+
+
+def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
+    """Raises NonFiniteError, SingularHessianError, and ValueError for a missing Hessian or one of another shape.
+
+    An input that no token reached (H = 0) counts as H = I instead of zeroing the weight."""
+    statistics.require(method, "hessian")
+    hessian = statistics.hessian
+    assert hessian is not None
+    k = weight.shape[1]
+    if hessian.shape != (k, k):
+        raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
+    require_finite("weight", weight)
+    require_finite("Hessian", hessian)
+    given = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+    h, dead = revive_dead(hessian.to(given))
+    zeroed, w, notes = int(dead.sum()), given, []
+    if zeroed == k:
+        notes.append("no calibration token reached this input: the Hessian counts as the identity")
+    elif zeroed:
+        notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        w = given.masked_fill(dead, 0)
+    upper, used = inverse_factor(h, damp)
+    if used != damp:
+        notes.append(f"damping {damp:g} did not make the Hessian positive definite: {used:g} was used")
+    return Prepared(given, w, upper, used, notes)

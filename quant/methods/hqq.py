@@ -1,0 +1,129 @@
+"""HQQ (Badri and Shaji 2023, half-quadratic quantization; a project page, no arXiv id): weights only, no data.
+
+Objective: min over zeros z of Σ |W - Ŵ|^p, p < 1, so that few large errors are tolerated. Half-quadratic steps: the error E = W - Ŵ
+is shrunk, E' = sign(E) max(|E| - |E|^(p-1) / β, 0), then z becomes the group mean of codes - (W - E') / scale; the scale never changes.
+Shapes: weight `[N, K]`, groups `[G, g]` in units of weights; zeros in units of codes.
+
+axis=1: groups are g consecutive inputs of one output; g must divide K. axis=0: weight i of the row-major order belongs to group i
+mod (N K / g), which is g rows of one input column, N / g apart, where g divides N; g must divide N K. Without groups axis 1 has one
+scale per output, axis 0 one per input.
+Reference behaviour kept: the loop stops when mean |W - Ŵ| over the whole tensor is no longer below the best so far, and the zero
+computed in that last, worse iteration stays; rounding zeros (usual for 4 bits) happens before the loop only, so that they end as
+real numbers; β grows by κ.
+Departures: bits 1 to 8 at their own width (the reference packs 3 bits ten to an int32 and stores 5 and 6 bits as 8); its ternary
+format "1.58" is no scheme here; zeros are rounded to their stored type before the final codes are chosen; float64 weights are
+computed in float64, all others in float32 on every device; a symmetric scheme is served by the same grid, noted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.affine import Affine, ZeroKind, grouped
+from quant.errors import require_finite
+from quant.grids import GRIDS, ScaleDtypeError, fit, with_stored_scales
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.scheme import Granularity, Supports, WeightScheme
+from quant.statistics import Statistics
+from quant.tensors.affine import AffineTensor
+from quant.tensors.strided import StridedTensor
+
+BITS_OF_ROUNDED_ZEROS = 4
+MAX_HALF_ZERO = 512
+"""Float16 zeros up to here are off by a quarter of a code at most."""
+
+
+@dataclass(frozen=True)
+class Hqq:
+    name: ClassVar[str] = "hqq"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports(bits=(1, 2, 3, 4, 5, 6, 7, 8))
+
+    axis: int = 1
+    """1: groups of consecutive inputs; 0: groups of outputs of one input."""
+    iters: int = 20
+    """Half-quadratic steps at most; the loop stops early when the error no longer falls."""
+    optimize: bool = True
+    """False keeps the min-max zeros."""
+    round_zero: bool | None = None
+    """Round the zeros before the loop; None for 4 bits only."""
+    p: float = 0.7
+    """Power of the error that is minimized."""
+    beta: float = 10.0
+    """First weight of the quadratic term."""
+    kappa: float = 1.01
+    """Growth of beta per step."""
+
+    def __post_init__(self) -> None:
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis={self.axis} must be 0 or 1: groups along the outputs or along the inputs")
+        if self.iters < 1:
+            raise ValueError(f"iters={self.iters} must be at least 1; 20 is usual, and optimize=false takes no step")
+        for name, value, usual in (("p", self.p, 0.7), ("beta", self.beta, 10), ("kappa", self.kappa, 1.01)):
+            if not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} must be positive and finite; {usual} is usual")
+
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
+        """`[N, K]` ▸ affine codes with real zeros. Raises NonFiniteError, and ValueError for groups that do not divide."""
+        require_finite("weight", weight)
+        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        groups = self._groups(w, scheme)
+        notes = ["the scheme is symmetric; hqq has a real zero per group all the same"] if scheme.symmetric else []
+        steps = 0
+
+        def run(scale_dtype: torch.dtype) -> StoredTensor:
+            nonlocal steps
+            affine = fit(GRIDS["hqq"], groups, scheme.bits, scale_dtype)
+            zero = affine.zero
+            if self.round_zero or (self.round_zero is None and scheme.bits == BITS_OF_ROUNDED_ZEROS):
+                zero = zero.round()
+            if self.optimize:
+                zero, steps = self._optimized(groups, affine.scale, zero, scheme.bits)
+            zero = zero.to(scale_dtype).to(w)
+            if scale_dtype is torch.float16 and not bool((zero.abs() <= MAX_HALF_ZERO).all()):
+                raise ScaleDtypeError(f"{int((~(zero.abs() <= MAX_HALF_ZERO)).sum())} of {zero.numel()} zeros do not fit float16")
+            final = Affine(affine.scale, zero, scheme.bits, ZeroKind.FLOAT)
+            codes = final.encode(groups)
+            if self.axis == 0:
+                flat = codes[0].T.reshape(weight.shape).to(torch.uint8)
+                return StridedTensor(flat, final.scale.flatten().to(scale_dtype), final.zero.flatten().to(scale_dtype), scheme.bits)
+            per_group = Affine(final.scale[..., 0], final.zero[..., 0], scheme.bits, ZeroKind.FLOAT)
+            return AffineTensor.build(codes.view(weight.shape), per_group, scale_dtype)
+
+        tensor, dtype_notes = with_stored_scales(scheme, run)
+        return Rounded(tensor, notes=notes + dtype_notes, details={"steps": steps})
+
+    def _groups(self, w: Tensor, scheme: WeightScheme) -> Tensor:
+        """`[N, K]` ▸ `[R, G, g]`, R = 1 for axis 0."""
+        if self.axis == 1:
+            return grouped(w, scheme)
+        n, k = w.shape
+        sizes = {Granularity.TENSOR: n * k, Granularity.CHANNEL: n, Granularity.GROUP: scheme.group_size}
+        size = sizes[scheme.granularity]
+        assert size is not None
+        if n * k % size:
+            raise ValueError(f"group_size={size} does not divide the {n * k} weights of shape {(n, k)}, as axis=0 needs; choose a divisor")
+        return w.reshape(size, n * k // size).T.contiguous()[None]
+
+    def _optimized(self, w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, int]:
+        """Zeros `[R, G, 1]` after the half-quadratic steps, and how many were taken."""
+        best, beta = float("inf"), self.beta
+        for step in range(1, self.iters + 1):
+            codes = Affine(scale, zero, bits, ZeroKind.FLOAT).encode(w)
+            error = w - (codes - zero) * scale
+            size = error.abs()
+            # 0 ^ (p - 1) is infinite for p < 1, and the shrunk error 0.
+            shrunk = error.sign() * (size - size.pow(self.p - 1) / beta).clamp(min=0)
+            zero = (codes - (w - shrunk) / scale).mean(-1, keepdim=True)
+            mean = float(size.mean())
+            if mean >= best:
+                return zero, step
+            best, beta = mean, beta * self.kappa
+        return zero, self.iters

@@ -1,0 +1,56 @@
+"""Hadamard matrices of every order, and the transform against the matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quant.hadamard import SMALL, apply_hadamard, hadamard_block, hadamard_matrix, small_factor
+from tests.quant.golden_inputs import weight
+
+ORDERS = sorted({1, 2, 4, 8, 64, *SMALL, *(2 * m for m in SMALL), 8 * 12, 16 * 28})
+
+
+@pytest.mark.parametrize("n", ORDERS)
+def test_every_order_is_a_hadamard_matrix(n: int) -> None:
+    signs = apply_hadamard(torch.eye(n, dtype=torch.float64), normalize=False)
+    assert torch.equal(signs.abs(), torch.ones(n, n, dtype=torch.float64))
+    assert torch.equal(signs @ signs.T, n * torch.eye(n, dtype=torch.float64))
+    torch.testing.assert_close(hadamard_matrix(n), signs / n**0.5, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("n", [8, 12, 40, 96, 172])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_transform_is_the_product_with_the_matrix(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    before = x.clone()
+    # Sums of n terms of size 1 / √n: a few units of the type's precision.
+    eps = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(apply_hadamard(x).double(), x.double() @ hadamard_matrix(n), rtol=eps, atol=eps)
+    back = apply_hadamard(apply_hadamard(x), transpose=True)
+    torch.testing.assert_close(back, x, rtol=2 * eps, atol=2 * eps)
+    assert torch.equal(x, before)
+    assert apply_hadamard(x).dtype is dtype
+
+
+def test_the_small_factor_is_the_slow_index() -> None:
+    torch.testing.assert_close(hadamard_matrix(48), torch.kron(hadamard_matrix(12), hadamard_matrix(4)), rtol=1e-14, atol=0)
+    torch.testing.assert_close(hadamard_matrix(80), torch.kron(hadamard_matrix(40), hadamard_matrix(2)), rtol=1e-14, atol=0)
+
+
+def test_golden_values_of_the_reference_transform() -> None:
+    eight = apply_hadamard(torch.eye(8), normalize=False)
+    assert eight[1].tolist() == [1, -1, 1, -1, 1, -1, 1, -1]
+    assert eight[2].tolist() == [1, 1, -1, -1, 1, 1, -1, -1]
+    twelve = apply_hadamard(torch.arange(1.0, 13.0))
+    assert twelve[:6].tolist() == pytest.approx([-21.939311, 4.041452, 1.154701, 4.618802, 1.732051, -1.154701], abs=2e-6)
+    assert apply_hadamard(weight())[0, :4].tolist() == pytest.approx([-0.100148, -0.602371, -0.611111, 2.617039], abs=2e-6)
+
+
+def test_sizes_without_a_matrix_name_the_block_that_works() -> None:
+    assert (small_factor(40), small_factor(80), small_factor(20), small_factor(64), small_factor(44)) == (40, 40, 20, 1, None)
+    assert (hadamard_block(172), hadamard_block(44), hadamard_block(7), hadamard_block(11008)) == (172, 4, 1, 11008)
+    with pytest.raises(ValueError, match=r"no Hadamard matrix of order 44 .* 2\^k times 12, 20, 28.*blocks of 4"):
+        apply_hadamard(torch.zeros(44))
+    with pytest.raises(ValueError, match="order 0; the order is at least 1"):
+        small_factor(0)

@@ -1,0 +1,146 @@
+"""Methods win back what planted outliers cost. The shares are frozen from what was measured, with room for other processors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.scheme import ActivationScheme, WeightScheme
+from tests.planted import Planted, logits
+from tests.workers.stage_runs import commit
+from workers import datasets
+from workers.calibrate import run_calibrate
+from workers.context import Context
+from workers.quantize import run_quantize
+from workers.rebuild import attach_runtime, rebuild
+from workers.request import Hints, Location
+from workers.specs import CalibrateSpec, CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec
+from workers.tasks.base import log_probs
+from workers.tasks.divergence import compare
+
+ASSETS = Path(datasets.__file__).parent / "assets"
+MODEL = ASSETS / "wikitext_llama"
+TEXT = TextSpec("calibration", field="text")
+CALIBRATION = CalibrationSpec(TEXT, samples=16, sequence_length=128)
+W8 = WeightScheme(8, symmetric=True)
+A8 = ActivationScheme(8)
+PLANTS: dict[str, Callable[[Planted], None]] = {
+    "activations": lambda p: p.activations((3, 97, 200), 5),
+    "inner": lambda p: p.inner((5, 400), 4),
+    "values": lambda p: p.values((0, 17), 4),
+    "keys": lambda p: p.keys((2, 9), 3),
+}
+
+
+@dataclass
+class Case:
+    """A model in a folder, and what quantizing it costs."""
+
+    folder: Path
+    work: Path
+
+    @cached_property
+    def context(self) -> Context:
+        texts = {"calibration": Location("file", str(ASSETS / "self_text" / "calibration.jsonl"))}
+        return Context({"model": Location("folder", str(self.folder))}, texts, Hints(device="cpu"), torch.device("cpu"))
+
+    @cached_property
+    def statistics(self) -> dict[str, Path]:
+        stages = {}
+        for kind in ("hessian", "absmax", "absmean", "samples"):
+            (self.work / kind / "payload").mkdir(parents=True)
+            stages[kind] = (CalibrateSpec(ModelSpec("model"), CALIBRATION, kind), self.work / kind / "payload")
+        run_calibrate(stages, self.context)
+        return {kind: commit(self.work / kind) for kind in stages}
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        evaluation = {**self.context.texts, "calibration": Location("file", str(ASSETS / "self_text" / "evaluation.jsonl"))}
+        tokenizer = datasets.load_tokenizer(self.context.models["model"])
+        return datasets.calibration_tokens(evaluation["calibration"], CALIBRATION, tokenizer).long()[:8]
+
+    @cached_property
+    def reference(self) -> Tensor:
+        return logits(self.folder, self.tokens)
+
+    def kl(
+        self,
+        rounding: Component,
+        *transforms: Component,
+        weight: WeightScheme = W8,
+        activation: ActivationScheme | None = A8,
+        reads: bool = False,
+        seed: int | None = None,
+    ) -> float:
+        """Mean KL divergence from the unquantized model, nats per token."""
+        name = "-".join([*(t.name for t in transforms), rounding.name, str(weight.bits), str(activation)])
+        (self.work / name / "payload").mkdir(parents=True)
+        spec = QuantizeSpec(
+            ModelSpec("model"),
+            (Rule("*", MethodSpec(rounding, transforms), weight),),
+            activation=activation if reads else None,
+            seed=seed,
+        )
+        run_quantize(spec, self.statistics, self.work / name / "payload", self.context)
+        artifact = commit(self.work / name)
+        model = rebuild(self.context, ModelSpec("model"), artifact)
+        attach_runtime(model, artifact, activation, None)
+        with torch.no_grad():
+            out = model(self.tokens, use_cache=False).logits
+        return float(compare(log_probs(self.reference[:, :-1]), out, self.tokens).kl.mean())
+
+
+def planted(name: str, folder: Path) -> Path:
+    made = Planted.of(MODEL)
+    PLANTS[name](made)
+    return made.save(MODEL, folder)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("plain")
+    return Case(Planted.of(MODEL).save(MODEL, folder / "model"), folder)
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("outliers")
+    return Case(planted("activations", folder / "model"), folder)
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_the_unquantized_function_is_bit_identical(name: str, plain: Case, tmp_path: Path) -> None:
+    assert torch.equal(logits(planted(name, tmp_path / "model"), plain.tokens), plain.reference)
+
+
+@pytest.fixture(scope="module")
+def lost(plain: Case, outliers: Case) -> tuple[float, float]:
+    """KL of W8A8 RTN without outliers and with them."""
+    rtn = Component("rtn", 1)
+    return plain.kl(rtn), outliers.kl(rtn)
+
+
+def test_activation_outliers_hurt_round_to_nearest(lost: tuple[float, float]) -> None:
+    without, with_them = lost
+    assert with_them > 10 * without
+
+
+WINNERS = {
+    "smoothquant": (MethodSpec(Component("rtn", 1), (Component("smoothquant", 1),)), 0.9),
+}
+"""Method ▸ the share of the loss that it wins back at least."""
+
+
+@pytest.mark.parametrize("name", WINNERS)
+def test_methods_win_most_of_it_back(name: str, outliers: Case, lost: tuple[float, float]) -> None:
+    method, share = WINNERS[name]
+    without, with_them = lost
+    got = outliers.kl(method.rounding, *method.transforms)
+    won = (with_them - got) / (with_them - without)
+    assert won >= share, f"{name} won back {won:.3f}: {got:.3g} of {with_them:.3g}, {without:.3g} without outliers"
