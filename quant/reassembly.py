@@ -47,9 +47,11 @@ class Reassembly:
         added, wide = self.added, self.owner.numel()
         pairs = (self.sources, self.destinations)
         if any(p.numel() != added for p in pairs):
-            raise ValueError(f"{added} channels were added by splitting, but {self.sources.numel()} pairs are merged; give one pair for each")
+            raise ValueError(
+                f"{added} channels were added by splitting, but {self.sources.numel()} pairs are merged; give one pair for each"
+            )
         inside = all(bool(((p >= 0) & (p < wide)).all()) for p in pairs)
-        if not inside or self.sources.unique().numel() != added or bool(torch.isin(self.sources, self.destinations).any()):
+        if not inside or len(set(self.sources.tolist())) != added or bool(torch.isin(self.sources, self.destinations).any()):
             raise ValueError(f"sources and destinations must be different channels below {wide}, every source once")
 
     @property

@@ -62,6 +62,10 @@ SPECS = {
     "billm": quantize_spec("billm", weight=W1, block_size=24),
     "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
     "pb_llm": quantize_spec("pb_llm", weight=W1),
+    "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
+    "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
+    "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
+    "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
