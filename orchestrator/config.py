@@ -31,7 +31,20 @@ NOT_SWEPT = {
 
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
 
-FACTS = ("kind", "version", "needs", "reads", "uses_seed", "supports", "for_activations", "maps", "needs_reference", "metrics")
+FACTS = (
+    "kind",
+    "version",
+    "needs",
+    "reads",
+    "uses_seed",
+    "supports",
+    "for_activations",
+    "maps",
+    "feeds_text",
+    "working_set",
+    "needs_reference",
+    "metrics",
+)
 """Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
 
 _GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")

@@ -7,6 +7,7 @@ and `what` have run: then their mean. Only ratios matter to the scheduler, and t
     Hessian      2 K² per token and distinct input of K values
     GPTQ         2 K³ + 2 N K² per linear [N, K] (Cholesky factor and inverse; the error spread over the columns to the right)
     scale search 20 candidates, each a forward of every block over 4 Ki tokens (AWQ's grid)
+    tuning       8 P per token (forward, backward, loss of the iterate) and 100 P per step (quantizing with gradients)
 """
 
 from __future__ import annotations
@@ -147,7 +148,17 @@ def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
     if spec.calibration is not None:
         # The text passes every block twice: to collect, and through the quantized block to feed the next one.
         operations += 4 * size.linear_parameters * spec.calibration.samples * spec.calibration.sequence_length
+        steps, sequences = max(_steps(rule.method, spec.calibration.samples) for rule in spec.rules)
+        operations += size.linear_parameters * (100 * steps + 8 * sequences * spec.calibration.sequence_length)
     return _seconds(operations)
+
+
+def _steps(method: MethodSpec, samples: int) -> tuple[int, int]:
+    """Steps of a tuner, and sequences that they read."""
+    params = dict(method.rounding.params)
+    if "epochs" in params:
+        return int(params["epochs"]) * samples, int(params["epochs"]) * samples
+    return int(params.get("iters") or 0), int(params.get("iters") or 0) * int(params.get("batch_size") or 0)
 
 
 def _task_tokens(spec: EvaluateSpec) -> int:

@@ -30,7 +30,7 @@ class MethodPart:
     calibrate: tuple[str, ...]
     """Statistics it takes from calibrate stages, sorted."""
     feeds_text: bool
-    """The quantize stage itself runs calibration text (propagation=quantized, or a search on text)."""
+    """The quantize stage itself runs calibration text: propagation=quantized, a search on text, or a tuner."""
     reads: frozenset[str]
     """Run-time parts of the scheme its result depends on: activation, kv; and text, which a search is fed."""
     uses_seed: bool
@@ -91,7 +91,7 @@ def method_part(option: Option) -> MethodPart:
         spec=MethodSpec(_component(option, rounding), tuple(_component(option, t) for t in transforms), propagation),
         # With propagation=quantized the stage collects all of them itself, from inputs that earlier blocks have changed.
         calibrate=tuple(sorted(needs)) if propagation == "original" else (),
-        feeds_text=propagation == "quantized" or any("text" in c.get("reads", ()) for c in components),
+        feeds_text=propagation == "quantized" or any("text" in c.get("reads", ()) or c.get("feeds_text", False) for c in components),
         reads=frozenset(r for c in components for r in c.get("reads", ())),
         uses_seed=any(c.get("uses_seed", False) for c in components),
         idle_without_activation=tuple(t["kind"] for t in transforms if t.get("for_activations", False)),

@@ -170,25 +170,33 @@ def _error(affine: Affine, w: Tensor) -> Tensor:
     return (affine.round(w) - w).abs().pow(MSE_POWER).sum(-1, keepdim=True)
 
 
-def affine_of(g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dtype) -> Affine:
-    """Scale and zero of the range [low, high], rounded to their stored type."""
+def _rounded(value: Tensor, rounded: Tensor) -> Tensor:
+    return rounded
+
+
+def affine_of(
+    g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dtype, snap: Callable[[Tensor, Tensor], Tensor] = _rounded
+) -> Affine:
+    """Scale and zero of ranges. `snap(value, rounded)` returns `rounded`, or says what gradient that has (`quant.straight_through`)."""
     # An all-zero group decodes to 0 whatever its scale; 1 is one that every type holds.
     exact = torch.where((low == 0) & (high == 0), 1.0, g.step(low, high, bits))
-    scale = exact.to(scale_dtype).to(low.dtype)
+    scale = snap(exact, exact.to(scale_dtype).to(low.dtype))
     top = 2**bits - 1
     if g.zero is ZeroKind.CONSTANT:
         zero = torch.full_like(scale, 2 ** (bits - 1))
     elif g.zero is ZeroKind.CODE:
-        zero = (-low / scale).round().clamp(0, top)
+        zero = snap(-low / scale, (-low / scale).round()).clamp(0, top)
     elif g.zero is ZeroKind.INTEGER:
-        zero = (-low / scale).clamp(-1e4, 1e4).round()
+        ratio = (-low / scale).clamp(-1e4, 1e4)
+        zero = snap(ratio, ratio.round())
     else:
-        zero = (low if g.zero is ZeroKind.MINIMUM else -low / scale).to(scale_dtype).to(low.dtype)
+        real = low if g.zero is ZeroKind.MINIMUM else -low / scale
+        zero = snap(real, real.to(scale_dtype).to(low.dtype))
     return Affine(scale, zero, bits, g.zero)
 
 
 def check_float16(affine: Affine, w: Tensor) -> None:
-    """Scales may be off by half a step over the whole range of codes, zeros by a quarter of a step."""
+    """Raises ScaleDtypeError: scales may be off by half a step over the whole range of codes, zeros by a quarter of a step."""
     scale, zero = affine.scale, affine.zero
     # Subnormal float16 values are 2^-24 apart.
     right = torch.isfinite(scale) & (scale >= 2.0 ** (affine.bits - 24))

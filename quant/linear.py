@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from quant.errors import require_finite
 from quant.grids import grid as grid_named
-from quant.methods.base import Linear, ScaleGroup, StoredTensor, Transform
-from quant.methods.make import param_names, rounding, transform, unknown
-from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS
+from quant.methods.base import Linear, Rounding, ScaleGroup, StoredTensor, Transform
+from quant.methods.make import param_names, rounding_or_tuner, transform, unknown
+from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.single import single_linear
+from quant.methods.tuner import BlockTuner
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics, collect
 
@@ -34,7 +36,7 @@ def quantize_linear(
     method: a name of `quant.methods.registry.METHODS`, with its own defaults (those of `conf/method/`); method_params override them.
     group_size: inputs that share a scale; None is one group per output channel.
     symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
-    inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs.
+    inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs; a tuner takes the linear for its block.
     hessian: `[K, K]`, instead of inputs, for methods that need nothing else.
     seed: for methods that draw random numbers.
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
@@ -58,8 +60,9 @@ def quantize_linear(
 
     recipe = METHODS[method]
     transforms = [transform(t, _own(params, TRANSFORMS[t])) for t in recipe.transforms]
-    rounder = rounding(recipe.rounding, {**recipe.rounding_params, **_own(params, ROUNDINGS[recipe.rounding])})
-    parts = [TRANSFORMS[t] for t in recipe.transforms] + [ROUNDINGS[recipe.rounding]]
+    rounder_class = {**ROUNDINGS, **TUNERS}[recipe.rounding]
+    rounder = rounding_or_tuner(recipe.rounding, {**recipe.rounding_params, **_own(params, rounder_class)})
+    parts: list[Any] = [*(TRANSFORMS[t] for t in recipe.transforms), rounder_class]
     allowed = list(dict.fromkeys(name for part in parts for name in param_names(part)))
     for name in params:
         if name not in allowed:
@@ -68,13 +71,20 @@ def quantize_linear(
     reason = rounder.supports.refuses(method, scheme)
     if reason is not None:
         raise ValueError(reason)
-    needs = rounder.needs.union(*(t.needs for t in transforms))
+    needs = rounder.needs.union(*(t.needs for t in transforms), {"samples"} if recipe.rounding in TUNERS else ())
     statistics = _statistics(method, needs, weight, inputs, hessian)
     current, scale = weight.detach(), None
     for t in transforms:
         current, statistics, scale = _apply(t, current, statistics, scheme, scale)
-    tensor = rounder.quantize(current, statistics, scheme, Linear(seed=seed)).tensor
+    tensor = _rounded(rounder, current, statistics, scheme, Linear(seed=seed))
     return tensor if scale is None else tensor.with_input_scale(scale)
+
+
+def _rounded(by: Rounding | BlockTuner, weight: Tensor, statistics: Statistics, scheme: WeightScheme, about: Linear) -> StoredTensor:
+    if by.name not in TUNERS:
+        return cast(Rounding, by).quantize(weight, statistics, scheme, about).tensor
+    assert statistics.samples is not None
+    return cast(BlockTuner, by).tune(single_linear(weight, statistics.samples, scheme, about, statistics)).tensors[about.name].tensor
 
 
 def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:

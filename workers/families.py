@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from workers.errors import UnsupportedModel
-from workers.structure import LinearShape, ScaleRule, Site, Structure
+from workers.structure import LinearShape, ScaleRule, Scores, Site, Structure
 
 Config = Mapping[str, Any]
 
@@ -114,6 +114,7 @@ def _llama_like(config: Config) -> Structure:
         attention="self_attn",
         cache_argument="past_key_values",
         norm_offset=1.0 if kind == "gemma" else 0.0,
+        scores=Scores("self_attn.q_proj", "self_attn.k_proj", heads, kv, rotary=True),
         experts=experts,
         other_parameters=vocab * hidden * (1 if tied else 2),
     )
@@ -126,6 +127,7 @@ def _opt(config: Config) -> Structure:
     pre = bool(config.get("do_layer_norm_before", True))
     norm_reason = (None if affine else "the norm has no weight to take the scale") if pre else POST_NORM
     relu = config.get("activation_function", "relu") == "relu"
+    heads = int(_get(config, "num_attention_heads"))
     groups = (
         ScaleRule("qkv", "self_attn_layer_norm", "norm", qkv, ("self_attn",), reason=norm_reason),
         ScaleRule("output", "self_attn.v_proj", "linear", ("self_attn.out_proj",), ("self_attn.out_proj",)),
@@ -145,6 +147,7 @@ def _opt(config: Config) -> Structure:
         groups=groups,
         attention="self_attn",
         cache_argument="past_key_values",
+        scores=Scores("self_attn.q_proj", "self_attn.k_proj", heads, heads, rotary=False),
         other_parameters=int(_get(config, "vocab_size")) * int(_get(config, "word_embed_proj_dim", default=hidden))
         + int(_get(config, "max_position_embeddings")) * hidden,
     )

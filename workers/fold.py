@@ -91,6 +91,11 @@ class BlockWeights:
             out = out * self.columns[name]
         return out * self.rows[name][:, None] if name in self.rows else out
 
+    @staticmethod
+    def wide(t: Tensor) -> Tensor:
+        """A copy in float32, or float64."""
+        return _wide(t)
+
     def write(self) -> None:
         """Put the current weights, biases, norms and routers into the block's modules, in their dtypes.
 

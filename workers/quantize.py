@@ -5,6 +5,8 @@ With propagation=original the statistics come from calibrate artifacts and no te
 here. Static activation ranges are those of the final, quantized blocks: each block is run once more after its linears are
 replaced, and what it puts out feeds the next one.
 
+A tuner (`workers.tuning`) quantizes linears after the transforms, on text of its own.
+
 Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.parquet`.
 """
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from workers import families
+from workers.calibrate import calibration_tokens
 from workers.context import Context
 from workers.errors import InputError, WorkerError
 from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
@@ -41,6 +44,7 @@ from workers.scaling import GroupForward
 from workers.sensitivity import with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
+from workers.tuning import Tuning, tuner_of
 
 NO_RULE = "no rule names it"
 
@@ -78,10 +82,14 @@ def quantize_blocks(
     writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
     rotator = rotate_outside(spec, made, model, context, writer)
     source = statistics_source(spec, made, inputs, context, model, rotator)
-    run = _Run(spec, made, model, source, context, writer, layers, rotator)
-    for b in range(model.structure.count):
-        run.block(b)
-        done(b)
+    tuning = _tuning(spec, made, source, context, model)
+    width = 1 if tuning is None else tuning.tuner.blocks
+    run = _Run(spec, made, model, source, context, writer, layers, rotator, tuning)
+    for first in range(0, model.structure.count, width):
+        indices = range(first, min(first + width, model.structure.count))
+        run.blocks(indices)
+        for b in indices:
+            done(b)
     writer.close()
     layers.write(payload / "layers.parquet")
     _check_coverage(shapes, made, run.replaced, run.kept)
@@ -92,15 +100,20 @@ def quantize_blocks(
         "model_bytes": writer.bytes + _untouched_bytes(model, writer.operations),
         "coverage": {"asked": len(run.replaced), "quantized": len(run.replaced), "kept": run.kept},
         "peak_memory_bytes": peak.bytes(),
-        "working_set": {"declared": _working_set(made), "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count))},
+        "working_set": {
+            "declared": _working_set(made, width),
+            "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count)),
+        },
         "flags": _flags(made, run.scaled),
         **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
+        **({} if tuning is None else {"tuning": tuning.losses}),
     }
 
 
-def _working_set(made: tuple[Method, ...]) -> str:
-    declared = {m.whole.working_set for m in made if m.whole is not None}
-    return "model" if "model" in declared else "block"
+def _working_set(made: tuple[Method, ...], width: int) -> str:
+    if any(m.whole is not None and m.whole.working_set == "model" for m in made):
+        return "model"
+    return "block" if width == 1 else f"blocks({width})"
 
 
 @dataclass
@@ -115,17 +128,33 @@ class _Run:
     writer: RecipeWriter
     layers: Layers
     rotator: Rotator | None = None
+    tuning: Tuning | None = None
     left_alone: dict[tuple[str, str, str], int] = field(default_factory=dict)
     scaled: set[str] = field(default_factory=set)
     kept: list[dict[str, str]] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
 
-    def block(self, b: int) -> None:
-        """Read, quantize and write block `b`."""
+    def blocks(self, indices: range) -> None:
+        """Read, quantize and write blocks: one, or as many as a tuner takes together."""
+        for b in indices:
+            with self.context.phase("read"):
+                self.model.load(b)
+        if self.tuning is not None:
+            self.tuning.open(indices)
+        workers, results = [], []
+        for b in indices:
+            workers.append(self._transformed(b))
+            results.append(_round(workers[-1], self.source, self.context))
+        if self.tuning is not None:
+            self.tuning.tune(workers)
+            self.tuning.advance(workers)
+        for worker, rounded in zip(workers, results, strict=True):
+            self._finish(worker, [*rounded, *worker.tuned])
+
+    def _transformed(self, b: int) -> BlockQuantizer:
         context, model = self.context, self.model
         structure = model.structure if self.rotator is None else self.rotator.structure
-        with context.phase("read"):
-            block = model.load(b)
+        block = model.load(b)
         named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
         chosen = {n: m for n, m in named.items() if m is not None}
         with context.phase("forward"):
@@ -137,19 +166,40 @@ class _Run:
         )
         with context.phase("search"):
             worker.transform()
-        results = _round(worker, self.source, context)
-        activation = self.spec.activation
+        return worker
+
+    def _finish(self, worker: BlockQuantizer, results: list[LinearResult]) -> None:
+        b, context, activation = worker.index, self.context, self.spec.activation
         with context.phase("forward"):
             ranges = self.source.advance(b, static=activation is not None and not activation.dynamic)
         with context.phase("write"):
             operations, tensors = _operations(worker, results, ranges, self.rotator)
             self.replaced |= {m.name for m in results}
-            for name in named:
-                if name not in chosen:
+            for name in worker.structure.linear_names():
+                if name not in worker.methods:
                     self.kept.append({"module": worker.path(name), "reason": NO_RULE})
                     operations.append({"op": "keep", **self.kept[-1]})
             self.writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
             self.layers.add(b, results)
+
+
+def _tuning(
+    spec: QuantizeSpec, made: tuple[Method, ...], source: OriginalStatistics | FedStatistics, context: Context, model: BlockModel
+) -> Tuning | None:
+    """Where a rule names a tuner. Raises InputError where text or statistics are not as it needs them."""
+    tuner = tuner_of(made)
+    if tuner is None:
+        return None
+    if spec.calibration is None:
+        raise InputError(f"{tuner.name} feeds text: the spec needs a calibration")
+    if tuner.blocks > 1 and isinstance(source, FedStatistics):
+        raise InputError(
+            f"{tuner.name} tunes {tuner.blocks} blocks together, which cannot take statistics block by block from quantized ones; "
+            "use propagation=original and dynamic activation ranges, or tune one block at a time"
+        )
+    tokens = calibration_tokens(context, model, spec.calibration)
+    activation = spec.activation if "activation" in tuner.reads else None
+    return Tuning(tuner, model, tokens, activation, context)
 
 
 def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, context: Context) -> list[LinearResult]:
@@ -157,7 +207,7 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
     sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
     results = []
     for position, site in enumerate(worker.structure.sites):
-        names = [n for n in site.linears if n in worker.methods]
+        names = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
         if sequential and position > 0 and names:
             with context.phase("forward"):
                 fresh, tokens = merge(source.collect(worker.index, worker.structure, (site.linears[0],)))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
 from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, Transform
-from quant.methods.registry import MODEL_TRANSFORMS
+from quant.methods.registry import MODEL_TRANSFORMS, TUNERS
+from quant.methods.tuner import BlockTuner
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
 from workers.capture import KINDS, BlockStatistics
@@ -30,22 +31,31 @@ UNREACHED = "no calibration token reached it"
 
 @dataclass(frozen=True)
 class Method:
-    """A rule with its transforms and rounding made."""
+    """A rule with its transforms and its rounding or tuner made."""
 
     rule: Rule
-    rounding: Rounding
+    by: Rounding | BlockTuner
     transforms: tuple[Transform, ...]
     """Of groups of linears, in order."""
     whole: ModelTransform | None = None
     """Of the whole model, before all others."""
 
     @property
+    def rounding(self) -> Rounding:
+        assert self.tuner is None
+        return cast(Rounding, self.by)
+
+    @property
+    def tuner(self) -> BlockTuner | None:
+        return cast(BlockTuner, self.by) if self.by.name in TUNERS else None
+
+    @property
     def needs(self) -> frozenset[str]:
         return frozenset().union(*(part.needs for part in self.parts))
 
     @property
-    def parts(self) -> tuple[ModelTransform | Transform | Rounding, ...]:
-        return (*((self.whole,) if self.whole is not None else ()), *self.transforms, self.rounding)
+    def parts(self) -> tuple[ModelTransform | Transform | Rounding | BlockTuner, ...]:
+        return (*((self.whole,) if self.whole is not None else ()), *self.transforms, self.by)
 
     @property
     def scheme(self) -> WeightScheme:
@@ -54,7 +64,7 @@ class Method:
     @property
     def sequential(self) -> bool:
         """Linears of a block see the already quantized ones before them (true-sequential)."""
-        return bool(getattr(self.rounding, "true_sequential", False))
+        return bool(getattr(self.by, "true_sequential", False))
 
 
 def make_methods(rules: tuple[Rule, ...]) -> tuple[Method, ...]:
@@ -78,16 +88,16 @@ def _make_method(rule: Rule) -> Method:
             f"{late} rewrites the whole model: it must be the first transform; got {', '.join(t.name for t in rule.method.transforms)}"
         )
     whole = _make(methods.model_transform, first[0]) if first else None
-    return Method(rule, _make(methods.rounding, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
+    return Method(rule, _make(methods.rounding_or_tuner, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
 
 
 def _make(factory: Callable[..., Any], component: Component) -> Any:
-    with _translated(component.name):
+    with translated(component.name):
         return factory(component.name, dict(component.params), version=component.version)
 
 
 @contextmanager
-def _translated(what: str) -> Iterator[None]:
+def translated(what: str) -> Iterator[None]:
     """Errors of the quantization code ▸ errors the driver knows how to answer."""
     try:
         yield
@@ -113,7 +123,7 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
     for shape in shapes:
         method = method_for(made, shape.name)
         size = method.scheme.group_size if method else None
-        if method is not None and size is not None and shape.cols % size and not method.rounding.supports.ragged_groups:
+        if method is not None and size is not None and shape.cols % size and not method.by.supports.ragged_groups:
             fitting = [d for d in range(8, shape.cols + 1) if shape.cols % d == 0]
             raise InputError(
                 f"group_size={size} does not divide the {shape.cols} inputs of {shape.name}; "
@@ -155,6 +165,8 @@ class BlockQuantizer:
     """Transforms that scaled a group: filled here."""
     seed: int = 0
     linear_notes: dict[str, list[str]] = field(default_factory=dict)
+    tuned: list[LinearResult] = field(default_factory=list)
+    """Of the linears that a tuner quantized, filled by it."""
 
     def path(self, name: str) -> str:
         return self.structure.path(self.index, name)
@@ -192,7 +204,7 @@ class BlockQuantizer:
             self.left_alone[key] = self.left_alone.get(key, 0) + 1
             return None
         group = self.forward.group(rule, self._of(rule.input), f"{self.structure.blocks}.{self.index}.")
-        with _translated(group.name):
+        with translated(group.name):
             s = transform.scale(group, some.scheme)
         if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
             raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
@@ -211,7 +223,7 @@ class BlockQuantizer:
         if transform.needs and self.tokens.get(site, 1) == 0:
             self.linear_notes.setdefault(name, []).append(f"{transform.name}: {UNREACHED}")
             return
-        with _translated(self.path(name)):
+        with translated(self.path(name)):
             changed = transform.rewrite(self.path(name), self.weights.current[name], self._of(site), method.scheme)
         if changed is not None:
             self.weights.current[name] = changed
@@ -228,24 +240,30 @@ class BlockQuantizer:
             # A zero Hessian would make every column dead and the weight zero; without knowledge all inputs count alike.
             statistics = Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device))
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
-        with _translated(self.path(name)):
-            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self._linear(name))
+        with translated(self.path(name)):
+            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self.linear(name))
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
-        weight_error, output_error = self._errors(name, stored, hessian)
+        output_error = self._output_error(name, stored, hessian)
         self.weights.current[name] = stored
         self.weights.views[name].write(stored)
-        return LinearResult(self.path(name), rounded, weight_error, output_error, time.perf_counter() - start, [*notes, *rounded.notes])
+        return LinearResult(
+            self.path(name), rounded, self.weight_error(name), output_error, time.perf_counter() - start, [*notes, *rounded.notes]
+        )
 
-    def _linear(self, name: str) -> Linear:
+    def linear(self, name: str) -> Linear:
+        """What a rounding or tuner may know of it."""
         bias = self.weights.biases.get(name, self.weights.views[name].bias)
         return Linear(self.path(name), self.seed, None if bias is None else bias.detach())
 
-    def _errors(self, name: str, stored: Tensor, hessian: Tensor | None) -> tuple[float, float | None]:
+    def weight_error(self, name: str) -> float:
+        """||W' - W|| / ||W|| of the present weight, with all scales taken back out."""
         original = self.weights.original[name].double()
         norm = float(original.norm())
-        weight_error = float((self.weights.unscaled(name, stored.double()) - original).norm()) / norm if norm else 0.0
+        return float((self.weights.unscaled(name, self.weights.current[name].double()) - original).norm()) / norm if norm else 0.0
+
+    def _output_error(self, name: str, stored: Tensor, hessian: Tensor | None) -> float | None:
         if hessian is None or not bool(hessian.any()):
-            return weight_error, None
+            return None
         h = hessian.double()
         difference, full = stored.double(), self.weights.scaled_original(name).double()
         if name in self.weights.rows:
@@ -253,7 +271,11 @@ class BlockQuantizer:
             difference, full = difference / rows, full / rows
         difference = difference - full
         base = float(((full @ h) * full).sum())
-        return weight_error, float(((difference @ h) * difference).sum()) / base if base > 0 else None
+        return float(((difference @ h) * difference).sum()) / base if base > 0 else None
+
+    def statistics_of(self, name: str) -> Statistics:
+        """Of the input of a linear."""
+        return self._of(self.site(name))
 
     def _of(self, site: str) -> Statistics:
         return self.statistics.get(site, Statistics())

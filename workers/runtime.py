@@ -49,7 +49,7 @@ def _attach_activation(
             f"static activation ranges are wanted, and {name} has none: quantize with activation.dynamic=false, or use dynamic=true"
         )
 
-    shape = _BatchShape()
+    shape = BatchShape()
     for block in model.get_submodule(structure.blocks):
         handle.add(block.register_forward_pre_hook(shape.record, with_kwargs=True).remove)
     last: list[Tensor] = []
@@ -57,14 +57,14 @@ def _attach_activation(
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
         # Linears that share an input read the same tensor object: it is quantized once.
         if not (last and last[0] is x):
-            last[:] = [x, _quantized(x, tokens, scheme, ranges[name], shape)]
+            last[:] = [x, quantized_input(x, tokens, scheme, ranges[name], shape)]
         return last[1]
 
     handle.add(tap_inputs(model, ranges, tap).remove)
     handle.add(last.clear)
 
 
-class _BatchShape:
+class BatchShape:
     """Sequences and tokens a sequence of the batch that is running."""
 
     sequences: int
@@ -74,20 +74,25 @@ class _BatchShape:
         self.sequences, self.length = input_of(args, kwargs).shape[:2]
 
 
-def _quantized(
-    x: Tensor, tokens: Tensor | None, scheme: ActivationScheme, limits: tuple[float, float] | None, shape: _BatchShape
+def quantized_input(
+    x: Tensor,
+    tokens: Tensor | None,
+    scheme: ActivationScheme,
+    limits: tuple[float, float] | None,
+    shape: BatchShape,
+    dynamic: Callable[[Tensor, ActivationScheme], Tensor] = fake_quantize_activation,
 ) -> Tensor:
     """A dynamic range per tensor is one per sequence, also where tokens come flat or, routed to an expert, picked."""
     if not scheme.dynamic:
         return fake_quantize_activation(x, scheme, limits)
     if scheme.granularity is not Granularity.TENSOR or x.dim() > 2:
-        return fake_quantize_activation(x, scheme)
+        return dynamic(x, scheme)
     if tokens is None:
-        return fake_quantize_activation(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)
+        return dynamic(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)
     out = torch.empty_like(x)
     sequence = tokens // shape.length
     for s in sequence.unique():
-        out[sequence == s] = fake_quantize_activation(x[sequence == s], scheme)
+        out[sequence == s] = dynamic(x[sequence == s], scheme)
     return out
 
 

@@ -73,7 +73,7 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class Component:
-    """One transform or the rounding of a method, as used."""
+    """One transform, or the rounding or tuner of a method, as used."""
 
     name: str
     version: int
@@ -137,7 +137,7 @@ class QuantizeSpec:
     model: ModelSpec
     rules: tuple[Rule, ...]
     calibration: CalibrationSpec | None = None
-    """Only where the stage itself feeds text: propagation=quantized, or static activation ranges."""
+    """Only where the stage itself feeds text: propagation=quantized, a tuner, or static activation ranges."""
     activation: ActivationScheme | None = None
     """Only where the artifact depends on it: static ranges, or a method that declares it reads this part."""
     kv: KVScheme | None = None

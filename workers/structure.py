@@ -50,6 +50,18 @@ class ScaleRule:
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Separate linears for queries and keys, whose outputs meet in attention scores only."""
+
+    queries: str
+    keys: str
+    heads: int
+    kv_heads: int
+    rotary: bool
+    """Channels i and i + width / 2 of a head are rotated into each other."""
+
+
+@dataclass(frozen=True)
 class Structure:
     """Of one model."""
 
@@ -68,6 +80,8 @@ class Structure:
     """Values that a block returns; where there are several the hidden states are the first."""
     norm_offset: float = 0.0
     """A norm multiplies by offset + weight (1 for Gemma)."""
+    scores: Scores | None = None
+    """None where queries and keys are one fused linear."""
     experts: str | None = None
     """Module that holds 3-D expert tensors."""
     other_parameters: int = 0

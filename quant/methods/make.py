@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from quant.methods.base import ModelTransform, Rounding, Transform
-from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.tuner import BlockTuner
 
 T = TypeVar("T")
 
@@ -29,6 +30,12 @@ def transform(name: str, params: Mapping[str, Any], *, version: int | None = Non
 def model_transform(name: str, params: Mapping[str, Any], *, version: int | None = None) -> ModelTransform:
     """A transform of a whole model with its parameters. Raises ValueError for a wrong name, parameter, type or version."""
     made: ModelTransform = _make(MODEL_TRANSFORMS, "model transform", name, params, version)
+    return made
+
+
+def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:
+    """What stands in a method's `rounding`. Raises ValueError for a wrong name, parameter, type or version."""
+    made: Rounding | BlockTuner = _make({**ROUNDINGS, **TUNERS}, "rounding", name, params, version)
     return made
 
 

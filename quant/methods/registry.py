@@ -1,4 +1,4 @@
-"""Methods by name, and how a method's transforms and rounding go together by default."""
+"""Methods by name, and how a method's transforms and its rounding or tuner go together by default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from quant.methods.claq import Claq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
 from quant.methods.learned_rotation import LearnedRotation
+from quant.methods.learned_rounding import LearnedRounding
+from quant.methods.omniquant import OmniQuant
 from quant.methods.pb_llm import PbLlm
 from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
@@ -41,10 +43,15 @@ _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
     Quarot,
     LearnedRotation,
 )
+_TUNERS: tuple[type[Any], ...] = (
+    OmniQuant,
+    LearnedRounding,
+)
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
 MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
 """Transforms of a whole model: the first of a method's transforms, if any."""
+TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Recipe:
     """A method as `quantize_linear` and `conf/method/` know it: only parameters that differ from the classes' defaults."""
 
     rounding: str
+    """Of ROUNDINGS or TUNERS."""
     rounding_params: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
 
@@ -73,6 +81,9 @@ METHODS: dict[str, Recipe] = {
     "slim_llm": Recipe("slim_llm"),
     "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
     "spqr": Recipe("spqr"),
+    "omniquant": Recipe("omniquant"),
+    "learned_rounding": Recipe("learned_rounding"),
+    "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {

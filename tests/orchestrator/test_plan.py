@@ -234,6 +234,19 @@ def test_fed_quantization_asks_for_no_stored_statistics(plan_of) -> None:
     assert quantize.spec.calibration is not None
 
 
+def test_a_tuner_feeds_text_whatever_the_propagation(plan_of) -> None:
+    """And reads the activation part, so that two of them make two quantize stages."""
+    for method, statistics in (("omniquant", set()), ("awq_omniquant", {"absmean", "samples"}), ("learned_rounding", set())):
+        plan = plan_of(f"method={method}", "scheme=w4a16_g64,w4a8_g64", "task=self_perplexity")
+        stages = [s for s in plan.stages.values() if s.kind == StageKind.QUANTIZE]
+        assert len(stages) == 2
+        for stage in stages:
+            assert stage.spec.calibration is not None
+            assert set(stage.inputs) == statistics
+        assert {stage.spec.activation is None for stage in stages} == {True, False}
+        assert (stages[0].spec.seed is None) is (method != "learned_rounding")
+
+
 def test_empty_calibration_text_is_told(plan_of, tmp_path: Path) -> None:
     empty = tmp_path / "empty.txt"
     empty.touch()

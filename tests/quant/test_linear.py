@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS
+from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS}
+COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS}
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -43,8 +43,9 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 
 def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
-    own = {} if name in ROUNDINGS else {"for_activations": c.for_activations}
+    own = {"for_activations": c.for_activations} if name in {**TRANSFORMS, **MODEL_TRANSFORMS} else {}
     own |= {"maps": sorted(c.maps)} if name in MODEL_TRANSFORMS else {}
+    own |= {"feeds_text": c.feeds_text, "working_set": c.working_set} if name in TUNERS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
@@ -63,7 +64,7 @@ def test_method_options_equal_the_code(option: str) -> None:
         left_out = set(expected) - set(component["params"])
         assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
         assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
-    assert methods.rounding(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+    assert methods.rounding_or_tuner(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
 
 def test_every_parameter_is_explained() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from quant.methods.registry import TUNERS
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import tiny_model
 from workers.artifact import payload_files
@@ -81,7 +82,7 @@ def quantize_spec(
         tuple(Component(t, 1) if isinstance(t, str) else t for t in transforms),
         propagation=propagation,
     )
-    feeds = feeds or propagation == "quantized" or activation is not None
+    feeds = feeds or propagation == "quantized" or activation is not None or rounding in TUNERS
     return QuantizeSpec(
         ModelSpec("model"), (Rule(pattern, method, weight),), calibration=CALIBRATION if feeds else None, activation=activation
     )
