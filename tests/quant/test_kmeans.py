@@ -181,7 +181,7 @@ def test_the_table_names_backends_and_refuses_others() -> None:
     assert kernel("kmeans_columns", device="meta").backend == "torch"
     with pytest.raises(ValueError, match=r"backend 'cuda' of kmeans_columns is unknown; choose one of auto, cpu, torch, reference"):
         kernel("kmeans_columns", "cuda")
-    with pytest.raises(ValueError, match="kernel 'kmeens' is unknown; choose one of .*kmeans_columns"):
+    with pytest.raises(ValueError, match=r"kernel 'kmeens' is unknown; choose one of .*kmeans_columns"):
         kernel("kmeens")
     with pytest.raises(RuntimeError, match=r"backend cpu of kmeans_columns does not work on meta: .* works on CPU tensors"):
         kernel("kmeans_columns", "cpu", "meta")
