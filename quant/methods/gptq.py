@@ -107,17 +107,13 @@ class Gptq:
         def run(scale_dtype: torch.dtype) -> StoredTensor:
             source = grouped(w, scheme) if scheme.granularity is Granularity.GROUP else groups
             ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order, kept.numel())
-            if kept.numel():
-                solved = solve_columns(w.T[order], upper, self.block_size, ranges.round_column)
-            else:
-                solved, kernel_notes = solve_affine(w.T[order], upper, self.block_size, ranges.block)
-                notes.extend(n for n in kernel_notes if n not in notes)
-            plain = torch.empty_like(solved.codes)
-            plain[order] = solved.codes
+            columns, coded = w.T[order], k - kept.numel()
+            solved, kernel_notes = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, ranges.block)
+            notes.extend(n for n in kernel_notes if n not in notes)
+            plain = torch.zeros_like(columns)
+            plain[order[:coded]] = solved.codes
             rest = AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
-            if not kept.numel():
-                return rest
-            return ColumnsTensor(rest, kept, solved.values[k - kept.numel() :].T.to(ranges.kept_dtype).contiguous())
+            return rest if coded == k else ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper))
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
         details = {"kept_columns": kept.tolist()} if kept.numel() else {}
@@ -151,16 +147,14 @@ class _Ranges:
         self.permuted = self.dynamic and method.act_order
         # Group of each position: of permuted columns, or of the plain order whatever the solver's.
         self.plan: list[int] = (torch.arange(k) if self.permuted else order.cpu()).div(self.width, rounding_mode="floor").tolist()
-        self.coded = k - kept
-        """Positions before the columns that are kept in floating point."""
+        coded = k - kept  # positions before the columns that are kept in floating point
         self.members: list[list[int]] = [[] for _ in range(k // self.width)]
-        for j in range(self.coded):
+        for j in range(coded):
             self.members[self.plan[j]].append(j)
-        self.kept_dtype = torch.float16
         self.fitted: dict[int, Affine] = {}
         if not self.dynamic:
             if kept:
-                groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[self.coded :]).view(groups.shape)
+                groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
             all_groups = fit(chosen, groups, self.bits, scale_dtype, self.mse)
             for g in range(groups.shape[1]):
                 self.fitted[g] = Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero)
@@ -170,34 +164,16 @@ class _Ranges:
         the weights as they are before the block."""
         plan = self.plan[start:end]
         rows = {g: row for row, g in enumerate(dict.fromkeys(plan))}
+        for g in rows:
+            if g not in self.fitted:
+                self.fitted[g] = self._fit(weights[self.members[g]].T.contiguous())
         n = weights.shape[1]
-        known = [self._of(g, weights) for g in rows]
-        scale, zero = (torch.stack([getattr(a, part).expand(n) for a in known]) for part in ("scale", "zero"))
+        scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in rows]) for part in ("scale", "zero"))
         return Affine(scale, zero, self.bits, self.grid.zero), [rows[g] for g in plan]
-
-    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        if j >= self.coded:
-            return torch.zeros_like(column), self._keep(column)
-        affine = self._of(self.plan[j], weights)
-        codes = affine.encode(column)
-        return codes, affine.decode(codes)
-
-    def _of(self, g: int, weights: Tensor) -> Affine:
-        if g not in self.fitted:
-            self.fitted[g] = self._fit(weights[self.members[g]].T.contiguous())
-        return self.fitted[g]
 
     def _fit(self, w: Tensor) -> Affine:
         new = fit(self.grid, w, self.bits, self.scale_dtype, self.mse)
         return Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero)
-
-    def _keep(self, column: Tensor) -> Tensor:
-        half = column.half().to(column)
-        # 2^-10: twice float16's own precision, which values below its normal ones miss.
-        if self.kept_dtype is torch.float32 or not bool(((half - column).abs() <= 2.0**-10 * column.abs().max()).all()):
-            self.kept_dtype = torch.float32
-            return column.float().to(column)
-        return half
 
     def affine(self) -> Affine:
         """Scale and zero `[R, G]`."""
@@ -215,3 +191,21 @@ class _Ranges:
         index = torch.empty_like(self.order)
         index[self.order] = torch.arange(self.order.numel(), device=self.order.device) // self.width
         return index
+
+
+def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:
+    """`[N, r]`: the last r of columns `[K, N]`, with the errors of the others, rounded to values `[K - r, N]`, spread over them; float16,
+    or float32 where float16 cannot hold them."""
+    coded = values.shape[0]
+    # W - Q = E U, with U upper triangular.
+    errors = torch.linalg.solve_triangular(upper[:coded, :coded].T, columns[:coded] - values, upper=False)
+    rest = columns[coded:] - upper[:coded, coded:].T @ errors
+    half = rest.half().to(rest)
+    # Twice float16's own precision, which values below its normal ones miss.
+    fits = bool(((half - rest).abs() <= 2.0**-10 * rest.abs().amax(1, keepdim=True)).all())
+    dtype = torch.float16 if fits else torch.float32
+
+    def keep(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return column, column.to(dtype).to(column)
+
+    return solve_columns(rest, upper[coded:, coded:], len(rest), keep).values.T.to(dtype).contiguous()

@@ -63,7 +63,7 @@ class SlimLlm:
     """Salient weights lie more than so many standard deviations above their group's mean salience; read where lam is not 1."""
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal."""
-    bit_lists: dict[str, Any] | tuple[Any, ...] | None = None
+    bit_lists: tuple[tuple[str, Any], ...] | None = None
     """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant import quantize_linear
+from quant import methods, quantize_linear
 from quant.methods.base import Linear, Rounded
 from quant.methods.slim_llm import ABSOLUTE_DAMP, SlimLlm
 from quant.scheme import Granularity, WeightScheme
@@ -122,8 +122,10 @@ def test_a_bit_list_replaces_the_search_and_gives_the_same_tensor() -> None:
     name = "model.layers.0.mlp.up_proj"
     searched = SlimLlm().quantize(w, s, scheme(2, 4), Linear(name))
     lists = json.loads(json.dumps({name: searched.details["group_bits"]}))
-    for kept in (lists, tuple((k, tuple(v)) for k, v in lists.items())):  # as written, and as a spec keeps it
-        again = SlimLlm(bit_lists=kept).quantize(w, Statistics(hessian=s.hessian), scheme(2, 4), Linear(name))
+    for given_lists in (lists, tuple((k, tuple(v)) for k, v in lists.items())):  # as written, and as a spec keeps it
+        again = methods.rounding("slim_llm", {"bit_lists": given_lists}).quantize(
+            w, Statistics(hessian=s.hessian), scheme(2, 4), Linear(name)
+        )
         assert all(torch.equal(a, b) for a, b in zip(searched.tensor.pack().values(), again.tensor.pack().values(), strict=True))
 
 
@@ -138,7 +140,7 @@ def test_a_bit_list_replaces_the_search_and_gives_the_same_tensor() -> None:
 def test_bit_lists_that_do_not_fit_are_refused(lists: Any, says: str) -> None:
     w, s = problem(6, 32)
     with pytest.raises(ValueError, match=says):
-        SlimLlm(bit_lists=lists).quantize(w, s, scheme(3, 4))
+        methods.rounding("slim_llm", {"bit_lists": lists}).quantize(w, s, scheme(3, 4))
 
 
 # --- ranges and solver ----------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def test_the_first_groups_range_is_the_best_of_101(lam: float) -> None:
     """The first group holds no updates yet, so brute force over the factors gives its scale and zero."""
     w, s = problem(7, 32, 4, torch.float64)
     w[2, 3] = 9.0
-    tensor = mixed(SlimLlm(lam=lam, variant="corrected", bit_lists={"weight": [3] * 4}).quantize(w, s, scheme(3, 8)))
+    tensor = mixed(SlimLlm(lam=lam, variant="corrected", bit_lists=(("weight", [3] * 4),)).quantize(w, s, scheme(3, 8)))
     assert s.hessian is not None
     h = damped(s.hessian, "corrected")
     u2 = torch.tensor([float(torch.linalg.inv(h[j:, j:])[0, 0]) for j in range(8)], dtype=torch.float64)
@@ -188,7 +190,7 @@ def test_summed_errors_are_the_output_error(n: int, groups: int, size: int, bits
 
 
 def test_leading_narrow_groups_have_the_middle_zero_in_the_reference_variant_only() -> None:
-    given_bits = {"weight": [2, 2, 3, 2, 4, 3, 3, 4]}
+    given_bits = (("weight", [2, 2, 3, 2, 4, 3, 3, 4]),)
     w, s = problem(16, 32)
     w = w + 1.0  # zeros of their own are small then
     reference, corrected = (
@@ -202,7 +204,7 @@ def test_leading_narrow_groups_have_the_middle_zero_in_the_reference_variant_onl
 def test_one_bit_groups_are_centred_in_the_corrected_variant() -> None:
     w = torch.tensor([[3.0, 5.0, 4.0, 4.5]])
     h = torch.eye(4)
-    lists = {"weight": [1]}
+    lists = (("weight", [1]),)
     reference, corrected = (
         mixed(SlimLlm(variant=v, bit_lists=lists).quantize(w, Statistics(hessian=h), scheme(2, 4))) for v in ("reference", "corrected")
     )
@@ -216,7 +218,7 @@ def test_degenerate_weights_work(variant: str, lam: float) -> None:
     w, s = problem(4, 16)
     h = s.hessian
     assert h is not None
-    method = SlimLlm(variant=variant, lam=lam, bit_lists={"weight": [1, 3, 2, 1]})
+    method = SlimLlm(variant=variant, lam=lam, bit_lists=(("weight", [1, 3, 2, 1]),))
     zeros = torch.zeros(4, 16)
     assert not mixed(method.quantize(zeros, s, scheme(2, 4))).dequantize().any()
     w[1] = 0
