@@ -13,7 +13,7 @@ from quant.grids import grid as grid_named
 from quant.methods.base import Linear, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding, transform, unknown
 from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS
-from quant.scheme import Granularity, WeightScheme
+from quant.scheme import ANY_NUMBER, Granularity, WeightScheme
 from quant.statistics import Statistics, collect
 
 
@@ -27,6 +27,7 @@ def quantize_linear(
     inputs: Tensor | None = None,
     hessian: Tensor | None = None,
     seed: int = 0,
+    number: str | None = None,
     **method_params: Any,
 ) -> StoredTensor:
     """Quantizes one weight `[N, K]` of any float type, which is not changed.
@@ -37,6 +38,8 @@ def quantize_linear(
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs.
     hessian: `[K, K]`, instead of inputs, for methods that need nothing else.
     seed: for methods that draw random numbers.
+    number: number format of the codes (`quant.scheme.NUMBERS`), whose bits must be given as `bits`; None is the first that the
+    method makes, integers for most.
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.
 
@@ -51,7 +54,10 @@ def quantize_linear(
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
-    scheme = WeightScheme(bits, symmetric, granularity, group_size, params.pop("scale_dtype", "float32"))
+    numbers = ROUNDINGS[METHODS[method].rounding].supports.numbers
+    number = number or ("int" if numbers == ANY_NUMBER else numbers[0])
+    signed = symmetric or number != "int"
+    scheme = WeightScheme(bits, signed, granularity, group_size, params.pop("scale_dtype", "float32"), number)
     named = params.get("grid")
     if symmetric and named is not None and not grid_named(named).symmetric:
         raise ValueError(f"grid={named} is asymmetric and symmetric=True was given; leave one of them out")
@@ -65,7 +71,8 @@ def quantize_linear(
         if name not in allowed:
             raise unknown(f"parameter of {method}", name, [*allowed, "scale_dtype"])
 
-    reason = rounder.supports.refuses(method, scheme)
+    supports = [*(t.supports for t in transforms), rounder.supports]
+    reason = next((r for s in supports if (r := s.refuses(method, scheme)) is not None), None)
     if reason is not None:
         raise ValueError(reason)
     needs = rounder.needs.union(*(t.needs for t in transforms))

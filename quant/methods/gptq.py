@@ -5,6 +5,8 @@ The behaviour is the reference code's, quirks included: per-row ranges are taken
 zeroed; columns are ordered before damping, dead ones counting as H_jj = 1; the ranges of dynamic groups are taken from
 weights that hold the updates of finished blocks only, so that `block_size` matters with groups. Act-order with dynamic
 groups makes groups of permuted columns and stores each column's group.
+Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
+the error of the columns before it. `grid`, `mse` and `static_groups` then say nothing.
 Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
@@ -12,6 +14,7 @@ steps (the same U). Float64 weights are computed in float64, all others in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +24,13 @@ from torch import Tensor
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
-from quant.methods.base import ANY, Linear, Rounded
-from quant.scheme import Granularity, Supports, WeightScheme
-from quant.solver import inverse_factor, revive_dead, solve_affine
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.number_formats import encode, number_format
+from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
+from quant.solver import inverse_factor, revive_dead, solve_affine, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
+from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Gptq:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
-    supports: ClassVar[Supports] = Supports()
+    supports: ClassVar[Supports] = Supports(numbers=ANY_NUMBER)
 
     grid: str | None = None
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
@@ -96,8 +101,32 @@ class Gptq:
             plain[order] = codes
             return AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
 
-        tensor, dtype_notes = with_stored_scales(scheme, run)
+        def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
+            return _solve_floating(w, groups, upper, order, scheme, scale_dtype, self.block_size)
+
+        make: Callable[[torch.dtype], StoredTensor] = run if scheme.number == "int" else run_floating
+        tensor, dtype_notes = with_stored_scales(scheme, make)
         return Rounded(tensor, damp=damp, notes=notes + dtype_notes)
+
+
+def _solve_floating(
+    w: Tensor, groups: Tensor, upper: Tensor, order: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, block_size: int
+) -> FloatingTensor:
+    """Codes of a number format with scales `[R, G]` of the weight as given."""
+    format = number_format(scheme.number)
+    scales = format.fit(groups.abs().amax(-1), scale_dtype)
+    per_group = format.read(scales)
+    columns = per_group.repeat_interleave(w.shape[1] // per_group.shape[1], dim=1).T[order]
+    values = format.element.values().to(w)
+
+    def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        codes = encode(format, column, columns[j])
+        return codes.to(w), values[codes] * columns[j].to(w)
+
+    codes = solve_columns(w.T[order], upper, block_size, round_column).codes
+    plain = torch.empty_like(codes)
+    plain[order] = codes
+    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number)
 
 
 class _Ranges:

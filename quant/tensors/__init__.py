@@ -11,6 +11,7 @@ from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
+from quant.tensors.floating import FloatingTensor
 from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
 from quant.tensors.partially_binary import PartiallyBinaryTensor
@@ -18,6 +19,7 @@ from quant.tensors.strided import StridedTensor
 
 _FORMATS: tuple[type[Any], ...] = (
     AffineTensor,
+    FloatingTensor,
     StridedTensor,
     BinaryTensor,
     CodebookTensor,

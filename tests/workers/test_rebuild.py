@@ -64,6 +64,9 @@ SPECS = {
     "billm": quantize_spec("billm", weight=W1, block_size=24),
     "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
     "pb_llm": quantize_spec("pb_llm", weight=W1),
+    "fp8": quantize_spec(weight=WeightScheme(8, True, number="fp8_e4m3")),
+    "nvfp4_gptq": quantize_spec("gptq", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nvfp4")),
+    "nf4_dq_smoothquant": quantize_spec("rtn", "smoothquant", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nf4_dq")),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
