@@ -13,7 +13,7 @@ from quant.grids import grid as grid_named
 from quant.methods.base import Linear, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding, transform, unknown
 from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS
-from quant.scheme import ANY_NUMBER, Granularity, WeightScheme
+from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
 from quant.statistics import Statistics, collect
 
 
@@ -28,6 +28,7 @@ def quantize_linear(
     hessian: Tensor | None = None,
     seed: int = 0,
     number: str | None = None,
+    activation: ActivationScheme | None = None,
     **method_params: Any,
 ) -> StoredTensor:
     """Quantizes one weight `[N, K]` of any float type, which is not changed.
@@ -40,6 +41,7 @@ def quantize_linear(
     seed: for methods that draw random numbers.
     number: number format of the codes (`quant.scheme.NUMBERS`), whose bits must be given as `bits`; None is the first that the
     method makes, integers for most.
+    activation: how the inputs will be quantized, for methods that search with it (os_plus does nothing without).
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.
 
@@ -79,7 +81,7 @@ def quantize_linear(
     statistics = _statistics(method, needs, weight, inputs, hessian)
     current, scale = weight.detach(), None
     for t in transforms:
-        current, statistics, scale = _apply(t, current, statistics, scheme, scale)
+        current, statistics, scale = _apply(t, current, statistics, scheme, scale, activation)
     tensor = rounder.quantize(current, statistics, scheme, Linear(seed=seed)).tensor
     return tensor if scale is None else tensor.with_input_scale(scale)
 
@@ -123,14 +125,19 @@ def _statistics(method: str, needs: frozenset[str], weight: Tensor, inputs: Tens
 
 
 def _apply(
-    t: Transform, weight: Tensor, statistics: Statistics, scheme: WeightScheme, scale: Tensor | None
+    t: Transform,
+    weight: Tensor,
+    statistics: Statistics,
+    scheme: WeightScheme,
+    scale: Tensor | None,
+    activation: ActivationScheme | None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """One transform on a single linear. The stored input scale stands for the norm that would hold 1 / s."""
 
     def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return x.float() @ weights["weight"].T
 
-    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward, linear=True)
+    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward, linear=True, activation=activation)
     s = t.scale(group, scheme)
     current = weight.float()
     if s is not None:

@@ -93,9 +93,13 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
+def supports(method: str) -> Supports:
+    return ROUNDINGS[METHODS[method].rounding].supports
+
+
 def widest(method: str, most: int) -> int:
-    """The most bits, up to `most`, that the method makes."""
-    return max(b for b in ROUNDINGS[METHODS[method].rounding].supports.bits if b <= most)
+    """The most bits, up to `most`, that the method makes; or the fewest."""
+    return max((b for b in supports(method).bits if b <= most), default=min(supports(method).bits))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -103,9 +107,8 @@ def widest(method: str, most: int) -> int:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
-    supports = ROUNDINGS[METHODS[method].rounding].supports
-    bits = max(supports.bits)
-    if group_size is not None and "group" not in supports.granularity:
+    bits, granularity = max(supports(method).bits), "channel" if group_size is None else "group"
+    if granularity not in supports(method).granularity:
         with pytest.raises(ValueError, match="granularity=group"):
             quantize_linear(w, method=method, bits=bits, group_size=group_size, inputs=x)
         return
@@ -166,7 +169,8 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
-    tensor = quantize_linear(w.to(dtype), method=method, bits=widest(method, 4), inputs=x.to(dtype), scale_dtype="float16")
+    bits, group_size = widest(method, 4), None if "channel" in supports(method).granularity else 8
+    tensor = quantize_linear(w.to(dtype), method=method, bits=bits, group_size=group_size, inputs=x.to(dtype), scale_dtype="float16")
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32
 

@@ -242,7 +242,7 @@ def test_a_method_for_integers_refuses_other_numbers() -> None:
     scheme = WeightScheme(4, True, Granularity.GROUP, 64, number="nf4")
     assert Supports().refuses("hqq", scheme) == "hqq does not make weight.number=nf4; it makes int"
     assert Supports(numbers=("any",)).refuses("rtn", scheme) is None
-    with pytest.raises(ValueError, match="awq does not make weight.number=nf4"):
+    with pytest.raises(ValueError, match=r"awq does not make weight\.number=nf4"):
         quantize_linear(weight(), method="awq", bits=4, group_size=64, number="nf4", inputs=weight())
 
 
