@@ -204,7 +204,7 @@ class BlockQuantizer:
         if refusal is not None:
             self._leave(f"{transform.name} (shift)", rule, refusal)
             return None
-        if self._of(rule.input).hessian is not None:
+        if "hessian" in method.needs:
             raise InputError(f"{transform.name} shifts the input of {rule.name}, and its Hessian cannot follow; set shifting=false")
         if not torch.isfinite(z).all():
             raise NumericalError(f"{transform.name} gave a shift that is not finite for {rule.name}")
