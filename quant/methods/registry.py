@@ -9,11 +9,15 @@ from typing import Any
 from quant.methods.awq import Awq
 from quant.methods.billm import Billm
 from quant.methods.claq import Claq
+from quant.methods.clip import Clip, ClipOutput
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
 from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.learned_rounding import LearnedRounding
+from quant.methods.llm_int8 import LlmInt8
+from quant.methods.nf4 import Nf4
 from quant.methods.omniquant import OmniQuant
+from quant.methods.os_plus import OsPlus
 from quant.methods.pb_llm import PbLlm
 from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
@@ -29,6 +33,8 @@ _ROUNDINGS: tuple[type[Any], ...] = (
     Claq,
     SlimLlm,
     Spqr,
+    LlmInt8,
+    Nf4,
     Hqq,
     Billm,
     PbLlm,
@@ -38,6 +44,9 @@ _ROUNDINGS: tuple[type[Any], ...] = (
 _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
+    OsPlus,
+    Clip,
+    ClipOutput,
 )
 _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
     Quarot,
@@ -84,6 +93,10 @@ METHODS: dict[str, Recipe] = {
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
+    "llm_int8": Recipe("llm_int8"),
+    "nf4": Recipe("nf4"),
+    "os_plus": Recipe("rtn", {"grid": "absmax"}, ("os_plus",)),
+    "zeroquant": Recipe("rtn", {"grid": "q_sym"}),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {
