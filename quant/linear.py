@@ -58,7 +58,7 @@ def quantize_linear(
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
-    numbers = ROUNDINGS[METHODS[method].rounding].supports.numbers
+    numbers = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports.numbers
     number = number or ("int" if numbers == ANY_NUMBER else numbers[0])
     signed = symmetric or number != "int"
     scheme = WeightScheme(bits, signed, granularity, group_size, params.pop("scale_dtype", "float32"), number)
