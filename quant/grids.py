@@ -18,7 +18,8 @@ absmax      M = max |w|, at least 1e-5                M / (2^(b-1) - 1)         
 Sources: GPTQ, AWQ, OmniQuant, QuaRot/SpinQuant, HQQ, KIVI and SmoothQuant's code, in that order of names.
 `mse=True` shrinks the range by p = 1 - i/100 for i = 0..79 and keeps the p of least sum |w - ŵ|^2.4 per group
 (GPTQ's option, which works on every grid here).
-Departures: a group of equal values holds 0 in omni, too; an all-zero group has the scale 1 where the reference divides by (nearly) zero; it decodes to 0 either way.
+Departures: a group of equal values holds 0 in omni, too; an all-zero group has the scale 1 where the reference divides by
+(nearly) zero; it decodes to 0 either way.
 """
 
 from __future__ import annotations
