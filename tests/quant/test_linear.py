@@ -94,7 +94,7 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
 
 def widest(method: str, most: int) -> int:
     """The most bits, up to `most`, that the method makes."""
-    return max(b for b in ROUNDINGS[METHODS[method].rounding].supports.bits if b <= most)
+    return max(b for b in COMPONENTS[METHODS[method].rounding].supports.bits if b <= most)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
