@@ -11,6 +11,8 @@ from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
+from workers.errors import UnsupportedModel
+from workers.rotatable import recollects, rotatable
 from workers.specs import PROPAGATIONS, SAMPLINGS, AutoBits, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
 STATISTICS = ("hessian", "absmax", "absmean", "samples")
@@ -28,14 +30,16 @@ class MethodPart:
     calibrate: tuple[str, ...]
     """Statistics it takes from calibrate stages, sorted."""
     feeds_text: bool
-    """The quantize stage itself runs calibration text: propagation=quantized, or a tuner."""
+    """The quantize stage itself runs calibration text: propagation=quantized, a search on text, or a tuner."""
     reads: frozenset[str]
-    """Run-time parts of the scheme its result depends on: activation, kv."""
+    """Run-time parts of the scheme its result depends on: activation, kv; and text, which a search is fed."""
     uses_seed: bool
     idle_without_activation: tuple[str, ...]
     """Names of transforms that only help quantized activations."""
     supports: tuple[tuple[str, Supports], ...] = ()
     """Of each transform and the rounding, by name."""
+    maps: frozenset[str] | None = None
+    """Statistics that carry over through its transform of the whole model; None where it has none."""
 
     @property
     def ragged_groups(self) -> bool:
@@ -44,6 +48,21 @@ class MethodPart:
     def refuses(self, weight: WeightScheme, family: str | None) -> str | None:
         """Why the method cannot make this weight scheme on this family of models."""
         return next((r for name, s in self.supports if (r := s.refuses(name, weight, family)) is not None), None)
+
+    def cannot_rotate(self, config: Mapping[str, Any]) -> str | None:
+        """Why the model's residual stream cannot be rotated; None where it can, or need not be."""
+        try:
+            if self.maps is not None:
+                rotatable(config)
+        except UnsupportedModel as e:
+            return str(e)
+        return None
+
+    def recollects(self, config: Mapping[str, Any]) -> str | None:
+        """Why the quantize stage itself collects the statistics, of a rotated model; None where calibrate stages do."""
+        if self.maps is None or not self.calibrate or self.cannot_rotate(config) is not None:
+            return None
+        return recollects(rotatable(config), frozenset(self.calibrate), self.maps)
 
 
 @dataclass(frozen=True)
@@ -72,11 +91,12 @@ def method_part(option: Option) -> MethodPart:
         spec=MethodSpec(_component(option, rounding), tuple(_component(option, t) for t in transforms), propagation),
         # With propagation=quantized the stage collects all of them itself, from inputs that earlier blocks have changed.
         calibrate=tuple(sorted(needs)) if propagation == "original" else (),
-        feeds_text=propagation == "quantized" or any(c.get("feeds_text", False) for c in components),
+        feeds_text=propagation == "quantized" or any("text" in c.get("reads", ()) or c.get("feeds_text", False) for c in components),
         reads=frozenset(r for c in components for r in c.get("reads", ())),
         uses_seed=any(c.get("uses_seed", False) for c in components),
         idle_without_activation=tuple(t["kind"] for t in transforms if t.get("for_activations", False)),
         supports=tuple((str(c["kind"]), supports_part(option, c)) for c in components),
+        maps=next((frozenset(t["maps"]) for t in transforms if "maps" in t), None),
     )
 
 

@@ -38,9 +38,9 @@ def fake_quantize_activation(x: Tensor, scheme: ActivationScheme, limits: tuple[
     if not x.numel():
         return x
     if scheme.granularity is Granularity.TOKEN:
-        return fake_quantize(x, scheme.bits, scheme.symmetric)
+        return fake_quantize(x, scheme.bits, scheme.symmetric, scheme.clip)
     sequences = x.shape[0] if x.dim() > 2 else 1
-    return fake_quantize(x.reshape(sequences, -1), scheme.bits, scheme.symmetric).view(x.shape)
+    return fake_quantize(x.reshape(sequences, -1), scheme.bits, scheme.symmetric, scheme.clip).view(x.shape)
 
 
 def fake_quantize_kv(x: Tensor, scheme: KVScheme) -> Tensor:
@@ -50,4 +50,4 @@ def fake_quantize_kv(x: Tensor, scheme: KVScheme) -> Tensor:
     width = scheme.group_size or x.shape[-1]
     if x.shape[-1] % width:
         raise ValueError(f"kv.group_size={width} does not divide head_dim={x.shape[-1]}; choose a divisor, or null for one group a head")
-    return fake_quantize(x.reshape(*x.shape[:-1], -1, width), scheme.bits, scheme.symmetric).view(x.shape)
+    return fake_quantize(x.reshape(*x.shape[:-1], -1, width), scheme.bits, scheme.symmetric, scheme.clip).view(x.shape)

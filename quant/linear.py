@@ -12,7 +12,7 @@ from quant.errors import require_finite
 from quant.grids import grid as grid_named
 from quant.methods.base import Linear, Rounding, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding_or_tuner, transform, unknown
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.methods.single import single_linear
 from quant.methods.tuner import BlockTuner
 from quant.scheme import Granularity, WeightScheme
@@ -46,6 +46,8 @@ def quantize_linear(
     it), `bits_stored`, `bits_nominal`, `pack()`. Raises ValueError for unknown names, missing inputs, groups that do not
     divide K; NonFiniteError; SingularHessianError.
     """
+    if method in MODEL_METHODS:
+        raise ValueError(f"{method} rewrites a whole model; for one weight use its rounding alone: method={MODEL_METHODS[method].rounding}")
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})

@@ -6,7 +6,7 @@ means that it stays in the model's own floating-point format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 
@@ -81,6 +81,8 @@ class ActivationScheme:
     granularity: Granularity = Granularity.TOKEN
     dynamic: bool = True
     """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
+    clip: float = 1.0
+    """Share of a dynamic range that is kept; QuaRot's tables use 0.9."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -89,20 +91,102 @@ class ActivationScheme:
             raise ValueError(f"activation.granularity={self.granularity.value}; choose token or tensor")
         if not self.dynamic and self.granularity is Granularity.TOKEN:
             raise ValueError("static activation ranges exist per tensor only; set activation.granularity=tensor or dynamic=true")
+        _check_clip("activation", self.clip)
+        if not self.dynamic and self.clip != 1:
+            raise ValueError(f"activation.clip={self.clip} is for dynamic ranges; static ones are those of calibration: use 1.0")
+
+
+KV_KINDS = {"per_token": (2, 8), "kivi": (2, 8), "kvquant": (2, 5)}
+"""Quantizers of the cache, and their least and most bits."""
+KV_MODES = ("simulate", "decode")
+KV_CODEBOOKS = ("uniform", "nuq")
 
 
 @dataclass(frozen=True)
 class KVScheme:
-    """Format of keys and values, fake-quantized on every token in the single forward pass (labelled simulation)."""
+    """Format of the keys and values that attention reads, and how an evaluation gets there."""
 
     bits: int
     symmetric: bool = False
+    """per_token only."""
     group_size: int | None = None
-    """Consecutive channels of a head that share a scale; `None` is one scale per token and head."""
+    """Consecutive channels of a head that share a scale (kivi: and tokens of a key channel); None, for per_token, is one scale per
+    token and head."""
+    kind: str = "per_token"
+    """per_token: every token on its own range; kivi: keys per channel, values per token, the latest tokens in full precision;
+    kvquant: keys per channel before the rotary embedding, codebooks, outliers kept."""
+    version: int = 1
+    """Of the kind's code."""
+    mode: str = "simulate"
+    """simulate: one forward pass, the cache's effect computed in it; decode: the cache is written and read step by step, with the
+    text's own tokens as input."""
+    prefill: int = 1
+    """kivi: tokens at the start of a window that form the prompt and read themselves in full precision."""
+    value_bits: int | None = None
+    """kivi: bits of values where they differ from the keys'."""
+    residual_length: int | None = None
+    """kivi: tokens in full precision, a multiple of the group size."""
+    outliers: float = 0.0
+    """kvquant: share of values kept exactly."""
+    codebook: str = "uniform"
+    """kvquant: uniform, or nuq (k-means on calibration data)."""
+    first_few_fp16: int = 0
+    """kvquant: tokens at the start kept exactly."""
+    clip: float = 1.0
+    """per_token: share of the range that is kept; QuaRot's tables use 0.95."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"kv.bits={self.bits} is not between 2 and 8; leave `kv: null` for 16 bits")
+        if self.kind not in KV_KINDS:
+            raise ValueError(f"kv.kind={self.kind}; choose {', '.join(KV_KINDS)}")
+        if self.mode not in KV_MODES:
+            raise ValueError(f"kv.mode={self.mode}; choose {' or '.join(KV_MODES)}")
+        least, most = KV_KINDS[self.kind]
+        for name, bits in (("bits", self.bits), ("value_bits", self.value_bits)):
+            if bits is not None and not least <= bits <= most:
+                raise ValueError(f"kv.{name}={bits} is not between {least} and {most}; leave `kv: null` for 16 bits")
+        self._check_foreign()
+        _check_clip("kv", self.clip)
+        if self.kind == "kivi":
+            size, length = self.group_size, self.residual_length
+            if size is None or length is None or size < 1 or length < 1 or length % size:
+                raise ValueError(f"kv.group_size={size} and kv.residual_length={length}: kivi needs the first to divide the second")
+            if self.prefill < 1:
+                raise ValueError(f"kv.prefill={self.prefill}; a prompt has one token at least")
+        if not 0 <= self.outliers < 0.5:
+            raise ValueError(f"kv.outliers={self.outliers}; give a share from 0 to below 0.5, such as 0.01")
+        if self.codebook not in KV_CODEBOOKS:
+            raise ValueError(f"kv.codebook={self.codebook}; choose {' or '.join(KV_CODEBOOKS)}")
+        if self.first_few_fp16 < 0:
+            raise ValueError(f"kv.first_few_fp16={self.first_few_fp16} must not be negative")
+
+    def _check_foreign(self) -> None:
+        """A field of another kind would change the key and nothing else."""
+        owners = {
+            "symmetric": ("per_token",),
+            "clip": ("per_token",),
+            "group_size": ("per_token", "kivi"),
+            "prefill": ("kivi",),
+            "value_bits": ("kivi",),
+            "residual_length": ("kivi",),
+            "outliers": ("kvquant",),
+            "codebook": ("kvquant",),
+            "first_few_fp16": ("kvquant",),
+        }
+        for f in fields(self):
+            if f.name in owners and self.kind not in owners[f.name] and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"kv.{f.name}={getattr(self, f.name)} means nothing to kv.kind={self.kind}; it is for {', '.join(owners[f.name])}"
+                )
+
+    @property
+    def calibrated(self) -> bool:
+        """Needs keys and values of calibration text."""
+        return self.kind == "kvquant"
+
+
+def _check_clip(part: str, clip: float) -> None:
+    if not 0 < clip <= 1:
+        raise ValueError(f"{part}.clip={clip} is not a share of the range; give more than 0 and at most 1")
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Collecting is per sequence, in the order given, so that the result does not depe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,6 +35,15 @@ class Statistics:
             absmax=None if self.absmax is None else self.absmax / s,
             absmean=None if self.absmean is None else self.absmean / s,
             samples=None if self.samples is None else self.samples / s,
+        )
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> Statistics:
+        """Statistics of f(x) = x M, f a linear map of the last axis, exactly: H ▸ Mᵀ H M, samples ▸ f(samples). Computed in
+        float64. absmax and absmean do not follow from those of x: None."""
+        h, samples = self.hessian, self.samples
+        return Statistics(
+            hessian=None if h is None else f(f(h.double()).T).T.to(h).contiguous(),
+            samples=None if samples is None else f(samples.double()).to(samples),
         )
 
     def require(self, method: str, *kinds: str) -> None:

@@ -1,4 +1,5 @@
-"""Where the quantize stage's statistics come from: calibrate artifacts, or text fed through the already quantized blocks."""
+"""Where the quantize stage's statistics come from: calibrate artifacts (mapped into a rotated model's terms), text fed through the
+rotated model, or text fed through the already quantized blocks."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
+from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, Call, batches
@@ -48,6 +50,46 @@ class StoredStatistics:
         return {}
 
 
+class MappedStatistics:
+    """Calibrate artifacts of the unrotated model, in terms of the rotated one. A block is rotated before it is asked for."""
+
+    kinds: frozenset[str] = frozenset()
+
+    def __init__(self, stored: StoredStatistics, rotator: Rotator) -> None:
+        self._stored, self._rotator = stored, rotator
+
+    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+        return [self._rotator.mapped(block, part) for part in self._stored.collect(block, structure, only)]
+
+    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+        return {}
+
+
+@dataclass
+class RecollectedStatistics:
+    """Text fed through the unquantized, rotated model: a block passes its outputs on before it is quantized."""
+
+    model: BlockModel
+    calls: list[list[Call]]
+    """Per batch, per block."""
+    hidden: list[Tensor]
+    wanted: frozenset[str]
+    kept: int
+    kinds: frozenset[str] = frozenset()
+
+    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+        calls = [c[block] for c in self.calls]
+        found, self.hidden = collect(self.model.blocks[block], structure, self.wanted, calls, self.hidden, self.kept, only)
+        return [found]
+
+    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+        return {}
+
+
+OriginalStatistics = StoredStatistics | MappedStatistics | RecollectedStatistics
+"""Of the unquantized model."""
+
+
 @dataclass
 class FedStatistics:
     """Text fed through the quantized blocks; `kinds` are collected before a block is quantized (none with stored statistics)."""
@@ -60,7 +102,7 @@ class FedStatistics:
     kept: int
     notes: list[str]
     """Told of fallbacks."""
-    stored: StoredStatistics | None = None
+    stored: OriginalStatistics | None = None
 
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         if self.stored is not None:
@@ -92,8 +134,14 @@ class FedStatistics:
 
 
 def statistics_source(
-    spec: QuantizeSpec, made: tuple[Method, ...], inputs: Mapping[str, Path], context: Context, model: BlockModel
-) -> StoredStatistics | FedStatistics:
+    spec: QuantizeSpec,
+    made: tuple[Method, ...],
+    inputs: Mapping[str, Path],
+    context: Context,
+    model: BlockModel,
+    rotator: Rotator | None = None,
+) -> OriginalStatistics | FedStatistics:
+    """`model` with what is outside its blocks rotated already, where there is a rotator."""
     modes = {r.method.propagation for r in spec.rules}
     if not modes <= {"original", "quantized"}:
         raise InputError(f"propagation={sorted(modes - {'original', 'quantized'})}; allowed: original, quantized")
@@ -101,23 +149,38 @@ def statistics_source(
     if len(modes) > 1:
         raise InputError("all rules of one quantize stage need the same propagation; use original or quantized for every rule")
     static = spec.activation is not None and not spec.activation.dynamic
-    stored = None
-    if not quantized:
-        missing = missing_statistics(made, frozenset(inputs))
-        if missing:
-            raise InputError(f"the methods need the statistics {', '.join(missing)}; given: {', '.join(sorted(inputs)) or 'none'}")
-        indices = {check_kind(kind): (folder, json.loads(payload_path(folder, SITES).read_text())) for kind, folder in inputs.items()}
-        stored = StoredStatistics(indices, context.device)
-        _check_sites(stored, model)
+    needs = frozenset[str]().union(*(m.needs for m in made))
+    recollect = None if quantized or rotator is None else rotator.recollects(needs)
+    stored: OriginalStatistics | None = None
+    if not quantized and recollect is None:
+        stored = _stored(made, inputs, context, model)
+        if rotator is not None:
+            stored = MappedStatistics(stored, rotator)
         if not static:
             return stored
     if spec.calibration is None:
-        raise InputError("propagation=quantized and static activation ranges feed text: the spec needs a calibration")
+        why = f"statistics of the rotated model are collected here: {recollect}" if recollect else "propagation=quantized and static ranges"
+        raise InputError(f"{why}; the stage feeds text, and the spec needs a calibration")
     tokens = calibration_tokens(context, model, spec.calibration)
-    kinds = frozenset().union(*(m.needs for m in made)) if quantized else frozenset[str]()
+    kept = sample_sequences(*tokens.shape)
     with context.phase("forward"):
         prepared = model.prepare(batches(tokens, context.batch_tokens))
-    return FedStatistics(model, prepared.calls, prepared.hidden, kinds, sample_sequences(*tokens.shape), context.notes, stored)
+    if recollect is not None:
+        context.notes.append(f"statistics of the rotated model were collected in this stage: {recollect}")
+        stored = RecollectedStatistics(model, prepared.calls, list(prepared.hidden), needs, kept)
+        if not static:
+            return stored
+    return FedStatistics(model, prepared.calls, prepared.hidden, needs if quantized else frozenset(), kept, context.notes, stored)
+
+
+def _stored(made: tuple[Method, ...], inputs: Mapping[str, Path], context: Context, model: BlockModel) -> StoredStatistics:
+    missing = missing_statistics(made, frozenset(inputs))
+    if missing:
+        raise InputError(f"the methods need the statistics {', '.join(missing)}; given: {', '.join(sorted(inputs)) or 'none'}")
+    indices = {check_kind(kind): (folder, json.loads(payload_path(folder, SITES).read_text())) for kind, folder in inputs.items()}
+    stored = StoredStatistics(indices, context.device)
+    _check_sites(stored, model)
+    return stored
 
 
 def _check_sites(stored: StoredStatistics, model: BlockModel) -> None:

@@ -24,11 +24,13 @@ from workers import families
 from workers.calibrate import calibration_tokens
 from workers.context import Context
 from workers.errors import InputError, WorkerError
-from workers.feeding import FedStatistics, StoredStatistics, statistics_source
+from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
 from workers.recipe import Operation, RecipeWriter
+from workers.rotate import Rotator
+from workers.rotation import rotate_outside
 from workers.rounding import (
     BlockQuantizer,
     LinearResult,
@@ -77,11 +79,12 @@ def quantize_blocks(
     made = make_methods(spec.rules)
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made, model.structure.model_type)
-    source = statistics_source(spec, made, inputs, context, model)
+    writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
+    rotator = rotate_outside(spec, made, model, context, writer)
+    source = statistics_source(spec, made, inputs, context, model, rotator)
     tuning = _tuning(spec, made, source, context, model)
     width = 1 if tuning is None else tuning.tuner.blocks
-    writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
-    run = _Run(spec, made, model, source, context, writer, layers, tuning)
+    run = _Run(spec, made, model, source, context, writer, layers, rotator, tuning)
     for first in range(0, model.structure.count, width):
         indices = range(first, min(first + width, model.structure.count))
         run.blocks(indices)
@@ -98,12 +101,19 @@ def quantize_blocks(
         "coverage": {"asked": len(run.replaced), "quantized": len(run.replaced), "kept": run.kept},
         "peak_memory_bytes": peak.bytes(),
         "working_set": {
-            "declared": "block" if width == 1 else f"blocks({width})",
+            "declared": _working_set(made, width),
             "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count)),
         },
         "flags": _flags(made, run.scaled),
+        **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
         **({} if tuning is None else {"tuning": tuning.losses}),
     }
+
+
+def _working_set(made: tuple[Method, ...], width: int) -> str:
+    if any(m.whole is not None and m.whole.working_set == "model" for m in made):
+        return "model"
+    return "block" if width == 1 else f"blocks({width})"
 
 
 @dataclass
@@ -113,10 +123,11 @@ class _Run:
     spec: QuantizeSpec
     made: tuple[Method, ...]
     model: BlockModel
-    source: StoredStatistics | FedStatistics
+    source: OriginalStatistics | FedStatistics
     context: Context
     writer: RecipeWriter
     layers: Layers
+    rotator: Rotator | None = None
     tuning: Tuning | None = None
     left_alone: dict[tuple[str, str, str], int] = field(default_factory=dict)
     scaled: set[str] = field(default_factory=set)
@@ -141,7 +152,8 @@ class _Run:
             self._finish(worker, [*rounded, *worker.tuned])
 
     def _transformed(self, b: int) -> BlockQuantizer:
-        context, model, structure = self.context, self.model, self.model.structure
+        context, model = self.context, self.model
+        structure = model.structure if self.rotator is None else self.rotator.structure
         block = model.load(b)
         named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
         chosen = {n: m for n, m in named.items() if m is not None}
@@ -161,7 +173,7 @@ class _Run:
         with context.phase("forward"):
             ranges = self.source.advance(b, static=activation is not None and not activation.dynamic)
         with context.phase("write"):
-            operations, tensors = _operations(worker, results, ranges)
+            operations, tensors = _operations(worker, results, ranges, self.rotator)
             self.replaced |= {m.name for m in results}
             for name in worker.structure.linear_names():
                 if name not in worker.methods:
@@ -172,7 +184,7 @@ class _Run:
 
 
 def _tuning(
-    spec: QuantizeSpec, made: tuple[Method, ...], source: StoredStatistics | FedStatistics, context: Context, model: BlockModel
+    spec: QuantizeSpec, made: tuple[Method, ...], source: OriginalStatistics | FedStatistics, context: Context, model: BlockModel
 ) -> Tuning | None:
     """Where a rule names a tuner. Raises InputError where text or statistics are not as it needs them."""
     tuner = tuner_of(made)
@@ -190,7 +202,7 @@ def _tuning(
     return Tuning(tuner, model, tokens, activation, context)
 
 
-def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, context: Context) -> list[LinearResult]:
+def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, context: Context) -> list[LinearResult]:
     """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
     sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
     results = []
@@ -210,17 +222,18 @@ def _round(worker: BlockQuantizer, source: StoredStatistics | FedStatistics, con
 
 
 def _operations(
-    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]]
+    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]], rotator: Rotator | None
 ) -> tuple[list[Operation], dict[str, Tensor]]:
     weights = worker.weights
     tensors: dict[str, Tensor] = {}
-    operations: list[Operation] = []
-    for name, values in weights.norms.items():
+    operations: list[Operation] = [] if rotator is None else rotator.block_operations(worker.index)
+    for name in dict.fromkeys([*(() if rotator is None else rotator.norms), *weights.norms]):
         path = worker.path(name)
-        names = {k: f"{path}.{k}" for k in values}
+        names = {k: f"{path}.{k}" for k in weights.norms.get(name, ())}
         module: Any = worker.block.get_submodule(name)
-        tensors.update({names[k]: getattr(module, k) for k in values})
-        operations.append({"op": "set_norm", "module": path, "tensors": names})
+        tensors.update({names[k]: getattr(module, k) for k in names})
+        kind = {} if rotator is None else rotator.norm_operation(name)
+        operations.append({"op": "set_norm", "module": path, "tensors": names, **kind})
     for name in weights.routers:
         tensors[f"{worker.path(name)}.weight"] = worker.block.get_submodule(name).weight
         operations.append({"op": "dense", "module": worker.path(name), "tensor": f"{worker.path(name)}.weight"})
@@ -228,13 +241,13 @@ def _operations(
     for name, view in weights.views.items():
         path = worker.path(name)
         bias = None
-        if name in weights.biases:
+        if name in weights.biases or (rotator is not None and view.bias is not None):
             bias, tensors[f"{path}.bias"] = f"{path}.bias", view.bias
+        steps = [] if rotator is None else rotator.input_steps(name)
         if path in rounded:
             stored = rounded[path].rounded.tensor
             packed = stored.pack()
             tensors.update({f"{path}.{k}": t for k, t in packed.items()})
-            steps = []
             if worker.site(name) in ranges:
                 low, high = ranges[worker.site(name)]
                 steps.append({"op": "activation", "low": low, "high": high})
@@ -249,9 +262,10 @@ def _operations(
                     "input": steps,
                 }
             )
-        elif weights.current[name] is not weights.original[name]:
+        elif rotator is not None or weights.current[name] is not weights.original[name]:
             tensors[f"{path}.weight"] = view.weight()
-            operations.append({"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias})
+            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias}
+            operations.append({**dense, "input": steps} if steps else dense)
     file = f"tensors_{worker.index:04d}.safetensors"
     return [{**op, "file": file} for op in operations], tensors
 
@@ -271,15 +285,17 @@ def _untouched_bytes(model: BlockModel, operations: list[Operation]) -> int:
     """Bytes of the checkpoint's tensors that no operation replaces, as stored; experts count by their share."""
     gone = 0.0
     for op in operations:
-        if op["op"] == "keep":
+        if op["op"] not in ("replace_linear", "set_norm", "dense"):
             continue
-        parts = [f"{op['module']}.{k}" for k in op.get("tensors", {})] if op["op"] == "set_norm" else [f"{op['module']}.weight"]
+        parts = [f"{op['module']}.weight"]
+        if op["op"] == "set_norm":
+            parts = [f"{op['module']}.{k}" for k in (("weight", "bias") if "kind" in op else op["tensors"])]
         if op.get("bias"):
             parts.append(f"{op['module']}.bias")
         for name in parts:
-            sources, share = model.sources.get(name), 1.0
-            if sources is None:  # one expert of a 3-D tensor
-                tensor = name.removesuffix(".weight").rpartition(".")[0]
+            sources, share = model.sources.get(name, []), 1.0
+            tensor = name.removesuffix(".weight").rpartition(".")[0]
+            if not sources and tensor in model.sources:  # one expert of a 3-D tensor
                 sources, share = model.sources[tensor], 1.0 / model.model.get_parameter(tensor).shape[0]
             gone += share * sum(model.checkpoint.tensors[s].bytes for s in sources)
     return model.checkpoint.bytes - round(gone)

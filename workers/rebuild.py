@@ -33,6 +33,7 @@ def rebuild(context: Context, model: ModelSpec, artifact: Path) -> nn.Module:
             f"{artifact} was quantized from model {recipe.model_digest[:12]} in {recipe.dtype}, not {model.digest[:12]} in {model.dtype}"
         )
     opened = open_blocks(context, model)
+    recipe.apply_outside(opened.model, opened.structure.blocks)
     opened.on_load.append(lambda i: recipe.apply(opened.model, f"{opened.structure.blocks}.{i}."))
     return _finish(opened, context)
 

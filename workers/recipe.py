@@ -4,10 +4,20 @@
 parameters, and the file and names of its tensors:
 
 - replace_linear{module, format, meta, file, tensors, bias, input}: the weight becomes `quant.tensors.unpack(...).dequantize()`;
-  bias is the name of a changed bias, or null; input lists what is done to the input at run time, of `INPUT_OPERATIONS`.
-- set_norm{module, file, tensors}: weight (and bias) of a norm.
-- dense{module, file, tensor}: an unquantized weight that differs from the checkpoint's (a scaled router).
+  bias is the name of a changed (or new) bias, or null; input lists, in order, what is done to the input at run time:
+  gather{index [K'], scale [K'] or null} · scale{scale [K]} · hadamard{size, block} · rotation{matrix [K, K']}, x ▸ x M ·
+  activation{low, high}, a static range per tensor, which comes last. Fake quantization of activations follows all of them.
+- set_norm{module, file, tensors, kind?, eps?}: weight (and bias) of a norm. With kind rms the norm has no bias and, but for
+  what `tensors` names, no scale: x / sqrt(mean(x²) + eps), whatever it was.
+- dense{module, file, tensor, linear?, bias?, input?}: an unquantized weight that differs from the checkpoint's: a scaled router,
+  an embedding, the head, or (linear) a linear of a block.
+- heads_hadamard{module, heads, block}: a Hadamard matrix across every `block` heads of the input of the linear `module`.
+- rotate_qk_after_rope{module, block}: queries and keys of the attention `module` are mixed, `block` channels of a head at a time,
+  before keys are quantized. Their products do not change, so that nothing is done where keys stay as they are.
+- untie_head{module}: the head gets a copy of the embedding's weight, which later operations may change.
 - keep{module, reason}: a linear left as it is.
+
+Operations on modules inside a block are carried out when the block is read; all others once, when the model is opened.
 """
 
 from __future__ import annotations
@@ -23,14 +33,14 @@ from torch import Tensor, nn
 
 from quant import tensors as stored_tensors
 from quant.methods.base import StoredTensor
+from workers import steps
 from workers.artifact import payload_path
-from workers.blocks import linear_view
+from workers.blocks import LinearView, linear_view
 from workers.errors import InputError
 
 VERSION = 1
 RECIPE = "recipe.json"
-INPUT_OPERATIONS = ("activation",)
-"""activation{low, high}: static range of the input, per tensor."""
+INPUT_OPERATIONS = (*steps.STEPS, "activation")
 
 Operation = dict[str, Any]
 
@@ -77,6 +87,22 @@ class Recipe:
             if op["module"].startswith(below):
                 OPERATIONS[op["op"]](model, op, self._tensors(op))
 
+    def apply_outside(self, model: nn.Module, blocks: str) -> None:
+        """Carry out the operations on modules that are not below `blocks`: embeddings, final norm, head."""
+        for op in self.operations:
+            if not op["module"].startswith(blocks + "."):
+                OPERATIONS[op["op"]](model, op, self._tensors(op))
+
+    def changes_the_model(self) -> str | None:
+        """An operation that an ordinary checkpoint of the family cannot hold; None where there is none."""
+        for op in self.operations:
+            if op["op"] in RUNTIME or "kind" in op:
+                return str(op["op"])
+            step = next((s["op"] for s in op.get("input", ()) if s["op"] != "activation"), None)
+            if step is not None:
+                return str(step)
+        return None
+
     def replaced(self) -> list[Operation]:
         return [op for op in self.operations if op["op"] == "replace_linear"]
 
@@ -96,9 +122,14 @@ class Recipe:
 def check_operation(op: Operation) -> None:
     if op.get("op") not in OPERATIONS:
         raise InputError(f"unknown recipe operation {op.get('op')!r}; this version knows {', '.join(OPERATIONS)}")
-    for step in op.get("input", ()):
-        if step.get("op") not in INPUT_OPERATIONS:
-            raise InputError(f"unknown input operation {step.get('op')!r}; this version knows {', '.join(INPUT_OPERATIONS)}")
+    given = [step.get("op") for step in op.get("input", ())]
+    for name in given:
+        if name not in INPUT_OPERATIONS:
+            raise InputError(f"unknown input operation {name!r}; this version knows {', '.join(INPUT_OPERATIONS)}")
+    if "activation" in given[:-1]:
+        raise InputError(f"input operations {', '.join(given)} of {op['module']}: activation must come last")
+    if op.get("kind", NORM_KINDS[0]) not in NORM_KINDS:
+        raise InputError(f"unknown kind of norm {op['kind']!r}; this version knows {', '.join(NORM_KINDS)}")
 
 
 def _stored(op: Operation, tensors: dict[str, Tensor]) -> StoredTensor:
@@ -108,12 +139,19 @@ def _stored(op: Operation, tensors: dict[str, Tensor]) -> StoredTensor:
 def _replace_linear(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     view = linear_view(model, op["module"])
     view.write(_stored(op, tensors).dequantize())
-    if op["bias"] is not None:
-        view.write_bias(tensors[op["bias"]])
+    _bias_and_steps(view, op, tensors)
+
+
+def _bias_and_steps(view: LinearView, op: Operation, tensors: dict[str, Tensor]) -> None:
+    if op.get("bias") is not None:
+        steps.write_bias(view.module, tensors[op["bias"]])
+    steps.set_linear_steps(view, op.get("input", []), tensors)
 
 
 def _set_norm(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     module = model.get_submodule(op["module"])
+    if op.get("kind") == "rms":
+        steps.set_rms_norm(module, op["eps"])
     with torch.no_grad():
         for parameter, name in op["tensors"].items():
             getattr(module, parameter).copy_(tensors[name])
@@ -121,22 +159,43 @@ def _set_norm(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> No
 
 def _dense(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     if op.get("linear"):
-        linear_view(model, op["module"]).write(tensors[op["tensor"]])
-        if op.get("bias") is not None:
-            linear_view(model, op["module"]).write_bias(tensors[op["bias"]])
+        view = linear_view(model, op["module"])
+        view.write(tensors[op["tensor"]])
+        _bias_and_steps(view, op, tensors)
         return
     module: Any = model.get_submodule(op["module"])
     with torch.no_grad():
         module.weight.copy_(tensors[op["tensor"]])
+    if op.get("bias") is not None:
+        steps.write_bias(module, tensors[op["bias"]])
 
 
 def _keep(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     linear_view(model, op["module"])  # raises where the module is not there
 
 
+def _heads_hadamard(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+    heads, block = int(op["heads"]), int(op["block"])
+    steps.set_steps(model.get_submodule(op["module"]), "heads", [lambda x: steps.mix_heads(x, heads, block)])
+
+
+def _rotate_qk(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+    steps.set_key_rotation(model.get_submodule(op["module"]), int(op["block"]))
+
+
+def _untie_head(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+    steps.untie_head(model, op["module"])
+
+
 OPERATIONS: dict[str, Callable[[nn.Module, Operation, dict[str, Tensor]], None]] = {
     "replace_linear": _replace_linear,
     "set_norm": _set_norm,
     "dense": _dense,
+    "heads_hadamard": _heads_hadamard,
+    "rotate_qk_after_rope": _rotate_qk,
+    "untie_head": _untie_head,
     "keep": _keep,
 }
+RUNTIME = ("heads_hadamard", "rotate_qk_after_rope", "untie_head")
+NORM_KINDS = ("own", "rms")
+"""own: as the family's module computes it."""

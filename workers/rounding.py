@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
-from quant.methods.base import Linear, Rounded, Rounding, Transform
-from quant.methods.registry import TUNERS
+from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, Transform
+from quant.methods.registry import MODEL_TRANSFORMS, TUNERS
 from quant.methods.tuner import BlockTuner
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
@@ -36,6 +36,9 @@ class Method:
     rule: Rule
     by: Rounding | BlockTuner
     transforms: tuple[Transform, ...]
+    """Of groups of linears, in order."""
+    whole: ModelTransform | None = None
+    """Of the whole model, before all others."""
 
     @property
     def rounding(self) -> Rounding:
@@ -48,7 +51,11 @@ class Method:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset().union(self.by.needs, *(t.needs for t in self.transforms))
+        return frozenset().union(*(part.needs for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[ModelTransform | Transform | Rounding | BlockTuner, ...]:
+        return (*((self.whole,) if self.whole is not None else ()), *self.transforms, self.by)
 
     @property
     def scheme(self) -> WeightScheme:
@@ -61,10 +68,27 @@ class Method:
 
 
 def make_methods(rules: tuple[Rule, ...]) -> tuple[Method, ...]:
-    return tuple(
-        Method(r, _make(methods.rounding_or_tuner, r.method.rounding), tuple(_make(methods.transform, t) for t in r.method.transforms))
-        for r in rules
-    )
+    """Raises InputError for unknown names or parameters, and for transforms of the whole model that do not come first or that not
+    all rules share."""
+    made = tuple(_make_method(r) for r in rules)
+    wholes = {r.method.transforms[:1] if m.whole is not None else () for r, m in zip(rules, made, strict=True)}
+    if len(wholes) > 1:
+        names = sorted({m.whole.name if m.whole is not None else "none" for m in made})
+        raise InputError(f"a transform of the whole model must be the same in all rules; got {', '.join(names)} with different parameters")
+    return made
+
+
+def _make_method(rule: Rule) -> Method:
+    first, rest = rule.method.transforms[:1], rule.method.transforms[1:]
+    if not first or first[0].name not in MODEL_TRANSFORMS:
+        first, rest = (), rule.method.transforms
+    late = next((t.name for t in rest if t.name in MODEL_TRANSFORMS), None)
+    if late is not None:
+        raise InputError(
+            f"{late} rewrites the whole model: it must be the first transform; got {', '.join(t.name for t in rule.method.transforms)}"
+        )
+    whole = _make(methods.model_transform, first[0]) if first else None
+    return Method(rule, _make(methods.rounding_or_tuner, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
 
 
 def _make(factory: Callable[..., Any], component: Component) -> Any:
@@ -92,7 +116,7 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
     """Raises InputError for a scheme or family that a method does not support, and for a group size that does not divide a
     linear's inputs."""
     for method in made:
-        for part in (*method.transforms, method.by):
+        for part in method.parts:
             reason = part.supports.refuses(part.name, method.scheme, family)
             if reason is not None:
                 raise InputError(reason)

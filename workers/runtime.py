@@ -14,6 +14,7 @@ from workers import families
 from workers.blocks import Taps, input_of, tap_inputs
 from workers.errors import InputError
 from workers.recipe import Recipe
+from workers.steps import key_rotation, mix
 
 Runtime = Taps
 
@@ -99,20 +100,27 @@ def _static_range(op: dict[str, Any]) -> tuple[float, float] | None:
     return next(((s["low"], s["high"]) for s in op["input"] if s["op"] == "activation"), None)
 
 
-class _QuantizingCache:
+class QuantizingCache:
     """Stands in for the cache that attention updates with rotated keys and values: quantizes them, then passes them on."""
 
-    def __init__(self, inner: Any, scheme: KVScheme) -> None:
+    def __init__(self, inner: Any, scheme: KVScheme, mixed: int = 0) -> None:
         self._inner = inner
         self._scheme = scheme
+        self._mixed = mixed
+        """Channels of a head that a Hadamard matrix mixes while keys are quantized; 0: none."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """keys, values `[B, heads, T, D]`."""
-        keys, values = fake_quantize_kv(keys, self._scheme), fake_quantize_kv(values, self._scheme)
+        # (q M) · Q(k M) = q · (Q(k M) Mᵀ): turned back here, queries may stay as they are.
+        keys = mix(self._round(mix(keys, self._mixed)), self._mixed, transpose=True)
+        values = self._round(values)
         if self._inner is None:
             return keys, values
         out: tuple[Tensor, Tensor] = self._inner.update(keys, values, layer_idx, *args, **kwargs)
         return out
+
+    def _round(self, x: Tensor) -> Tensor:
+        return fake_quantize_kv(x, self._scheme)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -120,6 +128,6 @@ class _QuantizingCache:
 
 def _quantize_cache(argument: str, scheme: KVScheme) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, {**kwargs, argument: _QuantizingCache(kwargs.get(argument), scheme)}
+        return args, {**kwargs, argument: QuantizingCache(kwargs.get(argument), scheme, key_rotation(module))}
 
     return hook

@@ -135,3 +135,64 @@ class Transform(Protocol):
 
     def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
         """A changed weight `[N, K]` (clipping, for example), after all scales of the block; None for no change."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths that rotations of a whole model act on."""
+
+    hidden: int
+    """Channels of the residual stream."""
+    inner: int
+    """Inputs of the feed-forward module's second linear."""
+    heads: int
+    """Query heads."""
+    head_dim: int
+    blocks: int
+
+
+@dataclass
+class Rotation:
+    """Orthonormal changes of basis of a whole model; row vectors, x ▸ x R. Known before the first block is read."""
+
+    residual: Tensor
+    """`[hidden, hidden]` float64: of the residual stream, folded into every weight that reads or writes it."""
+    values: tuple[Tensor, ...]
+    """Per block `[head_dim, head_dim]` float64: of every head's values, folded into value and output projections."""
+    heads: int = 0
+    """Consecutive heads that one Hadamard matrix mixes before the output projection, at run time; 0: none."""
+    down: int = 0
+    """Consecutive inputs that one Hadamard matrix mixes before the second feed-forward linear, at run time; 0: none."""
+    keys: int = 0
+    """Channels of a head that one Hadamard matrix mixes, in queries and keys after RoPE; 0: none."""
+    notes: list[str] = field(default_factory=list)
+    """Every fallback taken, in words."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """JSON facts for the record: losses of a search."""
+
+
+RotationLoss = Callable[[Rotation, int], Tensor]
+"""(rotation in any float type, number of a sequence, taken modulo their count) ▸ the quantized model's mean loss, with a graph."""
+
+
+class ModelTransform(Protocol):
+    """A rewrite of embeddings, all blocks and head together; the first transform of a method, the same for all linears.
+
+    Norms are fused into the linears behind them first (in float64), so that rotations pass through them."""
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    needs: ClassVar[frozenset[str]]
+    reads: ClassVar[frozenset[str]]
+    """activation, kv, and text where the stage must feed calibration text for the search."""
+    uses_seed: ClassVar[bool]
+    for_activations: ClassVar[bool]
+    supports: ClassVar[Supports]
+    maps: ClassVar[frozenset[str]]
+    """Statistics of the unrotated model that carry over exactly (where norms have no bias); others are recollected."""
+    working_set: ClassVar[str]
+    """block (the rotation is fixed before the walk) or model."""
+    searches: ClassVar[bool]
+    """`rotation` needs a loss."""
+
+    def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation: ...

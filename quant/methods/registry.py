@@ -8,19 +8,27 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.billm import Billm
+from quant.methods.claq import Claq
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
+from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.learned_rounding import LearnedRounding
 from quant.methods.omniquant import OmniQuant
 from quant.methods.pb_llm import PbLlm
+from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
+from quant.methods.slim_llm import SlimLlm
 from quant.methods.smoothquant import SmoothQuant
+from quant.methods.spqr import Spqr
 
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
     Gptq,
+    Claq,
+    SlimLlm,
+    Spqr,
     Hqq,
     Billm,
     PbLlm,
@@ -31,12 +39,18 @@ _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
 )
+_MODEL_TRANSFORMS: tuple[type[Any], ...] = (
+    Quarot,
+    LearnedRotation,
+)
 _TUNERS: tuple[type[Any], ...] = (
     OmniQuant,
     LearnedRounding,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
+MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
+"""Transforms of a whole model: the first of a method's transforms, if any."""
 TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
 
 
@@ -53,6 +67,7 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
+    "claq": Recipe("claq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "hqq": Recipe("hqq"),
@@ -61,7 +76,18 @@ METHODS: dict[str, Recipe] = {
     "pb_llm": Recipe("pb_llm"),
     "quip": Recipe("quip"),
     "quip_sharp": Recipe("quip_sharp"),
+    "owq": Recipe("gptq", {"outlier_columns": 4}),
+    "quik": Recipe("gptq", {"outlier_columns": 16, "outlier_metric": "quik"}),
+    "slim_llm": Recipe("slim_llm"),
+    "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
+    "spqr": Recipe("spqr"),
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
 }
+
+MODEL_METHODS: dict[str, Recipe] = {
+    "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
+    "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
+}
+"""Methods that rewrite a whole model: in `conf/method/`, but nothing that one linear could be given to."""

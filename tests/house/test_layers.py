@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = (
     "workers.specs",
     "workers.families",
+    "workers.rotatable",
     "workers.request",
     "workers.artifact",
     "workers.errors",

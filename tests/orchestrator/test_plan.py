@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from orchestrator.parts import method_part
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
+from tests.tiny_models import tiny_model
 from workers.specs import QuantizeSpec, StageKind
 
 
@@ -46,6 +48,32 @@ def test_run_time_parts_share_one_quantize(plan_of) -> None:
     assert kinds(plan) == {"quantize": 1, "evaluate": 3}
     assert len({v.quantize for v in plan.variants.values() if v.quantize}) == 1
     assert len({c.variant for c in plan.cells}) == 2
+
+
+def test_caches_without_calibration_share_the_weights_and_add_nothing(plan_of) -> None:
+    plan = plan_of("method=rtn", "scheme=w4a16_g64,w4a16kv2_kivi_g64,w16a16kv2_kivi,w16a16kv2_kivi_decode", "task=self_perplexity")
+    assert kinds(plan) == {"quantize": 1, "evaluate": 5}
+    flags = {v.axes["scheme"]: " ".join(v.flags) for v in plan.variants.values()}
+    assert "simulated" in flags["w4a16kv2_kivi_g64"]
+    assert "simulated" in flags["w16a16kv2_kivi"]
+    assert "teacher-forced decoding" in flags["w16a16kv2_kivi_decode"]
+    assert "simulated" not in flags["w16a16kv2_kivi_decode"]
+
+
+def test_a_calibrated_cache_takes_keys_and_values_once_for_each_calibration(plan_of) -> None:
+    line = ("method=rtn", "scheme=w16a16kv2_kvquant,w16a16kv3_kvquant", "task=self_perplexity,self_divergence", "replicate=r0,r1")
+    plan = plan_of(*line)
+    assert kinds(plan) == {"calibrate": 2, "evaluate": 2 + 2 * 2 * 2}
+    assert len(plan.variants) == 1 + 2 * 2
+    calibrations = {k for k, s in plan.stages.items() if s.kind is StageKind.CALIBRATE}
+    given = [s.inputs["kv"] for s in plan.stages.values() if "kv" in s.inputs]
+    assert set(given) == calibrations
+    assert len(given) == 8
+
+
+def test_a_cache_that_the_model_cannot_have_is_refused(plan_of) -> None:
+    with pytest.raises(PlanError, match="KV group size 24 does not divide a head of 64"):
+        plan_of("method=rtn", "scheme=w16a16kv2_kivi", "scheme.kv.group_size=24", "scheme.kv.residual_length=48", "task=self_perplexity")
 
 
 def test_static_activation_ranges_make_a_quantize_of_their_own(plan_of) -> None:
@@ -104,6 +132,45 @@ def odd_model(folder: Path, like: Path) -> Path:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 172}))
     return model
+
+
+def tiny(folder: Path, family: str) -> Path:
+    shutil.copytree(tiny_model(family), folder / family)
+    return folder / family
+
+
+def test_a_rotation_shares_its_calibration_with_the_rounding_alone(plan_of) -> None:
+    plan = plan_of("method=gptq,quarot", "scheme=w4a4_channel,w4a4kv4_channel", "task=self_perplexity")
+    # Keys and values are of the evaluation alone, so both schemes share one quantize per method.
+    assert kinds(plan) == {"calibrate": 1, "quantize": 2, "evaluate": 5}
+    seeds = {s.spec.seed for s in plan.stages.values() if isinstance(s.spec, QuantizeSpec)}
+    assert seeds == {None, 0}
+
+
+def test_statistics_that_a_rotation_does_not_map_are_collected_in_the_stage(plan_of, tmp_path: Path) -> None:
+    plan = plan_of("method=quarot", "scheme=w4a4_channel", "task=self_perplexity", f"model.path={tiny(tmp_path, 'opt')}")
+    assert kinds(plan) == {"quantize": 1, "evaluate": 2}
+    assert [s.spec.calibration is not None for s in plan.stages.values() if isinstance(s.spec, QuantizeSpec)] == [True]
+    flags = next(v.flags for v in plan.variants.values() if v.quantize)
+    assert "the quantize stage collects statistics of the rotated model itself: LayerNorms have biases" in flags[0]
+
+
+def test_a_learned_rotation_reads_text_and_what_is_quantized_at_run_time(plan_of) -> None:
+    plan = plan_of("method=learned_rotation", "scheme=w4a4_channel,w4a4kv4_channel", "task=self_perplexity")
+    specs = [s.spec for s in plan.stages.values() if isinstance(s.spec, QuantizeSpec)]
+    assert kinds(plan) == {"calibrate": 1, "quantize": 2, "evaluate": 3}
+    assert all(s.calibration is not None and s.activation is not None for s in specs)
+    assert {s.kv is None for s in specs} == {True, False}
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_with_the_reason(plan_of, tmp_path: Path) -> None:
+    folder = tiny(tmp_path, "opt")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "do_layer_norm_before": False}))
+    with pytest.raises(PlanError, match="its norms come after the residual sum"):
+        plan_of("method=quarot", "scheme=w4a4_channel", "task=self_perplexity", f"model.path={folder}")
+    with pytest.raises(PlanError, match="model_type 'gpt2' cannot be rotated: its qkv is fused and stored transposed"):
+        plan_of("method=quarot", "scheme=w4a4_channel", "task=self_perplexity", f"model.path={tiny(tmp_path, 'gpt2')}")
 
 
 ASSET = Path(__file__).resolve().parents[2] / "workers" / "assets" / "wikitext_llama"

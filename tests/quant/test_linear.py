@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
-from quant.methods.registry import METHODS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.scheme import Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **TUNERS}
+COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS}
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,8 @@ def facts(component: dict[str, Any]) -> dict[str, Any]:
 
 def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
-    own = {"for_activations": c.for_activations} if name in TRANSFORMS else {}
+    own = {"for_activations": c.for_activations} if name in {**TRANSFORMS, **MODEL_TRANSFORMS} else {}
+    own |= {"maps": sorted(c.maps)} if name in MODEL_TRANSFORMS else {}
     own |= {"feeds_text": c.feeds_text, "working_set": c.working_set} if name in TUNERS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
@@ -52,14 +53,17 @@ def declared(name: str) -> dict[str, Any]:
 def test_method_options_equal_the_code(option: str) -> None:
     values = composed(option)
     name = option.removesuffix("_sequential")
-    recipe = METHODS[name]
+    recipe = {**METHODS, **MODEL_METHODS}[name]
     assert list(values["transforms"]) == list(recipe.transforms)
     assert values["propagation"] == ("quantized" if option.endswith("_sequential") else "original")
     for component, changed in [(values["rounding"], recipe.rounding_params), *((t, {}) for t in values["transforms"].values())]:
         cls = COMPONENTS[component["kind"]]
         assert facts(component) == declared(component["kind"])
         assert from_json(Supports, component["supports"]) == cls.supports
-        assert component["params"] == {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
+        expected = {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
+        left_out = set(expected) - set(component["params"])
+        assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
+        assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
     assert methods.rounding_or_tuner(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
 
@@ -85,11 +89,15 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
-    assert scheme.weight is not None
-    bits = f"w{scheme.weight.bits}a{scheme.activation.bits if scheme.activation else 16}"
+    assert scheme != Scheme()
+    bits = f"w{scheme.weight.bits if scheme.weight else 16}a{scheme.activation.bits if scheme.activation else 16}"
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
-    if scheme.weight.group_size:
+    if scheme.weight and scheme.weight.group_size:
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
+
+
+def supported(method: str) -> Supports:
+    return ROUNDINGS[METHODS[method].rounding].supports
 
 
 def widest(method: str, most: int) -> int:
@@ -102,19 +110,19 @@ def widest(method: str, most: int) -> int:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
-    supports = ROUNDINGS[METHODS[method].rounding].supports
-    bits = max(supports.bits)
-    if group_size is not None and "group" not in supports.granularity:
-        with pytest.raises(ValueError, match="granularity=group"):
-            quantize_linear(w, method=method, bits=bits, group_size=group_size, inputs=x)
+    before, bits = w.clone(), max(supported(method).bits)
+    # Half the columns kept would leave groups of one weight, which g_sym clips to half its size where it is positive.
+    params = {"outlier_columns": 4} if method == "quik" else {}
+    if ("channel" if group_size is None else "group") not in supported(method).granularity:
+        with pytest.raises(ValueError, match=r"does not work with weight\.granularity"):
+            quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
         return
-    before = w.clone()
-    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
+    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
     assert torch.equal(w, before)
     # QuIP cuts weights off at 2.4 times their RMS, whatever the bits.
     limit = 0.15 if method == "quip" else min(0.7, 0.05 * 2 ** (8 - bits))
     assert float((tensor.dequantize() - w).norm() / w.norm()) < limit
-    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
+    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
     assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
 
 
@@ -165,7 +173,9 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
-    tensor = quantize_linear(w.to(dtype), method=method, bits=widest(method, 4), inputs=x.to(dtype), scale_dtype="float16")
+    size = None if "channel" in supported(method).granularity else 8
+    stored = {"bits": widest(method, 4), "group_size": size, "scale_dtype": "float16"}
+    tensor = quantize_linear(w.to(dtype), method=method, inputs=x.to(dtype), **stored)
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32
 
@@ -174,6 +184,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
     ("params", "message"),
     [
         ({"method": "gptqq"}, "method 'gptqq' is unknown; choose one of .*; did you mean gptq"),
+        ({"method": "quarot"}, "quarot rewrites a whole model; for one weight use its rounding alone: method=gptq"),
         ({"method": "gptq", "act_ordr": True}, "parameter of gptq 'act_ordr' is unknown; .*did you mean act_order"),
         ({"method": "rtn", "alpha": 0.5}, "parameter of rtn 'alpha' is unknown"),
         ({"method": "gptq"}, r"method gptq needs data \(hessian\); give inputs \[M, K\] or \[S, T, K\] or hessian \[K, K\]"),

@@ -7,6 +7,7 @@ import random
 import shutil
 import string
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,28 @@ def calibrated(ctx: Context, folder: Path, *kinds: str, dtype: str = "float32") 
 
 def quantize_spec(
     rounding: str = "rtn",
-    *transforms: str,
+    *transforms: str | Component,
     weight: WeightScheme = W4,
     propagation: str = "original",
     activation: ActivationScheme | None = None,
     pattern: str = "*",
+    feeds: bool = False,
     **params: Any,
 ) -> QuantizeSpec:
     method = MethodSpec(
-        Component(rounding, 1, tuple(sorted(params.items()))), tuple(Component(t, 1) for t in transforms), propagation=propagation
+        Component(rounding, 1, tuple(sorted(params.items()))),
+        tuple(Component(t, 1) if isinstance(t, str) else t for t in transforms),
+        propagation=propagation,
     )
-    feeds = propagation == "quantized" or activation is not None or rounding in TUNERS
+    feeds = feeds or propagation == "quantized" or activation is not None or rounding in TUNERS
     return QuantizeSpec(
         ModelSpec("model"), (Rule(pattern, method, weight),), calibration=CALIBRATION if feeds else None, activation=activation
     )
+
+
+def with_calibration(spec: QuantizeSpec) -> QuantizeSpec:
+    """The stage may feed text."""
+    return replace(spec, calibration=CALIBRATION)
 
 
 def quantized(ctx: Context, folder: Path, spec: QuantizeSpec, inputs: Mapping[str, Path]) -> tuple[Path, dict[str, Any]]:

@@ -17,13 +17,13 @@ from transformers import DynamicCache
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context, with_calibration
 from workers.artifact import CorruptArtifactError
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.quantize import quantize_blocks
 from workers.rebuild import attach_runtime, load_model, rebuild
-from workers.specs import ModelSpec, QuantizeSpec
+from workers.specs import Component, ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -48,6 +48,7 @@ def in_memory(spec: QuantizeSpec, inputs: dict[str, Path], folder: Path, ctx: An
 
 
 W1 = WeightScheme(1)
+W2G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
 SPECS = {
     "rtn": quantize_spec(weight=W4G16),
     "gptq": quantize_spec("gptq", weight=W4G16),
@@ -57,16 +58,34 @@ SPECS = {
     "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
     "quip": quantize_spec("quip", weight=W4),
     "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
+    "claq": quantize_spec("claq", weight=WeightScheme(2), adaptive_bits=2.5, outlier_reservation=True),
+    "claq_smoothquant": quantize_spec("claq", "smoothquant", weight=W4, kmeans_start="partition"),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "billm": quantize_spec("billm", weight=W1, block_size=24),
     "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
     "pb_llm": quantize_spec("pb_llm", weight=W1),
+    "owq": quantize_spec("gptq", weight=W4G16, outlier_columns=3, outlier_metric="owq"),
+    "quik": quantize_spec("gptq", weight=W4, outlier_columns=2, outlier_metric="quik"),
+    "slim_llm": quantize_spec("slim_llm", weight=W2G8),
+    "slim_llm_corrected": quantize_spec("slim_llm", "awq", weight=W2G8, variant="corrected"),
+    "spqr": quantize_spec("spqr", weight=W4G16),
+    "spqr_awq": quantize_spec("spqr", "awq", weight=W4G16, round_zero=True),
     "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
     "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
+}
+LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
+ROTATED = {
+    "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
+    "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
+    "quarot_quantized": quantize_spec("gptq", "quarot", weight=W4G16, propagation="quantized"),
+    "quarot_awq": quantize_spec("rtn", "quarot", "awq", weight=W4G16, feeds=True),
+    "quarot_static": quantize_spec("gptq", "quarot", weight=W4, activation=STATIC),
+    "learned_rotation": quantize_spec("gptq", LEARNED, weight=W4, feeds=True),
+    "quarot_partly": quantize_spec("rtn", "quarot", weight=W4, pattern="*.q_proj"),
 }
 
 
@@ -77,6 +96,19 @@ def test_rebuilt_logits_equal_those_in_memory(family: str, tmp_path: Path) -> No
     for name, spec in SPECS.items():
         want = in_memory(spec, inputs, tmp_path / name, ctx)
         assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Path) -> None:
+    ctx = tiny_context(family, tmp_path)
+    inputs = calibrated(ctx, tmp_path, *KINDS)
+    for name, spec in ROTATED.items():
+        want = in_memory(with_calibration(spec) if family == "opt" else spec, inputs, tmp_path / name, ctx)
+        assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
+        if name in ("quarot_static", "quarot_partly"):
+            streamed = rebuild(tiny_context(family, tmp_path, streamed=True), MODEL, tmp_path / name)
+            assert torch.equal(logits(streamed), want), name
+            assert torch.equal(logits(streamed), want), name
 
 
 FRESH = """
@@ -96,8 +128,9 @@ save_file({n: logits(rebuild(ctx, MODEL, Path(folder) / n)) for n in names}, Pat
 def test_rebuilt_logits_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     ctx = tiny_context("llama_mha", tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in SPECS.items()}
-    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *SPECS]
+    specs = {**SPECS, **ROTATED}
+    want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in specs.items()}
+    command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *specs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = load_file(tmp_path / "fresh.safetensors")

@@ -36,7 +36,12 @@ class QuantizedModel:
 
 
 def open_model(recipe: Recipe, model_folder: Path) -> tuple[BlockModel, Context]:
-    """The recipe's model with blocks on demand, each quantized as it is loaded. Raises InputError."""
+    """The recipe's model with blocks on demand, each quantized as it is loaded.
+
+    Raises InputError, and ExportError for a model that is no longer one of its family."""
+    online = recipe.changes_the_model()
+    if online is not None:
+        raise ExportError(f"the recipe has {online}: the model computes what no checkpoint of its family can say; evaluate it with bitgrid")
     location = Location("folder", str(model_folder))
     context = Context({recipe.model_digest: location}, {}, Hints(device="cpu"), torch.device("cpu"))
     opened = open_blocks(context, ModelSpec(recipe.model_digest, recipe.dtype))

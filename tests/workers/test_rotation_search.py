@@ -1,0 +1,114 @@
+"""The loss that rotations are learned with: that of the quantized model, differentiable; and the search inside quantize."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from quant.methods.base import Linear, Rotation
+from quant.methods.quarot import Quarot
+from quant.scheme import ActivationScheme, KVScheme, WeightScheme
+from tests.workers.stage_runs import quantize_spec, quantized, tiny_context, with_calibration
+from workers.errors import InputError
+from workers.rebuild import attach_runtime, load_model, rebuild
+from workers.rotate import model_shape, sites_of
+from workers.rotation_search import search_loss
+from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.stream import open_blocks
+
+MODEL = ModelSpec("model")
+TOKENS = torch.arange(2, 38).view(3, 12)
+W16A4KV4 = {"activation": ActivationScheme(4), "kv": KVScheme(4)}
+
+
+def spec_with(**parts: Any) -> QuantizeSpec:
+    return replace(with_calibration(quantize_spec("rtn", "learned_rotation")), **parts)
+
+
+def rotation_of(ctx: Any, **params: Any) -> Rotation:
+    opened = open_blocks(ctx, MODEL)
+    return Quarot(**params).rotation(model_shape(sites_of(opened), opened.structure.count), Linear("quarot", 2).generator())
+
+
+def nll(model: Any, i: int) -> Tensor:
+    with torch.no_grad():
+        return F.cross_entropy(model(TOKENS[i : i + 1], use_cache=False).logits[0, :-1], TOKENS[i, 1:])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_loss_without_quantization_is_the_models_own(family: str, tmp_path: Path) -> None:
+    ctx = tiny_context(family, tmp_path)
+    loss = search_loss(spec_with(), ctx, TOKENS, lambda _: None)
+    model = load_model(ctx, MODEL)
+    for i in (0, 1, 4):
+        torch.testing.assert_close(loss(rotation_of(ctx), i), nll(model, i % 3), rtol=1e-4, atol=1e-4)
+
+
+def test_the_loss_is_that_of_the_rotated_quantized_model(tmp_path: Path) -> None:
+    """A code on the border of two may fall to either side, so it is compared to a per cent."""
+    ctx = tiny_context("llama", tmp_path)
+    rotation = rotation_of(ctx)
+    loss = search_loss(spec_with(activation=ActivationScheme(8), kv=KVScheme(8)), ctx, TOKENS, lambda _: WeightScheme(6))
+    spec = replace(quantize_spec("rtn", "quarot", weight=WeightScheme(6)), seed=2)
+    artifact, _ = quantized(ctx, tmp_path / "q", spec, {})
+    model = rebuild(ctx, MODEL, artifact)
+    handle = attach_runtime(model, artifact, ActivationScheme(8), KVScheme(8))
+    want = nll(model, 0)
+    handle.remove()
+    assert float(loss(rotation, 0)) == pytest.approx(float(want), rel=0.02)
+
+
+def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
+    """Without rounding; along a random direction, central differences of step h err by h² f''' / 6 and float32's 1e-7 f / h."""
+    ctx = tiny_context("llama", tmp_path)
+    loss = search_loss(spec_with(), ctx, TOKENS, lambda _: None)
+    made = rotation_of(ctx)
+    # Off the orthonormal matrices, where the loss changes at all.
+    g = torch.Generator().manual_seed(0)
+    r = made.residual.float() * 1.1
+    values = tuple(v.float() * 1.2 for v in made.values)
+    direction = torch.randn(r.shape, generator=g) / r.shape[0]
+    leaf = r.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(replace(made, residual=leaf, values=values), 0), leaf)
+    h = 1e-2
+    with torch.no_grad():
+        up, down = (float(loss(replace(made, residual=r + s * h * direction, values=values), 0)) for s in (1, -1))
+    assert float((gradient * direction).sum()) == pytest.approx((up - down) / (2 * h), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_learned_rotations_end_no_worse_than_they_start(family: str, tmp_path: Path) -> None:
+    ctx = tiny_context(family, tmp_path)
+    params = (("check_every", 2), ("checked", 3), ("lr", 0.5), ("steps", 8))
+    base = spec_with(**W16A4KV4, seed=1)
+    rule = base.rules[0]
+    method = replace(rule.method, transforms=(Component("learned_rotation", 1, params),))
+    spec = replace(base, rules=(replace(rule, method=method),))
+    artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
+    losses = summary["rotation"]["losses"]
+    assert len(losses) == 5
+    assert min(losses) == losses[summary["rotation"]["best"]] <= losses[0]
+    assert summary["working_set"]["declared"] == "model"
+    used = {op["op"] for op in json.loads((artifact / "payload" / "recipe.json").read_text())["operations"]}
+    assert "heads_hadamard" not in used
+    again, _ = quantized(ctx, tmp_path / "again", spec, {})
+    for file in sorted((artifact / "payload").glob("*.safetensors")):
+        assert file.read_bytes() == (again / "payload" / file.name).read_bytes()
+
+
+def test_a_search_without_text_is_refused_and_an_idle_one_is_noted(tmp_path: Path) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    with pytest.raises(InputError, match="learned_rotation searches on calibration text; the spec needs a calibration"):
+        quantized(ctx, tmp_path / "a", quantize_spec("rtn", "learned_rotation"), {})
+    params = (("checked", 1), ("steps", 1))
+    base = spec_with()
+    method = replace(base.rules[0].method, transforms=(Component("learned_rotation", 1, params),))
+    quantized(ctx, tmp_path / "b", replace(base, rules=(replace(base.rules[0], method=method),)), {})
+    assert any("nothing is quantized in the search" in n for n in ctx.notes)
