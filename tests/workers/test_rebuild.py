@@ -75,6 +75,7 @@ SPECS = {
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
     "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
+    "slim_llm_plus": quantize_spec("slim_llm_plus", weight=W2G8, epochs=1),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
@@ -82,6 +83,7 @@ ROTATED = {
     "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
     "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
     "quarot_quantized": quantize_spec("gptq", "quarot", weight=W4G16, propagation="quantized"),
+    "quarot_omniquant": quantize_spec("omniquant", "quarot", weight=W4, epochs=1),
     "quarot_awq": quantize_spec("rtn", "quarot", "awq", weight=W4G16, feeds=True),
     "quarot_static": quantize_spec("gptq", "quarot", weight=W4, activation=STATIC),
     "learned_rotation": quantize_spec("gptq", LEARNED, weight=W4, feeds=True),
