@@ -23,6 +23,47 @@ class Granularity(str, Enum):
 
 
 @dataclass(frozen=True)
+class Number:
+    """A number format: what `quant.number_formats` must keep to, as far as planning needs it."""
+
+    bits: int | None
+    """Bits of one code; None: as many as the scheme says."""
+    label: str
+    """Behind the bits in names of schemes: `w4nf`."""
+    block: int | None = None
+    """Values that share a scale, where the format fixes it."""
+    grouped: bool = False
+    """Only in groups, whatever their size."""
+    activations: bool = True
+
+
+NUMBERS: dict[str, Number] = {
+    "int": Number(None, ""),
+    "fp8_e4m3": Number(8, "fp"),
+    "fp8_e5m2": Number(8, "e5m2"),
+    "mxfp8": Number(8, "mx", block=32),
+    "mxfp4": Number(4, "mx", block=32),
+    "nvfp4": Number(4, "nv", block=16),
+    "nf4": Number(4, "nf", grouped=True, activations=False),
+    "nf4_dq": Number(4, "nfdq", grouped=True, activations=False),
+}
+"""Integers and what `quant.number_formats` describes."""
+ANY_NUMBER = ("any",)
+"""Of `Supports.numbers`: all of them."""
+
+
+def _check_number(part: str, number: str, bits: int, symmetric: bool) -> Number:
+    if number not in NUMBERS:
+        raise ValueError(f"{part}.number={number} is unknown; choose one of {', '.join(NUMBERS)}")
+    format = NUMBERS[number]
+    if format.bits is not None and format.bits != bits:
+        raise ValueError(f"{part}.number={number} has {format.bits} bits; {part}.bits={bits} was given")
+    if number != "int" and not symmetric:
+        raise ValueError(f"{part}.number={number} has a sign and no zero point; set {part}.symmetric=true")
+    return format
+
+
+@dataclass(frozen=True)
 class WeightScheme:
     """Format of the weights `[N, K]`."""
 
@@ -33,6 +74,8 @@ class WeightScheme:
     """Inputs per group when `granularity` is group; must divide K."""
     scale_dtype: str = "float16"
     """Stored type of scales and of non-integer zeros: float16 or float32. Codes are chosen for the stored value."""
+    number: str = "int"
+    """A name of `NUMBERS`. The scales of mxfp4, mxfp8, nvfp4 and nf4_dq have types of their own."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -48,6 +91,13 @@ class WeightScheme:
             raise ValueError(f"weight.group_size={self.group_size} must be positive")
         if self.scale_dtype not in ("float16", "float32"):
             raise ValueError(f"weight.scale_dtype={self.scale_dtype}; choose float16 or float32")
+        format = _check_number("weight", self.number, self.bits, self.symmetric)
+        if format.block is not None and self.group_size != format.block:
+            raise ValueError(
+                f"weight.number={self.number} has one scale per {format.block} inputs; set granularity=group, group_size={format.block}"
+            )
+        if format.grouped and self.group_size is None:
+            raise ValueError(f"weight.number={self.number} works in groups; set granularity=group and a group_size (64 is usual)")
 
 
 @dataclass(frozen=True)
@@ -60,11 +110,15 @@ class Supports:
     """Works where the group size does not divide the inputs: the last group is smaller."""
     families: tuple[str, ...] | None = None
     """Model types of config.json; None for all that bitgrid knows."""
+    numbers: tuple[str, ...] = ("int",)
+    """Number formats; `any` for all of them."""
 
     def refuses(self, name: str, scheme: WeightScheme, family: str | None = None) -> str | None:
         """Why the method `name` cannot make `scheme`, with what it can; None where it can."""
         if scheme.bits not in self.bits:
             return f"{name} does not make weight.bits={scheme.bits}; it makes {', '.join(map(str, self.bits))}"
+        if self.numbers != ANY_NUMBER and scheme.number not in self.numbers:
+            return f"{name} does not make weight.number={scheme.number}; it makes {', '.join(self.numbers)}"
         if scheme.granularity.value not in self.granularity:
             return f"{name} does not work with weight.granularity={scheme.granularity.value}; it works with {', '.join(self.granularity)}"
         if family is not None and self.families is not None and family not in self.families:
@@ -83,6 +137,10 @@ class ActivationScheme:
     """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
     clip: float = 1.0
     """Share of a dynamic range that is kept; QuaRot's tables use 0.9."""
+    number: str = "int"
+    """A name of `NUMBERS`."""
+    outlier_threshold: float | None = None
+    """Inputs that reach it anywhere in a sequence stay in 16 bits (LLM.int8(): 6.0); None for no such inputs."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -94,6 +152,21 @@ class ActivationScheme:
         _check_clip("activation", self.clip)
         if not self.dynamic and self.clip != 1:
             raise ValueError(f"activation.clip={self.clip} is for dynamic ranges; static ones are those of calibration: use 1.0")
+        format = _check_number("activation", self.number, self.bits, self.symmetric)
+        if not format.activations:
+            raise ValueError(
+                f"activation.number={self.number} is for weights; choose {', '.join(n for n, f in NUMBERS.items() if f.activations)}"
+            )
+        if format.block is not None and self.granularity is not Granularity.TOKEN:
+            raise ValueError(
+                f"activation.number={self.number} has a scale per {format.block} inputs of a token; set activation.granularity=token"
+            )
+        if self.outlier_threshold is not None and not (self.outlier_threshold > 0 and self.granularity is Granularity.TOKEN):
+            raise ValueError(
+                f"activation.outlier_threshold={self.outlier_threshold} must be positive, and activation.granularity token; null for none"
+            )
+        if self.number != "int" and self.clip != 1:
+            raise ValueError(f"activation.clip={self.clip} is for integers; with activation.number={self.number} use 1.0")
 
 
 KV_KINDS = {"per_token": (2, 8), "kivi": (2, 8), "kvquant": (2, 5)}

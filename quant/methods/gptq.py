@@ -6,6 +6,8 @@ zeroed; columns are ordered before damping, dead ones counting as H_jj = 1; the 
 weights that hold the updates of finished blocks only, so that `block_size` matters with groups. Act-order with dynamic
 groups makes groups of permuted columns and stores each column's group. With `outlier_columns` (0 is plain GPTQ) it is the rounding of OWQ
 (arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16.
+Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
+the error of the columns before it. `grid`, `mse` and `static_groups` then say nothing.
 Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
@@ -13,6 +15,7 @@ steps (the same U). Float64 weights are computed in float64, all others in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,12 +26,14 @@ from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.number_formats import encode, number_format
 from quant.outliers import METRICS, outlier_columns, without_columns
-from quant.scheme import Granularity, Supports, WeightScheme
+from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import inverse_factor, revive_dead, solve_affine, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.columns import ColumnsTensor
+from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Gptq:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
-    supports: ClassVar[Supports] = Supports()
+    supports: ClassVar[Supports] = Supports(numbers=ANY_NUMBER)
     optional: ClassVar[frozenset[str]] = frozenset({"outlier_columns", "outlier_metric"})
     """Parameters that a yaml may leave out where it means their default: they came later, and the keys of finished work stay."""
 
@@ -96,6 +101,10 @@ class Gptq:
         elif zeroed:
             notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
             w = w.masked_fill(dead, 0)
+        if self.outlier_columns and scheme.number != "int":
+            raise ValueError(
+                f"outlier_columns={self.outlier_columns} works with integer codes; weight.number={scheme.number} has none: use 0"
+            )
         kept = self._kept_columns(chosen, groups, w, hessian.to(w).diagonal(), scheme)
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
         # Last, so that they take up the errors of all others and add none but that of float16.
@@ -115,7 +124,11 @@ class Gptq:
             rest = AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
             return rest if coded == k else ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper))
 
-        tensor, dtype_notes = with_stored_scales(scheme, run)
+        def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
+            return _solve_floating(w, groups, upper, order, scheme, scale_dtype, self.block_size)
+
+        make: Callable[[torch.dtype], StoredTensor] = run if scheme.number == "int" else run_floating
+        tensor, dtype_notes = with_stored_scales(scheme, make)
         details = {"kept_columns": kept.tolist()} if kept.numel() else {}
         if isinstance(tensor, ColumnsTensor) and tensor.kept_values.dtype is torch.float32:
             notes.append("float16 does not hold the kept columns: they are stored in float32")
@@ -131,6 +144,26 @@ class Gptq:
             return affine.round(groups).view(w.shape)
 
         return outlier_columns(self.outlier_metric, w, diagonal, self.outlier_columns, width, rounded)
+
+
+def _solve_floating(
+    w: Tensor, groups: Tensor, upper: Tensor, order: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, block_size: int
+) -> FloatingTensor:
+    """Codes of a number format with scales `[R, G]` of the weight as given."""
+    format = number_format(scheme.number)
+    scales = format.fit(groups.abs().amax(-1), scale_dtype)
+    per_group = format.read(scales)
+    columns = per_group.repeat_interleave(w.shape[1] // per_group.shape[1], dim=1).T[order]
+    values = format.element.values().to(w)
+
+    def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        codes = encode(format, column, columns[j])
+        return codes.to(w), values[codes] * columns[j].to(w)
+
+    codes = solve_columns(w.T[order], upper, block_size, round_column).codes
+    plain = torch.empty_like(codes)
+    plain[order] = codes
+    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number)
 
 
 class _Ranges:

@@ -9,11 +9,15 @@ from typing import Any
 from quant.methods.awq import Awq
 from quant.methods.billm import Billm
 from quant.methods.claq import Claq
+from quant.methods.clip import Clip, ClipOutput
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
 from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.learned_rounding import LearnedRounding
+from quant.methods.llm_int8 import LlmInt8
+from quant.methods.nf4 import Nf4
 from quant.methods.omniquant import OmniQuant
+from quant.methods.os_plus import OsPlus
 from quant.methods.pb_llm import PbLlm
 from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
@@ -30,6 +34,8 @@ _ROUNDINGS: tuple[type[Any], ...] = (
     Claq,
     SlimLlm,
     Spqr,
+    LlmInt8,
+    Nf4,
     Hqq,
     Billm,
     PbLlm,
@@ -39,6 +45,9 @@ _ROUNDINGS: tuple[type[Any], ...] = (
 _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
+    OsPlus,
+    Clip,
+    ClipOutput,
 )
 _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
     Quarot,
@@ -87,6 +96,10 @@ METHODS: dict[str, Recipe] = {
     "learned_rounding": Recipe("learned_rounding"),
     "slim_llm_plus": Recipe("slim_llm_plus"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
+    "llm_int8": Recipe("llm_int8"),
+    "nf4": Recipe("nf4"),
+    "os_plus": Recipe("rtn", {"grid": "absmax"}, ("os_plus",)),
+    "zeroquant": Recipe("rtn", {"grid": "q_sym"}),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {

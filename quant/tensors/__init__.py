@@ -12,6 +12,7 @@ from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.columns import ColumnsTensor
+from quant.tensors.floating import FloatingTensor
 from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
 from quant.tensors.mixed import MixedTensor
@@ -21,6 +22,7 @@ from quant.tensors.strided import StridedTensor
 
 _FORMATS: tuple[type[Any], ...] = (
     AffineTensor,
+    FloatingTensor,
     StridedTensor,
     BinaryTensor,
     CodebookTensor,

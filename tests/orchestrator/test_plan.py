@@ -221,7 +221,7 @@ def test_unknown_statistic_is_told_with_the_known_ones(plan_of) -> None:
     # Not a choice on the command line: it comes from the yaml of a new method.
     values = compose_grid(["method=gptq"], multirun=True).cells[0].method.values
     option = Option("method", "mine", {**values, "rounding": {**values["rounding"], "needs": ["hesian"]}})
-    with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, samples"):
+    with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, minmax, samples"):
         method_part(option)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import methods, quantize_linear
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
-from quant.scheme import Scheme, Supports
+from quant.scheme import NUMBERS, Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
@@ -90,7 +90,8 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
     assert scheme != Scheme()
-    bits = f"w{scheme.weight.bits if scheme.weight else 16}a{scheme.activation.bits if scheme.activation else 16}"
+    weight = f"w{scheme.weight.bits}{NUMBERS[scheme.weight.number].label}" if scheme.weight else "w16"
+    bits = weight + (f"a{scheme.activation.bits}{NUMBERS[scheme.activation.number].label}" if scheme.activation else "a16")
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
     if scheme.weight and scheme.weight.group_size:
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
@@ -101,8 +102,8 @@ def supported(method: str) -> Supports:
 
 
 def widest(method: str, most: int) -> int:
-    """The most bits, up to `most`, that the method makes."""
-    return max(b for b in COMPONENTS[METHODS[method].rounding].supports.bits if b <= most)
+    """The most bits, up to `most`, that the method makes; or the fewest."""
+    return max((b for b in supported(method).bits if b <= most), default=min(supported(method).bits))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

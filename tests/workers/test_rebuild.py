@@ -28,7 +28,7 @@ from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
 MODEL = ModelSpec("model")
-KINDS = ("hessian", "absmax", "absmean", "samples")
+KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
 TENSOR = ActivationScheme(8, granularity=Granularity.TENSOR)
 STATIC = ActivationScheme(8, symmetric=False, granularity=Granularity.TENSOR, dynamic=False)
 
@@ -76,6 +76,13 @@ SPECS = {
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
     "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
     "slim_llm_plus": quantize_spec("slim_llm_plus", weight=W2G8, epochs=1),
+    "fp8": quantize_spec(weight=WeightScheme(8, True, number="fp8_e4m3")),
+    "nvfp4_gptq": quantize_spec("gptq", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nvfp4")),
+    "nf4_dq_smoothquant": quantize_spec("rtn", "smoothquant", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nf4_dq")),
+    "llm_int8": quantize_spec("llm_int8", weight=WeightScheme(8, True)),
+    "nf4": quantize_spec("nf4", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nf4")),
+    "clip_gptq": quantize_spec("gptq", "clip", "clip_output", weight=W4G16),
+    "os_plus": quantize_spec("rtn", "os_plus", weight=W4, activation=ActivationScheme(8)),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
