@@ -24,6 +24,7 @@ from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
 from quant.methods.slim_llm import SlimLlm
+from quant.methods.slim_llm_plus import SlimLlmPlus
 from quant.methods.smoothquant import SmoothQuant
 from quant.methods.spqr import Spqr
 
@@ -55,6 +56,7 @@ _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
 _TUNERS: tuple[type[Any], ...] = (
     OmniQuant,
     LearnedRounding,
+    SlimLlmPlus,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
@@ -92,6 +94,7 @@ METHODS: dict[str, Recipe] = {
     "spqr": Recipe("spqr"),
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
+    "slim_llm_plus": Recipe("slim_llm_plus"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
     "llm_int8": Recipe("llm_int8"),
     "nf4": Recipe("nf4"),

@@ -98,7 +98,7 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
 
 
 def supported(method: str) -> Supports:
-    return {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    return COMPONENTS[METHODS[method].rounding].supports  # type: ignore[no-any-return]
 
 
 def widest(method: str, most: int) -> int:
