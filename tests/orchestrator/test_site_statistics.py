@@ -34,6 +34,11 @@ from workers.specs import StageKind
 ON = "site_statistics=true"
 
 
+def line(*more: str) -> tuple[str, ...]:
+    """A sweep of one cell on a tiny model."""
+    return (f"model.path={tiny_model('llama')}", "method=rtn", "scheme=w4a16_channel", "task.params.window=64", *more)
+
+
 @pytest.fixture
 def plan_of(tmp_path: Path):
     def make(*overrides: str) -> Plan:
@@ -48,7 +53,7 @@ def kinds(plan: Plan) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("line", "draws", "without"),
+    ("grid", "draws", "without"),
     [
         (("method=rtn,gptq", "scheme=w4a16_g64,w3a16_g64"), 1, {"calibrate": 1, "quantize": 4, "evaluate": 5}),
         # Data-free variants share their stages over replicates; the draws are three all the same.
@@ -57,8 +62,8 @@ def kinds(plan: Plan) -> dict[str, int]:
         (("model.dtype=float32,bfloat16", "method=rtn", "scheme=w4a16_channel"), 2, {"quantize": 2, "evaluate": 4}),
     ],
 )
-def test_one_stage_for_each_model_and_calibration_draw(plan_of, line: tuple[str, ...], draws: int, without: dict[str, int]) -> None:
-    old, new = plan_of(*line), plan_of(*line, ON)
+def test_one_stage_for_each_model_and_calibration_draw(plan_of, grid: tuple[str, ...], draws: int, without: dict[str, int]) -> None:
+    old, new = plan_of(*grid), plan_of(*grid, ON)
     assert (kinds(old), old.wanted) == (without, [])
     assert kinds(new) == {**without, "calibrate": without.get("calibrate", 0) + draws}
     assert set(new.stages) - set(old.stages) == set(new.wanted)
@@ -88,9 +93,9 @@ def test_it_belongs_to_the_sweep() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """A store with a sweep that was run without site statistics and then with them; what the first run had committed."""
     store = tmp_path_factory.mktemp("sites") / "store"
-    assert sweep(store, "method=rtn").exit_code == 0
+    assert sweep(store, *line()).exit_code == 0
     before = committed(store)
-    run = sweep(store, "method=rtn", ON)
+    run = sweep(store, *line(ON))
     assert run.exit_code == 0
     assert Counter(s.kind for s in run.result.stages.values() if s.key in run.plan.wanted) == {"calibrate": 1}
     return store, before
@@ -121,7 +126,7 @@ def test_a_corrupt_artifact_is_missed_and_the_page_stands_without_it(finished: t
     root = Path(shutil.copytree(finished[0], tmp_path / "store"))
     store = Store(root).open(create=False)
     (key,) = store.sweep_keys()
-    grid = compose_grid([*overrides(root, "method=rtn"), ON], multirun=True)
+    grid = compose_grid(overrides(root, *line(ON)), multirun=True)
     plan = build_plan(grid, Sources(None, None, None))
     assert plan.key == key
     assert missing_stages(plan, store) == {}
@@ -132,14 +137,6 @@ def test_a_corrupt_artifact_is_missed_and_the_page_stands_without_it(finished: t
     assert [e.reason for e in explain(plan, store) if e.stage.key == wanted] == ["its artifact is corrupt"]
     page = write_report(load_sweep(store, key), tmp_path / "report").html.read_text(encoding="utf-8")
     assert "What the tensors look like" not in page
-
-
-    "task=self_perplexity",
-    "task.params.limit=2",
-    "calibration=self_text",
-    "calibration.samples=2",
-    "calibration.sequence_length=64",
-)
 
 
 def rows(blocks: int) -> list[dict[str, Any]]:
@@ -215,8 +212,6 @@ def test_figures_are_valid_and_each_model_has_its_own(tmp_path: Path) -> None:
     assert " ".join(page.text).count("On another calibration draw: self_text, seed 1") == 2
     only = {"methods": ("rtn",), "schemes": ("w4a16_g64",), "tasks": (synthetic.PERPLEXITY,)}
     plain = synthetic.sweep(tmp_path / "plain", models=("wikitext_llama", "opt"), **only)
-        tmp_path / "plain", models=("wikitext_llama", "opt"), methods=("rtn",), schemes=("w4a16_g64",), tasks=(synthetic.PERPLEXITY,)
-    )
     other = write_report(plain, tmp_path / "other")
     assert (files.csv.read_bytes(), files.parquet.read_bytes()) == (other.csv.read_bytes(), other.parquet.read_bytes())
     assert "What the tensors look like" not in other.html.read_text(encoding="utf-8")
