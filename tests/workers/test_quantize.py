@@ -156,7 +156,7 @@ class SequentialGptq(Gptq):
 @pytest.mark.parametrize("family", ["llama", "falcon_old"])
 def test_quantized_propagation_equals_the_slow_loop(family: str, rounding: Gptq, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the whole model on all text again for every group of linears, plain hooks, in GPTQ's order."""
-    monkeypatch.setattr(methods, "rounding", lambda name, params, version: rounding, raising=False)
+    monkeypatch.setattr(methods, "rounding_or_tuner", lambda name, params, version: rounding, raising=False)
     ctx = tiny_context(family, tmp_path)
     spec = quantize_spec("gptq", propagation="quantized")
     artifact, _ = quantized(ctx, tmp_path / "q", spec, {})
