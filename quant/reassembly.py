@@ -32,7 +32,7 @@ def copies(peaks: Tensor, threshold: float) -> Tensor:
     return torch.ceil(peaks / threshold).to(torch.int64).clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reassembly:
     """Of one input of C channels."""
 

@@ -17,12 +17,13 @@ from quant.errors import NonFiniteError, SingularHessianError
 from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, Transform
 from quant.methods.registry import MODEL_TRANSFORMS, TUNERS
 from quant.methods.tuner import BlockTuner
-from quant.scheme import WeightScheme
+from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
 from workers.capture import KINDS, BlockStatistics
 from workers.errors import InputError, NumericalError
 from workers.families import LinearShape, ScaleRule, Structure
 from workers.fold import BlockWeights
+from workers.reassemble import OTHERS, REASSEMBLED, reassemble
 from workers.scaling import GroupForward
 from workers.specs import Component, Rule
 
@@ -168,6 +169,10 @@ class BlockQuantizer:
     tuned: list[LinearResult] = field(default_factory=list)
     """Of the linears that a tuner quantized, filled by it."""
 
+    activation: ActivationScheme | None = None
+    reassembled: list[dict[str, Any]] = field(default_factory=list)
+    """Searches of transforms that change inputs at run time."""
+
     def path(self, name: str) -> str:
         return self.structure.path(self.index, name)
 
@@ -178,6 +183,7 @@ class BlockQuantizer:
         """All scales of the block, transform by transform; then all rewrites."""
         depth = max((len(m.transforms) for m in self.methods.values()), default=0)
         for position in range(depth):
+            reassemble(self, position)
             found = [(rule, s) for rule in self.structure.groups if (s := self._scale_of(rule, position)) is not None]
             for rule, s in found:
                 self._apply(rule, s)
@@ -196,7 +202,9 @@ class BlockQuantizer:
         transform = some.transforms[position]
         reason = rule.reason
         if any(m is None or m.rule.method != some.rule.method for m in wanted.values()):
-            reason = "its linears are quantized by different methods"
+            reason = OTHERS
+        elif any(n in self.weights.inputs for n in rule.consumers):
+            reason = REASSEMBLED
         elif reason is None and self.tokens.get(rule.input, 1) == 0:
             reason = UNREACHED
         if reason is not None:

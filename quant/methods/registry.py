@@ -14,6 +14,8 @@ from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.learned_rounding import LearnedRounding
 from quant.methods.omniquant import OmniQuant
 from quant.methods.pb_llm import PbLlm
+from quant.methods.qllm import QllmReassembly
+from quant.methods.qllm_correction import QllmCorrection
 from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
@@ -32,6 +34,7 @@ _ROUNDINGS: tuple[type[Any], ...] = (
 _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
+    QllmReassembly,
 )
 _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
     Quarot,
@@ -40,6 +43,7 @@ _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
 _TUNERS: tuple[type[Any], ...] = (
     OmniQuant,
     LearnedRounding,
+    QllmCorrection,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
@@ -72,10 +76,14 @@ METHODS: dict[str, Recipe] = {
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
+    "qllm_correction": Recipe("qllm_correction"),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {
     "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
     "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
+    "qllm": Recipe("qllm_correction", transforms=("qllm_reassembly",)),
+    "qllm_reassembly": Recipe("rtn", {"grid": "omni"}, ("qllm_reassembly",)),
 }
-"""Methods that rewrite a whole model: in `conf/method/`, but nothing that one linear could be given to."""
+"""Methods that rewrite a whole model, or what its linears read at run time: in `conf/method/`, but nothing that one linear could be
+given to."""
