@@ -1,8 +1,8 @@
 """QLLM's channel reassembly (Liu et al. 2023, arXiv 2310.08041, section 4.1 and 4.2): outliers of activations are spread over channels.
 
 Objective, for each input of linears: min over θ of MSE(f(x; W), f(q(R_θ x); Q(R_θ W))), R_θ the reassembly whose channels beyond θ
-are split (`quant.reassembly`), f what the linears compute together: attention before its output projection, the product of gate and up, or the
-linear itself. θ falls from the largest magnitude in steps of (max - min) / max(100, max / 0.5) until splitting adds more than
+are split (`quant.reassembly`), f what the linears compute together: attention before its output projection, the product of gate and
+up, or the linear itself. θ falls from the largest magnitude in steps of (max - min) / max(100, max / 0.5) until splitting adds more than
 `ratio` · C channels. Shapes: x `[S, T, C]`, W `[N, C]`; max and min over the channels' largest magnitudes on all calibration text.
 Sites: the inputs of queries, keys and values, of gate and up, and of down; the output projection's is left alone.
 
