@@ -103,7 +103,8 @@ class _Corrected:
         self.b = torch.zeros(w.shape[0], method.rank, dtype=w.dtype, device=w.device, requires_grad=True)
 
     def _corrected(self) -> Tensor:
-        return self._weight + self._share * (self.b @ self.a)
+        corrected: Tensor = self._weight + self._share * (self.b @ self.a)
+        return corrected
 
     def soft(self) -> Tensor:
         return self._quantizer.soft(self._corrected())
