@@ -39,6 +39,8 @@ fix: $(STAMP) ## format and repair what ruff can
 
 bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure beside the other's
 	@$(BIN)/python bench/compose.py
+	@$(BIN)/python bench/kmeans.py
+	@$(BIN)/python bench/gptq_block.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
 
 $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
-from quant.scheme import Granularity, Scheme
+from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
 
 NOT_SWEPT = {
@@ -58,6 +58,9 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
+    ("scheme", "kv.kind"): tuple(KV_KINDS),
+    ("scheme", "kv.mode"): KV_MODES,
+    ("scheme", "kv.codebook"): KV_CODEBOOKS,
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
 

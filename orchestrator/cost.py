@@ -33,6 +33,8 @@ TASK_TOKENS = 300_000
 SEARCH_TOKENS = 20 * 4096
 CANDIDATES = 4
 """Widths of a sensitivity table, about."""
+STEPWISE = 3
+"""Decoding a text step by step against one pass over it."""
 UNKNOWN = 4.0
 """Factor by which an estimate without history is easily wrong."""
 
@@ -71,7 +73,8 @@ def what(spec: Spec) -> str:
         return f"{spec.kind} {spec.params}"
     if isinstance(spec, QuantizeSpec):
         return " ".join(_method_name(rule.method) for rule in spec.rules)
-    return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}"
+    cache = f" kv {spec.kv.kind} {spec.kv.mode}" if spec.kv is not None else ""
+    return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}{cache}"
 
 
 def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
@@ -85,7 +88,8 @@ def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
         kind, seconds, output = StageKind.QUANTIZE, _quantize_s(spec, size), _stored_bytes(spec, size)
     else:
         tokens = _task_tokens(spec)
-        kind, seconds, output = StageKind.EVALUATE, _seconds(2 * size.parameters * tokens), 16 * tokens
+        steps = STEPWISE if spec.kv is not None and spec.kv.mode == "decode" else 1
+        kind, seconds, output = StageKind.EVALUATE, _seconds(2 * size.parameters * tokens * steps), 16 * tokens
     seen = history.get((kind.value, model.digest, what(spec)))
     return Resources(
         seconds=seconds if seen is None else seen,
@@ -137,7 +141,7 @@ def _sensitivity_s(spec: PrepareSpec, size: _Size) -> float:
 def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
     operations = 50.0 * size.linear_parameters
     names = {c.name for rule in spec.rules for c in (*rule.method.transforms, rule.method.rounding)}
-    if "gptq" in names:
+    if names & {"gptq", "claq"}:
         operations += sum(2 * k**3 + 2 * n * k * k for n, k in size.linears)
     if "awq" in names:
         operations += 2 * size.linear_parameters * SEARCH_TOKENS

@@ -15,7 +15,7 @@ from workers.errors import UnsupportedModel
 from workers.rotatable import recollects, rotatable
 from workers.specs import PROPAGATIONS, SAMPLINGS, AutoBits, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
-STATISTICS = ("hessian", "absmax", "absmean", "samples")
+STATISTICS = ("hessian", "absmax", "absmean", "minmax", "samples")
 """What a calibrate stage can collect."""
 
 

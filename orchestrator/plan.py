@@ -24,8 +24,9 @@ from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
 from quant.scheme import Scheme, WeightScheme
+from workers import kv_rules
 from workers.errors import UnsupportedModel
-from workers.families import linear_shapes, structure
+from workers.families import linear_shapes
 from workers.specs import (
     DTYPES,
     AutoBits,
@@ -155,12 +156,9 @@ class _Planner:
                 reason = self._why_not_quantized(cell, scheme.weight, source.config, shapes)
                 if reason is not None:
                     return reason
-        if scheme.kv is not None and not structure(source.config).cache_argument:
-            return f"{cell.model.name}: a {source.config.get('model_type')} model has no keys and values to quantize"
-        if scheme.kv is not None and scheme.kv.group_size is not None:
-            width = _head_width(source.config)
-            if width is not None and width % scheme.kv.group_size:
-                return f"{cell.model.name}: KV group size {scheme.kv.group_size} does not divide a head of {width}"
+        refusal = kv_rules.refuses(scheme.kv, source.config) if scheme.kv is not None else None
+        if refusal is not None:
+            return f"{cell.model.name}: {refusal}"
         return None
 
     def _why_not_quantized(
@@ -218,6 +216,8 @@ class _Planner:
             inputs = {"quantize": variant.quantize} if variant.quantize else {}
             if task.needs_reference:
                 inputs["reference"] = reference
+            if scheme.kv is not None and scheme.kv.calibrated:
+                inputs["kv"] = self._calibrate(cell, model, self._calibration(cell), "kv")
             spec = EvaluateSpec(model, task.spec, scheme.activation, scheme.kv)
             evaluate = self._stage(StageKind.EVALUATE, spec, inputs, f"evaluate {_label(variant)} {cell.task.name}")
             variant.evaluations[cell.task.name] = evaluate
@@ -240,7 +240,11 @@ class _Planner:
             quantize = self._quantize(cell)
             if quantize is None and scheme.activation is None and scheme.kv is None:
                 return baseline
-            runtime = {n: to_json(part) for n, part in (("activation", scheme.activation), ("kv", scheme.kv)) if part is not None}
+            runtime: dict[str, Any] = {
+                n: to_json(part) for n, part in (("activation", scheme.activation), ("kv", scheme.kv)) if part is not None
+            }
+            if scheme.kv is not None and scheme.kv.calibrated:
+                runtime["kv_calibration"] = self._calibrate(cell, model, self._calibration(cell), "kv")
             key = digest({"quantize": quantize or [model.digest, model.dtype], **runtime})
             names = [cell.model.name, cell.method.name, cell.scheme.name]
             names += [o.name for o in (cell.calibration, cell.replicate) if self._several[o.axis]]
@@ -261,7 +265,7 @@ class _Planner:
         if recollects is not None:
             flags.append(f"the quantize stage collects statistics of the rotated model itself: {recollects}")
         if scheme.kv is not None:
-            flags.append("KV cache simulated in the single forward pass")
+            flags.append(kv_rules.label(scheme.kv))
         return tuple(flags)
 
     def _quantize(self, cell: Cell) -> str | None:
@@ -322,11 +326,3 @@ class _Planner:
 
 def _label(variant: PlannedVariant) -> str:
     return variant.label.replace(" · ", " ")
-
-
-def _head_width(config: Mapping[str, Any]) -> int | None:
-    if config.get("head_dim"):
-        return int(config["head_dim"])
-    hidden = config.get("hidden_size") or config.get("n_embd")
-    heads = config.get("num_attention_heads") or config.get("n_head")
-    return int(hidden) // int(heads) if hidden and heads else None

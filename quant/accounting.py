@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from quant.affine import ZeroKind, group_width
-from quant.scheme import WeightScheme
+from quant.scheme import NUMBERS, WeightScheme
 
 SCALE_BITS = {"float16": 16, "float32": 32}
 
@@ -30,9 +30,23 @@ def zero_bits(kind: ZeroKind, bits: int, scale_bits: int) -> int:
 def bits_formula(scheme: WeightScheme, shape: tuple[int, int], kind: ZeroKind = ZeroKind.CODE, *, permuted_groups: bool = False) -> float:
     """b + (s_bits + z_bits) / g, plus an index of log2 K bits per column where groups are permuted (act-order).
 
+    Number formats with a scale of their own type have 8 bits per scale, and float32 constants: one per tensor (nvfp4), one and one
+    per 256 scales (nf4_dq).
     4 bits in groups of 128 with float16 scales and integer zeros: 4.156.
     """
     n, k = shape
+    if scheme.number != "int":
+        return _number_formula(scheme, n, k)
     scale_bits = SCALE_BITS[scheme.scale_dtype]
     overhead = (scale_bits + zero_bits(kind, scheme.bits, scale_bits)) / group_width(scheme, n, k)
     return scheme.bits + overhead + (math.ceil(math.log2(k)) / n if permuted_groups else 0.0)
+
+
+def _number_formula(scheme: WeightScheme, n: int, k: int) -> float:
+    g = group_width(scheme, n, k)
+    bits = NUMBERS[scheme.number].bits
+    assert bits is not None
+    if scheme.number in ("fp8_e4m3", "fp8_e5m2", "nf4"):
+        return bits + SCALE_BITS[scheme.scale_dtype] / g
+    constants = {"nvfp4": 1, "nf4_dq": 1 + math.ceil(n * k / g / 256)}.get(scheme.number, 0)
+    return bits + 8 / g + 32 * constants / (n * k)

@@ -15,7 +15,7 @@ from quant.methods.make import param_names, rounding_or_tuner, transform, unknow
 from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.methods.single import single_linear
 from quant.methods.tuner import BlockTuner
-from quant.scheme import Granularity, WeightScheme
+from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
 from quant.statistics import Statistics, collect
 
 
@@ -29,6 +29,8 @@ def quantize_linear(
     inputs: Tensor | None = None,
     hessian: Tensor | None = None,
     seed: int = 0,
+    number: str | None = None,
+    activation: ActivationScheme | None = None,
     **method_params: Any,
 ) -> StoredTensor:
     """Quantizes one weight `[N, K]` of any float type, which is not changed.
@@ -39,6 +41,9 @@ def quantize_linear(
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs; a tuner takes the linear for its block.
     hessian: `[K, K]`, instead of inputs, for methods that need nothing else.
     seed: for methods that draw random numbers.
+    number: number format of the codes (`quant.scheme.NUMBERS`), whose bits must be given as `bits`; None is the first that the
+    method makes, integers for most.
+    activation: how the inputs will be quantized, for methods that search with it (os_plus does nothing without).
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.
 
@@ -53,7 +58,10 @@ def quantize_linear(
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
-    scheme = WeightScheme(bits, symmetric, granularity, group_size, params.pop("scale_dtype", "float32"))
+    numbers = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports.numbers
+    number = number or ("int" if numbers == ANY_NUMBER else numbers[0])
+    signed = symmetric or number != "int"
+    scheme = WeightScheme(bits, signed, granularity, group_size, params.pop("scale_dtype", "float32"), number)
     named = params.get("grid")
     if symmetric and named is not None and not grid_named(named).symmetric:
         raise ValueError(f"grid={named} is asymmetric and symmetric=True was given; leave one of them out")
@@ -68,14 +76,15 @@ def quantize_linear(
         if name not in allowed:
             raise unknown(f"parameter of {method}", name, [*allowed, "scale_dtype"])
 
-    reason = rounder.supports.refuses(method, scheme)
+    supports = [*(t.supports for t in transforms), rounder.supports]
+    reason = next((r for s in supports if (r := s.refuses(method, scheme)) is not None), None)
     if reason is not None:
         raise ValueError(reason)
     needs = rounder.needs.union(*(t.needs for t in transforms), {"samples"} if recipe.rounding in TUNERS else ())
     statistics = _statistics(method, needs, weight, inputs, hessian)
     current, scale = weight.detach(), None
     for t in transforms:
-        current, statistics, scale = _apply(t, current, statistics, scheme, scale)
+        current, statistics, scale = _apply(t, current, statistics, scheme, scale, activation)
     tensor = _rounded(rounder, current, statistics, scheme, Linear(seed=seed))
     return tensor if scale is None else tensor.with_input_scale(scale)
 
@@ -126,14 +135,19 @@ def _statistics(method: str, needs: frozenset[str], weight: Tensor, inputs: Tens
 
 
 def _apply(
-    t: Transform, weight: Tensor, statistics: Statistics, scheme: WeightScheme, scale: Tensor | None
+    t: Transform,
+    weight: Tensor,
+    statistics: Statistics,
+    scheme: WeightScheme,
+    scale: Tensor | None,
+    activation: ActivationScheme | None,
 ) -> tuple[Tensor, Statistics, Tensor | None]:
     """One transform on a single linear. The stored input scale stands for the norm that would hold 1 / s."""
 
     def forward(weights: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return x.float() @ weights["weight"].T
 
-    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward, linear=True)
+    group = ScaleGroup("linear", "norm", {"weight": weight}, statistics, forward, linear=True, activation=activation)
     s = t.scale(group, scheme)
     current = weight.float()
     if s is not None:

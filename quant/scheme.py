@@ -6,7 +6,7 @@ means that it stays in the model's own floating-point format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 
 
@@ -23,6 +23,47 @@ class Granularity(str, Enum):
 
 
 @dataclass(frozen=True)
+class Number:
+    """A number format: what `quant.number_formats` must keep to, as far as planning needs it."""
+
+    bits: int | None
+    """Bits of one code; None: as many as the scheme says."""
+    label: str
+    """Behind the bits in names of schemes: `w4nf`."""
+    block: int | None = None
+    """Values that share a scale, where the format fixes it."""
+    grouped: bool = False
+    """Only in groups, whatever their size."""
+    activations: bool = True
+
+
+NUMBERS: dict[str, Number] = {
+    "int": Number(None, ""),
+    "fp8_e4m3": Number(8, "fp"),
+    "fp8_e5m2": Number(8, "e5m2"),
+    "mxfp8": Number(8, "mx", block=32),
+    "mxfp4": Number(4, "mx", block=32),
+    "nvfp4": Number(4, "nv", block=16),
+    "nf4": Number(4, "nf", grouped=True, activations=False),
+    "nf4_dq": Number(4, "nfdq", grouped=True, activations=False),
+}
+"""Integers and what `quant.number_formats` describes."""
+ANY_NUMBER = ("any",)
+"""Of `Supports.numbers`: all of them."""
+
+
+def _check_number(part: str, number: str, bits: int, symmetric: bool) -> Number:
+    if number not in NUMBERS:
+        raise ValueError(f"{part}.number={number} is unknown; choose one of {', '.join(NUMBERS)}")
+    format = NUMBERS[number]
+    if format.bits is not None and format.bits != bits:
+        raise ValueError(f"{part}.number={number} has {format.bits} bits; {part}.bits={bits} was given")
+    if number != "int" and not symmetric:
+        raise ValueError(f"{part}.number={number} has a sign and no zero point; set {part}.symmetric=true")
+    return format
+
+
+@dataclass(frozen=True)
 class WeightScheme:
     """Format of the weights `[N, K]`."""
 
@@ -33,6 +74,8 @@ class WeightScheme:
     """Inputs per group when `granularity` is group; must divide K."""
     scale_dtype: str = "float16"
     """Stored type of scales and of non-integer zeros: float16 or float32. Codes are chosen for the stored value."""
+    number: str = "int"
+    """A name of `NUMBERS`. The scales of mxfp4, mxfp8, nvfp4 and nf4_dq have types of their own."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -48,6 +91,13 @@ class WeightScheme:
             raise ValueError(f"weight.group_size={self.group_size} must be positive")
         if self.scale_dtype not in ("float16", "float32"):
             raise ValueError(f"weight.scale_dtype={self.scale_dtype}; choose float16 or float32")
+        format = _check_number("weight", self.number, self.bits, self.symmetric)
+        if format.block is not None and self.group_size != format.block:
+            raise ValueError(
+                f"weight.number={self.number} has one scale per {format.block} inputs; set granularity=group, group_size={format.block}"
+            )
+        if format.grouped and self.group_size is None:
+            raise ValueError(f"weight.number={self.number} works in groups; set granularity=group and a group_size (64 is usual)")
 
 
 @dataclass(frozen=True)
@@ -60,11 +110,15 @@ class Supports:
     """Works where the group size does not divide the inputs: the last group is smaller."""
     families: tuple[str, ...] | None = None
     """Model types of config.json; None for all that bitgrid knows."""
+    numbers: tuple[str, ...] = ("int",)
+    """Number formats; `any` for all of them."""
 
     def refuses(self, name: str, scheme: WeightScheme, family: str | None = None) -> str | None:
         """Why the method `name` cannot make `scheme`, with what it can; None where it can."""
         if scheme.bits not in self.bits:
             return f"{name} does not make weight.bits={scheme.bits}; it makes {', '.join(map(str, self.bits))}"
+        if self.numbers != ANY_NUMBER and scheme.number not in self.numbers:
+            return f"{name} does not make weight.number={scheme.number}; it makes {', '.join(self.numbers)}"
         if scheme.granularity.value not in self.granularity:
             return f"{name} does not work with weight.granularity={scheme.granularity.value}; it works with {', '.join(self.granularity)}"
         if family is not None and self.families is not None and family not in self.families:
@@ -83,6 +137,10 @@ class ActivationScheme:
     """Ranges taken from the tensor at hand; otherwise from calibration, on the quantized model."""
     clip: float = 1.0
     """Share of a dynamic range that is kept; QuaRot's tables use 0.9."""
+    number: str = "int"
+    """A name of `NUMBERS`."""
+    outlier_threshold: float | None = None
+    """Inputs that reach it anywhere in a sequence stay in 16 bits (LLM.int8(): 6.0); None for no such inputs."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -94,23 +152,109 @@ class ActivationScheme:
         _check_clip("activation", self.clip)
         if not self.dynamic and self.clip != 1:
             raise ValueError(f"activation.clip={self.clip} is for dynamic ranges; static ones are those of calibration: use 1.0")
+        format = _check_number("activation", self.number, self.bits, self.symmetric)
+        if not format.activations:
+            raise ValueError(
+                f"activation.number={self.number} is for weights; choose {', '.join(n for n, f in NUMBERS.items() if f.activations)}"
+            )
+        if format.block is not None and self.granularity is not Granularity.TOKEN:
+            raise ValueError(
+                f"activation.number={self.number} has a scale per {format.block} inputs of a token; set activation.granularity=token"
+            )
+        if self.outlier_threshold is not None and not (self.outlier_threshold > 0 and self.granularity is Granularity.TOKEN):
+            raise ValueError(
+                f"activation.outlier_threshold={self.outlier_threshold} must be positive, and activation.granularity token; null for none"
+            )
+        if self.number != "int" and self.clip != 1:
+            raise ValueError(f"activation.clip={self.clip} is for integers; with activation.number={self.number} use 1.0")
+
+
+KV_KINDS = {"per_token": (2, 8), "kivi": (2, 8), "kvquant": (2, 5)}
+"""Quantizers of the cache, and their least and most bits."""
+KV_MODES = ("simulate", "decode")
+KV_CODEBOOKS = ("uniform", "nuq")
 
 
 @dataclass(frozen=True)
 class KVScheme:
-    """Format of keys and values, fake-quantized on every token in the single forward pass (labelled simulation)."""
+    """Format of the keys and values that attention reads, and how an evaluation gets there."""
 
     bits: int
     symmetric: bool = False
+    """per_token only."""
     group_size: int | None = None
-    """Consecutive channels of a head that share a scale; `None` is one scale per token and head."""
+    """Consecutive channels of a head that share a scale (kivi: and tokens of a key channel); None, for per_token, is one scale per
+    token and head."""
+    kind: str = "per_token"
+    """per_token: every token on its own range; kivi: keys per channel, values per token, the latest tokens in full precision;
+    kvquant: keys per channel before the rotary embedding, codebooks, outliers kept."""
+    version: int = 1
+    """Of the kind's code."""
+    mode: str = "simulate"
+    """simulate: one forward pass, the cache's effect computed in it; decode: the cache is written and read step by step, with the
+    text's own tokens as input."""
+    prefill: int = 1
+    """kivi: tokens at the start of a window that form the prompt and read themselves in full precision."""
+    value_bits: int | None = None
+    """kivi: bits of values where they differ from the keys'."""
+    residual_length: int | None = None
+    """kivi: tokens in full precision, a multiple of the group size."""
+    outliers: float = 0.0
+    """kvquant: share of values kept exactly."""
+    codebook: str = "uniform"
+    """kvquant: uniform, or nuq (k-means on calibration data)."""
+    first_few_fp16: int = 0
+    """kvquant: tokens at the start kept exactly."""
     clip: float = 1.0
-    """Share of the range that is kept; QuaRot's tables use 0.95."""
+    """per_token: share of the range that is kept; QuaRot's tables use 0.95."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise ValueError(f"kv.bits={self.bits} is not between 2 and 8; leave `kv: null` for 16 bits")
+        if self.kind not in KV_KINDS:
+            raise ValueError(f"kv.kind={self.kind}; choose {', '.join(KV_KINDS)}")
+        if self.mode not in KV_MODES:
+            raise ValueError(f"kv.mode={self.mode}; choose {' or '.join(KV_MODES)}")
+        least, most = KV_KINDS[self.kind]
+        for name, bits in (("bits", self.bits), ("value_bits", self.value_bits)):
+            if bits is not None and not least <= bits <= most:
+                raise ValueError(f"kv.{name}={bits} is not between {least} and {most}; leave `kv: null` for 16 bits")
+        self._check_foreign()
         _check_clip("kv", self.clip)
+        if self.kind == "kivi":
+            size, length = self.group_size, self.residual_length
+            if size is None or length is None or size < 1 or length < 1 or length % size:
+                raise ValueError(f"kv.group_size={size} and kv.residual_length={length}: kivi needs the first to divide the second")
+            if self.prefill < 1:
+                raise ValueError(f"kv.prefill={self.prefill}; a prompt has one token at least")
+        if not 0 <= self.outliers < 0.5:
+            raise ValueError(f"kv.outliers={self.outliers}; give a share from 0 to below 0.5, such as 0.01")
+        if self.codebook not in KV_CODEBOOKS:
+            raise ValueError(f"kv.codebook={self.codebook}; choose {' or '.join(KV_CODEBOOKS)}")
+        if self.first_few_fp16 < 0:
+            raise ValueError(f"kv.first_few_fp16={self.first_few_fp16} must not be negative")
+
+    def _check_foreign(self) -> None:
+        """A field of another kind would change the key and nothing else."""
+        owners = {
+            "symmetric": ("per_token",),
+            "clip": ("per_token",),
+            "group_size": ("per_token", "kivi"),
+            "prefill": ("kivi",),
+            "value_bits": ("kivi",),
+            "residual_length": ("kivi",),
+            "outliers": ("kvquant",),
+            "codebook": ("kvquant",),
+            "first_few_fp16": ("kvquant",),
+        }
+        for f in fields(self):
+            if f.name in owners and self.kind not in owners[f.name] and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"kv.{f.name}={getattr(self, f.name)} means nothing to kv.kind={self.kind}; it is for {', '.join(owners[f.name])}"
+                )
+
+    @property
+    def calibrated(self) -> bool:
+        """Needs keys and values of calibration text."""
+        return self.kind == "kvquant"
 
 
 def _check_clip(part: str, clip: float) -> None:

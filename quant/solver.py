@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.affine import Affine
 from quant.errors import SingularHessianError
+from quant.kernels import kernel
 
 RoundColumn = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, values `[N]`). The weights hold the updates of all finished
@@ -72,6 +74,27 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     raise SingularHessianError(
         f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
     )
+
+
+Ranges = Callable[[int, int, Tensor], tuple[Affine, list[int]]]
+"""(start, end, weights `[K, N]`) ▸ scale and zero `[G, N]`, and of each column start .. end - 1 its row in them. The weights hold the
+updates of all finished blocks."""
+
+
+def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges, backend: str = "auto") -> tuple[Solved, list[str]]:
+    """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`; and the kernel's notes."""
+    block_kernel = kernel("gptq_block", backend, weight.device)
+    w = weight.clone()
+    k = w.shape[0]
+    codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
+    for start in range(0, k, block_size):
+        end = min(start + block_size, k)
+        affine, group = ranges(start, end, w)
+        solved = block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group)
+        codes[start:end], values[start:end] = solved.codes, solved.values
+        loss += solved.errors.square().sum(0)
+        w[end:].addmm_(upper[start:end, end:].T, solved.errors, alpha=-1)
+    return Solved(codes, values, loss), block_kernel.notes
 
 
 def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-KINDS = ("hessian", "absmax", "absmean", "samples")
+KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
 
 
 @dataclass
@@ -25,25 +25,38 @@ class Statistics:
     """`[K]` float32: max over tokens of |x|."""
     absmean: Tensor | None = None
     """`[K]` float32: mean over tokens of |x|."""
+    minmax: Tensor | None = None
+    """`[2, K]` float32: min and max over tokens of x."""
     samples: Tensor | None = None
     """`[S, T, K]`: inputs of whole sequences, for losses on a module's output."""
 
     def scaled(self, s: Tensor) -> Statistics:
-        """Statistics of x / s, exactly: H ▸ S⁻¹ H S⁻¹, absmax ▸ /s, absmean ▸ /s, samples ▸ /s. s is `[K]` > 0."""
+        """Statistics of x / s, exactly: H ▸ S⁻¹ H S⁻¹, absmax, absmean, minmax and samples ▸ /s. s is `[K]` > 0."""
         return Statistics(
             hessian=None if self.hessian is None else self.hessian / s[:, None] / s[None, :],
             absmax=None if self.absmax is None else self.absmax / s,
             absmean=None if self.absmean is None else self.absmean / s,
+            minmax=None if self.minmax is None else self.minmax / s,
             samples=None if self.samples is None else self.samples / s,
         )
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> Statistics:
         """Statistics of f(x) = x M, f a linear map of the last axis, exactly: H ▸ Mᵀ H M, samples ▸ f(samples). Computed in
-        float64. absmax and absmean do not follow from those of x: None."""
+        float64. absmax, absmean and minmax do not follow from those of x: None."""
         h, samples = self.hessian, self.samples
         return Statistics(
             hessian=None if h is None else f(f(h.double()).T).T.to(h).contiguous(),
             samples=None if samples is None else f(samples.double()).to(samples),
+        )
+
+    def shifted(self, z: Tensor) -> Statistics:
+        """Statistics of x - z, z `[K]`: minmax and samples exactly, absmax from minmax. The others need more than they hold of x:
+        None."""
+        minmax = None if self.minmax is None else self.minmax - z
+        return Statistics(
+            absmax=None if minmax is None or self.absmax is None else minmax.abs().amax(0),
+            minmax=minmax,
+            samples=None if self.samples is None else self.samples - z.to(self.samples),
         )
 
     def require(self, method: str, *kinds: str) -> None:
@@ -95,6 +108,25 @@ class AbsMax:
         return self.peak
 
 
+class MinMax:
+    """Zero and zero for inputs that nobody reached."""
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        self.limits = torch.zeros(2, channels, device=device)
+        self.seen = False
+
+    def update(self, x: Tensor) -> None:
+        if x.numel():
+            tokens = x.reshape(-1, x.shape[-1])
+            found = torch.stack([tokens.amin(0), tokens.amax(0)]).to(self.limits)
+            if self.seen:
+                found = torch.stack([torch.minimum(found[0], self.limits[0]), torch.maximum(found[1], self.limits[1])])
+            self.limits, self.seen = found, True
+
+    def value(self) -> Tensor:
+        return self.limits
+
+
 class AbsMean:
     """Summed in float64."""
 
@@ -125,10 +157,11 @@ class Samples:
         return torch.cat(self.kept) if self.kept else torch.zeros(0, 0, self.channels, device=self.device)
 
 
-ACCUMULATORS: dict[str, type[HessianSum] | type[AbsMax] | type[AbsMean] | type[Samples]] = {
+ACCUMULATORS: dict[str, type[HessianSum] | type[AbsMax] | type[AbsMean] | type[MinMax] | type[Samples]] = {
     "hessian": HessianSum,
     "absmax": AbsMax,
     "absmean": AbsMean,
+    "minmax": MinMax,
     "samples": Samples,
 }
 

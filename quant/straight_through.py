@@ -1,7 +1,6 @@
 """Quantization with gradients: rounding passes them on unchanged (Bengio et al. 2013, arXiv 1308.3432), all else has its own.
 
-Values are exactly those of `quant.affine` and `quant.grids`: a rounded number is 0, or within a factor of 2 of the number
-itself, so that value + (rounded - value) is `rounded` to the last bit (Sterbenz).
+Values are exactly those of `quant.affine`, `quant.grids` and `quant.activation`.
 """
 
 from __future__ import annotations
@@ -9,14 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.activation import fake_quantize_activation
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, Grid, affine_of
 from quant.scheme import ActivationScheme, Granularity
 
 
 def through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `value`."""
-    return value + (rounded - value).detach()
+    """`rounded` to the last bit, with the gradient of `value`."""
+    return rounded.detach() + (value - value.detach())
 
 
 def scaled_limits(g: Grid, groups: Tensor, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -44,10 +44,12 @@ def round_through(affine: Affine, w: Tensor, offset: Tensor | float = 0.0) -> Te
 
 def activation_through(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """As `quant.activation.fake_quantize_activation` with dynamic ranges, with gradients. `[..., K]`; one range per tensor is one
-    per sequence of `[S, T, K]`."""
+    per sequence of `[S, T, K]`. Number formats besides integers, and kept outliers, pass gradients on unchanged."""
     if not x.numel():
         return x
+    if scheme.number != "int" or scheme.outlier_threshold is not None:
+        return through(x, fake_quantize_activation(x, scheme))
     g = GRIDS["absmax" if scheme.symmetric else "omni"]
     rows = x if scheme.granularity is Granularity.TOKEN else x.reshape(x.shape[0] if x.dim() > 2 else 1, -1)
-    low, high = g.limits(rows)
+    low, high = g.limits(rows * scheme.clip)
     return round_through(affine_through(g, low, high, scheme.bits, rows.dtype), rows).view(x.shape)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers import datasets
+from workers import datasets, kv_capture
 from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
@@ -42,14 +42,18 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     """
     specs = [spec for spec, _ in stages.values()]
     for spec in specs:
-        check_kind(spec.statistic)
+        if spec.statistic != kv_capture.KIND:
+            check_kind(spec.statistic)
         if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
             raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
     peak = PeakMemory(context.device)
     model = open_blocks(context, specs[0].model)
     tokens = calibration_tokens(context, model, specs[0].calibration)
     sequences, length = tokens.shape
-    kinds = frozenset(s.statistic for s in specs)
+    kinds = frozenset(s.statistic for s in specs) - {kv_capture.KIND}
+    wants_kv = any(s.statistic == kv_capture.KIND for s in specs)
+    if wants_kv:
+        kv_capture.check_family(model.structure)
     kept = sample_sequences(sequences, length)
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     with context.phase("forward"):
@@ -59,13 +63,18 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     for b in range(model.structure.count):
         with context.phase("read"):
             block = model.load(b)
+        kv = kv_capture.KVSamples(block, model.structure, kept) if wants_kv else None
         with context.phase("forward"):
             found, hidden = collect(block, model.structure, kinds, [c[b] for c in calls], hidden, kept)
         model.release(b)
         _note_unused(context, model.structure, b, found)
         with context.phase("write"):
             for key, (spec, payload) in stages.items():
-                described[key].append(_write(payload, model.structure, b, spec.statistic, found))
+                if spec.statistic == kv_capture.KIND:
+                    assert kv is not None
+                    described[key].append(kv.write(f"{model.structure.blocks}.{b}", payload / block_file(b)))
+                else:
+                    described[key].append(_write(payload, model.structure, b, spec.statistic, found))
     summaries = {}
     for key, (spec, payload) in stages.items():
         index = {
@@ -73,7 +82,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
             "statistic": spec.statistic,
             "sequences": sequences,
             "sequence_length": length,
-            "sample_sequences": kept if spec.statistic == "samples" else None,
+            "sample_sequences": kept if spec.statistic in ("samples", kv_capture.KIND) else None,
             "blocks": described[key],
             "linears": {
                 model.structure.path(b, n): model.structure.path(b, s.linears[0])

@@ -26,7 +26,7 @@ SAMPLE_TOKENS = 8192
 def check_kind(kind: str) -> str:
     """Raises InputError naming the allowed kinds."""
     if kind not in KINDS:
-        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}")
+        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}, kv")
     return kind
 
 

@@ -1,14 +1,15 @@
 """The evaluate stage: scores of a variant on one task, and one row per item.
 
 Inputs by role: `quantize`, the artifact of the variant (none: the unquantized model); `reference`, the unquantized model's
-own evaluation, for divergence. Payload: items.parquet, and the reference's log-probabilities where this is the reference.
+own evaluation, for divergence; `kv`, calibration keys and values, for a KV scheme that is calibrated.
+Payload: items.parquet, and the reference's log-probabilities where this is the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from workers import kv_runs
 from workers.context import Context
 from workers.errors import InputError
 from workers.memory import PeakMemory
@@ -29,7 +31,8 @@ P = TypeVar("P")
 
 
 def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
-    """Write items.parquet into `payload`; return {scores, primary, n_items, n_tokens, peak_memory_bytes}.
+    """Write items.parquet into `payload`; return {scores, primary, n_items, n_tokens, peak_memory_bytes,
+    and kv where the scheme has that part}.
 
     Raises InputError (unknown task, parameters, too short a text), NumericalError (logits that are not finite),
     CorruptArtifactError.
@@ -46,6 +49,7 @@ def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, 
         "n_items": result.n_items,
         "n_tokens": result.n_tokens,
         "peak_memory_bytes": peak.bytes(),
+        **stage.facts,
     }
 
 
@@ -81,6 +85,8 @@ class _Stage:
     payload: Path
     context: Context
     residency: Residency
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else the record's summary says."""
 
     def perplexity(self) -> base.Result:
         params = parse_params(perplexity.Params, self.spec.task)
@@ -124,6 +130,7 @@ class _Stage:
 
     def _scored(self, windows: Tensor, run: Callable[[base.Logits], base.Result]) -> base.Result:
         spec, artifact = self.spec, self.inputs.get("quantize")
+        in_pass = spec.kv if spec.kv is not None and not kv_runs.through_cache(spec.kv) else None
         model = (
             self.residency.unquantized(self.context, spec.model)
             if artifact is None
@@ -131,11 +138,17 @@ class _Stage:
         )
 
         def runtime() -> AbstractContextManager[None]:
-            return self.residency.runtime(model, artifact, spec.activation, spec.kv)
+            return self.residency.runtime(model, artifact, spec.activation, in_pass)
 
         _check_fits(model, windows)
+        if spec.kv is not None:
+            self.facts["kv"] = kv_runs.summary(model, spec.kv, windows.shape[1])
+        if spec.kv is not None and in_pass is None:
+            logits = kv_runs.logits(model, spec.kv, self.inputs.get("kv"), self.context, runtime)
+        else:
+            logits = resident_logits(model, self.context.device, runtime)
         with self.context.phase("forward"), torch.inference_mode():
-            return run(resident_logits(model, self.context.device, runtime))
+            return run(logits)
 
 
 def _check_fits(model: nn.Module, windows: Tensor) -> None:

@@ -66,13 +66,37 @@ class BlockWeights:
             self.current[name] = made.weight(self.current[name])
             self.inputs[name] = made
 
+    def no_shift(self, rule: ScaleRule) -> str | None:
+        """Why the group's input cannot be shifted; None where it can."""
+        if rule.producer is None or rule.producer_kind != "norm":
+            return "its input does not come from a norm"
+        if getattr(self._module(rule.producer), "bias", None) is None:
+            return "its norm has no bias"
+        if rule.routers or any(self.views[n].bias is None for n in rule.consumers):
+            return "a linear that reads it has no bias"
+        return None
+
+    def shift(self, rule: ScaleRule, z: Tensor) -> None:
+        """Subtract z `[K]` from the group's shared input: the norm's bias loses it, the consumers' biases gain W z."""
+        reason = self.no_shift(rule)
+        if reason is not None or rule.producer is None:
+            raise ValueError(f"group {rule.name} cannot be shifted: {reason}")
+        for name in rule.consumers:
+            w, bias = self.current[name], self.biases.get(name, self.views[name].bias)
+            assert bias is not None
+            self.biases[name] = _wide(bias) + (w.double() @ z.to(w).double()).to(w)
+        values = self._norm(rule.producer)
+        self.norms[rule.producer] = {**values, "bias": values["bias"] - z.to(values["bias"])}
+
+    def _norm(self, name: str) -> dict[str, Tensor]:
+        return self.norms.get(name) or {k: _wide(p) for k, p in self._module(name).named_parameters(recurse=False)}
+
     def router(self, name: str) -> Tensor:
         """The router's weight `[*, K]` as it is now."""
         return self.routers[name] if name in self.routers else _wide(self._module(name).weight)
 
     def _divide_norm(self, name: str, s: Tensor) -> None:
-        module = self._module(name)
-        values = self.norms.get(name) or {k: _wide(p) for k, p in module.named_parameters(recurse=False)}
+        values = self._norm(name)
         offset = self._structure.norm_offset
         divided = {k: v / s.to(v) for k, v in values.items() if k != "weight"}
         weight = values["weight"]

@@ -165,9 +165,19 @@ class _Run:
         weights = BlockWeights(block, structure)
         forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.batch_tokens, structure.sites[0].cols)
         worker = BlockQuantizer(
-            b, block, structure, chosen, weights, statistics, tokens, forward, self.left_alone, self.scaled, self.spec.seed or 0
+            b,
+            block,
+            structure,
+            chosen,
+            weights,
+            statistics,
+            tokens,
+            forward,
+            self.left_alone,
+            self.scaled,
+            self.spec.seed or 0,
+            self.spec.activation,
         )
-        worker.activation = self.spec.activation
         with context.phase("search"):
             worker.transform()
         self.reassembled += worker.reassembled

@@ -43,8 +43,7 @@ def _group(worker: BlockQuantizer, rule: ScaleRule, position: int) -> None:
     else:
         reason = _apply(worker, rule, transform, some.scheme)
     if reason is not None:
-        key = (transform.name, rule.name, reason)
-        worker.left_alone[key] = worker.left_alone.get(key, 0) + 1
+        worker.leave(transform.name, rule, reason)
 
 
 def _apply(worker: BlockQuantizer, rule: ScaleRule, transform: InputTransform, scheme: Any) -> str | None:
@@ -68,9 +67,8 @@ def _apply(worker: BlockQuantizer, rule: ScaleRule, transform: InputTransform, s
     worker.weights.reassemble(rule.consumers, found.map)
     for name in rule.consumers:
         set_reassembly(worker.weights.views[name].module, found.map)
-    site = worker.site(rule.input)
-    if site in worker.statistics:
-        worker.statistics[site] = worker.statistics[site].mapped(found.map.apply)
+    made = found.map
+    worker.map_statistics(rule, lambda statistics: statistics.mapped(made.apply))
     worker.weights.write()
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
-from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, Transform
+from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, ScaleGroup, Shifts, Transform
 from quant.methods.registry import MODEL_TRANSFORMS, TUNERS
 from quant.methods.tuner import BlockTuner
 from quant.scheme import ActivationScheme, WeightScheme
@@ -165,11 +165,11 @@ class BlockQuantizer:
     scaled: set[str]
     """Transforms that scaled a group: filled here."""
     seed: int = 0
+    activation: ActivationScheme | None = None
+    """Of the run time, where a method reads it."""
     linear_notes: dict[str, list[str]] = field(default_factory=dict)
     tuned: list[LinearResult] = field(default_factory=list)
     """Of the linears that a tuner quantized, filled by it."""
-
-    activation: ActivationScheme | None = None
     reassembled: list[dict[str, Any]] = field(default_factory=list)
     """Searches of transforms that change inputs at run time."""
 
@@ -183,10 +183,12 @@ class BlockQuantizer:
         """All scales of the block, transform by transform; then all rewrites."""
         depth = max((len(m.transforms) for m in self.methods.values()), default=0)
         for position in range(depth):
+            self._shift_groups(position)
             reassemble(self, position)
             found = [(rule, s) for rule in self.structure.groups if (s := self._scale_of(rule, position)) is not None]
             for rule, s in found:
-                self._apply(rule, s)
+                self.weights.scale(rule, s)
+                self.map_statistics(rule, lambda statistics, s=s: statistics.scaled(s.to(torch.float32)))
             if found:
                 self.weights.write()
         for name, method in self.methods.items():
@@ -194,12 +196,45 @@ class BlockQuantizer:
                 self._rewrite(name, method, transform)
         self.weights.write()
 
-    def _scale_of(self, rule: ScaleRule, position: int) -> Tensor | None:
+    def _shift_groups(self, position: int) -> None:
+        """Before any scale of this position: a transform sees its own shift when it searches."""
+        found = [(rule, z) for rule in self.structure.groups if (z := self._shift_of(rule, position)) is not None]
+        for rule, z in found:
+            self.weights.shift(rule, z)
+            self.map_statistics(rule, lambda statistics, z=z: statistics.shifted(z.to(torch.float32)))
+        if found:
+            self.weights.write()
+
+    def _shift_of(self, rule: ScaleRule, position: int) -> Tensor | None:
+        wanted = self._wanted(rule, position)
+        if wanted is None or not isinstance(wanted[0], Shifts):
+            return None
+        transform, method, reason = wanted
+        if reason is not None:
+            return None  # said when it is asked for a scale
+        with translated(rule.name):
+            z = transform.shift(self._group(rule), method.scheme)
+        if z is None:
+            return None
+        refusal = self.weights.no_shift(rule)
+        if refusal is not None:
+            self.leave(f"{transform.name} (shift)", rule, refusal)
+            return None
+        if "hessian" in method.needs:
+            raise InputError(f"{transform.name} shifts the input of {rule.name}, and its Hessian cannot follow; set shifting=false")
+        if not torch.isfinite(z).all():
+            raise NumericalError(f"{transform.name} gave a shift that is not finite for {rule.name}")
+        return z
+
+    def _wanted(self, rule: ScaleRule, position: int) -> tuple[Transform, Method, str | None] | None:
+        """The transform at work on a group, its method, and why it must leave the group alone."""
         wanted = {n: self.methods.get(n) for n in rule.consumers}
         some = next((m for m in wanted.values() if m is not None and len(m.transforms) > position), None)
         if some is None:
             return None
         transform = some.transforms[position]
+        if hasattr(transform, "reassemble"):
+            return None
         reason = rule.reason
         if any(m is None or m.rule.method != some.rule.method for m in wanted.values()):
             reason = OTHERS
@@ -207,24 +242,37 @@ class BlockQuantizer:
             reason = REASSEMBLED
         elif reason is None and self.tokens.get(rule.input, 1) == 0:
             reason = UNREACHED
-        if reason is not None:
-            key = (transform.name, rule.name, reason)
-            self.left_alone[key] = self.left_alone.get(key, 0) + 1
-            return None
+        return transform, some, reason
+
+    def leave(self, what: str, rule: ScaleRule, reason: str) -> None:
+        key = (what, rule.name, reason)
+        self.left_alone[key] = self.left_alone.get(key, 0) + 1
+
+    def _group(self, rule: ScaleRule) -> ScaleGroup:
         group = self.forward.group(rule, self._of(rule.input), f"{self.structure.blocks}.{self.index}.")
+        return replace(group, activation=self.activation)
+
+    def _scale_of(self, rule: ScaleRule, position: int) -> Tensor | None:
+        wanted = self._wanted(rule, position)
+        if wanted is None:
+            return None
+        transform, method, reason = wanted
+        if reason is not None:
+            self.leave(transform.name, rule, reason)
+            return None
+        group = self._group(rule)
         with translated(group.name):
-            s = transform.scale(group, some.scheme)
+            s = transform.scale(group, method.scheme)
         if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
             raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
         if s is not None:
             self.scaled.add(transform.name)
         return s
 
-    def _apply(self, rule: ScaleRule, s: Tensor) -> None:
-        self.weights.scale(rule, s)
+    def map_statistics(self, rule: ScaleRule, map: Callable[[Statistics], Statistics]) -> None:
         for site in {*(self.site(n) for n in rule.consumers), *rule.routers}:
             if site in self.statistics:
-                self.statistics[site] = self.statistics[site].scaled(s.to(torch.float32))
+                self.statistics[site] = map(self.statistics[site])
 
     def _rewrite(self, name: str, method: Method, transform: Transform) -> None:
         site = self.site(name)

@@ -103,7 +103,7 @@ class CalibrateSpec:
     model: ModelSpec
     calibration: CalibrationSpec
     statistic: str
-    """hessian, absmax, absmean or samples."""
+    """hessian, absmax, absmean, minmax, samples or kv."""
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,8 @@ def _norms(worker: BlockQuantizer) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, module in worker.block.named_modules():
         own = dict(module.named_parameters(recurse=False))
+        if "forward" in module.__dict__:  # a fused norm is x / rms(x) times its weight; it has no bias any more
+            own.pop("bias", None)
         if own and not isinstance(module, nn.Linear) and all(p.ndim == 1 for p in own.values()):
             changed = worker.weights.norms.get(name, {})
             out.update({f"{name}.{k}": changed.get(k, worker.weights.wide(p)) for k, p in own.items()})

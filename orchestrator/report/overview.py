@@ -160,6 +160,7 @@ def _family(variant: VariantResult) -> str:
     for letter, field in (("a", "activation"), ("kv", "kv")):
         part = next((s for e in variant.evaluations.values() if (s := spec_of(e).get(field))), None)
         if part:
+            kind = f" {part['kind']}" if part.get("kind") else ""
             static = "" if part.get("dynamic", True) else "s"
-            parts.append(f"{letter}{part['bits']}{static}{'t' if part.get('granularity') == 'tensor' else ''}")
+            parts.append(f"{letter}{part['bits']}{static}{'t' if part.get('granularity') == 'tensor' else ''}{kind}")
     return " ".join(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class Rounding(Protocol):
     name: ClassVar[str]
     version: ClassVar[int]
     needs: ClassVar[frozenset[str]]
-    """Statistics that must be given: hessian, absmax, absmean, samples."""
+    """Statistics that must be given: hessian, absmax, absmean, minmax, samples."""
     reads: ClassVar[frozenset[str]]
     """Run-time parts of the scheme that change the result: activation, kv."""
     uses_seed: ClassVar[bool]
@@ -116,6 +116,8 @@ class ScaleGroup:
     """Name ▸ weight `[*, K]` that reads the same input and is scaled along, but never quantized."""
     linear: bool = False
     """The module is the one consumer itself: forward(w, x) = x wᵀ, so that xᵀx says all about a change of w."""
+    activation: ActivationScheme | None = None
+    """How inputs are quantized at run time: for transforms that declare they read it."""
 
 
 class Transform(Protocol):
@@ -230,3 +232,12 @@ class ModelTransform(Protocol):
     """`rotation` needs a loss."""
 
     def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation: ...
+
+
+@runtime_checkable
+class Shifts(Protocol):
+    """A transform that also shifts inputs, before it scales them."""
+
+    def shift(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
+        """z `[K]`: the input x becomes x - z, the norm's bias loses z, every consumer's bias gains W z (function-preserving);
+        None for no shift. Asked only where norm and consumers have biases."""

@@ -4,6 +4,7 @@
 
 sigmoid(4) = 0.982: the first range already clips 1.8 %. Scale and zero follow from the range and the grid in every forward;
 rounding is straight-through. A symmetric grid takes the larger end of the clipped range.
+Departure: where Omni's grid would have to cut its zero off at ±1e4 (all-equal groups), the range is extended to hold 0.
 """
 
 from __future__ import annotations
@@ -51,9 +52,13 @@ class LearnedClipping:
         return [self.upper, self.lower] if self._learn else []
 
     def _limits(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._learn:
-            return self._grid.limits(groups)
-        return scaled_limits(self._grid, groups, torch.sigmoid(self.lower), torch.sigmoid(self.upper))
+        factors = (torch.sigmoid(self.lower), torch.sigmoid(self.upper)) if self._learn else (1.0, 1.0)
+        low, high = scaled_limits(self._grid, groups, *factors)
+        if self._grid.zero is not ZeroKind.INTEGER:
+            return low, high
+        # Almost equal values far from 0 need a zero beyond the ±1e4 of Omni's grid, which would lose them: such a range is given 0.
+        far = low.abs() > 1e4 * self._grid.step(low, high, self._scheme.bits)
+        return torch.where(far, low.clamp(max=0), low), torch.where(far, high.clamp(min=0), high)
 
     def soft(self, weight: Tensor) -> Tensor:
         """`[N, K]` with gradients for the weight and the parameters; the values of `hard`."""

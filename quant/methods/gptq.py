@@ -4,7 +4,10 @@ Objective: min tr((W - Q) H (W - Q)ᵀ), H = (2 / sequences) Σ x xᵀ. Shapes: 
 The behaviour is the reference code's, quirks included: per-row ranges are taken from the weight before dead columns are
 zeroed; columns are ordered before damping, dead ones counting as H_jj = 1; the ranges of dynamic groups are taken from
 weights that hold the updates of finished blocks only, so that `block_size` matters with groups. Act-order with dynamic
-groups makes groups of permuted columns and stores each column's group.
+groups makes groups of permuted columns and stores each column's group. With `outlier_columns` (0 is plain GPTQ) it is the rounding of OWQ
+(arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16.
+Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
+the error of the columns before it. `grid`, `mse` and `static_groups` then say nothing.
 Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
@@ -12,6 +15,7 @@ steps (the same U). Float64 weights are computed in float64, all others in float
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +25,15 @@ from torch import Tensor
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
-from quant.methods.base import ANY, Linear, Rounded
-from quant.scheme import Granularity, Supports, WeightScheme
-from quant.solver import inverse_factor, revive_dead, solve_columns
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.number_formats import encode, number_format
+from quant.outliers import METRICS, outlier_columns, without_columns
+from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
+from quant.solver import inverse_factor, revive_dead, solve_affine, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
+from quant.tensors.columns import ColumnsTensor
+from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,9 @@ class Gptq:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
-    supports: ClassVar[Supports] = Supports()
+    supports: ClassVar[Supports] = Supports(numbers=ANY_NUMBER)
+    optional: ClassVar[frozenset[str]] = frozenset({"outlier_columns", "outlier_metric"})
+    """Parameters that a yaml may leave out where it means their default: they came later, and the keys of finished work stay."""
 
     grid: str | None = None
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
@@ -51,6 +61,10 @@ class Gptq:
     """Fraction of mean(diag H) added to the diagonal."""
     true_sequential: bool = False
     """Read by the block loop, not here: with propagation=quantized, linears also see the quantized ones before them."""
+    outlier_columns: int = 0
+    """Columns kept in float16, solved last so that they take up the errors of the others; ranges leave them out (OWQ, QUIK)."""
+    outlier_metric: str = "owq"
+    """Which columns those are (`quant.outliers`): owq or quik."""
 
     def __post_init__(self) -> None:
         if self.grid is not None:
@@ -59,9 +73,15 @@ class Gptq:
             raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
         if not 0 <= self.damp < float("inf"):
             raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        if self.outlier_columns < 0:
+            raise ValueError(f"outlier_columns={self.outlier_columns} must be 0 or more columns of every linear")
+        if self.outlier_metric not in METRICS:
+            raise ValueError(f"outlier_metric={self.outlier_metric!r} is unknown; choose {' or '.join(METRICS)}")
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
-        """`[N, K]` ▸ affine codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
+        """`[N, K]` ▸ affine codes, and the columns kept in float16 (`outlier_columns`) beside them.
+
+        Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
         statistics.require("gptq", "hessian")
         hessian = statistics.hessian
         assert hessian is not None
@@ -81,50 +101,120 @@ class Gptq:
         elif zeroed:
             notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
             w = w.masked_fill(dead, 0)
+        if self.outlier_columns and scheme.number != "int":
+            raise ValueError(
+                f"outlier_columns={self.outlier_columns} works with integer codes; weight.number={scheme.number} has none: use 0"
+            )
+        kept = self._kept_columns(chosen, groups, w, hessian.to(w).diagonal(), scheme)
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
+        # Last, so that they take up the errors of all others and add none but that of float16.
+        order = torch.cat([order[~torch.isin(order, kept)], kept])
         upper, damp = inverse_factor(h[order][:, order], self.damp)
         if damp != self.damp:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
 
-        def run(scale_dtype: torch.dtype) -> AffineTensor:
+        def run(scale_dtype: torch.dtype) -> StoredTensor:
             source = grouped(w, scheme) if scheme.granularity is Granularity.GROUP else groups
-            ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order)
-            codes = solve_columns(w.T[order], upper, self.block_size, ranges.round_column).codes
-            plain = torch.empty_like(codes)
-            plain[order] = codes
-            return AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
+            ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order, kept.numel())
+            columns, coded = w.T[order], k - kept.numel()
+            solved, kernel_notes = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, ranges.block)
+            notes.extend(n for n in kernel_notes if n not in notes)
+            plain = torch.zeros_like(columns)
+            plain[order[:coded]] = solved.codes
+            rest = AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
+            return rest if coded == k else ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper))
 
-        tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, damp=damp, notes=notes + dtype_notes)
+        def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
+            return _solve_floating(w, groups, upper, order, scheme, scale_dtype, self.block_size)
+
+        make: Callable[[torch.dtype], StoredTensor] = run if scheme.number == "int" else run_floating
+        tensor, dtype_notes = with_stored_scales(scheme, make)
+        details = {"kept_columns": kept.tolist()} if kept.numel() else {}
+        if isinstance(tensor, ColumnsTensor) and tensor.kept_values.dtype is torch.float32:
+            notes.append("float16 does not hold the kept columns: they are stored in float32")
+        return Rounded(tensor, damp=damp, notes=notes + dtype_notes, details=details)
+
+    def _kept_columns(self, chosen: Grid, groups: Tensor, w: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
+        if not self.outlier_columns:
+            return torch.empty(0, dtype=torch.int64, device=w.device)
+        width = groups.shape[2] if scheme.granularity is Granularity.GROUP else w.shape[1]
+
+        def rounded(source: Tensor) -> Tensor:
+            affine = fit(chosen, source.view(groups.shape), scheme.bits, torch.float32)
+            return affine.round(groups).view(w.shape)
+
+        return outlier_columns(self.outlier_metric, w, diagonal, self.outlier_columns, width, rounded)
+
+
+def _solve_floating(
+    w: Tensor, groups: Tensor, upper: Tensor, order: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, block_size: int
+) -> FloatingTensor:
+    """Codes of a number format with scales `[R, G]` of the weight as given."""
+    format = number_format(scheme.number)
+    scales = format.fit(groups.abs().amax(-1), scale_dtype)
+    per_group = format.read(scales)
+    columns = per_group.repeat_interleave(w.shape[1] // per_group.shape[1], dim=1).T[order]
+    values = format.element.values().to(w)
+
+    def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        codes = encode(format, column, columns[j])
+        return codes.to(w), values[codes] * columns[j].to(w)
+
+    codes = solve_columns(w.T[order], upper, block_size, round_column).codes
+    plain = torch.empty_like(codes)
+    plain[order] = codes
+    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number)
 
 
 class _Ranges:
     """Scale and zero of every group, known before the solver starts (per row, per tensor, static) or fitted on the way."""
 
-    def __init__(self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor) -> None:
+    def __init__(
+        self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor, kept: int
+    ) -> None:
         self.grid, self.bits, self.scale_dtype, self.mse = chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
-        self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else order.numel()
+        k = order.numel()
+        self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else k
         self.dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
         self.permuted = self.dynamic and method.act_order
-        self.fitted: list[Affine] = []
-        self.plan = (torch.arange(order.numel()) if self.dynamic else order.cpu()).div(self.width, rounding_mode="floor").tolist()
+        # Group of each position: of permuted columns, or of the plain order whatever the solver's.
+        self.plan: list[int] = (torch.arange(k) if self.permuted else order.cpu()).div(self.width, rounding_mode="floor").tolist()
+        coded = k - kept  # positions before the columns that are kept in floating point
+        self.members: list[list[int]] = [[] for _ in range(k // self.width)]
+        for j in range(coded):
+            self.members[self.plan[j]].append(j)
+        self.fitted: dict[int, Affine] = {}
         if not self.dynamic:
+            if kept:
+                groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
             all_groups = fit(chosen, groups, self.bits, scale_dtype, self.mse)
             for g in range(groups.shape[1]):
-                self.fitted.append(Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero))
+                self.fitted[g] = Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero)
 
-    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        if self.dynamic and j % self.width == 0:
-            new = fit(self.grid, weights[j : j + self.width].T.contiguous(), self.bits, self.scale_dtype, self.mse)
-            self.fitted.append(Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero))
-        affine = self.fitted[self.plan[j]]
-        codes = affine.encode(column)
-        return codes, affine.decode(codes)
+    def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        """Scale and zero `[G, N]` of the columns start .. end - 1, and which is whose. Dynamic groups that begin here are fitted to
+        the weights as they are before the block."""
+        plan = self.plan[start:end]
+        rows = {g: row for row, g in enumerate(dict.fromkeys(plan))}
+        for g in rows:
+            if g not in self.fitted:
+                self.fitted[g] = self._fit(weights[self.members[g]].T.contiguous())
+        n = weights.shape[1]
+        scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in rows]) for part in ("scale", "zero"))
+        return Affine(scale, zero, self.bits, self.grid.zero), [rows[g] for g in plan]
+
+    def _fit(self, w: Tensor) -> Affine:
+        new = fit(self.grid, w, self.bits, self.scale_dtype, self.mse)
+        return Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero)
 
     def affine(self) -> Affine:
         """Scale and zero `[R, G]`."""
-        scale, zero = (torch.stack([getattr(a, part) for a in self.fitted], dim=1) for part in ("scale", "zero"))
+        for g, members in enumerate(self.members):
+            if g not in self.fitted and not members:  # all its columns are kept: any range will do
+                self.fitted[g] = self._fit(torch.zeros_like(next(iter(self.fitted.values())).scale[:, None]))
+        fitted = [self.fitted[g] for g in sorted(self.fitted)]
+        scale, zero = (torch.stack([getattr(a, part) for a in fitted], dim=1) for part in ("scale", "zero"))
         return Affine(scale, zero, self.bits, self.grid.zero)
 
     def group_of_column(self) -> Tensor | None:
@@ -134,3 +224,21 @@ class _Ranges:
         index = torch.empty_like(self.order)
         index[self.order] = torch.arange(self.order.numel(), device=self.order.device) // self.width
         return index
+
+
+def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:
+    """`[N, r]`: the last r of columns `[K, N]`, with the errors of the others, rounded to values `[K - r, N]`, spread over them; float16,
+    or float32 where float16 cannot hold them."""
+    coded = values.shape[0]
+    # W - Q = E U, with U upper triangular.
+    errors = torch.linalg.solve_triangular(upper[:coded, :coded].T, columns[:coded] - values, upper=False)
+    rest = columns[coded:] - upper[:coded, coded:].T @ errors
+    half = rest.half().to(rest)
+    # Twice float16's own precision, which values below its normal ones miss.
+    fits = bool(((half - rest).abs() <= 2.0**-10 * rest.abs().amax(1, keepdim=True)).all())
+    dtype = torch.float16 if fits else torch.float32
+
+    def keep(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return column, column.to(dtype).to(column)
+
+    return solve_columns(rest, upper[coded:, coded:], len(rest), keep).values.T.to(dtype).contiguous()

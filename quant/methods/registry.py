@@ -8,11 +8,16 @@ from typing import Any
 
 from quant.methods.awq import Awq
 from quant.methods.billm import Billm
+from quant.methods.claq import Claq
+from quant.methods.clip import Clip, ClipOutput
 from quant.methods.gptq import Gptq
 from quant.methods.hqq import Hqq
 from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.learned_rounding import LearnedRounding
+from quant.methods.llm_int8 import LlmInt8
+from quant.methods.nf4 import Nf4
 from quant.methods.omniquant import OmniQuant
+from quant.methods.os_plus import OsPlus
 from quant.methods.pb_llm import PbLlm
 from quant.methods.qllm import QllmReassembly
 from quant.methods.qllm_correction import QllmCorrection
@@ -20,11 +25,19 @@ from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
 from quant.methods.rtn import Rtn
+from quant.methods.slim_llm import SlimLlm
+from quant.methods.slim_llm_plus import SlimLlmPlus
 from quant.methods.smoothquant import SmoothQuant
+from quant.methods.spqr import Spqr
 
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
     Gptq,
+    Claq,
+    SlimLlm,
+    Spqr,
+    LlmInt8,
+    Nf4,
     Hqq,
     Billm,
     PbLlm,
@@ -35,6 +48,9 @@ _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
     QllmReassembly,
+    OsPlus,
+    Clip,
+    ClipOutput,
 )
 _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
     Quarot,
@@ -44,6 +60,7 @@ _TUNERS: tuple[type[Any], ...] = (
     OmniQuant,
     LearnedRounding,
     QllmCorrection,
+    SlimLlmPlus,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
@@ -65,6 +82,7 @@ class Recipe:
 METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
+    "claq": Recipe("claq"),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "hqq": Recipe("hqq"),
@@ -73,10 +91,20 @@ METHODS: dict[str, Recipe] = {
     "pb_llm": Recipe("pb_llm"),
     "quip": Recipe("quip"),
     "quip_sharp": Recipe("quip_sharp"),
+    "owq": Recipe("gptq", {"outlier_columns": 4}),
+    "quik": Recipe("gptq", {"outlier_columns": 16, "outlier_metric": "quik"}),
+    "slim_llm": Recipe("slim_llm"),
+    "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
+    "spqr": Recipe("spqr"),
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
+    "slim_llm_plus": Recipe("slim_llm_plus"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
     "qllm_correction": Recipe("qllm_correction"),
+    "llm_int8": Recipe("llm_int8"),
+    "nf4": Recipe("nf4"),
+    "os_plus": Recipe("rtn", {"grid": "absmax"}, ("os_plus",)),
+    "zeroquant": Recipe("rtn", {"grid": "q_sym"}),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {

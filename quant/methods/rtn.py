@@ -1,7 +1,8 @@
 """RTN: round every weight to the nearest value of its grid; no data.
 
 Objective: min |w - ŵ| per weight. Repositories mean different grids by "RTN" (`quant.grids`): GPTQ's is g_asym per
-row, AWQ's awq_asym in groups, QuaRot's q_sym per row.
+row, AWQ's awq_asym in groups, QuaRot's q_sym per row. Number formats of the scheme other than integers have values and
+scales of their own (`quant.number_formats`): `grid` and `mse` then say nothing.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, fit, grid, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.scheme import Supports, WeightScheme
+from quant.number_formats import encode, number_format
+from quant.scheme import ANY_NUMBER, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
+from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Rtn:
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
-    supports: ClassVar[Supports] = Supports()
+    supports: ClassVar[Supports] = Supports(numbers=ANY_NUMBER)
 
     grid: str | None = None
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
@@ -42,6 +45,8 @@ class Rtn:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""
         require_finite("weight", weight)
+        if scheme.number != "int":
+            return round_floating(weight, scheme)
         chosen, notes = choose_grid(self.grid, scheme)
         groups = grouped(weight.detach().float(), scheme)
 
@@ -52,3 +57,17 @@ class Rtn:
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
         return Rounded(tensor, notes=notes + dtype_notes)
+
+
+def round_floating(weight: Tensor, scheme: WeightScheme) -> Rounded:
+    """`[N, K]` ▸ codes of the scheme's number format; float64 is computed in float64, all else in float32."""
+    format = number_format(scheme.number)
+    groups = grouped(weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32), scheme)
+
+    def run(scale_dtype: torch.dtype) -> FloatingTensor:
+        scales = format.fit(groups.abs().amax(-1), scale_dtype)
+        codes = encode(format, groups, format.read(scales)[..., None])
+        return FloatingTensor(codes.to(torch.uint8).view(weight.shape), scales, scheme.number)
+
+    tensor, notes = with_stored_scales(scheme, run)
+    return Rounded(tensor, notes=notes)

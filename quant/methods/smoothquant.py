@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant.errors import require_finite
 from quant.methods.base import ScaleGroup
-from quant.scheme import Supports, WeightScheme
+from quant.scheme import ANY_NUMBER, Supports, WeightScheme
 from quant.statistics import Statistics
 
 FLOOR = 1e-5
@@ -31,7 +31,7 @@ class SmoothQuant:
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
     for_activations: ClassVar[bool] = True
-    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)))
+    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), numbers=ANY_NUMBER)
 
     alpha: float = 0.5
     """Share of the outliers' size that moves into the weights: 0 none, 1 all."""

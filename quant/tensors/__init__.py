@@ -10,15 +10,25 @@ from torch import Tensor
 from quant.methods.base import StoredTensor
 from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
+from quant.tensors.codebook import CodebookTensor
+from quant.tensors.columns import ColumnsTensor
+from quant.tensors.floating import FloatingTensor
 from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
+from quant.tensors.mixed import MixedTensor
 from quant.tensors.partially_binary import PartiallyBinaryTensor
+from quant.tensors.sparse import SparseTensor
 from quant.tensors.strided import StridedTensor
 
 _FORMATS: tuple[type[Any], ...] = (
     AffineTensor,
+    FloatingTensor,
     StridedTensor,
     BinaryTensor,
+    CodebookTensor,
+    ColumnsTensor,
+    MixedTensor,
+    SparseTensor,
     PartiallyBinaryTensor,
     IncoherentTensor,
     LatticeTensor,

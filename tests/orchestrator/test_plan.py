@@ -50,6 +50,32 @@ def test_run_time_parts_share_one_quantize(plan_of) -> None:
     assert len({c.variant for c in plan.cells}) == 2
 
 
+def test_caches_without_calibration_share_the_weights_and_add_nothing(plan_of) -> None:
+    plan = plan_of("method=rtn", "scheme=w4a16_g64,w4a16kv2_kivi_g64,w16a16kv2_kivi,w16a16kv2_kivi_decode", "task=self_perplexity")
+    assert kinds(plan) == {"quantize": 1, "evaluate": 5}
+    flags = {v.axes["scheme"]: " ".join(v.flags) for v in plan.variants.values()}
+    assert "simulated" in flags["w4a16kv2_kivi_g64"]
+    assert "simulated" in flags["w16a16kv2_kivi"]
+    assert "teacher-forced decoding" in flags["w16a16kv2_kivi_decode"]
+    assert "simulated" not in flags["w16a16kv2_kivi_decode"]
+
+
+def test_a_calibrated_cache_takes_keys_and_values_once_for_each_calibration(plan_of) -> None:
+    line = ("method=rtn", "scheme=w16a16kv2_kvquant,w16a16kv3_kvquant", "task=self_perplexity,self_divergence", "replicate=r0,r1")
+    plan = plan_of(*line)
+    assert kinds(plan) == {"calibrate": 2, "evaluate": 2 + 2 * 2 * 2}
+    assert len(plan.variants) == 1 + 2 * 2
+    calibrations = {k for k, s in plan.stages.items() if s.kind is StageKind.CALIBRATE}
+    given = [s.inputs["kv"] for s in plan.stages.values() if "kv" in s.inputs]
+    assert set(given) == calibrations
+    assert len(given) == 8
+
+
+def test_a_cache_that_the_model_cannot_have_is_refused(plan_of) -> None:
+    with pytest.raises(PlanError, match="KV group size 24 does not divide a head of 64"):
+        plan_of("method=rtn", "scheme=w16a16kv2_kivi", "scheme.kv.group_size=24", "scheme.kv.residual_length=48", "task=self_perplexity")
+
+
 def test_static_activation_ranges_make_a_quantize_of_their_own(plan_of) -> None:
     plan = plan_of("method=rtn", "scheme=w8a8_tensor,w8a8_static", "task=self_perplexity")
     specs = [s.spec for s in plan.stages.values() if s.kind is StageKind.QUANTIZE]
@@ -195,7 +221,7 @@ def test_unknown_statistic_is_told_with_the_known_ones(plan_of) -> None:
     # Not a choice on the command line: it comes from the yaml of a new method.
     values = compose_grid(["method=gptq"], multirun=True).cells[0].method.values
     option = Option("method", "mine", {**values, "rounding": {**values["rounding"], "needs": ["hesian"]}})
-    with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, samples"):
+    with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, minmax, samples"):
         method_part(option)
 
 

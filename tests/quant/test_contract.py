@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant import quantize_linear
 from quant.methods.base import StoredTensor
-from quant.methods.registry import METHODS, ROUNDINGS
+from quant.methods.registry import METHODS, ROUNDINGS, TUNERS
 from quant.tensors import unpack
 
 N, K, GROUP = 24, 64, 16
@@ -21,7 +21,7 @@ SPECIAL: dict[str, dict[str, Any]] = {}
 
 def arguments(method: str) -> dict[str, Any]:
     """Four bits where the method makes them, else the most it makes; groups where it needs them."""
-    supports = ROUNDINGS[METHODS[method].rounding].supports
+    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
     bits = 4 if 4 in supports.bits else max(supports.bits)
     group = None if "channel" in supports.granularity else GROUP
     return {"method": method, "bits": bits, "group_size": group, **SPECIAL.get(method, {})}

@@ -18,6 +18,7 @@ from quant.methods.base import ScaleGroup
 from quant.methods.smoothquant import SmoothQuant
 from quant.scheme import WeightScheme
 from quant.statistics import collect
+from quant.tensors.mixed import MixedTensor
 from tests.quant.golden_inputs import inputs, output_error, relative_error, weight
 
 RTN = [
@@ -107,6 +108,17 @@ def test_the_binarizer_equals_the_reference_code(order: int, rel: float, out: fl
     assert float(q.double().sum()) == pytest.approx(total, rel=1e-4)
     if first is not None:
         assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4)
+
+
+def test_slim_llm_equals_the_reference_code() -> None:
+    tensor = quantize_linear(weight(), method="slim_llm", bits=2, group_size=32, inputs=inputs())
+    assert isinstance(tensor, MixedTensor)
+    assert tensor.widths == (1, 2, 2, 2, 2, 3, 2, 2)
+    q = tensor.dequantize()
+    assert relative_error(q) == pytest.approx(0.616086, rel=2e-3)
+    assert output_error(q) == pytest.approx(331462.4, rel=1e-2)
+    assert float(q.double().sum()) == pytest.approx(-74.448, rel=1e-2)
+    assert q[0, :4].tolist() == pytest.approx([1.31541] * 4, rel=1e-4)
 
 
 @pytest.mark.parametrize(("symmetric", "clip", "rel"), [(True, 1.0, 0.158524), (True, 0.9, 0.144122), (False, 1.0, 0.134019)])

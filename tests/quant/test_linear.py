@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant import methods, quantize_linear
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
-from quant.scheme import Scheme, Supports
+from quant.scheme import NUMBERS, Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
@@ -60,7 +60,10 @@ def test_method_options_equal_the_code(option: str) -> None:
         cls = COMPONENTS[component["kind"]]
         assert facts(component) == declared(component["kind"])
         assert from_json(Supports, component["supports"]) == cls.supports
-        assert component["params"] == {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
+        expected = {**{f.name: f.default for f in dataclasses.fields(cls)}, **changed}
+        left_out = set(expected) - set(component["params"])
+        assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
+        assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
     assert methods.rounding_or_tuner(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
 
@@ -86,16 +89,21 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
-    assert scheme.weight is not None
-    bits = f"w{scheme.weight.bits}a{scheme.activation.bits if scheme.activation else 16}"
+    assert scheme != Scheme()
+    weight = f"w{scheme.weight.bits}{NUMBERS[scheme.weight.number].label}" if scheme.weight else "w16"
+    bits = weight + (f"a{scheme.activation.bits}{NUMBERS[scheme.activation.number].label}" if scheme.activation else "a16")
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
-    if scheme.weight.group_size:
+    if scheme.weight and scheme.weight.group_size:
         assert path.stem.endswith(f"_g{scheme.weight.group_size}")
 
 
+def supported(method: str) -> Supports:
+    return COMPONENTS[METHODS[method].rounding].supports  # type: ignore[no-any-return]
+
+
 def widest(method: str, most: int) -> int:
-    """The most bits, up to `most`, that the method makes."""
-    return max(b for b in ROUNDINGS[METHODS[method].rounding].supports.bits if b <= most)
+    """The most bits, up to `most`, that the method makes; or the fewest."""
+    return max((b for b in supported(method).bits if b <= most), default=min(supported(method).bits))
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -103,19 +111,19 @@ def widest(method: str, most: int) -> int:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_every_method_approximates_the_given_weight(method: str, group_size: int | None, symmetric: bool) -> None:
     w, x = data()
-    supports = ROUNDINGS[METHODS[method].rounding].supports
-    bits = max(supports.bits)
-    if group_size is not None and "group" not in supports.granularity:
-        with pytest.raises(ValueError, match="granularity=group"):
-            quantize_linear(w, method=method, bits=bits, group_size=group_size, inputs=x)
+    before, bits = w.clone(), max(supported(method).bits)
+    # Half the columns kept would leave groups of one weight, which g_sym clips to half its size where it is positive.
+    params = {"outlier_columns": 4} if method == "quik" else {}
+    if ("channel" if group_size is None else "group") not in supported(method).granularity:
+        with pytest.raises(ValueError, match=r"does not work with weight\.granularity"):
+            quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
         return
-    before = w.clone()
-    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
+    tensor = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
     assert torch.equal(w, before)
     # QuIP cuts weights off at 2.4 times their RMS, whatever the bits.
     limit = 0.15 if method == "quip" else min(0.7, 0.05 * 2 ** (8 - bits))
     assert float((tensor.dequantize() - w).norm() / w.norm()) < limit
-    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x)
+    again = quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
     assert all(torch.equal(a, b) for a, b in zip(tensor.pack().values(), again.pack().values(), strict=True))
 
 
@@ -166,7 +174,9 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
-    tensor = quantize_linear(w.to(dtype), method=method, bits=widest(method, 4), inputs=x.to(dtype), scale_dtype="float16")
+    size = None if "channel" in supported(method).granularity else 8
+    stored = {"bits": widest(method, 4), "group_size": size, "scale_dtype": "float16"}
+    tensor = quantize_linear(w.to(dtype), method=method, inputs=x.to(dtype), **stored)
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32
 

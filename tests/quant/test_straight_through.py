@@ -18,7 +18,7 @@ def values(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def test_a_rounded_number_is_exact() -> None:
-    """Near halves, tiny and large: where a naive sum could be off by a bit."""
+    """Near halves, tiny and large: where a sum with the difference could be off by a bit."""
     x = torch.cat([torch.linspace(-9, 9, 100_001), torch.tensor([0.5, 1.5, -0.5, 1e-30, 8388607.5, 0.49999997])])
     assert torch.equal(through(x, x.round()), x.round())
     assert torch.equal(through(x, x.half().float()), x.half().float())
@@ -35,12 +35,24 @@ def test_values_are_those_of_the_plain_code(name: str, dtype: torch.dtype) -> No
     assert torch.equal(plain.round(w), round_through(soft, w))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("granularity", [Granularity.TOKEN, Granularity.TENSOR])
-def test_activations_are_those_of_the_plain_code(symmetric: bool, granularity: Granularity) -> None:
-    scheme = ActivationScheme(4, symmetric, granularity)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *(ActivationScheme(4, s, g) for s in (False, True) for g in (Granularity.TOKEN, Granularity.TENSOR)),
+        ActivationScheme(4, clip=0.9),
+        ActivationScheme(8, number="fp8_e4m3"),
+        ActivationScheme(4, number="mxfp4"),
+        ActivationScheme(8, outlier_threshold=6.0),
+    ],
+    ids=str,
+)
+def test_activations_are_those_of_the_plain_code(scheme: ActivationScheme) -> None:
     x = values(2, 5, 24)
     assert torch.equal(activation_through(x, scheme), fake_quantize_activation(x, scheme))
+    y = x.clone().requires_grad_(True)
+    activation_through(y, scheme).sum().backward()
+    assert y.grad is not None
+    assert bool(y.grad.any())
 
 
 def test_whole_limits_are_the_grids_own() -> None:

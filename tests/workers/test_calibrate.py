@@ -154,7 +154,7 @@ def test_an_expert_that_no_token_reaches_has_zero_statistics_and_a_note(tmp_path
 
 
 def test_an_unknown_statistic_is_refused_with_those_allowed(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown statistic 'variance'; allowed: hessian, absmax, absmean, samples"):
+    with pytest.raises(InputError, match="unknown statistic 'variance'; allowed: hessian, absmax, absmean, minmax, samples"):
         check_kind("variance")
     with pytest.raises(InputError, match="unknown statistic"):
         run_calibrate({"k": (CalibrateSpec(ModelSpec("model"), CALIBRATION, "variance"), tmp_path)}, tiny_context("llama", tmp_path))

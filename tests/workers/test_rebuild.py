@@ -29,7 +29,7 @@ from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
 MODEL = ModelSpec("model")
-KINDS = ("hessian", "absmax", "absmean", "samples")
+KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
 TENSOR = ActivationScheme(8, granularity=Granularity.TENSOR)
 STATIC = ActivationScheme(8, symmetric=False, granularity=Granularity.TENSOR, dynamic=False)
 
@@ -49,6 +49,7 @@ def in_memory(spec: QuantizeSpec, inputs: dict[str, Path], folder: Path, ctx: An
 
 
 W1 = WeightScheme(1)
+W2G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
 SPECS = {
     "rtn": quantize_spec(weight=W4G16),
     "gptq": quantize_spec("gptq", weight=W4G16),
@@ -58,15 +59,31 @@ SPECS = {
     "hqq_strided": quantize_spec("hqq", weight=W4G16, axis=0),
     "quip": quantize_spec("quip", weight=W4),
     "quip_sharp": quantize_spec("quip_sharp", weight=W4, tune_iters=1),
+    "claq": quantize_spec("claq", weight=WeightScheme(2), adaptive_bits=2.5, outlier_reservation=True),
+    "claq_smoothquant": quantize_spec("claq", "smoothquant", weight=W4, kmeans_start="partition"),
     "awq": quantize_spec("rtn", "awq", weight=W4G16),
     "smoothquant_gptq": quantize_spec("gptq", "smoothquant", weight=W4),
     "billm": quantize_spec("billm", weight=W1, block_size=24),
     "billm_joint": quantize_spec("billm", weight=W1, block_size=24, variant="joint"),
     "pb_llm": quantize_spec("pb_llm", weight=W1),
+    "owq": quantize_spec("gptq", weight=W4G16, outlier_columns=3, outlier_metric="owq"),
+    "quik": quantize_spec("gptq", weight=W4, outlier_columns=2, outlier_metric="quik"),
+    "slim_llm": quantize_spec("slim_llm", weight=W2G8),
+    "slim_llm_corrected": quantize_spec("slim_llm", "awq", weight=W2G8, variant="corrected"),
+    "spqr": quantize_spec("spqr", weight=W4G16),
+    "spqr_awq": quantize_spec("spqr", "awq", weight=W4G16, round_zero=True),
     "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
     "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
+    "slim_llm_plus": quantize_spec("slim_llm_plus", weight=W2G8, epochs=1),
+    "fp8": quantize_spec(weight=WeightScheme(8, True, number="fp8_e4m3")),
+    "nvfp4_gptq": quantize_spec("gptq", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nvfp4")),
+    "nf4_dq_smoothquant": quantize_spec("rtn", "smoothquant", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nf4_dq")),
+    "llm_int8": quantize_spec("llm_int8", weight=WeightScheme(8, True)),
+    "nf4": quantize_spec("nf4", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nf4")),
+    "clip_gptq": quantize_spec("gptq", "clip", "clip_output", weight=W4G16),
+    "os_plus": quantize_spec("rtn", "os_plus", weight=W4, activation=ActivationScheme(8)),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
@@ -74,6 +91,7 @@ ROTATED = {
     "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
     "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
     "quarot_quantized": quantize_spec("gptq", "quarot", weight=W4G16, propagation="quantized"),
+    "quarot_omniquant": quantize_spec("omniquant", "quarot", weight=W4, epochs=1),
     "quarot_awq": quantize_spec("rtn", "quarot", "awq", weight=W4G16, feeds=True),
     "quarot_static": quantize_spec("gptq", "quarot", weight=W4, activation=STATIC),
     "learned_rotation": quantize_spec("gptq", LEARNED, weight=W4, feeds=True),

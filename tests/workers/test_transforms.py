@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from quant.scheme import ActivationScheme
 from tests.tiny_models import tiny_model
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized, tiny_context
 from workers import families, quantize
-from workers.errors import NumericalError
+from workers.errors import InputError, NumericalError
 from workers.fold import BlockWeights
 from workers.rebuild import load_model, rebuild
 from workers.specs import ModelSpec
@@ -93,3 +94,38 @@ def test_nothing_of_a_block_stays_in_memory_once_it_is_written(tmp_path: Path, m
 
     quantize.quantize_blocks(quantize_spec("rtn", "awq"), inputs, tmp_path / "q" / "payload", ctx, opened, done)
     assert alive == [[False], [False, False]]
+
+
+def test_os_plus_shifts_where_norm_and_linears_have_biases(tmp_path: Path) -> None:
+    """The middle of every channel of the unquantized inputs moves from the norm's bias into the linears' biases."""
+    ctx = tiny_context("opt", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "minmax", "samples")
+    spec = quantize_spec("rtn", "os_plus", activation=ActivationScheme(8))
+    artifact, summary = quantized(ctx, tmp_path / "q", spec, inputs)
+    assert summary["flags"] == []
+    assert not any("os_plus (shift)" in note for note in ctx.notes)
+    before: Any = load_model(ctx, MODEL)
+    after: Any = rebuild(ctx, MODEL, artifact)
+    for b in (0, 1):
+        old, new = before.model.decoder.layers[b], after.model.decoder.layers[b]
+        limits = load_file(inputs["minmax"] / "payload" / f"block_{b:04d}.safetensors")[f"model.decoder.layers.{b}.fc1"]
+        z = limits.mean(0)
+        s = old.final_layer_norm.weight / new.final_layer_norm.weight
+        torch.testing.assert_close(new.final_layer_norm.bias, (old.final_layer_norm.bias - z) / s, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(new.fc1.bias, old.fc1.bias + old.fc1.weight @ z, rtol=1e-4, atol=1e-5)
+        assert float(s.detach().min()) >= 1 - 1e-6
+
+
+def test_os_plus_says_what_it_cannot_shift(tmp_path: Path) -> None:
+    ctx = tiny_context("llama_mha", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "minmax", "samples", "hessian")
+    quantized(ctx, tmp_path / "q", quantize_spec("rtn", "os_plus", activation=ActivationScheme(8)), inputs)
+    assert "os_plus (shift) left group qkv alone in 2 blocks: its norm has no bias" in ctx.notes
+    quantized(ctx, tmp_path / "g", quantize_spec("gptq", "os_plus", activation=ActivationScheme(8)), inputs)
+
+
+def test_a_hessian_does_not_follow_a_shift(tmp_path: Path) -> None:
+    ctx = tiny_context("opt", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "minmax", "samples", "hessian")
+    with pytest.raises(InputError, match=r"os_plus shifts the input of qkv, and its Hessian cannot follow; set shifting=false"):
+        quantized(ctx, tmp_path / "q", quantize_spec("gptq", "os_plus", activation=ActivationScheme(8)), inputs)

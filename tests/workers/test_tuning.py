@@ -151,6 +151,21 @@ def test_a_transform_before_the_tuner(tmp_path: Path) -> None:
     assert summary["weight_error"] < 0.2
 
 
+@pytest.mark.parametrize("family", ["llama_mha", "opt"])
+def test_learned_scales_go_together_with_a_rotation(family: str, tmp_path: Path) -> None:
+    """At 8 bits, untrained: scales and shifts that changed the rotated block would show as a large loss (outputs are of size 1)."""
+    ctx = tiny_context(family, tmp_path)
+    eight = ActivationScheme(8, symmetric=False)
+    spec = quantize_spec("omniquant", "quarot", weight=WeightScheme(8), activation=eight, epochs=0, let=True)
+    artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
+    assert all(e["start"] < 0.02 for e in summary["tuning"])
+    tokens = text_tokens(ctx)
+    rebuilt = rebuild(ctx, MODEL, artifact)
+    with torch.no_grad():
+        want, got = original(family)(tokens, use_cache=False).logits, rebuilt(tokens, use_cache=False).logits
+    assert float((got - want).norm() / want.norm()) < 0.05
+
+
 def test_rules_may_round_some_linears_and_tune_the_others(tmp_path: Path) -> None:
     ctx = tiny_context("llama", tmp_path)
     tuned = quantize_spec("omniquant", weight=W4G16, epochs=1)

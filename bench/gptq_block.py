@@ -1,0 +1,100 @@
+"""The GPTQ column solver with the C++ block loop beside the plain reference, on 2 threads: equal codes first, then the least of 5 times.
+
+python bench/gptq_block.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quant.affine import Affine  # noqa: E402
+from quant.grids import GRIDS, fit  # noqa: E402
+from quant.kernels import kernel  # noqa: E402
+from quant.solver import Solved, inverse_factor, solve_affine  # noqa: E402
+
+SIZES = ((768, 25.0), (2048, 15.0), (4096, 15.0))
+"""(N = K, how many times faster it is to be)."""
+BITS, GROUP, BLOCK, TIMES, EQUAL = 4, 128, 128, 5, 0.999
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    given = parser.parse_args()
+    torch.set_num_threads(2)
+    rows, good = [], True
+    for size, goal in SIZES:
+        weight, upper = problem(size)
+        reference, ours = (solve(weight, upper, backend) for backend in ("reference", "cpu"))
+        equal = float((ours.codes == reference.codes).float().mean())
+        row: dict[str, float] = {"size": size, "equal_codes": equal, "goal": goal}
+        for what, run in (("block_loop", block_loop), ("solver", solve)):
+            reference_s, ours_s = (least(run, weight, upper, backend) for backend in ("reference", "cpu"))
+            row |= {f"{what}_reference_s": reference_s, f"{what}_cpu_s": ours_s, f"{what}_ratio": reference_s / ours_s}
+        good &= equal >= EQUAL and row["block_loop_ratio"] >= goal
+        rows.append(row)
+        loop, whole = ([row[f"{what}_{part}"] for part in ("reference_s", "cpu_s", "ratio")] for what in ("block_loop", "solver"))
+        print(f"{size} x {size}: {equal:.3%} equal codes")
+        print(f"  block loop {loop[0] * 1e3:.1f} ▸ {loop[1] * 1e3:.1f} ms: {loop[2]:.1f} times (goal {goal:g})")
+        print(f"  with ranges and updates of later blocks {whole[0] * 1e3:.1f} ▸ {whole[1] * 1e3:.1f} ms: {whole[2]:.1f} times")
+    if given.out:
+        given.out.write_text(
+            json.dumps({"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "rows": rows}, indent=1) + "\n"
+        )
+    return 0 if good else 1
+
+
+def problem(size: int) -> tuple[Tensor, Tensor]:
+    """Weights `[K, N]` and the factor of a Hessian whose inputs are correlated."""
+    g = torch.Generator().manual_seed(size)
+    x = torch.randn(2 * size, size, generator=g) @ (torch.eye(size) + 0.3 * torch.randn(size, size, generator=g) / size**0.5)
+    return torch.randn(size, size, generator=g), inverse_factor(x.T @ x, 0.01)[0]
+
+
+def solve(weight: Tensor, upper: Tensor, backend: str) -> Solved:
+    """With dynamic groups: ranges are fitted before each block."""
+
+    def ranges(start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        made = fit(GRIDS["g_asym"], weights[start:end].T.contiguous(), BITS, torch.float32)
+        return Affine(made.scale[:, 0][None], made.zero[:, 0][None], BITS, made.kind), [0] * (end - start)
+
+    return solve_affine(weight, upper, BLOCK, ranges, backend)[0]
+
+
+def block_loop(weight: Tensor, upper: Tensor, backend: str) -> None:
+    """The kernel alone, on every block of the weight as given."""
+    run = kernel("gptq_block", backend).run.solve_block
+    for start in range(0, weight.shape[0], BLOCK):
+        part = weight[start : start + BLOCK]
+        scale = part.amax(0, keepdim=True) / 8
+        run(
+            part,
+            upper[start : start + BLOCK, start : start + BLOCK],
+            Affine(scale, scale.new_full(scale.shape, 8), BITS, GRIDS["g_sym"].zero),
+            [0] * BLOCK,
+        )
+
+
+def least(run: Callable[[Tensor, Tensor, str], object], weight: Tensor, upper: Tensor, backend: str) -> float:
+    """Seconds, of 5 times."""
+    best = float("inf")
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        run(weight, upper, backend)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+// One block of the GPTQ column solver: round a column, spread its error over the later columns of the block.
+// The twin of quant/kernels/gptq_block/reference.py.
+//
+// Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B], scale and
+// zero are [G, N], group is [B] (row of scale and zero of each column). kind: how codes and values belong together, see `Kind`.
+// block is not changed. threads >= 1: rows are independent of each other.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+// Versions for wider vectors, chosen when the library is loaded.
+#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTOR
+#endif
+// Into every version, or it would be compiled once for the narrowest vectors.
+#if defined(__GNUC__)
+#define INLINE inline __attribute__((always_inline))
+#else
+#define INLINE inline
+#endif
+
+namespace {
+
+enum Kind : int64_t { SHIFTED = 0, REAL_ZERO = 1, MINIMUM = 2 };
+
+// Rows are taken LANES at a time, in four registers; errors of a block of 128 columns of them stay in the first-level cache.
+template <typename T>
+using Vector __attribute__((vector_size(32))) = T;
+template <typename T>
+constexpr int64_t WIDTH = 32 / sizeof(T);
+template <typename T>
+constexpr int64_t LANES = 4 * WIDTH<T>;
+
+template <typename T>
+struct Magic;  // adding and taking away 1.5 · 2^(mantissa bits) rounds to a whole number, half to even
+template <>
+struct Magic<float> {
+    static constexpr float round = 12582912.0f, far = 2097152.0f;
+};
+template <>
+struct Magic<double> {
+    static constexpr double round = 6755399441055744.0, far = 1125899906842624.0;
+};
+
+template <typename T>
+INLINE T nearest(T x) {
+    // Beyond `far` every code is clamped anyway; the trick needs a small number.
+    x = x > Magic<T>::far ? Magic<T>::far : x;
+    x = x < -Magic<T>::far ? -Magic<T>::far : x;
+    return (x + Magic<T>::round) - Magic<T>::round;
+}
+
+template <typename T>
+INLINE T limited(T x, T top) {
+    x = x < T(0) ? T(0) : x;
+    return x > top ? top : x;
+}
+
+template <typename T>
+struct Block {
+    const T *block, *upper, *scale, *zero;
+    const int64_t* group;
+    int64_t columns, rows;
+    T top;
+    int64_t kind;
+    T *codes, *values, *errors;
+};
+
+// Rows `first` .. `first + count`. `turned` is upper transposed: what column j needs lies together. `own` holds the errors of these
+// rows, [B, LANES], zero beyond `count`.
+template <typename T>
+INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64_t count, T* own) {
+    constexpr int64_t width = WIDTH<T>, all = LANES<T>;
+    T w[all], scale[all], zero[all], code[all], value[all];
+    for (int64_t j = 0; j < b.columns; j++) {
+        const T *column = b.block + j * b.rows + first, *row = turned + j * b.columns;
+        const T *scales = b.scale + b.group[j] * b.rows + first, *zeros = b.zero + b.group[j] * b.rows + first;
+        for (int64_t l = 0; l < count; l++) w[l] = column[l], scale[l] = scales[l], zero[l] = zeros[l];
+        for (int64_t l = count; l < all; l++) w[l] = T(0), scale[l] = T(1), zero[l] = T(0);
+        Vector<T> sum[4], e;
+        std::memcpy(sum, w, sizeof sum);
+        for (int64_t i = 0; i < j; i++) {
+            const T *errors = own + i * all, u = row[i];
+            for (int part = 0; part < 4; part++) {
+                std::memcpy(&e, errors + part * width, sizeof e);
+                sum[part] -= e * u;
+            }
+        }
+        std::memcpy(w, sum, sizeof sum);
+        T* error = own + j * all;
+        if (b.kind == MINIMUM) {
+            for (int64_t l = 0; l < all; l++) {
+                // A group of equal values has scale 0; its minimum alone is exact.
+                const T steps = scale[l] == T(0) ? T(0) : (w[l] - zero[l]) / (scale[l] == T(0) ? T(1) : scale[l]);
+                code[l] = nearest(limited(steps, b.top));
+                value[l] = code[l] * scale[l] + zero[l];
+            }
+        } else if (b.kind == REAL_ZERO) {
+            for (int64_t l = 0; l < all; l++) {
+                code[l] = limited(nearest(w[l] / scale[l] + zero[l]), b.top);
+                value[l] = (code[l] - zero[l]) * scale[l];
+            }
+        } else {
+            for (int64_t l = 0; l < all; l++) {
+                code[l] = limited(nearest(w[l] / scale[l]) + zero[l], b.top);
+                value[l] = (code[l] - zero[l]) * scale[l];
+            }
+        }
+        for (int64_t l = 0; l < all; l++) error[l] = (w[l] - value[l]) / row[j];
+        for (int64_t l = count; l < all; l++) error[l] = T(0);
+        const int64_t at = j * b.rows + first;
+        std::memcpy(b.codes + at, code, count * sizeof(T));
+        std::memcpy(b.values + at, value, count * sizeof(T));
+        std::memcpy(b.errors + at, error, count * sizeof(T));
+    }
+}
+
+VECTOR void lanes_f32(const Block<float>& b, const float* turned, int64_t first, int64_t count, float* own) {
+    // The usual number is a constant to the compiler.
+    count == LANES<float> ? lanes(b, turned, first, LANES<float>, own) : lanes(b, turned, first, count, own);
+}
+VECTOR void lanes_f64(const Block<double>& b, const double* turned, int64_t first, int64_t count, double* own) {
+    count == LANES<double> ? lanes(b, turned, first, LANES<double>, own) : lanes(b, turned, first, count, own);
+}
+
+inline void run(const Block<float>& b, const float* t, int64_t f, int64_t c, float* own) { lanes_f32(b, t, f, c, own); }
+inline void run(const Block<double>& b, const double* t, int64_t f, int64_t c, double* own) { lanes_f64(b, t, f, c, own); }
+
+template <typename T>
+void solve(const Block<T>& b, int64_t threads) {
+    std::vector<T> turned(b.columns * b.columns);
+    for (int64_t i = 0; i < b.columns; i++)
+        for (int64_t j = i; j < b.columns; j++) turned[j * b.columns + i] = b.upper[i * b.columns + j];
+    const int64_t parts = (b.rows + LANES<T> - 1) / LANES<T>;
+    std::atomic<int64_t> next{0};
+    auto work = [&] {
+        std::vector<T> own(b.columns * LANES<T>);
+        for (int64_t p; (p = next.fetch_add(1)) < parts;) {
+            const int64_t first = p * LANES<T>;
+            run(b, turned.data(), first, std::min(LANES<T>, b.rows - first), own.data());
+        }
+    };
+    std::vector<std::thread> others;
+    for (int64_t t = 1; t < std::min(threads, parts); t++) others.emplace_back(work);
+    work();
+    for (std::thread& t : others) t.join();
+}
+
+}  // namespace
+
+#define ENTRY(NAME, T)                                                                                                                       \
+    extern "C" void NAME(const T* block, const T* upper, const T* scale, const T* zero, const int64_t* group, int64_t columns, int64_t rows, \
+                         int64_t top, int64_t kind, T* codes, T* values, T* errors, int64_t threads) {                                       \
+        solve(Block<T>{block, upper, scale, zero, group, columns, rows, T(top), kind, codes, values, errors}, threads);                      \
+    }
+
+ENTRY(bitgrid_gptq_block_f32, float)
+ENTRY(bitgrid_gptq_block_f64, double)

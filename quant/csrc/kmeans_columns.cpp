@@ -1,0 +1,388 @@
+// k-means of columns, one dimension: the twin of quant/kernels/kmeans_columns/batched.py, step by step in the same float64
+// arithmetic, so that both give the same bits (built without fused multiply-add and without reordering of sums).
+//
+// Plain C ABI. Columns [C, N] contiguous, N > 0, finite values. `threads` >= 1. `draws`: uniform numbers for a k-means++ start, or null.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+// Versions for wider vectors, chosen when the library is loaded. They compute the same bits.
+#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTOR
+#endif
+
+namespace {
+
+struct Workspace {
+    std::vector<double> x, sum, square, measure, cost, least, next, from;
+    std::vector<uint32_t> keys, other;
+    std::vector<int64_t> at, cuts;
+    std::vector<double> centres, before;
+};
+
+// Ascending float64 values. Float32 keys are sorted by three passes of 11 bits.
+void sorted(const float* column, int64_t n, Workspace& w) {
+    w.keys.resize(n);
+    w.other.resize(n);
+    uint32_t counts[3][2048] = {};
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u;
+        std::memcpy(&u, column + i, 4);
+        u ^= (u >> 31) ? 0xffffffffu : 0x80000000u;
+        w.keys[i] = u;
+        counts[0][u & 2047]++;
+        counts[1][(u >> 11) & 2047]++;
+        counts[2][u >> 22]++;
+    }
+    for (int pass = 0; pass < 3; pass++) {
+        uint32_t at = 0;
+        for (uint32_t& c : counts[pass]) {
+            const uint32_t here = c;
+            c = at;
+            at += here;
+        }
+        const int shift = 11 * pass;
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t u = w.keys[i];
+            w.other[counts[pass][(u >> shift) & 2047]++] = u;
+        }
+        std::swap(w.keys, w.other);
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = w.keys[i];
+        u ^= (u >> 31) ? 0x80000000u : 0xffffffffu;
+        float f;
+        std::memcpy(&f, &u, 4);
+        w.x[i] = f;
+    }
+}
+
+void sorted(const double* column, int64_t n, Workspace& w) {
+    std::copy(column, column + n, w.x.begin());
+    std::sort(w.x.begin(), w.x.end());
+}
+
+VECTOR void add_above(const float* x, int64_t n, float middle, uint8_t* codes) {
+    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
+}
+
+VECTOR void add_above(const double* x, int64_t n, double middle, uint8_t* codes) {
+    for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
+}
+
+// One more run: next[b] = min over a of least[a] + cost[a, b], from[b] = the first such a, not before that of one run less, which
+// `earlier` holds (cuts never move back when a run is added). Indices are doubles, so that compilers use vector instructions.
+VECTOR void one_more_run(const double* least, const double* cost, int64_t side, const double* earlier, double* next, double* from,
+                         int64_t* until) {
+    for (int64_t b = 0; b < side; b++) {
+        next[b] = INFINITY;
+        from[b] = 0;
+        until[b] = b;
+    }
+    for (int64_t b = 0; b < side; b++) until[int64_t(earlier[b])] = std::max(until[int64_t(earlier[b])], b);
+    for (int64_t a = 0, last = 0; a < side; a++) {
+        const double before = least[a], index = double(a);
+        const double* row = cost + a * side;
+        last = std::max(last, until[a]);
+        for (int64_t b = a; b <= last; b++) {
+            const double trial = before + row[b];
+            const bool better = (trial < next[b]) & (earlier[b] <= index);
+            next[b] = better ? trial : next[b];
+            from[b] = better ? index : from[b];
+        }
+    }
+}
+
+// Sums in eight lanes: value i goes to lane i mod 8, and the lanes are added in order at the end.
+VECTOR double lane_sum(const double* values, int64_t n) {
+    double lane[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) lane[j] += values[i + j];
+    for (int j = 0; i + j < n; j++) lane[j] += values[i + j];
+    double total = lane[0];
+    for (int j = 1; j < 8; j++) total += lane[j];
+    return total;
+}
+
+// The lane sum of min(closest, squared distance to centre).
+VECTOR double left_over(const double* values, const double* closest, double centre, int64_t n) {
+    double lane[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int j = 0; j < 8; j++) {
+            const double d = values[i + j] - centre, q = d * d;
+            lane[j] += q < closest[i + j] ? q : closest[i + j];
+        }
+    for (int j = 0; i + j < n; j++) {
+        const double d = values[i + j] - centre, q = d * d;
+        lane[j] += q < closest[i + j] ? q : closest[i + j];
+    }
+    double total = lane[0];
+    for (int j = 1; j < 8; j++) total += lane[j];
+    return total;
+}
+
+VECTOR void take_centre(const double* values, double* closest, double centre, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        const double d = values[i] - centre, q = d * d;
+        closest[i] = q < closest[i] ? q : closest[i];
+    }
+}
+
+VECTOR void roots_of_gaps(const double* x, double* roots, int64_t n) {
+    for (int64_t i = 1; i < n; i++) roots[i] = std::sqrt(x[i] - x[i - 1]);
+}
+
+VECTOR void at_most(double* values, double most, int64_t n) {
+    for (int64_t i = 0; i < n; i++) values[i] = values[i] < most ? values[i] : most;
+}
+
+// Squared error of bins a .. b - 1 as one cluster.
+VECTOR void costs_of(const double* count, const double* sum, const double* square, int64_t side, double* cost) {
+    for (int64_t a = 0; a < side; a++)
+        for (int64_t b = a; b < side; b++) {
+            const double s = sum[b] - sum[a], q = square[b] - square[a], m = count[b] - count[a];
+            cost[a * side + b] = q - s * s / (m < 1 ? 1 : m);
+        }
+}
+
+// Candidate cuts at[0] = 0 <= ... <= at[bins] = n: equal shares of the sum of square roots of gaps (16 parts) and of count (1 part).
+void candidates(int64_t n, int64_t bins, Workspace& w) {
+    double total = 0;
+    w.measure[0] = 0;
+    roots_of_gaps(w.x.data(), w.measure.data(), n);
+    // One cut in a gap is enough: no gap counts for more than two shares.
+    for (int pass = 0; pass < 2; pass++) at_most(w.measure.data(), 2 * lane_sum(w.measure.data() + 1, n - 1) / double(bins), n);
+    for (int64_t i = 1; i < n; i++) {
+        total += w.measure[i];
+        w.measure[i] = total;
+    }
+    const double scale = 16 * double(n - 1) / total;
+    w.at.resize(bins + 1);
+    w.at[0] = 0;
+    w.at[bins] = n;
+    const double all = w.measure[n - 1] * scale + double(n - 1);
+    int64_t i = 0;
+    for (int64_t b = 1; b < bins; b++) {
+        const double wanted = all * (double(b) / double(bins));
+        while (i < n && w.measure[i] * scale + double(i) < wanted) i++;
+        w.at[b] = i;
+    }
+}
+
+// The best k consecutive runs of bins, by dynamic programming.
+void best_runs(int64_t bins, int64_t k, Workspace& w) {
+    const int64_t side = bins + 1;
+    w.cost.resize(side * side);
+    w.least.resize(3 * side);
+    w.next.resize(side);
+    w.from.assign(k * side, 0.0);
+    double *count = w.least.data(), *sum = count + side, *square = sum + side;
+    for (int64_t b = 0; b < side; b++) {
+        count[b] = double(w.at[b]);
+        sum[b] = w.sum[w.at[b]];
+        square[b] = w.square[w.at[b]];
+    }
+    w.cuts.resize(std::max(side, k + 1));
+    costs_of(count, sum, square, side, w.cost.data());
+    w.least.assign(w.cost.begin(), w.cost.begin() + side);
+    for (int64_t c = 1; c < k; c++) {
+        double* from = w.from.data() + c * side;
+        one_more_run(w.least.data(), w.cost.data(), side, from - side, w.next.data(), from, w.cuts.data());
+        w.least.swap(w.next);
+        w.next.resize(side);
+    }
+    w.cuts.resize(k + 1);
+    w.cuts[k] = w.at[bins];
+    int64_t b = bins;
+    for (int64_t c = k - 1; c > 0; c--) {
+        b = int64_t(w.from[c * side + b]);
+        w.cuts[c] = w.at[b];
+    }
+    w.cuts[0] = 0;
+}
+
+// How many of the sorted values are <= limit, near a guess.
+int64_t count_up_to(const double* x, int64_t n, double limit, int64_t guess) {
+    int64_t low = guess, high = guess, step = 1;
+    while (high < n && x[high] <= limit) {
+        low = high + 1;
+        high = std::min(n, high + step);
+        step *= 2;
+    }
+    step = 1;
+    while (low > 0 && x[low - 1] > limit) {
+        high = low - 1;
+        low = std::max<int64_t>(0, low - step);
+        step *= 2;
+    }
+    return std::upper_bound(x + low, x + std::max(low, high), limit) - x;
+}
+
+void means_of_cuts(int64_t k, Workspace& w) {
+    for (int64_t c = 0; c < k; c++) {
+        const int64_t a = w.cuts[c], b = w.cuts[c + 1];
+        if (b == a) continue;  // a cluster without members keeps its centre
+        const double mean = (w.sum[b] - w.sum[a]) / double(b - a);
+        w.centres[c] = std::min(std::max(mean, w.x[a]), w.x[b - 1]);
+    }
+}
+
+// From ascending centres: until no cut moves, or the squared moves of the centres are within `tolerance`.
+void lloyd(int64_t n, int64_t k, int64_t steps, double tolerance, Workspace& w) {
+    for (int64_t step = 0; step < steps; step++) {
+        bool moved = step == 0;
+        for (int64_t c = 1; c < k; c++) {
+            const int64_t cut = count_up_to(w.x.data(), n, (w.centres[c - 1] + w.centres[c]) / 2, w.cuts[c]);
+            moved |= cut != w.cuts[c];
+            w.cuts[c] = cut;
+        }
+        if (!moved) return;
+        w.before = w.centres;
+        means_of_cuts(k, w);
+        double shift = 0;
+        for (int64_t c = 0; c < k; c++) {
+            const double d = w.centres[c] - w.before[c];
+            shift += d * d;
+        }
+        if (shift <= tolerance) return;
+    }
+}
+
+// Greedy k-means++ on the column in its own order: `draws` are uniform numbers, one for the first centre, then `trials` for each other.
+template <typename T>
+void plus_plus(const T* column, int64_t n, int64_t k, const double* draws, Workspace& w) {
+    const int64_t trials = 2 + int64_t(std::log(double(k)));
+    std::vector<double>&closest = w.next, &running = w.measure, &values = w.square;
+    std::copy(column, column + n, values.begin());  // the squares are not needed any more
+    w.centres[0] = values[std::min(n - 1, int64_t(draws[0] * double(n)))];
+    closest.assign(n, INFINITY);
+    take_centre(values.data(), closest.data(), w.centres[0], n);
+    for (int64_t c = 1; c < k; c++) {
+        double total = 0;
+        for (int64_t i = 0; i < n; i++) running[i] = total += closest[i];
+        double tried[16], potential[16], least = INFINITY;
+        for (int64_t t = 0; t < trials; t++) {
+            const double wanted = draws[1 + (c - 1) * trials + t] * total;
+            const int64_t at = std::lower_bound(running.begin(), running.begin() + n, wanted) - running.begin();
+            tried[t] = values[std::min(n - 1, at)];
+            potential[t] = left_over(values.data(), closest.data(), tried[t], n);
+            least = std::min(least, potential[t]);
+        }
+        // Two values that are each other's only gain leave the same sum but for rounding: the first counts.
+        int64_t best = 0;
+        while (potential[best] > least * (1 + 1e-12)) best++;
+        w.centres[c] = tried[best];
+        take_centre(values.data(), closest.data(), tried[best], n);
+    }
+    std::sort(w.centres.begin(), w.centres.end());
+}
+
+template <typename T>
+void one_column(const T* column, int64_t n, int64_t k, int64_t bins, int64_t steps, const double* draws, T* out, Workspace& w) {
+    w.x.resize(n);
+    w.measure.resize(n);
+    w.sum.resize(n + 1);
+    w.square.resize(n + 1);
+    w.centres.resize(k);
+    sorted(column, n, w);
+    int64_t distinct = 1;
+    out[0] = T(w.x[0]);
+    for (int64_t i = 1; i < n && distinct <= k; i++)
+        if (w.x[i] != w.x[i - 1]) {
+            if (distinct < k) out[distinct] = T(w.x[i]);
+            distinct++;
+        }
+    if (distinct <= k) {
+        for (int64_t c = distinct; c < k; c++) out[c] = out[distinct - 1];
+        return;
+    }
+    double s = 0, q = 0;
+    w.sum[0] = w.square[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        s += w.x[i];
+        q += w.x[i] * w.x[i];
+        w.sum[i + 1] = s;
+        w.square[i + 1] = q;
+    }
+    double tolerance = 0;
+    if (draws) {
+        tolerance = 1e-4 * (q / double(n) - (s / double(n)) * (s / double(n)));
+        plus_plus(column, n, k, draws, w);
+        w.cuts.assign(k + 1, 0);
+        w.cuts[k] = n;
+    } else {
+        candidates(n, bins, w);
+        if (bins > k)
+            best_runs(bins, k, w);
+        else
+            w.cuts = w.at;
+        for (int64_t c = 0; c < k; c++) w.centres[c] = w.x[std::min(w.cuts[c], n - 1)];
+        means_of_cuts(k, w);
+    }
+    lloyd(n, k, steps, tolerance, w);
+    for (int64_t c = 0; c < k; c++) out[c] = T(w.centres[c]);
+}
+
+template <typename Work>
+void shared_out(int64_t count, int64_t threads, const Work& work) {
+    threads = std::max<int64_t>(1, std::min(threads, count));
+    std::vector<std::thread> others;
+    for (int64_t t = 1; t < threads; t++) others.emplace_back([&, t] { work(count * t / threads, count * (t + 1) / threads); });
+    work(0, count / threads);
+    for (std::thread& other : others) other.join();
+}
+
+template <typename T>
+void kmeans(const T* columns, int64_t count, int64_t n, int64_t k, int64_t bins, int64_t steps, int64_t threads, const double* draws, T* centres) {
+    shared_out(count, threads, [&](int64_t from, int64_t to) {
+        static thread_local Workspace w;  // kept from call to call: columns come one at a time
+        for (int64_t c = from; c < to; c++) one_column(columns + c * n, n, k, bins, steps, draws, centres + c * k, w);
+    });
+}
+
+// Codes of the nearest of k ascending centres; a value halfway goes to the lower one.
+template <typename T>
+void nearest(const T* columns, int64_t count, int64_t n, const T* centres, int64_t k, int64_t threads, uint8_t* codes) {
+    shared_out(count, threads, [&](int64_t from, int64_t to) {
+        for (int64_t c = from; c < to; c++) {
+            const T *x = columns + c * n, *m = centres + c * k;
+            uint8_t* out = codes + c * n;
+            if (k > 32) {
+                std::vector<T> middles(k - 1);
+                for (int64_t j = 0; j + 1 < k; j++) middles[j] = (m[j] + m[j + 1]) / 2;
+                for (int64_t i = 0; i < n; i++) out[i] = uint8_t(std::lower_bound(middles.begin(), middles.end(), x[i]) - middles.begin());
+                continue;
+            }
+            std::memset(out, 0, n);
+            for (int64_t j = 0; j + 1 < k; j++) add_above(x, n, (m[j] + m[j + 1]) / 2, out);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+
+void bitgrid_kmeans_f32(const float* x, int64_t c, int64_t n, int64_t k, int64_t bins, int64_t steps, int64_t threads, const double* draws,
+                        float* centres) {
+    kmeans(x, c, n, k, bins, steps, threads, draws, centres);
+}
+void bitgrid_kmeans_f64(const double* x, int64_t c, int64_t n, int64_t k, int64_t bins, int64_t steps, int64_t threads, const double* draws,
+                        double* centres) {
+    kmeans(x, c, n, k, bins, steps, threads, draws, centres);
+}
+void bitgrid_nearest_f32(const float* x, int64_t c, int64_t n, const float* centres, int64_t k, int64_t threads, uint8_t* codes) {
+    nearest(x, c, n, centres, k, threads, codes);
+}
+void bitgrid_nearest_f64(const double* x, int64_t c, int64_t n, const double* centres, int64_t k, int64_t threads, uint8_t* codes) {
+    nearest(x, c, n, centres, k, threads, codes);
+}
+}

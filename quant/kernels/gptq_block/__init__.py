@@ -1,0 +1,21 @@
+"""`gptq_block`: one block of the GPTQ column solver with affine codes (Frantar et al. 2022, algorithm 1, the inner loop).
+
+Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`; scale and zero are `[G, N]` and
+`group[j]` is the row of column j. Every twin has `solve_block(block, upper, affine, group) -> Solved`; the block is not changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """Each `[B, N]`, in the float type of the block."""
+
+    codes: Tensor
+    values: Tensor
+    errors: Tensor
+    """(w_j - q_j) / U_jj of the column as updated."""

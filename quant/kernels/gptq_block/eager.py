@@ -1,0 +1,28 @@
+"""The loop in torch operations that write in place; any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.affine import Affine
+from quant.kernels.gptq_block import SolvedBlock
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
+    w = block.clone()
+    codes, values, errors = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
+    by_group = [Affine(s, z, affine.bits, affine.kind) for s, z in zip(affine.scale.unbind(), affine.zero.unbind(), strict=True)]
+    # One transfer instead of one per column, where the factor lies on a GPU.
+    diagonal: list[float] = upper.diagonal().tolist()
+    for j in range(w.shape[0]):
+        own = by_group[group[j]]
+        codes[j] = own.encode(w[j])
+        values[j] = own.decode(codes[j])
+        torch.sub(w[j], values[j], out=errors[j]).div_(diagonal[j])
+        w[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return SolvedBlock(codes, values, errors)

@@ -1,0 +1,60 @@
+"""k-means of columns: `C` independent one-dimensional problems of `N` values and `k` centres each (CLAQ's codebooks).
+
+Every backend has
+- `kmeans(columns [C, N], k, start) ▸ centres [C, k]`, ascending, of the columns' float type: a local minimum of the sum of squared
+  distances, by Lloyd's steps. With k or fewer distinct values the centres are these values, and the last one is repeated.
+- `nearest(columns [C, N], centres [C, k]) ▸ codes` uint8 `[C, N]`; a value halfway between two centres goes to the lower.
+
+start
+- `partition`: candidate cuts that lie dense where the square root of the density is large, the best k runs between them by dynamic
+  programming, then steps until no value changes its cluster. Close to the exact optimum.
+- `plus_plus`: what scikit-learn's `KMeans(k, n_init=1, random_state=10)` does: greedy k-means++ (Arthur & Vassilvitskii 2007) with
+  2 + ln k candidates per centre and NumPy's stream of that seed, then steps until the centres move less than 1e-4 of the variance.
+
+Everything is deterministic. `cpu` and `torch` work on sorted values and prefix sums in float64 and give equal bits; `reference` is
+plus_plus the plain way.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from random import Random
+
+STARTS = ("partition", "plus_plus")
+MOST_CENTRES = 256
+STEPS = 300
+"""Lloyd's steps at most, as in scikit-learn."""
+TOLERANCE = 1e-4
+"""Of the variance: squared moves of the centres at which plus_plus stops."""
+
+
+def bins(k: int) -> int:
+    """Candidate runs of values from which the partition is made. Beyond 32 centres they are the start themselves: there are so many
+    that dynamic programming costs more than it saves."""
+    return 64 + 4 * k if k <= 32 else k
+
+
+def check(k: int, start: str) -> None:
+    """Raises ValueError for what no backend knows."""
+    if not 1 <= k <= MOST_CENTRES:
+        raise ValueError(f"k={k} centres; give 1 to {MOST_CENTRES}, what a code of 8 bits can name")
+    if start not in STARTS:
+        raise ValueError(f"start={start!r} is unknown; choose {' or '.join(STARTS)}")
+
+
+def trials(k: int) -> int:
+    """Candidates per centre of greedy k-means++."""
+    return 2 + int(math.log(k))
+
+
+@cache
+def draws(k: int, seed: int = 10) -> tuple[float, ...]:
+    """The uniform numbers that k-means++ takes, as `numpy.random.RandomState(seed)` gives them: one for the first centre, then `trials(k)`
+    for each other one. Python's generator is the same Mersenne twister; it only begins elsewhere for the same seed."""
+    state = [seed]
+    for i in range(1, 624):
+        state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) % 2**32)
+    twister = Random()
+    twister.setstate((3, (*state, 624), None))
+    return tuple(twister.random() for _ in range(1 + (k - 1) * trials(k)))

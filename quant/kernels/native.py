@@ -1,0 +1,66 @@
+"""C++ sources of `quant/csrc` as libraries with a plain C ABI, built with the system's compiler at first use.
+
+A library is kept in `$BITGRID_CACHE`, or bitgrid in the user's cache folder, under a name made from its source, flags and
+compiler, so that it is built once per machine and never stale. Processes may build at the same time: the last one renames a
+file with the same contents into place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent.parent / "csrc"
+# No fused multiply-add: results equal those of the torch twins bit for bit.
+FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
+COMPILERS = ("c++", "g++", "clang++")
+
+
+class NoLibrary(Exception):
+    """Says why there is no library: no compiler, or what it or the file system said."""
+
+
+def cache_folder() -> Path:
+    given = os.environ.get("BITGRID_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bitgrid"
+
+
+@cache
+def library(name: str) -> ctypes.CDLL | NoLibrary:
+    """The library of `quant/csrc/<name>.cpp`, or the reason why there is none (returned, so that it is found out once)."""
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))), None)
+    if compiler is None:
+        return NoLibrary(f"there is no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
+    try:
+        return ctypes.CDLL(str(_built(SOURCES / f"{name}.cpp", compiler)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        return NoLibrary(f"the C++ library {name} could not be built: {e}")
+
+
+def _built(source: Path, compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+    identity = "\n".join((platform.machine(), version, *FLAGS, source.read_text()))
+    folder = cache_folder() / "kernels"
+    path = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / path.name
+        # The second try leaves out versions for wider vectors, which not every toolchain can make.
+        for more in ((), ("-DBITGRID_PLAIN",)):
+            command = [compiler, *FLAGS, *more, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode == 0:
+                os.replace(made, path)
+                return path
+    raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")

@@ -1,0 +1,271 @@
+"""CLAQ (Wang et al. 2024, arXiv 2405.17233): a k-means codebook per input column, inside GPTQ's column loop.
+
+Objective: min tr((W - Q) H (W - Q)ᵀ) greedily, as GPTQ; column j, with all earlier errors fed back, is replaced by the nearest of 2^b
+centres of its own, which are the k-means centres of that very column. Shapes: weight `[N, K]`, Hessian `[K, K]`, codebook `[K, 2^b]`.
+AP (adaptive precision): `adaptive_bits` X gives 4 bits to the columns of highest score, (X - 2) / 2 of them over 2 bits, or X - 3 over 3.
+OR (outlier reservation): both tails of every column are kept as they are, fractions p of 0.014 in the tenth of columns of highest score
+and of 0.004 in the others, inclusive: of the sorted column, ranks 0 to round(N p) and from round(N (1 - p)) on. They count in the
+k-means fit. Score of a column: weights of at least 13 times the mean size (magnitude), or the mean of w² / U_jj² (hessian).
+The behaviour is the reference code's; `variant="reference"` repeats its mistake of looking a column's fraction up by its index inside
+its block, so that every block has the pattern of the first; "corrected" looks it up by column.
+Departures: k-means is scikit-learn's algorithm with its random numbers, in float64 and with clusters that lose all members left where
+they are; tables are rounded to the stored type before codes are chosen; a column of at most 2^b values is kept exactly; ties of scores
+keep the order of columns (the reference sorts unstably); a column that its table holds exactly, or with equal weights at its tails, does
+not store outliers that the table gives already; below 1 / (2 p) rows, where the reference stops, the lower tail is empty.
+What GPTQ does with dead inputs, ties of the order and damping holds here too.
+Float64 weights are computed in float64, all others in float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.errors import require_finite
+from quant.grids import ScaleDtypeError, with_stored_scales
+from quant.kernels import Kernel, kernel
+from quant.kernels.kmeans_columns import STARTS
+from quant.methods.base import ANY, Linear, Rounded
+from quant.scheme import Supports, WeightScheme
+from quant.solver import inverse_factor, revive_dead, solve_columns
+from quant.statistics import Statistics
+from quant.tensors.codebook import CodebookTensor, Outliers
+
+LARGE = 13
+"""Times the mean |w|: what the magnitude score counts."""
+TENTH, MANY, FEW = 0.1, 0.014, 0.004
+"""Share of columns of which more is reserved; the fraction reserved at each tail there and elsewhere."""
+LABEL_OR = 0.005
+"""Average fraction of one tail: all that the paper's label counts of reserved weights, at 16 - b bits."""
+
+
+@dataclass(frozen=True)
+class Claq:
+    name: ClassVar[str] = "claq"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports(granularity=("channel",))
+
+    adaptive_bits: float | None = None
+    """AP: bits per weight over 2 and up to 4, by columns of weight.bits (which must be 2 below 3, else 3) and of 4 bits; None: no AP."""
+    outlier_reservation: bool = False
+    """OR: keep the tails of every column."""
+    score: str = "magnitude"
+    """Of columns: magnitude or hessian."""
+    variant: str = "reference"
+    """reference: a column's reserved fraction by its index inside its block; corrected: by column."""
+    layer_bits: tuple[tuple[str, float], ...] | None = None
+    """Module path or pattern ▸ bits (2 to 4, as adaptive_bits) of these linears; the others are as the other parameters say."""
+    kmeans_start: str = "plus_plus"
+    """plus_plus: as the reference code's library; partition: less error on the average (`quant.kernels.kmeans_columns`)."""
+    act_order: bool = True
+    """Columns by decreasing diagonal of H."""
+    block_size: int = 128
+    """Columns between updates of all later columns; matters with outlier_reservation and variant=reference only."""
+    damp: float = 0.01
+    """Fraction of mean(diag H) added to the diagonal."""
+    true_sequential: bool = False
+    """Read by the block loop, not here: with propagation=quantized, linears also see the quantized ones before them."""
+
+    def __post_init__(self) -> None:
+        if self.adaptive_bits is not None and not 2 < self.adaptive_bits <= 4:
+            raise ValueError(f"adaptive_bits={self.adaptive_bits} must be over 2 and up to 4; null gives every column weight.bits")
+        if self.score not in ("magnitude", "hessian"):
+            raise ValueError(f"score={self.score} is unknown; choose magnitude or hessian")
+        if self.variant not in ("reference", "corrected"):
+            raise ValueError(f"variant={self.variant} is unknown; choose reference or corrected")
+        if self.kmeans_start not in STARTS:
+            raise ValueError(f"kmeans_start={self.kmeans_start} is unknown; choose {' or '.join(STARTS)}")
+        for pattern, bits in self.layer_bits or ():
+            if type(bits) not in (int, float) or not 2 <= bits <= 4:
+                raise ValueError(f"layer_bits of {pattern} is {bits!r}; give bits from 2 to 4")
+        if self.block_size < 1:
+            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
+        if not 0 <= self.damp < float("inf"):
+            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
+        """`[N, K]` ▸ codebooks. Raises NonFiniteError, SingularHessianError, and ValueError for shapes and bits that do not fit."""
+        statistics.require("claq", "hessian")
+        hessian = statistics.hessian
+        assert hessian is not None
+        n, k = weight.shape
+        if hessian.shape != (k, k):
+            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
+        require_finite("weight", weight)
+        require_finite("Hessian", hessian)
+        target = self._target(scheme, linear)
+        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        notes = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
+
+        h, dead = revive_dead(hessian.to(w))
+        zeroed = int(dead.sum())
+        if zeroed == k:
+            notes.append("no calibration token reached this input: the Hessian counts as the identity")
+        elif zeroed:
+            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+            w = w.masked_fill(dead, 0)
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
+        upper, damp = inverse_factor(h[order][:, order], self.damp)
+        if damp != self.damp:
+            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+
+        columns = w.T[order]
+        ranks = ranked(columns, upper, self.score)
+        widths = widths_of(target, ranks)
+        fractions = self._fractions(ranks) if self.outlier_reservation else None
+        if fractions is not None and tails(n, FEW)[1] == 0:
+            notes.append(f"outlier reservation: {n} rows are too few for the fraction {FEW}, whose lower tail is empty")
+        kmeans = kernel("kmeans_columns", device=w.device)
+
+        def run(dtype: torch.dtype) -> CodebookTensor:
+            fitted = Columns(widths, fractions, dtype, kmeans, self.kmeans_start)
+            codes = solve_columns(columns, upper, self.block_size, fitted.round_column).codes
+            return fitted.tensor(codes, order, label_of(target, fractions is not None))
+
+        tensor, dtype_notes = with_stored_scales(scheme, run)
+        return Rounded(tensor, damp=damp, notes=[*notes, *kmeans.notes, *dtype_notes], details=details_of(tensor))
+
+    def _target(self, scheme: WeightScheme, linear: Linear) -> float:
+        """Bits per weight of this linear's codes."""
+        if self.layer_bits:
+            given = dict(self.layer_bits)
+            fitting = (
+                {linear.name: given[linear.name]}
+                if linear.name in given
+                else {p: b for p, b in given.items() if fnmatchcase(linear.name, p)}
+            )
+            if len(set(fitting.values())) > 1:
+                raise ValueError(f"layer_bits gives {linear.name} different bits: {fitting}; name it, or let one pattern fit")
+            if fitting:
+                return float(next(iter(fitting.values())))
+        if self.adaptive_bits is None:
+            return float(scheme.bits)
+        base = base_of(self.adaptive_bits)
+        if scheme.bits != base and (self.adaptive_bits, scheme.bits) != (4, 3):
+            raise ValueError(
+                f"adaptive_bits={self.adaptive_bits} mixes columns of {base} and 4 bits: set weight.bits={base}, not {scheme.bits}"
+            )
+        return self.adaptive_bits
+
+    def _fractions(self, ranks: Tensor) -> list[float]:
+        """Reserved at each tail, by position in the order of work."""
+        most = set(ranks[: round(TENTH * len(ranks))].tolist())
+        own = [MANY if j in most else FEW for j in range(len(ranks))]
+        return own if self.variant == "corrected" else [own[j % self.block_size] for j in range(len(own))]
+
+
+def ranked(columns: Tensor, upper: Tensor, score: str) -> Tensor:
+    """Positions `[K]` by decreasing score, of weights `[K, N]` in the order of work; equal scores keep it."""
+    if score == "magnitude":
+        size = columns.abs()
+        scores = (size >= LARGE * size.mean()).sum(1)
+    else:
+        scores = columns.square().mean(1) / upper.diagonal().square()
+    return torch.argsort(scores, descending=True, stable=True)
+
+
+def base_of(target: float) -> int:
+    """Bits of the columns of low score."""
+    return 2 if target < 3 else int(target)
+
+
+def widths_of(target: float, ranks: Tensor) -> list[int]:
+    """Bits of each column, by position in the order of work, for an average near `target`."""
+    k, base = len(ranks), base_of(target)
+    widths = [base] * k
+    for j in ranks[: round((target - base) / (4 - base) * k)].tolist() if base < 4 else []:
+        widths[j] = 4
+    return widths
+
+
+def label_of(target: float, reserved: bool) -> float:
+    """The paper's bits: 2.05 with reservation is "2.12"."""
+    return target + (LABEL_OR * (16 - base_of(target)) if reserved else 0.0)
+
+
+def tails(n: int, fraction: float) -> tuple[int, int]:
+    """Values kept at the top and at the bottom of a column of n, ties not counted."""
+    return min(n, round(n * fraction) + 1), n - round(n * (1 - fraction))
+
+
+def details_of(tensor: CodebookTensor) -> dict[str, Any]:
+    """JSON facts: number of columns of each width, share of weights kept, what the storage formula gives."""
+    kept = 0 if tensor.outliers is None else tensor.outliers.values.numel()
+    counts = Counter(tensor.widths.tolist())
+    return {
+        "columns_by_bits": {str(b): counts[b] for b in sorted(counts)},
+        "outlier_share": kept / tensor.codes.numel(),
+        "bits_formula": tensor.bits_formula,
+    }
+
+
+class Columns:
+    """Codebooks and outliers of the columns rounded so far, in the order of work."""
+
+    def __init__(self, widths: list[int], fractions: list[float] | None, dtype: torch.dtype, kmeans: Kernel, start: str) -> None:
+        self.widths, self.fractions, self.dtype, self.kmeans, self.start = widths, fractions, dtype, kmeans.run, start
+        self.tables: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.kept: list[Tensor] = []
+
+    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        centres = self.kmeans.kmeans(column[None], 2 ** self.widths[j], self.start)
+        table = centres.to(self.dtype)
+        self._check(centres, table)
+        stored = table.to(column)
+        codes = self.kmeans.nearest(column[None], stored)[0]
+        values = stored[0][codes.long()]
+        self.tables.append(table[0])
+        if self.fractions is not None:
+            self._keep(column, values, self.fractions[j])
+        return codes, values
+
+    def _keep(self, column: Tensor, values: Tensor, fraction: float) -> None:
+        """Values at both ends as they are, in the stored type; changes `values`."""
+        top, bottom = tails(len(column), fraction)
+        mask = column >= column.topk(top).values[-1]
+        if bottom:
+            mask |= column <= column.topk(bottom, largest=False).values[-1]
+        exact = column.to(self.dtype)
+        if not bool(torch.isfinite(exact).all()):
+            raise ScaleDtypeError("reserved weights do not fit float16")
+        if bool((exact.to(values) == values).all()) or int(mask.sum()) > top + bottom:
+            # Equal weights, or as few as the table holds, need no reserving.
+            mask &= exact.to(values) != values
+        rows = mask.nonzero()[:, 0]
+        self.rows.append(rows)
+        self.kept.append(exact[rows])
+        values[rows] = exact[rows].to(values)
+
+    def _check(self, centres: Tensor, table: Tensor) -> None:
+        """Tables may be off by a 256th of their range; one of equal values by a 1024th."""
+        if self.dtype is torch.float32:
+            return
+        width = centres[0, -1] - centres[0, 0]
+        allowed = torch.where(width > 0, width / 256, centres[0].abs().amax() / 1024)
+        if not bool(((table.to(centres) - centres).abs() <= allowed).all()):
+            raise ScaleDtypeError("a codebook does not fit float16")
+
+    def tensor(self, codes: Tensor, order: Tensor, label: float) -> CodebookTensor:
+        """From codes `[K, N]` in the order of work."""
+        k, device = len(order), codes.device
+        position = torch.empty_like(order)
+        position[order] = torch.arange(k, device=device)
+        widths = torch.tensor(self.widths, device=device)
+        tables = torch.zeros(k, 2 ** int(widths.max()), dtype=self.dtype, device=device)
+        for j, table in enumerate(self.tables):
+            tables[j, : len(table)] = table
+        outliers = None
+        if self.rows:
+            plain = position.tolist()
+            counts = torch.tensor([len(self.rows[j]) for j in plain], device=device)
+            outliers = Outliers(counts, torch.cat([self.rows[j] for j in plain]), torch.cat([self.kept[j] for j in plain]))
+        return CodebookTensor(codes[position].T.to(torch.uint8).contiguous(), widths[position], tables[position], label, outliers)

@@ -1,0 +1,216 @@
+"""SliM-LLM (Huang et al. 2024, arXiv 2405.14917): bits where the salient groups of columns are, ranges that suit them.
+
+Objective: for a mean of N bits, the number p of groups with N - 1 and with N + 1 bits that changes the layer's output least (salience
+decides which groups; `bit_allocation`); then min tr((W - Q) H (W - Q)ᵀ) column by column as in GPTQ, with the range of every group
+searched within ±10 % for the least error Σ|w - ŵ|^2.4, salient weights counted `lam` times.
+Shapes: weight `[N, K]`, Hessian `[K, K]`, samples `[S, T, K]`, G = K / group_size groups. Errors in squared output units, KL in nats.
+
+`variant="reference"` is the reference code, quirks included: the 0.01 added to H for the allocation stays in H, so that no input
+counts as dead; p = 0 is no candidate; the layer's bias is missing from the quantized output; groups of N - 1 bits before the first
+wider group have the fixed zero 2^(b-1); 1-bit groups have the scale mean |w| around mean w. `variant="corrected"`: 0.01 for
+the allocation only, p = 0 .. G / 2, bias on both sides, zeros of their own, scale mean |w - mean w|.
+Departures, both variants: where the reference crashes (fewer than 4 groups; no salient weight in a group) all groups have N bits, or
+all weights count alike; a constant 1-bit group has the scale 0 and is exact, and sign(0) is 1 elsewhere; the candidates' outputs are
+summed group by group instead of computed anew; ties of salience keep the column order; failed factorizations climb GPTQ's ladder.
+In a symmetric scheme all groups of 2 bits and more use the grid g_sym; their zeros are stored all the same.
+Float64 weights are computed in float64, all others in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from quant.affine import Affine, ZeroKind, group_width
+from quant.errors import require_finite
+from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
+from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.slim_bits import OBJECTIVES, binary, bit_allocation, labelled, salience
+from quant.scheme import Supports, WeightScheme
+from quant.solver import Solved, inverse_factor, revive_dead, solve_columns
+from quant.statistics import Statistics
+from quant.tensors.mixed import MixedTensor
+
+VARIANTS = ("reference", "corrected")
+ABSOLUTE_DAMP = 0.01
+"""Added to the diagonal of H for the bit allocation, whatever the scale of H."""
+SHRINKS = [1 + i / 500 for i in range(51)] + [1 - i / 500 for i in range(1, 51)]
+"""Factors of a range: 1, 1.002 .. 1.1, then 0.998 .. 0.9."""
+MIDDLE = replace(GRIDS["g_asym"], name="slim_middle", zero=ZeroKind.CONSTANT)
+"""The range of g_asym with the fixed zero of a symmetric grid."""
+
+
+@dataclass(frozen=True)
+class SlimLlm:
+    name: ClassVar[str] = "slim_llm"
+    version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
+    reads: ClassVar[frozenset[str]] = frozenset()
+    uses_seed: ClassVar[bool] = False
+    supports: ClassVar[Supports] = Supports(bits=(2, 3, 4, 5, 6, 7), granularity=("group",))
+
+    objective: str = "kl"
+    """What chooses p: kl (divergence of the softmax over outputs) or mse (of the outputs)."""
+    variant: str = "reference"
+    """reference or corrected, as above."""
+    lam: float = 1.0
+    """Weight of salient weights in the range search; 1 counts all alike."""
+    sigma: float = 2.0
+    """Salient weights lie more than so many standard deviations above their group's mean salience; read where lam is not 1."""
+    damp: float = 0.01
+    """Fraction of mean(diag H) added to the diagonal."""
+    bit_lists: tuple[tuple[str, Any], ...] | None = None
+    """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in (("objective", OBJECTIVES), ("variant", VARIANTS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose {' or '.join(allowed)}")
+        for field in ("lam", "sigma", "damp"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ValueError(f"{field}={getattr(self, field)} must be 0 or more and finite")
+
+    def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
+        """`[N, K]` ▸ mixed codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes, schemes or bit lists that
+        do not fit."""
+        statistics.require("slim_llm", "hessian")
+        hessian = statistics.hessian
+        assert hessian is not None
+        n, k = weight.shape
+        if hessian.shape != (k, k):
+            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
+        reason = self.supports.refuses("slim_llm", scheme)
+        if reason is not None:
+            raise ValueError(reason)
+        require_finite("weight", weight)
+        require_finite("Hessian", hessian)
+        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        size = group_width(scheme, n, k)
+        notes: list[str] = []
+        corrected = self.variant == "corrected"
+
+        h = hessian.to(w)
+        if corrected:
+            h, dead = revive_dead(h)
+            if bool(dead.all()):
+                notes.append("no calibration token reached this input: the Hessian counts as the identity")
+            elif bool(dead.any()):
+                notes.append(f"{int(dead.sum())} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+                w = w.masked_fill(dead, 0)
+        raised = h.clone()
+        raised.diagonal().add_(ABSOLUTE_DAMP)
+        upper, damp = inverse_factor(h if corrected else raised, self.damp)
+        if damp != self.damp:
+            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+
+        if self.bit_lists is not None:
+            widths = self._given(linear.name, k // size, scheme.bits)
+        else:
+            unquantized = weight.detach().to(w)
+            p, losses, why = bit_allocation(
+                unquantized, raised, statistics.samples, linear.bias, scheme.bits, size, self.objective, corrected=corrected
+            )
+            notes += why
+            widths = labelled(salience(w, upper, size), p, scheme.bits)
+        details: dict[str, Any] = {"group_bits": list(widths)}
+        if self.bit_lists is None:
+            details |= {"p": p, "allocation_loss": losses}
+
+        def run(scale_dtype: torch.dtype) -> tuple[MixedTensor, Solved]:
+            ranges = _Ranges(self, scheme, widths, size, scale_dtype, upper)
+            solved = solve_columns(w.T.contiguous(), upper, size, ranges.round_column)
+            return ranges.tensor(solved.codes), solved
+
+        (tensor, solved), dtype_notes = with_stored_scales(scheme, run)
+        details["solver_loss"] = float(solved.loss.sum())
+        return Rounded(tensor, damp=damp, notes=notes + dtype_notes, details=details)
+
+    def _given(self, name: str, groups: int, bits: int) -> tuple[int, ...]:
+        lists: Mapping[str, Any] = dict(self.bit_lists or ())
+        if name not in lists:
+            raise ValueError(f"bit_lists has no list for {name}; it has {', '.join(list(lists)[:4]) or 'none'}; add it, or search (null)")
+        found = tuple(lists[name])
+        if len(found) != groups or any(type(b) is not int or abs(b - bits) > 1 for b in found):
+            raise ValueError(f"bit_lists[{name}] is {found}; give {groups} whole numbers, each {bits - 1}, {bits} or {bits + 1}")
+        return found
+
+
+class _Ranges:
+    """Scale and zero of every group, fitted at its first column to weights that hold all earlier updates."""
+
+    def __init__(
+        self, method: SlimLlm, scheme: WeightScheme, widths: tuple[int, ...], size: int, scale_dtype: torch.dtype, upper: Tensor
+    ) -> None:
+        self.method, self.scheme, self.widths, self.size, self.scale_dtype = method, scheme, widths, size, scale_dtype
+        self.u = upper.diagonal()
+        first_wide = next((i for i, b in enumerate(widths) if b >= scheme.bits), len(widths))
+        self.middle = range(first_wide) if method.variant == "reference" else range(0)
+        """Groups with the fixed zero."""
+        self.fitted: list[Affine] = []
+
+    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        if j % self.size == 0:
+            self.fitted.append(self._fit(j // self.size, weights[j : j + self.size].T.contiguous()))
+        a = self.fitted[j // self.size]
+        if a.bits == 1:
+            codes = (column >= a.zero).to(column)
+            return codes, (2 * codes - 1) * a.scale + a.zero
+        codes = a.encode(column)
+        return codes, a.decode(codes)
+
+    def _fit(self, group: int, w: Tensor) -> Affine:
+        """w `[N, g]` ▸ scale and zero `[N]`; the mean as zero of a 1-bit group."""
+        bits = self.widths[group]
+        if bits == 1:
+            scale, mean = binary(w, centred=self.method.variant == "corrected")
+            stored = Affine(scale.to(self.scale_dtype).to(w), mean.to(self.scale_dtype).to(w), 1, ZeroKind.MINIMUM)
+            off = (stored.scale - scale).abs() + (stored.zero - mean).abs()
+            # Off by half a scale would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
+            bound = torch.where(scale == 0, mean.abs() * 2.0**-10, scale / 16)
+            if not bool((off <= bound).all()):
+                raise ScaleDtypeError(
+                    f"{int((~(off <= bound)).sum())} of {off.numel()} scales and means of 1-bit groups do not fit float16"
+                )
+            return stored
+        grid = GRIDS["g_sym"] if self.scheme.symmetric else MIDDLE if group in self.middle else GRIDS["g_asym"]
+        best = self._search(grid, w, bits, self._importance(group, w))
+        if self.scale_dtype is torch.float16:
+            check_float16(best, w)
+        return Affine(best.scale[:, 0], best.zero[:, 0], bits, ZeroKind.CODE)
+
+    def _importance(self, group: int, w: Tensor) -> Tensor | None:
+        if self.method.lam == 1:
+            return None
+        s = (w / self.u[group * self.size : (group + 1) * self.size]).square()
+        # The reference finds outliers of either sign, then all weights at least as salient as the least of them.
+        outliers = s[(s - s.mean()).abs() > self.method.sigma * s.std()]
+        return torch.where(s >= outliers.min(), self.method.lam, 1.0) if outliers.numel() else None
+
+    def _search(self, grid: Grid, w: Tensor, bits: int, importance: Tensor | None) -> Affine:
+        low, high = grid.limits(w)
+        best, least = affine_of(grid, low, high, bits, self.scale_dtype), w.new_full((w.shape[0], 1), float("inf"))
+        for p in SHRINKS:
+            trial = affine_of(grid, p * low, p * high, bits, self.scale_dtype)
+            error = (trial.round(w) - w).abs().pow(MSE_POWER)
+            error = (error if importance is None else error * importance).sum(-1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = replace(best, scale=torch.where(better, trial.scale, best.scale), zero=torch.where(better, trial.zero, best.zero))
+        return best
+
+    def tensor(self, codes: Tensor) -> MixedTensor:
+        """From the solver's codes `[K, N]`."""
+        scale, zero = (torch.stack([getattr(a, part) for a in self.fitted], dim=1) for part in ("scale", "zero"))
+        ones = torch.tensor([b == 1 for b in self.widths], device=zero.device)
+        return MixedTensor(
+            codes=codes.T.to(torch.uint8).contiguous(),
+            scale=scale.to(self.scale_dtype).contiguous(),
+            zero=zero.masked_fill(ones, 0).to(torch.uint8).contiguous(),
+            mean=zero[:, ones].to(self.scale_dtype).contiguous(),
+            widths=self.widths,
+            base=self.scheme.bits,
+        )

@@ -1,0 +1,100 @@
+"""SliM-LLM+: SliM-LLM's widths, learned ranges, 1-bit groups with their mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.methods.single import single_linear
+from quant.methods.slim_llm import SlimLlm
+from quant.methods.slim_llm_plus import MixedClipping, SlimLlmPlus
+from quant.methods.tuner import TunableLinear, TuningBlocks, blocks_loss
+from quant.scheme import Granularity, WeightScheme
+from quant.statistics import collect
+
+G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
+EXACT = WeightScheme(2, False, Granularity.GROUP, 8, "float32")
+WIDTHS = (1, 2, 3, 2, 1, 3)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def blocks(scheme: WeightScheme = G8) -> TuningBlocks:
+    x = random(6, 20, 48, seed=1) * torch.linspace(0.1, 3, 48) + random(6, 20, 1, seed=2)
+    return single_linear(random(10, 48), x, scheme, statistics=collect(x, frozenset({"hessian", "samples"})))
+
+
+def test_the_widths_are_slim_llms() -> None:
+    b = blocks()
+    tensor: Any = SlimLlmPlus(epochs=1).tune(b).tensors["weight"].tensor
+    linear = b.linears["weight"]
+    want: Any = SlimLlm().quantize(linear.weight, linear.statistics, G8).tensor
+    assert tensor.widths == want.widths
+    assert tensor.bits_stored == want.bits_stored
+
+
+@pytest.mark.parametrize(
+    "scheme", [G8, WeightScheme(2, True, Granularity.GROUP, 8), WeightScheme(2, False, Granularity.GROUP, 8, "float32")]
+)
+def test_what_is_trained_is_what_is_stored(scheme: WeightScheme) -> None:
+    clip = MixedClipping("w", TunableLinear(random(5, 48) + 0.3, scheme), WIDTHS)
+    with torch.no_grad():
+        for i, p in enumerate(clip.parameters()):
+            p.add_(random(*p.shape, seed=i) - 3)
+    tensor = clip.hard(random(5, 48) + 0.3).tensor
+    assert torch.equal(clip.soft(random(5, 48) + 0.3).detach(), tensor.dequantize())
+    again = type(tensor).unpack(tensor.pack(), tensor.meta())  # type: ignore[attr-defined]
+    assert torch.equal(again.dequantize(), tensor.dequantize())
+
+
+def test_one_bit_groups_keep_their_mean_and_start_at_the_papers_scale() -> None:
+    w = random(5, 48) + 2
+    tensor: Any = MixedClipping("w", TunableLinear(w, EXACT), WIDTHS).hard(w).tensor
+    group = w[:, :8]
+    mean = group.mean(1)
+    torch.testing.assert_close(tensor.mean[:, 0], mean)
+    torch.testing.assert_close(tensor.scale[:, 0], (group - mean[:, None]).abs().mean(1) * (0.5 + torch.sigmoid(torch.tensor(4.0))))
+
+
+def test_gradients_of_one_bit_scales_against_finite_differences() -> None:
+    w = random(3, 48, dtype=torch.float64)
+    clip = MixedClipping("w", TunableLinear(w, EXACT), WIDTHS)
+    clip._dtype = torch.float64
+    target = random(3, 48, seed=5, dtype=torch.float64)
+    (clip.soft(w) - target).square().sum().backward()
+    upper = clip._upper[1]
+    assert upper.grad is not None
+    flat = upper.detach().view(-1)
+    for i in range(flat.numel()):
+        ends = []
+        for sign in (1, -1):
+            before = float(flat[i])
+            flat[i] += sign * 1e-6
+            ends.append(float((clip.soft(w) - target).detach().square().sum()))
+            flat[i] = before
+        assert float(upper.grad.view(-1)[i]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-7)
+
+
+def test_the_best_iterate_is_kept_and_learning_helps() -> None:
+    b = blocks()
+    tuned = SlimLlmPlus(epochs=10, lwc_lr=0.05).tune(b)
+    assert blocks_loss(b, tuned.changed()) == tuned.loss < 0.97 * tuned.start
+    ruined = SlimLlmPlus(epochs=2, lwc_lr=50.0).tune(b)
+    assert ruined.loss <= ruined.start == tuned.start
+
+
+def test_given_bit_lists_are_used() -> None:
+    tensor: Any = SlimLlmPlus(epochs=0, bit_lists={"weight": list(WIDTHS)}).tune(blocks()).tensors["weight"].tensor
+    assert tensor.widths == WIDTHS
+
+
+def test_wrong_parameters_say_what_is_allowed() -> None:
+    with pytest.raises(ValueError, match="objective='kld' is unknown; choose kl or mse"):
+        SlimLlmPlus(objective="kld")
+    with pytest.raises(ValueError, match="lwc_lr=0 positive"):
+        SlimLlmPlus(lwc_lr=0)

@@ -1,0 +1,79 @@
+"""Logits by cached decoding: a window's own tokens go in step by step, and every step reads what the cache holds by then.
+
+Many windows are decoded together, since a step reads all weights whatever the number of tokens it takes. A step takes several
+tokens of a window where the method's rule makes that read the same (`KVState.together`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from workers.kv_cache import MakeCache, QuantizedCache
+from workers.tasks import base
+
+LOGIT_BYTES = 2**19
+"""Of logits kept, per token of a forward pass: 512 MiB on a CPU by default. All positions of a group of windows are decoded
+before the first window can be scored."""
+
+
+def decoded_logits(
+    model: nn.Module,
+    device: torch.device,
+    runtime: Callable[[], AbstractContextManager[None]],
+    make_cache: MakeCache,
+    batch_tokens: int,
+    prefill: int = 1,
+    longest: int | None = None,
+) -> base.Logits:
+    """A model with a quantized cache, as tasks see it. The first `prefill` tokens of a window are one step; a step has at most
+    `longest` tokens of a window (None: as many as `batch_tokens` allow)."""
+
+    def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        for group in _groups(batches, model, batch_tokens):
+            with runtime():
+                found = _decode(model, torch.cat(list(group)).to(device), make_cache(), batch_tokens, prefill, longest)
+            yield from found.split([len(b) for b in group])
+
+    return logits
+
+
+@torch.inference_mode()
+def _decode(model: nn.Module, tokens: Tensor, cache: QuantizedCache, batch_tokens: int, prefill: int, longest: int | None) -> Tensor:
+    """tokens `[B, T]` ▸ logits `[B, T, V]`."""
+    count, length = tokens.shape
+    most = min(max(1, batch_tokens // count), longest or length)
+    found: Tensor | None = None
+    start = 0
+    with ExitStack() as stack:
+        stack.callback(cache.attach(model).remove)
+        while start < length:
+            step = min(prefill if start == 0 else min(most, cache.together() or most), length - start)
+            out = model(input_ids=tokens[:, start : start + step], past_key_values=cache, use_cache=True).logits
+            if found is None:
+                found = out.new_empty(count, length, out.shape[-1])
+            found[:, start : start + step] = out
+            start += step
+    assert found is not None
+    return found
+
+
+def _groups(batches: Sequence[Tensor], model: nn.Module, batch_tokens: int) -> Iterator[list[Tensor]]:
+    """Consecutive batches to decode together: at most one token of each window a step, and logits within their bytes."""
+    if not batches:
+        return
+    config = getattr(model, "config", None)
+    vocabulary = int(getattr(config, "vocab_size", 1))
+    window = batches[0].shape[1] * vocabulary * next(model.parameters()).dtype.itemsize
+    most = max(1, min(batch_tokens, LOGIT_BYTES * batch_tokens // window))
+    group: list[Tensor] = []
+    for batch in batches:
+        if group and sum(map(len, group)) + len(batch) > most:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group

@@ -1,0 +1,91 @@
+"""How an evaluation gets a quantized cache's effect: by decoding through it, or within one forward pass.
+
+per_token and kvquant quantize a token before anything reads it, so one pass over a window reads what decoding reads. kivi ages
+tokens: its single pass gives every query position its own view (`workers.kv_aging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quant.kv import Kivi, KVQuantizer, make
+from quant.scheme import KVScheme
+from workers import families, kv_capture, kv_rules
+from workers.context import Context
+from workers.decoding import decoded_logits
+from workers.errors import InputError
+from workers.kv_aging import aging_logits
+from workers.kv_cache import QuantizedCache
+from workers.steps import key_rotation
+from workers.tasks import base
+
+
+def through_cache(kv: KVScheme) -> bool:
+    """Whether `logits` is needed; otherwise `workers.runtime` quantizes keys and values as they enter attention."""
+    return kv.mode == "decode" or kv.kind != "per_token"
+
+
+def logits(
+    model: nn.Module,
+    kv: KVScheme,
+    calibration: Path | None,
+    context: Context,
+    runtime: Callable[[], AbstractContextManager[None]],
+) -> base.Logits:
+    """The model with the scheme's cache, as tasks see it. `calibration` is a committed artifact of the statistic `kv`.
+
+    Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
+    quantizers = _quantizers(model, kv, calibration)
+    if any(key_rotation(module) for module in model.modules()):
+        context.notes.append("the method's rotation of keys is left out: it is applied where keys are quantized per token in one pass only")
+    first = quantizers[0]
+    if kv.mode == "simulate" and isinstance(first, Kivi):
+        return aging_logits(model, context.device, runtime, first, kv.prefill)
+    window = kv.mode == "simulate"
+    prefill = 10**9 if window else kv.prefill
+    return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)
+
+
+def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:
+    """JSON facts of the record: how the cache was read, and bits a value of a whole window's cache.
+
+    Raises InputError for a version that is not here."""
+    config = _config(model)
+    heads = int(
+        config.get("num_key_value_heads") or config.get("num_kv_heads") or config.get("num_attention_heads") or config.get("n_head") or 1
+    )
+    width = kv_rules.head_width(config)
+    bits = None if width is None else _made(kv).bits(window, heads, width)
+    return {"kind": kv.kind, "mode": kv.mode, "tokens": window, "bits_stored": bits}
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config: Any = model.config
+    found: dict[str, Any] = config.to_dict()
+    return found
+
+
+def _made(kv: KVScheme) -> KVQuantizer:
+    try:
+        return make(kv)
+    except ValueError as e:
+        raise InputError(f"{e}; driver and workers must run the same bitgrid") from e
+
+
+def _quantizers(model: nn.Module, kv: KVScheme, calibration: Path | None) -> list[KVQuantizer]:
+    config = _config(model)
+    refusal = kv_rules.refuses(kv, config)
+    if refusal is not None:
+        raise InputError(refusal)
+    quantizer = _made(kv)
+    structure = families.structure(config)
+    if not quantizer.needs:
+        return [quantizer] * structure.count
+    if calibration is None:
+        raise InputError(f"kv.kind={kv.kind} needs keys and values of calibration text as the input `kv`")
+    return kv_capture.calibrated(quantizer, structure, calibration)
