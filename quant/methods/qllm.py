@@ -88,7 +88,7 @@ class QllmReassembly:
         facts: dict[str, Any] = {"start_loss": start, "loss": start, "candidates": 0}
         for threshold, splits in thresholds(peaks, self.ratio):
             stored = search.stored(splits)
-            tried = stored if self.variant == "paper" else search.searched(splits)
+            tried = stored if stored is None or self.variant == "paper" else search.searched(splits)
             if stored is None or tried is None:
                 continue
             loss = search.loss(tried)

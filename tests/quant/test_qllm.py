@@ -231,3 +231,13 @@ def test_inputs_that_need_none_stay_as_they_are() -> None:
 def test_wrong_parameters_are_refused(params: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(params)))):
         QllmReassembly(**params)  # type: ignore[arg-type]
+
+
+def test_gradients_pass_a_reassembled_input() -> None:
+    """Of x, against the linear map itself."""
+    r = Reassembly(torch.tensor([1, 1, 3, 1, 1, 1], dtype=torch.uint8), torch.tensor([0, 6]).int(), torch.tensor([1, 1]).int())
+    x = draw(3, 6).requires_grad_()
+    seed = draw(3, 6, seed=1)
+    (r.apply(x) * seed).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None
+    assert torch.allclose(x.grad, seed @ r.apply(torch.eye(6, dtype=torch.float64)).T, atol=1e-14)
