@@ -24,6 +24,7 @@ NOT_SWEPT = {
     "models_dir": "the folder serves every model of the sweep; sweep model=a,b instead",
     "data_dir": "the folder serves every text of the sweep; sweep task=a,b or calibration=a,b instead",
     "sweep": "a sweep has one name and one set of rules; run the command once per named sweep",
+    "site_statistics": "it adds a section to the report of the whole sweep and changes no result",
     "hints": "hints change how stages run, never a result",
     "hydra": "Hydra's own settings hold for the whole sweep",
 }

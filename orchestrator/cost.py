@@ -170,6 +170,7 @@ def _task_tokens(spec: EvaluateSpec) -> int:
 def _statistic_bytes(spec: CalibrateSpec, size: _Size) -> int:
     tokens = spec.calibration.samples * spec.calibration.sequence_length
     values = {"hessian": sum(k * k for k in size.inputs), "samples": tokens * sum(size.inputs) // max(1, spec.calibration.samples)}
+    values["moments"] = 16 * (len(size.inputs) + len(size.linears))
     return 4 * values.get(spec.statistic, sum(size.inputs))
 
 

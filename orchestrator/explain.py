@@ -39,7 +39,7 @@ def explain(plan: Plan, store: Store) -> Iterator[Explanation]:
     stored: dict[StageKind, list[tuple[str, dict[str, Any]]]] = {}
     for stage in plan.stages.values():
         if store.has(stage.kind, stage.key):
-            whole = stage.kind is not StageKind.EVALUATE or store.is_whole(stage.kind, stage.key)
+            whole = not plan.is_result(stage.key) or store.is_whole(stage.kind, stage.key)
             yield Explanation(stage, "cached" if whole else "its artifact is corrupt")
             continue
         if stage.kind not in stored:

@@ -16,7 +16,9 @@ from workers.rotatable import recollects, rotatable
 from workers.specs import PROPAGATIONS, SAMPLINGS, AutoBits, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
 
 STATISTICS = ("hessian", "absmax", "absmean", "minmax", "samples")
-"""What a calibrate stage can collect."""
+"""What a calibrate stage can collect for a method."""
+SITE_STATISTICS = "moments"
+"""What a calibrate stage collects for the report alone, as `workers.site_moments` calls it."""
 
 
 T = TypeVar("T")

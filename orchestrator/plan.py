@@ -4,6 +4,7 @@
 * With automatic bits, one quantize stage per candidate width, and one prepare stage for the sensitivity table made from them.
 * One quantize stage per model, method, weight scheme (and whatever else the method declares it reads), whatever the number of
   tasks and run-time parts.
+* One calibrate stage more per model and calibration draw where the sweep wants site statistics for its report.
 * One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
 
 Cells that cannot work (a group size that does not divide, a family that is not known) are skipped with their reason, or refused
@@ -72,6 +73,7 @@ class _Planner:
             reason = self._impossible(cell)
             if reason is None:
                 self._add(cell)
+                self._add_site_statistics(cell)
             else:
                 plan.skipped.append(Skip(cell, reason))
         if not plan.cells:
@@ -222,6 +224,23 @@ class _Planner:
             evaluate = self._stage(StageKind.EVALUATE, spec, inputs, f"evaluate {_label(variant)} {cell.task.name}")
             variant.evaluations[cell.task.name] = evaluate
         self._plan.cells.append(PlannedCell(cell, variant.key, evaluate))
+
+    def _add_site_statistics(self, cell: Cell) -> None:
+        if self._grid.settings.get("site_statistics"):
+            name = ("site statistics", id(cell.model), id(cell.calibration), id(cell.replicate))
+            self._once(name, lambda: self._site_statistics(cell))
+
+    def _site_statistics(self, cell: Cell) -> None:
+        source, model = self._model(cell.model)
+        try:
+            if source.config:
+                linear_shapes(source.config)
+        except UnsupportedModel as e:
+            self._plan.notes.append(f"no site statistics of {cell.model.name}: {e}")
+            return
+        key = self._calibrate(cell, model, self._calibration(cell), parts.SITE_STATISTICS)
+        if key not in self._plan.wanted:
+            self._plan.wanted.append(key)
 
     def _baseline(self, cell: Cell) -> PlannedVariant:
         def make() -> PlannedVariant:

@@ -9,7 +9,7 @@ from orchestrator.cell import Cell, Grid
 from orchestrator.results import TaskInfo
 from orchestrator.sources import ModelSource, TextSource
 from orchestrator.stage import Stage
-from workers.specs import to_json
+from workers.specs import StageKind, to_json
 
 
 class PlannedCell(NamedTuple):
@@ -54,6 +54,8 @@ class Plan:
     """By digest."""
     texts: dict[str, TextSource] = field(default_factory=dict)
     """By digest."""
+    wanted: list[str] = field(default_factory=list)
+    """Keys of stages that the sweep wants for its report, besides what its evaluations need."""
     notes: list[str] = field(default_factory=list)
     key: str = ""
     """Of the sweep: a digest of all its evaluate keys and skipped cells, so the same grid is the same sweep."""
@@ -62,6 +64,10 @@ class Plan:
     def provisional(self) -> list[str]:
         """Names of models the hub could not be asked about; such a plan cannot run."""
         return [m.name for m in self.models.values() if m.provisional]
+
+    def is_result(self, key: str) -> bool:
+        """Whether the sweep is after this stage itself, not only after what reads it."""
+        return self.stages[key].kind is StageKind.EVALUATE or key in self.wanted
 
     def to_json(self) -> dict[str, Any]:
         """The part that is stored with the sweep (see orchestrator.sweeps)."""
@@ -83,6 +89,7 @@ class Plan:
             "stages": {
                 s.key: {"kind": s.kind.value, "label": s.label, "inputs": s.inputs, "spec": to_json(s.spec)} for s in self.stages.values()
             },
+            "wanted": self.wanted,
             "tasks": {t.name: {"kind": t.kind, "primary": t.primary, "higher_is_better": t.higher_is_better} for t in self.tasks.values()},
             "models": {
                 digest: {"name": m.name, "location": asdict(m.location), "bytes": m.weight_bytes} for digest, m in self.models.items()

@@ -87,16 +87,17 @@ def store_root(settings: Mapping[str, Any]) -> Path:
 
 
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
-    """Stages that must run: those without an artifact that an evaluation of the sweep still needs.
+    """Stages that must run: those without an artifact that an evaluation of the sweep, or its report, still needs.
 
-    Evaluations are checked here: no stage reads them, so nothing else would find a corrupt one and make it again.
+    Evaluations and what the report alone reads are checked here: no stage reads them, so nothing else would find a corrupt one and
+    make it again.
     """
     needed: dict[str, None] = {}
-    waiting = [e for v in plan.variants.values() for e in v.evaluations.values()]
+    waiting = [*plan.wanted, *(e for v in plan.variants.values() for e in v.evaluations.values())]
     while waiting:
         key = waiting.pop()
         kind = plan.stages[key].kind
-        if key in needed or (store.has(kind, key) and (kind is not StageKind.EVALUATE or store.is_whole(kind, key))):
+        if key in needed or (store.has(kind, key) and (not plan.is_result(key) or store.is_whole(kind, key))):
             continue
         needed[key] = None
         waiting.extend(plan.stages[key].inputs.values())

@@ -18,7 +18,8 @@ absmax      M = max |w|, at least 1e-5                M / (2^(b-1) - 1)         
 Sources: GPTQ, AWQ, OmniQuant, QuaRot/SpinQuant, HQQ, KIVI and SmoothQuant's code, in that order of names.
 `mse=True` shrinks the range by p = 1 - i/100 for i = 0..79 and keeps the p of least sum |w - ŵ|^2.4 per group
 (GPTQ's option, which works on every grid here).
-Departure: an all-zero group has the scale 1 where the reference divides by (nearly) zero; it decodes to 0 either way.
+Departures: a group of equal values holds 0 in omni, too; an all-zero group has the scale 1 where the reference divides by
+(nearly) zero; it decodes to 0 either way.
 """
 
 from __future__ import annotations
@@ -178,6 +179,10 @@ def affine_of(
     g: Grid, low: Tensor, high: Tensor, bits: int, scale_dtype: torch.dtype, snap: Callable[[Tensor, Tensor], Tensor] = _rounded
 ) -> Affine:
     """Scale and zero of ranges. `snap(value, rounded)` returns `rounded`, or says what gradient that has (`quant.straight_through`)."""
+    if g.zero is ZeroKind.INTEGER:
+        # Equal values leave no range: without 0 in it, the least scale and the bound of the zero would shrink them to 0.1.
+        equal = low == high
+        low, high = torch.where(equal, low.clamp(max=0), low), torch.where(equal, high.clamp(min=0), high)
     # An all-zero group decodes to 0 whatever its scale; 1 is one that every type holds.
     exact = torch.where((low == 0) & (high == 0), 1.0, g.step(low, high, bits))
     scale = snap(exact, exact.to(scale_dtype).to(low.dtype))

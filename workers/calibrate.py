@@ -3,6 +3,8 @@
 Stages that share a model and a calibration set run together: one forward pass serves all their kinds. The model is walked
 block by block (hidden states kept, one block's weights at a time), so memory holds one block and its statistics.
 
+Two kinds are not of inputs alone: `kv` (`workers.kv_capture`) and `moments` (`workers.site_moments`).
+
 Payload of one stage: `block_0000.safetensors` ... with one tensor per distinct input, and `sites.json`.
 """
 
@@ -17,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers import datasets, kv_capture
+from workers import datasets, kv_capture, site_moments
 from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
@@ -42,7 +44,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     """
     specs = [spec for spec, _ in stages.values()]
     for spec in specs:
-        if spec.statistic != kv_capture.KIND:
+        if spec.statistic not in (kv_capture.KIND, site_moments.KIND):
             check_kind(spec.statistic)
         if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
             raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
@@ -54,6 +56,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     wants_kv = any(s.statistic == kv_capture.KIND for s in specs)
     if wants_kv:
         kv_capture.check_family(model.structure)
+    table = site_moments.SiteMoments(model.structure) if site_moments.KIND in kinds else None
     kept = sample_sequences(sequences, length)
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     with context.phase("forward"):
@@ -64,8 +67,12 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
         with context.phase("read"):
             block = model.load(b)
         kv = kv_capture.KVSamples(block, model.structure, kept) if wants_kv else None
+        if table is not None:
+            table.watch(block)
         with context.phase("forward"):
             found, hidden = collect(block, model.structure, kinds, [c[b] for c in calls], hidden, kept)
+            if table is not None:
+                table.add(b, block, found)
         model.release(b)
         _note_unused(context, model.structure, b, found)
         with context.phase("write"):
@@ -73,10 +80,13 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
                 if spec.statistic == kv_capture.KIND:
                     assert kv is not None
                     described[key].append(kv.write(f"{model.structure.blocks}.{b}", payload / block_file(b)))
-                else:
+                elif spec.statistic != site_moments.KIND:
                     described[key].append(_write(payload, model.structure, b, spec.statistic, found))
     summaries = {}
     for key, (spec, payload) in stages.items():
+        if spec.statistic == site_moments.KIND:
+            assert table is not None
+            described[key] = table.write(payload)
         index = {
             "format": FORMAT,
             "statistic": spec.statistic,

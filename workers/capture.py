@@ -5,12 +5,14 @@ One collector per site (a distinct input). All wanted kinds come from the same f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from quant.moments import Moments, MomentSums
 from quant.statistics import KINDS, Accumulator, Statistics, accumulator
 from workers.blocks import tap_inputs
 from workers.errors import InputError, NumericalError
@@ -22,11 +24,14 @@ SAMPLE_SEQUENCES = 16
 SAMPLE_TOKENS = 8192
 """Tokens kept by `samples`, at most, but one sequence at least: 16 x 512, or 4 x 2048."""
 
+MOMENTS = "moments"
+"""A kind beside `quant.statistics.KINDS`: no method reads it (see `workers.site_moments`)."""
+
 
 def check_kind(kind: str) -> str:
     """Raises InputError naming the allowed kinds."""
     if kind not in KINDS:
-        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}, kv")
+        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}, kv, {MOMENTS}")
     return kind
 
 
@@ -48,6 +53,7 @@ class Collector:
         self._kept: list[Tensor] = []
         """Tokens that were routed here, of the kept sequences."""
         self._ranges = "range" in kinds
+        self.moments = MomentSums() if MOMENTS in kinds else None
 
     def add(self, tokens: Tensor) -> None:
         """tokens: `[n, K]` of the next sequence, any floating-point dtype; none where a sequence sent none here."""
@@ -60,6 +66,8 @@ class Collector:
                 self._kept.append(tokens.detach().clone())
             else:
                 self._samples.update(tokens)
+        if self.moments is not None:
+            self.moments.update(tokens)
         if self._ranges and tokens.shape[0]:
             self.low, self.high = min(self.low, float(tokens.min())), max(self.high, float(tokens.max()))
 
@@ -81,6 +89,8 @@ class BlockStatistics:
     tokens: dict[str, int]
     ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Least and greatest value, where `range` was wanted."""
+    moments: dict[str, Moments] = field(default_factory=dict)
+    """Where `moments` was wanted."""
 
 
 def input_sites(structure: Structure, kinds: frozenset[str]) -> tuple[str, ...]:
@@ -137,7 +147,8 @@ def collect(
         taps.remove()
     made = {n: _finite(c.statistics(), n) for n, c in collectors.items()}
     ranges = {n: (c.low, c.high) for n, c in collectors.items() if "range" in kinds and c.tokens}
-    return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges), outputs
+    shapes = {n: check_finite(c.moments.value(), f"inputs of {n}") for n, c in collectors.items() if c.moments is not None}
+    return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges, shapes), outputs
 
 
 def run_block(block: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:
@@ -150,7 +161,16 @@ def _finite(made: Statistics, name: str) -> Statistics:
     for kind in KINDS:
         value = getattr(made, kind)
         if value is not None and not torch.isfinite(value).all():
-            raise NumericalError(
-                f"inputs of {name} are not finite during calibration; the model overflows in its dtype, use bfloat16 or float32"
-            )
+            raise _overflow(f"inputs of {name}")
     return made
+
+
+def check_finite(found: Moments, what: str) -> Moments:
+    """Raises NumericalError where a value was NaN or infinite. `what` is said in the plural."""
+    if not math.isfinite(found.absmax):
+        raise _overflow(what)
+    return found
+
+
+def _overflow(what: str) -> NumericalError:
+    return NumericalError(f"{what} are not finite during calibration; the model overflows in its dtype, use bfloat16 or float32")

@@ -1,29 +1,23 @@
 """The figures of a report, as Plotly specifications `{data, layout}` of plain JSON values.
 
-Colours are set here for data only; the page gives text, grid and background the colours of the reader's light or dark
-theme. Nothing is drawn for a score that is not finite; the caption says how many were left out.
+Nothing is drawn for a score that is not finite; the caption says how many were left out.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.report import numbers
 from orchestrator.report.choices import Standing, standings
 from orchestrator.report.overview import Line, ModelTable
+from orchestrator.report.plot import COLOURS, DASHES, GREY, Figure, choose_scale, is_wide, log_axis, plot_layout, safe, scatter, short
 from orchestrator.report.tables import Row
 from orchestrator.results import StageResult, TaskInfo
 from workers.artifact import CorruptArtifactError, payload_path
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D46", "#7570B3")
-"""Okabe and Ito's palette, told apart with any colour vision, plus two."""
-GREY = "#8a8f98"
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 UNITS = {"kl": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens", "flips": "share of tokens"}
 NAMES = {"ppl": "perplexity", "kl": "KL divergence", "nll": "negative log-likelihood", "top1_agreement": "top-1 agreement"}
@@ -32,16 +26,6 @@ LAYER_AXES = {
     "output_error": "tr(E H Eᵀ) / tr(W H Wᵀ)",
 }
 """E = W′ − W; H = the Hessian of the layer's calibration inputs."""
-WIDE = 10.0
-"""A range of scores above this ratio gets a logarithmic axis."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    id: str
-    title: str
-    caption: str
-    spec: dict[str, Any]
 
 
 def metric_name(metric: str) -> str:
@@ -88,14 +72,14 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
         replicated = len(means) < len(points)
         if replicated:
             through = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
-            data.append(_scatter([x for x, _ in means], [y for _, y in means], name, **style, **through))
+            data.append(scatter([x for x, _ in means], [y for _, y in means], name, **style, **through))
         points.sort(key=lambda p: p[1])
         bars = [_bar(line.cells[task.name]) for line, _, _ in points]
         error = {"type": "data", "array": [b[1] for b in bars], "arrayminus": [b[0] for b in bars], "thickness": 1, "width": 3}
         shown = [_hover(line, line.cells[task.name]) for line, _, _ in points]
         xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
-        data.append(_scatter(xs, ys, name, **style, mode="markers" if replicated else "lines+markers", error_y=error, hovertext=shown))
-    layout = _layout("stored bits per weight", metric_axis(task.primary))
+        data.append(scatter(xs, ys, name, **style, mode="markers" if replicated else "lines+markers", error_y=error, hovertext=shown))
+    layout = plot_layout("stored bits per weight", metric_axis(task.primary))
     base = table.baseline.cells.get(task.name) if table.baseline else None
     values = [y for points in groups.values() for _, _, y in points]
     caption = "One line per method; points are schemes, bars the 95 % interval of the difference to the unquantized model."
@@ -103,7 +87,7 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
         values.append(base.value)
         _baseline_line(layout, base.value)
         caption += " Dashed: unquantized."
-    _choose_scale(layout, values)
+    choose_scale(layout, values)
     better = "Higher" if task.higher_is_better.get(task.primary) else "Lower"
     return Figure(
         f"bits-{number}",
@@ -125,13 +109,13 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
     if not any(x.variant.is_baseline for x, _ in ranked):
         caption += " The unquantized model is not drawn: it has no score or no known size."
     values = [_value(x, task) for x, _ in ranked if not x.variant.is_baseline]
-    if _is_wide(values) and any(_value(x, task) <= 0 for x, _ in ranked):
+    if is_wide(values) and any(_value(x, task) <= 0 for x, _ in ranked):
         ranked = [(x, s) for x, s in ranked if not x.variant.is_baseline]
         caption += " The unquantized model, 0 by definition, has no place on the logarithmic axis."
     divisor, unit = numbers.size_unit(max(x.model_bytes or 0 for x, _ in ranked))
     front = [(x.model_bytes or 0, _value(x, task), x) for x, s in ranked if s is Standing.FRONT]
     data = [
-        _scatter(
+        scatter(
             [s / divisor for s, _, _ in front],
             [v for _, v, _ in front],
             "front",
@@ -150,7 +134,7 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
         for method in dict.fromkeys(x.method for x, s in ranked if s is standing):
             lines = [x for x, s in ranked if s is standing and x.method == method]
             data.append(
-                _scatter(
+                scatter(
                     [(x.model_bytes or 0) / divisor for x in lines],
                     [_value(x, task) for x in lines],
                     method,
@@ -160,8 +144,8 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
                     showlegend=standing is Standing.FRONT,
                 )
             )
-    layout = _layout(f"model size ({unit})", metric_axis(task.primary))
-    _choose_scale(layout, [_value(x, task) for x, _ in ranked])
+    layout = plot_layout(f"model size ({unit})", metric_axis(task.primary))
+    choose_scale(layout, [_value(x, task) for x, _ in ranked])
     return Figure(f"pareto-{number}", f"{task.name}: quality and size", caption, {"data": data, "layout": layout})
 
 
@@ -179,24 +163,24 @@ def layer_errors(table: ModelTable, column: str, colours: dict[str, str], number
     data = []
     for line, rows in drawn:
         data.append(
-            _scatter(
+            scatter(
                 [place[r["module"]] for r in rows],
-                [_short(r[column]) for r in rows],
+                [short(r[column]) for r in rows],
                 line.name,
                 mode="lines+markers",
                 line={"color": colours[line.method], "width": 1.5, "dash": DASHES[schemes.index(line.scheme) % len(DASHES)]},
                 marker={"size": 4, "color": colours[line.method]},
-                hovertext=[f"{_safe(line.name)}<br>{_safe(r['module'])}: {numbers.number(r[column])}" for r in rows],
+                hovertext=[f"{safe(line.name)}<br>{safe(r['module'])}: {numbers.number(r[column])}" for r in rows],
                 visible=True if line.scheme == first else "legendonly",
             )
         )
-    layout = _layout("decoder block", LAYER_AXES[column])
+    layout = plot_layout("decoder block", LAYER_AXES[column])
     starts = [(i, b) for i, (m, b) in enumerate(modules.items()) if i == 0 or b != list(modules.values())[i - 1]]
     step = max(1, len(starts) // 16)
     layout["xaxis"] |= {"tickvals": [i for i, _ in starts][::step], "ticktext": [str(b) for _, b in starts][::step], "zeroline": False}
     shown = [r[column] for x, rows in drawn if x.scheme == first for r in rows]
     if min(r[column] for _, rows in drawn for r in rows) > 0:
-        layout["yaxis"] |= _log_axis(shown)
+        layout["yaxis"] |= log_axis(shown)
     caption = (
         f"Each point is one linear layer, in model order; a tick marks where a block begins. Variants of {first} are shown; "
         "tap a name in the legend to show or hide one, twice to see it alone."
@@ -236,11 +220,6 @@ def _scheme_means(points: Sequence[tuple[Line, float, float]]) -> list[tuple[flo
     return sorted((sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups.values())
 
 
-def _scatter(x: Sequence[float], y: Sequence[float], name: str, **more: Any) -> dict[str, Any]:
-    hover = {"hoverinfo": "text"} if "hovertext" in more else {}
-    return {"type": "scatter", "x": list(x), "y": list(y), "name": _safe(name), **hover, **more}
-
-
 def _bar(row: Row) -> tuple[float, float]:
     """Reach of the interval below and above the score."""
     if row.delta is None or row.low is None or row.high is None:
@@ -249,39 +228,12 @@ def _bar(row: Row) -> tuple[float, float]:
 
 
 def _hover(line: Line, row: Row) -> str:
-    parts = [f"<b>{_safe(line.name)}</b>", f"{_safe(row.metric)} {numbers.number(row.value, 4)}"]
+    parts = [f"<b>{safe(line.name)}</b>", f"{safe(row.metric)} {numbers.number(row.value, 4)}"]
     if row.delta is not None and row.low is not None and row.high is not None:
         places = numbers.decimals_for(row.delta, row.low, row.high)
         parts.append(f"difference {numbers.signed(row.delta, places)} {numbers.interval(row.low, row.high, places)}")
     parts.append(f"{numbers.bits(line.bits_stored)} stored bits, {numbers.size(line.model_bytes)}")
     return "<br>".join(parts)
-
-
-def _layout(x: str, y: str) -> dict[str, Any]:
-    """The page adds height, legend and colours that fit the reader's screen."""
-    return {
-        "margin": {"l": 64, "r": 16, "t": 28, "b": 48},
-        "xaxis": {"title": {"text": _safe(x), "standoff": 12}, "automargin": True},
-        "yaxis": {"title": {"text": _safe(y), "standoff": 12}, "automargin": True},
-        "hovermode": "closest",
-        "shapes": [],
-    }
-
-
-def _choose_scale(layout: dict[str, Any], values: Sequence[float]) -> None:
-    if _is_wide(values):
-        layout["yaxis"] |= _log_axis(values)
-
-
-def _is_wide(values: Sequence[float]) -> bool:
-    return bool(values) and min(values) > 0 and max(values) / min(values) > WIDE
-
-
-def _log_axis(values: Sequence[float]) -> dict[str, Any]:
-    """Ticks at powers of ten over a wide range, at 1, 2 and 5 over a smaller one, Plotly's own over less than half a decade."""
-    ratio = max(values) / min(values)
-    ticks = {"dtick": 1} if ratio > 1000 else {"dtick": "D2"} if ratio > 3 else {}
-    return {"type": "log", "exponentformat": "power", **ticks}
 
 
 def _baseline_line(layout: dict[str, Any], value: float) -> None:
@@ -301,13 +253,3 @@ def _colour(colours: dict[str, str], method: str) -> str:
 
 def _left_out(caption: str, count: int) -> str:
     return f"{caption} Not drawn: {count} without a finite score (failed, not run, or overflowed)." if count else caption
-
-
-def _short(value: float) -> float:
-    """Four significant digits: what a curve can show, and a fifth of the bytes."""
-    return float(f"{value:.4g}")
-
-
-def _safe(text: str) -> str:
-    """Plotly reads tags in its texts."""
-    return html.escape(str(text), quote=False)

@@ -9,10 +9,11 @@ from typing import Any
 from orchestrator.report import numbers
 from orchestrator.report.choices import best_per_width
 from orchestrator.report.cost import costs, is_reused, stage_bytes
-from orchestrator.report.figures import Figure, metric_axis, metric_name
+from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, skips, state_word
+from orchestrator.report.plot import Figure
 from orchestrator.report.tables import Row, stage_seconds
 from orchestrator.report.terminal import cell_lines
 from orchestrator.results import SweepResult, TaskInfo

@@ -13,11 +13,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant.methods.registry import TUNERS
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import tiny_model
+from workers import datasets, families
 from workers.artifact import payload_files
+from workers.blocks import linear_view
 from workers.calibrate import run_calibrate
 from workers.context import Context
 from workers.quantize import run_quantize
@@ -65,6 +69,24 @@ def calibrated(ctx: Context, folder: Path, *kinds: str, dtype: str = "float32") 
         stages[kind] = (CalibrateSpec(ModelSpec("model", dtype), CALIBRATION, kind), folder / kind / "payload")
     run_calibrate(stages, ctx)
     return {kind: commit(folder / kind) for kind in kinds}
+
+
+def calibration_text(ctx: Context, family: str) -> Tensor:
+    """Tokens `[S, T]` of `CALIBRATION`."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(family))
+    return datasets.calibration_tokens(ctx.texts["text"], CALIBRATION, tokenizer)
+
+
+def plain_inputs(family: str, tokens: Tensor) -> dict[str, Tensor]:
+    """Inputs `[S, T, K]` of every linear, seen by hooks on transformers' own model, one forward for all sequences."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
+    seen: dict[str, Tensor] = {}
+    for shape in families.linear_shapes(model.config.to_dict()):
+        module = linear_view(model, shape.name).module
+        module.register_forward_pre_hook(lambda _m, args, n=shape.name, k=shape.cols: seen.update({n: args[0].view(*tokens.shape, k)}))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    return seen
 
 
 def quantize_spec(

@@ -10,12 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import CALIBRATION, calibrated, context, model_with_a_dead_expert, tiny_context
-from workers import datasets, families
-from workers.blocks import linear_view
+from tests.workers.stage_runs import (
+    CALIBRATION,
+    calibrated,
+    calibration_text,
+    context,
+    model_with_a_dead_expert,
+    plain_inputs,
+    tiny_context,
+)
 from workers.calibrate import run_calibrate
 from workers.capture import KINDS, SAMPLE_TOKENS, check_kind, sample_sequences
 from workers.errors import InputError, NumericalError
@@ -27,23 +33,6 @@ DENSE = [f for f in FAMILIES if f != "mixtral"]
 def stored(artifact: Path) -> dict[str, Tensor]:
     files = sorted((artifact / "payload").glob("block_*.safetensors"))
     return {name: t for f in files for name, t in load_file(f).items()}
-
-
-def calibration_text(ctx: object, family: str) -> Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model(family))
-    return datasets.calibration_tokens(ctx.texts["text"], CALIBRATION, tokenizer)  # type: ignore[attr-defined]
-
-
-def plain_inputs(family: str, tokens: Tensor) -> dict[str, Tensor]:
-    """Inputs `[S, T, K]` of every linear, seen by hooks on transformers' own model, one forward for all sequences."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
-    seen: dict[str, Tensor] = {}
-    for shape in families.linear_shapes(model.config.to_dict()):
-        module = linear_view(model, shape.name).module
-        module.register_forward_pre_hook(lambda _m, args, n=shape.name, k=shape.cols: seen.update({n: args[0].view(*tokens.shape, k)}))
-    with torch.no_grad():
-        model(tokens, use_cache=False)
-    return seen
 
 
 @pytest.mark.parametrize("family", DENSE)

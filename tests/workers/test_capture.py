@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant.statistics import KINDS
 from tests.tiny_models import config_of
-from workers.capture import collect
+from workers.capture import MOMENTS, collect
 from workers.stream import Call
 from workers.structure import Site, Structure
 
@@ -60,7 +60,7 @@ def inputs() -> Tensor:
 def collected(batch: int, dtype: torch.dtype) -> Any:
     hidden = [h.to(dtype) for h in inputs().split(batch)]
     calls = [Call((None,), {}) for _ in hidden]
-    return collect(Block().to(dtype), STRUCTURE, frozenset({*KINDS, "range"}), calls, hidden, kept_sequences=4)[0]
+    return collect(Block().to(dtype), STRUCTURE, frozenset({*KINDS, "range", MOMENTS}), calls, hidden, kept_sequences=4)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +69,7 @@ def test_batching_changes_no_bit(batch: int, dtype: torch.dtype) -> None:
     one, many = collected(1, dtype), collected(batch, dtype)
     assert one.tokens == many.tokens
     assert one.ranges == many.ranges
+    assert one.moments == many.moments
     for name in (DENSE, *EXPERTS):
         for kind in KINDS:
             assert torch.equal(getattr(one.sites[name], kind), getattr(many.sites[name], kind)), (name, kind)

@@ -21,7 +21,7 @@ def in_double(family: str) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"rwkv"}))  # RWKV has nothing that can be scaled
 def test_folds_keep_the_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = in_double(family)
     # Norms and softmax of the library go through float32, which would hide what is tested.

@@ -1,0 +1,84 @@
+"""Every cell of tests/matrix.yaml works, and nothing is refused for a reason that is not listed there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from quant.scheme import WeightScheme
+from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
+from workers import families
+from workers.context import Context
+from workers.errors import InputError
+from workers.rebuild import rebuild
+from workers.specs import ModelSpec, from_json
+from workers.stream import open_blocks
+
+MATRIX: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "matrix.yaml").read_text())
+PARTS = ("weight_only", "transforms")
+CELLS = [(family, name) for part in PARTS for family in MATRIX[part]["families"] for name in MATRIX[part]["methods"]]
+METHODS = {name: values for part in PARTS for name, values in MATRIX[part]["methods"].items()}
+TOKENS = torch.arange(2, 38).view(3, 12)
+WORKED: set[tuple[str, str]] = set()
+Calibrated = tuple[Context, dict[str, Path]]
+
+
+@pytest.fixture(scope="module")
+def calibrations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Calibrated]:
+    return {}
+
+
+def calibration_of(family: str, known: dict[str, Calibrated], factory: pytest.TempPathFactory) -> Calibrated:
+    if family not in known:
+        folder = factory.mktemp(family)
+        ctx = tiny_context(family, folder)
+        known[family] = ctx, calibrated(ctx, folder, "hessian", "absmax", "absmean", "samples")
+    return known[family]
+
+
+@pytest.mark.xdist_group("matrix")
+@pytest.mark.parametrize(("family", "name"), CELLS)
+def test_cell_works(
+    family: str, name: str, calibrations: dict[str, Calibrated], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    ctx, statistics = calibration_of(family, calibrations, tmp_path_factory)
+    method = METHODS[name]
+    weight = from_json(WeightScheme, MATRIX["schemes"][method["scheme"]])
+    spec = quantize_spec(
+        method["rounding"], *method.get("transforms", ()), weight=weight, feeds=method.get("feeds", False), **method.get("params", {})
+    )
+    allowed = MATRIX["refusals"].get(name, {}).get(family)
+    if allowed is not None:
+        with pytest.raises(InputError, match=allowed):
+            quantized(ctx, tmp_path / "q", spec, statistics)
+        return
+    artifact, summary = quantized(ctx, tmp_path / "q", spec, statistics)
+    config = open_blocks(ctx, ModelSpec("model")).checkpoint.config
+    shapes = families.linear_shapes(config)
+    assert summary["coverage"] == {"asked": len(shapes), "quantized": len(shapes), "kept": []}
+    assert summary["bits_stored"] >= summary["bits_nominal"] - 1e-9
+    model = rebuild(ctx, ModelSpec("model"), artifact)
+    with torch.no_grad():
+        assert torch.isfinite(model(TOKENS, use_cache=False).logits).all()
+    WORKED.add((family, name))
+
+
+@pytest.mark.xdist_group("matrix")
+def test_the_number_of_working_cells() -> None:
+    refused = sum(len(families) for families in MATRIX["refusals"].values())
+    assert len(CELLS) - refused == MATRIX["working"]
+    assert len(WORKED) in (0, MATRIX["working"])  # 0 where only this test was chosen
+
+
+def test_the_router_of_experts_is_untouched(tmp_path: Path) -> None:
+    ctx = tiny_context("mixtral", tmp_path)
+    artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(weight=WeightScheme(4)), {})
+    before, after = open_blocks(ctx, ModelSpec("model")), rebuild(ctx, ModelSpec("model"), artifact)
+    for b in range(before.structure.count):
+        path = before.structure.path(b, "mlp.gate.weight")
+        before.load(b)
+        assert torch.equal(before.model.get_parameter(path), after.get_parameter(path))
