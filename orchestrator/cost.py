@@ -143,7 +143,7 @@ def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
     names = {c.name for rule in spec.rules for c in (*rule.method.transforms, rule.method.rounding)}
     if names & {"gptq", "claq"}:
         operations += sum(2 * k**3 + 2 * n * k * k for n, k in size.linears)
-    if "awq" in names:
+    if names & {"awq", "qllm_reassembly"}:
         operations += 2 * size.linear_parameters * SEARCH_TOKENS
     if spec.calibration is not None:
         # The text passes every block twice: to collect, and through the quantized block to feed the next one.

@@ -27,7 +27,8 @@ class Adam:
                 p.grad = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, share: float = 1.0) -> None:
+        """share: of the learning rates, for schedules."""
         self._steps += 1
         first, second = (1 - b**self._steps for b in BETAS)
         for parameters, lr, means, squares in self._groups:
@@ -36,4 +37,4 @@ class Adam:
                     continue
                 mean.lerp_(p.grad, 1 - BETAS[0])
                 square.mul_(BETAS[1]).addcmul_(p.grad, p.grad, value=1 - BETAS[1])
-                p.addcdiv_(mean, (square.sqrt() / second**0.5).add_(EPSILON), value=-lr / first)
+                p.addcdiv_(mean, (square.sqrt() / second**0.5).add_(EPSILON), value=-lr * share / first)

@@ -32,7 +32,7 @@ def copies(peaks: Tensor, threshold: float) -> Tensor:
     return torch.ceil(peaks / threshold).to(torch.int64).clamp(min=1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reassembly:
     """Of one input of C channels."""
 
@@ -119,7 +119,7 @@ class Reassembly:
     def _merged(self, wide: Tensor) -> Tensor:
         out = wide[..., self.kept]
         for sources, into in self.rounds:
-            out = out.index_add(-1, into, wide[..., sources])
+            out.index_add_(-1, into, wide[..., sources])
         return out
 
     def pack(self) -> dict[str, Tensor]:

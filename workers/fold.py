@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.reassembly import Reassembly
 from workers.blocks import LinearView, linear_view
 from workers.errors import NumericalError
 from workers.families import ScaleRule, Structure
@@ -33,6 +34,8 @@ class BlockWeights:
         """Linear ▸ product of all factors of its output rows `[N]`, where there are any."""
         self.biases: dict[str, Tensor] = {}
         """Linear ▸ changed bias `[N]`."""
+        self.inputs: dict[str, Reassembly] = {}
+        """Linear ▸ what is done to its input at run time, after which its columns are scaled no more."""
         self.norms: dict[str, dict[str, Tensor]] = {}
         """Norm ▸ its changed parameters, as stored in the module."""
         self.routers: dict[str, Tensor] = {}
@@ -54,6 +57,14 @@ class BlockWeights:
             self._divide_norm(rule.producer, s)
         else:
             self._divide_rows(rule.producer, s)
+
+    def reassemble(self, names: tuple[str, ...], made: Reassembly) -> None:
+        """The linears read `made.apply` of the input that they share."""
+        for name in names:
+            if name in self.inputs:
+                raise ValueError(f"the input of {name} is reassembled already")
+            self.current[name] = made.weight(self.current[name])
+            self.inputs[name] = made
 
     def no_shift(self, rule: ScaleRule) -> str | None:
         """Why the group's input cannot be shifted; None where it can."""
@@ -106,6 +117,8 @@ class BlockWeights:
         out = weight
         if name in self.rows:
             out = out / self.rows[name][:, None].to(out)
+        if name in self.inputs:
+            out = self.inputs[name].read_as(out)
         return out / self.columns[name].to(out) if name in self.columns else out
 
     def scaled_original(self, name: str) -> Tensor:
@@ -113,6 +126,8 @@ class BlockWeights:
         out = self.original[name]
         if name in self.columns:
             out = out * self.columns[name]
+        if name in self.inputs:
+            out = self.inputs[name].weight(out)
         return out * self.rows[name][:, None] if name in self.rows else out
 
     @staticmethod

@@ -28,6 +28,7 @@ from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
+from workers.reassemble import input_steps
 from workers.recipe import Operation, RecipeWriter
 from workers.rotate import Rotator
 from workers.rotation import rotate_outside
@@ -106,6 +107,7 @@ def quantize_blocks(
         },
         "flags": _flags(made, run.scaled),
         **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
+        **({"reassembly": run.reassembled} if run.reassembled else {}),
         **({} if tuning is None else {"tuning": tuning.losses}),
     }
 
@@ -133,6 +135,7 @@ class _Run:
     scaled: set[str] = field(default_factory=set)
     kept: list[dict[str, str]] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
+    reassembled: list[dict[str, Any]] = field(default_factory=list)
 
     def blocks(self, indices: range) -> None:
         """Read, quantize and write blocks: one, or as many as a tuner takes together."""
@@ -177,6 +180,7 @@ class _Run:
         )
         with context.phase("search"):
             worker.transform()
+        self.reassembled += worker.reassembled
         return worker
 
     def _finish(self, worker: BlockQuantizer, results: list[LinearResult]) -> None:
@@ -255,6 +259,9 @@ def _operations(
         if name in weights.biases or (rotator is not None and view.bias is not None):
             bias, tensors[f"{path}.bias"] = f"{path}.bias", view.bias
         steps = [] if rotator is None else rotator.input_steps(name)
+        more, shared = input_steps(worker, name)
+        steps += more
+        tensors.update(shared)
         if path in rounded:
             stored = rounded[path].rounded.tensor
             packed = stored.pack()

@@ -6,6 +6,7 @@ parameters, and the file and names of its tensors:
 - replace_linear{module, format, meta, file, tensors, bias, input}: the weight becomes `quant.tensors.unpack(...).dequantize()`;
   bias is the name of a changed (or new) bias, or null; input lists, in order, what is done to the input at run time:
   gather{index [K'], scale [K'] or null} · scale{scale [K]} · hadamard{size, block} · rotation{matrix [K, K']}, x ▸ x M ·
+  reassemble{splits [K], sources [r], destinations [r]}, channels split and merged (`quant.reassembly`) ·
   activation{low, high}, a static range per tensor, which comes last. Fake quantization of activations follows all of them.
 - set_norm{module, file, tensors, kind?, eps?}: weight (and bias) of a norm. With kind rms the norm has no bias and, but for
   what `tensors` names, no scale: x / sqrt(mean(x²) + eps), whatever it was.

@@ -23,6 +23,7 @@ from workers.capture import KINDS, BlockStatistics
 from workers.errors import InputError, NumericalError
 from workers.families import LinearShape, ScaleRule, Structure
 from workers.fold import BlockWeights
+from workers.reassemble import OTHERS, REASSEMBLED, reassemble
 from workers.scaling import GroupForward
 from workers.specs import Component, Rule
 
@@ -169,6 +170,8 @@ class BlockQuantizer:
     linear_notes: dict[str, list[str]] = field(default_factory=dict)
     tuned: list[LinearResult] = field(default_factory=list)
     """Of the linears that a tuner quantized, filled by it."""
+    reassembled: list[dict[str, Any]] = field(default_factory=list)
+    """Searches of transforms that change inputs at run time."""
 
     def path(self, name: str) -> str:
         return self.structure.path(self.index, name)
@@ -181,10 +184,11 @@ class BlockQuantizer:
         depth = max((len(m.transforms) for m in self.methods.values()), default=0)
         for position in range(depth):
             self._shift_groups(position)
+            reassemble(self, position)
             found = [(rule, s) for rule in self.structure.groups if (s := self._scale_of(rule, position)) is not None]
             for rule, s in found:
                 self.weights.scale(rule, s)
-                self._map_statistics(rule, lambda statistics, s=s: statistics.scaled(s.to(torch.float32)))
+                self.map_statistics(rule, lambda statistics, s=s: statistics.scaled(s.to(torch.float32)))
             if found:
                 self.weights.write()
         for name, method in self.methods.items():
@@ -197,7 +201,7 @@ class BlockQuantizer:
         found = [(rule, z) for rule in self.structure.groups if (z := self._shift_of(rule, position)) is not None]
         for rule, z in found:
             self.weights.shift(rule, z)
-            self._map_statistics(rule, lambda statistics, z=z: statistics.shifted(z.to(torch.float32)))
+            self.map_statistics(rule, lambda statistics, z=z: statistics.shifted(z.to(torch.float32)))
         if found:
             self.weights.write()
 
@@ -214,7 +218,7 @@ class BlockQuantizer:
             return None
         refusal = self.weights.no_shift(rule)
         if refusal is not None:
-            self._leave(f"{transform.name} (shift)", rule, refusal)
+            self.leave(f"{transform.name} (shift)", rule, refusal)
             return None
         if "hessian" in method.needs:
             raise InputError(f"{transform.name} shifts the input of {rule.name}, and its Hessian cannot follow; set shifting=false")
@@ -229,14 +233,18 @@ class BlockQuantizer:
         if some is None:
             return None
         transform = some.transforms[position]
+        if hasattr(transform, "reassemble"):
+            return None
         reason = rule.reason
         if any(m is None or m.rule.method != some.rule.method for m in wanted.values()):
-            reason = "its linears are quantized by different methods"
+            reason = OTHERS
+        elif any(n in self.weights.inputs for n in rule.consumers):
+            reason = REASSEMBLED
         elif reason is None and self.tokens.get(rule.input, 1) == 0:
             reason = UNREACHED
         return transform, some, reason
 
-    def _leave(self, what: str, rule: ScaleRule, reason: str) -> None:
+    def leave(self, what: str, rule: ScaleRule, reason: str) -> None:
         key = (what, rule.name, reason)
         self.left_alone[key] = self.left_alone.get(key, 0) + 1
 
@@ -250,7 +258,7 @@ class BlockQuantizer:
             return None
         transform, method, reason = wanted
         if reason is not None:
-            self._leave(transform.name, rule, reason)
+            self.leave(transform.name, rule, reason)
             return None
         group = self._group(rule)
         with translated(group.name):
@@ -261,7 +269,7 @@ class BlockQuantizer:
             self.scaled.add(transform.name)
         return s
 
-    def _map_statistics(self, rule: ScaleRule, map: Callable[[Statistics], Statistics]) -> None:
+    def map_statistics(self, rule: ScaleRule, map: Callable[[Statistics], Statistics]) -> None:
         for site in {*(self.site(n) for n in rule.consumers), *rule.routers}:
             if site in self.statistics:
                 self.statistics[site] = map(self.statistics[site])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from quant.methods.base import ScaleGroup
+from quant.methods.base import InputGroup, ScaleGroup
 from quant.statistics import Statistics
-from workers.blocks import Taps, input_of
+from workers.blocks import Taps, input_of, tap_inputs
 from workers.families import ScaleRule
 from workers.fold import BlockWeights
 from workers.stream import Call
@@ -45,15 +45,49 @@ class GroupForward:
         routers = {prefix + n: self._weights.router(n) for n in rule.routers}
         return ScaleGroup(prefix + rule.name, rule.producer_kind, consumers, statistics, forward, routers, linear)
 
+    def input_group(self, rule: ScaleRule, following: str | None, statistics: Statistics, prefix: str) -> InputGroup:
+        """As `group`; following: the linear whose input the effect is seen in, None for the output of the one consumer."""
+        consumers = {prefix + n: self._weights.current[n] for n in rule.consumers}
+
+        def forward(weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+            relative = {n: weights[prefix + n] for n in rule.consumers}
+            if following is None:
+                (weight,) = relative.values()
+                return F.linear(inputs.to(weight.dtype), weight)
+            seen: list[Tensor] = []
+
+            def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
+                seen.append(x)
+                return x
+
+            taps = tap_inputs(self._block, [following], tap)
+            try:
+                # The block runs on zeros to learn the modules' arguments: before what is to be seen.
+                self._arguments_of(rule, inputs)
+                seen.clear()
+                self._modules(rule, relative, inputs)
+            finally:
+                taps.remove()
+            return torch.cat(seen)
+
+        return InputGroup(prefix + rule.name, consumers, statistics, forward)
+
     @torch.no_grad()
     def _modules(self, rule: ScaleRule, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs = []
         dtype = next(self._block.parameters()).dtype
         with self._replaced(weights):
-            for part in inputs.to(dtype).split(max(1, self._batch_tokens // inputs.shape[1])):
+            for part in self._parts(inputs.to(dtype)):
                 calls = self._arguments(part.shape[0], part.shape[1], rule)
                 outputs.append(sum(calls[m].run(self._block.get_submodule(m), part) for m in rule.inspect))
         return torch.cat(outputs)  # type: ignore[arg-type]
+
+    def _parts(self, inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs.split(max(1, self._batch_tokens // inputs.shape[1]))
+
+    def _arguments_of(self, rule: ScaleRule, inputs: Tensor) -> None:
+        for part in self._parts(inputs):
+            self._arguments(part.shape[0], part.shape[1], rule)
 
     @contextmanager
     def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

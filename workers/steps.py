@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.hadamard import apply_hadamard
+from quant.reassembly import Reassembly
 from workers.blocks import LinearView, input_of, replace_input
 from workers.errors import InputError
 
 Step = Callable[[Tensor], Tensor]
-SLOTS = ("heads", "input")
-"""In the order they run: heads_hadamard, then the steps of the linear's own operation."""
+SLOTS = ("heads", "input", "reassembly")
+"""In the order they run: heads_hadamard, then the steps of the linear's own operation, its reassembly while it is being made."""
 
 
 def mix(x: Tensor, block: int, transpose: bool = False) -> Tensor:
@@ -69,11 +70,28 @@ def _rotation(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
     return lambda x: x @ matrix.to(x)
 
 
+def _reassemble(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
+    return _Reassemble(Reassembly.unpack({k: tensors[step[k]] for k in ("splits", "sources", "destinations")}))
+
+
+class _Reassemble:
+    """A reassembly, on whatever device the input is."""
+
+    def __init__(self, made: Reassembly) -> None:
+        self._made = made
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._made.splits.device != x.device:
+            self._made = self._made.to(x.device)
+        return self._made.apply(x)
+
+
 STEPS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Step]] = {
     "gather": _gather,
     "scale": _scale,
     "hadamard": _hadamard,
     "rotation": _rotation,
+    "reassemble": _reassemble,
 }
 
 
@@ -84,6 +102,11 @@ def set_linear_steps(view: LinearView, steps: list[dict[str, Any]], tensors: Map
         raise InputError(f"{view.name} is one of several experts in a tensor: steps on its input ({steps[0]['op']}) cannot be run")
     if view.expert is None:
         set_steps(view.module, "input", made)
+
+
+def set_reassembly(module: nn.Module, made: Reassembly) -> None:
+    """After the module's other steps."""
+    set_steps(module, "reassembly", [_Reassemble(made)])
 
 
 def set_steps(module: nn.Module, slot: str, steps: list[Step]) -> None:

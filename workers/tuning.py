@@ -210,6 +210,7 @@ class Tuning:
             places=tuple(p for w in workers for p in _places(w)),
             observe=lambda tap: BlockForward(self._model, range(workers[0].index, workers[-1].index + 1)).observe(self._full, sites, tap),
             activation=self._activation,
+            count=len(workers),
             seed=workers[0].seed,
         )
 
@@ -264,6 +265,7 @@ def _places(worker: BlockQuantizer) -> list[Place]:
         if rule.reason is None
         and rule.producer is not None
         and not rule.routers
+        and not any(c in worker.weights.inputs for c in rule.consumers)
         and (rule.producer_kind == "norm" or rule.name == "output")
     ]
     s = structure.scores

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from quant.reassembly import Reassembly
 from quant.scheme import ActivationScheme, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -137,6 +138,39 @@ class Transform(Protocol):
 
     def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
         """A changed weight `[N, K]` (clipping, for example), after all scales of the block; None for no change."""
+
+
+@dataclass
+class InputGroup:
+    """Linears that read one input, and what they compute together."""
+
+    name: str
+    consumers: dict[str, Tensor]
+    """Name ▸ weight `[N, K]`, all with the same K; not to be changed in place."""
+    statistics: Statistics
+    """Of the consumers' shared input."""
+    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    """(weights of the consumers, inputs `[S, T, K]`) ▸ `[S, T, *]`: what the next linear of the block reads (what attention makes of
+    queries, keys and values; the product of gate and up), or the output of the one consumer that no function follows."""
+
+
+@dataclass
+class Reassembled:
+    """What an input transform found for one group."""
+
+    map: Reassembly | None
+    """None: the input stays as it is."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """JSON facts for the record."""
+    reason: str | None = None
+    """Why there is no map."""
+
+
+class InputTransform(Transform, Protocol):
+    """A transform that changes linears' inputs at run time. `scale` and `rewrite` give None."""
+
+    def reassemble(self, group: InputGroup, scheme: WeightScheme, activation: ActivationScheme | None) -> Reassembled:
+        """activation: the scheme's part, with static ranges taken as dynamic ones."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from quant.methods.nf4 import Nf4
 from quant.methods.omniquant import OmniQuant
 from quant.methods.os_plus import OsPlus
 from quant.methods.pb_llm import PbLlm
+from quant.methods.qllm import QllmReassembly
+from quant.methods.qllm_correction import QllmCorrection
 from quant.methods.quarot import Quarot
 from quant.methods.quip import Quip
 from quant.methods.quip_sharp import QuipSharp
@@ -45,6 +47,7 @@ _ROUNDINGS: tuple[type[Any], ...] = (
 _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
     SmoothQuant,
+    QllmReassembly,
     OsPlus,
     Clip,
     ClipOutput,
@@ -56,6 +59,7 @@ _MODEL_TRANSFORMS: tuple[type[Any], ...] = (
 _TUNERS: tuple[type[Any], ...] = (
     OmniQuant,
     LearnedRounding,
+    QllmCorrection,
     SlimLlmPlus,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
@@ -96,6 +100,7 @@ METHODS: dict[str, Recipe] = {
     "learned_rounding": Recipe("learned_rounding"),
     "slim_llm_plus": Recipe("slim_llm_plus"),
     "awq_omniquant": Recipe("omniquant", transforms=("awq",)),
+    "qllm_correction": Recipe("qllm_correction"),
     "llm_int8": Recipe("llm_int8"),
     "nf4": Recipe("nf4"),
     "os_plus": Recipe("rtn", {"grid": "absmax"}, ("os_plus",)),
@@ -105,5 +110,8 @@ METHODS: dict[str, Recipe] = {
 MODEL_METHODS: dict[str, Recipe] = {
     "quarot": Recipe("gptq", {"grid": "q_sym"}, ("quarot",)),
     "learned_rotation": Recipe("gptq", {"grid": "q_sym"}, ("learned_rotation",)),
+    "qllm": Recipe("qllm_correction", transforms=("qllm_reassembly",)),
+    "qllm_reassembly": Recipe("rtn", {"grid": "omni"}, ("qllm_reassembly",)),
 }
-"""Methods that rewrite a whole model: in `conf/method/`, but nothing that one linear could be given to."""
+"""Methods that rewrite a whole model, or what its linears read at run time: in `conf/method/`, but nothing that one linear could be
+given to."""

@@ -86,6 +86,8 @@ class TuningBlocks:
     and the first linear of each distinct input."""
     activation: ActivationScheme | None = None
     """Fake-quantized at run time; only for tuners that read it, with dynamic ranges."""
+    count: int | None = None
+    """Decoder blocks; the last of a model may be fewer than asked for. None for a linear alone."""
     seed: int = 0
     """Of the stage; zero for tuners that do not declare uses_seed."""
 

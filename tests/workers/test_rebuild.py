@@ -23,6 +23,7 @@ from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.quantize import quantize_blocks
 from workers.rebuild import attach_runtime, load_model, rebuild
+from workers.recipe import Recipe
 from workers.specs import Component, ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
@@ -120,6 +121,30 @@ def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Pat
             assert torch.equal(logits(streamed), want), name
 
 
+A4 = ActivationScheme(4, symmetric=False)
+REASSEMBLY = Component("qllm_reassembly", 1, (("ratio", 0.4),))
+REASSEMBLED = {
+    "qllm": quantize_spec("qllm_correction", REASSEMBLY, weight=W4, activation=A4, epochs=1, blocks=2),
+    "qllm_reassembly": quantize_spec("rtn", REASSEMBLY, weight=W4, activation=A4, grid="omni"),
+    "qllm_static": quantize_spec("gptq", "smoothquant", REASSEMBLY, weight=W4, activation=STATIC),
+    "qllm_correction": quantize_spec("qllm_correction", weight=W4G16, epochs=1, blocks=2),
+    "quarot_qllm": quantize_spec("rtn", "quarot", REASSEMBLY, weight=W4, activation=A4),
+}
+
+
+def test_rebuilt_reassembled_models_equal_those_in_memory(tmp_path: Path) -> None:
+    ctx = tiny_context("qwen2", tmp_path)
+    inputs = calibrated(ctx, tmp_path, *KINDS)
+    for name, spec in REASSEMBLED.items():
+        want = in_memory(spec, inputs, tmp_path / name, ctx)
+        rebuilt = rebuild(ctx, MODEL, tmp_path / name)
+        assert torch.equal(logits(rebuilt), want), name
+        steps = [s["op"] for op in Recipe(tmp_path / name).replaced() for s in op["input"]]
+        assert ("reassemble" in steps) == (name != "qllm_correction"), name
+    streamed = rebuild(tiny_context("qwen2", tmp_path, streamed=True), MODEL, tmp_path / "qllm")
+    assert torch.equal(logits(streamed), logits(rebuild(ctx, MODEL, tmp_path / "qllm")))
+
+
 FRESH = """
 import sys
 from pathlib import Path
@@ -137,7 +162,7 @@ save_file({n: logits(rebuild(ctx, MODEL, Path(folder) / n)) for n in names}, Pat
 def test_rebuilt_logits_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     ctx = tiny_context("llama_mha", tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    specs = {**SPECS, **ROTATED}
+    specs = {**SPECS, **ROTATED, **REASSEMBLED}
     want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in specs.items()}
     command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *specs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)
