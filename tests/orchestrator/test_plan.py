@@ -234,6 +234,15 @@ def test_fed_quantization_asks_for_no_stored_statistics(plan_of) -> None:
     assert quantize.spec.calibration is not None
 
 
+def test_qllm_reads_activations_and_says_where_it_is_idle(plan_of, tmp_path: Path) -> None:
+    plan = plan_of("method=qllm,qllm_reassembly", "scheme=w4a4_asym,w6a6_asym,w4a16_channel", "task=self_perplexity")
+    assert kinds(plan) == {"calibrate": 2, "quantize": 6, "evaluate": 7}
+    flags = [f for v in plan.variants.values() for f in v.flags]
+    assert flags == 2 * ["qllm_reassembly is idle without activation quantization"]
+    with pytest.raises(PlanError, match="qllm_reassembly does not know the blocks of model_type 'opt'"):
+        plan_of("method=qllm", "scheme=w4a4_asym", "task=self_perplexity", f"model.path={tiny(tmp_path, 'opt')}")
+
+
 def test_a_tuner_feeds_text_whatever_the_propagation(plan_of) -> None:
     """And reads the activation part, so that two of them make two quantize stages."""
     for method, statistics in (("omniquant", set()), ("awq_omniquant", {"absmean", "samples"}), ("learned_rounding", set())):
