@@ -86,6 +86,8 @@ SPECS = {
     "os_plus": quantize_spec("rtn", "os_plus", weight=W4, activation=ActivationScheme(8)),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
+VIEWED = ("rtn", "gptq_act_order", "gptq_quantized", "claq", "billm", "smoothquant_gptq", "omniquant", "os_plus", "both")
+"""Where linears are views of other tensors the stored format does not matter: transforms, feeding and tuning do."""
 LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
 ROTATED = {
     "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
@@ -103,8 +105,8 @@ ROTATED = {
 def test_rebuilt_logits_equal_those_in_memory(family: str, tmp_path: Path) -> None:
     ctx = tiny_context(family, tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    for name, spec in SPECS.items():
-        want = in_memory(spec, inputs, tmp_path / name, ctx)
+    for name in SPECS if family == "llama_mha" else VIEWED:
+        want = in_memory(SPECS[name], inputs, tmp_path / name, ctx)
         assert torch.equal(logits(rebuild(ctx, MODEL, tmp_path / name)), want), name
 
 
@@ -237,7 +239,7 @@ class QuantizingCache(DynamicCache):
         return fake_quantize_kv(keys, self.scheme), fake_quantize_kv(values, self.scheme)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"rwkv"}))
 def test_keys_and_values_are_quantized_as_a_cache_would_see_them(family: str, tmp_path: Path) -> None:
     model = load_model(tiny_context(family, tmp_path), MODEL)
     plain = logits(model)
