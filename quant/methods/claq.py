@@ -26,11 +26,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.errors import require_finite
 from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.kernels import Kernel, kernel
 from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
@@ -93,16 +93,9 @@ class Claq:
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codebooks. Raises NonFiniteError, SingularHessianError, and ValueError for shapes and bits that do not fit."""
-        statistics.require("claq", "hessian")
-        hessian = statistics.hessian
-        assert hessian is not None
+        w, hessian = checked("claq", weight, statistics)
         n, k = weight.shape
-        if hessian.shape != (k, k):
-            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
-        require_finite("weight", weight)
-        require_finite("Hessian", hessian)
         target = self._target(scheme, linear)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
         notes = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
 
         h, dead = revive_dead(hessian.to(w))

@@ -25,10 +25,10 @@ class Prepared:
     notes: list[str]
 
 
-def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
-    """Raises NonFiniteError, SingularHessianError, and ValueError for a missing Hessian or one of another shape.
+def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Weight and Hessian in the type to compute in: float64 where the weight was, else float32.
 
-    An input that no token reached (H = 0) counts as H = I instead of zeroing the weight."""
+    Raises NonFiniteError, and ValueError for a missing Hessian or one of another shape."""
     statistics.require(method, "hessian")
     hessian = statistics.hessian
     assert hessian is not None
@@ -38,7 +38,16 @@ def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) ->
     require_finite("weight", weight)
     require_finite("Hessian", hessian)
     given = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
-    h, dead = revive_dead(hessian.to(given))
+    return given, hessian.to(given)
+
+
+def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
+    """As `checked`; raises SingularHessianError too.
+
+    An input that no token reached (H = 0) counts as H = I instead of zeroing the weight."""
+    given, hessian = checked(method, weight, statistics)
+    k = weight.shape[1]
+    h, dead = revive_dead(hessian)
     zeroed, w, notes = int(dead.sum()), given, []
     if zeroed == k:
         notes.append("no calibration token reached this input: the Hessian counts as the identity")

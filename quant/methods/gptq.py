@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, grouped
-from quant.errors import require_finite
 from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.methods.feedback import checked
 from quant.number_formats import encode, number_format
 from quant.outliers import METRICS, outlier_columns, without_columns
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
@@ -82,15 +82,8 @@ class Gptq:
         """`[N, K]` ▸ affine codes, and the columns kept in float16 (`outlier_columns`) beside them.
 
         Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
-        statistics.require("gptq", "hessian")
-        hessian = statistics.hessian
-        assert hessian is not None
+        w, hessian = checked("gptq", weight, statistics)
         k = weight.shape[1]
-        if hessian.shape != (k, k):
-            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
-        require_finite("weight", weight)
-        require_finite("Hessian", hessian)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
         chosen, notes = choose_grid(self.grid, scheme)
         groups = grouped(w, scheme)
 

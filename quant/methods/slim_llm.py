@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, group_width
-from quant.errors import require_finite
 from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.feedback import checked
 from quant.methods.slim_bits import OBJECTIVES, binary, bit_allocation, labelled, salience
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, inverse_factor, revive_dead, solve_columns
@@ -77,18 +77,11 @@ class SlimLlm:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ mixed codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes, schemes or bit lists that
         do not fit."""
-        statistics.require("slim_llm", "hessian")
-        hessian = statistics.hessian
-        assert hessian is not None
+        w, hessian = checked("slim_llm", weight, statistics)
         n, k = weight.shape
-        if hessian.shape != (k, k):
-            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
         reason = self.supports.refuses("slim_llm", scheme)
         if reason is not None:
             raise ValueError(reason)
-        require_finite("weight", weight)
-        require_finite("Hessian", hessian)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
         size = group_width(scheme, n, k)
         notes: list[str] = []
         corrected = self.variant == "corrected"

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import group_width
-from quant.errors import require_finite
 from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, inverse_factor, solve_columns
 from quant.statistics import Statistics
@@ -72,18 +72,11 @@ class Spqr:
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ sparse codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes or schemes that do not fit."""
-        statistics.require("spqr", "hessian")
-        hessian = statistics.hessian
-        assert hessian is not None
+        w, hessian = checked("spqr", weight, statistics)
         n, k = weight.shape
-        if hessian.shape != (k, k):
-            raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
         reason = self.supports.refuses("spqr", scheme)
         if reason is not None:
             raise ValueError(reason)
-        require_finite("weight", weight)
-        require_finite("Hessian", hessian)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
         size = group_width(scheme, n, k)
         notes = ["spqr stores zeros in a symmetric scheme too"] if scheme.symmetric else []
 
