@@ -1,0 +1,46 @@
+"""Orderings that papers claim, as pairs of variants of conf/sweep/methods.yaml: the first is said to have the lower perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    better: str
+    """`method scheme`, as in the table of variants."""
+    worse: str
+    source: str
+
+
+def _same(scheme: str, *orders: tuple[str, str, str]) -> Iterator[Claim]:
+    return (Claim(f"{a} {scheme}", f"{b} {scheme}", source) for a, b, source in orders)
+
+
+GPTQ, HQQ, CLAQ, OMNI, ROUND = "GPTQ 2210.17323", "HQQ (authors' report)", "CLAQ 2405.17233", "OmniQuant 2308.13137", "AutoRound 2309.05516"
+_SHARP, _OMNI, _ROUND = "quip_sharp[tune_iters=1]", "omniquant[epochs=2]", "learned_rounding[iters=40]"
+_AP_OR = "claq[adaptive_bits=2.2,outlier_reservation=true]"
+
+CLAIMS: tuple[Claim, ...] = (
+    *(c for s in ("w4a16_channel", "w3a16_channel", "w2a16_channel") for c in _same(s, ("gptq", "rtn", GPTQ), ("hqq", "rtn", HQQ))),
+    *(c for s in ("w4a16_g64", "w3a16_g64", "w2a16_g64") for c in _same(s, ("gptq", "rtn", GPTQ), ("hqq", "rtn", HQQ))),
+    *(c for s in ("w4a16_g64", "w3a16_g64") for c in _same(s, ("awq", "rtn", "AWQ 2306.00978"), ("awq", "gptq", "AWQ 2306.00978"))),
+    *_same("w3a16_channel", ("owq", "gptq", "OWQ 2306.02272"), ("claq", "gptq", CLAQ)),
+    *_same("w2a16_channel", ("claq", "gptq", CLAQ), (_AP_OR, "claq", CLAQ)),
+    *_same("w2a16_channel", ("quip", "rtn", "QuIP 2307.13304"), ("quip", "gptq", "QuIP 2307.13304")),
+    *_same("w2a16_channel", (_SHARP, "quip", "QuIP# 2402.04396")),
+    *_same("w2a16_channel", (_OMNI, "rtn", OMNI), (_OMNI, "gptq", OMNI), (_ROUND, "rtn", ROUND), (_ROUND, "gptq", ROUND)),
+    *_same("w2a16_g64", ("slim_llm", "gptq", "SliM-LLM 2405.14917"), ("slim_llm_corrected", "gptq", "SliM-LLM 2405.14917")),
+    Claim("spqr w3a16_g16", "gptq w4a16_channel", "SpQR 2306.03078"),
+    Claim("spqr w3a16_g16", "gptq w3a16_g16", "SpQR 2306.03078"),
+    *_same("w1a16_channel", ("billm", "pb_llm[low_fraction=0.88]", "BiLLM 2402.04291"), ("billm_joint", "billm", "this project")),
+    Claim("billm w1a16_channel", "gptq w2a16_channel", "BiLLM 2402.04291"),
+    Claim("nf4 w4nfa16_g64", "rtn w4a16_g64", "QLoRA 2305.14314"),
+    *_same("w8a8_static", ("smoothquant", "rtn", "SmoothQuant 2211.10438")),
+    Claim("llm_int8 w8a8_llm_int8", "rtn w8a8", "LLM.int8() 2208.07339"),
+    *_same("w4a4_channel", ("smoothquant", "rtn", "QuaRot 2404.00456"), ("quarot", "smoothquant", "QuaRot 2404.00456")),
+    *_same("w4a4_channel", ("quarot", "gptq", "QuaRot 2404.00456")),
+    Claim("rtn w16a16kv2_kivi", "rtn w16a16kv2", "KIVI 2402.02750"),
+    Claim("rtn w16a16kv2_kvquant", "rtn w16a16kv2", "KVQuant 2401.18079"),
+)
