@@ -248,7 +248,7 @@ say nothing certain about large ones, and no default was chosen by it.
   intervals are a little too narrow.
 - Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a count
   weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is quantized,
-  in one forward pass.
+  in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here.
 - The verdict is by NLL, which is what perplexities in papers measure; KL against the unquantized model is more sensitive. p values are
   two-sided and adjusted by Holm over all rows of the table, for each measure.
 - Tuners get few steps (OmniQuant 2 epochs, learned rounding 40 steps, both on stories260k alone; QuIP# one sweep of descent), calibration

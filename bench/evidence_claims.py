@@ -32,7 +32,7 @@ CLAIMS: tuple[Claim, ...] = (
     *_same("w2a16_channel", (_SHARP, "quip", "QuIP# 2402.04396")),
     *_same("w2a16_channel", (_OMNI, "rtn", OMNI), (_OMNI, "gptq", OMNI), (_ROUND, "rtn", ROUND), (_ROUND, "gptq", ROUND)),
     *_same("w2a16_g64", ("slim_llm", "gptq", "SliM-LLM 2405.14917"), ("slim_llm_corrected", "gptq", "SliM-LLM 2405.14917")),
-    Claim("spqr w3a16_g16", "gptq w4a16_channel", "SpQR 2306.03078"),
+    Claim("spqr w3a16_g16", "gptq w4a16_g64", "SpQR 2306.03078"),
     Claim("spqr w3a16_g16", "gptq w3a16_g16", "SpQR 2306.03078"),
     *_same("w1a16_channel", ("billm", "pb_llm[low_fraction=0.88]", "BiLLM 2402.04291"), ("billm_joint", "billm", "this project")),
     Claim("billm w1a16_channel", "gptq w2a16_channel", "BiLLM 2402.04291"),
