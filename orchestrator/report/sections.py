@@ -149,7 +149,7 @@ def _picks(model: ModelTable) -> Markup:
             tied = f"not separable: {', '.join(pick.tied)}" if pick.tied else ""
             below = [tag("span", t, class_="delta") for t in (f"{score}  {difference}".strip(), tied) if t]
             cells.append(Td(join((tag("b", pick.line.name), *below)), sort=repr(pick.row.value), class_="wrap"))
-        rows.append([Td(f"{width:g}", sort=repr(width)), *cells])
+        rows.append([Td(f"{width:.3g}", sort=repr(width)), *cells])
     heads = [join((t.name, tag("small", metric_name(t.primary)))) for t in model.tasks]
     return join((tag("h3", "Best of each weight width"), table(["bits", *heads], rows, label=f"{model.model}: best of each weight width")))
 
