@@ -151,7 +151,7 @@ WINNERS = {
     # At 8 bits merging costs about what splitting wins: 0.51 of it was won back, and nothing with the reference's distance.
     "qllm_reassembly": Winner(0.45, (REASSEMBLY,)),
     "smoothquant": Winner(0.9, (Component("smoothquant", 1),)),
-    "os_plus": Winner(0.9, (Component("os_plus", 1),)),
+    "os_plus": Winner(0.9, (Component("os_plus", 1, (("steps", 10),)),)),
     "quarot": Winner(0.9, (Component("quarot", 1),), seed=0),
     "llm_int8": Winner(0.9, rounding=Component("llm_int8", 1), activation=ActivationScheme(8, outlier_threshold=6.0)),
 }
