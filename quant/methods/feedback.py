@@ -25,11 +25,9 @@ class Prepared:
     notes: list[str]
 
 
-def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """Weight and Hessian in the type to compute in: float64 where the weight was, else float32.
-
-    Raises NonFiniteError, and ValueError for a missing Hessian or one of another shape."""
-    statistics.require(method, "hessian")
+def checked_hessian(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+    """H `[K, K]` as given. Raises ValueError for a missing or misshapen one, NonFiniteError for values that are not finite."""
+    statistics.require(name, "hessian")
     hessian = statistics.hessian
     assert hessian is not None
     k = weight.shape[1]
@@ -37,6 +35,14 @@ def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor
         raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
     require_finite("weight", weight)
     require_finite("Hessian", hessian)
+    return hessian
+
+
+def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Weight and Hessian in the type to compute in: float64 where the weight was, else float32.
+
+    Raises NonFiniteError, and ValueError for a missing Hessian or one of another shape."""
+    hessian = checked_hessian(method, weight, statistics)
     given = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
     return given, hessian.to(given)
 

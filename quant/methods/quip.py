@@ -21,10 +21,10 @@ from torch import Tensor
 
 from quant.affine import Affine, grouped
 from quant.butterfly import butterflies
-from quant.errors import require_finite
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.feedback import checked
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import revive_dead
 from quant.statistics import Statistics
@@ -33,19 +33,6 @@ from quant.tensors.incoherent import IncoherentTensor
 
 RIDGE = 1e-2
 """Added to the diagonal of the normalized Hessian."""
-
-
-def checked_hessian(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
-    """H `[K, K]` as given. Raises ValueError for a missing or misshapen one, NonFiniteError for values that are not finite."""
-    statistics.require(name, "hessian")
-    hessian = statistics.hessian
-    assert hessian is not None
-    k = weight.shape[1]
-    if hessian.shape != (k, k):
-        raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
-    require_finite("weight", weight)
-    require_finite("Hessian", hessian)
-    return hessian
 
 
 def normalized(hessian: Tensor, ridge: float) -> tuple[Tensor, list[str]]:
@@ -95,9 +82,8 @@ class Quip:
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
-        hessian = checked_hessian("quip", weight, statistics)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
-        return self._incoherent(w, hessian.to(w), scheme, linear) if self.incoherence else self._plain(w, hessian.to(w), scheme)
+        w, hessian = checked("quip", weight, statistics)
+        return self._incoherent(w, hessian, scheme, linear) if self.incoherence else self._plain(w, hessian, scheme)
 
     def _incoherent(self, w: Tensor, h: Tensor, scheme: WeightScheme, linear: Linear) -> Rounded:
         notes = one_scale_note("quip", scheme)

@@ -24,7 +24,8 @@ from quant.hadamard import hadamard_block
 from quant.lattice import CODEBOOKS, DIMENSION
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.quip import checked_hessian, normalized, one_scale_note
+from quant.methods.feedback import checked_hessian
+from quant.methods.quip import normalized, one_scale_note
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.lattice import LatticeTensor, hadamard_rows
