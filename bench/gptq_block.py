@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from quant.affine import Affine  # noqa: E402
 from quant.grids import GRIDS, fit  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
+from quant.kernels.gptq_block import SolvedBlock  # noqa: E402
 from quant.solver import Solved, inverse_factor, solve_affine  # noqa: E402
 
 SIZES = ((768, 25.0), (2048, 15.0), (4096, 15.0))
@@ -39,7 +41,8 @@ def main() -> int:
         reference, ours = (solve(weight, upper, backend) for backend in ("reference", "cpu"))
         equal = float((ours.codes == reference.codes).float().mean())
         row: dict[str, float] = {"size": size, "equal_codes": equal, "goal": goal}
-        for what, run in (("block_loop", block_loop), ("solver", solve)):
+        out = SolvedBlock.like(weight[:BLOCK])
+        for what, run in (("block_loop", partial(block_loop, out=out)), ("solver", solve)):
             reference_s, ours_s = (least(run, weight, upper, backend) for backend in ("reference", "cpu"))
             row |= {f"{what}_reference_s": reference_s, f"{what}_cpu_s": ours_s, f"{what}_ratio": reference_s / ours_s}
         good &= equal >= EQUAL and row["block_loop_ratio"] >= goal
@@ -72,7 +75,7 @@ def solve(weight: Tensor, upper: Tensor, backend: str) -> Solved:
     return solve_affine(weight, upper, BLOCK, ranges, backend)[0]
 
 
-def block_loop(weight: Tensor, upper: Tensor, backend: str) -> None:
+def block_loop(weight: Tensor, upper: Tensor, backend: str, out: SolvedBlock) -> None:
     """The kernel alone, on every block of the weight as given."""
     run = kernel("gptq_block", backend).run.solve_block
     for start in range(0, weight.shape[0], BLOCK):
@@ -83,6 +86,7 @@ def block_loop(weight: Tensor, upper: Tensor, backend: str) -> None:
             upper[start : start + BLOCK, start : start + BLOCK],
             Affine(scale, scale.new_full(scale.shape, 8), BITS, GRIDS["g_sym"].zero),
             [0] * BLOCK,
+            out,
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from quant.affine import Affine
 from quant.errors import SingularHessianError
 from quant.kernels import kernel
+from quant.kernels.gptq_block import SolvedBlock
 
 RoundColumn = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, values `[N]`). The weights hold the updates of all finished
@@ -87,11 +88,12 @@ def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges,
     w = weight.clone()
     k = w.shape[0]
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
+    errors = torch.empty_like(w[:block_size])
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
         affine, group = ranges(start, end, w)
-        solved = block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group)
-        codes[start:end], values[start:end] = solved.codes, solved.values
+        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start])
+        solved = block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out)
         loss += solved.errors.square().sum(0)
         w[end:].addmm_(upper[start:end, end:].T, solved.errors, alpha=-1)
     return Solved(codes, values, loss), block_kernel.notes

@@ -72,28 +72,47 @@ struct Block {
     T *codes, *values, *errors;
 };
 
-// Rows `first` .. `first + count`. `turned` is upper transposed: what column j needs lies together. `own` holds the errors of these
-// rows, [B, LANES], zero beyond `count`.
+// Rows `first` .. `first + count` of a block: what the steps of one column share.
 template <typename T>
-INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64_t count, T* own) {
-    constexpr int64_t width = WIDTH<T>, all = LANES<T>;
-    T w[all], scale[all], zero[all], code[all], value[all];
-    for (int64_t j = 0; j < b.columns; j++) {
-        const T *column = b.block + j * b.rows + first, *row = turned + j * b.columns;
-        const T *scales = b.scale + b.group[j] * b.rows + first, *zeros = b.zero + b.group[j] * b.rows + first;
-        for (int64_t l = 0; l < count; l++) w[l] = column[l], scale[l] = scales[l], zero[l] = zeros[l];
-        for (int64_t l = count; l < all; l++) w[l] = T(0), scale[l] = T(1), zero[l] = T(0);
-        Vector<T> sum[4], e;
-        std::memcpy(sum, w, sizeof sum);
-        for (int64_t i = 0; i < j; i++) {
-            const T *errors = own + i * all, u = row[i];
-            for (int part = 0; part < 4; part++) {
-                std::memcpy(&e, errors + part * width, sizeof e);
-                sum[part] -= e * u;
-            }
+struct Lanes {
+    static constexpr int64_t width = WIDTH<T>, all = LANES<T>;
+    using Sums = Vector<T>[4];
+    const Block<T>& b;
+    const T* turned;  // upper transposed: what column j needs lies together
+    const int64_t first, count;
+    T* own;  // errors of these rows, [B, LANES], zero beyond `count`
+
+    INLINE void load(int64_t j, Sums& sum) const {
+        T w[all];
+        const T* column = b.block + j * b.rows + first;
+        for (int64_t l = 0; l < count; l++) w[l] = column[l];
+        for (int64_t l = count; l < all; l++) w[l] = T(0);
+        std::memcpy(sum, w, sizeof w);
+    }
+
+    INLINE void subtract(int64_t i, T u, Sums& sum) const {
+        Vector<T> e;
+        for (int part = 0; part < 4; part++) {
+            std::memcpy(&e, own + i * all + part * width, sizeof e);
+            sum[part] -= e * u;
         }
-        std::memcpy(w, sum, sizeof sum);
-        T* error = own + j * all;
+    }
+
+    INLINE void subtract(int64_t i, T u, Sums& one, T v, Sums& two) const {
+        Vector<T> e;
+        for (int part = 0; part < 4; part++) {
+            std::memcpy(&e, own + i * all + part * width, sizeof e);
+            one[part] -= e * u;
+            two[part] -= e * v;
+        }
+    }
+
+    INLINE void round(int64_t j, const Sums& sum) const {
+        T w[all], scale[all], zero[all], code[all], value[all];
+        std::memcpy(w, sum, sizeof w);
+        const T *scales = b.scale + b.group[j] * b.rows + first, *zeros = b.zero + b.group[j] * b.rows + first;
+        for (int64_t l = 0; l < count; l++) scale[l] = scales[l], zero[l] = zeros[l];
+        for (int64_t l = count; l < all; l++) scale[l] = T(1), zero[l] = T(0);
         if (b.kind == MINIMUM) {
             for (int64_t l = 0; l < all; l++) {
                 // A group of equal values has scale 0; its minimum alone is exact.
@@ -112,12 +131,36 @@ INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64
                 value[l] = (code[l] - zero[l]) * scale[l];
             }
         }
-        for (int64_t l = 0; l < all; l++) error[l] = (w[l] - value[l]) / row[j];
+        T* error = own + j * all;
+        const T diagonal = turned[j * b.columns + j];
+        for (int64_t l = 0; l < all; l++) error[l] = (w[l] - value[l]) / diagonal;
         for (int64_t l = count; l < all; l++) error[l] = T(0);
         const int64_t at = j * b.rows + first;
         std::memcpy(b.codes + at, code, count * sizeof(T));
         std::memcpy(b.values + at, value, count * sizeof(T));
         std::memcpy(b.errors + at, error, count * sizeof(T));
+    }
+};
+
+// Two columns at a time: each error is loaded once for both, and eight sums hide the time an addition takes.
+template <typename T>
+INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64_t count, T* own) {
+    const Lanes<T> rows{b, turned, first, count, own};
+    typename Lanes<T>::Sums one, two;
+    int64_t j = 0;
+    for (; j + 1 < b.columns; j += 2) {
+        const T *row = turned + j * b.columns, *next = row + b.columns;
+        rows.load(j, one);
+        rows.load(j + 1, two);
+        for (int64_t i = 0; i < j; i++) rows.subtract(i, row[i], one, next[i], two);
+        rows.round(j, one);
+        rows.subtract(j, next[j], two);
+        rows.round(j + 1, two);
+    }
+    if (j < b.columns) {
+        rows.load(j, one);
+        for (int64_t i = 0; i < j; i++) rows.subtract(i, turned[j * b.columns + i], one);
+        rows.round(j, one);
     }
 }
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from quant.affine import Affine
 from quant.grids import GRIDS, fit
 from quant.kernels import TABLE, kernel
+from quant.kernels.gptq_block import SolvedBlock
 from quant.solver import inverse_factor, solve_affine
 
 TWINS = [b for b in TABLE["gptq_block"] if b != "reference"]
@@ -71,6 +72,20 @@ def test_loss_is_the_output_error(backend: str) -> None:
         assert torch.allclose(solved.loss, ((d @ damped) * d).sum(1), rtol=1e-10)
         losses.append(solved.loss)
     assert torch.allclose(losses[0], losses[2], rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", list(TABLE["gptq_block"]))
+def test_memory_of_another_block_is_written_over(backend: str) -> None:
+    reason = _unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    w, upper, affine, group = problem(33, 48, "g_asym", 3, torch.float32)
+    run = kernel("gptq_block", backend).run.solve_block
+    want = run(w, upper, affine, group)
+    given = SolvedBlock(*(torch.full_like(w, torch.nan) for _ in range(3)))
+    assert run(w, upper, affine, group, given) is given
+    for got, made in ((given.codes, want.codes), (given.values, want.values), (given.errors, want.errors)):
+        assert torch.equal(got, made)
 
 
 def test_numbers_far_outside_the_codes_are_clamped() -> None:

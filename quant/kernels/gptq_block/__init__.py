@@ -1,13 +1,15 @@
 """`gptq_block`: one block of the GPTQ column solver with affine codes (Frantar et al. 2022, algorithm 1, the inner loop).
 
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`; scale and zero are `[G, N]` and
-`group[j]` is the row of column j. Every twin has `solve_block(block, upper, affine, group) -> Solved`; the block is not changed.
+`group[j]` is the row of column j. Every twin has `solve_block(block, upper, affine, group, out=None) -> SolvedBlock`; the block is
+not changed. `out` is written to and returned: fresh memory for each block costs a CPU more than the block itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +21,8 @@ class SolvedBlock:
     values: Tensor
     errors: Tensor
     """(w_j - q_j) / U_jj of the column as updated."""
+
+    @classmethod
+    def like(cls, block: Tensor) -> SolvedBlock:
+        """Not filled."""
+        return cls(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))

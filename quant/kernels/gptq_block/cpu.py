@@ -23,7 +23,7 @@ def unavailable(device: torch.device) -> str | None:
     return str(found) if isinstance(found, NoLibrary) else None
 
 
-def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
+def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None) -> SolvedBlock:
     found = library("gptq_block")
     if isinstance(found, NoLibrary):
         raise RuntimeError(str(found))
@@ -31,11 +31,14 @@ def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) 
     # Kept by name until the call is over: only addresses are passed.
     u, scale, zero = (t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
     rows = torch.tensor(group, dtype=torch.int64)
-    codes, values, errors = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
+    out = SolvedBlock.like(w) if out is None else out
+    made = [out.codes, out.values, out.errors]
+    if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape for t in made):
+        got = [(tuple(t.shape), t.dtype) for t in made]
+        raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
     function = getattr(found, ENTRIES[w.dtype])
     function.restype = None
     pointers = [t.data_ptr() for t in (w, u, scale, zero, rows)]
     numbers = [*w.shape, affine.top, KINDS.get(affine.kind, 0)]
-    out = [t.data_ptr() for t in (codes, values, errors)]
-    function(*map(ctypes.c_int64, (*pointers, *numbers, *out, torch.get_num_threads())))
-    return SolvedBlock(codes, values, errors)
+    function(*map(ctypes.c_int64, (*pointers, *numbers, *(t.data_ptr() for t in made), torch.get_num_threads())))
+    return out

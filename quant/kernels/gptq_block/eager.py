@@ -13,9 +13,10 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
+def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None) -> SolvedBlock:
     w = block.clone()
-    codes, values, errors = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
+    out = SolvedBlock.like(w) if out is None else out
+    codes, values, errors = out.codes, out.values, out.errors
     by_group = [Affine(s, z, affine.bits, affine.kind) for s, z in zip(affine.scale.unbind(), affine.zero.unbind(), strict=True)]
     # One transfer instead of one per column, where the factor lies on a GPU.
     diagonal: list[float] = upper.diagonal().tolist()
@@ -25,4 +26,4 @@ def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) 
         values[j] = own.decode(codes[j])
         torch.sub(w[j], values[j], out=errors[j]).div_(diagonal[j])
         w[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
-    return SolvedBlock(codes, values, errors)
+    return out

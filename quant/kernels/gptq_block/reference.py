@@ -13,13 +13,14 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
+def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None) -> SolvedBlock:
     w = block.clone()
-    codes, values, errors = torch.empty_like(w), torch.empty_like(w), torch.empty_like(w)
+    out = SolvedBlock.like(w) if out is None else out
+    codes, values, errors = out.codes, out.values, out.errors
     for j in range(w.shape[0]):
         own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind)
         codes[j] = own.encode(w[j])
         values[j] = own.decode(codes[j])
         errors[j] = (w[j] - values[j]) / upper[j, j]
         w[j:] -= torch.outer(upper[j, j:], errors[j])
-    return SolvedBlock(codes, values, errors)
+    return out
