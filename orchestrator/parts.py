@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from orchestrator.cell import Option
 from orchestrator.errors import ConfigError, PlanError, unknown_name
+from orchestrator.param_files import with_files_read
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
@@ -108,7 +109,10 @@ def supports_part(option: Option, component: Mapping[str, Any]) -> Supports:
 
 
 def _component(option: Option, values: Mapping[str, Any]) -> Component:
-    return _checked(option, "params", lambda: Component(values["kind"], values["version"], freeze(values.get("params") or {})))
+    def made() -> Component:
+        return Component(values["kind"], values["version"], freeze(with_files_read(values.get("params") or {})))
+
+    return _checked(option, "params", made)
 
 
 def scheme_part(option: Option) -> Scheme:
