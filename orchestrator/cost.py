@@ -129,7 +129,8 @@ def _measure(model: ModelFacts) -> _Size:
 def _calibrate_s(spec: CalibrateSpec, size: _Size) -> float:
     tokens = spec.calibration.samples * spec.calibration.sequence_length
     hessian = 2 * sum(k * k for k in size.inputs) if spec.statistic == "hessian" else 0
-    return _seconds(tokens * (2 * size.linear_parameters + hessian))
+    backward = 4 * size.parameters if spec.statistic == "kv_fisher" else 0
+    return _seconds(tokens * (2 * size.linear_parameters + hessian + backward))
 
 
 def _sensitivity_s(spec: PrepareSpec, size: _Size) -> float:

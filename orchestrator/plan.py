@@ -218,8 +218,7 @@ class _Planner:
             inputs = {"quantize": variant.quantize} if variant.quantize else {}
             if task.needs_reference:
                 inputs["reference"] = reference
-            if scheme.kv is not None and scheme.kv.calibrated:
-                inputs["kv"] = self._calibrate(cell, model, self._calibration(cell), "kv")
+            inputs |= self._kv_statistics(cell, model, scheme)
             spec = EvaluateSpec(model, task.spec, scheme.activation, scheme.kv)
             evaluate = self._stage(StageKind.EVALUATE, spec, inputs, f"evaluate {_label(variant)} {cell.task.name}")
             variant.evaluations[cell.task.name] = evaluate
@@ -262,8 +261,9 @@ class _Planner:
             runtime: dict[str, Any] = {
                 n: to_json(part) for n, part in (("activation", scheme.activation), ("kv", scheme.kv)) if part is not None
             }
-            if scheme.kv is not None and scheme.kv.calibrated:
-                runtime["kv_calibration"] = self._calibrate(cell, model, self._calibration(cell), "kv")
+            calibrated = self._kv_statistics(cell, model, scheme)
+            if calibrated:
+                runtime["kv_calibration"] = calibrated["kv"]
             key = digest({"quantize": quantize or [model.digest, model.dtype], **runtime})
             names = [cell.model.name, cell.method.name, cell.scheme.name]
             names += [o.name for o in (cell.calibration, cell.replicate) if self._several[o.axis]]
@@ -327,6 +327,11 @@ class _Planner:
             auto=auto,
         )
         return self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
+
+    def _kv_statistics(self, cell: Cell, model: ModelSpec, scheme: Scheme) -> dict[str, str]:
+        """Statistic ▸ key of its calibrate stage."""
+        wanted = scheme.kv.statistics if scheme.kv is not None else ()
+        return {s: self._calibrate(cell, model, self._calibration(cell), s) for s in wanted}
 
     def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
         def make() -> str:

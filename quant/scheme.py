@@ -205,6 +205,8 @@ class KVScheme:
     """kvquant: uniform, or nuq (k-means on calibration data)."""
     first_few_fp16: int = 0
     """kvquant: tokens at the start kept exactly."""
+    fisher: bool = False
+    """kvquant, nuq: k-means weighted by the squared gradient of the loss (needs a backward pass while calibrating)."""
     clip: float = 1.0
     """per_token: share of the range that is kept; QuaRot's tables use 0.95."""
 
@@ -231,6 +233,8 @@ class KVScheme:
             raise ValueError(f"kv.codebook={self.codebook}; choose {' or '.join(KV_CODEBOOKS)}")
         if self.first_few_fp16 < 0:
             raise ValueError(f"kv.first_few_fp16={self.first_few_fp16} must not be negative")
+        if self.fisher and self.codebook != "nuq":
+            raise ValueError(f"kv.fisher=true weights the k-means of kv.codebook=nuq; kv.codebook={self.codebook} has none")
 
     def _check_foreign(self) -> None:
         """A field of another kind would change the key and nothing else."""
@@ -244,6 +248,7 @@ class KVScheme:
             "outliers": ("kvquant",),
             "codebook": ("kvquant",),
             "first_few_fp16": ("kvquant",),
+            "fisher": ("kvquant",),
         }
         for f in fields(self):
             if f.name in owners and self.kind not in owners[f.name] and getattr(self, f.name) != f.default:
@@ -252,9 +257,11 @@ class KVScheme:
                 )
 
     @property
-    def calibrated(self) -> bool:
-        """Needs keys and values of calibration text."""
-        return self.kind == "kvquant"
+    def statistics(self) -> tuple[str, ...]:
+        """Of calibration text, that an evaluation needs: kv (keys and values), kv_fisher (their weights)."""
+        if self.kind != "kvquant":
+            return ()
+        return ("kv", "kv_fisher") if self.fisher else ("kv",)
 
 
 def _check_clip(part: str, clip: float) -> None:

@@ -3,7 +3,8 @@
 Stages that share a model and a calibration set run together: one forward pass serves all their kinds. The model is walked
 block by block (hidden states kept, one block's weights at a time), so memory holds one block and its statistics.
 
-Two kinds are not of inputs alone: `kv` (`workers.kv_capture`) and `moments` (`workers.site_moments`).
+Three kinds are not of inputs alone: `kv` (`workers.kv_capture`), `kv_fisher` (`workers.kv_fisher`, which needs the whole model) and
+`moments` (`workers.site_moments`).
 
 Payload of one stage: `block_0000.safetensors` ... with one tensor per distinct input, and `sites.json`.
 """
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers import datasets, kv_capture, site_moments
+from workers import datasets, kv_capture, kv_fisher, site_moments
 from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
@@ -31,6 +32,7 @@ from workers.stream import BlockModel, batches, open_blocks
 
 FORMAT = 1
 SITES = "sites.json"
+OF_CACHE = frozenset({kv_capture.KIND, kv_fisher.KIND})
 
 
 def block_file(block: int) -> str:
@@ -44,7 +46,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     """
     specs = [spec for spec, _ in stages.values()]
     for spec in specs:
-        if spec.statistic not in (kv_capture.KIND, site_moments.KIND):
+        if spec.statistic not in (*OF_CACHE, site_moments.KIND):
             check_kind(spec.statistic)
         if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
             raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
@@ -52,13 +54,14 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     model = open_blocks(context, specs[0].model)
     tokens = calibration_tokens(context, model, specs[0].calibration)
     sequences, length = tokens.shape
-    kinds = frozenset(s.statistic for s in specs) - {kv_capture.KIND}
-    wants_kv = any(s.statistic == kv_capture.KIND for s in specs)
-    if wants_kv:
+    wanted = frozenset(s.statistic for s in specs)
+    kinds = wanted - OF_CACHE
+    if wanted & OF_CACHE:
         kv_capture.check_family(model.structure)
     table = site_moments.SiteMoments(model.structure) if site_moments.KIND in kinds else None
     kept = sample_sequences(sequences, length)
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
+    fisher = kv_fisher.squared_gradients(context, specs[0].model, model.structure, tokens[:kept]) if kv_fisher.KIND in wanted else {}
     with context.phase("forward"):
         prepared = model.prepare(batches(tokens, context.batch_tokens))
     hidden, calls = prepared.hidden, prepared.calls
@@ -66,7 +69,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     for b in range(model.structure.count):
         with context.phase("read"):
             block = model.load(b)
-        kv = kv_capture.KVSamples(block, model.structure, kept) if wants_kv else None
+        kv = kv_capture.KVSamples(block, model.structure, kept) if kv_capture.KIND in wanted else None
         if table is not None:
             table.watch(block)
         with context.phase("forward"):
@@ -80,6 +83,9 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
                 if spec.statistic == kv_capture.KIND:
                     assert kv is not None
                     described[key].append(kv.write(f"{model.structure.blocks}.{b}", payload / block_file(b)))
+                elif spec.statistic == kv_fisher.KIND:
+                    of_block = {n: t for n, t in fisher.items() if n.startswith(f"{model.structure.blocks}.{b}.")}
+                    described[key].append(kv_capture.save(of_block, payload / block_file(b)))
                 elif spec.statistic != site_moments.KIND:
                     described[key].append(_write(payload, model.structure, b, spec.statistic, found))
     summaries = {}
@@ -92,7 +98,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
             "statistic": spec.statistic,
             "sequences": sequences,
             "sequence_length": length,
-            "sample_sequences": kept if spec.statistic in ("samples", kv_capture.KIND) else None,
+            "sample_sequences": kept if spec.statistic in ("samples", *OF_CACHE) else None,
             "blocks": described[key],
             "linears": {
                 model.structure.path(b, n): model.structure.path(b, s.linears[0])

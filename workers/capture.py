@@ -31,7 +31,7 @@ MOMENTS = "moments"
 def check_kind(kind: str) -> str:
     """Raises InputError naming the allowed kinds."""
     if kind not in KINDS:
-        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}, kv, {MOMENTS}")
+        raise InputError(f"unknown statistic {kind!r}; allowed: {', '.join(KINDS)}, kv, kv_fisher, {MOMENTS}")
     return kind
 
 

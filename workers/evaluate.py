@@ -1,7 +1,7 @@
 """The evaluate stage: scores of a variant on one task, and one row per item.
 
 Inputs by role: `quantize`, the artifact of the variant (none: the unquantized model); `reference`, the unquantized model's
-own evaluation, for divergence; `kv`, calibration keys and values, for a KV scheme that is calibrated.
+own evaluation, for divergence; `kv` and `kv_fisher`, calibration keys and values and their weights, for a KV scheme that needs them.
 Payload: items.parquet, and the reference's log-probabilities where this is the reference.
 """
 
@@ -144,7 +144,7 @@ class _Stage:
         if spec.kv is not None:
             self.facts["kv"] = kv_runs.summary(model, spec.kv, windows.shape[1])
         if spec.kv is not None and in_pass is None:
-            logits = kv_runs.logits(model, spec.kv, self.inputs.get("kv"), self.context, runtime)
+            logits = kv_runs.logits(model, spec.kv, self.inputs, self.context, runtime)
         else:
             logits = resident_logits(model, self.context.device, runtime)
         with self.context.phase("forward"), torch.inference_mode():

@@ -59,15 +59,27 @@ class KVSamples:
         for name, x in tensors.items():
             if not torch.isfinite(x).all():
                 raise NumericalError(f"{name} are not finite during calibration; the model overflows in its dtype, use bfloat16 or float32")
-        save_file(tensors, file)
-        return {"file": file.name, "sites": {n: {"tokens": x.shape[0] * x.shape[1], "cols": x.shape[2]} for n, x in tensors.items()}}
+        return save(tensors, file)
 
 
-def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path) -> list[KVQuantizer]:
-    """The quantizer fitted to each block's keys and values. Raises CorruptArtifactError."""
+def save(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
+    """Write one block's `[sequences, T, H D]`; returns their entry of the index."""
+    save_file(tensors, file)
+    return {"file": file.name, "sites": {n: {"tokens": x.shape[0] * x.shape[1], "cols": x.shape[2]} for n, x in tensors.items()}}
+
+
+def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path, fisher: Path | None = None) -> list[KVQuantizer]:
+    """The quantizer fitted to each block's keys and values, weighted by the statistic `kv_fisher` where given. Raises
+    CorruptArtifactError."""
     made = []
     for b in range(structure.count):
-        found = load_file(payload_path(artifact, f"block_{b:04d}.safetensors"))
-        keys, values = (found[f"{structure.blocks}.{b}.{name}"].flatten(0, 1) for name in ("keys", "values"))
-        made.append(quantizer.calibrate(keys, values))
+        found = [_of_block(a, structure, b) for a in (artifact, fisher) if a is not None]
+        made.append(quantizer.calibrate(*(x for pair in found for x in pair)))
     return made
+
+
+def _of_block(artifact: Path, structure: Structure, b: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, or their weights, `[tokens, H D]`."""
+    found = load_file(payload_path(artifact, f"block_{b:04d}.safetensors"))
+    keys, values = (found[f"{structure.blocks}.{b}.{name}"].flatten(0, 1) for name in ("keys", "values"))
+    return keys, values

@@ -6,7 +6,7 @@ tokens: its single pass gives every query position its own view (`workers.kv_agi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 
 from quant.kv import Kivi, KVQuantizer, make
 from quant.scheme import KVScheme
-from workers import families, kv_capture, kv_rules
+from workers import families, kv_capture, kv_fisher, kv_rules
 from workers.context import Context
 from workers.decoding import decoded_logits
 from workers.errors import InputError
@@ -33,14 +33,15 @@ def through_cache(kv: KVScheme) -> bool:
 def logits(
     model: nn.Module,
     kv: KVScheme,
-    calibration: Path | None,
+    inputs: Mapping[str, Path],
     context: Context,
     runtime: Callable[[], AbstractContextManager[None]],
 ) -> base.Logits:
-    """The model with the scheme's cache, as tasks see it. `calibration` is a committed artifact of the statistic `kv`.
+    """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts of the statistics `kv` and `kv_fisher`, where
+    the scheme needs them.
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
-    quantizers = _quantizers(model, kv, calibration)
+    quantizers = _quantizers(model, kv, inputs)
     if any(key_rotation(module) for module in model.modules()):
         context.notes.append("the method's rotation of keys is left out: it is applied where keys are quantized per token in one pass only")
     first = quantizers[0]
@@ -77,7 +78,7 @@ def _made(kv: KVScheme) -> KVQuantizer:
         raise InputError(f"{e}; driver and workers must run the same bitgrid") from e
 
 
-def _quantizers(model: nn.Module, kv: KVScheme, calibration: Path | None) -> list[KVQuantizer]:
+def _quantizers(model: nn.Module, kv: KVScheme, inputs: Mapping[str, Path]) -> list[KVQuantizer]:
     config = _config(model)
     refusal = kv_rules.refuses(kv, config)
     if refusal is not None:
@@ -86,6 +87,9 @@ def _quantizers(model: nn.Module, kv: KVScheme, calibration: Path | None) -> lis
     structure = families.structure(config)
     if not quantizer.needs:
         return [quantizer] * structure.count
-    if calibration is None:
-        raise InputError(f"kv.kind={kv.kind} needs keys and values of calibration text as the input `kv`")
-    return kv_capture.calibrated(quantizer, structure, calibration)
+    if kv_capture.KIND not in inputs:
+        raise InputError(f"kv.kind={kv.kind} needs keys and values of calibration text as the input `{kv_capture.KIND}`")
+    if kv.fisher and kv_fisher.KIND not in inputs:
+        raise InputError(f"kv.fisher=true needs the squared gradients of calibration text as the input `{kv_fisher.KIND}`")
+    fisher = inputs[kv_fisher.KIND] if kv.fisher else None
+    return kv_capture.calibrated(quantizer, structure, inputs[kv_capture.KIND], fisher)

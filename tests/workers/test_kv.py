@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken
 from quant.scheme import KVScheme
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
-from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import calibrated, calibration_text, quantize_spec, quantized, tiny_context
 from tests.workers.test_evaluate import evaluated, items
 from workers import kv_rules, kv_runs
 from workers.blocks import Taps
@@ -122,6 +122,10 @@ SCHEMES = [
         KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq"),
         KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq", mode="decode"),
     ),
+    (
+        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True),
+        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True, mode="decode"),
+    ),
 ]
 
 
@@ -132,8 +136,8 @@ def test_weights_and_cache_in_one_variant_decoded_or_in_one_pass(schemes: tuple[
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
     inputs = {"quantize": artifact}
     _, weights = evaluated(context, tmp_path / "w", "perplexity", inputs, residency)
-    if schemes[0].calibrated:
-        inputs["kv"] = calibrated(context, tmp_path / "c", "kv")["kv"]
+    if schemes[0].statistics:
+        inputs |= calibrated(context, tmp_path / "c", *schemes[0].statistics)
     found = [evaluated(context, tmp_path / kv.mode, "perplexity", inputs, residency, kv=kv) for kv in schemes]
     scores = [summary["scores"]["nll"] for _, summary in found]
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)  # a rounding to the other code here and there (see ROUNDING), in float32
@@ -173,6 +177,48 @@ def test_the_statistic_kv_is_what_the_projections_give(tmp_path: Path) -> None:
         assert file.read_bytes() == (together["kv"] / "payload" / file.name).read_bytes()
 
 
+def test_fisher_weights_are_squared_slopes_of_the_loss(tmp_path: Path) -> None:
+    """Reference: central differences of the loss when one key or value of one token is moved."""
+    context = tiny_context("llama_mha", tmp_path)
+    artifact = calibrated(context, tmp_path / "f", "kv_fisher", dtype="float64")["kv_fisher"]
+    tokens = calibration_text(context, "llama_mha")[1:2].long()
+    model = model_of("llama_mha")
+    step = 1e-5
+
+    def loss(projection: Any, token: int, channel: int, by: float) -> float:
+        def moved(_m: Any, _a: Any, out: Tensor) -> Tensor:
+            out = out.clone()
+            out[0, token, channel] += by
+            return out
+
+        handle = projection.register_forward_hook(moved)
+        with torch.no_grad():
+            log_p = model(tokens, use_cache=False).logits.log_softmax(-1)
+        handle.remove()
+        return -float(log_p[0, :-1].gather(-1, tokens[0, 1:, None]).sum())
+
+    for b in range(2):
+        found = load_file(artifact / "payload" / f"block_{b:04d}.safetensors")
+        attention = model.model.layers[b].self_attn
+        for name, projection in (("keys", attention.k_proj), ("values", attention.v_proj)):
+            weights = found[f"model.layers.{b}.{name}"]
+            assert weights.dtype == torch.float32
+            assert not weights[:, -1].any()  # no loss comes after the last token
+            for token, channel in ((0, 3), (5, 17), (10, 30)):
+                slope = (loss(projection, token, channel, step) - loss(projection, token, channel, -step)) / (2 * step)
+                assert float(weights[1, token, channel]) == pytest.approx(slope**2, rel=1e-4, abs=1e-9)
+
+
+def test_fisher_weights_need_the_whole_model_and_their_own_input(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path, memory_bytes=1000)
+    with pytest.raises(InputError, match=r"kv_fisher needs the whole model .* hints\.memory_bytes=1000"):
+        calibrated(context, tmp_path / "a", "kv_fisher")
+    context = tiny_context("llama", tmp_path)
+    inputs = calibrated(context, tmp_path / "b", "kv")
+    with pytest.raises(InputError, match="as the input `kv_fisher`"):
+        evaluated(context, tmp_path / "c", "perplexity", inputs, kv=KVScheme(3, kind="kvquant", codebook="nuq", fisher=True))
+
+
 def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
     nuq = KVScheme(3, kind="kvquant", codebook="nuq")
     llama, gpt2 = tiny_context("llama", tmp_path), tiny_context("gpt2", tmp_path)
@@ -206,6 +252,8 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         ({"bits": 4, "kind": "kvquant", "group_size": 32}, "means nothing to kv.kind=kvquant"),
         ({"bits": 4, "kind": "kvquant", "outliers": 0.5}, "a share from 0 to below 0.5"),
         ({"bits": 4, "kind": "kvquant", "codebook": "nf"}, "choose uniform or nuq"),
+        ({"bits": 4, "kind": "kvquant", "fisher": True}, "kv.codebook=uniform has none"),
+        ({"bits": 4, "fisher": True}, "means nothing to kv.kind=per_token"),
     ],
 )
 def test_wrong_schemes_say_what_is_allowed(params: dict[str, Any], said: str) -> None:
