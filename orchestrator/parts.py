@@ -82,6 +82,11 @@ def method_part(option: Option) -> MethodPart:
     propagation = values.get("propagation", "original")
     if propagation not in PROPAGATIONS:
         raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), PROPAGATIONS)}")
+    if propagation == "original" and (rounding.get("params") or {}).get("true_sequential"):
+        raise ConfigError(
+            f"method {option.name!r}: true_sequential=true does nothing with propagation=original, which takes all statistics from the "
+            "unquantized model; set method.propagation=quantized too, or leave it false"
+        )
     components = [*transforms, rounding]
     needs = {s for c in components for s in c["needs"]}
     for statistic in sorted(needs):

@@ -1,4 +1,4 @@
-"""Bits per weight: what is stored, and what the formula says. Both are logged for every run."""
+"""Bits per weight: what is stored, which every run logs beside the paper's label, and what the formula says of other shapes."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 ValueError
 ├── NonFiniteError        NaN or infinity in a weight, statistic or input
 └── SingularHessianError  no damping of the ladder makes the Hessian positive definite
+QuantizationWarning       a fallback or departure that `quantize_linear` took
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from torch import Tensor
 
 class NonFiniteError(ValueError):
     """Names how many values are not finite and where the first one is."""
+
+
+class QuantizationWarning(UserWarning):
+    """A note of a method, where there is no record to hold it (`quant.quantize_linear`)."""
 
 
 class SingularHessianError(ValueError):

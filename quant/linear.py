@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from quant.errors import require_finite
+from quant.errors import QuantizationWarning, require_finite
 from quant.grids import grid as grid_named
-from quant.methods.base import Linear, Rounding, ScaleGroup, StoredTensor, Transform
+from quant.methods.base import Linear, Rounded, Rounding, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding_or_tuner, transform, unknown
 from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS, TUNERS
 from quant.methods.single import single_linear
@@ -43,12 +44,14 @@ def quantize_linear(
     seed: for methods that draw random numbers.
     number: number format of the codes (`quant.scheme.NUMBERS`), whose bits must be given as `bits`; None is the first that the
     method makes, integers for most.
-    activation: how the inputs will be quantized, for methods that search with it (os_plus does nothing without).
+    activation: how the inputs will be quantized, for methods that search with it (os_plus does nothing without); a single linear's
+    inputs are scaled but never shifted.
     scale_dtype (a method parameter): float32 here, so that results equal the reference code's; the schemes in
     `conf/scheme/` store float16.
 
     Returns the stored tensor: `dequantize()` approximates the given weight (transform methods keep their input scale in
-    it), `bits_stored`, `bits_nominal`, `pack()`. Raises ValueError for unknown names, missing inputs, groups that do not
+    it), `bits_stored`, `bits_nominal`, `pack()`. What a method notes (a fallback, the damping that was needed) is a
+    QuantizationWarning. Raises ValueError for unknown names, missing inputs, groups that do not
     divide K; NonFiniteError; SingularHessianError.
     """
     if method in MODEL_METHODS:
@@ -85,15 +88,33 @@ def quantize_linear(
     current, scale = weight.detach(), None
     for t in transforms:
         current, statistics, scale = _apply(t, current, statistics, scheme, scale, activation)
-    tensor = _rounded(rounder, current, statistics, scheme, Linear(seed=seed))
+    if activation is not None and not any("activation" in part.reads for part in parts):
+        warnings.warn(f"{method} does not read activation: its result is the same without", QuantizationWarning, stacklevel=2)
+    rounded = _rounded(rounder, current, statistics, scheme, Linear(seed=seed), activation)
+    for note in rounded.notes:
+        warnings.warn(f"{method}: {note}", QuantizationWarning, stacklevel=2)
+    tensor = rounded.tensor
     return tensor if scale is None else tensor.with_input_scale(scale)
 
 
-def _rounded(by: Rounding | BlockTuner, weight: Tensor, statistics: Statistics, scheme: WeightScheme, about: Linear) -> StoredTensor:
+def _rounded(
+    by: Rounding | BlockTuner,
+    weight: Tensor,
+    statistics: Statistics,
+    scheme: WeightScheme,
+    about: Linear,
+    activation: ActivationScheme | None,
+) -> Rounded:
     if by.name not in TUNERS:
-        return cast(Rounding, by).quantize(weight, statistics, scheme, about).tensor
+        return cast(Rounding, by).quantize(weight, statistics, scheme, about)
     assert statistics.samples is not None
-    return cast(BlockTuner, by).tune(single_linear(weight, statistics.samples, scheme, about, statistics)).tensors[about.name].tensor
+    read = activation if "activation" in by.reads else None
+    if read is not None and not read.dynamic:
+        raise ValueError(f"{by.name} learns with ranges of the tensor at hand; give activation with dynamic=True, not static ranges")
+    tuned = cast(BlockTuner, by).tune(single_linear(weight, statistics.samples, scheme, about, statistics, read))
+    rounded = tuned.tensors[about.name]
+    rounded.notes = list(dict.fromkeys([*tuned.notes, *rounded.notes]))
+    return rounded
 
 
 def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:

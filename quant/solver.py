@@ -99,6 +99,11 @@ def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges,
     return Solved(codes, values, loss), block_kernel.notes
 
 
+def block_within(group: int, most: int = 128) -> int:
+    """Columns of a block, such that groups begin where blocks do: the largest divisor of `group` up to `most`."""
+    return next(b for b in range(min(group, most), 0, -1) if group % b == 0)
+
+
 def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:
     """Rounds the columns of `[K, N]` in order. The weight is not changed. `block_size` only says how late the columns
     of later blocks are updated."""

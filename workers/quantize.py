@@ -105,7 +105,7 @@ def quantize_blocks(
             "declared": _working_set(made, width),
             "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count)),
         },
-        "flags": _flags(made, run.scaled),
+        "flags": _flags(made, run.worked),
         **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
         **({"reassembly": run.reassembled} if run.reassembled else {}),
         **({} if tuning is None else {"tuning": tuning.losses}),
@@ -132,7 +132,7 @@ class _Run:
     rotator: Rotator | None = None
     tuning: Tuning | None = None
     left_alone: dict[tuple[str, str, str], int] = field(default_factory=dict)
-    scaled: set[str] = field(default_factory=set)
+    worked: set[str] = field(default_factory=set)
     kept: list[dict[str, str]] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
     reassembled: list[dict[str, Any]] = field(default_factory=list)
@@ -174,7 +174,7 @@ class _Run:
             tokens,
             forward,
             self.left_alone,
-            self.scaled,
+            self.worked,
             self.spec.seed or 0,
             self.spec.activation,
         )
@@ -324,6 +324,6 @@ def _note_left_alone(context: Context, left_alone: Mapping[tuple[str, str, str],
         context.notes.append(f"{transform} left group {group} alone in {count} blocks: {reason}")
 
 
-def _flags(made: tuple[Method, ...], scaled: set[str]) -> list[str]:
+def _flags(made: tuple[Method, ...], worked: set[str]) -> list[str]:
     names = {t.name for m in made for t in m.transforms}
-    return [f"{name} could scale nothing in this model" for name in sorted(names - scaled)]
+    return [f"{name} could change nothing in this model" for name in sorted(names - worked)]

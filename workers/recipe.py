@@ -107,6 +107,10 @@ class Recipe:
     def replaced(self) -> list[Operation]:
         return [op for op in self.operations if op["op"] == "replace_linear"]
 
+    def exact_inputs(self, op: Operation) -> Tensor | None:
+        """int64 `[r]`: inputs of a replace_linear operation that stay in full precision where activations are quantized."""
+        return self._tensors(op)[op["tensors"]["kept"]].long() if op["meta"].get("exact_inputs") else None
+
     def stored(self, op: Operation) -> StoredTensor:
         """The packed weight of a replace_linear operation."""
         return _stored(op, self._tensors(op))

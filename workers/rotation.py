@@ -9,7 +9,7 @@ from workers.context import Context
 from workers.errors import InputError
 from workers.recipe import RecipeWriter
 from workers.rotate import Rotator, model_shape, sites_of
-from workers.rotation_search import search_loss
+from workers.rotation_search import search_loss, searched
 from workers.rounding import Method, method_for
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel
@@ -43,7 +43,10 @@ def _loss(spec: QuantizeSpec, made: tuple[Method, ...], transform: ModelTransfor
     if spec.calibration is None:
         raise InputError(f"{transform.name} searches on calibration text; the spec needs a calibration")
     rounds = bool(getattr(transform, "weights", False))
-    if spec.activation is None and spec.kv is None and not rounds:
+    kv = spec.kv is not None and searched(spec.kv)
+    if spec.kv is not None and not kv:
+        context.notes.append(f"{transform.name}: the search leaves the cache of kv.kind={spec.kv.kind} in full precision")
+    if spec.activation is None and not kv and not rounds:
         context.notes.append(f"{transform.name}: nothing is quantized in the search, so that all rotations are alike; give weights=true")
     if spec.activation is not None and not spec.activation.dynamic:
         context.notes.append(f"{transform.name}: the search takes activation ranges from each sequence, not static ones")

@@ -91,6 +91,11 @@ class _StraightCache(QuantizingCache):
         return _straight(x, fake_quantize_kv(x.detach(), self._scheme))
 
 
+def searched(kv: KVScheme) -> bool:
+    """Whether the search quantizes the cache: rules that are not one per token depend on more than the token at hand."""
+    return kv.kind == "per_token"
+
+
 def _attach(model: Any, structure: Structure, spec: QuantizeSpec) -> None:
     """Fake quantization of activations, keys and values, for as long as the model lives."""
     names = [structure.path(i, n) for i in range(structure.count) for n in structure.linear_names()]
@@ -107,7 +112,7 @@ def _attach(model: Any, structure: Structure, spec: QuantizeSpec) -> None:
 
         tap_inputs(model, names, tap)
     kv: KVScheme | None = spec.kv
-    if kv is not None:
+    if kv is not None and searched(kv):
 
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             name = structure.cache_argument

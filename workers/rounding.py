@@ -162,8 +162,8 @@ class BlockQuantizer:
     forward: GroupForward
     left_alone: dict[tuple[str, str, str], int]
     """(transform, group, reason) ▸ blocks: filled here."""
-    scaled: set[str]
-    """Transforms that scaled a group: filled here."""
+    worked: set[str]
+    """Transforms that changed something: filled here."""
     seed: int = 0
     activation: ActivationScheme | None = None
     """Of the run time, where a method reads it."""
@@ -266,7 +266,7 @@ class BlockQuantizer:
         if s is not None and not (torch.isfinite(s).all() and (s > 0).all()):
             raise NumericalError(f"{transform.name} gave a scale that is not finite and positive for {group.name}")
         if s is not None:
-            self.scaled.add(transform.name)
+            self.worked.add(transform.name)
         return s
 
     def map_statistics(self, rule: ScaleRule, map: Callable[[Statistics], Statistics]) -> None:
@@ -283,6 +283,7 @@ class BlockQuantizer:
             changed = transform.rewrite(self.path(name), self.weights.current[name], self._of(site), method.scheme)
         if changed is not None:
             self.weights.current[name] = changed
+            self.worked.add(transform.name)
 
     def round(self, name: str) -> LinearResult:
         """Quantize one linear; the block then holds the dequantized weight."""

@@ -39,10 +39,12 @@ def _attach_activation(
     model: nn.Module, structure: families.Structure, recipe: Recipe | None, scheme: ActivationScheme, handle: Taps
 ) -> None:
     ranges: dict[str, tuple[float, float] | None]
+    exact: dict[str, Tensor] = {}
     if recipe is None:
         ranges = {structure.path(b, n): None for b in range(structure.count) for n in structure.linear_names()}
     else:
         ranges = {op["module"]: _static_range(op) for op in recipe.replaced()}
+        exact = _exact_inputs(recipe)
     if not scheme.dynamic and any(r is None for r in ranges.values()):
         name = next(n for n, r in ranges.items() if r is None)
         raise InputError(
@@ -52,13 +54,16 @@ def _attach_activation(
     shape = BatchShape()
     for block in model.get_submodule(structure.blocks):
         handle.add(block.register_forward_pre_hook(shape.record, with_kwargs=True).remove)
-    last: list[Tensor] = []
+    last: list[Tensor | None] = []
 
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
         # Linears that share an input read the same tensor object: it is quantized once.
-        if not (last and last[0] is x):
-            last[:] = [x, quantized_input(x, tokens, scheme, ranges[name], shape)]
-        return last[1]
+        kept = exact.get(name)
+        if not (last and last[0] is x and last[1] is kept):
+            last[:] = [x, kept, quantized_input(x, tokens, scheme, ranges[name], shape, beside(kept))]
+        out = last[2]
+        assert out is not None
+        return out
 
     handle.add(tap_inputs(model, ranges, tap).remove)
     handle.add(last.clear)
@@ -94,6 +99,31 @@ def quantized_input(
     for s in sequence.unique():
         out[sequence == s] = dynamic(x[sequence == s], scheme)
     return out
+
+
+def beside(kept: Tensor | None) -> Callable[[Tensor, ActivationScheme], Tensor]:
+    """Dynamic fake quantization of all channels but `kept` `[r]`, which neither change nor count for a range."""
+    if kept is None:
+        return fake_quantize_activation
+
+    def run(x: Tensor, scheme: ActivationScheme) -> Tensor:
+        rest = torch.ones(x.shape[-1], dtype=torch.bool)
+        rest[kept] = False
+        index = rest.nonzero()[:, 0].to(x.device)
+        return x.index_copy(-1, index, fake_quantize_activation(x.index_select(-1, index), scheme))
+
+    return run
+
+
+def _exact_inputs(recipe: Recipe) -> dict[str, Tensor]:
+    """Linear ▸ inputs left in full precision; one tensor object for linears with the same."""
+    found: dict[str, Tensor] = {}
+    known: dict[tuple[int, ...], Tensor] = {}
+    for op in recipe.replaced():
+        kept = recipe.exact_inputs(op)
+        if kept is not None:
+            found[op["module"]] = known.setdefault(tuple(kept.tolist()), kept)
+    return found
 
 
 def _static_range(op: dict[str, Any]) -> tuple[float, float] | None:

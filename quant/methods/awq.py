@@ -1,7 +1,7 @@
 """AWQ (Lin et al. 2023, arXiv 2306.00978): scales up the input channels that matter, then clips.
 
 Objective, scale search: min over r of mean (module(x; W) - module(x; Q(W s) / s))², s = mean|x|^r, r = 0, 1/20 .. 19/20;
-the start r = 0 is s = 1, so the choice is never worse than no scaling. Clip search: per row and group, the symmetric
+the start r = 0 is s = 1, so the choice is never worse than no scaling (duo_scaling divides by a power of mean |w| and has no such start). Clip search: per row and group, the symmetric
 bound M of least mean (⟨x_g, Q(clamp(w, ±M))⟩ - ⟨x_g, w⟩)²; M = max|w| is among the candidates.
 Shapes: weights `[N, K]`, samples `[S, T, K]`, absmean `[K]`. Query and key projections are not clipped, as in the reference.
 Departures: one group per row works in the clip search; fewer than `clip_tokens` tokens are all used.

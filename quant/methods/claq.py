@@ -7,7 +7,8 @@ OR (outlier reservation): both tails of every column are kept as they are, fract
 and of 0.004 in the others, inclusive: of the sorted column, ranks 0 to round(N p) and from round(N (1 - p)) on. They count in the
 k-means fit. Score of a column: weights of at least 13 times the mean size (magnitude), or the mean of w² / U_jj² (hessian).
 The behaviour is the reference code's; `variant="reference"` repeats its mistake of looking a column's fraction up by its index inside
-its block, so that every block has the pattern of the first; "corrected" looks it up by column.
+its block, so that every block has the pattern of the first, and ranks columns for OR by magnitude whatever the score;
+"corrected" looks the fraction up by column, ranked by the score.
 Departures: k-means is scikit-learn's algorithm with its random numbers, in float64 and with clusters that lose all members left where
 they are; tables are rounded to the stored type before codes are chosen; a column of at most 2^b values is kept exactly; ties of scores
 keep the order of columns (the reference sorts unstably); a column that its table holds exactly, or with equal weights at its tails, does
@@ -113,7 +114,8 @@ class Claq:
         columns = w.T[order]
         ranks = ranked(columns, upper, self.score)
         widths = widths_of(target, ranks)
-        fractions = self._fractions(ranks) if self.outlier_reservation else None
+        reserving = ranks if self.variant == "corrected" else ranked(columns, upper, "magnitude")
+        fractions = self._fractions(reserving) if self.outlier_reservation else None
         if fractions is not None and tails(n, FEW)[1] == 0:
             notes.append(f"outlier reservation: {n} rows are too few for the fraction {FEW}, whose lower tail is empty")
         kmeans = kernel("kmeans_columns", device=w.device)

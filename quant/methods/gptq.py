@@ -5,7 +5,7 @@ The behaviour is the reference code's, quirks included: per-row ranges are taken
 zeroed; columns are ordered before damping, dead ones counting as H_jj = 1; the ranges of dynamic groups are taken from
 weights that hold the updates of finished blocks only, so that `block_size` matters with groups. Act-order with dynamic
 groups makes groups of permuted columns and stores each column's group. With `outlier_columns` (0 is plain GPTQ) it is the rounding of OWQ
-(arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16.
+(arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16; QUIK's inputs there do so at run time too.
 Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
 the error of the columns before it. `grid`, `mse` and `static_groups` then say nothing.
 Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
@@ -115,7 +115,9 @@ class Gptq:
             plain = torch.zeros_like(columns)
             plain[order[:coded]] = solved.codes
             rest = AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
-            return rest if coded == k else ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper))
+            if coded == k:
+                return rest
+            return ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper), exact_inputs=self.outlier_metric == "quik")
 
         def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
             return _solve_floating(w, groups, upper, order, scheme, scale_dtype, self.block_size)

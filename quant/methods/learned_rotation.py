@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from quant.cayley import cayley_step, orthonormal
+from quant.errors import NonFiniteError
 from quant.methods.base import ModelShape, Rotation, RotationLoss
 from quant.methods.quarot import FAMILIES, block_of, random_hadamard
 from quant.scheme import Supports
@@ -60,7 +61,7 @@ class LearnedRotation:
             raise ValueError(f"lr={self.lr} must be positive; 1.5 is usual")
 
     def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation:
-        """The best of the iterates, the start included. Raises ValueError without a loss."""
+        """The best of the iterates, the start included. Raises ValueError without a loss, NonFiniteError for a start that has none."""
         if loss is None:
             raise ValueError("learned_rotation searches on calibration text: give the model's loss")
         notes: list[str] = []
@@ -72,7 +73,9 @@ class LearnedRotation:
         def loss_of(matrices: Sequence[Tensor], i: int) -> Tensor:
             return loss(Rotation(matrices[0], tuple(matrices[1:]), down=down, keys=keys), i)
 
-        best, losses = self._search(start, generator, loss_of)
+        best, losses, skipped = self._search(start, generator, loss_of)
+        if skipped:
+            notes.append(f"{skipped} steps of single matrices were left out: their gradient was not finite")
         least = min(losses)
         if least == losses[0]:
             notes.append(f"no step was better than the start (loss {losses[0]:.6g}): the random rotation is used")
@@ -88,14 +91,18 @@ class LearnedRotation:
 
     def _search(
         self, start: list[Tensor], generator: torch.Generator, loss: Callable[[Sequence[Tensor], int], Tensor]
-    ) -> tuple[list[Tensor], list[float]]:
-        """(best matrices, loss of the start and of every compared iterate)."""
+    ) -> tuple[list[Tensor], list[float], int]:
+        """(best matrices, loss of the start and of every compared iterate, steps of a matrix left out). Raises NonFiniteError."""
 
         def compared(matrices: Sequence[Tensor]) -> float:
             with torch.no_grad():
                 return sum(float(loss(matrices, i)) for i in range(self.checked)) / self.checked
 
-        best, current, losses = start, start, [compared(start)]
+        best, current, losses, skipped = start, start, [compared(start)], 0
+        if not math.isfinite(losses[0]):
+            raise NonFiniteError(
+                f"the loss of the random rotation is {losses[0]}; the quantized model overflows: use model.dtype=float32 or more bits"
+            )
         for step in range(self.steps):
             # As the paper's optimizer does: drift off the orthonormal matrices is mended now and then.
             if int(torch.randint(0, 101, (1,), generator=generator)) == 0:
@@ -104,10 +111,12 @@ class LearnedRotation:
             gradients = torch.autograd.grad(loss(leaves, step), leaves, allow_unused=True)
             lr = self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
             pairs = zip(current, gradients, strict=True)
-            current = [r if g is None or not bool(torch.isfinite(g).all()) else cayley_step(r, g, lr) for r, g in pairs]
+            finite = [g is None or bool(torch.isfinite(g).all()) for g in gradients]
+            skipped += finite.count(False)
+            current = [cayley_step(r, g, lr) if g is not None and ok else r for (r, g), ok in zip(pairs, finite, strict=True)]
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
                 current = [orthonormal(r) for r in current]
                 losses.append(compared(current))
                 if losses[-1] < min(losses[:-1]):
                     best = current
-        return best, losses
+        return best, losses, skipped

@@ -7,7 +7,7 @@ t = (1 - i / steps) · the largest channel, i = 0 .. steps - 1, the first being 
 Shapes: minmax `[2, K]`, samples `[S, T, K]`, weights `[N, K]`. Only inputs that come from a norm are changed, as in the reference.
 Departures: rules that need a bias which the model does not have (RMSNorm, linears without bias) are not shifted, and the stage
 says so; static activation ranges are, in the search, those of the channel limits.
-Without activation quantization it runs, idle. A Hessian cannot be carried through a shift: use shift=false before gptq.
+Without activation quantization it runs, idle. A Hessian cannot be carried through a shift: use shifting=false before gptq.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ Shapes: weight `[N, K]`, Hessian `[K, K]`, samples `[S, T, K]`, G = K / group_si
 
 `variant="reference"` is the reference code, quirks included: the 0.01 added to H for the allocation stays in H, so that no input
 counts as dead; p = 0 is no candidate; the layer's bias is missing from the quantized output; groups of N - 1 bits before the first
-wider group have the fixed zero 2^(b-1); 1-bit groups have the scale mean |w| around mean w. `variant="corrected"`: 0.01 for
-the allocation only, p = 0 .. G / 2, bias on both sides, zeros of their own, scale mean |w - mean w|.
+wider group have the fixed zero 2^(b-1), but for saved bit lists; 1-bit groups have the scale mean |w| around mean w.
+`variant="corrected"`: 0.01 for the allocation only, p = 0 .. G / 2, bias on both sides, zeros of their own, scale mean |w - mean w|.
 Departures, both variants: where the reference crashes (fewer than 4 groups; no salient weight in a group) all groups have N bits, or
 all weights count alike; a constant 1-bit group has the scale 0 and is exact, and sign(0) is 1 elsewhere; the candidates' outputs are
-summed group by group instead of computed anew; ties of salience keep the column order; failed factorizations climb GPTQ's ladder.
+summed group by group instead of computed anew; they are of the samples that calibrate keeps (16 sequences, 8,192 tokens at most); ties of salience keep the column order; failed factorizations climb GPTQ's ladder.
 In a symmetric scheme all groups of 2 bits and more use the grid g_sym; their zeros are stored all the same.
 Float64 weights are computed in float64, all others in float32.
 """
@@ -31,7 +31,7 @@ from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.methods.slim_bits import OBJECTIVES, binary, bit_allocation, labelled, salience
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, inverse_factor, revive_dead, solve_columns
+from quant.solver import Solved, block_within, inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.mixed import MixedTensor
 
@@ -77,6 +77,20 @@ class SlimLlm:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ mixed codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes, schemes or bit lists that
         do not fit."""
+        found = self.allocate(weight, statistics, scheme, linear)
+        size, w = group_width(scheme, *weight.shape), found.weight
+
+        def run(scale_dtype: torch.dtype) -> tuple[MixedTensor, Solved]:
+            ranges = _Ranges(self, scheme, found.widths, size, scale_dtype, found.upper)
+            solved = solve_columns(w.T.contiguous(), found.upper, block_within(size), ranges.round_column)
+            return ranges.tensor(solved.codes), solved
+
+        (tensor, solved), dtype_notes = with_stored_scales(scheme, run)
+        details = {**found.details, "solver_loss": float(solved.loss.sum())}
+        return Rounded(tensor, damp=found.damp, notes=found.notes + dtype_notes, details=details)
+
+    def allocate(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Allocation:
+        """Bits of every group of `[N, K]`, searched or as `bit_lists` has them. Raises as `quantize` does."""
         w, hessian = checked("slim_llm", weight, statistics)
         n, k = weight.shape
         reason = self.supports.refuses("slim_llm", scheme)
@@ -112,15 +126,7 @@ class SlimLlm:
         details: dict[str, Any] = {"group_bits": list(widths)}
         if self.bit_lists is None:
             details |= {"p": p, "allocation_loss": losses}
-
-        def run(scale_dtype: torch.dtype) -> tuple[MixedTensor, Solved]:
-            ranges = _Ranges(self, scheme, widths, size, scale_dtype, upper)
-            solved = solve_columns(w.T.contiguous(), upper, size, ranges.round_column)
-            return ranges.tensor(solved.codes), solved
-
-        (tensor, solved), dtype_notes = with_stored_scales(scheme, run)
-        details["solver_loss"] = float(solved.loss.sum())
-        return Rounded(tensor, damp=damp, notes=notes + dtype_notes, details=details)
+        return Allocation(widths, w, upper, damp, notes, details)
 
     def _given(self, name: str, groups: int, bits: int) -> tuple[int, ...]:
         lists: Mapping[str, Any] = dict(self.bit_lists or ())
@@ -132,6 +138,20 @@ class SlimLlm:
         return found
 
 
+@dataclass(frozen=True)
+class Allocation:
+    """Bits of the groups of one linear, and what they were found with."""
+
+    widths: tuple[int, ...]
+    weight: Tensor
+    """`[N, K]` in the type of work, columns of dead inputs set to 0 (variant=corrected)."""
+    upper: Tensor
+    """`[K, K]`, UᵀU = (H + d I)⁻¹."""
+    damp: float
+    notes: list[str]
+    details: dict[str, Any]
+
+
 class _Ranges:
     """Scale and zero of every group, fitted at its first column to weights that hold all earlier updates."""
 
@@ -141,7 +161,9 @@ class _Ranges:
         self.method, self.scheme, self.widths, self.size, self.scale_dtype = method, scheme, widths, size, scale_dtype
         self.u = upper.diagonal()
         first_wide = next((i for i, b in enumerate(widths) if b >= scheme.bits), len(widths))
-        self.middle = range(first_wide) if method.variant == "reference" else range(0)
+        # With a saved list the reference makes every group asymmetric.
+        fixed = method.variant == "reference" and method.bit_lists is None
+        self.middle = range(first_wide) if fixed else range(0)
         """Groups with the fixed zero."""
         self.fitted: list[Affine] = []
 

@@ -24,7 +24,7 @@ from quant.methods.base import Rounded
 from quant.methods.clipping import START
 from quant.methods.omniquant import train
 from quant.methods.slim_bits import binary
-from quant.methods.slim_llm import SlimLlm
+from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
 from quant.scheme import Supports, WeightScheme
 from quant.straight_through import affine_through, round_through, scaled_limits, through
@@ -75,20 +75,18 @@ class SlimLlmPlus:
     def tune(self, blocks: TuningBlocks) -> Tuned:
         """The best of the start and the state after each epoch. Raises NonFiniteError, SingularHessianError, and ValueError for schemes
         or bit lists that do not fit."""
-        clips = {n: MixedClipping(n, x, self._widths(x)) for n, x in blocks.linears.items()}
+        slim = self._slim()
+        clips = {
+            n: MixedClipping(n, x, slim.allocate(x.weight, x.statistics, x.scheme, x.about)) for n, x in blocks.linears.items()
+        }
         return train(blocks, clips, None, self.epochs, self.lwc_lr, self.lwc_lr, [])
-
-    def _widths(self, linear: TunableLinear) -> tuple[int, ...]:
-        """SliM-LLM's own list for this linear."""
-        rounded = self._slim().quantize(linear.weight, linear.statistics, linear.scheme, linear.about)
-        return tuple(rounded.details["group_bits"])
 
 
 class MixedClipping:
     """Learned ranges of groups with widths of their own, of one linear."""
 
-    def __init__(self, name: str, linear: TunableLinear, widths: tuple[int, ...]) -> None:
-        w = linear.weight
+    def __init__(self, name: str, linear: TunableLinear, allocation: Allocation) -> None:
+        w, widths = linear.weight, allocation.widths
         require_finite(f"weight {name}", w)
         self._scheme: WeightScheme = linear.scheme
         self._size = group_width(linear.scheme, *w.shape)
@@ -100,7 +98,8 @@ class MixedClipping:
         self._lower = {b: w.new_full((w.shape[0], of.numel(), 1), START).requires_grad_(True) for b, of in self._of.items() if b > 1}
         self._grid = GRIDS["g_sym" if linear.scheme.symmetric else "g_asym"]
         self._dtype = DTYPES[linear.scheme.scale_dtype]
-        self._notes: list[str] = []
+        self._allocation = allocation
+        self._notes: list[str] = list(allocation.notes)
 
     def parameters(self) -> list[Tensor]:
         return [*self._upper.values(), *self._lower.values()]
@@ -138,7 +137,7 @@ class MixedClipping:
             self._dtype = torch.float32
             self._notes.append(f"{e}; scales are stored in float32")
             tensor = self._tensor(weight)
-        return Rounded(tensor, notes=list(self._notes), details={"group_bits": list(self._widths)})
+        return Rounded(tensor, damp=self._allocation.damp, notes=list(self._notes), details=dict(self._allocation.details))
 
     def _tensor(self, weight: Tensor) -> MixedTensor:
         codes, scales, zeros = [], [], []

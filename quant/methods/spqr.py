@@ -30,7 +30,7 @@ from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, inverse_factor, solve_columns
+from quant.solver import Solved, block_within, inverse_factor, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.sparse import SparseTensor, TwoLevel, joined
 
@@ -98,8 +98,8 @@ class Spqr:
 
         def run(scale_dtype: torch.dtype) -> tuple[SparseTensor, Solved]:
             groups = _Groups(self, scheme.bits, size, n, scale_dtype, upper.diagonal(), threshold)
-            # Blocks of one group: ranges see the updates of all columns before.
-            solved = solve_columns(columns, upper, size, groups.round_column)
+            # Groups begin where blocks do: ranges see the updates of all columns before.
+            solved = solve_columns(columns, upper, block_within(size), groups.round_column)
             return groups.tensor(solved.codes, order if self.act_order else None), solved
 
         (tensor, solved), dtype_notes = with_stored_scales(scheme, run)

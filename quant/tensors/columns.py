@@ -1,5 +1,8 @@
 """The stored format `columns`: affine codes, with some whole columns kept in floating point (OWQ, QUIK).
 
+With `exact_inputs` the inputs of kept columns stay in full precision too where activations are quantized (QUIK): the product is
+split in two, and neither half's range sees the other's columns.
+
 Payload: that of `affine` (whose codes of kept columns are 0 and stand for nothing, so that groups stay where they are), and
   kept: int16 `[r]`, ascending (int32 above 2^15 columns) · kept_values: float16 `[N, r]`, float32 where float16 cannot hold them
 Invariant: `dequantize` is computed from what is stored, so it is the same bits in every process.
@@ -28,6 +31,7 @@ class ColumnsTensor:
     """int64 `[r]`, ascending."""
     kept_values: Tensor
     """float16 or float32 `[N, r]`."""
+    exact_inputs: bool = False
 
     def __post_init__(self) -> None:
         n, k = self.rest.shape
@@ -67,12 +71,13 @@ class ColumnsTensor:
         return {**self.rest.pack(), "kept": self.kept.to(torch.int16 if narrow else torch.int32), "kept_values": self.kept_values}
 
     def meta(self) -> dict[str, Any]:
-        return self.rest.meta()
+        return {**self.rest.meta(), **({"exact_inputs": True} if self.exact_inputs else {})}
 
     @staticmethod
     def unpack(payload: Mapping[str, Tensor], meta: Mapping[str, Any]) -> ColumnsTensor:
         """Inverse of `pack` and `meta`; raises ValueError when they do not belong together."""
-        return ColumnsTensor(AffineTensor.unpack(payload, meta), payload["kept"].long(), payload["kept_values"])
+        exact = bool(meta.get("exact_inputs", False))
+        return ColumnsTensor(AffineTensor.unpack(payload, meta), payload["kept"].long(), payload["kept_values"], exact)
 
 
 def bits_formula(affine: float, kept: int, shape: tuple[int, int]) -> float:
