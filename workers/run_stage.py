@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -81,8 +82,9 @@ def run_request(
 ) -> None:
     """Run every stage of `request`; `on_outcome` is called once per stage as it ends.
 
-    Calibrate stages of the same model and calibration set share one forward pass. When `should_stop` says so, the running
-    stage ends and the others get no outcome. Never raises for what a stage does. One request runs at a time in a process.
+    Calibrate stages of the same model and calibration set share one forward pass; when that fails each runs alone. When `should_stop`
+    says so, the running stage ends and the others get no outcome. Never raises for what a stage does. One request runs at a time in a
+    process.
     """
     with _one_request:
         for group in _groups(request.stages):
@@ -103,6 +105,17 @@ def _groups(stages: Sequence[StageRequest]) -> list[list[StageRequest]]:
 
 
 def _run_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
+    outcomes = _try_group(group, request, runners)
+    failures = [o.failure for o in outcomes if o.failure is not None]
+    if len(group) == 1 or not failures or any(f.error_class is ErrorClass.MEMORY for f in failures):
+        return outcomes  # what lacks memory is tried again by the driver, with other settings
+    # What one of them cannot do must not fail the others.
+    for stage in group:
+        shutil.rmtree(Path(stage.staging) / PAYLOAD, ignore_errors=True)
+    return [outcome for stage in group for outcome in _try_group([stage], request, runners)]
+
+
+def _try_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
     started = time.time()
     try:
         with logged([Path(stage.staging) for stage in group]):

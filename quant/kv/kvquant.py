@@ -11,7 +11,8 @@ are outliers, and the range is min and max of the rest (the token's median stand
 Every token is quantized before attention reads it, so that one pass over a text and decoding it token by token read the same.
 Codebooks: `nuq` from k-means (2^b centres, at most 50 steps), or `uniform`: code = round((x - low) / s) with s = (high - low) /
 (2^b - 1), offset not rounded (`quant_fn_zp`). An empty range decodes to its middle (the reference makes its NaN 0).
-Departures: ranges are stored in `scale_dtype`. NormalFloat, Q-Norm and the cap of 21 outliers a token are not here.
+Departures: ranges are stored in `scale_dtype`; calibration reads 16 sequences, 8,192 tokens at most. NormalFloat, Q-Norm and the cap of
+21 outliers a token are not here.
 Bits: b + 32 outliers + ranges (32 a channel of a layer, 32 a token) + codebooks.
 """
 

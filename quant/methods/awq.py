@@ -1,10 +1,11 @@
 """AWQ (Lin et al. 2023, arXiv 2306.00978): scales up the input channels that matter, then clips.
 
 Objective, scale search: min over r of mean (module(x; W) - module(x; Q(W s) / s))², s = mean|x|^r, r = 0, 1/20 .. 19/20;
-the start r = 0 is s = 1, so the choice is never worse than no scaling (duo_scaling divides by a power of mean |w| and has no such start). Clip search: per row and group, the symmetric
-bound M of least mean (⟨x_g, Q(clamp(w, ±M))⟩ - ⟨x_g, w⟩)²; M = max|w| is among the candidates.
+the start r = 0 is s = 1, so the choice is never worse than no scaling (duo_scaling divides by a power of mean |w|: no such start).
+Clip search: per row and group, the symmetric bound M of least mean (⟨x_g, Q(clamp(w, ±M))⟩ - ⟨x_g, w⟩)²; M = max|w| is a candidate.
 Shapes: weights `[N, K]`, samples `[S, T, K]`, absmean `[K]`. Query and key projections are not clipped, as in the reference.
-Departures: one group per row works in the clip search; fewer than `clip_tokens` tokens are all used.
+Departures: samples are those that calibrate keeps (16 sequences, 8,192 tokens at most); one group per row works in the clip search;
+fewer than `clip_tokens` tokens are all used.
 Three shortcuts leave the result as it is: where the module is the linear itself the loss is tr(D XᵀX Dᵀ), D the change of
 the weight (exact in real arithmetic); a candidate is given up as soon as its sum of squares reaches the least one; more
 than g tokens enter the clip error through the triangular factor of their QR decomposition (exact in real arithmetic).

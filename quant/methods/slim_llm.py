@@ -11,7 +11,8 @@ wider group have the fixed zero 2^(b-1), but for saved bit lists; 1-bit groups h
 `variant="corrected"`: 0.01 for the allocation only, p = 0 .. G / 2, bias on both sides, zeros of their own, scale mean |w - mean w|.
 Departures, both variants: where the reference crashes (fewer than 4 groups; no salient weight in a group) all groups have N bits, or
 all weights count alike; a constant 1-bit group has the scale 0 and is exact, and sign(0) is 1 elsewhere; the candidates' outputs are
-summed group by group instead of computed anew; they are of the samples that calibrate keeps (16 sequences, 8,192 tokens at most); ties of salience keep the column order; failed factorizations climb GPTQ's ladder.
+summed group by group instead of computed anew, on the samples that calibrate keeps (16 sequences, 8,192 tokens at most); ties of
+salience keep the column order; failed factorizations climb GPTQ's ladder.
 In a symmetric scheme all groups of 2 bits and more use the grid g_sym; their zeros are stored all the same.
 Float64 weights are computed in float64, all others in float32.
 """

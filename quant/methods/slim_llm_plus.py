@@ -76,9 +76,7 @@ class SlimLlmPlus:
         """The best of the start and the state after each epoch. Raises NonFiniteError, SingularHessianError, and ValueError for schemes
         or bit lists that do not fit."""
         slim = self._slim()
-        clips = {
-            n: MixedClipping(n, x, slim.allocate(x.weight, x.statistics, x.scheme, x.about)) for n, x in blocks.linears.items()
-        }
+        clips = {n: MixedClipping(n, x, slim.allocate(x.weight, x.statistics, x.scheme, x.about)) for n, x in blocks.linears.items()}
         return train(blocks, clips, None, self.epochs, self.lwc_lr, self.lwc_lr, [])
 
 

@@ -220,6 +220,9 @@ def test_same_content_in_another_folder_has_the_same_keys(plan_of, tmp_path: Pat
 def test_unknown_statistic_is_told_with_the_known_ones(plan_of) -> None:
     # Not a choice on the command line: it comes from the yaml of a new method.
     values = compose_grid(["method=gptq"], multirun=True).cells[0].method.values
+    sequential = {**values["rounding"], "params": {"true_sequential": True}}
+    with pytest.raises(ConfigError, match=r"true_sequential=true does nothing .* set method\.propagation=quantized too"):
+        method_part(Option("method", "mine", {**values, "propagation": "original", "rounding": sequential}))
     option = Option("method", "mine", {**values, "rounding": {**values["rounding"], "needs": ["hesian"]}})
     with pytest.raises(PlanError, match="unknown statistic 'hesian'; nearest: hessian; allowed: absmax, absmean, hessian, minmax, samples"):
         method_part(option)

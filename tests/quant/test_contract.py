@@ -60,6 +60,28 @@ def test_the_weight_is_untouched_and_the_result_is_deterministic(method: str) ->
     assert torch.equal(x, inputs)
 
 
+def test_codes_are_in_range(method: str) -> None:
+    stored: Any = quantized(method, *data())
+    if stored.format in ("binary", "lattice"):
+        return  # signs; indices of a codebook of its own
+    codes = (stored.rest if stored.format == "columns" else stored).codes
+    bits = arguments(method)["bits"]
+    assert 0 <= int(codes.min())
+    assert int(codes.max()) < 2 ** {"mixed": bits + 1, "partially_binary": 8}.get(stored.format, bits)
+
+
+def test_one_group_for_all_inputs_is_one_for_every_row(method: str) -> None:
+    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    if "group" not in supports.granularity:
+        with pytest.raises(ValueError, match="group"):
+            quantized(method, *data(), group_size=K)
+        return
+    stored = quantized(method, *data(), group_size=K)
+    assert stored.shape == (N, K)
+    if "channel" in supports.granularity:
+        assert stored.bits_stored == quantized(method, *data(), group_size=None).bits_stored
+
+
 def test_pack_and_unpack_are_exact_inverses(method: str) -> None:
     stored = quantized(method, *data())
     meta = json.loads(json.dumps(stored.meta()))

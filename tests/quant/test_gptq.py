@@ -83,6 +83,22 @@ def test_factor_is_that_of_the_inverse_and_its_diagonal_the_remaining_columns_de
         torch.testing.assert_close(u[j, j] ** 2, torch.linalg.inv(h[j:, j:])[0, 0], rtol=1e-8, atol=0)
 
 
+@pytest.mark.parametrize(("dtype", "equal"), [(torch.float64, 1.0), (torch.float32, 0.9999)])
+def test_one_cholesky_gives_the_codes_of_three_steps(dtype: torch.dtype, equal: float) -> None:
+    """Reference: H⁻¹ from a factor of H, then its own factor, as the published code computes U."""
+    w, _, h = problem(160, 128, 3, dtype=dtype)
+    u, _ = inverse_factor(h, 0.01)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(128, dtype=dtype)
+    three_steps = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+
+    def codes(upper: Tensor) -> Tensor:
+        one = torch.ones(w.shape[0], dtype=dtype)
+        affine = Affine(0.4 * one, 4 * one, 3, ZeroKind.CONSTANT)
+        return solve_columns(w.T, upper, 128, lambda j, c, _: (affine.encode(c), affine.round(c))).codes
+
+    assert float((codes(u) == codes(three_steps)).double().mean()) >= equal
+
+
 def test_after_every_column_the_others_are_the_least_squares_optimum() -> None:
     w, _, h = problem(3, 6, 5)
     one = torch.ones(3, dtype=w.dtype)

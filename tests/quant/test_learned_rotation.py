@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quant.cayley import cayley_step, orthonormal
+from quant.errors import NonFiniteError
 from quant.methods.base import Linear, ModelShape, Rotation
 from quant.methods.learned_rotation import LearnedRotation
 
@@ -92,6 +93,22 @@ def test_a_search_that_gains_nothing_returns_the_start_and_says_so() -> None:
     start = LearnedRotation(steps=0).rotation(SHAPE, Linear(seed=1).generator(), loss)
     torch.testing.assert_close(got.residual, start.residual)
     assert (start.heads, start.down, start.keys) == (0, 24, 4)
+
+
+def test_losses_that_are_not_finite_are_an_error_at_the_start_and_a_note_later() -> None:
+    def broken(rotation: Rotation, i: int) -> Tensor:
+        return rotation.residual.sum() * torch.nan
+
+    with pytest.raises(NonFiniteError, match="the loss of the random rotation is nan"):
+        LearnedRotation(steps=1, checked=1).rotation(SHAPE, Linear().generator(), broken)
+
+    def steep(rotation: Rotation, i: int) -> Tensor:
+        # |x - x| has no finite slope through a square root.
+        return (rotation.residual - rotation.residual.detach()).abs().sqrt().sum() + rotation.values[0].sum()
+
+    got = LearnedRotation(steps=2, checked=1, check_every=1).rotation(SHAPE, Linear().generator(), steep)
+    assert "2 steps of single matrices were left out: their gradient was not finite" in got.notes
+    assert distance(got.residual) < 1e-13
 
 
 def test_the_same_seed_gives_the_same_rotation() -> None:

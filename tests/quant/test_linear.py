@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from quant import methods, quantize_linear
+from quant.errors import QuantizationWarning
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
-from quant.scheme import NUMBERS, Scheme, Supports
+from quant.scheme import NUMBERS, ActivationScheme, Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
@@ -208,6 +209,23 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
 def test_wrong_arguments_say_what_is_allowed(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantize_linear(data()[0], **{"bits": 4, **params})
+
+
+def test_what_a_method_notes_is_a_warning() -> None:
+    w, x = data()
+    dead = x.index_fill(-1, torch.tensor([3]), 0.0)
+    with pytest.warns(QuantizationWarning, match="gptq: 1 of 32 inputs are always 0 on the calibration text"):
+        quantize_linear(w, method="gptq", bits=4, inputs=dead)
+    with pytest.warns(QuantizationWarning, match="rtn does not read activation"):
+        quantize_linear(w, method="rtn", bits=4, activation=ActivationScheme(8))
+
+
+def test_a_tuner_learns_for_the_quantized_inputs() -> None:
+    w, x = data()
+    plain, a4 = (quantize_linear(w, method="omniquant", bits=4, inputs=x, epochs=2, activation=a) for a in (None, ActivationScheme(4)))
+    assert not torch.equal(plain.dequantize(), a4.dequantize())
+    with pytest.raises(ValueError, match="dynamic=True, not static ranges"):
+        quantize_linear(w, method="omniquant", bits=4, inputs=x, activation=ActivationScheme(4, dynamic=False))
 
 
 def test_another_version_of_a_method_is_refused() -> None:

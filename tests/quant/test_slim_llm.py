@@ -129,6 +129,20 @@ def test_a_bit_list_replaces_the_search_and_gives_the_same_tensor() -> None:
         assert all(torch.equal(a, b) for a, b in zip(searched.tensor.pack().values(), again.tensor.pack().values(), strict=True))
 
 
+def test_a_bit_list_makes_all_groups_of_the_reference_asymmetric() -> None:
+    """Searched, the groups of fewer bits before the first wider one have the middle code as their zero."""
+    w, s = problem(6, 32)
+    w = w + 2
+    searched = SlimLlm().quantize(w, s, scheme(3, 4))
+    widths = searched.details["group_bits"]
+    leading = next(i for i, b in enumerate(widths) if b >= 3)
+    lists = (("weight", (2, *widths[1:])),) if not leading else (("weight", tuple(widths)),)
+    given = mixed(SlimLlm(bit_lists=lists).quantize(w, Statistics(hessian=s.hessian), scheme(3, 4)))
+    assert not bool((given.zero[:, 0] == 2).all())
+    if leading:
+        assert bool((mixed(searched).zero[:, :leading] == 2).all())
+
+
 @pytest.mark.parametrize(
     ("lists", "says"),
     [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.methods.single import single_linear
-from quant.methods.slim_llm import SlimLlm
+from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.slim_llm_plus import MixedClipping, SlimLlmPlus
 from quant.methods.tuner import TunableLinear, TuningBlocks, blocks_loss
 from quant.scheme import Granularity, WeightScheme
@@ -18,6 +18,7 @@ from quant.statistics import collect
 G8 = WeightScheme(2, granularity=Granularity.GROUP, group_size=8)
 EXACT = WeightScheme(2, False, Granularity.GROUP, 8, "float32")
 WIDTHS = (1, 2, 3, 2, 1, 3)
+GIVEN = Allocation(WIDTHS, torch.empty(0), torch.empty(0), 0.01, ["as given"], {"group_bits": list(WIDTHS)})
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -31,9 +32,12 @@ def blocks(scheme: WeightScheme = G8) -> TuningBlocks:
 
 def test_the_widths_are_slim_llms() -> None:
     b = blocks()
-    tensor: Any = SlimLlmPlus(epochs=1).tune(b).tensors["weight"].tensor
+    rounded = SlimLlmPlus(epochs=1).tune(b).tensors["weight"]
+    tensor: Any = rounded.tensor
     linear = b.linears["weight"]
-    want: Any = SlimLlm().quantize(linear.weight, linear.statistics, G8).tensor
+    slim = SlimLlm().quantize(linear.weight, linear.statistics, G8)
+    want: Any = slim.tensor
+    assert (rounded.damp, rounded.notes, rounded.details["p"]) == (slim.damp, slim.notes, slim.details["p"])
     assert tensor.widths == want.widths
     assert tensor.bits_stored == want.bits_stored
 
@@ -42,7 +46,7 @@ def test_the_widths_are_slim_llms() -> None:
     "scheme", [G8, WeightScheme(2, True, Granularity.GROUP, 8), WeightScheme(2, False, Granularity.GROUP, 8, "float32")]
 )
 def test_what_is_trained_is_what_is_stored(scheme: WeightScheme) -> None:
-    clip = MixedClipping("w", TunableLinear(random(5, 48) + 0.3, scheme), WIDTHS)
+    clip = MixedClipping("w", TunableLinear(random(5, 48) + 0.3, scheme), GIVEN)
     with torch.no_grad():
         for i, p in enumerate(clip.parameters()):
             p.add_(random(*p.shape, seed=i) - 3)
@@ -54,7 +58,7 @@ def test_what_is_trained_is_what_is_stored(scheme: WeightScheme) -> None:
 
 def test_one_bit_groups_keep_their_mean_and_start_at_the_papers_scale() -> None:
     w = random(5, 48) + 2
-    tensor: Any = MixedClipping("w", TunableLinear(w, EXACT), WIDTHS).hard(w).tensor
+    tensor: Any = MixedClipping("w", TunableLinear(w, EXACT), GIVEN).hard(w).tensor
     group = w[:, :8]
     mean = group.mean(1)
     torch.testing.assert_close(tensor.mean[:, 0], mean)
@@ -63,7 +67,7 @@ def test_one_bit_groups_keep_their_mean_and_start_at_the_papers_scale() -> None:
 
 def test_gradients_of_one_bit_scales_against_finite_differences() -> None:
     w = random(3, 48, dtype=torch.float64)
-    clip = MixedClipping("w", TunableLinear(w, EXACT), WIDTHS)
+    clip = MixedClipping("w", TunableLinear(w, EXACT), GIVEN)
     clip._dtype = torch.float64
     target = random(3, 48, seed=5, dtype=torch.float64)
     (clip.soft(w) - target).square().sum().backward()

@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from quant.scheme import WeightScheme
+from quant.scheme import ActivationScheme, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families
 from workers.context import Context
 from workers.errors import InputError
-from workers.rebuild import rebuild
-from workers.specs import ModelSpec, from_json
+from workers.rebuild import attach_runtime, rebuild
+from workers.specs import Component, ModelSpec, from_json
 from workers.stream import open_blocks
 
 MATRIX: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "matrix.yaml").read_text())
@@ -35,8 +35,13 @@ def calibration_of(family: str, known: dict[str, Calibrated], factory: pytest.Te
     if family not in known:
         folder = factory.mktemp(family)
         ctx = tiny_context(family, folder)
-        known[family] = ctx, calibrated(ctx, folder, "hessian", "absmax", "absmean", "samples")
+        known[family] = ctx, calibrated(ctx, folder, "hessian", "absmax", "absmean", "minmax", "samples")
     return known[family]
+
+
+def component(given: dict[str, dict[str, Any]]) -> Component:
+    ((name, params),) = given.items()
+    return Component(name, 1, tuple(sorted(params.items())))
 
 
 @pytest.mark.xdist_group("matrix")
@@ -47,9 +52,10 @@ def test_cell_works(
     ctx, statistics = calibration_of(family, calibrations, tmp_path_factory)
     method = METHODS[name]
     weight = from_json(WeightScheme, MATRIX["schemes"][method["scheme"]])
-    spec = quantize_spec(
-        method["rounding"], *method.get("transforms", ()), weight=weight, feeds=method.get("feeds", False), **method.get("params", {})
-    )
+    transforms = [t if isinstance(t, str) else component(t) for t in method.get("transforms", ())]
+    activation = from_json(ActivationScheme, method["activation"]) if "activation" in method else None
+    feeds, params = method.get("feeds", False), method.get("params", {})
+    spec = quantize_spec(method["rounding"], *transforms, weight=weight, activation=activation, feeds=feeds, **params)
     allowed = MATRIX["refusals"].get(name, {}).get(family)
     if allowed is not None:
         with pytest.raises(InputError, match=allowed):
@@ -61,6 +67,7 @@ def test_cell_works(
     assert summary["coverage"] == {"asked": len(shapes), "quantized": len(shapes), "kept": []}
     assert summary["bits_stored"] >= summary["bits_nominal"] - 1e-9
     model = rebuild(ctx, ModelSpec("model"), artifact)
+    attach_runtime(model, artifact, activation, None)
     with torch.no_grad():
         assert torch.isfinite(model(TOKENS, use_cache=False).logits).all()
 

@@ -119,7 +119,7 @@ def test_the_output_projection_is_left_alone_and_tensors_are_shared(tmp_path: Pa
 def test_without_activation_quantization_it_is_idle_and_flagged(tmp_path: Path) -> None:
     recipe, summary, notes = run(quantize_spec("rtn", REASSEMBLY), tmp_path)
     assert not reassembled(recipe)
-    assert summary["flags"] == ["qllm_reassembly could scale nothing in this model"]
+    assert summary["flags"] == ["qllm_reassembly could change nothing in this model"]
     assert any("qllm_reassembly left group qkv alone in 2 blocks: activations are not quantized" in n for n in notes)
 
 

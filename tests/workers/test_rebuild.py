@@ -298,6 +298,29 @@ def test_only_quantized_linears_get_quantized_inputs(tmp_path: Path) -> None:
     assert values["mlp.up_proj"] > 255
 
 
+def test_inputs_of_columns_that_quik_keeps_stay_exact_and_count_for_no_range(tmp_path: Path) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    spec = quantize_spec("gptq", weight=W4, outlier_columns=3, outlier_metric="quik")
+    artifact, _ = quantized(ctx, tmp_path / "q", spec, calibrated(ctx, tmp_path, "hessian"))
+    scheme, recipe = ActivationScheme(4, symmetric=False), Recipe(artifact)
+    reference = rebuild(ctx, MODEL, artifact)
+    for op in recipe.replaced():
+        kept = recipe.stored(op).kept.tolist()  # type: ignore[attr-defined]
+
+        def hook(_m: Any, args: tuple[Tensor, ...], kept: list[int] = kept) -> tuple[Tensor]:
+            rest = [c for c in range(args[0].shape[-1]) if c not in kept]
+            return (args[0].index_copy(-1, torch.tensor(rest), fake_quantize_activation(args[0][..., rest], scheme)),)
+
+        assert len(kept) == 3
+        linear_view(reference, op["module"]).module.register_forward_pre_hook(hook)
+    model = rebuild(ctx, MODEL, artifact)
+    plain = logits(model)
+    handle = attach_runtime(model, artifact, scheme, None)
+    assert torch.equal(logits(model), logits(reference))
+    handle.remove()
+    assert torch.equal(logits(model), plain)
+
+
 def test_static_ranges_come_from_the_artifact(tmp_path: Path) -> None:
     ctx = tiny_context("llama", tmp_path)
     artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(activation=STATIC), {})

@@ -112,3 +112,6 @@ def test_a_search_without_text_is_refused_and_an_idle_one_is_noted(tmp_path: Pat
     method = replace(base.rules[0].method, transforms=(Component("learned_rotation", 1, params),))
     quantized(ctx, tmp_path / "b", replace(base, rules=(replace(base.rules[0], method=method),)), {})
     assert any("nothing is quantized in the search" in n for n in ctx.notes)
+    kivi = KVScheme(2, group_size=4, kind="kivi", residual_length=4)
+    quantized(ctx, tmp_path / "c", replace(base, kv=kivi, rules=(replace(base.rules[0], method=method),)), {})
+    assert any("the search leaves the cache of kv.kind=kivi in full precision" in n for n in ctx.notes)

@@ -161,15 +161,23 @@ def test_calibrate_stages_of_one_set_share_a_pass_and_its_time(tmp_path: Path) -
     assert any("equal share" in n for n in h["notes"])
 
 
-def test_a_failing_calibration_fails_every_stage_of_its_pass(tmp_path: Path) -> None:
+def test_a_calibration_that_fails_among_others_fails_alone(tmp_path: Path) -> None:
     fake = FakeRunners(raises={"m": InputError("too short")})
     found = outcomes(request(tmp_path, {"h": calibrate("hessian"), "m": calibrate("absmax"), "e": EVALUATE}), fake)
-    for key in ("h", "m"):
-        failure = found[key].failure
-        assert failure is not None
-        assert failure.error_class is ErrorClass.USER
-        assert "too short" in failure.log_tail
+    assert fake.calls == [["h", "m"], ["h"], ["m"], "e"]
+    failure = found["m"].failure
+    assert failure is not None
+    assert failure.error_class is ErrorClass.USER
+    assert "too short" in failure.log_tail
+    assert found["h"].failure is None
     assert found["e"].failure is None
+
+
+def test_a_pass_that_lacks_memory_is_left_to_the_driver(tmp_path: Path) -> None:
+    fake = FakeRunners(raises={"m": MemoryError()})
+    found = outcomes(request(tmp_path, {"h": calibrate("hessian"), "m": calibrate("absmax")}), fake)
+    assert fake.calls == [["h", "m"]]
+    assert all(o.failure is not None and o.failure.error_class is ErrorClass.MEMORY for o in found.values())
 
 
 def test_stop_lets_the_running_stage_end_and_leaves_the_others_without_outcome(tmp_path: Path) -> None:

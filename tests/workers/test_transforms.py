@@ -55,7 +55,7 @@ def test_smoothing_counts_the_router_among_the_readers_of_its_input(tmp_path: Pa
         torch.testing.assert_close(old.post_attention_layernorm.weight / new.post_attention_layernorm.weight, want, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("before_norm", "flags"), [(True, []), (False, ["smoothquant could scale nothing in this model"])])
+@pytest.mark.parametrize(("before_norm", "flags"), [(True, []), (False, ["smoothquant could change nothing in this model"])])
 def test_a_transform_that_scales_nothing_is_flagged(before_norm: bool, flags: list[str], tmp_path: Path) -> None:
     folder = changed_model("opt", tmp_path / "m", do_layer_norm_before=before_norm)
     ctx = context(folder, tmp_path)
