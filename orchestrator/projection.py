@@ -48,7 +48,7 @@ class Projection:
         return None
 
     def _loop(self) -> None:
-        # A tracker that is not ready pauses itself; `finish` tries again and tells why.
+        # A tracker that is not ready pauses itself for a minute; what it missed then, `finish` tells.
         self._tracker.prepare()
         while not self._stop.wait(INTERVAL_S):
             if self._changed.is_set():

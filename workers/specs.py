@@ -103,7 +103,7 @@ class CalibrateSpec:
     model: ModelSpec
     calibration: CalibrationSpec
     statistic: str
-    """hessian, absmax, absmean, minmax, samples or kv."""
+    """hessian, absmax, absmean, minmax or samples; kv, kv_fisher or moments."""
 
 
 @dataclass(frozen=True)
