@@ -60,7 +60,11 @@ def _attach_activation(
         # Linears that share an input read the same tensor object: it is quantized once.
         kept = exact.get(name)
         if not (last and last[0] is x and last[1] is kept):
-            last[:] = [x, kept, quantized_input(x, tokens, scheme, ranges[name], shape, beside(kept))]
+            rounded = quantized_input(x, tokens, scheme, ranges[name], shape, beside(kept))
+            if kept is not None and not scheme.dynamic:
+                index = kept.to(x.device)
+                rounded = rounded.index_copy(-1, index, x.index_select(-1, index))
+            last[:] = [x, kept, rounded]
         out = last[2]
         assert out is not None
         return out
