@@ -17,8 +17,8 @@ defaults:
   - replicate: r0
   - cluster: here
   - tracking: none
-  - sweep: none
   - _self_
+  - sweep: none
 store: some/store
 models_dir: null
 data_dir: null

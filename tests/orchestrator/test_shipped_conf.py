@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import hydra
 import pytest
@@ -73,6 +74,18 @@ def test_the_example_sweep_shows_every_rule_at_work() -> None:
     assert rows.count(("gptq[rounding.params.damp=0.1]", "w2a16_channel")) == 2
     assert {rule.split(" ")[0] for _, rule in grid.excluded} == {"sweep.exclude", "sweep.only_if"}
     assert grid.notes == ()
+
+
+def test_a_named_sweep_sets_what_belongs_to_the_whole_sweep_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [none, _self_]\nbudget: 3.2\nhints: {batch_tokens: 512}\ndata_dir: texts\n"
+    )
+    plain = compose_grid([], multirun=True).settings
+    mine = compose_grid(["sweep=mine"], config_dir=str(tmp_path), multirun=True).settings
+    assert mine == {**plain, "budget": 3.2, "data_dir": "texts", "hints": {**plain["hints"], "batch_tokens": 512}}
+    given = compose_grid(["sweep=mine", "budget=4", "hints.batch_tokens=64"], config_dir=str(tmp_path), multirun=True).settings
+    assert given == {**mine, "budget": 4, "hints": {**mine["hints"], "batch_tokens": 64}}
 
 
 def test_words_of_the_configuration_are_those_of_the_code() -> None:
