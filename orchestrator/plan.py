@@ -123,6 +123,12 @@ class _Planner:
 
     def _task(self, option: Option) -> parts.TaskPart:
         def make() -> parts.TaskPart:
+            # Scores of a variant are told apart by the task's name.
+            if self._once(("task named", option.name), lambda: option).values != option.values:
+                raise PlanError(
+                    f"two tasks of the grid are called {option.name!r} and differ in their values; "
+                    "sweep the value that differs, so that names have it, or write an option file in conf/task/ for one of them"
+                )
             source = self._sources.text(option)
             part = parts.task_part(option, source)
             self._plan.texts[source.digest] = source

@@ -220,7 +220,7 @@ def test_jobs_of_a_launcher_become_one_grid_with_a_cell_per_job(small: Composer)
     jobs = [["method=hess", "method.rounding.params.damp=0.1"], ["method=plain"], ["method=hess", "method.rounding.params.damp=0.1"]]
     grid, cells = compose_jobs(small, jobs)
     assert len(grid.cells) == 2
-    assert [c.method.file for c in cells] == ["hess", "plain", "hess"]
+    assert [c.method.name for c in cells] == ["hess[rounding.params.damp=0.1]", "plain", "hess[rounding.params.damp=0.1]"]
     assert cells[0] is cells[2] or cells[0] == cells[2]
     with pytest.raises(ConfigError, match="differ in settings"):
         compose_jobs(small, [["store=a"], ["store=b"]])
