@@ -6,6 +6,7 @@ Everything wrong is a ConfigError on the driver, before anything is scheduled, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -14,7 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
+from orchestrator.option_keys import check_keys
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
+from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
 
 NOT_SWEPT = {
@@ -31,6 +34,7 @@ NOT_SWEPT = {
 """Settings of a sweep, with the reason why they are not axes."""
 
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
+HINTS = tuple(f.name for f in fields(Hints))
 
 FACTS = (
     "kind",
@@ -111,10 +115,16 @@ def settings_of(base: Base, overrides: Sequence[Override]) -> DictConfig:
 
 
 def resolved_settings(settings: DictConfig) -> dict[str, Any]:
-    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell."""
+    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell. So is an unknown hint."""
     with as_config_error("settings hold for the whole sweep and cannot read an axis"):
         plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    hints = plain.get("hints") or {}
+    if not isinstance(hints, dict):
+        raise ConfigError(f"hints is {hints!r}; expected a mapping, as in conf/config.yaml")
+    for key in hints:
+        if key not in HINTS:
+            raise ConfigError(unknown_name("key of hints", str(key), HINTS))
     return {str(k): v for k, v in plain.items()}
 
 
@@ -204,7 +214,8 @@ def _kind(value: Any) -> str:
 
 
 def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
-    """Values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
+    """Keys; then values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
+    check_keys(axis, name, values)
     for (owner, path), allowed in CHOICES.items():
         for value in _at(values, path.split(".")) if owner == axis else ():
             if isinstance(value, str) and value not in allowed:
