@@ -58,6 +58,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("method", "propagation"): PROPAGATIONS,
     ("method", "rounding.params.grid"): _GRIDS,
     ("method", "transforms.*.params.grid"): _GRIDS,
+    ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
@@ -68,6 +69,25 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("scheme", "kv.codebook"): KV_CODEBOOKS,
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
+
+_BITS_PER_GROUP = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
+_BACKEND = {"backend": ("native", "bitsandbytes")}
+_BOUNDS = {"kind": ("asymmetric", "symmetric")}
+WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gptq": {"outlier_metric": ("owq", "quik")},
+    "claq": {"score": ("magnitude", "hessian"), "variant": ("reference", "corrected"), "kmeans_start": ("plus_plus", "partition")},
+    "billm": {"variant": ("reference", "paper", "joint"), "metric": ("hessian", "magnitude")},
+    "pb_llm": {"variant": ("reference", "corrected"), "metric": ("magnitude", "hessian")},
+    "slim_llm": _BITS_PER_GROUP,
+    "slim_llm_plus": _BITS_PER_GROUP,
+    "learned_rounding": {"rule": ("autoround", "adaround")},
+    "nf4": _BACKEND,
+    "llm_int8": _BACKEND,
+    "clip": _BOUNDS,
+    "clip_output": _BOUNDS,
+    "qllm_reassembly": {"variant": ("reference", "paper")},
+}
+"""Kind of a method's component ▸ parameter ▸ its words. Tested against the classes."""
 
 
 def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
@@ -220,12 +240,28 @@ def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
         for value in _at(values, path.split(".")) if owner == axis else ():
             if isinstance(value, str) and value not in allowed:
                 raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', value, allowed)}")
+    if axis == "method":
+        _check_words(name, values)
     if axis == "scheme":
         parts = {part: values[part] for part in ("weight", "activation", "kv") if part in values}
         try:
             from_json(Scheme, parts)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"scheme={name}: {error}") from error
+
+
+def _check_words(name: str, method: Mapping[str, Any]) -> None:
+    """Of the components, and of the rounding where overrides change it."""
+    components = {f"transforms.{n}": t for n, t in (method.get("transforms") or {}).items() if t is not None}
+    components["rounding"] = method["rounding"]
+    given = [(f"{path}.params", c["kind"], c.get("params") or {}) for path, c in components.items()]
+    overrides = method.get("overrides")
+    if isinstance(overrides, Mapping):
+        given += [(f"overrides.{p}", method["rounding"]["kind"], o) for p, o in overrides.items() if isinstance(o, Mapping)]
+    for path, kind, params in given:
+        for key, allowed in WORDS.get(kind, {}).items():
+            if key in params and params[key] not in allowed:
+                raise ConfigError(f"method={name}: {unknown_name(f'method.{path}.{key}', str(params[key]), allowed)}")
 
 
 def _at(values: Any, path: Sequence[str]) -> list[Any]:
