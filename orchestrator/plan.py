@@ -81,6 +81,7 @@ class _Planner:
             raise PlanError(f"none of the {len(plan.skipped)} cells asked for is possible:\n{reasons}")
         for name in plan.provisional:
             plan.notes.append(f"model {name}: the hub was not reached, keys are provisional")
+        plan.notes += self._sources.notes
         skipped = sorted("|".join(s.cell.names().values()) for s in plan.skipped)
         plan.key = digest({"evaluate": sorted({c.evaluate for c in plan.cells}), "skipped": skipped})
         return plan

@@ -225,6 +225,26 @@ def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:
         plan_of("model=stories260k", models_dir=tmp_path / "models")
 
 
+@pytest.mark.parametrize("name", ["models_dir", "data_dir"])
+def test_a_folder_that_is_not_there_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"{name}=.*absent is not a folder; correct it, or BITGRID_"):
+        Sources(**{"models_dir": None, "data_dir": None, "cache_file": None, name: tmp_path / "absent"})
+
+
+def test_what_a_given_folder_lacks_is_noted_with_what_is_used_instead(tmp_path: Path) -> None:
+    grid = compose_grid(["task=self_perplexity,wikitext2", "task.params.limit=1,2", "calibration=self_text"], multirun=True)
+    assert build_plan(grid, Sources(None, None, tmp_path / "digests.json")).notes == []
+    notes = build_plan(grid, Sources(tmp_path, tmp_path, tmp_path / "digests.json")).notes
+    looked = f"{tmp_path / 'wikitext-llama-6m'} and no {tmp_path / 'wikitext_llama'}"
+    assert notes == [
+        f"model wikitext_llama: models_dir has no {looked}; the shipped copy is used",
+        f"text of task wikitext2: data_dir has no {tmp_path / 'wikitext2' / 'test.jsonl'}; Salesforce/wikitext of the hub is used",
+    ]
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "test.jsonl").write_text('{"text": "some words"}\n')
+    assert build_plan(grid, Sources(None, tmp_path, tmp_path / "digests.json")).notes == []
+
+
 def test_truncated_model_file_is_told_before_anything_runs(plan_of, tmp_path: Path) -> None:
     odd = odd_model(tmp_path, ASSET)
     weights = odd / "model.safetensors"
