@@ -20,7 +20,7 @@ from orchestrator import parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.overrides import has_overrides, rules
+from orchestrator.overrides import check_linears, has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
@@ -185,6 +185,8 @@ class _Planner:
             if refusal is not None:
                 return refusal
         table = self._rules(cell, weight)
+        for spec in dict.fromkeys(rule.method for rule in table):
+            check_linears(cell.method, spec, shapes, cell.model.name)
         for scheme in dict.fromkeys(rule.weight for rule in table):
             refusal = method.refuses(scheme, config.get("model_type"))
             if refusal is not None:

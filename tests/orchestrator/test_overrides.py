@@ -86,6 +86,30 @@ def test_wrong_overrides_say_what_is_allowed(plan_of: PlanOf, override: str, err
     assert all(w in str(e.value) for w in words), str(e.value)
 
 
+BITS = "method.rounding.params"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("method=claq", "scheme=w3a16_channel", f"{BITS}.layer_bits={{*.dwn_proj:4}}"), ["layer_bits: '*.dwn_proj'", "mlp.down_proj"]),
+        (("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{*.down_proj:[2,2]}}"), ["bit_lists: '*.down_proj'", "mlp.down_proj"]),
+        (("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{model.layers.9.mlp.up_proj:[2,2]}}"), ["bit_lists", "layers.9"]),
+    ],
+)
+def test_bits_per_linear_name_linears_of_the_model(plan_of: PlanOf, line: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(PlanError) as e:
+        plan_of(*line)
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_patterns_and_names_of_bits_per_linear_are_taken(plan_of: PlanOf) -> None:
+    bits = "{*.down_proj:4,model.layers.0.mlp.up_proj:2}"
+    (rule,) = table(plan_of("method=claq", "scheme=w3a16_channel", f"{BITS}.layer_bits={bits}")).values()
+    assert dict(rule.method.rounding.params)["layer_bits"] == (("*.down_proj", 4), ("model.layers.0.mlp.up_proj", 2))
+    plan_of("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{model.layers.0.mlp.up_proj:[2,2]}}")
+
+
 # --- automatic bits -------------------------------------------------------------------------------------------------
 
 
