@@ -6,6 +6,7 @@
 Patterns are those of a shell (`fnmatch`) on full module names. Of each mapping the last pattern that matches a linear decides.
 Without overrides one rule `*` serves all linears; with them the stage is given, and its key digests, the full table: one rule per
 linear by name. A pattern that matches no linear is an error; so is one among a method's parameters (`layer_bits`, `bit_lists`).
+A tuner has one set of parameters for all its linears: overrides of the method can only leave some alone.
 """
 
 from __future__ import annotations
@@ -106,6 +107,11 @@ def _weight(option: Option, base: WeightScheme, changes: Mapping[str, Any]) -> W
 
 
 def _method(option: Option, base: MethodSpec, changes: Mapping[str, Any]) -> MethodSpec:
+    if option.values["rounding"].get("feeds_text"):
+        raise ConfigError(
+            f"method={option.name}: overrides: {base.rounding.name} tunes linears together, with one set of parameters; "
+            "give null to leave linears alone, or overrides of the scheme"
+        )
     known = dict(base.rounding.params)
     for name in changes:
         if name not in known:

@@ -76,6 +76,7 @@ def test_parameters_of_the_rounding_differ_by_linear(plan_of: PlanOf) -> None:
         ("+scheme.overrides={*.down_proj:{bits:11}}", ConfigError, ["weight.bits=11 is not between 1 and 8"]),
         ("+scheme.overrides={*.down_proj:8}", ConfigError, ["give a mapping of changes"]),
         ("+scheme.overrides={*:null}", PlanError, ["leave no linear"]),
+        ("+method.overrides={*.dwn_proj:{damp:0.1}}", PlanError, ["'*.dwn_proj' matches no linear"]),
         ("+method.overrides={*.down_proj:{dump:8}}", ConfigError, ["dump", "nearest: damp"]),
         ("+scheme.overrides={*.down_proj:{group_size:100}}", PlanError, ["group size 100 does not divide 768 inputs (6 linears"]),
     ],
@@ -84,6 +85,21 @@ def test_wrong_overrides_say_what_is_allowed(plan_of: PlanOf, override: str, err
     with pytest.raises(error) as e:
         plan_of("method=gptq", "scheme=w4a16_g64", override)
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_every_method_takes_overrides(plan_of: PlanOf) -> None:
+    grid = compose_grid(["method=glob(*)", "+method.overrides={*.q_proj:null}"], multirun=True)
+    assert len(grid.cells) > 30
+    assert all(c.method.values["overrides"] == {"*.q_proj": None} for c in grid.cells)
+    rules = table(plan_of("method=hqq", "+method.overrides={*.q_proj:{iters:3}}"))
+    assert {n for n, r in rules.items() if dict(r.method.rounding.params)["iters"] == 3} == {n for n in rules if n.endswith("q_proj")}
+
+
+def test_linears_of_a_tuner_have_one_set_of_parameters_or_are_left_alone(plan_of: PlanOf) -> None:
+    names = table(plan_of("method=omniquant", "+method.overrides={*.q_proj:null}"))
+    assert len(names) == 6 * 6
+    with pytest.raises(ConfigError, match="omniquant tunes linears together, with one set of parameters; give null"):
+        plan_of("method=omniquant", "+method.overrides={*.q_proj:{epochs:1}}")
 
 
 BITS = "method.rounding.params"

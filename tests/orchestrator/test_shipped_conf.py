@@ -135,6 +135,13 @@ def test_words_of_methods_are_checked_while_composing(method: str, line: str, me
         compose_with(COMPOSER, [f"method={method}", line], multirun=False)
 
 
+@pytest.mark.parametrize(("transform", "changed"), [("smoothquant", []), ("awq", ["method.rounding.params.grid=awq_asym"]), ("clip", [])])
+def test_a_transform_can_be_put_in_front_of_a_rounding_and_the_usual_pairs_are_shipped(transform: str, changed: list[str]) -> None:
+    pair = compose_with(COMPOSER, [f"method={transform}_gptq"], multirun=False).cells[0].method
+    lines = ["method=gptq", f"+transform@method.transforms.{transform}={transform}", *changed]
+    assert compose_with(COMPOSER, lines, multirun=False).cells[0].method.values == pair.values
+
+
 def test_ten_thousand_cells_share_their_options() -> None:
     grid = compose_grid(["method=gptq", "method.rounding.params.damp=range(0,1,0.01)", "replicate.seed=range(100)"], multirun=True)
     assert len(grid.cells) == 10_000
