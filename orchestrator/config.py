@@ -6,6 +6,7 @@ Everything wrong is a ConfigError on the driver, before anything is scheduled, w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -14,7 +15,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
+from orchestrator.option_keys import check_keys
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
+from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
 
 NOT_SWEPT = {
@@ -31,6 +34,7 @@ NOT_SWEPT = {
 """Settings of a sweep, with the reason why they are not axes."""
 
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
+HINTS = tuple(f.name for f in fields(Hints))
 
 FACTS = (
     "kind",
@@ -54,6 +58,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("method", "propagation"): PROPAGATIONS,
     ("method", "rounding.params.grid"): _GRIDS,
     ("method", "transforms.*.params.grid"): _GRIDS,
+    ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
@@ -64,6 +69,25 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("scheme", "kv.codebook"): KV_CODEBOOKS,
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
+
+_BITS_PER_GROUP = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
+_BACKEND = {"backend": ("native", "bitsandbytes")}
+_BOUNDS = {"kind": ("asymmetric", "symmetric")}
+WORDS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gptq": {"outlier_metric": ("owq", "quik")},
+    "claq": {"score": ("magnitude", "hessian"), "variant": ("reference", "corrected"), "kmeans_start": ("plus_plus", "partition")},
+    "billm": {"variant": ("reference", "paper", "joint"), "metric": ("hessian", "magnitude")},
+    "pb_llm": {"variant": ("reference", "corrected"), "metric": ("magnitude", "hessian")},
+    "slim_llm": _BITS_PER_GROUP,
+    "slim_llm_plus": _BITS_PER_GROUP,
+    "learned_rounding": {"rule": ("autoround", "adaround")},
+    "nf4": _BACKEND,
+    "llm_int8": _BACKEND,
+    "clip": _BOUNDS,
+    "clip_output": _BOUNDS,
+    "qllm_reassembly": {"variant": ("reference", "paper")},
+}
+"""Kind of a method's component ▸ parameter ▸ its words. Tested against the classes."""
 
 
 def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
@@ -111,10 +135,16 @@ def settings_of(base: Base, overrides: Sequence[Override]) -> DictConfig:
 
 
 def resolved_settings(settings: DictConfig) -> dict[str, Any]:
-    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell."""
+    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell. So is an unknown hint."""
     with as_config_error("settings hold for the whole sweep and cannot read an axis"):
         plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
+    hints = plain.get("hints") or {}
+    if not isinstance(hints, dict):
+        raise ConfigError(f"hints is {hints!r}; expected a mapping, as in conf/config.yaml")
+    for key in hints:
+        if key not in HINTS:
+            raise ConfigError(unknown_name("key of hints", str(key), HINTS))
     return {str(k): v for k, v in plain.items()}
 
 
@@ -204,17 +234,34 @@ def _kind(value: Any) -> str:
 
 
 def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
-    """Values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
+    """Keys; then values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
+    check_keys(axis, name, values)
     for (owner, path), allowed in CHOICES.items():
         for value in _at(values, path.split(".")) if owner == axis else ():
             if isinstance(value, str) and value not in allowed:
                 raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', value, allowed)}")
+    if axis == "method":
+        _check_words(name, values)
     if axis == "scheme":
         parts = {part: values[part] for part in ("weight", "activation", "kv") if part in values}
         try:
             from_json(Scheme, parts)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"scheme={name}: {error}") from error
+
+
+def _check_words(name: str, method: Mapping[str, Any]) -> None:
+    """Of the components, and of the rounding where overrides change it."""
+    components = {f"transforms.{n}": t for n, t in (method.get("transforms") or {}).items() if t is not None}
+    components["rounding"] = method["rounding"]
+    given = [(f"{path}.params", c["kind"], c.get("params") or {}) for path, c in components.items()]
+    overrides = method.get("overrides")
+    if isinstance(overrides, Mapping):
+        given += [(f"overrides.{p}", method["rounding"]["kind"], o) for p, o in overrides.items() if isinstance(o, Mapping)]
+    for path, kind, params in given:
+        for key, allowed in WORDS.get(kind, {}).items():
+            if key in params and params[key] not in allowed:
+                raise ConfigError(f"method={name}: {unknown_name(f'method.{path}.{key}', str(params[key]), allowed)}")
 
 
 def _at(values: Any, path: Sequence[str]) -> list[Any]:

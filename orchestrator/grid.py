@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from orchestrator.cell import AXES, Cell, Grid
 from orchestrator.config import check_override, refuse_unknown_roots, resolved_settings, settings_of
 from orchestrator.errors import ConfigError
-from orchestrator.grid_axes import Choice, Request, axis_of, choices, dimensions, narrowed, read_overrides, zipped
+from orchestrator.grid_axes import Choice, Request, axis_of, choices, dimensions, narrowed, read_overrides, varied_keys, zipped
 from orchestrator.grid_options import OptionLoader, OptionTable, ReachesOutside, plain_values, reaches_in
 from orchestrator.grid_rules import Rules, apply_rules, extra_dimensions, read_rules, unzipped_conflicts
 from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text
@@ -65,17 +65,18 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
 def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Grid, list[Cell]]:
     """The grid of a launcher's jobs, each a full list of overrides for one cell, and the cell of each job.
 
-    Equal jobs share a cell. Settings must be the same in every job. Rules of a named sweep are for bitgrid's own sweeper; a
-    note says so where there are some.
+    Equal jobs share a cell. What differs between jobs is swept, and stands in the names of options. Settings must be the same in
+    every job. Rules of a named sweep are for bitgrid's own sweeper; a note says so where there are some.
     """
     roots: dict[tuple[str, ...], _Root] = {}
     rows: list[Row] = []
-    for job in jobs:
-        request = read_overrides(composer, job, multirun=False)
+    requests = [read_overrides(composer, job, multirun=False) for job in jobs]
+    varied = varied_keys(requests)
+    for request in requests:
         outside = tuple(str(o.input_line) for o in (*request.groups, *request.settings))
         if outside not in roots:
             roots[outside] = _Root.of(composer, request)
-        rows.append(next(choices(dimensions(request.axes), roots[outside].defaults)))
+        rows.append(next(choices(dimensions(request.axes, varied), roots[outside].defaults)))
     settings = [r.plain for r in roots.values()]
     if any(s != settings[0] for s in settings):
         raise ConfigError("jobs of one launch differ in settings of the sweep (cluster, tracking, store, folders); these cannot be swept")

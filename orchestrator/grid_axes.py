@@ -6,7 +6,7 @@ takes, with its overrides; cells share choice objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -152,20 +152,26 @@ def _check_group(composer: Composer, override: Override) -> None:
             raise ConfigError(unknown_name(group, "null" if text is None else str(text), options))
 
 
-def dimensions(axes: Mapping[str, Override]) -> list[Dimension]:
-    """One dimension per key, swept or fixed."""
+def dimensions(axes: Mapping[str, Override], varied: Collection[str] = ()) -> list[Dimension]:
+    """One dimension per key, swept or fixed. `varied`: keys of one value that count as swept all the same."""
     out = []
-    for override in axes.values():
+    for key, override in axes.items():
         if not override.is_sweep_override():
-            out.append(Dimension(((override,),), swept=False))
+            out.append(Dimension(((override,),), swept=key in varied))
             continue
         with as_config_error():
             values = sweep_values(override)
         if not values:
             raise ConfigError(f"{override.input_line} gives no value")
-        key = plain_key(override)
-        out.append(Dimension(tuple((make_override(key, v, override.type),) for v in values), swept=True))
+        path = plain_key(override)
+        out.append(Dimension(tuple((make_override(path, v, override.type),) for v in values), swept=True))
     return out
+
+
+def varied_keys(requests: Sequence[Request]) -> set[str]:
+    """Keys of axes that differ between requests, or that only some have: what the sweeper behind them swept."""
+    keys = {key for r in requests for key in r.axes}
+    return {key for key in keys if len({str(r.axes[key].input_line) if key in r.axes else None for r in requests}) > 1}
 
 
 def zipped(rows: Mapping[str, Sequence[Any]], fixed: Mapping[str, Override]) -> Dimension:

@@ -1,7 +1,8 @@
 """Rules of a named sweep (`sweep.exclude`, `sweep.only_if`, `sweep.zip`, `sweep.extra`), as in conf/sweep/none.yaml.
 
 A rule names axes, or keys inside them (`method.rounding.params.damp`). Values are option names, globs, or lists of them. A
-name that does not exist is an error, and so is a rule that no cell matches, unless the command line narrowed its axes.
+name that does not exist is an error, and so is a rule that no cell matches, a key that no option has, or a `then` that keeps no
+cell, unless the command line narrowed its axes.
 """
 
 from __future__ import annotations
@@ -91,6 +92,9 @@ def _rows(sweep: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 
 def _match(composer: Composer, row: Mapping[str, Any], where: str) -> Match:
+    for key in row:
+        if "@" in str(key):
+            raise ConfigError(f"{where}: {key} chooses a file; name values inside options instead, as method.transforms.awq.kind")
     return Match(tuple((key, tuple(_checked(composer, where, str(key), value))) for key, value in row.items()))
 
 
@@ -157,8 +161,9 @@ def unzipped_conflicts(zips: Iterable[Mapping[str, Any]]) -> None:
 def apply_rules(rules: Rules, cells: Sequence[Cell], narrowed_axes: set[str]) -> tuple[list[Cell], list[tuple[Cell, str]], list[str]]:
     """Cells kept, cells removed with their rule, and notes about rules that the command line made idle.
 
-    A rule that no cell matches is a ConfigError, unless one of its axes is in `narrowed_axes`.
+    A rule that no cell matches, and a `then` that keeps none, is a ConfigError, unless one of its axes is in `narrowed_axes`.
     """
+    _check_keys(rules, cells, narrowed_axes)
     used: set[int] = set()
     kept, removed = [], []
     for cell in cells:
@@ -170,7 +175,9 @@ def apply_rules(rules: Rules, cells: Sequence[Cell], narrowed_axes: set[str]) ->
         for limit in rules.only_if:
             if limit.condition(cell):
                 used.add(id(limit))
-                if not limit.then(cell):
+                if limit.then(cell):
+                    used.add(id(limit.then))
+                else:
                     reason = reason or f"sweep.only_if {limit.condition} then {limit.then}"
         kept.append(cell) if reason is None else removed.append((cell, reason))
     notes = []
@@ -182,4 +189,28 @@ def apply_rules(rules: Rules, cells: Sequence[Cell], narrowed_axes: set[str]) ->
             cells_have = "; ".join(f"{a}: {', '.join(sorted({getattr(c, a).name for c in cells}))}" for a in AXES if a in match.axes)
             raise ConfigError(f"{where} {match} matches no cell of the grid, which has {cells_have}; correct or remove the rule")
         notes.append(f"{where} {match} matches no cell: the command line narrowed the grid")
+    for limit in rules.only_if:
+        if id(limit) not in used or id(limit.then) in used:
+            continue
+        told = f"sweep.only_if {limit.condition} then {limit.then} keeps no cell"
+        if not (limit.condition.axes | limit.then.axes) & narrowed_axes:
+            raise ConfigError(f"{told}: all that match its condition would go; correct `then`, or write sweep.exclude")
+        notes.append(f"{told}: the command line narrowed the grid")
     return kept, removed, notes
+
+
+def _check_keys(rules: Rules, cells: Sequence[Cell], narrowed_axes: set[str]) -> None:
+    """A key inside an axis must be in some option of the grid; where the command line narrowed the axis, it may be in none."""
+    found = [("sweep.exclude", r) for r in rules.exclude]
+    found += [("sweep.only_if", m) for o in rules.only_if for m in (o.condition, o.then)]
+    for where, key in ((where, key) for where, match in found for key, _ in match.allowed):
+        axis, *path = key.split(".")
+        if not path or axis in narrowed_axes:
+            continue
+        level: list[Any] = [o.values for o in dict.fromkeys(getattr(c, axis) for c in cells)]
+        for depth, part in enumerate(path):
+            mappings = [v for v in level if isinstance(v, Mapping)]
+            level = [m[part] for m in mappings if part in m]
+            if not level:
+                above = ".".join([axis, *path[:depth]])
+                raise ConfigError(f"{where}: {unknown_name(f'key of {above}', part, {str(k) for m in mappings for k in m})}")

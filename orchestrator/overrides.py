@@ -5,7 +5,8 @@
 
 Patterns are those of a shell (`fnmatch`) on full module names. Of each mapping the last pattern that matches a linear decides.
 Without overrides one rule `*` serves all linears; with them the stage is given, and its key digests, the full table: one rule per
-linear by name. A pattern that matches no linear is an error.
+linear by name. A pattern that matches no linear is an error; so is one among a method's parameters (`layer_bits`, `bit_lists`).
+A tuner has one set of parameters for all its linears: overrides of the method can only leave some alone.
 """
 
 from __future__ import annotations
@@ -65,13 +66,32 @@ def _resolved(option: Option, shapes: Sequence[LinearShape], model: str, make: C
     for pattern, changes in patterns.items():
         names = [s.name for s in shapes if fnmatchcase(s.name, str(pattern))]
         if not names:
-            near = difflib.get_close_matches(str(pattern), [s.name for s in shapes], n=2, cutoff=0.0)
-            raise PlanError(f"{where}: {pattern!r} matches no linear of {model}; linears are named like {' or '.join(near)}")
+            raise _no_linear(where, str(pattern), shapes, model)
         if changes is not None and not isinstance(changes, Mapping):
             raise ConfigError(f"{where}: {pattern!r} is given {changes!r}; give a mapping of changes, or null to leave those linears alone")
         value = None if changes is None else make(changes)
         found.update(dict.fromkeys(names, value))
     return found
+
+
+def _no_linear(where: str, name: str, shapes: Sequence[LinearShape], model: str) -> PlanError:
+    near = difflib.get_close_matches(name, [s.name for s in shapes], n=2, cutoff=0.0)
+    return PlanError(f"{where}: {name!r} matches no linear of {model}; linears are named like {' or '.join(near)}")
+
+
+def check_linears(option: Option, method: MethodSpec, shapes: Sequence[LinearShape], model: str) -> None:
+    """Raises PlanError where the rounding's `layer_bits` (names or patterns) or `bit_lists` (names) hold what is no linear."""
+    params, known = dict(method.rounding.params), {s.name for s in shapes}
+    for key in ("layer_bits", "bit_lists"):
+        for name in _names(params.get(key)):
+            if name not in known and not (key == "layer_bits" and any(fnmatchcase(n, name) for n in known)):
+                raise _no_linear(f"method={option.name}: {key}", name, shapes, model)
+
+
+def _names(mapping: Any) -> list[str]:
+    """Of a mapping in the form of `Params`; a value of another type is the method's to refuse."""
+    pairs = mapping if isinstance(mapping, tuple) else ()
+    return [pair[0] for pair in pairs if isinstance(pair, tuple) and len(pair) == 2]
 
 
 def _weight(option: Option, base: WeightScheme, changes: Mapping[str, Any]) -> WeightScheme:
@@ -87,6 +107,11 @@ def _weight(option: Option, base: WeightScheme, changes: Mapping[str, Any]) -> W
 
 
 def _method(option: Option, base: MethodSpec, changes: Mapping[str, Any]) -> MethodSpec:
+    if option.values["rounding"].get("feeds_text"):
+        raise ConfigError(
+            f"method={option.name}: overrides: {base.rounding.name} tunes linears together, with one set of parameters; "
+            "give null to leave linears alone, or overrides of the scheme"
+        )
     known = dict(base.rounding.params)
     for name in changes:
         if name not in known:

@@ -123,9 +123,6 @@ def _component(option: Option, values: Mapping[str, Any]) -> Component:
 def scheme_part(option: Option) -> Scheme:
     values = option.values
     types: dict[str, type[Any]] = {"weight": WeightScheme, "activation": ActivationScheme, "kv": KVScheme}
-    unknown = sorted(set(values) - {*types, "overrides", "auto"})
-    if unknown:
-        raise ConfigError(f"scheme {option.name!r}: {unknown_name('part', unknown[0], [*types, 'overrides'])}")
     parts = {n: _checked(option, n, lambda n=n: from_json(types[n], values[n])) for n in types if values.get(n) is not None}  # type: ignore[misc]
     return Scheme(**parts)
 

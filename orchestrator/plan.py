@@ -20,7 +20,7 @@ from orchestrator import parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.overrides import has_overrides, rules
+from orchestrator.overrides import check_linears, has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
@@ -81,6 +81,7 @@ class _Planner:
             raise PlanError(f"none of the {len(plan.skipped)} cells asked for is possible:\n{reasons}")
         for name in plan.provisional:
             plan.notes.append(f"model {name}: the hub was not reached, keys are provisional")
+        plan.notes += self._sources.notes
         skipped = sorted("|".join(s.cell.names().values()) for s in plan.skipped)
         plan.key = digest({"evaluate": sorted({c.evaluate for c in plan.cells}), "skipped": skipped})
         return plan
@@ -123,6 +124,12 @@ class _Planner:
 
     def _task(self, option: Option) -> parts.TaskPart:
         def make() -> parts.TaskPart:
+            # Scores of a variant are told apart by the task's name.
+            if self._once(("task named", option.name), lambda: option).values != option.values:
+                raise PlanError(
+                    f"two tasks of the grid are called {option.name!r} and differ in their values; "
+                    "sweep the value that differs, so that names have it, or write an option file in conf/task/ for one of them"
+                )
             source = self._sources.text(option)
             part = parts.task_part(option, source)
             self._plan.texts[source.digest] = source
@@ -178,6 +185,8 @@ class _Planner:
             if refusal is not None:
                 return refusal
         table = self._rules(cell, weight)
+        for spec in dict.fromkeys(rule.method for rule in table):
+            check_linears(cell.method, spec, shapes, cell.model.name)
         for scheme in dict.fromkeys(rule.weight for rule in table):
             refusal = method.refuses(scheme, config.get("model_type"))
             if refusal is not None:

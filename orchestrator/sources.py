@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,16 @@ class Sources:
     cache_file: Path | None
     """Digests by path, size and modification time, so that large files are read once; None writes nothing."""
     allow_provisional: bool = False
+    notes: list[str] = field(default_factory=list)
+    """Each model and text that the folder given does not hold, with what is used instead."""
     _models: dict[int, ModelSource] = field(default_factory=dict)
     _texts: dict[str, TextSource] = field(default_factory=dict)
     _cache: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name, variable, folder in (("models_dir", "BITGRID_MODELS", self.models_dir), ("data_dir", "BITGRID_DATA", self.data_dir)):
+            if folder is not None and not folder.expanduser().is_dir():
+                raise SourceError(f"{name}={folder} is not a folder; correct it, or {variable}; {name}=null: shipped copies and the hub")
 
     def model(self, option: Option) -> ModelSource:
         if id(option) not in self._models:
@@ -84,8 +91,10 @@ class Sources:
                     return self._local_model(option.name, candidate)
                 tried.append(str(candidate))
         if values.get("asset"):
+            self._note(f"model {option.file}", "models_dir", tried, "the shipped copy")
             return self._local_model(option.name, ASSETS / values["asset"])
         if values.get("hub"):
+            self._note(f"model {option.file}", "models_dir", tried, f"{values['hub']['id']} of the hub")
             return self._hub_model(option.name, values["hub"])
         there = _folders(self.models_dir)
         raise SourceError(
@@ -141,8 +150,10 @@ class Sources:
                 return self._local_text(option, candidate)
             tried.append(str(candidate))
         if source.get("asset"):
+            self._note(f"text of {option.axis} {option.file}", "data_dir", tried, "the shipped copy")
             return self._local_text(option, ASSETS / source["asset"])
         if source.get("hub"):
+            self._note(f"text of {option.axis} {option.file}", "data_dir", tried, f"{source['hub']['id']} of the hub")
             hub = dict(source["hub"])
             options = {k: v for k, v in hub.items() if k not in ("id", "revision")}
             location = Location(kind="hub_dataset", path=hub["id"], revision=hub.get("revision"), options=options)
@@ -152,6 +163,11 @@ class Sources:
             f"{', '.join(tried) or str(source.get('file')) + ' in data_dir (not set)'}. "
             f"Set data_dir= (or BITGRID_DATA) to the folder that holds it, or {option.axis}.text.path= to the file"
         )
+
+    def _note(self, what: str, folder: str, tried: Sequence[str], instead: str) -> None:
+        note = f"{what}: {folder} has no {' and no '.join(tried)}; {instead} is used"
+        if tried and note not in self.notes:
+            self.notes.append(note)
 
     def _local_text(self, option: Option, path: Path) -> TextSource:
         if not path.is_file():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from orchestrator.hydra_bridge import Composer
 
+TASK = "version: 1\ntext: {file: d}\nprimary: nll\nmetrics: {nll: {higher_is_better: false}}\n"
 FILES = {
     "config": """
 defaults:
@@ -17,20 +18,22 @@ defaults:
   - replicate: r0
   - cluster: here
   - tracking: none
-  - sweep: none
   - _self_
+  - sweep: none
 store: some/store
 models_dir: null
 data_dir: null
 hints: {}
 """,
-    "model/tiny": "source: {name: tiny, revision: null}\ndtype: float32\n",
-    "model/large": "source: {name: large, revision: abc}\ndtype: bfloat16\n",
-    "model/larger": "source: {name: larger, revision: abd}\ndtype: bfloat16\n",
-    "method/plain": "rounding: {kind: rtn, params: {}}\ntransforms: {}\npropagation: original\n",
+    "model/tiny": "hub: {id: tiny, revision: null}\ndtype: float32\n",
+    "model/large": "hub: {id: large, revision: abc}\ndtype: bfloat16\n",
+    "model/larger": "hub: {id: larger, revision: abd}\ndtype: bfloat16\n",
+    "method/plain": "rounding: {kind: rtn, version: 1, needs: [], params: {}}\ntransforms: {}\npropagation: original\n",
     "method/hess": """
 rounding:
   kind: gptq
+  version: 1
+  needs: [hessian]
   params: {damp: 0.01, block: 128, act_order: true, order: "${.block}"}
 transforms: {}
 propagation: original
@@ -39,19 +42,19 @@ propagation: original
 defaults:
   - /transform@transforms.scale: search
   - _self_
-rounding: {kind: rtn, params: {}}
+rounding: {kind: rtn, version: 1, needs: [], params: {}}
 propagation: original
 """,
-    "transform/search": "kind: awq\nparams: {grid: 20, alpha: 0.5}\n",
-    "transform/clip": "kind: clip\nparams: {grid: 10}\n",
+    "transform/search": "kind: awq\nversion: 1\nneeds: [absmean]\nparams: {grid: 20, alpha: 0.5}\n",
+    "transform/clip": "kind: clip\nversion: 1\nneeds: []\nparams: {grid: 10}\n",
     "scheme/w4": "weight: {bits: 4, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",
     "scheme/w4g64": "weight: {bits: 4, symmetric: false, granularity: group, group_size: 64}\nactivation: null\nkv: null\n",
     "scheme/w2": "weight: {bits: 2, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",
     "scheme/w8a8": "weight: {bits: 8}\nactivation: {bits: 8}\nkv: null\n",
-    "calibration/text": "text: {digest: d, split: rows}\nsamples: 8\nsequence_length: 64\nsampling: windows\n",
-    "calibration/other": "text: {digest: e, split: rows}\nsamples: 16\nsequence_length: 64\nsampling: windows\n",
-    "task/ppl": "kind: perplexity\nparams: {window: 128, folder: '${data_dir}'}\n",
-    "task/div": "kind: divergence\nparams: {window: 128}\n",
+    "calibration/text": "text: {file: d, split: rows}\nsamples: 8\nsequence_length: 64\nsampling: windows\n",
+    "calibration/other": "text: {file: e, split: rows}\nsamples: 16\nsequence_length: 64\nsampling: windows\n",
+    "task/ppl": f"kind: perplexity\n{TASK}params: {{window: 128, folder: '${{data_dir}}'}}\n",
+    "task/div": f"kind: divergence\n{TASK}params: {{window: 128}}\n",
     "replicate/r0": "seed: 0\n",
     "replicate/r1": "seed: 1\n",
     "cluster/here": "kind: in_process\naddress: null\n",

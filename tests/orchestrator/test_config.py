@@ -37,8 +37,8 @@ WRONG = [
     ("task.params={windw: 3}", "unknown key of task.params in task ppl 'windw'; nearest: window"),
     ("task.params.window.x=1", "task.params.window of task ppl is the value 128, not a mapping"),
     (
-        "model.source.name=12",
-        r"model.source.name=12 is a whole number, expected text like tiny; quote it for text: model.source.name=\'12\'",
+        "model.hub.id=12",
+        r"model.hub.id=12 is a whole number, expected text like tiny; quote it for text: model.hub.id=\'12\'",
     ),
     ("model.dtype=float31", "unknown model.dtype 'float31'; nearest: float32"),
     ("method.propagation=quantised", "unknown method.propagation 'quantised'; nearest: quantized"),
@@ -88,16 +88,16 @@ def test_a_whole_number_is_a_number(small: Composer) -> None:
 
 
 def test_null_in_the_yaml_takes_any_type(small: Composer) -> None:
-    cell = compose_with(small, ["scheme.activation={bits: 8}", "model.source.revision=12"], multirun=False).cells[0]
+    cell = compose_with(small, ["scheme.activation={bits: 8}", "model.hub.revision=12"], multirun=False).cells[0]
     assert cell.scheme.values["activation"] == {"bits": 8}
-    assert cell.model.values["source"]["revision"] == 12
+    assert cell.model.values["hub"]["revision"] == 12
 
 
 def test_a_value_that_must_be_given_is_asked_for(tmp_path_factory: pytest.TempPathFactory) -> None:
-    needing = composer(tmp_path_factory.mktemp("conf"), model__asks="source: {name: '???'}\ndtype: float32\n")
-    with pytest.raises(ConfigError, match=r"model=asks needs a value: model.source.name is"):
+    needing = composer(tmp_path_factory.mktemp("conf"), model__asks="hub: {id: '???'}\ndtype: float32\n")
+    with pytest.raises(ConfigError, match=r"model=asks needs a value: model.hub.id is"):
         compose_with(needing, ["model=asks"], multirun=False)
-    assert compose_with(needing, ["model=asks", "model.source.name=x"], multirun=False).cells[0].model.values["source"] == {"name": "x"}
+    assert compose_with(needing, ["model=asks", "model.hub.id=x"], multirun=False).cells[0].model.values["hub"] == {"id": "x"}
 
 
 def test_a_broken_yaml_file_is_named(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -89,7 +89,7 @@ def test_defaults_of_an_option_stay_in_its_package_and_can_be_swept(small: Compo
 def test_a_transform_can_be_appended_and_taken_out(small: Composer) -> None:
     grid = compose_with(small, ["+transform@method.transforms.second=clip"], multirun=False)
     assert "adds to the defaults list of the root" in grid.notes[0]
-    assert grid.cells[0].method.values["transforms"] == {"second": {"kind": "clip", "params": {"grid": 10}}}
+    assert grid.cells[0].method.values["transforms"] == {"second": {"kind": "clip", "version": 1, "needs": [], "params": {"grid": 10}}}
     removed = compose_with(small, ["method=aware", "~transform@method.transforms.scale"], multirun=False).cells[0]
     assert "transforms" not in removed.method.values
     deleted = compose_with(small, ["~method.propagation"], multirun=False).cells[0]
@@ -112,8 +112,8 @@ def test_the_last_of_equal_keys_wins(small: Composer) -> None:
 
 
 def test_a_quoted_number_stays_text(small: Composer) -> None:
-    cell = compose_with(small, ["model.source.revision='0123'"], multirun=False).cells[0]
-    assert cell.model.values["source"]["revision"] == "0123"
+    cell = compose_with(small, ["model.hub.revision='0123'"], multirun=False).cells[0]
+    assert cell.model.values["hub"]["revision"] == "0123"
 
 
 OPTIONS = {
@@ -131,7 +131,7 @@ VALUES = {
     "++method.propagation": st.sampled_from(["original", "quantized"]),
     "task.params.window": st.integers(2, 4096).map(str),
     "replicate": st.builds("{{seed: {}}}".format, st.integers(0, 9)),
-    "model.dtype": st.sampled_from(["float16", "${model.source.name}2", "'bfloat16'"]),
+    "model.dtype": st.sampled_from(["float16", "${model.hub.id}2", "'bfloat16'"]),
     "data_dir": st.sampled_from(["/a", "null"]),
 }
 NEEDS = {"method.rounding.params": "hess", "method.transforms": "aware"}
@@ -151,9 +151,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 @settings(max_examples=15)
 @given(line=command_lines())
 def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -> None:
-    if any("${model.source.name}2" in x for x in line):
+    if any("${model.hub.id}2" in x for x in line):
         line = [x for x in line if x != "model=tiny" and x != "model=large"]  # "tiny2" is no dtype
-        line = [x.replace("${model.source.name}2", "float16") for x in line]
+        line = [x.replace("${model.hub.id}2", "float16") for x in line]
     grid = compose_with(small, line, multirun=False)
     expected = hydra_values(small, line)
     assert grid.notes == ()
@@ -161,15 +161,16 @@ def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -
     assert grid.settings == {k: v for k, v in expected.items() if k not in AXES}
 
 
+RTN = "kind: rtn, version: 1, needs: []"
 OUTWARD = {
-    "global package": ("method__far", "# @package _global_\nmethod: {rounding: {kind: rtn, params: {}}}\n", "puts method/far into package"),
-    "another axis": ("method__far", "rounding: {kind: rtn, params: {bits: '${scheme.weight.bits}'}}\n", "refers outside its package"),
+    "global package": ("method__far", f"# @package _global_\nmethod: {{rounding: {{{RTN}}}}}\n", "puts method/far into package"),
+    "another axis": ("method__far", f"rounding: {{{RTN}, params: {{bits: '${{scheme.weight.bits}}'}}}}\n", "refers outside its package"),
     "cross-group default": (
         "method__far",
-        "defaults: [/scheme@_global_.scheme.inner: w2, _self_]\nrounding: {kind: rtn}\n",
+        f"defaults: [/scheme@_global_.scheme.overrides: w2, _self_]\nrounding: {{{RTN}}}\n",
         "puts scheme/w2",
     ),
-    "resolver": ("method__far", "rounding: {kind: rtn, params: '${oc.dict.keys:scheme}'}\n", "uses a resolver"),
+    "resolver": ("method__far", f"rounding: {{{RTN}, params: {{parts: '${{oc.dict.keys:scheme}}'}}}}\n", "uses a resolver"),
     "sweep file": ("sweep__far", "# @package _global_\nmodel: {dtype: float16}\n", "sweep/far sets model from outside"),
 }
 
@@ -196,7 +197,7 @@ def test_the_slow_way_names_and_checks_values_too(tmp_path: Path) -> None:
 
 
 def test_an_option_that_changes_a_setting_is_refused(tmp_path: Path) -> None:
-    small = composer(tmp_path, method__far="# @package _global_\nmethod: {rounding: {kind: rtn}}\ncluster: {more: 1}\n")
+    small = composer(tmp_path, method__far=f"# @package _global_\nmethod: {{rounding: {{{RTN}}}}}\ncluster: {{more: 1}}\n")
     with pytest.raises(ConfigError, match="changes cluster"):
         compose_with(small, ["method=plain,far"], multirun=True)
 
@@ -220,7 +221,7 @@ def test_jobs_of_a_launcher_become_one_grid_with_a_cell_per_job(small: Composer)
     jobs = [["method=hess", "method.rounding.params.damp=0.1"], ["method=plain"], ["method=hess", "method.rounding.params.damp=0.1"]]
     grid, cells = compose_jobs(small, jobs)
     assert len(grid.cells) == 2
-    assert [c.method.file for c in cells] == ["hess", "plain", "hess"]
+    assert [c.method.name for c in cells] == ["hess[rounding.params.damp=0.1]", "plain", "hess[rounding.params.damp=0.1]"]
     assert cells[0] is cells[2] or cells[0] == cells[2]
     with pytest.raises(ConfigError, match="differ in settings"):
         compose_jobs(small, [["store=a"], ["store=b"]])
@@ -229,7 +230,7 @@ def test_jobs_of_a_launcher_become_one_grid_with_a_cell_per_job(small: Composer)
 def test_files_found_beside_the_shipped_folder_are_options_too(tmp_path: Path) -> None:
     main = write_conf(tmp_path / "main")
     (tmp_path / "more" / "method").mkdir(parents=True)
-    (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: mine, params: {}}\n")
+    (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: mine, version: 1, needs: []}\n")
     grid = compose_with(Composer.at(str(main), config_dir=str(tmp_path / "more")), ["method=mine,plain"], multirun=True)
     assert [c.method.values["rounding"]["kind"] for c in grid.cells] == ["mine", "rtn"]
 

@@ -76,6 +76,7 @@ def test_parameters_of_the_rounding_differ_by_linear(plan_of: PlanOf) -> None:
         ("+scheme.overrides={*.down_proj:{bits:11}}", ConfigError, ["weight.bits=11 is not between 1 and 8"]),
         ("+scheme.overrides={*.down_proj:8}", ConfigError, ["give a mapping of changes"]),
         ("+scheme.overrides={*:null}", PlanError, ["leave no linear"]),
+        ("+method.overrides={*.dwn_proj:{damp:0.1}}", PlanError, ["'*.dwn_proj' matches no linear"]),
         ("+method.overrides={*.down_proj:{dump:8}}", ConfigError, ["dump", "nearest: damp"]),
         ("+scheme.overrides={*.down_proj:{group_size:100}}", PlanError, ["group size 100 does not divide 768 inputs (6 linears"]),
     ],
@@ -84,6 +85,45 @@ def test_wrong_overrides_say_what_is_allowed(plan_of: PlanOf, override: str, err
     with pytest.raises(error) as e:
         plan_of("method=gptq", "scheme=w4a16_g64", override)
     assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_every_method_takes_overrides(plan_of: PlanOf) -> None:
+    grid = compose_grid(["method=glob(*)", "+method.overrides={*.q_proj:null}"], multirun=True)
+    assert len(grid.cells) > 30
+    assert all(c.method.values["overrides"] == {"*.q_proj": None} for c in grid.cells)
+    rules = table(plan_of("method=hqq", "+method.overrides={*.q_proj:{iters:3}}"))
+    assert {n for n, r in rules.items() if dict(r.method.rounding.params)["iters"] == 3} == {n for n in rules if n.endswith("q_proj")}
+
+
+def test_linears_of_a_tuner_have_one_set_of_parameters_or_are_left_alone(plan_of: PlanOf) -> None:
+    names = table(plan_of("method=omniquant", "+method.overrides={*.q_proj:null}"))
+    assert len(names) == 6 * 6
+    with pytest.raises(ConfigError, match="omniquant tunes linears together, with one set of parameters; give null"):
+        plan_of("method=omniquant", "+method.overrides={*.q_proj:{epochs:1}}")
+
+
+BITS = "method.rounding.params"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("method=claq", "scheme=w3a16_channel", f"{BITS}.layer_bits={{*.dwn_proj:4}}"), ["layer_bits: '*.dwn_proj'", "mlp.down_proj"]),
+        (("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{*.down_proj:[2,2]}}"), ["bit_lists: '*.down_proj'", "mlp.down_proj"]),
+        (("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{model.layers.9.mlp.up_proj:[2,2]}}"), ["bit_lists", "layers.9"]),
+    ],
+)
+def test_bits_per_linear_name_linears_of_the_model(plan_of: PlanOf, line: tuple[str, ...], words: list[str]) -> None:
+    with pytest.raises(PlanError) as e:
+        plan_of(*line)
+    assert all(w in str(e.value) for w in words), str(e.value)
+
+
+def test_patterns_and_names_of_bits_per_linear_are_taken(plan_of: PlanOf) -> None:
+    bits = "{*.down_proj:4,model.layers.0.mlp.up_proj:2}"
+    (rule,) = table(plan_of("method=claq", "scheme=w3a16_channel", f"{BITS}.layer_bits={bits}")).values()
+    assert dict(rule.method.rounding.params)["layer_bits"] == (("*.down_proj", 4), ("model.layers.0.mlp.up_proj", 2))
+    plan_of("method=slim_llm", "scheme=w2a16_g64", f"{BITS}.bit_lists={{model.layers.0.mlp.up_proj:[2,2]}}")
 
 
 # --- automatic bits -------------------------------------------------------------------------------------------------

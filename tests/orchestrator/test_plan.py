@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator.cell import Option
 from orchestrator.errors import ConfigError, PlanError, SourceError
-from orchestrator.grid import compose_grid
+from orchestrator.grid import compose_grid, compose_jobs
+from orchestrator.hydra_bridge import Composer
 from orchestrator.parts import method_part
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
 from tests.tiny_models import tiny_model
-from workers.specs import QuantizeSpec, StageKind
+from workers.specs import EvaluateSpec, QuantizeSpec, StageKind
 
 
 @pytest.fixture
@@ -115,6 +117,28 @@ def test_same_grid_in_another_order_is_the_same_sweep(plan_of) -> None:
     assert first.key == second.key
 
 
+def test_jobs_of_a_foreign_sweeper_get_the_scores_of_their_own_task(tmp_path: Path) -> None:
+    pairs = [(window, damp) for window in (64, 128) for damp in (0.01, 0.1)]
+    jobs = [["method=gptq", f"task.params.window={w}", f"method.rounding.params.damp={d}"] for w, d in pairs]
+    grid, cells = compose_jobs(Composer.at(), jobs)
+    plan = build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
+    planned = {c.cell: c for c in plan.cells}
+    for cell, (window, damp) in zip(cells, pairs, strict=True):
+        spec = plan.stages[planned[cell].evaluate].spec
+        assert isinstance(spec, EvaluateSpec)
+        assert dict(spec.task.params)["window"] == window
+        assert (cell.task.name, cell.method.name) == (f"self_perplexity[params.window={window}]", f"gptq[rounding.params.damp={damp}]")
+    assert kinds(plan) == {"calibrate": 1, "quantize": 2, "evaluate": 3 * 2}
+    assert len({v.label for v in plan.variants.values()}) == 3
+
+
+def test_tasks_that_differ_under_one_name_are_refused(tmp_path: Path) -> None:
+    grid = compose_grid(["task.params.window=64,128"], multirun=True)
+    alike = tuple(cell._replace(task=replace(cell.task, name="self_perplexity")) for cell in grid.cells)
+    with pytest.raises(PlanError, match="two tasks of the grid are called 'self_perplexity'"):
+        build_plan(replace(grid, cells=alike), Sources(None, None, tmp_path / "digests.json"))
+
+
 def test_inputs_come_before_what_reads_them(plan_of) -> None:
     plan = plan_of("method=rtn,gptq,awq", "scheme=w4a16_g64", "task=self_divergence")
     seen: set[str] = set()
@@ -199,6 +223,26 @@ def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:
     (tmp_path / "models" / "other").mkdir(parents=True)
     with pytest.raises(SourceError, match="other"):
         plan_of("model=stories260k", models_dir=tmp_path / "models")
+
+
+@pytest.mark.parametrize("name", ["models_dir", "data_dir"])
+def test_a_folder_that_is_not_there_is_told(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=f"{name}=.*absent is not a folder; correct it, or BITGRID_"):
+        Sources(**{"models_dir": None, "data_dir": None, "cache_file": None, name: tmp_path / "absent"})
+
+
+def test_what_a_given_folder_lacks_is_noted_with_what_is_used_instead(tmp_path: Path) -> None:
+    grid = compose_grid(["task=self_perplexity,wikitext2", "task.params.limit=1,2", "calibration=self_text"], multirun=True)
+    assert build_plan(grid, Sources(None, None, tmp_path / "digests.json")).notes == []
+    notes = build_plan(grid, Sources(tmp_path, tmp_path, tmp_path / "digests.json")).notes
+    looked = f"{tmp_path / 'wikitext-llama-6m'} and no {tmp_path / 'wikitext_llama'}"
+    assert notes == [
+        f"model wikitext_llama: models_dir has no {looked}; the shipped copy is used",
+        f"text of task wikitext2: data_dir has no {tmp_path / 'wikitext2' / 'test.jsonl'}; Salesforce/wikitext of the hub is used",
+    ]
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "test.jsonl").write_text('{"text": "some words"}\n')
+    assert build_plan(grid, Sources(None, tmp_path, tmp_path / "digests.json")).notes == []
 
 
 def test_truncated_model_file_is_told_before_anything_runs(plan_of, tmp_path: Path) -> None:

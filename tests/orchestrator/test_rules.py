@@ -124,6 +124,46 @@ def test_a_rule_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
         grid_of(tmp_path, f"  exclude: [{{method: aware}}]\n{params}")
 
 
+PARAMS = "hydra: {sweeper: {params: {method: 'plain,hess', scheme: 'w4,w4g64,w2'}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("exclude: [{scheme.weight.bit: 2}]", "sweep.exclude: unknown key of scheme.weight 'bit'; nearest: bits"),
+        ("only_if: [{if: {scheme.wieght.bits: 2}, then: {method: hess}}]", "unknown key of scheme 'wieght'; nearest: weight"),
+        (
+            "only_if: [{if: {scheme: w2}, then: {method.rounding.params.dmp: 0.01}}]",
+            "sweep.only_if: unknown key of method.rounding.params 'dmp'; nearest: damp",
+        ),
+        (
+            "only_if: [{if: {method: plain}, then: {scheme.weight.granularity: gruop}}]",
+            "sweep.only_if {method: plain} then {scheme.weight.granularity: gruop} keeps no cell: all that match its condition would go",
+        ),
+        ("exclude: [{transform@method.transforms.scale: clip}]", "transform@method.transforms.scale chooses a file; name values inside"),
+        ("only_if: [{if: {method: plain}, then: {scheme: w8a8}}]", "then {scheme: w8a8} keeps no cell"),
+    ],
+)
+def test_what_is_misspelt_inside_an_option_is_told_and_drops_no_cell(tmp_path: Path, rule: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        grid_of(tmp_path, f"  {rule}\n{PARAMS}")
+
+
+def test_a_key_that_some_options_have_serves_for_all(tmp_path: Path) -> None:
+    grid = grid_of(tmp_path, f"  only_if: [{{if: {{scheme: w2}}, then: {{method.rounding.params.damp: 0.01}}}}]\n{PARAMS}")
+    assert [m for m, s in pairs(grid) if s == "w2"] == ["hess"]
+    assert len(grid.cells) == 5
+
+
+def test_a_then_that_the_command_line_leaves_nothing_is_only_noted(tmp_path: Path) -> None:
+    rule = "  only_if: [{if: {method: plain}, then: {scheme.weight.bits: 2}}]\n"
+    grid = grid_of(tmp_path, f"{rule}{PARAMS}", "scheme=w4")
+    assert pairs(grid) == [("hess", "w4")]
+    assert grid.notes == (
+        "sweep.only_if {method: plain} then {scheme.weight.bits: 2} keeps no cell: the command line narrowed the grid",
+    )
+
+
 def test_a_rule_made_idle_by_the_command_line_is_only_noted(tmp_path: Path) -> None:
     params = "hydra: {sweeper: {params: {method: 'plain,hess'}}}\n"
     grid = grid_of(tmp_path, f"  exclude: [{{method: hess}}]\n{params}", "method=plain")

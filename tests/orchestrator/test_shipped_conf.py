@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
+import typing
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -12,7 +17,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from orchestrator.cell import AXES
-from orchestrator.config import CHOICES
+from orchestrator.config import CHOICES, WORDS
+from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid, compose_with
 from orchestrator.hydra_bridge import Composer
 
@@ -75,6 +81,18 @@ def test_the_example_sweep_shows_every_rule_at_work() -> None:
     assert grid.notes == ()
 
 
+def test_a_named_sweep_sets_what_belongs_to_the_whole_sweep_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [none, _self_]\nbudget: 3.2\nhints: {batch_tokens: 512}\ndata_dir: texts\n"
+    )
+    plain = compose_grid([], multirun=True).settings
+    mine = compose_grid(["sweep=mine"], config_dir=str(tmp_path), multirun=True).settings
+    assert mine == {**plain, "budget": 3.2, "data_dir": "texts", "hints": {**plain["hints"], "batch_tokens": 512}}
+    given = compose_grid(["sweep=mine", "budget=4", "hints.batch_tokens=64"], config_dir=str(tmp_path), multirun=True).settings
+    assert given == {**mine, "budget": 4, "hints": {**mine["hints"], "batch_tokens": 64}}
+
+
 def test_words_of_the_configuration_are_those_of_the_code() -> None:
     from quant import grids
     from workers import datasets
@@ -82,6 +100,46 @@ def test_words_of_the_configuration_are_those_of_the_code() -> None:
     assert set(CHOICES["method", "rounding.params.grid"]) == {*grids.GRIDS, *grids.ALIASES}
     assert set(CHOICES["calibration", "text.split"]) == set(CHOICES["task", "text.split"]) == set(datasets.SPLITS)
     assert set(CHOICES["calibration", "sampling"]) == set(datasets.SAMPLINGS)
+
+
+def test_every_word_of_a_method_is_one_that_its_class_takes_and_says() -> None:
+    """A parameter of the type `str` is a word; a class refuses others and lists its own."""
+    from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
+
+    classes: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS}
+    typed = {name: {f.name for f in dataclasses.fields(c) if typing.get_type_hints(c)[f.name] is str} for name, c in classes.items()}
+    assert {kind: set(params) for kind, params in WORDS.items()} == {name: params for name, params in typed.items() if params}
+    for kind, params in WORDS.items():
+        for parameter, words in params.items():
+            for word in words:
+                assert getattr(classes[kind](**{parameter: word}), parameter) == word
+            with pytest.raises(ValueError, match=f"{parameter}=.?wrong.? is unknown; choose ") as refusal:
+                classes[kind](**{parameter: "wrong"})
+            listed = str(refusal.value).partition("; choose ")[2].removeprefix("one of ").partition(", or leave")[0]
+            assert set(re.split(", | or ", listed)) == set(words)
+
+
+@pytest.mark.parametrize(
+    ("method", "line", "message"),
+    [
+        ("billm", "method.rounding.params.variant=papr", "unknown method.rounding.params.variant 'papr'; nearest: paper"),
+        ("claq", "method.rounding.params.kmeans_start=random", "unknown method.rounding.params.kmeans_start 'random'"),
+        ("owq", "method.rounding.params.outlier_metric=quick", "unknown method.rounding.params.outlier_metric 'quick'; nearest: quik"),
+        ("qllm", "method.transforms.qllm_reassembly.params.variant=eq5", "unknown method.transforms.qllm_reassembly.params.variant 'eq5'"),
+        ("gptq", "+method.overrides={*.q_proj:{outlier_metric:quick}}", "unknown method.overrides.*.q_proj.outlier_metric 'quick'"),
+        ("gptq", "+method.overrides={*.q_proj:{grid:g_assym}}", "unknown method.overrides.*.grid 'g_assym'; nearest: g_asym"),
+    ],
+)
+def test_words_of_methods_are_checked_while_composing(method: str, line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"method={method}: {message}")):
+        compose_with(COMPOSER, [f"method={method}", line], multirun=False)
+
+
+@pytest.mark.parametrize(("transform", "changed"), [("smoothquant", []), ("awq", ["method.rounding.params.grid=awq_asym"]), ("clip", [])])
+def test_a_transform_can_be_put_in_front_of_a_rounding_and_the_usual_pairs_are_shipped(transform: str, changed: list[str]) -> None:
+    pair = compose_with(COMPOSER, [f"method={transform}_gptq"], multirun=False).cells[0].method
+    lines = ["method=gptq", f"+transform@method.transforms.{transform}={transform}", *changed]
+    assert compose_with(COMPOSER, lines, multirun=False).cells[0].method.values == pair.values
 
 
 def test_ten_thousand_cells_share_their_options() -> None:
