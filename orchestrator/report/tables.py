@@ -117,10 +117,11 @@ def spec_of(stage: StageResult | None) -> dict[str, Any]:
 
 
 def nominal_bits(variant: VariantResult) -> float | None:
-    """Weight width: as quantized; as planned where that did not run and all rules agree."""
+    """Weight width: as quantized; as planned where that did not run, all rules agree, and the stage does not choose itself."""
     stage = variant.quantize or next(iter(variant.evaluations.values()), None)
     done = _number(stage.summary.get("bits_nominal")) if stage else None
-    planned = {r["weight"]["bits"] for r in spec_of(variant.quantize).get("rules", []) if r.get("weight")}
+    spec = spec_of(variant.quantize)
+    planned = {r["weight"]["bits"] for r in spec.get("rules", []) if r.get("weight") and not spec.get("auto")}
     return done if done is not None or len(planned) != 1 else float(planned.pop())
 
 

@@ -26,7 +26,7 @@ from orchestrator.report.choices import Standing, best_per_width, pareto_front, 
 from orchestrator.report.cost import costs
 from orchestrator.report.heat import heat_cells
 from orchestrator.report.overview import model_tables
-from orchestrator.report.tables import Row, long_table
+from orchestrator.report.tables import Row, long_table, nominal_bits
 from orchestrator.results import SkippedCell, SweepResult, TaskInfo, VariantResult
 from tests.orchestrator import synthetic
 
@@ -236,6 +236,14 @@ def test_heat_map_shows_the_differences_of_the_table_widest_scheme_first(tmp_pat
     headless = [r for r in page.rows if r and r[0][0] in ("rtn", "gptq", "awq") and len(r) == 4]
     shown = [float(g["data-delta"]) for line in headless for _, g in line if "data-delta" in g]
     assert sorted(shown) == sorted(r.delta for r in rows if r.is_primary and r.delta is not None)
+
+
+def test_bits_that_a_stage_will_choose_are_not_told_before(tmp_path: Path) -> None:
+    waiting = [("rtn", "w4a16_g64")]
+    _, variant = synthetic.sweep(tmp_path, methods=("rtn",), schemes=("w4a16_g64",), wait=waiting).variants
+    assert nominal_bits(variant) == 4
+    quantize = replace(variant.quantize, spec={**variant.quantize.spec, "auto": {"budget": 3.2, "candidates": []}})
+    assert nominal_bits(replace(variant, quantize=quantize)) is None
 
 
 def test_cost_counts_each_stage_once_and_each_cell_alone(tmp_path: Path) -> None:

@@ -142,6 +142,15 @@ def test_a_mixed_variant_names_all_its_bits(sweep: SweepResult) -> None:
     assert params["model.dtype"] == "bfloat16"
 
 
+def test_automatic_bits_show_their_budget(sweep: SweepResult) -> None:
+    v = variant(sweep, "v-rtn-w4")
+    assert v.quantize is not None
+    spec = {**(v.quantize.spec or {}), "auto": {"budget": 3.2, "candidates": [{"bits": 2}, {"bits": 8}]}}
+    params = described(change(sweep, v.key, quantize=replace(v.quantize, spec=spec)), v.key).params
+    assert (params["quant.bits"], params["quant.budget"]) == ("auto", "3.2")
+    assert "quant.budget" not in described(sweep, v.key).params
+
+
 def test_only_what_mlflow_cannot_amend_is_made_again(sweep: SweepResult) -> None:
     run = described(sweep, "v-rtn-w4")
     last = {p.name: p for p in run.metrics}
