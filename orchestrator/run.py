@@ -31,7 +31,7 @@ from orchestrator.stage import Resources, Stage, Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.tracked_runs import content_digest
-from orchestrator.tracking import SyncReport
+from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.request import Hints
 from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
@@ -111,6 +111,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
     the grid was asked for, so that the sweep can be resumed; `expected` is the key of the sweep that is to be resumed.
     """
     hints(grid.settings)
+    TrackingSettings.of(grid.settings["tracking"], Path.cwd())
     store = Store(store_root(grid.settings)).open()
     locked = Lease(store.root / "lease.json", "bitgrid run")
     with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:

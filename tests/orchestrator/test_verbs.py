@@ -20,7 +20,7 @@ from rich.console import Console
 
 from orchestrator import lease, run, verbs
 from orchestrator.command import Command
-from orchestrator.errors import PlanError, StoreLockedError
+from orchestrator.errors import ConfigError, PlanError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import Ledger, read_durations
@@ -129,6 +129,13 @@ def test_a_sweep_without_tracking_is_written_to_mlflow_later(tmp_path: Path, mon
     assert not (tmp_path / "mlflow.db").exists()
     assert reconcile(store, "tracking=mlflow")[0] == 0
     assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
+
+
+def test_credentials_in_the_address_of_the_server_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:hunter2@mlflow.example")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
+        sweep(tmp_path / "store", "method=rtn", "tracking=mlflow_server")
+    assert not (tmp_path / "store").exists()
 
 
 # --- stopped and resumed --------------------------------------------------------------------------------------------------
