@@ -32,7 +32,7 @@ from orchestrator.stage import Status
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
 from orchestrator.tracked_metrics import DeltaOf, Point, paired, progress, variant_points
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the form below; a change rewrites every run once."""
 SWEEP_RUN = "sweep"
 """Key of the sweep's own run among its variants' keys."""

@@ -56,6 +56,8 @@ class Row:
     """Bits per weight by the scheme's label."""
     bits_stored: float | None = None
     """Bits per weight of every stored tensor, scales and zero points included."""
+    kv_bits_stored: float | None = None
+    """Bits per key and value of the cache, after a whole window of the task."""
     model_bytes: int | None = None
     weight_error: float | None = None
     """Mean over the quantized linears."""
@@ -168,6 +170,7 @@ def _row(
         value=_number(stage.summary.get("scores", {}).get(metric)),
         bits_nominal=nominal_bits(variant),
         bits_stored=_number(facts.get("bits_stored")),
+        kv_bits_stored=_number((stage.summary.get("kv") or {}).get("bits_stored")),
         model_bytes=model_size(result, variant),
         weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),
         quantize_seconds=stage_seconds(quantize),
