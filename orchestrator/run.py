@@ -16,6 +16,7 @@ from orchestrator.command import Command, program
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
 from orchestrator.executors import open_executor
+from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
 from orchestrator.ledger import Durations, Ledger
@@ -37,6 +38,8 @@ from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
 LEAST_HINTS = {"threads": 1, "batch_tokens": 1, "memory_bytes": 1, "reference_bytes": 0, "quantized_cache": 1}
 DONE = (Status.SUCCEEDED, Status.CACHED)
+REPORT_MARKER = "report.digest"
+"""Beside a report: the state that it tells."""
 INTERRUPTED = 130
 """Exit code, as shells have it for Ctrl-C."""
 
@@ -247,16 +250,30 @@ def sync_lines(report: SyncReport) -> Iterator[str]:
 
 
 def refresh_report(store: Store, result: SweepResult) -> Path:
-    """Write the report unless the one that is there tells this very state; path of the page."""
-    folder = store.sweep_folder(result.key)
-    state = content_digest(result)
-    page, marker = folder / "report.html", folder / "report.digest"
-    if not (page.is_file() and marker.is_file() and marker.read_text() == state):
-        from orchestrator.report import write_report
+    """Write the report unless the files that are there tell this very state; path of the page."""
+    from orchestrator.report import ReportFiles
 
-        write_report(result, folder)
-        marker.write_text(state)
-    return page
+    folder = store.sweep_folder(result.key)
+    files, marker = ReportFiles.of(folder), folder / REPORT_MARKER
+    if files.all_there() and marker.is_file() and marker.read_text() == _report_state(result):
+        return files.html
+    return renew_report(store, result)
+
+
+def renew_report(store: Store, result: SweepResult) -> Path:
+    """Write the report; path of the page."""
+    from orchestrator.report import write_report
+
+    folder = store.sweep_folder(result.key)
+    files = write_report(result, folder)
+    (folder / REPORT_MARKER).write_text(_report_state(result))
+    return files.html
+
+
+def _report_state(result: SweepResult) -> str:
+    from orchestrator.report import SCHEMA
+
+    return digest([SCHEMA, content_digest(result), result.model_names, result.model_bytes])
 
 
 def show(run: SweepRun, console: Console) -> None:

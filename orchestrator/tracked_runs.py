@@ -71,13 +71,13 @@ class RunDescription:
 def content_digest(result: SweepResult, phase: Phase = Phase.ENDED) -> str:
     """Digest of all that the runs of a sweep are made from; equal digests need no sync. Reads no file.
 
-    Files attached to the sweep's run (the report) are not part of it.
+    Files attached to the sweep's run are not part of it, but what only the report tells of a sweep is: why cells were skipped.
     """
     stages = {s.key: s for v in result.variants for s in _stages(v)} | dict(result.stages)
     described = [[v.key, v.label, dict(v.axes), v.baseline_key, list(v.flags), [s.key for s in _stages(v)]] for v in result.variants]
     tasks = {n: [t.primary, dict(t.higher_is_better)] for n, t in result.tasks.items()}
     states = {k: [s.status.value, s.record, s.spec, s.failure, s.blocked_by, s.computed_by] for k, s in sorted(stages.items())}
-    whole = [result.key, result.name, result.created, result.config, result.provenance, tasks, len(result.skipped)]
+    whole = [result.key, result.name, result.created, result.config, result.provenance, tasks, [[s.axes, s.reason] for s in result.skipped]]
     return _digest([SCHEMA, phase.value, *whole, described, states])
 
 

@@ -19,7 +19,7 @@ from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.report import print_table
 from orchestrator.results import SweepResult, VariantResult
-from orchestrator.run import open_projection, project, refresh_report, remember_durations, run_grid, show, sync_lines
+from orchestrator.run import open_projection, project, refresh_report, remember_durations, renew_report, run_grid, show, sync_lines
 from orchestrator.stage import Status
 from orchestrator.store import Store
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
@@ -49,7 +49,10 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
     print_table(result, console)
-    page = refresh_report(store, result)
+    try:
+        page = renew_report(store, result)
+    except OSError as e:
+        raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 

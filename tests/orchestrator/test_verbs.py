@@ -20,7 +20,7 @@ from rich.console import Console
 
 from orchestrator import lease, run, verbs
 from orchestrator.command import Command
-from orchestrator.errors import ConfigError, PlanError, StoreLockedError
+from orchestrator.errors import ConfigError, PlanError, StoreError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import Ledger, read_durations
@@ -278,6 +278,32 @@ def test_a_corrupt_evaluation_is_set_aside_and_run_again(tmp_path: Path) -> None
     assert scores(again) == scores(first)
     assert [s for s in again.statuses.values() if s is Status.SUCCEEDED] == [Status.SUCCEEDED]
     assert len(list((store / "corrupt").iterdir())) == 1
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------------
+
+
+def test_asked_for_the_report_is_always_written(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    page = sweep(store, "method=rtn").report
+    whole = page.read_bytes()
+    page.write_text("by an older bitgrid, which left the same digest")
+    said = io.StringIO()
+    assert verbs.report(store, None, Console(file=said, width=200)) == 0
+    assert page.read_bytes() == whole
+    assert str(page) in said.getvalue()
+
+
+def test_a_report_that_cannot_be_written_is_told_below_the_table(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    page = sweep(store, "method=rtn").report
+    # As on a store that is read-only: nothing can be written where the table goes.
+    (page.parent / "table.csv").unlink()
+    (page.parent / "table.csv").mkdir()
+    said = io.StringIO()
+    with pytest.raises(StoreError, match=r"the report cannot be written: .*table\.csv"):
+        verbs.report(store, None, Console(file=said, width=200))
+    assert "rtn · w4a16_g64" in said.getvalue()
 
 
 # --- beside a driver at work ------------------------------------------------------------------------------------------------
