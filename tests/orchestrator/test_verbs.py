@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -304,6 +305,29 @@ def test_a_report_that_cannot_be_written_is_told_below_the_table(tmp_path: Path)
     with pytest.raises(StoreError, match=r"the report cannot be written: .*table\.csv"):
         verbs.report(store, None, Console(file=said, width=200))
     assert "rtn · w4a16_g64" in said.getvalue()
+
+
+# --- export ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    result = sweep(store, "method=rtn", "model.dtype=float32,float16").result
+    labels = [v.label for v in result.variants if v.quantize]
+    assert len(labels) == 2
+    started: list[list[str]] = []
+
+    def exported(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(verbs.subprocess, "run", exported)
+    for label in labels:
+        assert verbs.export(store, result.key, label, "dense", tmp_path / "out", Console(file=io.StringIO())) == 0
+    models, artifacts = ([c[c.index(flag) + 1] for c in started] for flag in ("--model", "--artifact"))
+    assert models[0] == models[1]
+    assert (Path(models[0]) / "config.json").is_file()
+    assert [Path(a).name for a in artifacts] == [v.quantize.key for v in result.variants if v.quantize]
 
 
 # --- beside a driver at work ------------------------------------------------------------------------------------------------
