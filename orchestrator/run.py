@@ -79,10 +79,11 @@ class SweepRun:
         return 0 if all(s in DONE for s in self.statuses.values()) else 1
 
 
-def sources(settings: Mapping[str, Any], store: Path, allow_provisional: bool = False) -> Sources:
+def sources(settings: Mapping[str, Any], store: Path, preview: bool = False) -> Sources:
+    """For a preview nothing is written, and a model may be provisional."""
     folders = {n: Path(settings[n]).expanduser() if settings.get(n) else None for n in ("models_dir", "data_dir")}
     cache = store / "cache" / "digests.json" if (store / "store.json").is_file() else None
-    return Sources(folders["models_dir"], folders["data_dir"], cache, allow_provisional)
+    return Sources(folders["models_dir"], folders["data_dir"], cache, cache_read_only=preview, allow_provisional=preview)
 
 
 def store_root(settings: Mapping[str, Any]) -> Path:
