@@ -176,6 +176,8 @@ def _statistic_bytes(spec: CalibrateSpec, size: _Size) -> int:
 
 
 def _stored_bytes(spec: QuantizeSpec, size: _Size) -> int:
+    if spec.auto is not None:
+        return int(size.linear_parameters * spec.auto.budget / 8)
     weight = spec.rules[-1].weight
     # A scale of 16 bits and a zero of `bits` per group.
     bits = weight.bits + ((16 + weight.bits) / weight.group_size if weight.group_size else 0)

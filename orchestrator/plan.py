@@ -69,6 +69,7 @@ class _Planner:
         if not self._grid.cells:
             raise PlanError("the grid has no cells: every one was excluded; loosen sweep.exclude or sweep.only_if")
         self._check_model_path()
+        self._check_budget()
         for cell in self._grid.cells:
             reason = self._impossible(cell)
             if reason is None:
@@ -93,6 +94,14 @@ class _Planner:
             raise ConfigError(
                 f"model.path= is for a single model, but the grid has {names}; put their folders into one and set models_dir= to it"
             )
+
+    def _check_budget(self) -> None:
+        budget = self._grid.settings.get("budget")
+        schemes = {id(c.scheme): c.scheme for c in self._grid.cells}.values()
+        if budget is None or any((s.values.get("auto") or {}).get("budget") == budget for s in schemes):
+            return
+        names = ", ".join(s.name for s in schemes)
+        raise ConfigError(f"budget={budget} is read by no scheme of the grid, which has {names}; choose scheme=auto, or leave budget out")
 
     # -- parts, each made once -------------------------------------------------------------------------------------
 
@@ -121,6 +130,14 @@ class _Planner:
 
     def _auto(self, option: Option) -> parts.AutoPart | None:
         return self._once(("auto", id(option)), lambda: parts.auto_part(option, self._scheme(option).weight))
+
+    def _scheme_name(self, option: Option) -> str:
+        """With the budget of automatic bits, which a setting of the sweep may give; as a sweep over budgets names it."""
+        auto = self._auto(option)
+        if auto is None or "auto.budget=" in option.name:
+            return option.name
+        swept = option.name[len(option.file) + 1 : -1]
+        return f"{option.file}[{swept + ',' if swept else ''}auto.budget={auto.auto.budget:g}]"
 
     def _task(self, option: Option) -> parts.TaskPart:
         def make() -> parts.TaskPart:
@@ -274,9 +291,9 @@ class _Planner:
             if calibrated:
                 runtime["kv_calibration"] = calibrated["kv"]
             key = digest({"quantize": quantize or [model.digest, model.dtype], **runtime})
-            names = [cell.model.name, cell.method.name, cell.scheme.name]
+            axes = {o.axis: o.name for o in cell if o.axis != "task"} | {"scheme": self._scheme_name(cell.scheme)}
+            names = [axes[a] for a in ("model", "method", "scheme")]
             names += [o.name for o in (cell.calibration, cell.replicate) if self._several[o.axis]]
-            axes = {o.axis: o.name for o in cell if o.axis != "task"}
             variant = PlannedVariant(key, " · ".join(names), axes, baseline.key, quantize, {}, self._flags(cell, scheme))
             return self._plan.variants.setdefault(key, variant)
 

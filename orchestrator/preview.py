@@ -112,4 +112,4 @@ def _plan(command: Command) -> tuple[Plan, Store]:
         store.open(create=False)
     # A driver may be at work on the store: nothing of it is held or written here.
     history = read_durations(store.root / "ledger.sqlite")
-    return build_plan(grid, sources(grid.settings, store.root, allow_provisional=True), estimator(history)), store
+    return build_plan(grid, sources(grid.settings, store.root, preview=True), estimator(history)), store

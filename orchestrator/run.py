@@ -16,6 +16,7 @@ from orchestrator.command import Command, program
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
 from orchestrator.executors import open_executor
+from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
 from orchestrator.ledger import Durations, Ledger
@@ -31,12 +32,14 @@ from orchestrator.stage import Resources, Stage, Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.tracked_runs import content_digest
-from orchestrator.tracking import SyncReport
+from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.request import Hints
 from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
 LEAST_HINTS = {"threads": 1, "batch_tokens": 1, "memory_bytes": 1, "reference_bytes": 0, "quantized_cache": 1}
 DONE = (Status.SUCCEEDED, Status.CACHED)
+REPORT_MARKER = "report.digest"
+"""Beside a report: the state that it tells."""
 INTERRUPTED = 130
 """Exit code, as shells have it for Ctrl-C."""
 
@@ -76,10 +79,11 @@ class SweepRun:
         return 0 if all(s in DONE for s in self.statuses.values()) else 1
 
 
-def sources(settings: Mapping[str, Any], store: Path, allow_provisional: bool = False) -> Sources:
+def sources(settings: Mapping[str, Any], store: Path, preview: bool = False) -> Sources:
+    """For a preview nothing is written, and a model may be provisional."""
     folders = {n: Path(settings[n]).expanduser() if settings.get(n) else None for n in ("models_dir", "data_dir")}
     cache = store / "cache" / "digests.json" if (store / "store.json").is_file() else None
-    return Sources(folders["models_dir"], folders["data_dir"], cache, allow_provisional)
+    return Sources(folders["models_dir"], folders["data_dir"], cache, cache_read_only=preview, allow_provisional=preview)
 
 
 def store_root(settings: Mapping[str, Any]) -> Path:
@@ -111,6 +115,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
     the grid was asked for, so that the sweep can be resumed; `expected` is the key of the sweep that is to be resumed.
     """
     hints(grid.settings)
+    TrackingSettings.of(grid.settings["tracking"], Path.cwd())
     store = Store(store_root(grid.settings)).open()
     locked = Lease(store.root / "lease.json", "bitgrid run")
     with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:
@@ -246,16 +251,30 @@ def sync_lines(report: SyncReport) -> Iterator[str]:
 
 
 def refresh_report(store: Store, result: SweepResult) -> Path:
-    """Write the report unless the one that is there tells this very state; path of the page."""
-    folder = store.sweep_folder(result.key)
-    state = content_digest(result)
-    page, marker = folder / "report.html", folder / "report.digest"
-    if not (page.is_file() and marker.is_file() and marker.read_text() == state):
-        from orchestrator.report import write_report
+    """Write the report unless the files that are there tell this very state; path of the page."""
+    from orchestrator.report import ReportFiles
 
-        write_report(result, folder)
-        marker.write_text(state)
-    return page
+    folder = store.sweep_folder(result.key)
+    files, marker = ReportFiles.of(folder), folder / REPORT_MARKER
+    if files.all_there() and marker.is_file() and marker.read_text() == _report_state(result):
+        return files.html
+    return renew_report(store, result)
+
+
+def renew_report(store: Store, result: SweepResult) -> Path:
+    """Write the report; path of the page."""
+    from orchestrator.report import write_report
+
+    folder = store.sweep_folder(result.key)
+    files = write_report(result, folder)
+    (folder / REPORT_MARKER).write_text(_report_state(result))
+    return files.html
+
+
+def _report_state(result: SweepResult) -> str:
+    from orchestrator.report import SCHEMA
+
+    return digest([SCHEMA, content_digest(result), result.model_names, result.model_bytes])
 
 
 def show(run: SweepRun, console: Console) -> None:

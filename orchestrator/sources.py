@@ -6,6 +6,7 @@ hub at the commit named in the option. A text likewise: `text.path`, `data_dir/<
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -54,6 +55,7 @@ class Sources:
     data_dir: Path | None
     cache_file: Path | None
     """Digests by path, size and modification time, so that large files are read once; None writes nothing."""
+    cache_read_only: bool = False
     allow_provisional: bool = False
     notes: list[str] = field(default_factory=list)
     """Each model and text that the folder given does not hold, with what is used instead."""
@@ -183,11 +185,10 @@ class Sources:
         name = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if name not in self._cache:
             self._cache[name] = file_digest(path)
-            if self.cache_file is not None:
-                self.cache_file.parent.mkdir(parents=True, exist_ok=True)
-                draft = self.cache_file.with_suffix(f".{os.getpid()}")
-                draft.write_text(json.dumps(self._cache, indent=0))
-                draft.replace(self.cache_file)
+            if self.cache_file is not None and not self.cache_read_only:
+                # Where it cannot be written, files are only read again the next time.
+                with contextlib.suppress(OSError):
+                    _write_cache(self.cache_file, self._cache)
         return self._cache[name]
 
 
@@ -202,6 +203,16 @@ def _read_cache(path: Path | None) -> dict[str, str]:
         return {} if path is None else dict(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
+
+
+def _write_cache(path: Path, digests: Mapping[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(f".{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(digests, indent=0))
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _weight_files(name: str, folder: Path) -> Weights:

@@ -76,9 +76,12 @@ def variant_points(
     notes: list[str] = []
     if variant.quantize is not None:
         points, notes = _quantize_points(variant.quantize)
-    elif variant.evaluations:
+    if variant.evaluations:
         # Of one evaluation that is the same however far the sweep has come.
-        points = _facts(variant.evaluations[min(variant.evaluations)], SIZES)
+        first = variant.evaluations[min(variant.evaluations)]
+        points += _cache_points(first)
+        if variant.quantize is None:
+            points += _facts(first, SIZES)
     for task, stage in variant.evaluations.items():
         if stage.record is None:
             continue
@@ -100,6 +103,12 @@ def _facts(stage: StageResult, names: Mapping[str, str]) -> list[Point]:
     if "size/model_bytes" in values:
         values["size/model_gib"] = values["size/model_bytes"] / GIB
     return [Point(n, v, at) for n, v in values.items()]
+
+
+def _cache_points(stage: StageResult) -> list[Point]:
+    """Bits per key and value, of an evaluation whose cache is quantized."""
+    bits = _numbers(stage.summary.get("kv") or {}).get("bits_stored")
+    return [] if stage.record is None or bits is None else [Point("size/kv_bits_stored", bits, _ms(stage.record["ended"]))]
 
 
 def _quantize_points(stage: StageResult) -> tuple[list[Point], list[str]]:

@@ -5,7 +5,7 @@ twice changes nothing, and a deleted database is rebuilt with the same names, pa
 
 | kind   | holds | names |
 |---|---|---|
-| params | the grid's axes | `model.name`, `quant.method`, `quant.scheme`, `quant.bits`, `calibration.name`, `replicate` |
+| params | the grid's axes | `model.name`, `quant.method`, `quant.scheme`, `quant.bits`, `quant.budget`, `calibration.name`, `replicate` |
 | metrics | numbers to sort and plot | `eval/<task>/<metric>`, `delta/<task>/<metric>` and `_low`, `_high`, `size/…`, `time/…` |
 | tags | identity, provenance, state | `bitgrid.*` |
 | artifacts | configuration, small tables, the record of each stage | `config/`, `tables/`, `stages/` |
@@ -32,7 +32,7 @@ from orchestrator.stage import Status
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
 from orchestrator.tracked_metrics import DeltaOf, Point, paired, progress, variant_points
 
-SCHEMA = 1
+SCHEMA = 3
 """Version of the form below; a change rewrites every run once."""
 SWEEP_RUN = "sweep"
 """Key of the sweep's own run among its variants' keys."""
@@ -71,13 +71,13 @@ class RunDescription:
 def content_digest(result: SweepResult, phase: Phase = Phase.ENDED) -> str:
     """Digest of all that the runs of a sweep are made from; equal digests need no sync. Reads no file.
 
-    Files attached to the sweep's run (the report) are not part of it.
+    Files attached to the sweep's run are not part of it, but what only the report tells of a sweep is: why cells were skipped.
     """
     stages = {s.key: s for v in result.variants for s in _stages(v)} | dict(result.stages)
     described = [[v.key, v.label, dict(v.axes), v.baseline_key, list(v.flags), [s.key for s in _stages(v)]] for v in result.variants]
     tasks = {n: [t.primary, dict(t.higher_is_better)] for n, t in result.tasks.items()}
     states = {k: [s.status.value, s.record, s.spec, s.failure, s.blocked_by, s.computed_by] for k, s in sorted(stages.items())}
-    whole = [result.key, result.name, result.created, result.config, result.provenance, tasks, len(result.skipped)]
+    whole = [result.key, result.name, result.created, result.config, result.provenance, tasks, [[s.axes, s.reason] for s in result.skipped]]
     return _digest([SCHEMA, phase.value, *whole, described, states])
 
 
@@ -227,6 +227,9 @@ def _params(variant: VariantResult) -> dict[str, str]:
         values = list(dict.fromkeys(w.get(name, "false" if name == "symmetric" else "none") for w in weights))
         if values:
             params[f"quant.{name}"] = ",".join(str(v).lower() for v in values)
+    if quantize.get("auto"):
+        # Its rule only holds the place of the widths that the stage itself chooses.
+        params.update({"quant.bits": "auto", "quant.budget": quantize["auto"]["budget"]})
     for part in ("activation", "kv"):
         found = next((s[part] for s in specs.values() if s.get(part)), None)
         if found:

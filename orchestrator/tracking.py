@@ -7,6 +7,7 @@ sweep goes on, and `bitgrid reconcile` catches up later.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -36,7 +37,7 @@ class TrackingSettings:
 
     @staticmethod
     def of(settings: Mapping[str, Any], project_dir: Path) -> TrackingSettings:
-        """Fill in the defaults that depend on the project folder. Raises ConfigError."""
+        """Fill in the defaults that depend on the project folder. Raises ConfigError, also for an address that holds credentials."""
         known = [f.name for f in fields(TrackingSettings)]
         for name in settings:
             if name not in known:
@@ -45,17 +46,30 @@ class TrackingSettings:
         if given.kind not in KINDS:
             raise ConfigError(unknown_name("tracking.kind", given.kind, KINDS))
         uri, artifacts = given.uri, given.artifact_location
+        if given.kind == "mlflow_server":
+            uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+        _refuse_credentials("tracking.uri (or MLFLOW_TRACKING_URI)", uri)
+        _refuse_credentials("tracking.artifact_location", artifacts)
         if given.kind == "mlflow":
             uri = uri or f"sqlite:///{project_dir.resolve() / 'mlflow.db'}"
             artifacts = artifacts or (project_dir.resolve() / "mlartifacts").as_uri()
-        elif given.kind == "mlflow_server":
-            uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
-            if not uri or not uri.startswith(("http://", "https://")):
-                raise ConfigError(
-                    f"tracking=mlflow_server has tracking.uri={uri!r}; give the address of the server, such as "
-                    "tracking.uri=http://mlflow.example:5000, or set MLFLOW_TRACKING_URI"
-                )
+        elif given.kind == "mlflow_server" and (not uri or not uri.startswith(("http://", "https://"))):
+            raise ConfigError(
+                f"tracking=mlflow_server has tracking.uri={uri!r}; give the address of the server, such as "
+                "tracking.uri=http://mlflow.example:5000, or set MLFLOW_TRACKING_URI"
+            )
         return TrackingSettings(given.kind, uri, artifacts, given.experiment, float(given.timeout_s), bool(given.log_artifacts))
+
+
+def _refuse_credentials(name: str, address: str | None) -> None:
+    """Settings go into the store, MLflow and the report, and messages name the address; this one does not."""
+    found = re.match(r"(?P<scheme>[\w+.-]+)://(?P<user>[^/?#]*)@", address or "")
+    if found is not None and (found["scheme"] in ("http", "https") or ":" in found["user"]):
+        raise ConfigError(
+            f"{name} holds a user name or password, which would be written into the store and the report; take it out of the address: "
+            "a server's go into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, a database's where its client looks for them "
+            "(for PostgreSQL PGPASSWORD or ~/.pgpass)"
+        )
 
 
 @dataclass(frozen=True)

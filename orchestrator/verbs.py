@@ -18,11 +18,12 @@ from orchestrator.grid import compose_grid
 from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.report import print_table
-from orchestrator.results import SweepResult, VariantResult
-from orchestrator.run import open_projection, project, refresh_report, remember_durations, run_grid, show, sync_lines
+from orchestrator.results import StageResult, SweepResult, VariantResult
+from orchestrator.run import open_projection, project, refresh_report, remember_durations, renew_report, run_grid, show, sync_lines
 from orchestrator.stage import Status
 from orchestrator.store import Store
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
+from orchestrator.tracked_runs import spec_of
 
 
 def _open(root: Path) -> Store:
@@ -49,7 +50,10 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
     print_table(result, console)
-    page = refresh_report(store, result)
+    try:
+        page = renew_report(store, result)
+    except OSError as e:
+        raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
     console.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 
@@ -108,7 +112,7 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     if chosen.quantize is None or chosen.quantize.payload is None:
         raise ConfigError(f"variant {chosen.label!r} has no quantized weights ({chosen.status.value}); export takes a quantized variant")
     command = [sys.executable, "-m", "workers.export", "--format", form, "--artifact", str(chosen.quantize.payload.parent)]
-    command += [*_model_arguments(result, store, chosen), "--out", str(out.expanduser().resolve())]
+    command += [*_model_arguments(result, store, chosen.quantize), "--out", str(out.expanduser().resolve())]
     code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
     if code == 0:
         console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
@@ -127,13 +131,13 @@ def _variant(result: SweepResult, name: str) -> VariantResult:
     raise ConfigError(unknown_name("variant", name, labels))
 
 
-def _model_arguments(result: SweepResult, store: Store, variant: VariantResult) -> list[str]:
-    """Where the export finds the unquantized model."""
+def _model_arguments(result: SweepResult, store: Store, quantize: StageResult) -> list[str]:
+    """Where the export finds the unquantized model: by its content, for several options (dtypes) may share a folder."""
     plan = json.loads((store.sweep_folder(result.key) / "plan.json").read_text())
-    name = variant.axes["model"]
-    location = next((m["location"] for m in plan["models"].values() if m["name"] == name), None)
-    if location is None:
-        raise StoreError(f"the sweep does not say where model {name!r} was; run it again and export then")
+    known = plan["models"].get(spec_of(quantize)["model"]["digest"])
+    if known is None:
+        raise StoreError(f"the sweep does not say where the model of {quantize.label!r} was; run it again and export then")
+    location = known["location"]
     if location["kind"] == "folder":
         return ["--model", location["path"]]
     return ["--hub-model", location["path"], "--revision", location["revision"]]

@@ -25,7 +25,7 @@ class ClusterSettings:
     """ray_existing: host:port of the head; `None` or auto: RAY_ADDRESS, or the cluster of this machine."""
     auth: str | None = None
     """token: `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or ~/.ray/auth_token holds it (ray_local makes its own). disabled: none.
-    `None`: token for ray_local; for ray_existing as `RAY_AUTH_MODE` says, else token where one is found."""
+    `None`: token; for ray_existing as `RAY_AUTH_MODE` says, where it is set."""
     namespace: str | None = None
     object_store_mb: int = 200
     """ray_local. Only small messages go through it; Ray's minimum is 75."""

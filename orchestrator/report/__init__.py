@@ -5,7 +5,7 @@ Everything here reads a `SweepResult` and nothing else; the same result gives th
 
 from __future__ import annotations
 
-from orchestrator.report.html import ReportFiles, write_report
+from orchestrator.report.html import SCHEMA, ReportFiles, write_report
 from orchestrator.report.terminal import print_table
 
-__all__ = ["ReportFiles", "print_table", "write_report"]
+__all__ = ["SCHEMA", "ReportFiles", "print_table", "write_report"]

@@ -18,6 +18,8 @@ from orchestrator.results import SweepResult
 
 # The page may load nothing: all it needs is inside.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+SCHEMA = 1
+"""Version of what the files show; a change writes every report once."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,13 @@ class ReportFiles:
     html: Path
     csv: Path
     parquet: Path
+
+    @classmethod
+    def of(cls, folder: Path) -> ReportFiles:
+        return cls(folder / "report.html", folder / "table.csv", folder / "table.parquet")
+
+    def all_there(self) -> bool:
+        return all(f.is_file() for f in (self.html, self.csv, self.parquet))
 
 
 def write_report(result: SweepResult, folder: Path) -> ReportFiles:
@@ -34,7 +43,7 @@ def write_report(result: SweepResult, folder: Path) -> ReportFiles:
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = long_table(result)
-    files = ReportFiles(folder / "report.html", folder / "table.csv", folder / "table.parquet")
+    files = ReportFiles.of(folder)
     _replace(files.csv, lambda path: write_csv(rows, path))
     _replace(files.parquet, lambda path: write_parquet(rows, path))
     page = render_page(result, rows)

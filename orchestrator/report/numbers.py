@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import datetime, timezone
 
 MINUS = "−"
@@ -79,6 +80,11 @@ def size_unit(largest: float) -> tuple[float, str]:
 
 def bits(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def bits_span(values: Sequence[float]) -> str:
+    """`2.25`, or from the least to the most: `2.25 to 2.50`."""
+    return " to ".join(dict.fromkeys(bits(v) for v in (min(values), max(values)))) if values else bits(None)
 
 
 def duration(seconds: float | None) -> str:

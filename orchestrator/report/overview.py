@@ -32,6 +32,11 @@ class Line:
     model_bytes: int | None
 
     @property
+    def kv_bits_stored(self) -> tuple[float, ...]:
+        """Distinct values over the tasks, ascending: a window of another length keeps another share in full precision."""
+        return tuple(sorted({r.kv_bits_stored for r in self.cells.values() if r.kv_bits_stored is not None}))
+
+    @property
     def method(self) -> str:
         return BASELINE if self.variant.is_baseline else self.variant.axes.get("method", "")
 
@@ -51,6 +56,11 @@ class ModelTable:
     @property
     def baseline(self) -> Line | None:
         return next((x for x in self.lines if x.variant.is_baseline), None)
+
+    @property
+    def has_caches(self) -> bool:
+        """Whether a variant stores keys and values quantized."""
+        return any(x.kv_bits_stored for x in self.lines)
 
     @property
     def quantized(self) -> tuple[Line, ...]:

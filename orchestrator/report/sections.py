@@ -73,11 +73,15 @@ def figure(f: Figure) -> Markup:
 def score_table(model: ModelTable) -> Markup:
     """Headline score per task, difference below it; the exact numbers are in data attributes."""
     heads = [_heading(t) for t in model.tasks]
-    rows = [[Td(x.name), *(_score(x.cells.get(t.name), x) for t in model.tasks), *_sizes(x), _flags(x)] for x in model.lines]
     flagged = any(x.variant.flags or (x.variant.quantize and x.variant.quantize.summary.get("flags")) for x in model.lines)
-    headings: list[object] = ["variant", *heads, "stored bits", "size", "flags"]
-    if not flagged:
-        headings, rows = headings[:-1], [r[:-1] for r in rows]
+    headings: list[object] = ["variant", *heads, "stored bits", "size"]
+    rows = [[Td(x.name), *(_score(x.cells.get(t.name), x) for t in model.tasks), *_sizes(x)] for x in model.lines]
+    if model.has_caches:
+        headings.append("stored KV bits")
+        rows = [[*r, _cache(x)] for r, x in zip(rows, model.lines, strict=True)]
+    if flagged:
+        headings.append("flags")
+        rows = [[*r, _flags(x)] for r, x in zip(rows, model.lines, strict=True)]
     classes = ["baseline" if x.variant.is_baseline else "" for x in model.lines]
     return table(headings, rows, label=f"{model.model}: scores", class_="scores", row_classes=classes)
 
@@ -114,6 +118,10 @@ def _sizes(line: Line) -> tuple[Td, Td]:
         Td(numbers.bits(stored), sort="" if stored is None else repr(stored)),
         Td(numbers.size(total), sort="" if total is None else total),
     )
+
+
+def _cache(line: Line) -> Td:
+    return Td(numbers.bits_span(line.kv_bits_stored), sort=repr(line.kv_bits_stored[0]) if line.kv_bits_stored else "")
 
 
 def _flags(line: Line) -> Td:

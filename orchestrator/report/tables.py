@@ -56,6 +56,8 @@ class Row:
     """Bits per weight by the scheme's label."""
     bits_stored: float | None = None
     """Bits per weight of every stored tensor, scales and zero points included."""
+    kv_bits_stored: float | None = None
+    """Bits per key and value of the cache, after a whole window of the task."""
     model_bytes: int | None = None
     weight_error: float | None = None
     """Mean over the quantized linears."""
@@ -117,10 +119,11 @@ def spec_of(stage: StageResult | None) -> dict[str, Any]:
 
 
 def nominal_bits(variant: VariantResult) -> float | None:
-    """Weight width: as quantized; as planned where that did not run and all rules agree."""
+    """Weight width: as quantized; as planned where that did not run, all rules agree, and the stage does not choose itself."""
     stage = variant.quantize or next(iter(variant.evaluations.values()), None)
     done = _number(stage.summary.get("bits_nominal")) if stage else None
-    planned = {r["weight"]["bits"] for r in spec_of(variant.quantize).get("rules", []) if r.get("weight")}
+    spec = spec_of(variant.quantize)
+    planned = {r["weight"]["bits"] for r in spec.get("rules", []) if r.get("weight") and not spec.get("auto")}
     return done if done is not None or len(planned) != 1 else float(planned.pop())
 
 
@@ -167,6 +170,7 @@ def _row(
         value=_number(stage.summary.get("scores", {}).get(metric)),
         bits_nominal=nominal_bits(variant),
         bits_stored=_number(facts.get("bits_stored")),
+        kv_bits_stored=_number((stage.summary.get("kv") or {}).get("bits_stored")),
         model_bytes=model_size(result, variant),
         weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),
         quantize_seconds=stage_seconds(quantize),

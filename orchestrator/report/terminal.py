@@ -50,6 +50,8 @@ def cell_lines(row: Row | None, is_baseline: bool) -> tuple[str, str]:
 def _parts(table: ModelTable, width: int) -> list[Table]:
     names = max(len(x.name) for x in table.lines)
     sizes = 2 * _FRAME + len("stored") + max(len(numbers.size(x.model_bytes)) for x in table.lines)
+    if table.has_caches:
+        sizes += _FRAME + max(len("KV bits"), *(len(numbers.bits_span(x.kv_bits_stored)) for x in table.lines))
     for separator in ("  ", "\n"):
         widths = {t.name: max(_width(x, t, separator) for x in table.lines) + _FRAME for t in table.tasks}
         if names + sizes + sum(widths.values()) <= width:
@@ -89,10 +91,13 @@ def _table(table: ModelTable, tasks: tuple[TaskInfo, ...], separator: str, part:
         out.add_column(escape(_heading(task)), justify="right", no_wrap=True, overflow="fold")
     out.add_column("stored\nbits", justify="right", no_wrap=True, overflow="fold")
     out.add_column("size", justify="right", no_wrap=True, overflow="fold")
+    if table.has_caches:
+        out.add_column("stored\nKV bits", justify="right", no_wrap=True, overflow="fold")
     for line in table.lines:
         cells = [_cell(line.cells.get(t.name), line.variant.is_baseline, separator) for t in tasks]
         style = "bold" if line.variant.is_baseline else None
-        out.add_row(Text(line.name), *cells, numbers.bits(line.bits_stored), numbers.size(line.model_bytes), style=style)
+        cache = [numbers.bits_span(line.kv_bits_stored)] if table.has_caches else []
+        out.add_row(Text(line.name), *cells, numbers.bits(line.bits_stored), numbers.size(line.model_bytes), *cache, style=style)
     return out
 
 

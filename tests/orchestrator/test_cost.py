@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import pytest
 from orchestrator.cost import estimate, what
 from quant.scheme import Granularity, WeightScheme
 from workers.specs import (
+    AutoBits,
     CalibrateSpec,
     CalibrationSpec,
     Component,
@@ -84,6 +85,12 @@ def test_stored_size_follows_bits_and_groups() -> None:
     weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
     assert size(quantized("rtn", bits=4)) == weights // 2
     assert size(quantized("rtn", bits=4, group_size=32)) == int(weights * (4 + 20 / 32) / 8)
+
+
+def test_automatic_bits_are_stored_within_their_budget() -> None:
+    # The rule's own width holds a place; a budget counts scales and zeros too.
+    spec = replace(quantized("rtn", bits=2, group_size=64), auto=AutoBits(3.25, (WeightScheme(2), WeightScheme(8))))
+    assert estimate(spec, llama(), {}).output_bytes == int(2 * (4 * 64 * 64 + 3 * 64 * 128) * 3.25 / 8)
 
 
 def test_history_replaces_the_guess_and_narrows_it() -> None:

@@ -142,9 +142,25 @@ def test_automatic_bits_plan_a_table_made_from_shared_candidates(tmp_path: Path)
     assert key(plan("scheme=w3a16_g64")) in auto.stages
 
 
+def test_a_budget_names_its_variant_however_it_is_given(plan_of: PlanOf, tmp_path: Path) -> None:
+    def named(plan: Plan) -> dict[str, tuple[str, str]]:
+        return {v.key: (v.label, v.axes["scheme"]) for v in plan.variants.values() if v.quantize}
+
+    grid = compose_grid(["task=self_perplexity", "method=rtn", "scheme=auto", "scheme.auto.budget=3.2,4.5"], multirun=True)
+    swept = named(build_plan(grid, Sources(None, None, tmp_path / "digests.json")))
+    assert sorted(scheme for _, scheme in swept.values()) == ["auto[auto.budget=3.2]", "auto[auto.budget=4.5]"]
+    assert all(label.endswith(f"rtn · {scheme}") for label, scheme in swept.values())
+    for given in ("budget=3.2", "scheme.auto.budget=3.2"):
+        one = named(plan_of("method=rtn", "scheme=auto", given))
+        assert len(one) == 1
+        assert one.items() <= swept.items()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["scheme=w4a16_g64", "budget=3.2"], ["budget=3.2 is read by no scheme of the grid, which has w4a16_g64; choose scheme=auto"]),
+        (["scheme=auto", "budget=3.2", "scheme.auto.budget=4"], ["budget=3.2 is read by no scheme"]),
         (["scheme=auto"], ["auto.budget=None", "as budget=3.2"]),
         (["scheme=auto", "budget=1.5"], ["not above the smallest width, 2"]),
         (["scheme=auto", "budget=3", "scheme.auto.bits=[4]"], ["at least two different widths"]),

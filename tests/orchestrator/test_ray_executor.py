@@ -176,6 +176,7 @@ with socket.create_server(("127.0.0.1", 0)) as closed:
 results = {
     "wrong token": attempt("0" * 64),
     "no token": attempt(None, auth="token"),
+    "nothing said": attempt(None),
     "disabled": attempt(None, auth="disabled"),
     "dead": attempt(token, address=dead),
     "too much": attempt(token, gpus_per_worker=1),
@@ -194,7 +195,8 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert "RAY_AUTH_TOKEN" in results["wrong token"]
-    assert "RAY_AUTH_TOKEN" in results["no token"]
+    assert "none is found; give the cluster's token in RAY_AUTH_TOKEN" in results["no token"]
+    assert results["nothing said"] == results["no token"]
     assert "RAY_AUTH_TOKEN" in results["disabled"]
     assert "nothing answers" in results["dead"]
     assert "has 0 GPUs" in results["too much"]

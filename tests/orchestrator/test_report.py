@@ -26,8 +26,8 @@ from orchestrator.report.choices import Standing, best_per_width, pareto_front, 
 from orchestrator.report.cost import costs
 from orchestrator.report.heat import heat_cells
 from orchestrator.report.overview import model_tables
-from orchestrator.report.tables import Row, long_table
-from orchestrator.results import SkippedCell, SweepResult, TaskInfo, VariantResult
+from orchestrator.report.tables import Row, long_table, nominal_bits
+from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from tests.orchestrator import synthetic
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -236,6 +236,48 @@ def test_heat_map_shows_the_differences_of_the_table_widest_scheme_first(tmp_pat
     headless = [r for r in page.rows if r and r[0][0] in ("rtn", "gptq", "awq") and len(r) == 4]
     shown = [float(g["data-delta"]) for line in headless for _, g in line if "data-delta" in g]
     assert sorted(shown) == sorted(r.delta for r in rows if r.is_primary and r.delta is not None)
+
+
+def with_cache(result: SweepResult, scheme: str, bits: dict[str, float]) -> SweepResult:
+    """Variants of the scheme as if they had quantized keys and values: `bits` stored by task."""
+
+    def cached(stage: StageResult, stored: float) -> StageResult:
+        summary = {**stage.summary, "kv": {"kind": "kivi", "mode": "simulate", "tokens": 512, "bits_stored": stored}}
+        return replace(stage, record={**(stage.record or {}), "summary": summary})
+
+    changed = []
+    for v in result.variants:
+        if v.axes["scheme"] == scheme:
+            v = replace(v, evaluations={t: cached(e, bits[t]) for t, e in v.evaluations.items()})
+        changed.append(v)
+    return replace(result, variants=tuple(changed))
+
+
+def test_stored_bits_of_the_cache_stand_beside_those_of_the_weights(tmp_path: Path) -> None:
+    plain = synthetic.sweep(tmp_path, methods=("rtn",), schemes=("w4a16_g64", "w3a16_g64"))
+    bits = {"self_perplexity": 2.5, "self_divergence": 2.25}
+    result = with_cache(plain, "w3a16_g64", bits)
+    files = write_report(result, tmp_path / "report")
+    told = {(r["scheme"], r["task"]): r["kv_bits_stored"] for r in pq.read_table(files.parquet).to_pylist()}
+    assert told == {(s, t): bits[t] if s == "w3a16_g64" else None for s in ("none", "w4a16_g64", "w3a16_g64") for t in bits}
+    page = Page(without_plotly(files.html.read_text(encoding="utf-8")))
+    (table,) = ([[t for t, _ in r] for r in page.rows[i : i + 4]] for i, r in enumerate(page.rows) if r and r[-1][0] == "stored KV bits")
+    assert [line[-1] for line in table] == ["stored KV bits", "–", "–", "2.25 to 2.50"]
+    out = io.StringIO()
+    print_table(result, Console(file=out, width=100))
+    assert "KV bits" in out.getvalue()
+    assert "2.25 to 2.50" in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= 100
+    without = page_of(plain, tmp_path / "plain")
+    assert "stored KV bits" not in " ".join(without.text)
+
+
+def test_bits_that_a_stage_will_choose_are_not_told_before(tmp_path: Path) -> None:
+    waiting = [("rtn", "w4a16_g64")]
+    _, variant = synthetic.sweep(tmp_path, methods=("rtn",), schemes=("w4a16_g64",), wait=waiting).variants
+    assert nominal_bits(variant) == 4
+    quantize = replace(variant.quantize, spec={**variant.quantize.spec, "auto": {"budget": 3.2, "candidates": []}})
+    assert nominal_bits(replace(variant, quantize=quantize)) is None
 
 
 def test_cost_counts_each_stage_once_and_each_cell_alone(tmp_path: Path) -> None:

@@ -228,6 +228,34 @@ def test_wrong_settings_are_named(settings: dict[str, Any], words: str, tmp_path
         open_tracker(settings, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "mlflow_server", "uri": "https://ann:hunter2@mlflow.example"},
+        {"kind": "mlflow_server", "uri": "http://hunter2@mlflow.example:5000/path"},
+        {"kind": "mlflow_server", "uri": "postgresql://ann:hunter2@database/mlflow"},
+        {"kind": "mlflow", "uri": "postgresql://ann:hunter2@database/mlflow"},
+        {"kind": "mlflow", "artifact_location": "ftp://ann:hunter2@files/mlflow"},
+    ],
+)
+def test_an_address_with_credentials_is_refused_and_not_repeated(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.*PGPASSWORD") as refused:
+        open_tracker(settings, tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "mlflow_server", "uri": "https://mlflow.example/a:b@c"},
+        {"kind": "mlflow", "uri": "postgresql://ann@database/mlflow", "artifact_location": "wasbs://runs@account.example/mlflow"},
+        {"kind": "mlflow", "uri": "sqlite:////home/a:b@c/mlflow.db"},
+    ],
+)
+def test_an_address_without_a_password_is_taken(settings: dict[str, Any], tmp_path: Path) -> None:
+    open_tracker(settings, tmp_path).close()
+
+
 def test_long_values_and_odd_names_are_logged_and_said(mlflow_project: Path, tmp_path: Path, sweep: SweepResult) -> None:
     v = variant(sweep, "v-rtn-w4")
     long = failed(v.evaluations["text"], message="x" * 20_000)

@@ -142,6 +142,29 @@ def test_a_mixed_variant_names_all_its_bits(sweep: SweepResult) -> None:
     assert params["model.dtype"] == "bfloat16"
 
 
+def test_a_quantized_cache_shows_its_bits(sweep: SweepResult) -> None:
+    v = variant(sweep, "v-rtn-w4")
+    stages = dict(v.evaluations)
+    for task, bits in (("text", 2.5), ("kl", 2.25)):
+        record = stages[task].record
+        assert record is not None
+        summary = {**record["summary"], "kv": {"kind": "kivi", "mode": "decode", "tokens": 128, "bits_stored": bits}}
+        stages[task] = replace(stages[task], record={**record, "summary": summary})
+    point = metric(described(change(sweep, v.key, evaluations=stages), v.key), "size/kv_bits_stored")
+    # Of one task, the same however far the sweep has come: MLflow cannot take a point back.
+    assert (point.value, point.timestamp_ms) == (2.25, round((stages["kl"].record or {})["ended"] * 1000))
+    assert not [p for p in described(sweep, v.key).metrics if p.name == "size/kv_bits_stored"]
+
+
+def test_automatic_bits_show_their_budget(sweep: SweepResult) -> None:
+    v = variant(sweep, "v-rtn-w4")
+    assert v.quantize is not None
+    spec = {**(v.quantize.spec or {}), "auto": {"budget": 3.2, "candidates": [{"bits": 2}, {"bits": 8}]}}
+    params = described(change(sweep, v.key, quantize=replace(v.quantize, spec=spec)), v.key).params
+    assert (params["quant.bits"], params["quant.budget"]) == ("auto", "3.2")
+    assert "quant.budget" not in described(sweep, v.key).params
+
+
 def test_only_what_mlflow_cannot_amend_is_made_again(sweep: SweepResult) -> None:
     run = described(sweep, "v-rtn-w4")
     last = {p.name: p for p in run.metrics}

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 
 from orchestrator import lease, run, verbs
 from orchestrator.command import Command
-from orchestrator.errors import PlanError, StoreLockedError
+from orchestrator.errors import ConfigError, PlanError, StoreError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import Ledger, read_durations
@@ -129,6 +130,13 @@ def test_a_sweep_without_tracking_is_written_to_mlflow_later(tmp_path: Path, mon
     assert not (tmp_path / "mlflow.db").exists()
     assert reconcile(store, "tracking=mlflow")[0] == 0
     assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
+
+
+def test_credentials_in_the_address_of_the_server_reach_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://ann:hunter2@mlflow.example")
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_USERNAME"):
+        sweep(tmp_path / "store", "method=rtn", "tracking=mlflow_server")
+    assert not (tmp_path / "store").exists()
 
 
 # --- stopped and resumed --------------------------------------------------------------------------------------------------
@@ -271,6 +279,55 @@ def test_a_corrupt_evaluation_is_set_aside_and_run_again(tmp_path: Path) -> None
     assert scores(again) == scores(first)
     assert [s for s in again.statuses.values() if s is Status.SUCCEEDED] == [Status.SUCCEEDED]
     assert len(list((store / "corrupt").iterdir())) == 1
+
+
+# --- the report ---------------------------------------------------------------------------------------------------------------
+
+
+def test_asked_for_the_report_is_always_written(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    page = sweep(store, "method=rtn").report
+    whole = page.read_bytes()
+    page.write_text("by an older bitgrid, which left the same digest")
+    said = io.StringIO()
+    assert verbs.report(store, None, Console(file=said, width=200)) == 0
+    assert page.read_bytes() == whole
+    assert str(page) in said.getvalue()
+
+
+def test_a_report_that_cannot_be_written_is_told_below_the_table(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    page = sweep(store, "method=rtn").report
+    # As on a store that is read-only: nothing can be written where the table goes.
+    (page.parent / "table.csv").unlink()
+    (page.parent / "table.csv").mkdir()
+    said = io.StringIO()
+    with pytest.raises(StoreError, match=r"the report cannot be written: .*table\.csv"):
+        verbs.report(store, None, Console(file=said, width=200))
+    assert "rtn · w4a16_g64" in said.getvalue()
+
+
+# --- export ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    result = sweep(store, "method=rtn", "model.dtype=float32,float16").result
+    labels = [v.label for v in result.variants if v.quantize]
+    assert len(labels) == 2
+    started: list[list[str]] = []
+
+    def exported(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(verbs.subprocess, "run", exported)
+    for label in labels:
+        assert verbs.export(store, result.key, label, "dense", tmp_path / "out", Console(file=io.StringIO())) == 0
+    models, artifacts = ([c[c.index(flag) + 1] for c in started] for flag in ("--model", "--artifact"))
+    assert models[0] == models[1]
+    assert (Path(models[0]) / "config.json").is_file()
+    assert [Path(a).name for a in artifacts] == [v.quantize.key for v in result.variants if v.quantize]
 
 
 # --- beside a driver at work ------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 Authentication is always decided here, by `RAY_AUTH_MODE`, which Ray reads once when it is first used in a process:
 a local cluster gets a fresh random token that lives in the environment of its processes only (Ray binds every interface,
-so a cluster without one would be open to the network); joining uses the cluster's token. An explicit address never turns
-authentication on by itself in Ray, and a wrong token makes `ray.init` retry for 20 s and then tell only that it could not
-connect: hence the question to the head first, which answers in milliseconds.
+so a cluster without one would be open to the network); joining takes the cluster's token unless told that it has none. An
+explicit address never turns authentication on by itself in Ray, and a wrong token makes `ray.init` retry for 20 s and then tell
+only that it could not connect: hence the question to the head first, which answers in milliseconds.
 """
 
 from __future__ import annotations
@@ -132,13 +132,14 @@ def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
     import ray
 
     address = settings.address if settings.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")
-    mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or ("token" if _token_found() else "disabled")
+    # Ray's own default is none: whoever joins a cluster that is open to its network says so.
+    mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or "token"
     session = Session(False, True, worker_env, _set_environment({"RAY_AUTH_MODE": mode}))
     try:
         _reload_authentication()
         if mode == "token" and not _token_found():
             # Ray would end this process.
-            raise ClusterError(f"cluster.auth=token, but no token is found; {TOKEN_HELP}")
+            raise ClusterError(f"a Ray cluster is joined with its token, and none is found; {TOKEN_HELP}")
         if address not in (None, "auto"):
             _check_head(str(address))
         with _own_sigterm():
