@@ -146,6 +146,12 @@ def choose_grid(name: str | None, scheme: WeightScheme) -> tuple[Grid, list[str]
     return chosen, []
 
 
+def without_grid(name: str | None, mse: bool, scheme: WeightScheme) -> list[str]:
+    """Notes on parameters that say nothing about the scheme's number format, which is none of integers."""
+    given = [text for text, used in ((f"grid={name}", name is not None), ("mse=true", mse)) if used]
+    return [f"without effect: {', '.join(given)}; weight.number={scheme.number} has values and scales of its own"] if given else []
+
+
 def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = False) -> Affine:
     """Scale and zero `[..., 1]` of values `[..., g]`, rounded to their stored type.
 

@@ -55,14 +55,17 @@ def run_quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
 
     Raises InputError (model, statistics or group size that do not fit), NumericalError, CorruptArtifactError.
     """
+    auto: dict[str, Any] = {}
+    if spec.auto is not None:
+        if "sensitivity" not in inputs:
+            raise InputError("automatic bits need a sensitivity table as the input `sensitivity`")
+        spec, auto["auto"] = with_chosen_bits(spec, spec.auto, inputs["sensitivity"])
+        inputs = {role: path for role, path in inputs.items() if role != "sensitivity"}
     model = open_blocks(context, spec.model)
-    if spec.auto is None:
-        return quantize_blocks(spec, inputs, payload, context, model, model.release)
-    if "sensitivity" not in inputs:
-        raise InputError("automatic bits need a sensitivity table as the input `sensitivity`")
-    resolved, chosen = with_chosen_bits(spec, spec.auto, inputs["sensitivity"])
-    statistics = {role: path for role, path in inputs.items() if role != "sensitivity"}
-    return {**quantize_blocks(resolved, statistics, payload, context, model, model.release), "auto": chosen}
+    try:
+        return {**quantize_blocks(spec, inputs, payload, context, model, model.release), **auto}
+    finally:
+        model.on_load.clear()  # a rotator there holds the model, which would stay until the garbage collector comes by
 
 
 def quantize_blocks(

@@ -54,5 +54,7 @@ def _finish(opened: BlockModel, context: Context) -> nn.Module:
         with context.phase("read"):
             for i in range(opened.structure.count):
                 opened.load(i)
+        # What acts on loading holds the model: without it a model that is let go is freed at once.
+        opened.on_load.clear()
     model: nn.Module = opened.model
     return model

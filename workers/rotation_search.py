@@ -51,6 +51,7 @@ def search_loss(
         given.append(
             Weights({n: v.weight() for n, v in views.items()}, {n: v.bias.detach() for n, v in views.items() if v.bias is not None})
         )
+    model.on_load.clear()  # all are read; the rotator there holds the model, which would outlast its last use
     whole = model.model.requires_grad_(False)
     _attach(whole, structure, spec)
 

@@ -109,6 +109,14 @@ def set_reassembly(module: nn.Module, made: Reassembly) -> None:
     set_steps(module, "reassembly", [_Reassemble(made)])
 
 
+def drop_reassemblies(block: nn.Module) -> None:
+    """Of a block that is given up."""
+    for module in block.modules():
+        known = module.__dict__.get("input_steps")
+        if known is not None:
+            known.slots.pop("reassembly", None)
+
+
 def set_steps(module: nn.Module, slot: str, steps: list[Step]) -> None:
     known = module.__dict__.get("input_steps")
     if known is None:

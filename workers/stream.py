@@ -27,6 +27,7 @@ from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.context import Context
 from workers.errors import InputError, NumericalError, UnsupportedModel
 from workers.specs import ModelSpec
+from workers.steps import drop_reassemblies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -98,6 +99,7 @@ class BlockModel:
 
     def release(self, i: int) -> None:
         """Give up block `i`'s memory; changes to it are lost."""
+        drop_reassemblies(self.blocks[i])
         self.blocks[i].to_empty(device="meta")
         self.loaded.discard(i)
 

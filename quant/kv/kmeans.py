@@ -1,8 +1,9 @@
 """One-dimensional weighted k-means: the start of scikit-learn's KMeans (greedy k-means++ on the seed's own random numbers), then
 Lloyd's steps on sorted values, where a step costs k binary searches.
 
-The start decides which local optimum is found, so a codebook that equals the reference's needs the reference's random stream:
-NumPy's RandomState, which is a Mersenne twister seeded by `init_genrand` (Matsumoto and Nishimura 1998).
+The start decides which local optimum is found, so a codebook that equals the reference's needs the reference's random stream, and
+its rounding: centred values, and distances and sums of weighted values in float32. `quant.kernels.kmeans_columns` works in float64,
+without weights, and would draw other centres.
 """
 
 from __future__ import annotations
@@ -13,21 +14,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from quant.kernels.kmeans_columns import numpy_stream, trials
+
 STEPS = 50
 ROUNDED = 2**17
 """Values up to which the start repeats the reference's rounding."""
 TOLERANCE = 1e-4
 """Of the variance of the values: Lloyd stops when the centres together moved less (squared)."""
-
-
-def numpy_stream(seed: int) -> random.Random:
-    """Python's generator in the state that NumPy's RandomState(seed) starts from: equal uniform numbers in [0, 1)."""
-    state = [seed]
-    for i in range(1, 624):
-        state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) & 0xFFFFFFFF)
-    stream = random.Random()
-    stream.setstate((3, (*state, 624), None))
-    return stream
 
 
 def kmeans(values: Tensor, k: int, weights: Tensor | None = None, seed: int = 0, steps: int = STEPS) -> Tensor:
@@ -54,17 +47,17 @@ def _start(v: Tensor, w: Tensor, k: int, exact: torch.dtype, stream: random.Rand
     def distances(c: int) -> Tensor:
         return (v - v[c]).square().to(exact).double()
 
-    trials = 2 + _log(k)
+    count = trials(k)
     shares = (w.to(exact) / w.sum().to(exact)).double().cumsum(0)
     first = int(torch.searchsorted(shares / shares[-1], stream.random(), right=True))
     chosen = [min(first, len(v) - 1)]
     near = distances(chosen[0])
     for _ in range(1, k):
         mass = _sums((w * near).to(exact))
-        draws = torch.tensor([stream.random() for _ in range(trials)], dtype=v.dtype, device=v.device) * (w * near).sum().to(exact).double()
+        draws = torch.tensor([stream.random() for _ in range(count)], dtype=v.dtype, device=v.device) * (w * near).sum().to(exact).double()
         candidates = torch.searchsorted(mass, draws).clamp(max=len(v) - 1).tolist()
         trial = [torch.minimum(near, distances(c)) for c in candidates]
-        best = min(range(trials), key=lambda i: float((trial[i] * w).sum()))
+        best = min(range(count), key=lambda i: float((trial[i] * w).sum()))
         chosen.append(candidates[best])
         near = trial[best]
     centres = v[chosen].sort().values
@@ -83,10 +76,6 @@ def _sums(x: Tensor) -> Tensor:
         return c - (c - a)
 
     return torch.tensor(list(accumulate(x.tolist(), add)), dtype=torch.float64, device=x.device)
-
-
-def _log(k: int) -> int:
-    return int(torch.log(torch.tensor(float(k), dtype=torch.float64)))
 
 
 def _lloyd(v: Tensor, w: Tensor, centres: Tensor, steps: int) -> Tensor:

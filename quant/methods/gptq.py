@@ -7,7 +7,7 @@ weights that hold the updates of finished blocks only, so that `block_size` matt
 groups makes groups of permuted columns and stores each column's group. With `outlier_columns` (0 is plain GPTQ) it is the rounding of OWQ
 (arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16; QUIK's inputs there do so at run time too.
 Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
-the error of the columns before it. `grid`, `mse` and `static_groups` then say nothing.
+the error of the columns before it: as with `static_groups`, whatever that says. `grid` and `mse` then say nothing, which is noted.
 Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, grouped
-from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales
+from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales, without_grid
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked
 from quant.number_formats import encode, number_format
@@ -85,6 +85,8 @@ class Gptq:
         w, hessian = checked("gptq", weight, statistics)
         k = weight.shape[1]
         chosen, notes = choose_grid(self.grid, scheme)
+        if scheme.number != "int":
+            notes = without_grid(self.grid, self.mse, scheme)
         groups = grouped(w, scheme)
 
         h, dead = revive_dead(hessian.to(w))

@@ -129,8 +129,8 @@ class PbLlm:
 
         codes = solve_columns(ready.weight.T, ready.upper, self.block_size, round_column).codes.T
         return PartiallyBinaryTensor(
-            ~low,
             codes.to(torch.uint8).contiguous(),
+            ~low,
             high.scale.to(scale_dtype),
             high.zero.to(torch.uint8),
             scale.to(scale_dtype),

@@ -103,7 +103,8 @@ class Quip:
         top = 2**scheme.bits - 1
         steps = (w / torch.where(scale == 0, 1.0, scale).to(w) + 1) / 2 * top
         values, fed = self._solve(steps.clamp(0, top), h, lambda _, x: x.round().clamp(0, top))
-        tensor = IncoherentTensor(values.to(torch.uint8), scale.view(1), torch.tensor([seed], device=device), scheme.bits, column_scale)
+        codes, seeds = values.to(torch.uint8), torch.tensor([seed], device=device)
+        tensor = IncoherentTensor(codes, scale.view(1), seeds, scheme.bits, input_scale=column_scale)
         return Rounded(tensor, damp=fed.damp, notes=notes + zero_notes + self._damp_notes(fed))
 
     def _plain(self, w: Tensor, h: Tensor, scheme: WeightScheme) -> Rounded:

@@ -2,7 +2,7 @@
 
 Objective: min |w - ŵ| per weight. Repositories mean different grids by "RTN" (`quant.grids`): GPTQ's is g_asym per
 row, AWQ's awq_asym in groups, QuaRot's q_sym per row. Number formats of the scheme other than integers have values and
-scales of their own (`quant.number_formats`): `grid` and `mse` then say nothing.
+scales of their own (`quant.number_formats`): `grid` and `mse` then say nothing, which is noted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, grid, with_stored_scales
+from quant.grids import choose_grid, fit, grid, with_stored_scales, without_grid
 from quant.methods.base import ANY, Linear, Rounded
 from quant.number_formats import encode, number_format
 from quant.scheme import ANY_NUMBER, Supports, WeightScheme
@@ -46,7 +46,9 @@ class Rtn:
         """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""
         require_finite("weight", weight)
         if scheme.number != "int":
-            return round_floating(weight, scheme)
+            floating = round_floating(weight, scheme)
+            floating.notes += without_grid(self.grid, self.mse, scheme)
+            return floating
         chosen, notes = choose_grid(self.grid, scheme)
         groups = grouped(weight.detach().float(), scheme)
 

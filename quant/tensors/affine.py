@@ -12,23 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.affine import Affine, ZeroKind
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class AffineTensor:
+class AffineTensor(Coded):
     format: ClassVar[str] = "affine"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     scale: Tensor
     """float16 or float32 `[R, G]`."""
     zero: Tensor
@@ -37,8 +35,6 @@ class AffineTensor:
     kind: ZeroKind
     g_idx: Tensor | None = None
     """Integers `[K]`."""
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -70,11 +66,6 @@ class AffineTensor:
         )
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
-
-    @property
     def group_size(self) -> int:
         """Columns per group."""
         return self.shape[1] // self.scale.shape[1]
@@ -84,14 +75,8 @@ class AffineTensor:
         return float(self.bits)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> AffineTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
-        that changes no value, else in float32."""
-        like_scales = scale.to(self.scale.dtype)
-        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def columns(self, per_group: Tensor) -> Tensor:
         """`[R, G]` ▸ float32 `[R, K]`: the value of each column's group."""
@@ -103,7 +88,7 @@ class AffineTensor:
         """float32 `[N, K]`."""
         affine = Affine(self.columns(self.scale), self.columns(self.zero), self.bits, self.kind)
         weight = affine.decode(self.codes.float())
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {"codes": pack_bits(self.codes, self.bits), "scale": self.scale}
@@ -113,9 +98,7 @@ class AffineTensor:
             payload["zero"] = self.zero
         if self.g_idx is not None:
             payload["g_idx"] = self.g_idx
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits, "zero": self.kind.value}
@@ -132,4 +115,4 @@ class AffineTensor:
         else:
             zero = payload["zero"]
         codes = unpack_bits(payload["codes"], bits, n * k).view(n, k)
-        return AffineTensor(codes, scale, zero, bits, kind, payload.get("g_idx"), payload.get("input_scale"))
+        return AffineTensor(codes, scale, zero, bits, kind, payload.get("g_idx"), input_scale=payload.get("input_scale"))

@@ -13,13 +13,14 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import SCALE_BITS, bits_stored
+from quant.accounting import SCALE_BITS
+from quant.tensors.base import Stored
 from quant.tensors.packing import pack_bits, unpack_bits
 
 LOW, HIGH, SALIENT, SECOND = range(4)
@@ -38,7 +39,7 @@ def decode(signs: Tensor, second: Tensor, split: Tensor, salient: Tensor, scale:
 
 
 @dataclass(frozen=True)
-class BinaryTensor:
+class BinaryTensor(Stored):
     format: ClassVar[str] = "binary"
 
     signs: Tensor
@@ -54,8 +55,6 @@ class BinaryTensor:
     mean: Tensor | None
     """Like scale `[N, B, 3]`."""
     block_size: int
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.signs.shape
@@ -80,14 +79,8 @@ class BinaryTensor:
         return 1 + self.salient_share
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.signs.numel())
-
-    def with_input_scale(self, scale: Tensor) -> BinaryTensor:
-        """The same signs standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
-        that changes no value, else in float32."""
-        like_scales = scale.to(self.scale.dtype)
-        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -97,7 +90,7 @@ class BinaryTensor:
             mean = None if self.mean is None else self.mean[:, b].float()
             flags = (self.signs[:, c], self.second[:, c], self.split[:, c], self.salient[c])
             weight[:, c] = decode(*flags, self.scale[:, b].float(), mean)
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {
@@ -109,9 +102,7 @@ class BinaryTensor:
         }
         if self.mean is not None:
             payload["mean"] = self.mean
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "block_size": self.block_size}
@@ -127,7 +118,7 @@ class BinaryTensor:
         second[:, salient] = unpack_bits(payload["second"], 1, n * s).view(n, s).bool()
         split[:, ~salient] = unpack_bits(payload["split"], 1, n * (k - s)).view(n, k - s).bool()
         parts = (signs, second, split, salient, payload["scale"], payload.get("mean"))
-        return BinaryTensor(*parts, int(meta["block_size"]), payload.get("input_scale"))
+        return BinaryTensor(*parts, int(meta["block_size"]), input_scale=payload.get("input_scale"))
 
 
 def binary_bits(shape: tuple[int, int], block_size: int, scale_dtype: str, *, means: bool) -> float:

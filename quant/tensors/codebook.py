@@ -15,13 +15,13 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
@@ -38,11 +38,9 @@ class Outliers:
 
 
 @dataclass(frozen=True)
-class CodebookTensor:
+class CodebookTensor(Coded):
     format: ClassVar[str] = "codebook"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     widths: Tensor
     """Bits of each column, int64 `[K]`, 1 to 8."""
     tables: Tensor
@@ -50,8 +48,6 @@ class CodebookTensor:
     label: float
     """The paper's bits per weight."""
     outliers: Outliers | None = None
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -64,17 +60,8 @@ class CodebookTensor:
             raise ValueError(f"{o.values.numel()} outliers at {o.rows.numel()} rows do not belong to counts of {tuple(o.counts.shape)}")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
-
-    @property
     def bits_nominal(self) -> float:
         return self.label
-
-    @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
 
     @property
     def bits_formula(self) -> float:
@@ -82,11 +69,9 @@ class CodebookTensor:
         kept = 0 if self.outliers is None else self.outliers.values.numel()
         return bits_formula(self.widths.tolist(), self.shape[0], 8 * self.tables.element_size(), kept)
 
-    def with_input_scale(self, scale: Tensor) -> CodebookTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the tables where
-        that changes no value, else in float32."""
-        like_tables = scale.to(self.tables.dtype)
-        return replace(self, input_scale=like_tables if torch.equal(like_tables.float(), scale.float()) else scale.float())
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        return self.tables.dtype
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -96,7 +81,7 @@ class CodebookTensor:
             column = torch.repeat_interleave(torch.arange(len(o.counts), device=o.counts.device), o.counts)
             columns[column, o.rows] = o.values.float()
         weight = columns.T.contiguous()
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         n = self.shape[0]
@@ -112,9 +97,7 @@ class CodebookTensor:
             payload["outliers"] = self.outliers.values
             payload["outlier_counts"] = self.outliers.counts.to(_smallest(n))
             payload["outlier_rows"] = _pack_wide(self.outliers.rows, _index_bits(n))
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "widths": _kinds(self.widths), "label": self.label}
@@ -140,7 +123,7 @@ class CodebookTensor:
             values = payload["outliers"]
             rows = _unpack_wide(payload["outlier_rows"], _index_bits(n), values.numel())
             outliers = Outliers(payload["outlier_counts"].long(), rows, values)
-        return CodebookTensor(codes, widths, tables, float(meta["label"]), outliers, payload.get("input_scale"))
+        return CodebookTensor(codes, widths, tables, float(meta["label"]), outliers, input_scale=payload.get("input_scale"))
 
 
 def bits_formula(widths: Sequence[int], n: int, value_bits: int, outliers: int = 0) -> float:

@@ -11,40 +11,31 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.number_formats import NumberFormat, Scales, number_format
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 SCALES = ("scale", "tensor_scale", "scale_scale", "scale_offset")
 
 
 @dataclass(frozen=True)
-class FloatingTensor:
+class FloatingTensor(Coded):
     format: ClassVar[str] = "floating"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     scales: Scales
     number: str
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
         r, g = self.scales["scale"].shape
         if r not in (1, n) or k % g:
             raise ValueError(f"codes {(n, k)} and scale {(r, g)} do not belong together")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
 
     @property
     def _format(self) -> NumberFormat:
@@ -55,28 +46,20 @@ class FloatingTensor:
         return float(self._format.element.bits)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> FloatingTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept in float16 where that
-        changes no value and the scales are float16, else in float32."""
+    def scale_dtype(self) -> torch.dtype:
         dtype = self.scales["scale"].dtype
-        narrow = scale.to(dtype if dtype.is_floating_point else torch.float32)
-        return replace(self, input_scale=narrow if torch.equal(narrow.float(), scale.float()) else scale.float())
+        return dtype if dtype.is_floating_point else torch.float32
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
         scale = self._format.read(self.scales)
         values = self._format.element.values().to(self.codes.device)[self.codes.long()]
         weight = values * scale.repeat_interleave(self.shape[1] // scale.shape[1], dim=1)
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {"codes": pack_bits(self.codes, self._format.element.bits), **self.scales}
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "number": self.number}
@@ -87,4 +70,4 @@ class FloatingTensor:
         (n, k), number = meta["shape"], str(meta["number"])
         codes = unpack_bits(payload["codes"], number_format(number).element.bits, n * k).view(n, k)
         scales = {name: payload[name] for name in SCALES if name in payload}
-        return FloatingTensor(codes, scales, number, payload.get("input_scale"))
+        return FloatingTensor(codes, scales, number, input_scale=payload.get("input_scale"))

@@ -10,46 +10,34 @@ in every process. Between processors that sum in another order a value may diffe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.butterfly import butterflies
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class IncoherentTensor:
+class IncoherentTensor(Coded):
     format: ClassVar[str] = "incoherent"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     scale: Tensor
     """float32 `[1]`; 0 for an all-zero matrix."""
     seed: Tensor
     """int64 `[1]`."""
     bits: int
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
 
     @property
     def bits_nominal(self) -> float:
         return float(self.bits)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> IncoherentTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
-        return replace(self, input_scale=scale.float() if self.input_scale is None else scale.float() * self.input_scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float32
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -62,7 +50,7 @@ class IncoherentTensor:
 
     def pack(self) -> dict[str, Tensor]:
         payload = {"codes": pack_bits(self.codes, self.bits), "scale": self.scale, "seed": self.seed}
-        return payload if self.input_scale is None else {**payload, "input_scale": self.input_scale}
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits}
@@ -72,4 +60,4 @@ class IncoherentTensor:
         """Inverse of `pack` and `meta`; raises ValueError when they do not belong together."""
         (n, k), bits = meta["shape"], int(meta["bits"])
         codes = unpack_bits(payload["codes"], bits, n * k).view(n, k)
-        return IncoherentTensor(codes, payload["scale"], payload["seed"], bits, payload.get("input_scale"))
+        return IncoherentTensor(codes, payload["scale"], payload["seed"], bits, input_scale=payload.get("input_scale"))

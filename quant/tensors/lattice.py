@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.hadamard import apply_hadamard, hadamard_block
 from quant.lattice import CODEBOOKS, DIMENSION, Codebook
+from quant.tensors.base import Stored
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
@@ -37,7 +37,7 @@ def lattice_bits(bits: int, n: int, k: int) -> float:
 
 
 @dataclass(frozen=True)
-class LatticeTensor:
+class LatticeTensor(Stored):
     format: ClassVar[str] = "lattice"
 
     codes: tuple[Tensor, ...]
@@ -49,8 +49,6 @@ class LatticeTensor:
     scale: Tensor
     """float32 `[1]`; 0 for an all-zero matrix."""
     bits: int
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     @property
     def codebook(self) -> Codebook:
@@ -65,13 +63,8 @@ class LatticeTensor:
         return float(self.bits)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), math.prod(self.shape))
-
-    def with_input_scale(self, scale: Tensor) -> LatticeTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
-        half = scale.half()
-        return replace(self, input_scale=half if torch.equal(half.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return torch.float16
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -83,14 +76,14 @@ class LatticeTensor:
             total = total + (exact if i == 0 else exact / self.codebook.residual_scale)
         total = total * (self.scale.double() / math.sqrt(hadamard_block(n) * hadamard_block(k)))
         weight = (total * (1 - 2 * self.signs_out.double())[:, None] * (1 - 2 * self.signs_in.double())).float()
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         # 16 bits as int16: the bit pattern of the unsigned code.
         kept = {"e8p": torch.int16, "e81b": torch.uint8}
         payload = {f"codes{i}": c.to(kept[part]) for i, (c, part) in enumerate(zip(self.codes, self.codebook.parts, strict=True))}
         payload |= {"signs_out": pack_bits(self.signs_out, 1), "signs_in": pack_bits(self.signs_in, 1), "scale": self.scale}
-        return payload if self.input_scale is None else {**payload, "input_scale": self.input_scale}
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits}
@@ -103,4 +96,4 @@ class LatticeTensor:
         if any(c.shape != (n, k // DIMENSION) for c in codes):
             raise ValueError(f"codes of shapes {[tuple(c.shape) for c in codes]} do not belong to a weight of shape {(n, k)}")
         signs = (unpack_bits(payload["signs_out"], 1, n), unpack_bits(payload["signs_in"], 1, k))
-        return LatticeTensor(codes, *signs, payload["scale"], bits, payload.get("input_scale"))
+        return LatticeTensor(codes, *signs, payload["scale"], bits, input_scale=payload.get("input_scale"))

@@ -12,18 +12,18 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class MixedTensor:
+class MixedTensor(Coded):
     format: ClassVar[str] = "mixed"
 
     codes: Tensor
@@ -38,8 +38,6 @@ class MixedTensor:
     """Bits of each group, within one of `base`."""
     base: int
     """Bits asked for."""
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -49,11 +47,6 @@ class MixedTensor:
             raise ValueError(f"codes {(n, k)}, {g} widths, and scale, zero, mean {shapes} do not belong together")
         if any(not 1 <= b <= 8 or abs(b - self.base) > 1 for b in self.widths):
             raise ValueError(f"widths {sorted(set(self.widths))} must lie between 1 and 8 and within 1 of the base width {self.base}")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
 
     @property
     def group_size(self) -> int:
@@ -66,14 +59,8 @@ class MixedTensor:
         return sum(self.widths) / len(self.widths)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> MixedTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
-        that changes no value, else in float32."""
-        like_scales = scale.to(self.scale.dtype)
-        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[N, K]` in a float type of your choice; float64 shows what a float64 solver worked with."""
@@ -84,7 +71,7 @@ class MixedTensor:
         if ones:
             weight[:, ones] = (2 * codes[:, ones] - 1) * scale[:, ones] + self.mean.to(dtype)[..., None]
         weight = weight.view(n, k)
-        return weight if self.input_scale is None else weight / self.input_scale.to(dtype)
+        return self.unscaled(weight)
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -101,9 +88,7 @@ class MixedTensor:
                 payload["mean"] = self.mean
             else:
                 payload[f"zero_{bits}"] = pack_bits(self.zero[:, of], bits)
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "base": self.base, "groups": len(self.widths)}
@@ -122,7 +107,7 @@ class MixedTensor:
             if bits > 1:
                 zero[:, of] = unpack_bits(payload[f"zero_{bits}"], bits, n * len(of)).view(n, len(of))
         mean = payload["mean"] if 1 in widths else scale.new_zeros(n, 0)
-        return MixedTensor(codes.view(n, k), scale, zero, mean, widths, base, payload.get("input_scale"))
+        return MixedTensor(codes.view(n, k), scale, zero, mean, widths, base, input_scale=payload.get("input_scale"))
 
 
 def bits_formula(widths: Sequence[int], n: int, group_size: int, scale_bits: int = 16) -> float:

@@ -10,25 +10,26 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import SCALE_BITS, bits_stored
+from quant.accounting import SCALE_BITS
 from quant.affine import Affine, ZeroKind
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class PartiallyBinaryTensor:
+class PartiallyBinaryTensor(Coded):
     format: ClassVar[str] = "partially_binary"
 
-    mask: Tensor
-    """bool `[N, K]`, True where a weight has a code."""
     codes: Tensor
     """uint8 `[N, K]`: codes, and 0 (minus) or 1 (plus) where the mask is False."""
+    mask: Tensor
+    """bool `[N, K]`, True where a weight has a code."""
     high_scale: Tensor
     """float16 or float32 `[N, 1]`."""
     high_zero: Tensor
@@ -42,8 +43,6 @@ class PartiallyBinaryTensor:
     """Columns per scale; the last group may be smaller."""
     low_fraction: float
     """As asked for, for the paper's label."""
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -52,24 +51,13 @@ class PartiallyBinaryTensor:
             raise ValueError(f"{n} x {k} codes in groups of {self.group} and scales {tuple(self.scale.shape)} do not belong together")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
-
-    @property
     def bits_nominal(self) -> float:
         """(1 - f) · high_bits + f: the mask is left out."""
         return (1 - self.low_fraction) * self.high_bits + self.low_fraction
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> PartiallyBinaryTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
-        that changes no value, else in float32."""
-        like_scales = scale.to(self.scale.dtype)
-        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -77,7 +65,7 @@ class PartiallyBinaryTensor:
         high = Affine(self.high_scale.float(), self.high_zero.float(), self.high_bits, ZeroKind.CODE).decode(codes)
         scale, mean = (t.float().repeat_interleave(self.group, dim=1)[:, : codes.shape[1]] for t in (self.scale, self.mean))
         weight = torch.where(self.mask, high, torch.where(codes > 0, scale, -scale) + mean)
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {
@@ -89,9 +77,7 @@ class PartiallyBinaryTensor:
             "scale": self.scale,
             "mean": self.mean,
         }
-        if self.input_scale is not None:
-            payload["input_scale"] = self.input_scale
-        return payload
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "high_bits": self.high_bits, "group": self.group, "low_fraction": self.low_fraction}
@@ -107,8 +93,8 @@ class PartiallyBinaryTensor:
         codes[mask] = unpack_bits(payload["codes"], high_bits, high)
         zero = unpack_bits(payload["high_zero"], high_bits, n).view(n, 1)
         return PartiallyBinaryTensor(
-            mask,
             codes,
+            mask,
             payload["high_scale"],
             zero,
             payload["scale"],
@@ -116,7 +102,7 @@ class PartiallyBinaryTensor:
             high_bits,
             int(meta["group"]),
             float(meta["low_fraction"]),
-            payload.get("input_scale"),
+            input_scale=payload.get("input_scale"),
         )
 
 

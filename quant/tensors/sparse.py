@@ -16,14 +16,14 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.grids import ScaleDtypeError
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
@@ -76,11 +76,9 @@ def joined(parts: list[TwoLevel]) -> TwoLevel:
 
 
 @dataclass(frozen=True)
-class SparseTensor:
+class SparseTensor(Coded):
     format: ClassVar[str] = "sparse"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     bits: int
     scale: TwoLevel
     """Of `[N, G]`."""
@@ -94,19 +92,12 @@ class SparseTensor:
     """float16 or float32 `[M]`."""
     g_idx: Tensor | None = None
     """Integers `[K]`."""
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
         groups = self.scale.codes.shape[1]
         if self.scale.codes.shape[0] != n or (self.g_idx is None and k % groups):
             raise ValueError(f"codes {(n, k)} and scales {tuple(self.scale.codes.shape)} do not belong together")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
 
     @property
     def group_size(self) -> int:
@@ -130,14 +121,8 @@ class SparseTensor:
         )
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> SparseTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the statistics where
-        that changes no value, else in float32."""
-        like = scale.to(self.scale.step.dtype)
-        return replace(self, input_scale=like if torch.equal(like.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.step.dtype
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[N, K]` in a float type of your choice; float64 shows what a float64 solver worked with."""
@@ -148,7 +133,7 @@ class SparseTensor:
             scale, zero = (x[:, self.g_idx.long()] for x in (scale, zero))
         weight = (self.codes.to(dtype) - zero) * scale
         weight[self.outlier_rows, self.outlier_columns] = self.outlier_values.to(dtype)
-        return weight if self.input_scale is None else weight / self.input_scale.to(dtype)
+        return self.unscaled(weight)
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
@@ -163,8 +148,9 @@ class SparseTensor:
             payload["outlier_values"] = self.outlier_values
             payload["outlier_columns"] = (self.outlier_columns - 2**15).to(torch.int16) if narrow else self.outlier_columns.to(torch.int32)
             payload["outlier_counts"] = torch.bincount(self.outlier_rows, minlength=n).to(torch.int32)
-        payload |= {name: t for name, t in (("g_idx", self.g_idx), ("input_scale", self.input_scale)) if t is not None}
-        return payload
+        if self.g_idx is not None:
+            payload["g_idx"] = self.g_idx
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         zero_bits = self.zero.bits if isinstance(self.zero, TwoLevel) else None
@@ -194,7 +180,7 @@ class SparseTensor:
             stored = payload["outlier_columns"]
             columns = stored.long() + 2**15 if stored.dtype is torch.int16 else stored.long()
             at = torch.arange(n, device=values.device).repeat_interleave(payload["outlier_counts"].long())
-        return SparseTensor(codes, bits, scale, zero, at, columns, values, payload.get("g_idx"), payload.get("input_scale"))
+        return SparseTensor(codes, bits, scale, zero, at, columns, values, payload.get("g_idx"), input_scale=payload.get("input_scale"))
 
 
 def bits_formula(

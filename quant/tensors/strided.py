@@ -12,30 +12,26 @@ Invariant: `dequantize` is computed from what is stored, so it is the same bits 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quant.accounting import bits_stored
 from quant.affine import Affine, ZeroKind
+from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
-class StridedTensor:
+class StridedTensor(Coded):
     format: ClassVar[str] = "strided"
 
-    codes: Tensor
-    """uint8 `[N, K]`."""
     scale: Tensor
     """float16 or float32 `[G]`."""
     zero: Tensor
     """In units of codes, like the scale: w ≈ (codes - zero) · scale."""
     bits: int
-    input_scale: Tensor | None = None
-    """float16 or float32 `[K]`."""
 
     def __post_init__(self) -> None:
         groups = self.scale.numel()
@@ -44,33 +40,22 @@ class StridedTensor:
             raise ValueError(f"{shapes} do not belong together; scale and zero are [G], with G a divisor of the number of codes")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        n, k = self.codes.shape
-        return n, k
-
-    @property
     def bits_nominal(self) -> float:
         return float(self.bits)
 
     @property
-    def bits_stored(self) -> float:
-        return bits_stored(self.pack(), self.codes.numel())
-
-    def with_input_scale(self, scale: Tensor) -> StridedTensor:
-        """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`. Kept like the scales where
-        that changes no value, else in float32."""
-        like_scales = scale.to(self.scale.dtype)
-        return replace(self, input_scale=like_scales if torch.equal(like_scales.float(), scale.float()) else scale.float())
+    def scale_dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
         affine = Affine(self.scale.float(), self.zero.float(), self.bits, ZeroKind.FLOAT)
         weight = affine.decode(self.codes.view(-1, self.scale.numel()).float()).view(self.codes.shape)
-        return weight if self.input_scale is None else weight / self.input_scale.float()
+        return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {"codes": pack_bits(self.codes, self.bits), "scale": self.scale, "zero": self.zero}
-        return payload if self.input_scale is None else {**payload, "input_scale": self.input_scale}
+        return self.with_scale(payload)
 
     def meta(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits}
@@ -80,4 +65,4 @@ class StridedTensor:
         """Inverse of `pack` and `meta`; raises ValueError when they do not belong together."""
         (n, k), bits = meta["shape"], int(meta["bits"])
         codes = unpack_bits(payload["codes"], bits, n * k).view(n, k)
-        return StridedTensor(codes, payload["scale"], payload["zero"], bits, payload.get("input_scale"))
+        return StridedTensor(codes, payload["scale"], payload["zero"], bits, input_scale=payload.get("input_scale"))

@@ -39,7 +39,7 @@ def partially(n: int, k: int, group: int, high: float, high_bits: int, dtype: st
     codes = torch.where(mask, torch.randint(0, 2**high_bits, (n, k), generator=g), bits(n, k, 0.5, g).long()).to(torch.uint8)
     scales = [torch.rand(n, c, generator=g).to(DTYPES[dtype]) for c in (1, -(-k // group), -(-k // group))]
     zero = torch.randint(0, 2**high_bits, (n, 1), generator=g).to(torch.uint8)
-    return PartiallyBinaryTensor(mask, codes, scales[0], zero, scales[1], scales[2], high_bits, group, 1 - high)
+    return PartiallyBinaryTensor(codes, mask, scales[0], zero, scales[1], scales[2], high_bits, group, 1 - high)
 
 
 def check(tensor: StoredTensor) -> None:

@@ -100,6 +100,8 @@ def test_stored_bits_are_the_bytes_of_the_payload(method: str) -> None:
         return  # it has an input scale already
     scaled = stored.with_input_scale(torch.linspace(0.5, 2.0, K))
     assert torch.allclose(scaled.dequantize(), stored.dequantize() / torch.linspace(0.5, 2.0, K), rtol=1e-6)
+    twice = scaled.with_input_scale(torch.full((K,), 3.0))
+    assert torch.allclose(twice.dequantize(), scaled.dequantize() / 3, rtol=1e-6)
 
 
 def test_it_approximates_the_weight(method: str) -> None:

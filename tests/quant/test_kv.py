@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quant.kernels.kmeans_columns import numpy_stream
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken, make
 from quant.kv.kivi import round_groups
-from quant.kv.kmeans import kmeans, numpy_stream
+from quant.kv.kmeans import kmeans
 from quant.kv.kvquant import online_range, quantiles, round_range
 from quant.scheme import KVScheme
 

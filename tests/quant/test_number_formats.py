@@ -13,8 +13,11 @@ from torch import Tensor
 from quant import quantize_linear
 from quant.accounting import bits_formula
 from quant.activation import fake_quantize_activation
+from quant.methods.gptq import Gptq
+from quant.methods.rtn import Rtn
 from quant.number_formats import DYNAMIC, E2M1, E4M3, E5M2, FORMATS, NF4, number_format, power_of_two
 from quant.scheme import NUMBERS, ActivationScheme, Granularity, Supports, WeightScheme
+from quant.statistics import Statistics
 from quant.tensors import unpack
 from quant.tensors.floating import FloatingTensor
 
@@ -236,6 +239,18 @@ def test_float16_scales_that_do_not_fit_are_kept_in_float32() -> None:
 def test_schemes_that_cannot_be_say_why(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         WeightScheme(**{"bits": 4, "symmetric": True, **change})
+
+
+@pytest.mark.parametrize("method", [Rtn, Gptq])
+def test_parameters_of_integer_grids_are_noted(method: Any) -> None:
+    """And change nothing."""
+    w, statistics = weight(), Statistics(hessian=torch.eye(128))
+    fp8, integers = WeightScheme(8, True, number="fp8_e4m3"), WeightScheme(8, True)
+    plain, given = method().quantize(w, statistics, fp8), method(grid="awq_asym", mse=True).quantize(w, statistics, fp8)
+    assert torch.equal(given.tensor.dequantize(), plain.tensor.dequantize())
+    assert plain.notes == []
+    assert given.notes == ["without effect: grid=awq_asym, mse=true; weight.number=fp8_e4m3 has values and scales of its own"]
+    assert not any("without effect" in n for n in method(grid="absmax", mse=True).quantize(w, statistics, integers).notes)
 
 
 def test_a_method_for_integers_refuses_other_numbers() -> None:

@@ -48,13 +48,20 @@ def trials(k: int) -> int:
     return 2 + int(math.log(k))
 
 
-@cache
-def draws(k: int, seed: int = 10) -> tuple[float, ...]:
-    """The uniform numbers that k-means++ takes, as `numpy.random.RandomState(seed)` gives them: one for the first centre, then `trials(k)`
-    for each other one. Python's generator is the same Mersenne twister; it only begins elsewhere for the same seed."""
+def numpy_stream(seed: int) -> Random:
+    """Python's generator in the state that `numpy.random.RandomState(seed)` starts from: equal uniform numbers in [0, 1).
+
+    Both are the same Mersenne twister; NumPy seeds it by `init_genrand` (Matsumoto and Nishimura 1998)."""
     state = [seed]
     for i in range(1, 624):
         state.append((1812433253 * (state[-1] ^ (state[-1] >> 30)) + i) % 2**32)
-    twister = Random()
-    twister.setstate((3, (*state, 624), None))
-    return tuple(twister.random() for _ in range(1 + (k - 1) * trials(k)))
+    stream = Random()
+    stream.setstate((3, (*state, 624), None))
+    return stream
+
+
+@cache
+def draws(k: int, seed: int = 10) -> tuple[float, ...]:
+    """The uniform numbers that k-means++ takes: one for the first centre, then `trials(k)` for each other one."""
+    stream = numpy_stream(seed)
+    return tuple(stream.random() for _ in range(1 + (k - 1) * trials(k)))
