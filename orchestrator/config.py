@@ -15,7 +15,7 @@ from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
-from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
+from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
 
 NOT_SWEPT = {
     "cluster": "where stages run changes no result, and one sweep runs on one cluster",
@@ -57,6 +57,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("task", "windows"): WINDOWS,
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "kv.kind"): tuple(KV_KINDS),

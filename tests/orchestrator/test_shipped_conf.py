@@ -77,11 +77,14 @@ def test_the_example_sweep_shows_every_rule_at_work() -> None:
 
 def test_words_of_the_configuration_are_those_of_the_code() -> None:
     from quant import grids
-    from workers import datasets
+    from workers import datasets, specs
 
     assert set(CHOICES["method", "rounding.params.grid"]) == {*grids.GRIDS, *grids.ALIASES}
     assert set(CHOICES["calibration", "text.split"]) == set(CHOICES["task", "text.split"]) == set(datasets.SPLITS)
     assert set(CHOICES["calibration", "sampling"]) == set(datasets.SAMPLINGS)
+    # Left out of the key; every shipped task keeps the key it had.
+    for task in compose_grid(["task=glob(*)"], multirun=True).cells:
+        assert task.task.values["windows"] == specs.TaskSpec("", 1, specs.TextSpec("")).windows
 
 
 def test_ten_thousand_cells_share_their_options() -> None:
