@@ -2,16 +2,18 @@
 
     python -m bench.evidence --store STORE [--sweep methods] [--out bench/results]
 
-Reads a finished sweep of conf/sweep/methods.yaml and writes evidence.md and evidence.csv. It is evidence, not a gate. Per variant: bits
-as the paper counts them, as stored, and as the same format takes at 4096 x 4096; NLL minus the unquantized model's on the same windows,
-and KL against it. Per ordering that a paper claims: the difference of NLL, and of KL as the more sensitive measure, with verdicts after
-Holm's correction over all rows. Statistics: bench/evidence_stats.py; orderings: bench/evidence_claims.py.
+Reads a sweep of conf/sweep/methods.yaml, as far as it has come, and writes evidence.md and evidence.csv. It is evidence, not a gate. Per
+variant: bits as the paper counts them, as stored, and as the same format takes at 4096 x 4096; NLL minus the unquantized model's on the
+same windows, and KL against it, with intervals over articles and draws. Per ordering that a paper claims: the difference of NLL, and of KL
+as the more sensitive measure, with verdicts after Holm's correction over all rows. Statistics: bench/evidence_stats.py; orderings:
+bench/evidence_claims.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import pyarrow.parquet as pq
 
 from bench.evidence_bits import LARGE, bits_at
 from bench.evidence_claims import CLAIMS, Claim
-from bench.evidence_stats import CLUSTER, Effect, Floats, adjusted, difference, effect
+from bench.evidence_stats import BLOCK, BLOCKS, FEWEST_DOCUMENTS, Effect, Floats, adjusted, clusters, difference, effect
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
 from orchestrator.store import Store
@@ -43,6 +45,8 @@ class Row:
     nll: dict[str, Floats] = field(default_factory=dict)
     """Draw ▸ `[n]`, minus the unquantized model's."""
     kl: dict[str, Floats] = field(default_factory=dict)
+    documents: Floats | None = None
+    """`[n]`: of which document each window is; None where no evaluation tells."""
 
     def values(self, metric: str, draws: Collection[str] | None = None) -> Floats:
         """`[R, n]`, draws in order of their names; of all draws, or of those given."""
@@ -59,14 +63,20 @@ class Verdict:
     kl: Effect
 
 
+def short(method: str) -> str:
+    """`gptq[rounding.params.damp=0.1]` ▸ `gptq[damp=0.1]`; parameters of transforms likewise."""
+    return re.sub(r"(rounding|transforms\.\w+)\.params\.", "", method)
+
+
 def name_of(variant: VariantResult) -> str:
-    return f"{variant.axes['method'].replace('rounding.params.', '')} {variant.axes['scheme']}"
+    return f"{short(variant.axes['method'])} {variant.axes['scheme']}"
 
 
 def items(stage: StageResult) -> dict[str, Floats]:
-    """Columns of an evaluation, in the order of the text."""
+    """Columns of an evaluation, in the order of the text; `document` where its items tell."""
     assert stage.payload is not None
-    table = pq.read_table(stage.payload / "items.parquet", columns=["weight", "nll", "kl"])
+    table = pq.read_table(stage.payload / "items.parquet")
+    table = table.select([n for n in table.column_names if n in ("weight", "nll", "kl", "document")])
     columns = {name: table.column(name).to_numpy().astype(np.float64) for name in table.column_names}
     if np.ptp(columns["weight"]) > 0:
         raise SystemExit(f"{stage.label}: windows of different weights; the table takes windows of one length")
@@ -98,6 +108,7 @@ def collect(result: SweepResult) -> tuple[dict[Key, Row], list[str]]:
         row = rows.setdefault(key, Row())
         ours, theirs = items(stage), items(base)
         row.nll[draw], row.kl[draw] = ours["nll"] - theirs["nll"], ours["kl"]
+        row.documents = ours.get("document", theirs.get("document"))
         quantize = variant.quantize
         if quantize is not None and quantize.payload is not None and quantize.summary.get("bits_stored") is not None:
             row.nominal.append(quantize.summary["bits_nominal"])
@@ -115,7 +126,7 @@ def judge(rows: Mapping[Key, Row], claims: Sequence[Claim] = CLAIMS) -> tuple[li
         for model in dict.fromkeys(m for m, _ in rows)
         if {(model, claim.better), (model, claim.worse)} <= rows.keys()
     ]
-    effects = {m: adjusted([effect(_paired(a, b, m)) for *_, a, b in pairs]) for m in ("nll", "kl")}
+    effects = {m: adjusted([effect(_paired(a, b, m), _documents(a, b)) for *_, a, b in pairs]) for m in ("nll", "kl")}
     found = [
         Verdict(model, claim, (_mean(a.stored), _mean(b.stored)), nll, kl)
         for (model, claim, a, b), nll, kl in zip(pairs, effects["nll"], effects["kl"], strict=True)
@@ -128,6 +139,10 @@ def _paired(a: Row, b: Row, metric: str) -> Floats:
     """Differences over the draws that both have; one without draws stands for all of the other's."""
     both = a.nll.keys() & b.nll.keys() if min(len(a.nll), len(b.nll)) > 1 else None
     return difference(a.values(metric, both), b.values(metric, both))
+
+
+def _documents(a: Row, b: Row) -> Floats | None:
+    return b.documents if a.documents is None else a.documents
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -150,7 +165,7 @@ def variant_lines(rows: Mapping[Key, Row], model: str) -> list[str]:
     ]
     mine = {name: row for (m, name), row in rows.items() if m == model}
     for name, row in sorted(mine.items(), key=lambda x: (x[0].split()[1], row_mean(x[1]))):
-        nll, kl = effect(row.values("nll")), effect(row.values("kl"))
+        nll, kl = effect(row.values("nll"), row.documents), effect(row.values("kl"), row.documents)
         bits = " | ".join(_bits(_mean(b)) for b in (row.nominal, row.stored, row.large))
         lines.append(f"| {name} | {nll.draws} | {bits} | {_interval(nll)} | {_interval(kl)} |")
     return lines
@@ -174,7 +189,8 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
 
 def write_csv(path: Path, rows: Mapping[Key, Row], verdicts: Sequence[Verdict]) -> None:
     """Both tables in one file; `kind` is variant or ordering."""
-    head = ["kind", "model", "variant", "than", "source", "draws", "bits_nominal", "bits_stored", "bits_4096", "bits_stored_than"]
+    head = ["kind", "model", "variant", "than", "source", "draws", "clusters", "clusters_are"]
+    head += ["bits_nominal", "bits_stored", "bits_4096", "bits_stored_than"]
     ends = [f"{m}_{part}" for m in ("nll", "kl") for part in ("mean", "low", "high", "p", "p_holm", "verdict")]
 
     def numbers(e: Effect, judged: bool) -> list[object]:
@@ -184,13 +200,14 @@ def write_csv(path: Path, rows: Mapping[Key, Row], verdicts: Sequence[Verdict]) 
         out = csv.writer(f, lineterminator="\n")
         out.writerow([*head, *ends])
         for (model, name), row in rows.items():
-            nll, kl = effect(row.values("nll")), effect(row.values("kl"))
+            nll, kl = effect(row.values("nll"), row.documents), effect(row.values("kl"), row.documents)
             bits = [f"{_mean(b):.5f}" for b in (row.nominal, row.stored, row.large)]
-            out.writerow(["variant", model, name, "", "", nll.draws, *bits, "", *numbers(nll, False), *numbers(kl, False)])
+            start = ["variant", model, name, "", "", nll.draws, nll.clusters, nll.clusters_are]
+            out.writerow([*start, *bits, "", *numbers(nll, False), *numbers(kl, False)])
         for v in verdicts:
             bits = ["", f"{v.bits[0]:.5f}", "", f"{v.bits[1]:.5f}"]
-            start = ["ordering", v.model, v.claim.better, v.claim.worse, v.claim.source, v.nll.draws, *bits]
-            out.writerow([*start, *numbers(v.nll, True), *numbers(v.kl, True)])
+            start = ["ordering", v.model, v.claim.better, v.claim.worse, v.claim.source, v.nll.draws, v.nll.clusters, v.nll.clusters_are]
+            out.writerow([*start, *bits, *numbers(v.nll, True), *numbers(v.kl, True)])
 
 
 def head_lines(result: SweepResult) -> list[str]:
@@ -209,8 +226,16 @@ def head_lines(result: SweepResult) -> list[str]:
             if stage.payload is not None:
                 columns = items(stage)
                 size = f"{len(columns['nll'])} windows of {int(columns['weight'][0]) + 1} tokens"
-                lines.append(f"- {variant.axes['model']}, unquantized: NLL {columns['nll'].mean():.3f} nats per token on {size} of {task}")
+                score = f"NLL {columns['nll'].mean():.3f} nats per token on {size} of {task}"
+                lines.append(f"- {variant.axes['model']}, unquantized: {score}; {resampled(columns)}")
     return lines
+
+
+def resampled(columns: Mapping[str, Floats]) -> str:
+    """What intervals on these windows are over."""
+    found = clusters(len(columns["nll"]), columns.get("document"))
+    count = int(found.of.max()) + 1
+    return f"{count} blocks of {BLOCK} windows, since {found.reason}" if found.are == BLOCKS else f"{count} documents"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -243,23 +268,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 NOTES = f"""Made by `bench/evidence.py` from `conf/sweep/methods.yaml`. Evidence, not a gate: two models of 5.8 and 0.26 million parameters
 say nothing certain about large ones, and no default was chosen by it.
 
-- Intervals are 95 %, paired by window, over clusters of {CLUSTER} consecutive windows (items carry no article) and over the draws of the
-  calibration text together; a variant with one draw reads no such text. Neighbouring clusters may share an article; if so,
-  intervals are a little too narrow.
+- Intervals are 95 %, paired by window, over articles or stories (a window counts to the one that most of its tokens are of) and over the
+  draws of the calibration text together; a variant with one draw reads no such text. Windows are spread over the text, so that most are
+  of different ones. With fewer than {FEWEST_DOCUMENTS} documents, or where evaluations of before do not tell them, clusters are blocks of {BLOCK}
+  windows instead; the lines above say so, and the column clusters_are of the CSV.
 - Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a count
   weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is quantized,
-  in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here.
+  in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here. Tables of channels that QLLM takes apart
+  and joins are left out.
 - The verdict is by NLL, which is what perplexities in papers measure; KL against the unquantized model is more sensitive. p values are
   two-sided and adjusted by Holm over all rows of the table, for each measure.
-  With eight clusters and this many rows only large effects can hold by NLL.
 - On wikitext_llama ΔNLL lies well below KL (for a model that predicts its text as well as it thinks they would be about equal). Why was not
   examined; KL tells more there.
 - At 2 bits per channel stories260k knows nothing any more (ln 512 = 6.24 nats) unless k-means or learned rounding save it: orderings
   between its collapsed variants mean nothing.
-- Tuners get few steps: OmniQuant 2 epochs (64 steps of Adam, which can hardly move its clipping), learned rounding 40 steps, both on
-  stories260k alone; QuIP# one sweep of descent. Calibration is 32 sequences of 256 tokens. Left out for time: learned rotations, AWQ with
-  OmniQuant, SliM-LLM+, QLLM, OS+, QUIK, act-order and sequential GPTQ, CLAQ-AP alone, SmoothQuant with ranges per token, other number
-  formats."""
+- Tuners get few steps: OmniQuant, with AWQ too, SliM-LLM+ and QLLM's correction 2 epochs (64 steps of Adam, which can hardly move a
+  clipping), learned rotations 40, learned rounding 40, the last on stories260k alone; QuIP# one sweep of descent. Calibration is 32
+  sequences of 256 tokens.
+- QUIK keeps columns of weights; their inputs are quantized like the others, which the paper keeps in 16 bits. ZeroQuant is without its
+  distillation. OS+ has nothing to shift in models with RMS norms, it only scales.
+- Left out for time: act-order and sequential GPTQ, CLAQ-AP alone, other number formats."""
 
 
 if __name__ == "__main__":

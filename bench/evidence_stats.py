@@ -1,13 +1,15 @@
 """Effects with intervals over text and over calibration draws, and verdicts on orderings.
 
-A difference is known per draw r of the calibration text and per window of the evaluation text. Windows are joined to clusters of
-consecutive ones, because neighbours share an article or a story; d[r, c] is the mean over cluster c. Draws and text are crossed random
-effects, so the variance of the grand mean is estimated as
+A difference is known per draw r of the calibration text and per window of the evaluation text. Windows are alike where they are of one
+article or story, so these are the clusters; where items do not tell them, or they are fewer than FEWEST_DOCUMENTS, clusters are blocks of
+consecutive windows. d[r, c] is the mean over cluster c, s[c] its share of the windows, m = mean_r Σ_c s d the grand mean. Draws and text
+are crossed random effects, so the variance of m is estimated as
 
-    var_c(mean_r d) / C + var_r(mean_c d) / R
+    C / (C - 1) Σ_c (s (mean_r d - m))² + var_r(Σ_c s d) / R
 
-which counts the residual twice and is therefore on the safe side. t has Satterthwaite's degrees of freedom. A method that reads no
-calibration text has one draw, and its difference to another such method has no second term.
+whose first term is var_c / C for clusters of one size. It counts the residual twice and is therefore on the safe side. t has
+Satterthwaite's degrees of freedom. A method that reads no calibration text has one draw, and its difference to another such method has no
+second term.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.stats import FEWEST_DOCUMENTS
+
 Floats = NDArray[np.float64]
+Labels = NDArray[np.int64]
 
 HOLDS, UNCLEAR, REVERSED = "holds", "not distinguishable", "reversed"
-CLUSTER = 4
-"""Windows per cluster."""
+BLOCK = 4
+"""Windows per cluster where documents are not known."""
+DOCUMENTS, BLOCKS = "documents", "blocks"
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Effect:
     clusters: int
     p_adjusted: float = math.nan
     """After Holm's correction over the rows given together."""
+    clusters_are: str = BLOCKS
+    """documents, or blocks of consecutive windows."""
 
     @property
     def verdict(self) -> str:
@@ -47,32 +55,56 @@ class Effect:
         return HOLDS if self.mean < 0 else REVERSED
 
 
-def clustered(values: Floats, size: int = CLUSTER) -> Floats:
-    """`[R, n]` ▸ means of `size` consecutive windows `[R, C]`; the last cluster takes what is left over."""
-    parts = np.array_split(values, [size * i for i in range(1, max(1, values.shape[1] // size))], axis=1)
-    return np.stack([p.mean(axis=1) for p in parts], axis=1)
+@dataclass(frozen=True, eq=False)
+class Clusters:
+    are: str
+    of: Labels
+    """Of each window `[n]`, 0 to C - 1."""
+    reason: str = ""
+    """Why they are not documents."""
 
 
-def effect(values: Floats, confidence: float = 0.95, size: int = CLUSTER) -> Effect:
+def clusters(windows: int, documents: Floats | None = None, size: int = BLOCK) -> Clusters:
+    """Of windows in the order of the text, whose documents are `documents` `[n]`. The last block takes what is left over."""
+    reason = "windows do not tell their documents"
+    if documents is not None:
+        names, of = np.unique(documents, return_inverse=True)
+        if len(names) >= FEWEST_DOCUMENTS:
+            return Clusters(DOCUMENTS, of.astype(np.int64))
+        reason = f"windows are of {len(names)} documents, fewer than {FEWEST_DOCUMENTS}"
+    return Clusters(BLOCKS, np.minimum(np.arange(windows) // size, max(1, windows // size) - 1), reason)
+
+
+def clustered(values: Floats, of: Labels) -> tuple[Floats, Floats]:
+    """values `[R, n]` ▸ means over clusters `[R, C]`, and the clusters' shares of the windows `[C]`."""
+    count = np.bincount(of)
+    return np.stack([np.bincount(of, row) for row in values]) / count, count / of.size
+
+
+def effect(values: Floats, documents: Floats | None = None, confidence: float = 0.95) -> Effect:
     """values `[R, n]`: per draw and window, in the order of the text. Raises ValueError for fewer than two clusters or a value that is
     not finite."""
     from scipy import stats
 
     if not np.all(np.isfinite(values)):
         raise ValueError("differences are not finite; leave out the variant that diverged")
-    d = clustered(values, size)
-    draws, clusters = d.shape
-    if clusters < 2:
-        raise ValueError(f"{values.shape[1]} windows make {clusters} cluster of {size}; two at least are needed")
-    mean = float(d.mean())
-    text = float(d.mean(0).var(ddof=1)) / clusters
-    draw = float(d.mean(1).var(ddof=1)) / draws if draws > 1 else 0.0
+    found = clusters(values.shape[1], documents)
+    d, share = clustered(values, found.of)
+    draws, count = d.shape
+    if count < 2:
+        raise ValueError(f"{values.shape[1]} windows make {count} cluster of {BLOCK}; two at least are needed")
+    means = d @ share  # [R]
+    mean = float(means.mean())
+    off = share * (d.mean(0) - mean)
+    text = count / (count - 1) * float(off @ off)
+    draw = float(means.var(ddof=1)) / draws if draws > 1 else 0.0
     error = math.sqrt(text + draw)
     if error == 0:
-        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, draws, clusters)
-    degrees = (text + draw) ** 2 / (text**2 / (clusters - 1) + (draw**2 / (draws - 1) if draws > 1 else 0.0))
+        return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, draws, count, clusters_are=found.are)
+    degrees = (text + draw) ** 2 / (text**2 / (count - 1) + (draw**2 / (draws - 1) if draws > 1 else 0.0))
     reach = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
-    return Effect(mean, mean - reach, mean + reach, float(2 * stats.t.sf(abs(mean) / error, degrees)), draws, clusters)
+    p = float(2 * stats.t.sf(abs(mean) / error, degrees))
+    return Effect(mean, mean - reach, mean + reach, p, draws, count, clusters_are=found.are)
 
 
 def difference(better: Floats, worse: Floats) -> Floats:

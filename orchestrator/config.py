@@ -18,7 +18,7 @@ from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config
 from orchestrator.option_keys import check_keys
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.request import Hints
-from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
+from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
 
 NOT_SWEPT = {
     "cluster": "where stages run changes no result, and one sweep runs on one cluster",
@@ -62,6 +62,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("task", "windows"): WINDOWS,
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "kv.kind"): tuple(KV_KINDS),

@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.errors import PairingError
-from orchestrator.stats import Delta
+from orchestrator.stats import FEWEST_DOCUMENTS, Delta, Unit
 
 Floats = NDArray[np.float64]
+DOCUMENT = "document"
+"""Column of items.parquet; items of before it was there are read too."""
 
 RESAMPLES = 2000
 FEWEST_TO_RESAMPLE = 12
-"""Below this many items the bootstrap's own coverage is poor; the t interval is used."""
+"""Below this many units the bootstrap's own coverage is poor; the t interval is used."""
 PERPLEXITIES = ("perplexity", "ppl")
 _CHUNK = 250
 """Resamples multiplied at once: bounds memory for tasks of many thousand items."""
@@ -58,12 +60,18 @@ def compare_items(variant: str, baseline: str, metric: str, confidence: float, s
     column = "nll" if metric in PERPLEXITIES else metric
     for items in (a, b):
         if column not in items.columns:
-            have = sorted(set(items.columns) - {"weight", "n_tokens"})
+            have = sorted(set(items.columns) - {"weight", "n_tokens", DOCUMENT})
             raise PairingError(f"{where}: items hold no {column!r} for metric {metric!r}; they hold {', '.join(have)}")
     weight, other_weight = a.columns["weight"], b.columns["weight"][order]
     if not np.array_equal(weight, other_weight):
         raise PairingError(f"{where}: the same ids carry different weights, so the items are not the same text")
-    return compare(a.columns[column], b.columns[column][order], weight, metric, confidence=confidence, seed=seed)
+    documents, other = a.columns.get(DOCUMENT), b.columns.get(DOCUMENT)
+    if other is not None:
+        other = other[order]
+        if documents is not None and not np.array_equal(documents, other):
+            raise PairingError(f"{where}: the same ids are of different documents, so the items are not the same text")
+    documents = other if documents is None else documents
+    return compare(a.columns[column], b.columns[column][order], weight, metric, documents=documents, confidence=confidence, seed=seed)
 
 
 def _pairing(a: _Items, b: _Items, where: str) -> Any:
@@ -85,17 +93,29 @@ def _pairing(a: _Items, b: _Items, where: str) -> Any:
 
 
 def compare(
-    variant: Floats, baseline: Floats, weight: Floats, metric: str, *, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
+    variant: Floats,
+    baseline: Floats,
+    weight: Floats,
+    metric: str,
+    *,
+    documents: Floats | None = None,
+    confidence: float = 0.95,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Delta:
-    """The same on arrays: per-item values `[n]` (NLL for perplexity) and weights `[n]`."""
+    """The same on arrays: per-item values `[n]` (NLL for perplexity), weights `[n]`, and documents `[n]` where they are known."""
     used = weight > 0
     v, b, w = variant[used], baseline[used], weight[used]
     n = int(v.size)
+    of = None if documents is None else np.unique(documents[used], return_inverse=True)[1]
+    n_documents = None if of is None else len(set(of.tolist()))
+    unit = Unit.DOCUMENT if n_documents is not None and n_documents >= FEWEST_DOCUMENTS else Unit.ITEM
     score = np.exp if metric in PERPLEXITIES else np.positive
     nan = math.nan
 
     def result(method: str, low: float = nan, high: float = nan, p: float = nan) -> Delta:
-        return Delta(metric, float(value), float(base), float(delta), float(low), float(high), confidence, n, method, float(p))
+        ends = float(low), float(high), confidence
+        return Delta(metric, float(value), float(base), float(delta), *ends, n, method, float(p), unit=unit, n_documents=n_documents)
 
     with np.errstate(over="ignore", invalid="ignore"):
         mean_v, mean_b = (float(np.average(x, weights=w)) if n else nan for x in (v, b))
@@ -103,19 +123,32 @@ def compare(
         delta = value - base
         if not (np.isfinite(value) and np.isfinite(base)):
             return result("undefined")
-        difference = v - b
-        if not np.any(difference):
+        if not np.any(v - b):
             return result("identical", 0.0, 0.0, 1.0)
         if n == 1:
             return result("single")
+        if unit is Unit.DOCUMENT:
+            assert of is not None
+            v, b, w = _together(v, b, w, of)
+        difference = v - b
         if np.ptp(difference) <= 1e-12 * max(1.0, float(np.abs(v).max())):
             # No spread to resample. Under "no difference" each sign was a coin toss: the exact sign-flip p value.
-            return result("degenerate", delta, delta, 2.0 ** (1 - n))
+            return result("degenerate", delta, delta, 2.0 ** (1 - v.size))
         p = _t_test(difference, w)
-        if n < FEWEST_TO_RESAMPLE:
+        if v.size < FEWEST_TO_RESAMPLE:
             return result("t", *_t_interval(v, b, w, metric, confidence), p)
         method, low, high = _bootstrap(v, b, w, score, float(delta), confidence, seed, resamples)
     return result(method, low, high, p)
+
+
+def _together(v: Floats, b: Floats, w: Floats, of: NDArray[np.intp]) -> tuple[Floats, Floats, Floats]:
+    """Items `[n]` of documents `of` `[n]`, 0 to C - 1 ▸ weighted means of both scores, and weights, per document `[C]`.
+
+    Every statistic here is one of weighted sums, so that to draw documents with all their items is to draw these rows."""
+    if of.max() + 1 == of.size:
+        return v, b, w
+    weight = np.bincount(of, w)
+    return np.bincount(of, w * v) / weight, np.bincount(of, w * b) / weight, weight
 
 
 def _standard_error(influence: Floats) -> float:
@@ -155,7 +188,7 @@ def _t_interval(v: Floats, b: Floats, w: Floats, metric: str, confidence: float)
 def _bootstrap(
     v: Floats, b: Floats, w: Floats, score: Any, delta: float, confidence: float, seed: int, resamples: int
 ) -> tuple[str, float, float]:
-    """BCa interval; percentile where the bias correction or the acceleration is undefined."""
+    """BCa interval over rows, which are units; percentile where the bias correction or the acceleration is undefined."""
     from scipy.special import ndtr, ndtri
 
     terms = np.stack([w, w * v, w * b], axis=1)  # [n, 3]
@@ -180,7 +213,7 @@ def _bootstrap(
 
 @lru_cache(maxsize=8)
 def _draws(n: int, seed: int, resamples: int) -> NDArray[np.uint8]:
-    """How often each of n items is drawn in each resample, `[resamples, n]`. Shared by all variants of a task."""
+    """How often each of n units is drawn in each resample, `[resamples, n]`. Shared by all variants of a task."""
     rng = np.random.default_rng([seed, n])
     out = np.empty((resamples, n), dtype=np.uint8)
     for row in range(resamples):

@@ -14,7 +14,19 @@ from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
 from workers.errors import UnsupportedModel
 from workers.rotatable import recollects, rotatable
-from workers.specs import PROPAGATIONS, SAMPLINGS, AutoBits, CalibrationSpec, Component, MethodSpec, TaskSpec, TextSpec, freeze, from_json
+from workers.specs import (
+    PROPAGATIONS,
+    SAMPLINGS,
+    WINDOWS,
+    AutoBits,
+    CalibrationSpec,
+    Component,
+    MethodSpec,
+    TaskSpec,
+    TextSpec,
+    freeze,
+    from_json,
+)
 
 STATISTICS = ("hessian", "absmax", "absmean", "minmax", "samples")
 """What a calibrate stage can collect for a method."""
@@ -194,8 +206,12 @@ def task_part(option: Option, source: TextSource) -> TaskPart:
     metrics = {name: bool(m["higher_is_better"]) for name, m in values["metrics"].items()}
     if values["primary"] not in metrics:
         raise ConfigError(f"task {option.name!r}: {unknown_name('primary metric', values['primary'], metrics)}")
+    windows = values.get("windows", WINDOWS[0])
+    if windows not in WINDOWS:
+        raise ConfigError(f"task {option.name!r}: {unknown_name('windows', str(windows), WINDOWS)}")
+    text = text_part(option, source)
     spec = _checked(
-        option, "params", lambda: TaskSpec(values["kind"], values["version"], text_part(option, source), freeze(values.get("params") or {}))
+        option, "params", lambda: TaskSpec(values["kind"], values["version"], text, freeze(values.get("params") or {}), windows)
     )
     info = TaskInfo(option.name, values["kind"], values["primary"], metrics)
     return TaskPart(spec, bool(values.get("needs_reference", False)), info)

@@ -3,11 +3,15 @@
 Both evaluate stages store one row per item (`payload/items.parquet`), in which the same item has the same id. Item noise
 that both share cancels in the difference, so its interval is far narrower than that of two separate scores.
 
-* Interval: bias-corrected and accelerated bootstrap over items (Efron 1987) of the difference of the *score*
+* Unit: windows of one document (article, story, generation) are alike, so that they tell less than as many independent ones. Where
+  items tell their document and there are enough of them, documents are the unit: each is drawn with all its items, and counts by
+  their weight (cluster bootstrap; Field and Welsh 2007). Else items are, as if independent, which is too narrow where they are not.
+* Interval: bias-corrected and accelerated bootstrap over units (Efron 1987) of the difference of the *score*
   (perplexity = exp of the weighted mean NLL, every other metric = weighted mean), or a t interval of the linearised
-  difference where items are too few to resample.
-* p value: paired t test of the linearised difference. Bootstrap p values cannot fall below 1/resamples, which Holm's
-  correction over a large table would always reject as too coarse.
+  difference where units are too few to resample.
+* p value: paired t test of the linearised difference (over C documents: with the cluster-robust variance, its factor C / (C - 1), and
+  C - 1 degrees of freedom). Bootstrap p values cannot fall below 1/resamples, which Holm's correction over a large table would
+  always reject as too coarse.
 * Multiplicity: Holm (1979) over the deltas given together.
 
 All variants of a task are resampled with the same draws, so equal items give equal intervals.
@@ -18,9 +22,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from orchestrator.errors import PairingError
 from orchestrator.results import StageResult, TaskInfo
+
+
+class Unit(str, Enum):
+    """What is taken as independent, and resampled."""
+
+    DOCUMENT = "document"
+    ITEM = "item"
+
+
+FEWEST_DOCUMENTS = 8
+"""Below this a cluster-robust variance is itself too uncertain, and mostly too small; items are the unit."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +55,19 @@ class Delta:
     n_items: int
     """Items with a positive weight."""
     method: str
-    """bca; percentile (where BCa has no solution); t (few items); identical (every item equal); degenerate (every item
+    """bca; percentile (where BCa has no solution); t (few units); identical (every item equal); degenerate (every unit
     differs by the same amount); single (one item: no interval); undefined (a score that is not finite)."""
     p_value: float
     """Two-sided, of no difference; NaN where there is none."""
     p_adjusted: float | None = None
     """After Holm's correction; None until `adjust_holm`, and where there is no p value."""
+    unit: Unit = Unit.ITEM
+    n_documents: int | None = None
+    """Of the items with a positive weight; None where items do not tell."""
+
+    @property
+    def n_units(self) -> int:
+        return self.n_items if self.unit is Unit.ITEM or self.n_documents is None else self.n_documents
 
     @property
     def separable(self) -> bool:
@@ -58,7 +81,7 @@ def paired_delta(
     """Difference of `metric` between two evaluate stages of one task, paired by item.
 
     Args:
-        variant, baseline: committed evaluate stages, with `payload`.
+        variant, baseline: committed evaluate stages, with `payload`. It is enough that one tells documents: the items are the same.
         task: only named in messages.
         metric: `perplexity` (or `ppl`), or a column of items.parquet.
         confidence: of the interval, between 0 and 1.

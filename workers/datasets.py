@@ -2,6 +2,8 @@
 
 Rows of a .jsonl (or .json with one object a line) and of hub data sets are documents as they are, empty ones included,
 since the perplexity protocol joins them all. Plain text is cut by `TextSpec.split`, and blank documents are left out.
+
+WikiText's rows are lines. For statistics, which resample documents, an article is put together again (`document_starts`).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import json
 import random
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ from workers.request import Location
 from workers.specs import CalibrationSpec, TextSpec
 
 Tokenizer = Callable[..., Any]
-"""A tokenizer of transformers: text ▸ mapping with `input_ids`."""
+"""A tokenizer of transformers: text ▸ mapping with `input_ids`, and with `offset_mapping` where it is asked for and can tell."""
 
 SPLITS: dict[str, Callable[[str], list[str]]] = {
     "rows": lambda text: text.splitlines(),
@@ -32,6 +36,8 @@ SPLITS: dict[str, Callable[[str], list[str]]] = {
 }
 JSON_SUFFIXES = (".jsonl", ".json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
+HEADING = re.compile(r"= (?!= )\S.*(?<! =) =")
+"""Of an article of WikiText, without the spaces around: one `=` on either side. Sections have two and more."""
 MISSES = 1000
 """Random documents in a row that are too short before sampling=documents gives up."""
 
@@ -132,9 +138,12 @@ def load_tokenizer(location: Location) -> Tokenizer:
     return tokenizer
 
 
-def byte_tokens(text: str, **_: Any) -> dict[str, list[int]]:
-    """A tokenizer whose tokens are the bytes of UTF-8."""
-    return {"input_ids": list(text.encode())}
+def byte_tokens(text: str, return_offsets_mapping: bool = False, **_: Any) -> dict[str, Any]:
+    """A tokenizer whose tokens are the bytes of UTF-8. All bytes of a character have its offsets, as in transformers."""
+    found: dict[str, Any] = {"input_ids": list(text.encode())}
+    if return_offsets_mapping:
+        found["offset_mapping"] = [(i, i + 1) for i, c in enumerate(text) for _ in c.encode()]
+    return found
 
 
 def _reads_bytes(folder: Path) -> bool:
@@ -146,6 +155,48 @@ def _reads_bytes(folder: Path) -> bool:
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
     """One call for the whole text ▸ tokens `[L]` int64; a beginning token comes once, if the tokenizer adds it."""
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenizedText:
+    tokens: Tensor
+    """`[L]` int64."""
+    documents: Tensor | None
+    """`[L]` int64, never falling: of which document each token is. None where the tokenizer does not tell offsets."""
+
+
+def tokenize_documents(tokenizer: Tokenizer, documents: Sequence[str], join: str) -> TokenizedText:
+    """`tokenize` of the joined documents, with the document of every token: the one its last character lies in.
+
+    So what joins two documents counts to the first, as does a token for the beginning to the first of all; a token that holds
+    both the end of what joins and the start of the next document counts to the next. Documents are those of `document_starts`.
+    """
+    text = join.join(documents)
+    if tokenizer is not byte_tokens and not getattr(tokenizer, "is_fast", False):
+        return TokenizedText(tokenize(tokenizer, text), None)
+    encoded = tokenizer(text, verbose=False, return_offsets_mapping=True)
+    begins = [0, *accumulate(len(d) + len(join) for d in documents)]
+    starts = torch.tensor([begins[i] for i in document_starts(documents)])
+    # Ends, not starts: some tokenizers leave the space before a word out of its range. Added tokens have the range (0, 0), wherever
+    # they stand.
+    ends = torch.tensor([end for _, end in encoded["offset_mapping"]]).cummax(0).values
+    of = torch.searchsorted(starts, ends) - 1  # starts below the end, less one: the last document that has begun
+    return TokenizedText(torch.tensor(encoded["input_ids"], dtype=torch.int64), of.clamp(min=0))
+
+
+def document_starts(documents: Sequence[str]) -> list[int]:
+    """Which of the documents begin one that stands for itself, ascending.
+
+    All do, but where rows are lines of articles: then those that are a heading ` = Title = ` between blank rows (blank rows may
+    have been left out of plain text). What is not blank before the first heading is a document, too.
+    """
+    blank = [not d.strip() for d in documents]
+    around, spaced = [True, *blank, True], any(blank)
+    headings = [i for i, d in enumerate(documents) if HEADING.fullmatch(d.strip())]
+    found = [i for i in headings if not spaced or (around[i] and around[i + 2])]
+    if not found:
+        return list(range(len(documents)))
+    return found if all(blank[: found[0]]) else [0, *found]
 
 
 def calibration_tokens(location: Location, spec: CalibrationSpec, tokenizer: Tokenizer) -> Tensor:

@@ -2,7 +2,8 @@
 
 Inputs by role: `quantize`, the artifact of the variant (none: the unquantized model); `reference`, the unquantized model's
 own evaluation, for divergence; `kv` and `kv_fisher`, calibration keys and values and their weights, for a KV scheme that needs them.
-Payload: items.parquet, and the reference's log-probabilities where this is the reference.
+Payload: items.parquet, and the reference's log-probabilities where this is the reference. Beside its scores an item tells the
+document it is of (`document`, an index), the unit that statistics resample.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ P = TypeVar("P")
 
 def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
     """Write items.parquet into `payload`; return {scores, primary, n_items, n_tokens, peak_memory_bytes,
-    and kv where the scheme has that part}.
+    n_documents where the tokenizer tells them, and kv where the scheme has that part}.
 
     Raises InputError (unknown task, parameters, too short a text), NumericalError (logits that are not finite),
     CorruptArtifactError.
@@ -42,7 +43,7 @@ def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, 
     stage = _Stage(spec, inputs, payload, context, residency)
     result = stage.perplexity() if spec.task.kind == perplexity.KIND else stage.divergence()
     with context.phase("write"):
-        _write_items(result, payload / ITEMS)
+        _write_items({**result.columns, **stage.columns}, payload / ITEMS)
     return {
         "scores": result.scores,
         "primary": result.primary,
@@ -87,15 +88,17 @@ class _Stage:
     residency: Residency
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the record's summary says."""
+    columns: dict[str, base.Column] = field(default_factory=dict)
+    """What else the items tell."""
 
     def perplexity(self) -> base.Result:
         params = parse_params(perplexity.Params, self.spec.task)
-        windows = base.cut(self._tokens(), params.window, params.limit, params.max_windows)
+        windows = self._windows(params.window, params.limit, params.max_windows)
         return self._scored(windows, lambda logits: perplexity.run(logits, windows, self._batch_tokens))
 
     def divergence(self) -> base.Result:
         params = parse_params(divergence.Params, self.spec.task)
-        windows = base.cut(self._tokens(), params.window, params.limit)
+        windows = self._windows(params.window, params.limit, None)
         if self._is_reference:
             budget = self.context.hints.reference_bytes
             result = self._scored(
@@ -114,8 +117,20 @@ class _Stage:
     def _batch_tokens(self) -> int:
         return self.context.batch_tokens
 
-    def _tokens(self) -> Tensor:
-        return self.residency.tokens(self.context, self.spec.model, self.spec.task.text)
+    def _windows(self, window: int, limit: int | None, max_windows: int | None) -> Tensor:
+        """`[n, T]` int64; the documents they are of go into `columns`."""
+        text = self.residency.text(self.context, self.spec.model, self.spec.task.text)
+
+        def cut(of_tokens: Tensor) -> Tensor:
+            return base.cut(of_tokens, window, limit, max_windows, self.spec.task.windows)
+
+        windows = cut(text.tokens)
+        if text.documents is None:
+            self.context.notes.append("items do not tell their documents: the model's tokenizer gives no offsets")
+        else:
+            self.columns["document"] = base.documents_of(cut(text.documents))
+            self.facts["n_documents"] = len(set(self.columns["document"]))
+        return windows
 
     def _reference(self, windows: Tensor) -> Iterator[Tensor]:
         """Log-probabilities of the unquantized model, stored or walked side by side."""
@@ -176,8 +191,8 @@ def resident_logits(model: nn.Module, device: torch.device, runtime: Callable[[]
     return logits
 
 
-def _write_items(result: base.Result, path: Path) -> None:
+def _write_items(columns: Mapping[str, base.Column], path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pq.write_table(pa.table(result.columns), path)
+    pq.write_table(pa.table(dict(columns)), path)

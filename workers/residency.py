@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quant.scheme import ActivationScheme, KVScheme
 from workers.context import Context
-from workers.datasets import Tokenizer, load_documents, load_tokenizer, tokenize
+from workers.datasets import TokenizedText, Tokenizer, load_documents, load_tokenizer, tokenize_documents
 from workers.specs import ModelSpec, TextSpec
 
 TEXTS = 4
@@ -62,7 +62,7 @@ class Residency:
         self._model: tuple[Key, nn.Module] | None = None
         self._variants: OrderedDict[Key, nn.Module] = OrderedDict()
         self._tokenizer: tuple[str, Tokenizer] | None = None
-        self._texts: OrderedDict[tuple[str, TextSpec], Tensor] = OrderedDict()
+        self._texts: OrderedDict[tuple[str, TextSpec], TokenizedText] = OrderedDict()
 
     @property
     def builder(self) -> Builder:
@@ -123,13 +123,13 @@ class Residency:
         finally:
             handle.remove()
 
-    def tokens(self, context: Context, model: ModelSpec, text: TextSpec) -> Tensor:
-        """The text's documents joined and tokenized by the model's tokenizer, `[L]` int64."""
+    def text(self, context: Context, model: ModelSpec, text: TextSpec) -> TokenizedText:
+        """The text's documents joined and tokenized by the model's tokenizer."""
         key = (model.digest, text)
         if key not in self._texts:
             with context.phase("tokenize"):
                 documents = load_documents(context.text_location(text), text)
-                self._texts[key] = tokenize(self._tokenizer_of(context, model), text.join.join(documents))
+                self._texts[key] = tokenize_documents(self._tokenizer_of(context, model), documents, text.join)
             if len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
         self._texts.move_to_end(key)

@@ -22,6 +22,7 @@ from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 DTYPES = ("float32", "bfloat16", "float16")
 PROPAGATIONS = ("original", "quantized")
 SAMPLINGS = ("windows", "documents", "sequential")
+WINDOWS = ("first", "spread")
 
 Params = tuple[tuple[str, Any], ...]
 """Parameters by name, sorted; values are JSON values with lists as tuples."""
@@ -154,6 +155,8 @@ class TaskSpec:
     version: int
     text: TextSpec
     params: Params = ()
+    windows: str = "first"
+    """Which windows of the text are scored where `limit` leaves some out: first, or spread at equal distances, over more documents."""
 
 
 @dataclass(frozen=True)

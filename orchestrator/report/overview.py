@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from orchestrator.report.tables import SKIPPED, Row, model_size, nominal_bits, spec_of
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import FEWEST_DOCUMENTS, Unit
 
 BASELINE = "unquantized"
 FAILED_STATES = (Status.FAILED.value, Status.DEP_FAILED.value)
@@ -114,6 +115,25 @@ def skips(result: SweepResult) -> list[tuple[str, list[dict[str, str]]]]:
     for cell in result.skipped:
         groups.setdefault(cell.reason, []).append(cell.axes)
     return sorted(groups.items(), key=lambda g: -len(g[1]))
+
+
+def resampled(model: ModelTable) -> str:
+    """What the intervals of a model rest on: `self_perplexity: 42 documents of 64 items`; and why, where that is not documents."""
+    said = []
+    for task in model.tasks:
+        rows = [x.cells[task.name] for x in model.lines if task.name in x.cells]
+        kinds = dict.fromkeys((r.interval_unit, r.n_documents, r.n_items) for r in rows if r.interval_unit is not None)
+        said += [f"{task.name}: {_units(*kind)}" for kind in kinds]
+    return "; ".join(said)
+
+
+def _units(unit: str | None, documents: int | None, items: int | None) -> str:
+    if unit == Unit.DOCUMENT.value:
+        return f"{documents} documents of {items} items"
+    if documents is None:
+        return f"{items} items, which do not tell their documents"
+    few = "1 document is" if documents == 1 else f"{documents} documents are"
+    return f"{items} items, since their {few} fewer than {FEWEST_DOCUMENTS}"
 
 
 def remarks(result: SweepResult) -> list[tuple[str, list[str]]]:

@@ -12,7 +12,7 @@ from orchestrator.report.cost import costs, is_reused, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
-from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, skips, state_word
+from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
 from orchestrator.report.tables import Row, stage_seconds
 from orchestrator.report.terminal import cell_lines
@@ -42,7 +42,7 @@ def model_section(model: ModelTable, number: int, figures: Sequence[Figure], lay
     parts: list[object] = [tag("h2", model.model, id=f"model-{number}")]
     if not model.quantized:
         parts.append(tag("p", "No quantized variant of this model is in the sweep."))
-    parts += [_picks(model), tag("h3", "Every variant"), _score_caption(), score_table(model), _other_metrics(model)]
+    parts += [_picks(model), tag("h3", "Every variant"), _score_caption(model), score_table(model), _other_metrics(model)]
     if figures:
         parts.append(tag("div", *map(figure, figures), class_="grid"))
     elif model.quantized:
@@ -86,10 +86,12 @@ def score_table(model: ModelTable) -> Markup:
     return table(headings, rows, label=f"{model.model}: scores", class_="scores", row_classes=classes)
 
 
-def _score_caption() -> Markup:
+def _score_caption(model: ModelTable) -> Markup:
+    units = resampled(model)
     return tag(
         "p",
-        "Score, and below it the difference to the unquantized model with its 95 % interval over paired items. ",
+        "Score, and below it the difference to the unquantized model with its 95 % interval. ",
+        f"Resampled in pairs: {units}. " if units else "",
         tag("b", "*"),
         " marks differences that stand after Holm's correction over all variants and tasks. Click a heading to sort.",
         class_="caption",

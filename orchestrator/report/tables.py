@@ -50,6 +50,10 @@ class Row:
     confidence: float | None = None
     n_items: int | None = None
     interval_method: str | None = None
+    interval_unit: str | None = None
+    """What was resampled: document, or item."""
+    n_documents: int | None = None
+    """Of the items; empty where they do not tell."""
     p_value: float | None = None
     p_holm: float | None = None
     bits_nominal: float | None = None
@@ -208,6 +212,8 @@ def _with_delta(row: Row, stage: StageResult, base: StageResult | None, task: Ta
         confidence=d.confidence,
         n_items=d.n_items,
         interval_method=d.method,
+        interval_unit=d.unit.value,
+        n_documents=d.n_documents,
         p_value=_finite(d.p_value),
     )
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.report import numbers
-from orchestrator.report.overview import Line, ModelTable, counts, failures, model_tables, skips, state_word
+from orchestrator.report.overview import Line, ModelTable, counts, failures, model_tables, resampled, skips, state_word
 from orchestrator.report.tables import Row, long_table
 from orchestrator.results import SweepResult, TaskInfo
 
@@ -24,10 +24,11 @@ def print_table(result: SweepResult, console: Console) -> None:
     lines do not fit either.
     """
     rows = long_table(result)
-    for table in model_tables(result, rows):
+    tables = model_tables(result, rows)
+    for table in tables:
         for part in _parts(table, console.width):
             console.print(part)
-    _print_legend(result, rows, console)
+    _print_legend(result, rows, tables, console)
     _print_troubles(result, rows, console)
 
 
@@ -111,11 +112,13 @@ def _cell(row: Row | None, is_baseline: bool, separator: str) -> Text:
     return text
 
 
-def _print_legend(result: SweepResult, rows: tuple[Row, ...], console: Console) -> None:
+def _print_legend(result: SweepResult, rows: tuple[Row, ...], tables: tuple[ModelTable, ...], console: Console) -> None:
     if any(r.delta is not None for r in rows):
+        units = dict.fromkeys(filter(None, map(resampled, tables)))
         console.print(
-            "Score, then difference to the unquantized model with its 95 % interval over paired items. "
-            "* differs after Holm's correction over the whole table.",
+            "Score, then difference to the unquantized model with its 95 % interval over pairs"
+            + (f" (resampled: {'; '.join(units)})" if units else "")
+            + ". * differs after Holm's correction over the whole table.",
             style="dim",
             highlight=False,
         )

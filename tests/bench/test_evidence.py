@@ -13,7 +13,20 @@ from scipy import stats
 from bench import evidence
 from bench.evidence_bits import _FORMULAS, bits_at
 from bench.evidence_claims import CLAIMS, Claim
-from bench.evidence_stats import HOLDS, REVERSED, UNCLEAR, Effect, adjusted, clustered, difference, effect
+from bench.evidence_stats import (
+    BLOCKS,
+    DOCUMENTS,
+    FEWEST_DOCUMENTS,
+    HOLDS,
+    REVERSED,
+    UNCLEAR,
+    Effect,
+    adjusted,
+    clustered,
+    clusters,
+    difference,
+    effect,
+)
 from orchestrator.grid import compose_grid
 from quant import quantize_linear
 from quant.tensors import FORMATS
@@ -63,7 +76,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_whether_text_or_draws
 def test_one_draw_is_the_paired_t_test_over_clusters() -> None:
     values = drawn(0.003, draws=1)
     e = effect(values)
-    reference = stats.ttest_1samp(clustered(values)[0], 0.0)
+    reference = stats.ttest_1samp(values[0].reshape(8, 4).mean(1), 0.0)
     assert e.p == pytest.approx(reference.pvalue, rel=1e-9)
     interval = reference.confidence_interval(0.95)
     assert (e.low, e.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
@@ -78,7 +91,41 @@ def test_draws_widen_the_interval_and_pairing_by_draw_narrows_it() -> None:
 
 
 def test_clusters_are_consecutive_windows_and_the_last_takes_the_rest() -> None:
-    assert clustered(np.arange(10.0)[None], 4).tolist() == [[1.5, 6.5]]
+    means, share = clustered(np.arange(10.0)[None], clusters(10).of)
+    assert (means.tolist(), share.tolist()) == ([[1.5, 6.5]], [0.4, 0.6])
+    assert clusters(3).of.tolist() == [0, 0, 0]
+
+
+def documents(count: int) -> np.ndarray:
+    """`[n]`: documents of differing lengths."""
+    of = np.sort(np.random.default_rng(count).integers(0, count, WINDOWS - count))
+    return np.sort(np.concatenate([of, np.arange(count)])).astype(float)
+
+
+def test_one_draw_over_documents_is_the_cluster_robust_regression_of_statsmodels() -> None:
+    from statsmodels.regression.linear_model import OLS
+
+    values, of = drawn(0.003, draws=1), documents(12)
+    e = effect(values, of)
+    fit = OLS(values[0], np.ones(WINDOWS)).fit(cov_type="cluster", cov_kwds={"groups": of.astype(int)}, use_t=True)
+    assert (e.clusters, e.clusters_are) == (12, DOCUMENTS)
+    assert e.p == pytest.approx(float(fit.pvalues[0]), rel=1e-6)
+    assert (e.low, e.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
+
+
+def test_documents_of_one_window_are_the_paired_t_test_over_windows() -> None:
+    values = drawn(0.003, draws=1)
+    e = effect(values, np.arange(WINDOWS, dtype=float))
+    assert e.p == pytest.approx(stats.ttest_1samp(values[0], 0.0).pvalue, rel=1e-9)
+
+
+def test_few_documents_leave_blocks_and_the_line_says_so() -> None:
+    values, few, enough = drawn(0.003), documents(FEWEST_DOCUMENTS - 1), documents(FEWEST_DOCUMENTS)
+    assert effect(values, few) == effect(values)
+    assert effect(values).clusters_are == BLOCKS
+    assert evidence.resampled({"nll": values[0]}) == "8 blocks of 4 windows, since windows do not tell their documents"
+    assert evidence.resampled({"nll": values[0], "document": few}).endswith("since windows are of 7 documents, fewer than 8")
+    assert evidence.resampled({"nll": values[0], "document": enough}) == "8 documents"
 
 
 def test_equal_variants_are_not_distinguishable_and_holm_takes_all_rows_into_account() -> None:
@@ -107,6 +154,7 @@ STORED = {
     "nvfp4": {"method": "rtn", "bits": 4, "group_size": 16, "number": "nvfp4"},
     "hqq": {"bits": 4, "group_size": 32, "axis": 0},
     "owq": {"bits": 3},
+    "quik": {"bits": 4},
     "billm": {"bits": 1, "block_size": 32},
     "billm_joint": {"bits": 1, "block_size": 32},
     "pb_llm": {"bits": 1, "group_size": 32},
@@ -144,13 +192,17 @@ def test_large_matrices_take_the_bits_that_papers_count() -> None:
 
 def test_every_ordering_names_variants_of_the_sweep() -> None:
     grid = compose_grid(["sweep=methods"], multirun=True)
-    names = {f"{c.method.name.replace('rounding.params.', '')} {c.scheme.name}" for c in grid.cells}
+    names = {f"{evidence.short(c.method.name)} {c.scheme.name}" for c in grid.cells}
     assert {n for c in CLAIMS for n in (c.better, c.worse)} <= names
     assert {c.replicate.name for c in grid.cells} == {"r0", "r1", "r2"}
+    assert {c.task.values["windows"] for c in grid.cells} == {"spread"}
 
 
-def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = synthetic.sweep(tmp_path, tasks=(synthetic.DIVERGENCE,), replicates=("r0", "r1", "r2"), fail={("awq", "w2a16_g64")})
+@pytest.mark.parametrize("count", [None, 20])
+def test_a_sweep_becomes_a_table(count: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = synthetic.sweep(
+        tmp_path, tasks=(synthetic.DIVERGENCE,), replicates=("r0", "r1", "r2"), fail={("awq", "w2a16_g64")}, documents=count
+    )
     monkeypatch.setattr(evidence, "large_bits", lambda _: 4.25)  # synthetic stages have no tensors
     rows, failures = evidence.collect(made)
     assert len(rows) == 11
@@ -166,3 +218,4 @@ def test_a_sweep_becomes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         lines = list(csv.DictReader(f))
     assert len(lines) == len(rows) + len(verdicts)
     assert all(line["nll_mean"] for line in lines)
+    assert {(line["clusters"], line["clusters_are"]) for line in lines} == {("15", BLOCKS) if count is None else ("20", DOCUMENTS)}

@@ -101,7 +101,7 @@ def divergence_items(seed: int, degradation: float, n: int = 60) -> dict[str, An
 
 def scores_of(items: Mapping[str, Any]) -> dict[str, float]:
     weight = np.asarray(items["weight"])
-    means = {k: float(np.average(v, weights=weight)) for k, v in items.items() if k not in ("id", "n_tokens", "weight")}
+    means = {k: float(np.average(v, weights=weight)) for k, v in items.items() if k not in ("id", "n_tokens", "weight", "document")}
     return means if "kl" in means else {"ppl": float(np.exp(means["nll"])), **means}
 
 
@@ -171,12 +171,13 @@ def sweep(
     replicates: Sequence[str] = ("r0",),
     skipped: Sequence[SkippedCell] = (),
     n_items: int = 60,
+    documents: int | None = None,
     name: str = "demo",
 ) -> SweepResult:
     """A sweep of models × methods × schemes × replicates × tasks with its baselines.
 
     `fail`, `wait`, `reused`: (method, scheme) pairs whose quantize stage failed (evaluations DEP_FAILED), has not run, or
-    was computed by another sweep.
+    was computed by another sweep. `documents`: how many the items are of, in order; None: they do not tell.
     """
     stages: dict[str, StageResult] = {}
     variants: list[VariantResult] = []
@@ -187,7 +188,10 @@ def sweep(
 
     def evaluate(label: str, task: TaskInfo, seed: int, degradation: float, **more: Any) -> StageResult:
         make = perplexity_items if task.kind == "perplexity" else divergence_items
-        return put(evaluate_stage(root, f"{label} {task.name}", task, make(seed, degradation, n_items), **more))
+        items = make(seed, degradation, n_items)
+        if documents is not None:
+            items["document"] = np.arange(n_items) * documents // n_items
+        return put(evaluate_stage(root, f"{label} {task.name}", task, items, **more))
 
     for model in models:
         digest = key_of("model", model)

@@ -75,6 +75,7 @@ def test_spec_survives_json(name: str) -> None:
 def test_field_at_its_default_is_not_in_the_canonical_form() -> None:
     assert "sampling" not in to_json(CALIBRATION)
     assert to_json(replace(CALIBRATION, sampling="sequential"))["sampling"] == "sequential"
+    assert "windows" not in to_json(TaskSpec("perplexity", 1, TEXT))
 
 
 def test_every_part_of_the_identity_changes_the_key() -> None:

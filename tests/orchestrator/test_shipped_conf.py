@@ -95,11 +95,14 @@ def test_a_named_sweep_sets_what_belongs_to_the_whole_sweep_and_the_command_line
 
 def test_words_of_the_configuration_are_those_of_the_code() -> None:
     from quant import grids
-    from workers import datasets
+    from workers import datasets, specs
 
     assert set(CHOICES["method", "rounding.params.grid"]) == {*grids.GRIDS, *grids.ALIASES}
     assert set(CHOICES["calibration", "text.split"]) == set(CHOICES["task", "text.split"]) == set(datasets.SPLITS)
     assert set(CHOICES["calibration", "sampling"]) == set(datasets.SAMPLINGS)
+    # Left out of the key; every shipped task keeps the key it had.
+    for task in compose_grid(["task=glob(*)"], multirun=True).cells:
+        assert task.task.values["windows"] == specs.TaskSpec("", 1, specs.TextSpec("")).windows
 
 
 def test_every_word_of_a_method_is_one_that_its_class_takes_and_says() -> None:

@@ -101,6 +101,114 @@ def test_interval_covers_the_truth_as_often_as_it_says(metric: str, n: int) -> N
     assert falsely_rejected / trials <= 0.05 + noise
 
 
+def clustered(seed: int, documents: int = 20) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(variant, baseline, weight, document) of 1 to 9 windows per document; a document's windows share most of their noise."""
+    rng = np.random.default_rng(seed)
+    of = np.repeat(np.arange(documents), rng.integers(1, 10, documents)).astype(float)
+    text = rng.normal(2.0, 0.5, documents)[of.astype(int)] + rng.normal(0, 0.1, of.size)
+    shift = rng.normal(0.1, 0.2, documents)[of.astype(int)] + rng.normal(0, 0.05, of.size)
+    return text + shift, text, rng.integers(100, 2000, of.size).astype(float), of
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["ppl", "kl"]), st.integers(9, 40))
+def test_one_item_per_document_gives_what_items_give(seed: int, metric: str, n: int) -> None:
+    rng = np.random.default_rng(seed)
+    v, b, w = rng.normal(1.1, 0.3, n), rng.normal(1.0, 0.3, n), rng.integers(1, 9, n).astype(float)
+    d = intervals.compare(v, b, w, metric, documents=rng.permutation(n).astype(float), resamples=99)
+    assert (d.unit, d.n_units) == (stats.Unit.DOCUMENT, n)
+    assert replace(d, unit=stats.Unit.ITEM, n_documents=None) == intervals.compare(v, b, w, metric, resamples=99)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["ppl", "kl"]), st.integers(8, 11) | st.integers(20, 30), st.integers(2, 6))
+def test_equal_windows_of_a_document_count_once(seed: int, metric: str, n: int, windows: int) -> None:
+    rng = np.random.default_rng(seed)
+    v, b, w = rng.normal(1.1, 0.3, n), rng.normal(1.0, 0.3, n), rng.integers(1, 9, n).astype(float)
+    of = np.arange(n).repeat(windows)
+    # Fewer than 12 are not resampled; from 20 on no resample holds every unit once, whose score would equal the whole's but for rounding.
+    once = intervals.compare(v, b, w, metric, resamples=99)
+    d = intervals.compare(v[of], b[of], w[of], metric, documents=of.astype(float), resamples=99)
+    assert (d.delta, d.low, d.high, d.p_value) == pytest.approx((once.delta, once.low, once.high, once.p_value), rel=1e-9)
+    assert d.method == once.method
+    assert (d.n_items, d.n_units) == (n * windows, n)
+
+
+def test_windows_that_are_alike_widen_the_interval_by_the_root_of_their_number() -> None:
+    rng = np.random.default_rng(3)
+    n, windows = 300, 4
+    v, of = rng.normal(0.1, 1.0, n), np.arange(n).repeat(windows)
+    zero, ones = np.zeros(of.size), np.ones(of.size)
+    wide = intervals.compare(v[of], zero, ones, "kl", documents=of.astype(float))
+    narrow = intervals.compare(v[of], zero, ones, "kl")
+    # An interval's length has the Monte Carlo noise of two endpoints, 0.06 standard errors each of the 3.92 it is long (see above);
+    # four standard deviations of the ratio of two such lengths, and 1/n for the degrees of freedom.
+    slack = 4 * math.sqrt(2) * math.sqrt(2) * 0.06 / 3.92 + 1 / n
+    assert (wide.high - wide.low) / (narrow.high - narrow.low) == pytest.approx(math.sqrt(windows), rel=slack)
+
+
+@pytest.mark.parametrize("documents", [8, 11, 20])
+def test_agrees_with_the_cluster_robust_regression_of_statsmodels(documents: int) -> None:
+    from statsmodels.regression.linear_model import WLS
+
+    v, b, w, of = clustered(5, documents)
+    d = intervals.compare(v, b, w, "kl", documents=of)
+    fit = WLS(v - b, np.ones(of.size), weights=w).fit(cov_type="cluster", cov_kwds={"groups": of.astype(int)}, use_t=True)
+    assert d.delta == pytest.approx(float(fit.params[0]), rel=1e-9)
+    assert d.p_value == pytest.approx(float(fit.pvalues[0]), rel=1e-6)
+    if documents < intervals.FEWEST_TO_RESAMPLE:
+        assert d.method == "t"
+        assert (d.low, d.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
+
+
+def test_agrees_with_scipys_bca_over_documents() -> None:
+    v, b, w, of = clustered(7, 40)
+    sums = [np.array([x[of == i].sum() for i in range(40)]) for x in (w * v, w * b, w)]
+
+    def difference(wv: np.ndarray, wb: np.ndarray, ws: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.exp(wv.sum(axis) / ws.sum(axis)) - np.exp(wb.sum(axis) / ws.sum(axis))
+
+    draws = {"n_resamples": intervals.RESAMPLES, "method": "BCa", "rng": 1}
+    reference = scipy.stats.bootstrap(tuple(sums), difference, paired=True, vectorized=True, **draws)
+    d = intervals.compare(v, b, w, "ppl", documents=of)
+    slack = 4 * math.sqrt(2) * 0.06 * float(reference.standard_error)  # as above
+    assert d.method == "bca"
+    assert (d.low, d.high) == pytest.approx(tuple(reference.confidence_interval), abs=slack)
+
+
+def test_interval_over_documents_covers_the_truth_where_that_over_windows_does_not() -> None:
+    rng = np.random.default_rng(13)
+    trials, documents, windows = 500, 11, 6
+    of = np.arange(documents).repeat(windows)
+    covered = {True: 0, False: 0}
+    for _ in range(trials):
+        v = rng.normal(0.1, 0.2, documents)[of] + rng.normal(0, 0.05, of.size)
+        for known in covered:
+            d = intervals.compare(v, 0 * v, np.ones(of.size), "kl", documents=of.astype(float) if known else None, resamples=199)
+            covered[known] += d.low <= 0.1 <= d.high
+    assert abs(covered[True] / trials - 0.95) <= 4 * math.sqrt(0.05 * 0.95 / trials)  # normal data: t is exact, the rest is binomial
+    assert covered[False] / trials < 0.75  # too short by nearly √6: 1.96 becomes 0.8, which covers 58 %
+
+
+def test_few_documents_leave_items_the_unit_and_either_record_may_tell(tmp_path: Path) -> None:
+    items, base = synthetic.perplexity_items(1, 0.2), synthetic.perplexity_items(2, 0.0)
+    plain = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "ppl")
+    assert (plain.unit, plain.n_documents, plain.n_units) == (stats.Unit.ITEM, None, 60)
+    for count in (stats.FEWEST_DOCUMENTS - 1, stats.FEWEST_DOCUMENTS):
+        documents = np.arange(60) * count // 60
+        told = [stage(tmp_path, f"{k}{count}", {**x, "document": documents}) for k, x in (("v", items), ("b", base))]
+        untold = [stage(tmp_path, k, x) for k, x in (("v", items), ("b", base))]
+        found = [
+            stats.paired_delta(v, b, synthetic.PERPLEXITY, "ppl") for v, b in (told, (told[0], untold[1]), (untold[0], told[1]))
+        ]
+        assert found[0] == found[1] == found[2]
+        if count < stats.FEWEST_DOCUMENTS:
+            assert found[0] == replace(plain, n_documents=count)
+        else:
+            assert (found[0].unit, found[0].n_units, found[0].n_items) == (stats.Unit.DOCUMENT, count, 60)
+            assert found[0].delta == plain.delta
+
+
 def test_identical_items_give_an_exact_zero(tmp_path: Path) -> None:
     items = synthetic.perplexity_items(1, 0.0)
     d = stats.paired_delta(stage(tmp_path, "a", items), stage(tmp_path, "b", items), synthetic.PERPLEXITY, "ppl")
@@ -142,6 +250,7 @@ def test_items_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
 
 def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
     items = synthetic.perplexity_items(1, 0.2)
+    items["document"] = np.arange(60)
     good = stage(tmp_path, "good", items)
 
     def against(label: str, **changed: object) -> StageResult:
@@ -152,6 +261,7 @@ def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
         (stage(tmp_path, "short", {k: v[:30] for k, v in items.items()}), "60 against 30"),
         (against("repeat", id=["same"] * 60), "repeat"),
         (against("weights", weight=np.full(60, 3.0)), "different weights"),
+        (against("documents", document=np.arange(60) + 1), "different documents"),
     ]
     for bad, message in cases:
         with pytest.raises(PairingError, match=message):

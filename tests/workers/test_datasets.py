@@ -10,11 +10,21 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.shared import shared_path
 from tests.tiny_models import tiny_model
 from workers.assets import ASSETS
-from workers.datasets import calibration_tokens, load_documents, load_tokenizer, tokenize
+from workers.datasets import (
+    byte_tokens,
+    calibration_tokens,
+    document_starts,
+    load_documents,
+    load_tokenizer,
+    tokenize,
+    tokenize_documents,
+)
 from workers.errors import InputError
 from workers.request import Location
 from workers.specs import CalibrationSpec, TextSpec
@@ -161,6 +171,77 @@ def test_tokenizer_that_adds_a_beginning_adds_it_once(tmp_path: Path) -> None:
     tokens = tokenize(load_tokenizer(Location("folder", str(tmp_path))), "ab\n\ncd")
     assert tokens[0] == 0
     assert (tokens[1:] == 0).sum() <= 2  # the line breaks, which this tokenizer does not know
+
+
+LINES = ["", " = One = \n", "", " ratio \n", " = 1 and k = \n", "", " = = Part = = \n", "", " = Two ( film ) = \n", "", " text \n"]
+
+
+@pytest.mark.parametrize(
+    ("documents", "starts"),
+    [
+        (LINES, [1, 8]),  # neither a section nor a line of a formula
+        (["the end", *LINES], [0, 2, 9]),
+        ([x for x in LINES if x and "1 and k" not in x], [0, 3]),  # plain text without its blank rows
+        (["a", "", "= b =c", "= = d = ="], [0, 1, 2, 3]),
+        (["= a ="], [0]),
+    ],
+)
+def test_lines_are_put_together_to_articles_and_other_documents_stand_alone(documents: list[str], starts: list[int]) -> None:
+    assert document_starts(documents) == starts
+
+
+@pytest.mark.parametrize("name", ["test", "valid"])
+def test_wikitext2_has_the_sixty_articles_that_its_paper_counts(name: str) -> None:
+    # Merity et al. 2016, table 1: 60 articles each.
+    documents = load_documents(Location("file", str(shared_path("data", "wikitext2", f"{name}.jsonl"))), text(field="text"))
+    assert len(document_starts(documents)) == 60
+
+
+@given(st.lists(st.text(st.sampled_from("ab é\n😀"), max_size=5), min_size=1, max_size=6).filter(any), st.sampled_from(["", "\n\n", "ü"]))
+def test_every_byte_is_of_the_document_it_was_written_in(documents: list[str], join: str) -> None:
+    found = tokenize_documents(byte_tokens, documents, join)
+    written = [*(d + join for d in documents[:-1]), documents[-1]]
+    assert bytes(found.tokens.tolist()) == "".join(written).encode()
+    assert found.documents is not None
+    assert found.documents.tolist() == [i for i, d in enumerate(written) for _ in d.encode()]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_every_token_is_of_the_document_its_last_character_lies_in(trim: bool) -> None:
+    from tokenizers.processors import ByteLevel
+
+    tokenizer: Any = load_tokenizer(Location("folder", str(ASSETS / "wikitext_llama")))
+    tokenizer._tokenizer.post_processor = ByteLevel(trim_offsets=trim)
+    documents = ["One two.\n", "", " = indented,  and   spaces", "x", "The end of   it \n", "  \n", "Last"]
+    for join in ("\n\n", " ", ""):
+        found = tokenize_documents(tokenizer, documents, join)
+        # Independent of offsets: in ASCII every token of a byte-level tokenizer reads back as so many characters.
+        sizes = [len(tokenizer.decode([t])) for t in found.tokens.tolist()]
+        assert sum(sizes) == len(join.join(documents))
+        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+        starts = [sum(len(d) + len(join) for d in documents[:i]) for i in range(len(documents))]
+        expected = [max(d for d, start in enumerate(starts) if start < end) for end in ends]
+        assert found.documents is not None
+        # Trimmed, a token that ends in blanks ends before them; here only blanks stand where documents meet.
+        differing = [i for i, (a, b) in enumerate(zip(found.documents.tolist(), expected, strict=True)) if a != b]
+        assert not differing or (trim and all(not join.join(documents)[ends[i] - 1].strip() for i in differing))
+
+
+def test_added_tokens_count_to_the_document_they_stand_beside() -> None:
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A <s>", special_tokens=[("<s>", 0)])
+    found = tokenize_documents(tokenizer, ["ab", "cd"], ".")
+    assert found.documents is not None
+    assert found.documents.tolist() == [0, 0, 0, 0, 1, 1, 1]
+
+
+def test_a_tokenizer_without_offsets_tells_no_documents() -> None:
+    found = tokenize_documents(characters, ["ab", "cd"], ".")
+    assert found.documents is None
+    assert found.tokens.tolist() == [ord(c) for c in "ab.cd"]
 
 
 def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:

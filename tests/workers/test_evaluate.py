@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,11 @@ def evaluated(
     residency: Residency | None = None,
     activation: ActivationScheme | None = None,
     kv: KVScheme | None = None,
+    windows: str = "first",
 ) -> tuple[Path, dict[str, Any]]:
     """(committed artifact, summary)."""
     (folder / "payload").mkdir(parents=True)
-    spec = EvaluateSpec(ModelSpec("model"), task(kind), activation, kv)
+    spec = EvaluateSpec(ModelSpec("model"), replace(task(kind), windows=windows), activation, kv)
     summary = run_evaluate(spec, inputs or {}, folder / "payload", context, residency or Residency())
     return commit(folder), summary
 
@@ -66,6 +67,15 @@ def test_baseline_and_variant_are_scored_on_the_same_items(tmp_path: Path) -> No
     assert items(base)["id"] == items(variant)["id"]
     assert items(base)["weight"] == items(variant)["weight"] == [16.0] * 6
     assert residency.holds() == ["model", "q"]
+
+
+@pytest.mark.parametrize(("windows", "documents"), [("first", [0, 0, 0, 0, 0, 1]), ("spread", [0, 10, 20, 30, 40, 50])])
+@pytest.mark.parametrize("kind", sorted(TASKS))
+def test_items_tell_the_document_they_are_of(kind: str, windows: str, documents: list[int], tmp_path: Path) -> None:
+    # 60 rows of 80 characters, which are tokens here, in 300 windows of 16.
+    artifact, summary = evaluated(tiny_context("llama", tmp_path), tmp_path / "e", kind, windows=windows)
+    assert items(artifact)["document"] == documents
+    assert summary["n_documents"] == len(set(documents))
 
 
 def test_quantizing_costs_what_the_evaluation_says(tmp_path: Path) -> None:

@@ -83,6 +83,21 @@ def test_partial_window_is_dropped_and_limits_take_the_first() -> None:
     assert len(base.cut(text, 10, limit=100, max_windows=256)) == 2
 
 
+def test_spread_windows_stand_at_equal_distances_and_all_are_the_same_either_way() -> None:
+    text = tokens(29)
+    whole = base.cut(text, 2)
+    assert base.cut(text, 2, limit=3, choice="spread").tolist() == whole[[0, 4, 9]].tolist()
+    assert base.cut(text, 2, limit=2, max_windows=6, choice="spread").tolist() == whole[[0, 3]].tolist()
+    assert base.cut(text, 2, limit=99, choice="spread").tolist() == whole.tolist()
+    with pytest.raises(InputError, match=r"windows='last'; allowed: first, spread"):
+        base.cut(text, 2, choice="last")
+
+
+def test_a_window_is_of_the_document_that_most_of_its_scored_tokens_are_of() -> None:
+    assert base.documents_of(torch.tensor([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 1, 1]])) == [0, 1, 1]
+    assert base.documents_of(torch.tensor([[2, 3, 4], [7, 7, 8]])) == [3, 7]  # the first of equals
+
+
 @pytest.mark.parametrize(
     ("window", "limit", "said"),
     [(30, None, r"29 tokens, fewer than one window of 30"), (1, None, r"window=1 .* at least 2"), (10, 0, r"limit=0")],

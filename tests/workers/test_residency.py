@@ -90,8 +90,8 @@ def test_texts_are_tokenized_once(tmp_path: Path) -> None:
     residency = Residency(CountingBuilder())
     context = tiny_context("llama", tmp_path)
     text = TextSpec("text", join="")
-    first = residency.tokens(context, ModelSpec("model"), text)
+    first = residency.text(context, ModelSpec("model"), text)
     Path(context.texts["text"].path).write_text("changed\n")
-    assert residency.tokens(context, ModelSpec("model"), text) is first
-    assert len(first) == 60 * 80
+    assert residency.text(context, ModelSpec("model"), text) is first
+    assert len(first.tokens) == 60 * 80
     assert json.dumps(sorted(context.seconds)) == '["tokenize"]'

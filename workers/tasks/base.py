@@ -5,6 +5,7 @@ Letters: n windows of T tokens, B windows a batch, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import InputError, NumericalError
+from workers.specs import WINDOWS
 
 Logits = Callable[[Sequence[Tensor]], Iterator[Tensor]]
 """Batches of tokens `[B, T]` int64 ▸ their logits `[B, T, V]`, one by one in order. Takes all batches at once, so that a
@@ -39,22 +41,36 @@ class Result:
         return int(sum(int(n) for n in self.columns["n_tokens"]))
 
 
-def cut(tokens: Tensor, window: int, limit: int | None = None, max_windows: int | None = None) -> Tensor:
+def cut(tokens: Tensor, window: int, limit: int | None = None, max_windows: int | None = None, choice: str = "first") -> Tensor:
     """tokens `[L]` ▸ windows `[n, T]` that do not overlap; the last, partial one is dropped (methods of the GPTQ literature).
 
-    `max_windows` shortens the text first, `limit` takes the first windows. Raises InputError when no window is left.
+    `max_windows` shortens the text first. Of what is left `limit` takes the first windows, or, with choice=spread, so many at
+    equal distances. Raises InputError when no window is left.
     """
+    if choice not in WINDOWS:
+        raise InputError(f"task.windows={choice!r}; allowed: {', '.join(WINDOWS)}")
     if window < 2:
         raise InputError(f"task.params.window={window} leaves nothing to predict; it must be at least 2")
     bounds = [b for b in (limit, max_windows) if b is not None]
     if bounds and min(bounds) < 1:
         raise InputError(f"task.params.limit={limit}, max_windows={max_windows}: at least one window is needed; null means all")
-    count = min([tokens.numel() // window, *bounds])
+    whole = min(tokens.numel() // window, max_windows or tokens.numel())
+    count = min(whole, limit or whole)
     if count < 1:
         raise InputError(
             f"the text has {tokens.numel()} tokens, fewer than one window of {window}; give a longer text or lower task.params.window"
         )
-    return tokens[: count * window].reshape(count, window)
+    windows = tokens[: whole * window].reshape(whole, window)
+    return windows[:count] if choice == "first" else windows[torch.arange(count) * whole // count]
+
+
+def documents_of(documents: Tensor) -> list[int]:
+    """documents `[n, T]`, of every token ▸ of each window `[n]`: the one that most of its scored tokens are of, the first of equals.
+
+    A window counts as one document in statistics. Of all assignments this one leaves the fewest tokens with another's document;
+    the document of the first token would take a window for an article's that ends after its first words.
+    """
+    return [Counter(row).most_common(1)[0][0] for row in documents[:, 1:].tolist()]
 
 
 def batches(windows: Tensor, batch_tokens: int) -> list[Tensor]:
