@@ -16,6 +16,7 @@ from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, from_json
+from workers.toolkits.environments import TOOLKITS
 
 NOT_SWEPT = {
     "cluster": "where stages run changes no result, and one sweep runs on one cluster",
@@ -23,6 +24,7 @@ NOT_SWEPT = {
     "store": "one store holds the whole sweep, so that cells share stages",
     "models_dir": "the folder serves every model of the sweep; sweep model=a,b instead",
     "data_dir": "the folder serves every text of the sweep; sweep task=a,b or calibration=a,b instead",
+    "toolkits_dir": "the folder serves every toolkit of the sweep; sweep method.rounding.params.release=a,b instead",
     "sweep": "a sweep has one name and one set of rules; run the command once per named sweep",
     "site_statistics": "it adds a section to the report of the whole sweep and changes no result",
     "hints": "hints change how stages run, never a result",
@@ -43,6 +45,7 @@ FACTS = (
     "maps",
     "feeds_text",
     "working_set",
+    "toolkit",
     "needs_reference",
     "metrics",
 )
@@ -53,6 +56,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): DTYPES,
     ("method", "propagation"): PROPAGATIONS,
     ("method", "rounding.params.grid"): _GRIDS,
+    ("method", "rounding.toolkit"): tuple(TOOLKITS),
     ("method", "transforms.*.params.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
