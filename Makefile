@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer: the first call makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench test-auto-gptq clean
+.PHONY: help setup demo test check fix bench test-auto-gptq test-toolkits clean
 SHELL := /bin/bash
 
 PYTHON ?=
@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AUTO_GPTQ := .venv-auto-gptq
 BENCH_PEER := .venv-bench-peer
+TOOLKITS := .venv-toolkits
+# Toolkits for test-toolkits: make test-toolkits NAMES=hqq
+NAMES ?= hqq llm_compressor auto_round
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 
@@ -52,6 +55,9 @@ $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)
 test-auto-gptq: $(STAMP) ## load our exported checkpoints with the real auto-gptq, in an environment of its own (needs Python 3.11)
 	@scripts/test_auto_gptq.sh "$(BIN)" "$(AUTO_GPTQ)"
 
+test-toolkits: $(STAMP) ## our methods against hqq, llm-compressor and auto-round, each in an environment of its own (NAMES="hqq" for some)
+	@scripts/test_toolkits.sh "$(BIN)" "$(TOOLKITS)" $(NAMES)
+
 clean: ## remove the environments and every cache; stores and MLflow files stay
-	@rm -rf $(VENV) $(AUTO_GPTQ) $(BENCH_PEER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(AUTO_GPTQ) $(BENCH_PEER) $(TOOLKITS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

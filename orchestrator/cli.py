@@ -30,6 +30,7 @@ USAGE = """bitgrid VERB ...
   resume [SWEEP]            run what a stopped sweep still lacks
   export SWEEP VARIANT      a quantized checkpoint for other tools: --format auto_gptq|dense --out FOLDER
   ui                        the MLflow dashboard on 127.0.0.1
+  toolkit install NAME      the environment of another toolkit (hqq, llm_compressor, auto_round); `toolkit list` says what is there
 
 SWEEP is a name or the start of a key; the latest when left out. --store FOLDER (or BITGRID_STORE) when it is not ./bitgrid-store.
 `bitgrid VERB --help` tells more."""
@@ -165,6 +166,25 @@ def _ui(arguments: list[str]) -> int:
     return ui(given.store, given.sweep, given.port, Console())
 
 
+def _toolkit(arguments: list[str]) -> int:
+    from orchestrator.toolkits import FOLDER, describe, install
+    from workers.toolkits.environments import TOOLKITS
+
+    parser = argparse.ArgumentParser(prog="bitgrid toolkit", description="Environments of other toolkits, whose methods run in them.")
+    parser.add_argument("action", choices=("install", "list"))
+    parser.add_argument("name", nargs="?", help=f"{', '.join(TOOLKITS)}; for install")
+    parser.add_argument("--dir", type=Path, default=Path(os.environ.get("BITGRID_TOOLKITS", FOLDER)), help="folder of the environments")
+    parser.add_argument("--python", default=sys.executable, help="interpreter to make it with; this one when left out")
+    given = parser.parse_args(arguments)
+    console = Console()
+    if given.action == "install":
+        install(given.name or "", given.dir, given.python, console)
+    for toolkit in TOOLKITS.values():
+        if given.name in (None, toolkit.name):
+            console.print(describe(toolkit, given.dir), highlight=False, soft_wrap=True)
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "run": _run,
     "plan": _plan,
@@ -175,6 +195,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "resume": _resume,
     "export": _export,
     "ui": _ui,
+    "toolkit": _toolkit,
 }
 
 

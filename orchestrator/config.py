@@ -19,6 +19,7 @@ from orchestrator.option_keys import check_keys
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
+from workers.toolkits.environments import TOOLKITS
 
 NOT_SWEPT = {
     "cluster": "where stages run changes no result, and one sweep runs on one cluster",
@@ -26,6 +27,7 @@ NOT_SWEPT = {
     "store": "one store holds the whole sweep, so that cells share stages",
     "models_dir": "the folder serves every model of the sweep; sweep model=a,b instead",
     "data_dir": "the folder serves every text of the sweep; sweep task=a,b or calibration=a,b instead",
+    "toolkits_dir": "the folder serves every toolkit of the sweep; sweep method.rounding.params.release=a,b instead",
     "sweep": "a sweep has one name and one set of rules; run the command once per named sweep",
     "site_statistics": "it adds a section to the report of the whole sweep and changes no result",
     "hints": "hints change how stages run, never a result",
@@ -47,6 +49,7 @@ FACTS = (
     "maps",
     "feeds_text",
     "working_set",
+    "toolkit",
     "needs_reference",
     "metrics",
 )
@@ -57,6 +60,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): DTYPES,
     ("method", "propagation"): PROPAGATIONS,
     ("method", "rounding.params.grid"): _GRIDS,
+    ("method", "rounding.toolkit"): tuple(TOOLKITS),
     ("method", "transforms.*.params.grid"): _GRIDS,
     ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,

@@ -142,7 +142,7 @@ def _sensitivity_s(spec: PrepareSpec, size: _Size) -> float:
 def _quantize_s(spec: QuantizeSpec, size: _Size) -> float:
     operations = 50.0 * size.linear_parameters
     names = {c.name for rule in spec.rules for c in (*rule.method.transforms, rule.method.rounding)}
-    if names & {"gptq", "claq"}:
+    if names & {"gptq", "claq", "llm_compressor"}:
         operations += sum(2 * k**3 + 2 * n * k * k for n, k in size.linears)
     if names & {"awq", "qllm_reassembly"}:
         operations += 2 * size.linear_parameters * SEARCH_TOKENS

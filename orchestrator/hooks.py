@@ -14,6 +14,7 @@ from orchestrator.planned import Plan
 from orchestrator.retries import Adjustment
 from orchestrator.stage import Stage, Status
 from orchestrator.store import Store
+from orchestrator.toolkits import folders_of
 from workers.request import Failure, Hints, Input, Outcome, Request, StageRequest
 from workers.specs import to_json
 
@@ -52,6 +53,7 @@ class StoreHooks:
             models={s.model: self._plan.models[s.model].location for s in stages},
             texts={digest: source.location for digest, source in self._plan.texts.items()},
             hints=adjustment.apply(self._hints),
+            toolkits=folders_of(self._plan, [s.key for s in stages]),
         )
 
     def commit(self, stage: Stage, outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from orchestrator.cell import Option
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.param_files import with_files_read
+from orchestrator.planned import ToolkitNeed
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
 from quant.scheme import ActivationScheme, KVScheme, Scheme, Supports, WeightScheme
@@ -55,6 +56,8 @@ class MethodPart:
     """Of each transform and the rounding, by name."""
     maps: frozenset[str] | None = None
     """Statistics that carry over through its transform of the whole model; None where it has none."""
+    toolkit: ToolkitNeed | None = None
+    """The environment that its quantize stage needs."""
 
     @property
     def ragged_groups(self) -> bool:
@@ -117,6 +120,7 @@ def method_part(option: Option) -> MethodPart:
         idle_without_activation=tuple(t["kind"] for t in transforms if t.get("for_activations", False)),
         supports=tuple((str(c["kind"]), supports_part(option, c)) for c in components),
         maps=next((frozenset(t["maps"]) for t in transforms if "maps" in t), None),
+        toolkit=ToolkitNeed(rounding["toolkit"], str(rounding["params"]["release"])) if "toolkit" in rounding else None,
     )
 
 

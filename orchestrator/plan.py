@@ -191,6 +191,8 @@ class _Planner:
         self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
     ) -> str | None:
         method = self._method(cell.method)
+        if method.toolkit is not None and method.spec.transforms:
+            return f"method {cell.method.name}: {method.toolkit.toolkit} quantizes the checkpoint as it is; leave transforms out"
         reason = method.cannot_rotate(config)
         if reason is not None:
             return f"{cell.model.name}: {reason}"
@@ -352,7 +354,10 @@ class _Planner:
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
             auto=auto,
         )
-        return self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
+        key = self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
+        if method.toolkit is not None:
+            self._plan.toolkits[key] = method.toolkit
+        return key
 
     def _kv_statistics(self, cell: Cell, model: ModelSpec, scheme: Scheme) -> dict[str, str]:
         """Statistic ▸ key of its calibrate stage."""

@@ -40,6 +40,13 @@ class PlannedVariant:
         return self.key == self.baseline
 
 
+class ToolkitNeed(NamedTuple):
+    """An environment that a quantize stage runs in."""
+
+    toolkit: str
+    release: str
+
+
 @dataclass
 class Plan:
     """The deduplicated graph of stages behind a grid. Dictionaries are in sweep order."""
@@ -56,6 +63,8 @@ class Plan:
     """By digest."""
     wanted: list[str] = field(default_factory=list)
     """Keys of stages that the sweep wants for its report, besides what its evaluations need."""
+    toolkits: dict[str, ToolkitNeed] = field(default_factory=dict)
+    """By key of the quantize stage that runs one."""
     notes: list[str] = field(default_factory=list)
     key: str = ""
     """Of the sweep: a digest of all its evaluate keys and skipped cells, so the same grid is the same sweep."""

@@ -17,12 +17,14 @@ from orchestrator.report.numbers import duration, size
 from orchestrator.run import estimator, missing_stages, sources, store_root
 from orchestrator.stage import Stage
 from orchestrator.store import Store
+from orchestrator.toolkits import require_toolkits
 from workers.specs import StageKind
 
 
 def print_plan(command: Command, console: Console) -> None:
     plan, store = _plan(command)
     missing = missing_stages(plan, store)
+    require_toolkits(plan, missing)
     columns = ("stage", "in all", "cached", "to run", "estimated time", "estimated size")
     table = Table(*columns, title=f"sweep {plan.key[:8]}", title_justify="left")
     for column in table.columns[1:]:

@@ -31,6 +31,7 @@ from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import load_sweep, write_sweep
+from orchestrator.toolkits import require_toolkits
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.request import Hints
@@ -133,6 +134,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
 
 def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Console) -> SweepRun:
     missing = missing_stages(plan, store)
+    require_toolkits(plan, missing)
     statuses = {k: Status.CACHED for k in plan.stages}
     console.print(_headline(plan, missing), highlight=False, soft_wrap=True)
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))

@@ -83,7 +83,7 @@ def resume(root: Path, sweep: str | None, console: Console) -> int:
     key = find_sweep(store, sweep)
     settings = load_sweep(store, key).config["settings"]
     # Where these come from the environment, they may have changed since.
-    folders = [f"{n}='{settings[n]}'" for n in ("models_dir", "data_dir") if settings.get(n)]
+    folders = [f"{n}='{settings[n]}'" for n in ("models_dir", "data_dir", "toolkits_dir") if settings.get(n)]
     command = last_command(store, key).with_overrides([*folders, f"store='{store.root}'"])
     with _inside(Path(command.folder)):
         run = run_grid(command.compose(), command, console, expected=key)

@@ -13,7 +13,7 @@ from quant.errors import QuantizationWarning, require_finite
 from quant.grids import grid as grid_named
 from quant.methods.base import Linear, Rounded, Rounding, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding_or_tuner, transform, unknown
-from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
 from quant.methods.single import single_linear
 from quant.methods.tuner import BlockTuner
 from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
@@ -56,6 +56,8 @@ def quantize_linear(
     """
     if method in MODEL_METHODS:
         raise ValueError(f"{method} rewrites a whole model; for one weight use its rounding alone: method={MODEL_METHODS[method].rounding}")
+    if method in TOOLKIT_METHODS:
+        raise ValueError(f"{method} is another toolkit's and takes a whole model; for one weight choose one of {', '.join(METHODS)}")
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})

@@ -23,6 +23,8 @@ class Context:
     """Every fallback and departure, in words; goes into the record."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time per phase: load, forward, search, round, write, ..."""
+    toolkits: Mapping[str, str] = field(default_factory=dict)
+    """Toolkit ▸ folder of its environment."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

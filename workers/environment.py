@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton")
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "hqq", "llmcompressor", "compressed-tensors", "auto-round")
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -5,6 +5,8 @@ With propagation=original the statistics come from calibrate artifacts and no te
 here. Static activation ranges are those of the final, quantized blocks: each block is run once more after its linears are
 replaced, and what it puts out feeds the next one.
 
+Another toolkit's codes (`workers.toolkits`) are made before the walk, which then only stores them.
+
 A tuner (`workers.tuning`) quantizes linears after the transforms, on text of its own.
 
 Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.parquet`.
@@ -40,11 +42,13 @@ from workers.rounding import (
     make_methods,
     merge,
     method_for,
+    toolkit_of,
 )
 from workers.scaling import GroupForward
 from workers.sensitivity import with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
+from workers.toolkits.launch import made_by_toolkit, without_toolkit
 from workers.tuning import Tuning, tuner_of
 
 NO_RULE = "no rule names it"
@@ -63,9 +67,19 @@ def run_quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
         inputs = {role: path for role, path in inputs.items() if role != "sensitivity"}
     model = open_blocks(context, spec.model)
     try:
-        return {**quantize_blocks(spec, inputs, payload, context, model, model.release), **auto}
+        return {**_quantize(spec, inputs, payload, context, model), **auto}
     finally:
         model.on_load.clear()  # a rotator there holds the model, which would stay until the garbage collector comes by
+
+
+def _quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, context: Context, model: BlockModel) -> dict[str, Any]:
+    """With codes of our own, or with those that another toolkit makes first."""
+    made = make_methods(spec.rules)
+    if toolkit_of(made) is None:
+        return quantize_blocks(spec, inputs, payload, context, model, model.release)
+    with made_by_toolkit(spec, made, payload, context, model) as toolkit:
+        own = without_toolkit(spec)
+        return toolkit.add_to(quantize_blocks(own, inputs, payload, context, model, model.release, toolkit.methods))
 
 
 def quantize_blocks(
@@ -75,12 +89,14 @@ def quantize_blocks(
     context: Context,
     model: BlockModel,
     done: Callable[[int], None],
+    made: tuple[Method, ...] | None = None,
 ) -> dict[str, Any]:
-    """As `run_quantize`, on an opened model; `done(i)` is called when block i is written and no longer needed."""
+    """As `run_quantize`, on an opened model; `done(i)` is called when block i is written and no longer needed. `made`: the methods of
+    the rules, where they are not to be made from the spec."""
     peak = PeakMemory(context.device)
     if spec.seed is not None:
         torch.manual_seed(spec.seed)
-    made = make_methods(spec.rules)
+    made = made or make_methods(spec.rules)
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made, model.structure.model_type)
     writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})

@@ -95,6 +95,8 @@ class Request:
     texts: dict[str, Location]
     """Text digest ▸ location."""
     hints: Hints = Hints()
+    toolkits: dict[str, str] = field(default_factory=dict)
+    """Toolkit ▸ folder of its environment, the same on every machine; only those that the stages use."""
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -110,6 +112,7 @@ class Request:
             models={k: Location(**v) for k, v in data["models"].items()},
             texts={k: Location(**v) for k, v in data["texts"].items()},
             hints=Hints(**data["hints"]),
+            toolkits=dict(data.get("toolkits", {})),
         )
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quant import methods
 from quant.errors import NonFiniteError, SingularHessianError
 from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, ScaleGroup, Shifts, Transform
-from quant.methods.registry import MODEL_TRANSFORMS, TUNERS
+from quant.methods.registry import MODEL_TRANSFORMS, TOOLKIT_METHODS, TUNERS
+from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
 from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
@@ -89,12 +90,18 @@ def _make_method(rule: Rule) -> Method:
             f"{late} rewrites the whole model: it must be the first transform; got {', '.join(t.name for t in rule.method.transforms)}"
         )
     whole = _make(methods.model_transform, first[0]) if first else None
-    return Method(rule, _make(methods.rounding_or_tuner, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
+    factory = methods.toolkit_method if rule.method.rounding.name in TOOLKIT_METHODS else methods.rounding_or_tuner
+    return Method(rule, _make(factory, rule.method.rounding), tuple(_make(methods.transform, t) for t in rest), whole)
 
 
 def _make(factory: Callable[..., Any], component: Component) -> Any:
     with translated(component.name):
         return factory(component.name, dict(component.params), version=component.version)
+
+
+def toolkit_of(made: tuple[Method, ...]) -> ToolkitMethod | None:
+    """Of the first rule that another toolkit carries out."""
+    return next((cast(ToolkitMethod, m.by) for m in made if m.by.name in TOOLKIT_METHODS), None)
 
 
 @contextmanager

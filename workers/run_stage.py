@@ -125,8 +125,6 @@ def _try_group(group: list[StageRequest], request: Request, runners: Runners) ->
 
 
 def _run_logged(group: list[StageRequest], request: Request, runners: Runners, started: float) -> list[Outcome]:
-    from workers.residency import process_residency
-
     for stage in group:
         log.info("%s %s, attempt %d", stage.kind, stage.key, stage.attempt)
     try:
@@ -138,7 +136,7 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         outcomes = [Outcome(stage.key, failure=failure(e, tail(Path(stage.staging)))) for stage in group]
         if any(o.failure and o.failure.error_class is ErrorClass.MEMORY for o in outcomes):
             # A retry with smaller batches needs the room that resident models take.
-            process_residency().clear()
+            _give_up_models()
         return outcomes
     log.info("done in %.2f s", time.time() - started)
     return _records(group, request, context, summaries, (started, time.time()))
@@ -146,8 +144,6 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
 
 def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> dict[str, dict[str, Any]]:
     """Key ▸ summary. A group of several is calibrate stages."""
-    from workers.residency import process_residency
-
     specs = {stage.key: _spec(stage) for stage in group}
     payloads = {stage.key: Path(stage.staging) / PAYLOAD for stage in group}
     for payload in payloads.values():
@@ -155,6 +151,8 @@ def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> 
     stage, spec = group[0], specs[group[0].key]
     inputs = {role: Path(i.path) for role, i in stage.inputs.items()}
     if isinstance(spec, EvaluateSpec):
+        from workers.residency import process_residency
+
         return {stage.key: runners.evaluate(spec, inputs, payloads[stage.key], context, process_residency())}
     if isinstance(spec, QuantizeSpec):
         return {stage.key: runners.quantize(spec, inputs, payloads[stage.key], context)}
@@ -162,6 +160,13 @@ def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> 
         return {stage.key: runners.prepare(spec, inputs, payloads[stage.key], context)}
     wanted = {key: (s, payloads[key]) for key, s in specs.items() if isinstance(s, CalibrateSpec)}
     return runners.calibrate(wanted, context)
+
+
+def _give_up_models() -> None:
+    """Nothing is resident where nobody has asked for it yet."""
+    residency = sys.modules.get("workers.residency")
+    if residency is not None:
+        residency.process_residency().clear()
 
 
 def _spec(stage: StageRequest) -> Spec:
@@ -205,10 +210,11 @@ def _records(
 def _context(request: Request) -> Context:
     from workers.context import Context
 
-    return Context(models=request.models, texts=request.texts, hints=request.hints, device=pick_device(request.hints))
+    device = pick_device(request.hints)
+    return Context(models=request.models, texts=request.texts, hints=request.hints, device=device, toolkits=request.toolkits)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, runners: Runners = RUNNERS) -> int:
     """Exit code 0 when every stage of the request succeeded, 1 otherwise, 2 for a request that cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m workers.run_stage", description="Run the stages of one request.")
     parser.add_argument("request", type=Path, help="a request as JSON (workers.request.Request)")
@@ -228,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if outcome.failure is None:
                 succeeded.append(outcome.key)
 
-        run_request(request, report)
+        run_request(request, report, runners=runners)
     return 0 if len(succeeded) == len(request.stages) else 1
 
 

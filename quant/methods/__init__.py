@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["model_transform", "rounding", "rounding_or_tuner", "transform"]
+__all__ = ["model_transform", "rounding", "rounding_or_tuner", "toolkit_method", "transform"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from quant.methods.base import ModelTransform, Rounding, Transform
-from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
+from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
 
 T = TypeVar("T")
@@ -36,6 +37,12 @@ def model_transform(name: str, params: Mapping[str, Any], *, version: int | None
 def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:
     """What stands in a method's `rounding`. Raises ValueError for a wrong name, parameter, type or version."""
     made: Rounding | BlockTuner = _make({**ROUNDINGS, **TUNERS}, "rounding", name, params, version)
+    return made
+
+
+def toolkit_method(name: str, params: Mapping[str, Any], *, version: int | None = None) -> ToolkitMethod:
+    """What stands there where another toolkit is to quantize. Raises ValueError for a wrong name, parameter, type or version."""
+    made: ToolkitMethod = _make(TOOLKIT_METHODS, "toolkit's method", name, params, version)
     return made
 
 

@@ -29,6 +29,7 @@ from quant.methods.slim_llm import SlimLlm
 from quant.methods.slim_llm_plus import SlimLlmPlus
 from quant.methods.smoothquant import SmoothQuant
 from quant.methods.spqr import Spqr
+from quant.methods.toolkits import AutoRound, HqqPackage, LlmCompressor
 
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
@@ -67,6 +68,8 @@ TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
 MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
 """Transforms of a whole model: the first of a method's transforms, if any."""
 TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
+TOOLKIT_METHODS: dict[str, type[Any]] = {c.name: c for c in (HqqPackage, LlmCompressor, AutoRound)}
+"""Carried out by other toolkits, for a whole model: in `conf/method/`, but nothing that one linear could be given to."""
 
 
 @dataclass(frozen=True)

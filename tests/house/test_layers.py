@@ -20,6 +20,7 @@ SHARED = (
     "workers.errors",
     "workers.failures",
     "workers.model_files",
+    "workers.toolkits.environments",
     "quant.scheme",
 )
 

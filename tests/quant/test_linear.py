@@ -15,13 +15,13 @@ from torch import Tensor
 
 from quant import methods, quantize_linear
 from quant.errors import QuantizationWarning
-from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
+from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS, Recipe
 from quant.scheme import NUMBERS, ActivationScheme, Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS}
+COMPONENTS: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS, **TOOLKIT_METHODS}
 
 
 def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,8 @@ def declared(name: str) -> dict[str, Any]:
     c: Any = COMPONENTS[name]
     own = {"for_activations": c.for_activations} if name in {**TRANSFORMS, **MODEL_TRANSFORMS} else {}
     own |= {"maps": sorted(c.maps)} if name in MODEL_TRANSFORMS else {}
-    own |= {"feeds_text": c.feeds_text, "working_set": c.working_set} if name in TUNERS else {}
+    own |= {"feeds_text": c.feeds_text, "working_set": c.working_set} if name in {**TUNERS, **TOOLKIT_METHODS} else {}
+    own |= {"toolkit": c.toolkit} if name in TOOLKIT_METHODS else {}
     return {"kind": c.name, "version": c.version, "needs": sorted(c.needs), "reads": sorted(c.reads), "uses_seed": c.uses_seed, **own}
 
 
@@ -54,7 +55,7 @@ def declared(name: str) -> dict[str, Any]:
 def test_method_options_equal_the_code(option: str) -> None:
     values = composed(option)
     name = option.removesuffix("_sequential")
-    recipe = {**METHODS, **MODEL_METHODS}[name]
+    recipe = {**METHODS, **MODEL_METHODS, **{m: Recipe(m) for m in TOOLKIT_METHODS}}[name]
     assert list(values["transforms"]) == list(recipe.transforms)
     assert values["propagation"] == ("quantized" if option.endswith("_sequential") else "original")
     own = {"true_sequential": True} if option == "claq_sequential" else {}  # the paper's own order
@@ -66,7 +67,8 @@ def test_method_options_equal_the_code(option: str) -> None:
         left_out = set(expected) - set(component["params"])
         assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
         assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
-    assert methods.rounding_or_tuner(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+    make = methods.toolkit_method if name in TOOLKIT_METHODS else methods.rounding_or_tuner
+    assert make(values["rounding"]["kind"], values["rounding"]["params"], version=1)
 
 
 def test_every_parameter_is_explained() -> None:
