@@ -31,7 +31,7 @@ _ANY = Keys()
 _FREE = Keys(each=_ANY)
 _COMPONENT = Keys(
     ("kind", "version", "needs"),
-    ("reads", "uses_seed", "supports", "for_activations", "maps", "feeds_text", "working_set"),
+    ("reads", "uses_seed", "supports", "for_activations", "maps", "feeds_text", "working_set", "toolkit"),
     {"params": _FREE},
 )
 _TEXT = Keys(
@@ -45,7 +45,7 @@ OPTIONS: dict[str, Keys] = {
     "calibration": Keys(("text",), ("samples", "sequence_length", "seed", "sampling"), {"text": _TEXT}),
     "task": Keys(
         ("kind", "version", "text", "primary", "metrics"),
-        ("needs_reference",),
+        ("needs_reference", "windows"),
         {"text": _TEXT, "metrics": Keys(each=Keys(("higher_is_better",))), "params": _FREE},
     ),
     "replicate": Keys(("seed",)),
