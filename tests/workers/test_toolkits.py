@@ -22,7 +22,7 @@ from workers.errors import InputError, UnsupportedModel
 from workers.request import ErrorClass
 from workers.specs import Component, ModelSpec, QuantizeSpec, Rule
 from workers.toolkits import auto_round, hqq_package, llm_compressor, tensors
-from workers.toolkits.job import Job, ResultWriter, Results
+from workers.toolkits.job import Job, Results, ResultWriter
 from workers.toolkits.launch import ToolkitFailure, without_toolkit
 
 G4 = WeightScheme(4, granularity=Granularity.GROUP, group_size=4, scale_dtype="float32")
