@@ -107,9 +107,10 @@ def _weight(option: Option, base: WeightScheme, changes: Mapping[str, Any]) -> W
 
 
 def _method(option: Option, base: MethodSpec, changes: Mapping[str, Any]) -> MethodSpec:
-    if option.values["rounding"].get("feeds_text"):
+    rounding = option.values["rounding"]
+    if rounding.get("feeds_text") or rounding.get("toolkit"):
         raise ConfigError(
-            f"method={option.name}: overrides: {base.rounding.name} tunes linears together, with one set of parameters; "
+            f"method={option.name}: overrides: {base.rounding.name} treats linears together, with one set of parameters; "
             "give null to leave linears alone, or overrides of the scheme"
         )
     known = dict(base.rounding.params)

@@ -98,7 +98,7 @@ def test_every_method_takes_overrides(plan_of: PlanOf) -> None:
 def test_linears_of_a_tuner_have_one_set_of_parameters_or_are_left_alone(plan_of: PlanOf) -> None:
     names = table(plan_of("method=omniquant", "+method.overrides={*.q_proj:null}"))
     assert len(names) == 6 * 6
-    with pytest.raises(ConfigError, match="omniquant tunes linears together, with one set of parameters; give null"):
+    with pytest.raises(ConfigError, match="omniquant treats linears together, with one set of parameters; give null"):
         plan_of("method=omniquant", "+method.overrides={*.q_proj:{epochs:1}}")
 
 
