@@ -159,9 +159,7 @@ def test_a_then_that_the_command_line_leaves_nothing_is_only_noted(tmp_path: Pat
     rule = "  only_if: [{if: {method: plain}, then: {scheme.weight.bits: 2}}]\n"
     grid = grid_of(tmp_path, f"{rule}{PARAMS}", "scheme=w4")
     assert pairs(grid) == [("hess", "w4")]
-    assert grid.notes == (
-        "sweep.only_if {method: plain} then {scheme.weight.bits: 2} keeps no cell: the command line narrowed the grid",
-    )
+    assert grid.notes == ("sweep.only_if {method: plain} then {scheme.weight.bits: 2} keeps no cell: the command line narrowed the grid",)
 
 
 def test_a_rule_made_idle_by_the_command_line_is_only_noted(tmp_path: Path) -> None:
