@@ -75,11 +75,11 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
 
-_Words = dict[str, tuple[str, ...]]
-_BITS_PER_GROUP: _Words = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
-_BACKEND: _Words = {"backend": ("native", "bitsandbytes")}
-_BOUNDS: _Words = {"kind": ("asymmetric", "symmetric")}
-WORDS: dict[str, _Words] = {
+Words = dict[str, tuple[str, ...]]
+_BITS_PER_GROUP: Words = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
+_BACKEND: Words = {"backend": ("native", "bitsandbytes")}
+_BOUNDS: Words = {"kind": ("asymmetric", "symmetric")}
+WORDS: dict[str, Words] = {
     "gptq": {"outlier_metric": ("owq", "quik")},
     "claq": {"score": ("magnitude", "hessian"), "variant": ("reference", "corrected"), "kmeans_start": ("plus_plus", "partition")},
     "billm": {"variant": ("reference", "paper", "joint"), "metric": ("hessian", "magnitude")},
