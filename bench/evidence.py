@@ -270,8 +270,8 @@ say nothing certain about large ones, and no default was chosen by it.
 
 - Intervals are 95 %, paired by window, over articles or stories (a window counts to the one that most of its tokens are of) and over the
   draws of the calibration text together; a variant with one draw reads no such text. Windows are spread over the text, so that most are
-  of different ones. With fewer than {FEWEST_DOCUMENTS} documents, or where evaluations of before do not tell them, clusters are blocks of {BLOCK}
-  windows instead; the lines above say so, and the column clusters_are of the CSV.
+  of different ones. With fewer than {FEWEST_DOCUMENTS} documents, or where evaluations of before do not tell them, clusters are blocks of
+  {BLOCK} windows instead; the lines above say so, and the column clusters_are of the CSV.
 - Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a count
   weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is quantized,
   in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here. Tables of channels that QLLM takes apart

@@ -147,7 +147,7 @@ def _together(v: Floats, b: Floats, w: Floats, of: NDArray[np.intp]) -> tuple[Fl
     Every statistic here is one of weighted sums, so that to draw documents with all their items is to draw these rows."""
     if of.max() + 1 == of.size:
         return v, b, w
-    weight = np.bincount(of, w)
+    weight = np.bincount(of, w).astype(np.float64)
     return np.bincount(of, w * v) / weight, np.bincount(of, w * b) / weight, weight
 
 

@@ -345,9 +345,7 @@ def replace_name(task: TaskInfo, name: str) -> TaskInfo:
     ],
 )
 def test_report_says_what_was_resampled(documents: int | None, said: str, unit: str, tmp_path: Path) -> None:
-    result = synthetic.sweep(
-        tmp_path, methods=("rtn",), schemes=("w2a16_g64",), tasks=(synthetic.PERPLEXITY,), documents=documents
-    )
+    result = synthetic.sweep(tmp_path, methods=("rtn",), schemes=("w2a16_g64",), tasks=(synthetic.PERPLEXITY,), documents=documents)
     out = io.StringIO()
     print_table(result, Console(file=out, width=400))
     assert said in out.getvalue()

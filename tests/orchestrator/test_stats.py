@@ -198,9 +198,7 @@ def test_few_documents_leave_items_the_unit_and_either_record_may_tell(tmp_path:
         documents = np.arange(60) * count // 60
         told = [stage(tmp_path, f"{k}{count}", {**x, "document": documents}) for k, x in (("v", items), ("b", base))]
         untold = [stage(tmp_path, k, x) for k, x in (("v", items), ("b", base))]
-        found = [
-            stats.paired_delta(v, b, synthetic.PERPLEXITY, "ppl") for v, b in (told, (told[0], untold[1]), (untold[0], told[1]))
-        ]
+        found = [stats.paired_delta(v, b, synthetic.PERPLEXITY, "ppl") for v, b in (told, (told[0], untold[1]), (untold[0], told[1]))]
         assert found[0] == found[1] == found[2]
         if count < stats.FEWEST_DOCUMENTS:
             assert found[0] == replace(plain, n_documents=count)
