@@ -102,9 +102,8 @@ def spec_of(recipe: Recipe, **more: Any) -> QuantizeSpec:
     supports = {**ROUNDINGS, **TUNERS}[recipe.rounding].supports
     number = "int" if supports.numbers == ANY_NUMBER else supports.numbers[0]
     bits = 4 if 4 in supports.bits else max(supports.bits)
-    weight = WeightScheme(bits, symmetric=number != "int", number=number)
-    if "channel" not in supports.granularity:
-        weight = replace(weight, granularity=Granularity.GROUP, group_size=GROUP)
+    granularity, size = (Granularity.CHANNEL, None) if "channel" in supports.granularity else (Granularity.GROUP, GROUP)
+    weight = WeightScheme(bits, number != "int", granularity, size, number=number)
     params = {**recipe.rounding_params, **QUICK.get(recipe.rounding, {})}
     transforms = tuple(Component(t, 1, tuple(sorted(QUICK.get(t, {}).items()))) for t in recipe.transforms)
     spec = quantize_spec(recipe.rounding, *transforms, weight=weight, **more, **params)
