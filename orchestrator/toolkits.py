@@ -89,4 +89,3 @@ def _call(command: list[str], variables: Mapping[str, str] | None = None) -> str
         last = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
         raise ConfigError(f"`{' '.join(command)}` failed with {done.returncode}:\n{last}")
     return done.stdout
-

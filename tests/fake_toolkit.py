@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 HQQ_RELEASE = "0.2.8.post1"
-QUANTIZER = '''
+QUANTIZER = """
 class Quantizer:
     @classmethod
     def quantize(cls, tensor, *, nbits, channel_wise, group_size, optimize, round_zero, axis, bitpack, compute_dtype, device):
@@ -20,7 +20,7 @@ class Quantizer:
         scale = (high - low) / (2**nbits - 1)
         zero = -low / scale
         return (rows / scale + zero).round().clamp(0, 2**nbits - 1), {"scale": scale, "zero": zero}
-'''
+"""
 
 
 def fake_hqq(parent: Path, release: str = HQQ_RELEASE, script: str | None = None) -> Path:

@@ -22,7 +22,7 @@ from workers.errors import InputError, UnsupportedModel
 from workers.request import ErrorClass
 from workers.specs import Component, ModelSpec, QuantizeSpec, Rule
 from workers.toolkits import auto_round, hqq_package, llm_compressor, tensors
-from workers.toolkits.job import Job, ResultWriter, Results
+from workers.toolkits.job import Job, Results, ResultWriter
 from workers.toolkits.launch import ToolkitFailure, without_toolkit
 
 G4 = WeightScheme(4, granularity=Granularity.GROUP, group_size=4, scale_dtype="float32")
@@ -243,7 +243,7 @@ def test_a_failure_in_the_toolkit_keeps_its_class(tmp_path: Path) -> None:
 
 
 def test_the_worker_too_says_what_its_environment_lacks(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="on this host the environment of hqq is not at .*bitgrid toolkit install hqq"):
+    with pytest.raises(InputError, match=r"on this host the environment of hqq is not at .*bitgrid toolkit install hqq"):
         stage(tmp_path)
     spec = quantize_spec("hqq_package", weight=W4G16, release="1.0")
     with pytest.raises(InputError, match=r"asks for 1\.0"):

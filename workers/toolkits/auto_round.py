@@ -88,4 +88,3 @@ def stored(module: Any, name: str, scheme: WeightScheme) -> Rounded:
     scale = scale.detach().float().cpu().reshape(weight.shape[0], -1)
     whole = None if scheme.symmetric or not isinstance(zero, torch.Tensor) else zero.detach().float().cpu().reshape(scale.shape)
     return tensors.affine(tensors.codes_of(weight, scale, whole, scheme.bits), scale, whole, scheme)
-

@@ -1,9 +1,9 @@
 """What a toolkit is given, and how its results travel back: one safetensors file per linear and an index.
 
-    job.json               method, schemes by linear, propagation, seed
-    tokens.safetensors     tokens int64 `[S, T]`, where the method feeds text
-    results: linears.json  name ▸ stored format, meta, notes, details
-             00000.safetensors ...  `pack()` of each stored tensor
+job.json               method, schemes by linear, propagation, seed
+tokens.safetensors     tokens int64 `[S, T]`, where the method feeds text
+results: linears.json  name ▸ stored format, meta, notes, details
+         00000.safetensors ...  `pack()` of each stored tensor
 """
 
 from __future__ import annotations
