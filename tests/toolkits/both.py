@@ -13,6 +13,7 @@ from torch import Tensor
 
 from quant.scheme import Granularity, WeightScheme
 from quant.tensors.affine import AffineTensor
+from quant.tensors.strided import StridedTensor
 from tests.workers.stage_runs import commit
 from workers import datasets
 from workers.calibrate import run_calibrate
@@ -58,11 +59,6 @@ class Quantized:
     notes: list[str]
     tensors: dict[str, Any] = field(default_factory=dict)
     """Linear ▸ stored tensor."""
-
-    def affine(self, name: str) -> AffineTensor:
-        tensor = self.tensors[name]
-        assert isinstance(tensor, AffineTensor)
-        return tensor
 
 
 def quantize(
@@ -114,7 +110,7 @@ def divergence(*made: Quantized) -> list[float]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of codes, over all linears given."""
+    """Over all linears given."""
 
     equal: float
     """Share of equal codes."""
@@ -122,22 +118,33 @@ class Agreement:
     """Largest difference of two codes."""
     scale: float
     """Largest relative difference of two scales."""
-    zero: float
-    """Largest difference of two zeros, in codes."""
+    zeros: float
+    """Share of weights whose group has the same zero, up to 1e-3 of a code."""
+    equal_there: float
+    """Share of equal codes among those."""
 
 
 def agreement(theirs: Quantized, ours: Quantized, names: list[str] | None = None) -> Agreement:
-    equal = count = most = 0
-    scale = zero = 0.0
+    equal = count = most = same = equal_there = 0
+    scale = 0.0
     assert set(theirs.tensors) == set(ours.tensors)
     for name in names or list(ours.tensors):
         a, b = theirs.tensors[name], ours.tensors[name]
         difference = (a.codes.int() - b.codes.int()).abs()
+        there = (zeros(a) - zeros(b)).abs().expand_as(difference) < 1e-3
         equal += int((difference == 0).sum())
+        same += int(there.sum())
+        equal_there += int(((difference == 0) & there).sum())
         count += difference.numel()
         most = max(most, int(difference.max()))
         scale = max(scale, float(((a.scale - b.scale).abs() / b.scale.abs()).max()))
-        zero = max(zero, float((a.zero.float() - b.zero.float()).abs().max()))
-    found = Agreement(equal / count, most, scale, zero)
+    found = Agreement(equal / count, most, scale, same / count, equal_there / same)
     print(found)
     return found
+
+
+def zeros(tensor: AffineTensor | StridedTensor) -> Tensor:
+    """The zero of each weight, `[N, K]` or `[1, K]`."""
+    if isinstance(tensor, AffineTensor):
+        return tensor.columns(tensor.zero)
+    return tensor.zero.float().expand(tensor.codes.numel() // tensor.zero.numel(), -1).reshape(tensor.codes.shape)

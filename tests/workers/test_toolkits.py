@@ -243,7 +243,7 @@ def test_a_failure_in_the_toolkit_keeps_its_class(tmp_path: Path) -> None:
 
 
 def test_the_worker_too_says_what_its_environment_lacks(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="on this host the environment of hqq is not at .*bitgrid toolkit install hqq"):
+    with pytest.raises(InputError, match=r"on this host the environment of hqq is not at .*bitgrid toolkit install hqq"):
         stage(tmp_path)
     spec = quantize_spec("hqq_package", weight=W4G16, release="1.0")
     with pytest.raises(InputError, match=r"asks for 1\.0"):

@@ -128,7 +128,9 @@ def _the_method(made: tuple[Method, ...]) -> ToolkitMethod:
     """Raises InputError where the rules have no single method of a toolkit."""
     first = made[0]
     if any(m.rule.method != first.rule.method for m in made):
-        raise InputError(f"{first.by.name} runs once for the whole model: all rules need the same method and parameters, not formats")
+        raise InputError(
+            f"{first.by.name} runs once for the whole model: all rules need the same method and parameters; their formats may differ"
+        )
     if first.transforms or first.whole is not None:
         raise InputError(f"{first.by.name} quantizes the checkpoint as it is; leave transforms out")
     found = toolkit_of(made)
