@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from orchestrator import cli
 from orchestrator.errors import ConfigError, PlanError
@@ -22,13 +23,20 @@ from orchestrator.store import Store
 from orchestrator.toolkits import INSTALLED, folders_of, install, require_toolkits
 from quant.tensors.affine import AffineTensor
 from tests.fake_toolkit import HQQ_RELEASE, QUANTIZER, fake_hqq
-from tests.orchestrator.sweeping import ROOT, committed, sweep
+from tests.orchestrator.sweeping import committed, sweep
+from tests.tiny_models import tiny_model
 from workers.recipe import Recipe
 from workers.specs import QuantizeSpec, StageKind
 from workers.toolkits.environments import TOOLKITS, installed_release
 
 PlanOf = Callable[..., Plan]
-FEW = ("task.params.limit=1", "scheme=w4a16_g64", "scheme.weight.scale_dtype=float32")
+FEW = (
+    "task.params.limit=1",
+    "task.params.window=32",
+    "scheme=w4a16_g64",
+    "scheme.weight.group_size=16",
+    "scheme.weight.scale_dtype=float32",
+)
 
 
 @pytest.fixture
@@ -100,7 +108,8 @@ def test_transforms_before_a_toolkit_are_refused(plan_of: PlanOf) -> None:
 
 def test_a_sweep_stores_what_the_toolkit_made(tmp_path: Path) -> None:
     fake_hqq(tmp_path / "toolkits")
-    run = sweep(tmp_path / "store", "method=hqq_package", f"toolkits_dir={tmp_path / 'toolkits'}", *FEW)
+    given = ("method=hqq_package", f"model.path={tiny_model('llama')}", *FEW)
+    run = sweep(tmp_path / "store", f"toolkits_dir={tmp_path / 'toolkits'}", *given)
     assert run.exit_code == 0
     store = Store(tmp_path / "store")
     ((key, _),) = run.plan.toolkits.items()
@@ -109,16 +118,16 @@ def test_a_sweep_stores_what_the_toolkit_made(tmp_path: Path) -> None:
     assert (told["toolkit"], told["package"], told["release"]) == ("hqq", "hqq", HQQ_RELEASE)
     assert told["environment"]["packages"]["hqq"] == HQQ_RELEASE
     assert record["summary"]["working_set"]["declared"] == "model"
-    assert record["summary"]["coverage"]["quantized"] == 6 * 7
-    assert set(record["files"]) == {"recipe.json", "layers.parquet", *(f"tensors_{b:04d}.safetensors" for b in range(6))}
+    assert record["summary"]["coverage"]["quantized"] == 2 * 7
+    assert set(record["files"]) == {"recipe.json", "layers.parquet", *(f"tensors_{b:04d}.safetensors" for b in range(2))}
     # Codes, scales and zeros are those of the package, which is called here as well.
     recipe = Recipe(store.folder(StageKind.QUANTIZE, key))
-    weights = checkpoint()
+    weights = load_file(tiny_model("llama") / "model.safetensors")
     for op in recipe.replaced():
         stored = recipe.stored(op)
         assert isinstance(stored, AffineTensor)
         codes, meta = package().quantize(
-            weights[f"{op['module']}.weight"], nbits=4, channel_wise=True, group_size=64, optimize=True, round_zero=True, axis=1,
+            weights[f"{op['module']}.weight"], nbits=4, channel_wise=True, group_size=16, optimize=True, round_zero=True, axis=1,
             bitpack=False, compute_dtype=torch.float32, device="cpu",
         )  # fmt: skip
         assert torch.equal(stored.codes, codes.reshape(stored.shape).to(torch.uint8)), op["module"]
@@ -126,15 +135,9 @@ def test_a_sweep_stores_what_the_toolkit_made(tmp_path: Path) -> None:
         assert torch.equal(stored.zero, meta["zero"].reshape(stored.zero.shape))
     # What is there is not made again, and then the environment may be gone.
     before = committed(tmp_path / "store")
-    again = sweep(tmp_path / "store", "method=hqq_package", f"toolkits_dir={tmp_path / 'gone'}", *FEW)
+    again = sweep(tmp_path / "store", f"toolkits_dir={tmp_path / 'gone'}", *given)
     assert again.exit_code == 0
     assert committed(tmp_path / "store") == before
-
-
-def checkpoint() -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(ROOT / "workers" / "assets" / "wikitext_llama" / "model.safetensors")
 
 
 def package() -> Any:
