@@ -42,9 +42,10 @@ class LiveBytes(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         # A storage has one Python object for as long as it lives, whoever holds it.
-        key, size = id(storage), storage.nbytes()
+        key = id(storage)
         if key in self._known:
             return
+        size = storage.nbytes()
 
         def freed(_: Any) -> None:
             del self._known[key]
