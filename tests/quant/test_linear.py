@@ -16,7 +16,7 @@ from torch import Tensor
 from quant import methods, quantize_linear
 from quant.errors import QuantizationWarning
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS, Recipe
-from quant.scheme import NUMBERS, ActivationScheme, Scheme, Supports
+from quant.scheme import NUMBERS, ActivationScheme, Granularity, Scheme, Supports
 from quant.tensors.affine import AffineTensor
 from workers.specs import from_json
 
@@ -228,7 +228,9 @@ def test_a_tuner_learns_for_the_quantized_inputs() -> None:
     plain, a4 = (quantize_linear(w, **given, activation=a) for a in (None, ActivationScheme(4)))
     assert not torch.equal(plain.dequantize(), a4.dequantize())
     with pytest.raises(ValueError, match="dynamic=True, not static ranges"):
-        quantize_linear(w, method="omniquant", bits=4, inputs=x, activation=ActivationScheme(4, dynamic=False))
+        quantize_linear(
+            w, method="omniquant", bits=4, inputs=x, activation=ActivationScheme(8, granularity=Granularity.TENSOR, dynamic=False)
+        )
 
 
 def test_another_version_of_a_method_is_refused() -> None:
