@@ -26,10 +26,12 @@ PLAIN = {"act_order": True, "static_groups": True}
 def test_round_to_nearest_is_ours(scheme: WeightScheme, tmp_path: Path) -> None:
     theirs = quantize(tmp_path, scheme, "llm_compressor", feeds=True, algorithm="rtn")
     ours = quantize(tmp_path, scheme, "rtn")
+    # It rounds w / s + z half to even, we w / s: where z is odd, the two part at every exact tie, of which float16 weights have some.
     found = agreement(theirs, ours)
-    assert found.equal > 0.9999
+    assert found.equal > 0.999
     assert found.most <= 1
     assert found.scale < 1e-6
+    assert found.zeros == 1
     assert theirs.summary["bits_stored"] == ours.summary["bits_stored"]
 
 
@@ -44,7 +46,8 @@ def test_gptq_is_ours(scheme: WeightScheme, propagation: str, tmp_path: Path) ->
     same_inputs = agreement(theirs, ours, first)
     everywhere = agreement(theirs, ours)
     assert same_inputs.equal > 0.99
-    assert everywhere.equal > 0.9
+    # Behind quantized blocks one such code changes the inputs of all that follow.
+    assert everywhere.equal > (0.99 if propagation == "original" else 0.8)
     assert everywhere.scale < 1e-6
     a, b, c = divergence(theirs, ours, nearest)
     print("divergence: llm-compressor", a, "ours", b, "rtn", c)
