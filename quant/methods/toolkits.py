@@ -11,8 +11,8 @@ from typing import ClassVar, Protocol
 
 from quant.scheme import Supports
 
-FAMILIES = ("llama", "mistral", "qwen2", "opt")
-"""Decoders of plain linears, on which toolkits that run the model were tried."""
+FAMILIES = ("llama",)
+"""On which toolkits that run the model were tried."""
 
 
 class ToolkitMethod(Protocol):
