@@ -285,8 +285,7 @@ say nothing certain about large ones, and no default was chosen by it.
 - Tuners get few steps: OmniQuant, with AWQ too, SliM-LLM+ and QLLM's correction 2 epochs (64 steps of Adam, which can hardly move a
   clipping), learned rotations 40, learned rounding 40, the last on stories260k alone; QuIP# one sweep of descent. Calibration is 32
   sequences of 256 tokens.
-- ZeroQuant is without its
-  distillation. OS+ has nothing to shift in models with RMS norms, it only scales.
+- ZeroQuant is without its distillation. OS+ has nothing to shift in models with RMS norms, it only scales.
 - Left out for time: act-order and sequential GPTQ, CLAQ-AP alone, other number formats."""
 
 
