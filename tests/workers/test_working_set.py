@@ -36,8 +36,8 @@ from workers.stream import open_blocks
 pytestmark = pytest.mark.xdist_group("working_set")
 
 MODEL = ModelSpec("model")
-TEXT = replace(CALIBRATION, samples=2, sequence_length=8)
-GROUP = 8
+TEXT = replace(CALIBRATION, samples=1, sequence_length=8)
+GROUP = 16
 BLOCKS = {"few": 2, "many": 3}
 """Numbers of blocks that are compared, in units of those that the method holds. With one unit nothing would come before it."""
 LEFT = 1024
@@ -51,6 +51,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "hqq": {"iters": 2},
     "awq": {"scale_grid": 2, "clip_grid": 4},
     "os_plus": {"steps": 2},
+    "qllm_reassembly": {"ratio": 0.05},
     "learned_rotation": {"steps": 1, "checked": 1},
 }
 """Parameters that make searches short; what they hold stays the same."""
@@ -202,7 +203,8 @@ def test_nothing_stays_after_the_stage(case: str, made: Callable[[int], Made], t
     (tmp_path / "payload").mkdir()
     with measured() as live:
         run_quantize(CASES[case], inputs, tmp_path / "payload", of.context)
-    assert live.now <= LEFT < live.peak
+        left = live.now  # outside, the collector would have been by
+    assert left <= LEFT < live.peak
 
 
 @pytest.mark.parametrize("quantized_one", [False, True])
