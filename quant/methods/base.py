@@ -83,17 +83,21 @@ class Linear:
 ANY = Linear()
 
 
-class Rounding(Protocol):
-    """weight, statistics, scheme ▸ stored tensor. The weight is never changed."""
+class Declared(Protocol):
+    """What every part of a method says of itself; the yaml of an option says the same."""
 
     name: ClassVar[str]
     version: ClassVar[int]
     needs: ClassVar[frozenset[str]]
     """Statistics that must be given: hessian, absmax, absmean, minmax, samples."""
     reads: ClassVar[frozenset[str]]
-    """Run-time parts of the scheme that change the result: activation, kv."""
+    """Run-time parts of the scheme that change the result: activation, kv; and text, where a search is fed calibration text."""
     uses_seed: ClassVar[bool]
     supports: ClassVar[Supports]
+
+
+class Rounding(Declared, Protocol):
+    """weight, statistics, scheme ▸ stored tensor. The weight is never changed."""
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded: ...
 
@@ -120,17 +124,11 @@ class ScaleGroup:
     """How inputs are quantized at run time: for transforms that declare they read it."""
 
 
-class Transform(Protocol):
+class Transform(Declared, Protocol):
     """A rewrite of groups of linears before rounding."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    needs: ClassVar[frozenset[str]]
-    reads: ClassVar[frozenset[str]]
-    uses_seed: ClassVar[bool]
     for_activations: ClassVar[bool]
     """It only helps quantized activations; without them it runs, flagged as idle."""
-    supports: ClassVar[Supports]
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` > 0: consumers' columns are multiplied, the producer's output divided by it (function-preserving);
@@ -211,19 +209,12 @@ RotationLoss = Callable[[Rotation, int], Tensor]
 """(rotation in any float type, number of a sequence, taken modulo their count) ▸ the quantized model's mean loss, with a graph."""
 
 
-class ModelTransform(Protocol):
+class ModelTransform(Declared, Protocol):
     """A rewrite of embeddings, all blocks and head together; the first transform of a method, the same for all linears.
 
     Norms are fused into the linears behind them first (in float64), so that rotations pass through them."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    needs: ClassVar[frozenset[str]]
-    reads: ClassVar[frozenset[str]]
-    """activation, kv, and text where the stage must feed calibration text for the search."""
-    uses_seed: ClassVar[bool]
     for_activations: ClassVar[bool]
-    supports: ClassVar[Supports]
     maps: ClassVar[frozenset[str]]
     """Statistics of the unrotated model that carry over exactly (where norms have no bias); others are recollected."""
     working_set: ClassVar[str]

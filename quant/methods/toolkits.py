@@ -9,21 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from quant.methods.base import Declared
 from quant.scheme import Supports
 
 FAMILIES = ("llama",)
 """On which toolkits that run the model were tried."""
 
 
-class ToolkitMethod(Protocol):
-    """As a rounding declares itself; `quantize` is the toolkit's."""
+class ToolkitMethod(Declared, Protocol):
+    """Declared as a rounding; `quantize` is the toolkit's."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    needs: ClassVar[frozenset[str]]
-    reads: ClassVar[frozenset[str]]
-    uses_seed: ClassVar[bool]
-    supports: ClassVar[Supports]
     toolkit: ClassVar[str]
     """Name of its environment."""
     feeds_text: ClassVar[bool]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quant.errors import NonFiniteError
-from quant.methods.base import ANY, Linear, Rounded
-from quant.scheme import ActivationScheme, Supports, WeightScheme
+from quant.methods.base import ANY, Declared, Linear, Rounded
+from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
 
 LOSS_TOKENS = 2048
@@ -121,17 +121,9 @@ class Tuned:
         return {**{f"{n}.weight": r.tensor.dequantize() for n, r in self.tensors.items()}, **self.parameters}
 
 
-class BlockTuner(Protocol):
-    """blocks ▸ stored tensors, and changed norms and biases."""
+class BlockTuner(Declared, Protocol):
+    """blocks ▸ stored tensors, and changed norms and biases. `needs` are statistics that it is given besides the streams."""
 
-    name: ClassVar[str]
-    version: ClassVar[int]
-    needs: ClassVar[frozenset[str]]
-    """Statistics of the linears' inputs that it is given besides the streams."""
-    reads: ClassVar[frozenset[str]]
-    """Run-time parts of the scheme that change the result: activation, kv."""
-    uses_seed: ClassVar[bool]
-    supports: ClassVar[Supports]
     feeds_text: ClassVar[bool]
     """True: the quantize stage runs calibration text, whatever the propagation of the transforms' statistics."""
     working_set: ClassVar[str]
