@@ -114,8 +114,10 @@ class Claq:
         columns = w.T[order]
         ranks = ranked(columns, upper, self.score)
         widths = widths_of(target, ranks)
-        reserving = ranks if self.variant == "corrected" else ranked(columns, upper, "magnitude")
-        fractions = self._fractions(reserving) if self.outlier_reservation else None
+        fractions = None
+        if self.outlier_reservation:
+            by_size = self.variant == "reference" and self.score != "magnitude"
+            fractions = self._fractions(ranked(columns, upper, "magnitude") if by_size else ranks)
         if fractions is not None and tails(n, FEW)[1] == 0:
             notes.append(f"outlier reservation: {n} rows are too few for the fraction {FEW}, whose lower tail is empty")
         kmeans = kernel("kmeans_columns", device=w.device)
