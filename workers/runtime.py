@@ -60,11 +60,7 @@ def _attach_activation(
         # Linears that share an input read the same tensor object: it is quantized once.
         kept = exact.get(name)
         if not (last and last[0] is x and last[1] is kept):
-            rounded = quantized_input(x, tokens, scheme, ranges[name], shape, beside(kept))
-            if kept is not None and not scheme.dynamic:
-                index = kept.to(x.device)
-                rounded = rounded.index_copy(-1, index, x.index_select(-1, index))
-            last[:] = [x, kept, rounded]
+            last[:] = [x, kept, beside(kept, x, lambda rest: quantized_input(rest, tokens, scheme, ranges[name], shape))]
         out = last[2]
         assert out is not None
         return out
@@ -105,18 +101,12 @@ def quantized_input(
     return out
 
 
-def beside(kept: Tensor | None) -> Callable[[Tensor, ActivationScheme], Tensor]:
-    """Dynamic fake quantization of all channels but `kept` `[r]`, which neither change nor count for a range."""
+def beside(kept: Tensor | None, x: Tensor, quantize: Callable[[Tensor], Tensor]) -> Tensor:
+    """`quantize` on all channels but `kept` `[r]`, which neither change nor count for a range."""
     if kept is None:
-        return fake_quantize_activation
-
-    def run(x: Tensor, scheme: ActivationScheme) -> Tensor:
-        rest = torch.ones(x.shape[-1], dtype=torch.bool)
-        rest[kept] = False
-        index = rest.nonzero()[:, 0].to(x.device)
-        return x.index_copy(-1, index, fake_quantize_activation(x.index_select(-1, index), scheme))
-
-    return run
+        return quantize(x)
+    rest = torch.ones(x.shape[-1], dtype=torch.bool, device=x.device).index_fill(0, kept.to(x.device), False).nonzero()[:, 0]
+    return x.index_copy(-1, rest, quantize(x.index_select(-1, rest)))
 
 
 def _exact_inputs(recipe: Recipe) -> dict[str, Tensor]:
