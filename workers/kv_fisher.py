@@ -46,11 +46,10 @@ def squared_gradients(context: Context, spec: ModelSpec, structure: Structure, t
 def _whole(context: Context, spec: ModelSpec) -> nn.Module:
     """Every block loaded, whatever `hints.streamed` says: a backward pass reads the weights of all again."""
     opened = open_blocks(context, spec)
-    bytes_ = opened.outer_bytes() + sum(opened.block_bytes(i) for i in range(opened.structure.count))
-    limit = context.hints.memory_bytes
-    if limit is not None and bytes_ > limit:
+    whole, limit = opened.whole_bytes(), context.hints.memory_bytes
+    if limit is not None and whole > limit:
         raise InputError(
-            f"{KIND} needs the whole model for its backward pass, {bytes_} bytes of weights, and hints.memory_bytes={limit}; "
+            f"{KIND} needs the whole model for its backward pass, {whole} bytes of weights, and hints.memory_bytes={limit}; "
             "raise that, or set kv.fisher=false"
         )
     for i in range(opened.structure.count):

@@ -45,7 +45,7 @@ def attach_runtime(model: nn.Module, artifact: Path | None, activation: Activati
 
 
 def _finish(opened: BlockModel, context: Context) -> nn.Module:
-    whole = opened.outer_bytes() + sum(opened.block_bytes(i) for i in range(opened.structure.count))
+    whole = opened.whole_bytes()
     limit = context.hints.memory_bytes
     if context.hints.streamed or (limit is not None and whole > limit):
         context.notes.append(f"streamed block by block: {whole} bytes of weights, {limit if limit is not None else 'any'} allowed")

@@ -85,6 +85,9 @@ class BlockModel:
         whole = sum(p.numel() for n, p in self.model.named_parameters(remove_duplicate=False) if n not in tied)
         return whole * self.dtype.itemsize - sum(self.block_bytes(i) for i in range(self.structure.count))
 
+    def whole_bytes(self) -> int:
+        return self.outer_bytes() + sum(self.block_bytes(i) for i in range(self.structure.count))
+
     def load(self, i: int) -> nn.Module:
         """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
         if i not in self.loaded:
