@@ -41,15 +41,15 @@ def main() -> int:
         reference, ours = (solve(weight, upper, backend) for backend in ("reference", "cpu"))
         equal = float((ours.codes == reference.codes).float().mean())
         row: dict[str, float] = {"size": size, "equal_codes": equal, "goal": goal}
-        out = SolvedBlock.like(weight[:BLOCK])
-        for what, run in (("block_loop", partial(block_loop, out=out)), ("solver", solve)):
-            reference_s, ours_s = (least(run, weight, upper, backend) for backend in ("reference", "cpu"))
+        loop = partial(block_loop, blocks(weight, upper), SolvedBlock.like(weight[:BLOCK]))
+        for what, run in (("block_loop", loop), ("solver", partial(solve, weight, upper))):
+            reference_s, ours_s = (least(run, backend) for backend in ("reference", "cpu"))
             row |= {f"{what}_reference_s": reference_s, f"{what}_cpu_s": ours_s, f"{what}_ratio": reference_s / ours_s}
         good &= equal >= EQUAL and row["block_loop_ratio"] >= goal
         rows.append(row)
-        loop, whole = ([row[f"{what}_{part}"] for part in ("reference_s", "cpu_s", "ratio")] for what in ("block_loop", "solver"))
+        alone, whole = ([row[f"{what}_{part}"] for part in ("reference_s", "cpu_s", "ratio")] for what in ("block_loop", "solver"))
         print(f"{size} x {size}: {equal:.3%} equal codes")
-        print(f"  block loop {loop[0] * 1e3:.1f} ▸ {loop[1] * 1e3:.1f} ms: {loop[2]:.1f} times (goal {goal:g})")
+        print(f"  block loop {alone[0] * 1e3:.1f} ▸ {alone[1] * 1e3:.1f} ms: {alone[2]:.1f} times (goal {goal:g})")
         print(f"  with ranges and updates of later blocks {whole[0] * 1e3:.1f} ▸ {whole[1] * 1e3:.1f} ms: {whole[2]:.1f} times")
     if given.out:
         given.out.write_text(
@@ -75,27 +75,30 @@ def solve(weight: Tensor, upper: Tensor, backend: str) -> Solved:
     return solve_affine(weight, upper, BLOCK, ranges, backend)[0]
 
 
-def block_loop(weight: Tensor, upper: Tensor, backend: str, out: SolvedBlock) -> None:
-    """The kernel alone, on every block of the weight as given."""
-    run = kernel("gptq_block", backend).run.solve_block
+def blocks(weight: Tensor, upper: Tensor) -> list[tuple[Tensor, Tensor, Affine]]:
+    """The weight as given in blocks, with their parts of the factor and their grids."""
+    made = []
     for start in range(0, weight.shape[0], BLOCK):
         part = weight[start : start + BLOCK]
         scale = part.amax(0, keepdim=True) / 8
-        run(
-            part,
-            upper[start : start + BLOCK, start : start + BLOCK],
-            Affine(scale, scale.new_full(scale.shape, 8), BITS, GRIDS["g_sym"].zero),
-            [0] * BLOCK,
-            out,
-        )
+        affine = Affine(scale, scale.new_full(scale.shape, 8), BITS, GRIDS["g_sym"].zero)
+        made.append((part, upper[start : start + BLOCK, start : start + BLOCK], affine))
+    return made
 
 
-def least(run: Callable[[Tensor, Tensor, str], object], weight: Tensor, upper: Tensor, backend: str) -> float:
+def block_loop(work: list[tuple[Tensor, Tensor, Affine]], out: SolvedBlock, backend: str) -> None:
+    """The kernel alone, on every block."""
+    run = kernel("gptq_block", backend).run.solve_block
+    for part, upper, affine in work:
+        run(part, upper, affine, [0] * BLOCK, out)
+
+
+def least(run: Callable[[str], object], backend: str) -> float:
     """Seconds, of 5 times."""
     best = float("inf")
     for _ in range(TIMES):
         start = time.perf_counter()
-        run(weight, upper, backend)
+        run(backend)
         best = min(best, time.perf_counter() - start)
     return best
 

@@ -48,19 +48,23 @@ struct Magic<double> {
     static constexpr double round = 6755399441055744.0, far = 1125899906842624.0;
 };
 
+// All of a vector: comparisons choose lane by lane.
 template <typename T>
-INLINE T nearest(T x) {
+INLINE Vector<T> nearest(Vector<T> x) {
     // Beyond `far` every code is clamped anyway; the trick needs a small number.
-    x = x > Magic<T>::far ? Magic<T>::far : x;
-    x = x < -Magic<T>::far ? -Magic<T>::far : x;
+    x = x > Magic<T>::far ? Magic<T>::far - Vector<T>{} : x;
+    x = x < -Magic<T>::far ? -Magic<T>::far - Vector<T>{} : x;
     return (x + Magic<T>::round) - Magic<T>::round;
 }
 
 template <typename T>
-INLINE T limited(T x, T top) {
-    x = x < T(0) ? T(0) : x;
-    return x > top ? top : x;
+INLINE Vector<T> limited(Vector<T> x, T top) {
+    x = x < T(0) ? Vector<T>{} : x;
+    return x > top ? top - Vector<T>{} : x;
 }
+
+constexpr int64_t AHEAD = 8;  // columns that are fetched before their turn
+constexpr int64_t RUN = 4;    // neighbouring LANES that one thread takes together
 
 template <typename T>
 struct Block {
@@ -82,12 +86,29 @@ struct Lanes {
     const int64_t first, count;
     T* own;  // errors of these rows, [B, LANES], zero beyond `count`
 
-    INLINE void load(int64_t j, Sums& sum) const {
-        T w[all];
-        const T* column = b.block + j * b.rows + first;
-        for (int64_t l = 0; l < count; l++) w[l] = column[l];
-        for (int64_t l = count; l < all; l++) w[l] = T(0);
-        std::memcpy(sum, w, sizeof w);
+    // `count` numbers from `from`, `otherwise` after them.
+    INLINE void fetch(const T* from, T otherwise, Sums& to) const {
+        if (count == all) {
+            std::memcpy(to, from, sizeof to);
+            return;
+        }
+        T padded[all];
+        for (int64_t l = 0; l < all; l++) padded[l] = l < count ? from[l] : otherwise;
+        std::memcpy(to, padded, sizeof to);
+    }
+
+    INLINE void load(int64_t j, Sums& sum) const { fetch(b.block + j * b.rows + first, T(0), sum); }
+
+    // Columns lie pages apart and often share a few sets of the caches: fetched a little before their turn, and no sooner.
+    INLINE void ahead(int64_t j) const {
+        j += AHEAD;
+        const int64_t at = j < b.columns ? j * b.rows + first : (j - b.columns) * b.rows + first + all;
+        for (int64_t l = 0; l < all; l += 64 / sizeof(T)) {
+            __builtin_prefetch(b.block + at + l, 0);
+            __builtin_prefetch(b.codes + at + l, 1);
+            __builtin_prefetch(b.values + at + l, 1);
+            __builtin_prefetch(b.errors + at + l, 1);
+        }
     }
 
     INLINE void subtract(int64_t i, T u, Sums& sum) const {
@@ -108,37 +129,31 @@ struct Lanes {
     }
 
     INLINE void round(int64_t j, const Sums& sum) const {
-        T w[all], scale[all], zero[all], code[all], value[all];
-        std::memcpy(w, sum, sizeof w);
-        const T *scales = b.scale + b.group[j] * b.rows + first, *zeros = b.zero + b.group[j] * b.rows + first;
-        for (int64_t l = 0; l < count; l++) scale[l] = scales[l], zero[l] = zeros[l];
-        for (int64_t l = count; l < all; l++) scale[l] = T(1), zero[l] = T(0);
-        if (b.kind == MINIMUM) {
-            for (int64_t l = 0; l < all; l++) {
-                // A group of equal values has scale 0; its minimum alone is exact.
-                const T steps = scale[l] == T(0) ? T(0) : (w[l] - zero[l]) / (scale[l] == T(0) ? T(1) : scale[l]);
-                code[l] = nearest(limited(steps, b.top));
-                value[l] = code[l] * scale[l] + zero[l];
-            }
-        } else if (b.kind == REAL_ZERO) {
-            for (int64_t l = 0; l < all; l++) {
-                code[l] = limited(nearest(w[l] / scale[l] + zero[l]), b.top);
-                value[l] = (code[l] - zero[l]) * scale[l];
-            }
-        } else {
-            for (int64_t l = 0; l < all; l++) {
-                code[l] = limited(nearest(w[l] / scale[l]) + zero[l], b.top);
-                value[l] = (code[l] - zero[l]) * scale[l];
-            }
-        }
-        T* error = own + j * all;
+        const int64_t grid = b.group[j] * b.rows + first, at = j * b.rows + first;
         const T diagonal = turned[j * b.columns + j];
-        for (int64_t l = 0; l < all; l++) error[l] = (w[l] - value[l]) / diagonal;
-        for (int64_t l = count; l < all; l++) error[l] = T(0);
-        const int64_t at = j * b.rows + first;
-        std::memcpy(b.codes + at, code, count * sizeof(T));
-        std::memcpy(b.values + at, value, count * sizeof(T));
-        std::memcpy(b.errors + at, error, count * sizeof(T));
+        Sums scales, zeros, codes, values, errors;
+        fetch(b.scale + grid, T(1), scales);
+        fetch(b.zero + grid, T(0), zeros);
+        for (int part = 0; part < 4; part++) {
+            const Vector<T> w = sum[part], scale = scales[part], zero = zeros[part];
+            Vector<T> code, value;
+            if (b.kind == MINIMUM) {
+                // A group of equal values has scale 0; its minimum alone is exact.
+                const Vector<T> steps = scale == T(0) ? Vector<T>{} : (w - zero) / (scale == T(0) ? T(1) - Vector<T>{} : scale);
+                code = nearest<T>(limited<T>(steps, b.top));
+                value = code * scale + zero;
+            } else {
+                code = b.kind == REAL_ZERO ? nearest<T>(w / scale + zero) : nearest<T>(w / scale) + zero;
+                code = limited<T>(code, b.top);
+                value = (code - zero) * scale;
+            }
+            codes[part] = code, values[part] = value, errors[part] = (w - value) / diagonal;
+        }
+        std::memcpy(own + j * all, errors, sizeof errors);
+        std::memcpy(b.codes + at, codes, count * sizeof(T));
+        std::memcpy(b.values + at, values, count * sizeof(T));
+        std::memcpy(b.errors + at, errors, count * sizeof(T));
+        for (int64_t l = count; l < all; l++) own[j * all + l] = T(0);
     }
 };
 
@@ -150,6 +165,8 @@ INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64
     int64_t j = 0;
     for (; j + 1 < b.columns; j += 2) {
         const T *row = turned + j * b.columns, *next = row + b.columns;
+        rows.ahead(j);
+        rows.ahead(j + 1);
         rows.load(j, one);
         rows.load(j + 1, two);
         for (int64_t i = 0; i < j; i++) rows.subtract(i, row[i], one, next[i], two);
@@ -184,9 +201,9 @@ void solve(const Block<T>& b, int64_t threads) {
     std::atomic<int64_t> next{0};
     auto work = [&] {
         std::vector<T> own(b.columns * LANES<T>);
-        for (int64_t p; (p = next.fetch_add(1)) < parts;) {
-            const int64_t first = p * LANES<T>;
-            run(b, turned.data(), first, std::min(LANES<T>, b.rows - first), own.data());
+        for (int64_t p; (p = next.fetch_add(RUN)) < parts;) {
+            for (int64_t first = p * LANES<T>, end = std::min(b.rows, first + RUN * LANES<T>); first < end; first += LANES<T>)
+                run(b, turned.data(), first, std::min(LANES<T>, b.rows - first), own.data());
         }
     };
     std::vector<std::thread> others;
