@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -157,6 +158,7 @@ class Sources:
         if source.get("hub"):
             self._note(f"text of {option.axis} {option.file}", "data_dir", tried, f"{source['hub']['id']} of the hub")
             hub = dict(source["hub"])
+            _check_commit(option, hub)
             options = {k: v for k, v in hub.items() if k not in ("id", "revision")}
             location = Location(kind="hub_dataset", path=hub["id"], revision=hub.get("revision"), options=options)
             return TextSource(digest({"hub": hub}), location)
@@ -190,6 +192,17 @@ class Sources:
                 with contextlib.suppress(OSError):
                     _write_cache(self.cache_file, self._cache)
         return self._cache[name]
+
+
+def _check_commit(option: Option, hub: Mapping[str, Any]) -> None:
+    """A text's key is made of where it is, not of what it says: only a commit keeps both together. Raises SourceError."""
+    repository, revision = hub["id"], hub.get("revision")
+    if not re.fullmatch(r"[0-9a-f]{40}", str(revision)):
+        raise SourceError(
+            f"{option.axis} {option.name!r}: text.hub.revision={'null' if revision is None else revision} of the data set {repository} may "
+            f"be another text tomorrow; set {option.axis}.text.hub.revision= to a commit, 40 hexadecimal digits. The newest one: python -c "
+            f"\"from huggingface_hub import HfApi; print(HfApi().dataset_info('{repository}').sha)\""
+        )
 
 
 def _folders(parent: Path | None) -> list[str]:

@@ -1,0 +1,54 @@
+"""A text of the hub is planned at a commit only: nothing else keeps its key and what it says together."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.cell import Option
+from orchestrator.errors import SourceError
+from orchestrator.grid import compose_grid
+from orchestrator.sources import Sources
+from tests.hub_cache import COMMIT
+
+SOURCES = Sources(None, None, None)
+
+
+def option(hub: dict[str, Any], **text: Any) -> Option:
+    return Option("calibration", "mine", {"text": {"hub": {"id": "org/texts", **hub}, "field": "text", **text}})
+
+
+@pytest.mark.parametrize(
+    ("hub", "got"),
+    [({}, "null"), ({"revision": None}, "null"), *(({"revision": r}, str(r)) for r in ("main", COMMIT[:7], f"{COMMIT}0", 12))],
+)
+def test_anything_but_a_commit_is_refused_with_what_to_do(hub: dict[str, Any], got: str) -> None:
+    with pytest.raises(SourceError) as caught:
+        SOURCES.text(option(hub))
+    said = str(caught.value)
+    assert f"calibration 'mine': text.hub.revision={got} of the data set org/texts" in said
+    assert "set calibration.text.hub.revision= to a commit, 40 hexadecimal digits" in said
+    assert "HfApi().dataset_info('org/texts').sha" in said
+
+
+def test_texts_of_two_commits_have_two_keys() -> None:
+    one, other = (SOURCES.text(option({"revision": c})) for c in (COMMIT, COMMIT[::-1]))
+    assert one.location.revision == COMMIT
+    assert one.digest != other.digest
+
+
+def test_a_file_of_ones_own_needs_no_commit(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("words")
+    assert SOURCES.text(option({}, path=str(file))).location.path == str(file)
+
+
+def test_shipped_options_name_commits() -> None:
+    cells = compose_grid(["task=glob(*)", "calibration=glob(*)"], multirun=True).cells
+    found = [SOURCES.text(o) for o in {id(o): o for c in cells for o in (c.task, c.calibration)}.values()]
+    revisions = [t.location.revision for t in found if t.location.kind == "hub_dataset"]
+    assert len(revisions) >= 8
+    assert all(r is not None and re.fullmatch("[0-9a-f]{40}", r) for r in revisions)
