@@ -7,8 +7,8 @@
 * One calibrate stage more per model and calibration draw where the sweep wants site statistics for its report.
 * One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
 
-Cells that cannot work (a group size that does not divide, a family that is not known) are skipped with their reason, or refused
-when nothing else was asked for. Nothing is run and no torch imported here.
+Cells that cannot work (a group size that does not divide, a family that is not known, a window longer than the model's positions) are
+skipped with their reason, or refused when nothing else was asked for. Nothing is run and no torch imported here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
-from orchestrator import parts
+from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.overrides import check_linears, has_overrides, rules
+from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage
@@ -42,7 +42,6 @@ from workers.specs import (
     StageKind,
     to_json,
 )
-from workers.structure import LinearShape
 
 T = TypeVar("T")
 Estimate = Callable[[Spec, ModelSource], Resources]
@@ -166,57 +165,29 @@ class _Planner:
     # -- what cannot work ------------------------------------------------------------------------------------------
 
     def _impossible(self, cell: Cell) -> str | None:
-        return self._once(("impossible", id(cell.model), id(cell.method), id(cell.scheme)), lambda: self._why_impossible(cell))
+        name = ("impossible", id(cell.model), id(cell.method), id(cell.scheme))
+        return self._once(name, lambda: self._why_impossible(cell)) or self._too_long(cell)
 
     def _why_impossible(self, cell: Cell) -> str | None:
         source, _ = self._model(cell.model)
-        scheme = self._scheme(cell.scheme)
         if source.provisional or not source.config:
             return None
-        if scheme.weight is not None or scheme.activation is not None:
-            try:
-                shapes = linear_shapes(source.config)
-            except UnsupportedModel as e:
-                return f"{cell.model.name}: {e}"
-            if scheme.weight is not None:
-                reason = self._why_not_quantized(cell, scheme.weight, source.config, shapes)
-                if reason is not None:
-                    return reason
-        refusal = kv_rules.refuses(scheme.kv, source.config) if scheme.kv is not None else None
-        if refusal is not None:
-            return f"{cell.model.name}: {refusal}"
-        return None
+        scheme, method, auto = self._scheme(cell.scheme), self._method(cell.method), self._auto(cell.scheme)
+        return impossible.why_impossible(cell, source.config, scheme, method, auto, lambda weight: self._rules(cell, weight))
 
-    def _why_not_quantized(
-        self, cell: Cell, weight: WeightScheme, config: Mapping[str, Any], shapes: tuple[LinearShape, ...]
-    ) -> str | None:
-        method = self._method(cell.method)
-        if method.toolkit is not None and method.spec.transforms:
-            return f"method {cell.method.name}: {method.toolkit.toolkit} quantizes the checkpoint as it is; leave transforms out"
-        reason = method.cannot_rotate(config)
-        if reason is not None:
-            return f"{cell.model.name}: {reason}"
-        auto = self._auto(cell.scheme)
-        if auto is not None:
-            if method.spec.transforms or has_overrides(cell.method, cell.scheme):
-                return f"method {cell.method.name}: automatic bits work with methods without transforms and overrides"
-            refusal = next((r for w in auto.auto.candidates if (r := method.refuses(w, config.get("model_type"))) is not None), None)
-            if refusal is not None:
-                return refusal
-        table = self._rules(cell, weight)
-        for spec in dict.fromkeys(rule.method for rule in table):
-            check_linears(cell.method, spec, shapes, cell.model.name)
-        for scheme in dict.fromkeys(rule.weight for rule in table):
-            refusal = method.refuses(scheme, config.get("model_type"))
-            if refusal is not None:
-                return refusal
-        chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
-        sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
-        bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]
-        if not bad:
-            return None
-        size, widths = sizes[bad[0].name], ", ".join(str(w) for w in sorted({s.cols for s in bad}))
-        return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+    def _too_long(self, cell: Cell) -> str | None:
+        def feeds_text() -> bool:
+            return impossible.feeds_text(self._scheme(cell.scheme), self._method(cell.method), self._auto(cell.scheme))
+
+        name = ("window", id(cell.model), id(cell.task))
+        reason = self._once(name, lambda: impossible.long_window(cell, self._model(cell.model)[0].config))
+        if reason is None and self._once(("feeds text", id(cell.method), id(cell.scheme)), feeds_text):
+            return self._long_calibration(cell)
+        return reason
+
+    def _long_calibration(self, cell: Cell) -> str | None:
+        name = ("length", id(cell.model), id(cell.calibration))
+        return self._once(name, lambda: impossible.long_calibration(cell, self._model(cell.model)[0].config))
 
     # -- stages ----------------------------------------------------------------------------------------------------
 
@@ -264,6 +235,10 @@ class _Planner:
                 linear_shapes(source.config)
         except UnsupportedModel as e:
             self._plan.notes.append(f"no site statistics of {cell.model.name}: {e}")
+            return
+        reason = self._long_calibration(cell)
+        if reason is not None:
+            self._plan.notes.append(f"no site statistics of {reason}")
             return
         key = self._calibrate(cell, model, self._calibration(cell), parts.SITE_STATISTICS)
         if key not in self._plan.wanted:

@@ -26,6 +26,7 @@ from workers.context import Context
 from workers.errors import InputError
 from workers.families import Structure
 from workers.memory import PeakMemory
+from workers.positions import positions, refuses_calibration
 from workers.request import Location
 from workers.specs import CalibrateSpec, CalibrationSpec
 from workers.stream import BlockModel, batches, open_blocks
@@ -123,13 +124,11 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
 def calibration_tokens(context: Context, model: BlockModel, calibration: CalibrationSpec) -> Tensor:
     """`[S, T]` token ids on the CPU. Raises InputError for a tokenizer or a window that does not suit the model."""
     config = model.model.config
-    limit = getattr(config, "max_position_embeddings", None)
+    stated = config.to_dict()
+    refusal, limit = refuses_calibration(calibration.sequence_length, stated), positions(stated)
+    if refusal is not None:
+        raise InputError(refusal)
     if limit is not None and calibration.sequence_length > limit:
-        if config.model_type in ("gpt2", "opt"):
-            raise InputError(
-                f"calibration.sequence_length={calibration.sequence_length} is above the model's {limit} learned positions; "
-                f"use {limit} or less"
-            )
         context.notes.append(f"calibration windows of {calibration.sequence_length} tokens are longer than the model's {limit} positions")
     with context.phase("text"):
         tokenizer = datasets.load_tokenizer(Location("folder", str(model.checkpoint.folder)))

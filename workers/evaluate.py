@@ -22,6 +22,7 @@ from workers import kv_runs
 from workers.context import Context
 from workers.errors import InputError
 from workers.memory import PeakMemory
+from workers.positions import refuses_window
 from workers.residency import Residency
 from workers.specs import EvaluateSpec, TaskSpec
 from workers.tasks import base, divergence, perplexity
@@ -169,11 +170,12 @@ class _Stage:
 def _check_fits(model: nn.Module, windows: Tensor) -> None:
     """Raises InputError for tokens or positions the model does not have."""
     config = getattr(model, "config", None)
-    vocabulary, positions = getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
+    vocabulary = getattr(config, "vocab_size", None)
     if vocabulary is not None and int(windows.max()) >= vocabulary:
         raise InputError(f"the tokenizer gives token {int(windows.max())}, the model knows {vocabulary}; the tokenizer is another model's")
-    if positions is not None and windows.shape[1] > positions:
-        raise InputError(f"task.params.window={windows.shape[1]} is above the model's {positions} positions; use {positions} or less")
+    refusal = None if config is None else refuses_window(windows.shape[1], config.to_dict())
+    if refusal is not None:
+        raise InputError(refusal)
 
 
 def resident_logits(model: nn.Module, device: torch.device, runtime: Callable[[], AbstractContextManager[None]]) -> base.Logits:

@@ -15,6 +15,7 @@ SHARED = (
     "workers.specs",
     "workers.families",
     "workers.rotatable",
+    "workers.positions",
     "workers.request",
     "workers.artifact",
     "workers.errors",

@@ -172,7 +172,8 @@ def test_a_rotation_shares_its_calibration_with_the_rounding_alone(plan_of) -> N
 
 
 def test_statistics_that_a_rotation_does_not_map_are_collected_in_the_stage(plan_of, tmp_path: Path) -> None:
-    plan = plan_of("method=quarot", "scheme=w4a4_channel", "task=self_perplexity", f"model.path={tiny(tmp_path, 'opt')}")
+    short = ("task.params.window=64", "calibration.sequence_length=64")
+    plan = plan_of("method=quarot", "scheme=w4a4_channel", "task=self_perplexity", f"model.path={tiny(tmp_path, 'opt')}", *short)
     assert kinds(plan) == {"quantize": 1, "evaluate": 2}
     assert [s.spec.calibration is not None for s in plan.stages.values() if isinstance(s.spec, QuantizeSpec)] == [True]
     flags = next(v.flags for v in plan.variants.values() if v.quantize)

@@ -77,7 +77,7 @@ def test_a_family_that_is_not_known_has_none_and_the_plan_says_so(plan_of, tmp_p
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "odd"}))
     scheme = ("scheme=w4a16_g64", "scheme.weight=null")
-    plan = plan_of(f"model.path={model}", "method=rtn", *scheme, ON)
+    plan = plan_of(f"model.path={model}", "method=rtn", *scheme, "task.params.window=64", ON)
     assert kinds(plan) == {"evaluate": 1}
     assert any("no site statistics of wikitext_llama: model_type 'odd'" in note for note in plan.notes)
 

@@ -1,0 +1,92 @@
+"""Why a cell cannot work, told from its options and the model's config.json before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from orchestrator.cell import Cell
+from orchestrator.overrides import check_linears, has_overrides
+from orchestrator.parts import AutoPart, MethodPart
+from quant.scheme import Scheme, WeightScheme
+from workers import kv_rules
+from workers.errors import UnsupportedModel
+from workers.families import linear_shapes
+from workers.positions import refuses_calibration, refuses_window
+from workers.specs import CalibrationSpec, Rule
+from workers.structure import LinearShape
+
+Config = Mapping[str, Any]
+RulesOf = Callable[[WeightScheme], tuple[Rule, ...]]
+
+
+def why_impossible(cell: Cell, config: Config, scheme: Scheme, method: MethodPart, auto: AutoPart | None, rules: RulesOf) -> str | None:
+    """What of model, method and scheme do not go together; None where all do. `rules` makes the rows of the quantize stage."""
+    if scheme.weight is not None or scheme.activation is not None:
+        try:
+            shapes = linear_shapes(config)
+        except UnsupportedModel as e:
+            return f"{cell.model.name}: {e}"
+        if scheme.weight is not None:
+            reason = _why_not_quantized(cell, scheme.weight, config, shapes, method, auto, rules)
+            if reason is not None:
+                return reason
+    refusal = kv_rules.refuses(scheme.kv, config) if scheme.kv is not None else None
+    return None if refusal is None else f"{cell.model.name}: {refusal}"
+
+
+def _why_not_quantized(
+    cell: Cell,
+    weight: WeightScheme,
+    config: Config,
+    shapes: tuple[LinearShape, ...],
+    method: MethodPart,
+    auto: AutoPart | None,
+    rules: RulesOf,
+) -> str | None:
+    if method.toolkit is not None and method.spec.transforms:
+        return f"method {cell.method.name}: {method.toolkit.toolkit} quantizes the checkpoint as it is; leave transforms out"
+    reason = method.cannot_rotate(config)
+    if reason is not None:
+        return f"{cell.model.name}: {reason}"
+    if auto is not None:
+        if method.spec.transforms or has_overrides(cell.method, cell.scheme):
+            return f"method {cell.method.name}: automatic bits work with methods without transforms and overrides"
+        refusal = next((r for w in auto.auto.candidates if (r := method.refuses(w, config.get("model_type"))) is not None), None)
+        if refusal is not None:
+            return refusal
+    table = rules(weight)
+    for spec in dict.fromkeys(rule.method for rule in table):
+        check_linears(cell.method, spec, shapes, cell.model.name)
+    for scheme in dict.fromkeys(rule.weight for rule in table):
+        refusal = method.refuses(scheme, config.get("model_type"))
+        if refusal is not None:
+            return refusal
+    chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
+    sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
+    bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]
+    if not bad:
+        return None
+    size, widths = sizes[bad[0].name], ", ".join(str(w) for w in sorted({s.cols for s in bad}))
+    return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+
+
+def long_window(cell: Cell, config: Config) -> str | None:
+    """Why the model cannot be scored on the task's windows."""
+    window = (cell.task.values.get("params") or {}).get("window")
+    refusal = refuses_window(window, config) if isinstance(window, int) else None
+    return None if refusal is None else f"{cell.model.name}: {refusal}"
+
+
+def long_calibration(cell: Cell, config: Config) -> str | None:
+    """Why the model cannot be fed samples of the calibration."""
+    length = cell.calibration.values.get("sequence_length", CalibrationSpec.sequence_length)
+    refusal = refuses_calibration(length, config) if isinstance(length, int) else None
+    return None if refusal is None else f"{cell.model.name}: {refusal}"
+
+
+def feeds_text(scheme: Scheme, method: MethodPart, auto: AutoPart | None) -> bool:
+    """Whether any stage of a cell is fed calibration text: a calibrate stage, or one that feeds it itself."""
+    static = scheme.activation is not None and not scheme.activation.dynamic
+    quantize = scheme.weight is not None and (bool(method.calibrate) or method.feeds_text or static or auto is not None)
+    return quantize or (scheme.kv is not None and bool(scheme.kv.statistics))
