@@ -1,6 +1,6 @@
 """The figures of a report, as Plotly specifications `{data, layout}` of plain JSON values.
 
-Nothing is drawn for a score that is not finite; the caption says how many were left out.
+Nothing is drawn for a score that is not finite, or without a size to draw it at; the caption says how many were left out and why.
 """
 
 from __future__ import annotations
@@ -45,13 +45,16 @@ def method_colours(tables: Sequence[ModelTable]) -> dict[str, str]:
 def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: int) -> Figure | None:
     """The headline score against stored bits: one line per method (and family), through the mean of replicates."""
     groups: dict[tuple[str, str, str], list[tuple[Line, float, float]]] = {}
-    left_out = 0
+    scoreless = unquantized = 0
     for line in table.quantized:
         row = line.cells.get(task.name)
         if row is None:
             continue
+        if line.variant.quantize is None:
+            unquantized += 1
+            continue
         if row.value is None or line.bits_stored is None or not math.isfinite(row.value):
-            left_out += 1
+            scoreless += 1
             continue
         groups.setdefault((line.method, line.family, line.variant.axes.get("calibration", "")), []).append(
             (line, line.bits_stored, row.value)
@@ -92,7 +95,7 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
     return Figure(
         f"bits-{number}",
         f"{task.name}: {metric_name(task.primary)} against stored bits",
-        _left_out(f"{caption} {better} is better.", left_out),
+        _left_out(f"{caption} {better} is better.", scoreless, unquantized),
         {"data": data, "layout": layout},
     )
 
@@ -251,5 +254,7 @@ def _colour(colours: dict[str, str], method: str) -> str:
     return colours.get(method, "#444b57")
 
 
-def _left_out(caption: str, count: int) -> str:
-    return f"{caption} Not drawn: {count} without a finite score (failed, not run, or overflowed)." if count else caption
+def _left_out(caption: str, scoreless: int, unquantized: int) -> str:
+    reasons = {"without a finite score (failed, not run, or overflowed)": scoreless, "without quantized weights": unquantized}
+    said = ", ".join(f"{count} {why}" for why, count in reasons.items() if count)
+    return f"{caption} Not drawn: {said}." if said else caption
