@@ -31,10 +31,11 @@ class KindCost:
 class Costs:
     kinds: tuple[KindCost, ...]
     alone_seconds: float
-    """What one job per finished cell would have spent, each computing all the stages its cell needs."""
+    """What one job per score would have spent, each computing all the stages its score needs."""
     shared_seconds: float
-    """What the stages of those cells cost, each counted once, reused ones included."""
-    cells: int
+    """What the stages of those scores cost, each counted once, reused ones included."""
+    scores: int
+    """Finished evaluations, those of the unquantized model included."""
 
     @property
     def run_seconds(self) -> float:
@@ -42,7 +43,7 @@ class Costs:
 
     @property
     def saved_seconds(self) -> float:
-        """By computing a stage once for all cells that need it."""
+        """By computing a stage once for all scores that need it."""
         return self.alone_seconds - self.shared_seconds
 
 
@@ -58,14 +59,14 @@ def costs(result: SweepResult) -> Costs:
     stages = list(result.stages.values())
     order = [k.value for k in StageKind]
     kinds = sorted({s.kind for s in stages}, key=lambda k: (order.index(k) if k in order else len(order), k))
-    cells = [e for v in result.variants for e in v.evaluations.values() if e.record is not None]
-    needed = [set(_ancestry(result, e)) for e in cells]
+    scored = [e for v in result.variants for e in v.evaluations.values() if e.record is not None]
+    needed = [set(_ancestry(result, e)) for e in scored]
     seconds = {s.key: stage_seconds(s) or 0.0 for s in stages}
     return Costs(
         kinds=tuple(_kind(result, kind, [s for s in stages if s.kind == kind]) for kind in kinds),
         alone_seconds=sum(seconds.get(key, 0.0) for keys in needed for key in sorted(keys)),
         shared_seconds=sum(seconds.get(key, 0.0) for key in sorted(set().union(*needed))),
-        cells=len(cells),
+        scores=len(scored),
     )
 
 

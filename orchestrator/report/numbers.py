@@ -87,6 +87,11 @@ def bits_span(values: Sequence[float]) -> str:
     return " to ".join(dict.fromkeys(bits(v) for v in (min(values), max(values)))) if values else bits(None)
 
 
+def count(n: int, word: str) -> str:
+    """`1 score`, `32 scores`."""
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
 def duration(seconds: float | None) -> str:
     """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds is None:

@@ -70,16 +70,17 @@ class ModelTable:
 
 @dataclass(frozen=True)
 class Counts:
-    """Cells (variant × task) by what became of them."""
+    """Scores (variant × task, the unquantized model included) by what became of them."""
 
     done: int
     failed: int
     waiting: int
     skipped: int
+    """Cells of the grid, which have no score."""
 
     @property
-    def total(self) -> int:
-        return self.done + self.failed + self.waiting + self.skipped
+    def scores(self) -> int:
+        return self.done + self.failed + self.waiting
 
 
 def model_tables(result: SweepResult, rows: Sequence[Row]) -> tuple[ModelTable, ...]:
@@ -95,7 +96,7 @@ def counts(rows: Sequence[Row]) -> Counts:
 
 
 def state_word(row: Row) -> str:
-    """What a cell without a score says."""
+    """What stands in the table where there is no score."""
     return "FAILED" if row.status in FAILED_STATES else row.status.lower()
 
 

@@ -12,6 +12,7 @@ from orchestrator.report.cost import costs, is_reused, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
+from orchestrator.report.numbers import count as _count
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
 from orchestrator.report.tables import Row, stage_seconds
@@ -21,10 +22,10 @@ from orchestrator.results import SweepResult, TaskInfo
 
 def headline(result: SweepResult, rows: Sequence[Row], models: Sequence[ModelTable]) -> Markup:
     c = counts(rows)
-    tally = [("cells finished", c.done, ""), ("failed", c.failed, "bad"), ("not run", c.waiting, ""), ("skipped", c.skipped, "")]
-    items = [
-        tag("li", tag("b", n, class_=mark if n else None), tag("span", word)) for word, n, mark in tally if n or word == "cells finished"
-    ]
+    done = "score finished" if c.done == 1 else "scores finished"
+    skipped = "cell skipped" if c.skipped == 1 else "cells skipped"
+    tally = [(done, c.done, ""), ("failed", c.failed, "bad"), ("not run", c.waiting, ""), (skipped, c.skipped, "")]
+    items = [tag("li", tag("b", n, class_=mark if n else None), tag("span", word)) for word, n, mark in tally if n or word == done]
     items.append(tag("li", tag("b", sum(len(m.quantized) for m in models)), tag("span", "quantized variants")))
     items.append(tag("li", tag("b", len(models)), tag("span", "model" if len(models) == 1 else "models")))
     ended = [float(s.record["ended"]) for s in result.stages.values() if s.record is not None and not is_reused(result, s)]
@@ -192,9 +193,9 @@ def cost_section(result: SweepResult) -> Markup:
     parts: list[object] = [tag("h2", "Cost", id="cost")]
     reuse = sum(k.reused_seconds for k in c.kinds)
     said = f"Stages of this sweep took {numbers.duration(c.run_seconds)} of worker time."
-    if c.cells:
+    if c.scores:
         said += (
-            f" One job per finished cell, each computing all it needs, would have taken {numbers.duration(c.alone_seconds)}: "
+            f" One job per score, each computing all it needs, would have taken {numbers.duration(c.alone_seconds)}: "
             f"sharing stages saved {numbers.duration(c.saved_seconds)}"
         )
         said += f", and {numbers.duration(reuse)} came from earlier sweeps." if reuse else "."
@@ -272,7 +273,3 @@ def _text_digests(value: Any) -> list[str]:
 
 def _pretty(value: Any) -> str:
     return json.dumps(value, indent=2, sort_keys=True, default=str, ensure_ascii=False)
-
-
-def _count(n: int, word: str) -> str:
-    return f"{n} {word}" if n == 1 else f"{n} {word}s"

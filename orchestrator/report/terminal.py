@@ -128,8 +128,9 @@ def _print_legend(result: SweepResult, rows: tuple[Row, ...], tables: tuple[Mode
 
 def _print_troubles(result: SweepResult, rows: tuple[Row, ...], console: Console) -> None:
     c = counts(rows)
-    said = [f"{n} {word}" for n, word in ((c.done, "done"), (c.failed, "failed"), (c.waiting, "not run"), (c.skipped, "skipped")) if n]
-    console.print(f"{c.total} cells: {', '.join(said) or 'none'}.", highlight=False)
+    said = ", ".join(f"{n} {word}" for n, word in ((c.done, "done"), (c.failed, "failed"), (c.waiting, "not run")) if n)
+    skipped = f"; {numbers.count(c.skipped, 'cell')} skipped" if c.skipped else ""
+    console.print(f"{numbers.count(c.scores, 'score')}{': ' if said else ''}{said}{skipped}.", highlight=False)
     for message, stages in failures(result):
         labels = ", ".join(s.label for s in stages[:3]) + (f" and {len(stages) - 3} more" if len(stages) > 3 else "")
         console.print(f"[bold red]FAILED[/] {escape(labels)}\n  {escape(message)}", highlight=False)
