@@ -112,7 +112,12 @@ def _run_group(group: list[StageRequest], request: Request, runners: Runners) ->
     # What one of them cannot do must not fail the others.
     for stage in group:
         shutil.rmtree(Path(stage.staging) / PAYLOAD, ignore_errors=True)
-    return [outcome for stage in group for outcome in _try_group([stage], request, runners)]
+    alone = [outcome for stage in group for outcome in _try_group([stage], request, runners)]
+    why = f"the pass shared with {len(group) - 1} other calibrate stages failed ({failures[0].type}: {failures[0].message})"
+    for outcome in alone:
+        if outcome.record is not None:
+            outcome.record["notes"].append(f"ran again alone: {why}")
+    return alone
 
 
 def _try_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
