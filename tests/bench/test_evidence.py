@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,16 @@ def test_every_ordering_names_variants_of_the_sweep() -> None:
     assert {n for c in CLAIMS for n in (c.better, c.worse)} <= names
     assert {c.replicate.name for c in grid.cells} == {"r0", "r1", "r2"}
     assert {c.task.values["windows"] for c in grid.cells} == {"spread"}
+
+
+def test_the_committed_table_has_every_row_of_the_sweep_or_says_that_it_is_missing() -> None:
+    text = (Path(evidence.__file__).parent / "results" / "evidence.md").read_text(encoding="utf-8")
+    sections = {s.partition("\n")[0]: s for s in re.split(r"^## ", text, flags=re.MULTILINE)}
+    for cell in compose_grid(["sweep=methods"], multirun=True).cells:
+        model, name = cell.model.name, f"{evidence.short(cell.method.name)} {cell.scheme.name}"
+        lines = [line for line in text.splitlines() if line.startswith(f"- {model}")]
+        named = [line for line in lines if name in line.removeprefix(f"- {model}: ").split(", ") or line.startswith(f"- {model} {name}: ")]
+        assert (f"\n| {name} | " in sections[model]) is (not named), (model, name)
 
 
 @pytest.mark.parametrize("count", [None, 20])
