@@ -33,6 +33,7 @@ from workers.request import Failure, Outcome
 from workers.specs import StageKind
 
 FORMAT = 1
+FOLDERS = ("objects", "attempts", "sweeps", "staging")
 CHECKED_BYTES = 16 * 2**20
 """Reference log-probabilities are larger: reading them would cost a finished sweep more than planning it."""
 
@@ -56,10 +57,10 @@ class Store:
             return self
         if not create:
             raise StoreError(f"there is no store at {self.root}; run a sweep first, or set store= to the folder of an existing one")
-        if self.root.is_dir() and any(self.root.iterdir()):
+        if self.root.is_dir() and not all(_is_new(p) for p in self.root.iterdir()):
             raise StoreError(f"{self.root} is neither empty nor a bitgrid store; set store= to a new folder")
         try:
-            for name in ("objects", "attempts", "sweeps", "staging"):
+            for name in FOLDERS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             write_json(marker, {"format": FORMAT})
         except OSError as e:
@@ -172,6 +173,13 @@ class Store:
         """Sweeps of the store, the latest started first."""
         starts = [p for p in (self.root / "sweeps").glob("*/started.json") if (p.parent / "plan.json").is_file()]
         return [p.parent.name for p in sorted(starts, key=lambda p: p.stat().st_mtime_ns, reverse=True)]
+
+
+def _is_new(entry: Path) -> bool:
+    """Whether it is of a store whose creation goes on beside, or was cut off before `store.json` was there."""
+    if entry.name in FOLDERS:
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name.startswith(".store.json.")
 
 
 def _format(marker: Path) -> int:

@@ -107,6 +107,17 @@ def test_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
         Store(tmp_path).open()
 
 
+def test_a_store_whose_creation_was_cut_off_is_made_whole(tmp_path: Path) -> None:
+    for name in ("objects", "attempts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".store.json.0a1b2c3d").touch()  # the draft of a marker
+    store = Store(tmp_path).open()
+    assert commit(store, a_stage()).is_dir()
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(StoreError, match="neither empty"):  # what is in it may be somebody's
+        Store(tmp_path).open()
+
+
 def test_second_live_driver_is_refused_with_the_holders_name(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with Lease(path, "bitgrid run"):
