@@ -92,13 +92,15 @@ def store_root(settings: Mapping[str, Any]) -> Path:
 
 
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
-    """Stages that must run: those without an artifact that an evaluation of the sweep, or its report, still needs.
+    """Stages that must run: those without an artifact that the sweep's tables, its report or an export still need.
 
-    Evaluations and what the report alone reads are checked here: no stage reads them, so nothing else would find a corrupt one and
-    make it again.
+    Quantized variants, evaluations and what the report alone reads are checked here: in a finished sweep no stage reads them, so nothing
+    else would find one that is lost or corrupt and make it again.
     """
     needed: dict[str, None] = {}
-    waiting = [*plan.wanted, *(e for v in plan.variants.values() for e in v.evaluations.values())]
+    waiting = [*plan.wanted]
+    for variant in plan.variants.values():
+        waiting += [*([variant.quantize] if variant.quantize else []), *variant.evaluations.values()]
     while waiting:
         key = waiting.pop()
         kind = plan.stages[key].kind

@@ -35,7 +35,8 @@ from workers.specs import StageKind
 FORMAT = 1
 FOLDERS = ("objects", "attempts", "sweeps", "staging")
 CHECKED_BYTES = 16 * 2**20
-"""Reference log-probabilities are larger: reading them would cost a finished sweep more than planning it."""
+TENSORS = ".safetensors"
+"""Weights and reference log-probabilities are large: reading them would cost a finished sweep more than planning it."""
 
 
 class Store:
@@ -74,11 +75,17 @@ class Store:
         return (self.folder(kind, key) / RECORD).is_file()
 
     def is_whole(self, kind: StageKind, key: str) -> bool:
-        """Whether the files of a committed artifact are what its record says; large ones are left to the stage that reads them."""
+        """Whether the files of a committed artifact are what its record says: all by their size, tables and texts by their content.
+
+        The content of tensors and of other large files is left to who reads them.
+        """
         folder = self.folder(kind, key)
         try:
             for name, file in read_record(folder)["files"].items():
-                if file["bytes"] <= CHECKED_BYTES:
+                path = folder / PAYLOAD / name
+                if not path.is_file() or path.stat().st_size != file["bytes"]:
+                    return False
+                if file["bytes"] <= CHECKED_BYTES and not name.endswith(TENSORS):
                     payload_path(folder, name)
         except CorruptArtifactError:
             return False
