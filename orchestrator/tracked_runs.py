@@ -167,7 +167,7 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
 
 def spec_of(stage: StageResult) -> dict[str, Any]:
     """The stage's canonical spec, known before it runs; empty where the plan did not keep it."""
-    return dict(stage.spec or (stage.record or {}).get("spec") or {})
+    return dict(stage.spec or {})
 
 
 def ended_at(stage: StageResult) -> float | None:
