@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Projection:
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._notes: list[str] = []
+        """What syncs beside the running sweep found changed by hand."""
 
     def start(self) -> None:
         """Write while the sweep runs."""
@@ -53,7 +56,7 @@ class Projection:
         while not self._stop.wait(INTERVAL_S):
             if self._changed.is_set():
                 self._changed.clear()
-                self._tracker.sync(self._load(), Phase.RUNNING, budget_s=INTERVAL_S)
+                self._notes += self._tracker.sync(self._load(), Phase.RUNNING, budget_s=INTERVAL_S).notes
 
     @property
     def _written(self) -> str:
@@ -72,10 +75,11 @@ class Projection:
             self._thread.join()
         state = content_digest(result)
         if not reconcile and self._is_there() and self._ledger.flushed(result.key, self._written) == state:
-            return SyncReport(unchanged=len(result.variants) + 1)
-        write = self._tracker.reconcile if reconcile else self._tracker.sync
-        report = write(result, Phase.ENDED, attachments)
-        if report.complete:
-            self._ledger.set_flushed(result.key, self._written, state)
+            report = SyncReport(unchanged=len(result.variants) + 1)
+        else:
+            write = self._tracker.reconcile if reconcile else self._tracker.sync
+            report = write(result, Phase.ENDED, attachments)
+            if report.complete:
+                self._ledger.set_flushed(result.key, self._written, state)
         self._tracker.close()
-        return report
+        return replace(report, notes=tuple(dict.fromkeys((*self._notes, *report.notes))))
