@@ -73,7 +73,7 @@ class Projection:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        state = content_digest(result)
+        state = digest([content_digest(result), self._place.log_artifacts])
         if not reconcile and self._ledger.flushed(result.key, self._written) == state and self._is_there(result):
             report = SyncReport(unchanged=len(run_keys(result)))
         else:

@@ -15,7 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +229,8 @@ class _Pass:
         """Id of the run that now is as wanted; None where MLflow refused it."""
         from mlflow.exceptions import MlflowException
 
+        if not self.settings.log_artifacts:
+            wanted = replace(wanted, artifacts=())
         run = self.found.get(wanted.key)
         try:
             if run is not None and self.trust_earlier(run, wanted) and run.tags.get(PARENT) == parent:
@@ -267,8 +269,7 @@ class _Pass:
         self.client.log_batch(run.run_id, metrics, params, [RunTag(k, v) for k, v in tags.items() if run.tags.get(k) != v])
         for tag in stale_tags(run, wanted):
             self.client.delete_tag(run.run_id, tag)
-        if self.settings.log_artifacts:
-            self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
+        self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
         if wanted.end_ms is not None:
             self.client.set_terminated(run.run_id, wanted.status, wanted.end_ms)
         elif run.status != wanted.status:

@@ -117,6 +117,16 @@ def test_looking_into_a_database_imports_no_mlflow(mlflow_project: Path, sweep: 
     assert out.stdout.split() == [*sorted({SWEEP_RUN, *(v.key for v in sweep.variants)}), "0", "False"]
 
 
+def test_files_left_out_are_uploaded_once_they_are_wanted(mlflow_project: Path, ledger: Ledger, sweep: SweepResult) -> None:
+    assert counts(finish(mlflow_project, ledger, sweep, log_artifacts=False)) == (6, 0, 0)
+    client = client_of(mlflow_project)
+    bare = dump(client)
+    assert {r["tags"]["bitgrid.artifacts"] for r in bare.values()} == {"{}"}
+    assert not any(r["files"] for r in bare.values())
+    assert counts(finish(mlflow_project, ledger, sweep)) == (0, 6, 0)
+    assert all(r["files"] and r["tags"]["bitgrid.artifacts"] != "{}" for r in dump(client).values())
+
+
 def test_notes_of_syncs_beside_the_sweep_are_told_at_its_end(
     tmp_path: Path, ledger: Ledger, sweep: SweepResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
