@@ -47,8 +47,9 @@ class OptionTable:
         self._made: dict[tuple[str, str, str], Option] = {}
 
     def add(self, choice: Choice, values: dict[str, Any]) -> Option:
-        """The option of these values; checked when first seen."""
-        key = (choice.axis, choice.file, json.dumps(values, sort_keys=True, default=repr))
+        """The option of these values; checked when first seen. The order of a mapping is part of its value: the last of two overrides that
+        match wins, and transforms follow each other."""
+        key = (choice.axis, choice.file, json.dumps(values, default=repr))
         if key not in self._made:
             check_option(choice.axis, choice.name, values)
             self._made[key] = Option(choice.axis, choice.name, values)

@@ -6,6 +6,7 @@ lease has expired; a second live driver is refused with the holder's name. A thr
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -38,20 +39,28 @@ class Lease:
 
     def __enter__(self) -> Lease:
         while not self._try_create():
-            holder = self._read()
+            try:
+                holder = _read(self._path)
+            except FileNotFoundError:
+                continue  # it was released meanwhile
+            except OSError as e:
+                raise StoreLockedError(f"{self._path} cannot be read ({e}), which names the driver of the store; use another store=") from e
             if holder is not None and _alive(holder):
                 raise StoreLockedError(
                     f"the store {self._path.parent} is in use by {holder['purpose']} on {holder['host']} (process {holder['pid']}, since "
                     f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))}); wait for it, stop it, or use another store="
                 )
-            self._set_aside(holder)
+            self._set_aside()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._released.set()
         self._thread.join()  # or it would put the file back
-        holder = self._read()
+        try:
+            holder = _read(self._path)
+        except OSError:
+            return
         if holder is not None and holder["token"] == self._token:
             self._path.unlink(missing_ok=True)
 
@@ -79,28 +88,21 @@ class Lease:
             draft.unlink()
         return True
 
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            content: dict[str, Any] = json.loads(self._path.read_text())
-        except (OSError, ValueError):
-            return None
-        return content
-
-    def _set_aside(self, holder: dict[str, Any] | None) -> None:
-        # A rename succeeds for one of several takers only; the others find the new holder on their next turn.
+    def _set_aside(self) -> None:
+        """Take a dead holder's file away. A rename succeeds for one of several takers only."""
         stale = self._path.with_name(f"{self._path.name}.stale.{self._token}")
         try:
             self._path.rename(stale)
         except FileNotFoundError:
             return
-        seen = json.loads(stale.read_text()) if holder is not None else None
-        if seen is not None and holder is not None and seen["token"] != holder["token"]:
-            try:
-                os.link(stale, self._path)
-            finally:
-                stale.unlink()
-            return
-        stale.unlink()
+        try:
+            holder = _read(stale)
+            if holder is not None and _alive(holder):
+                # Another taker was quicker, and this is its lease; where yet another has made a new one, that one holds.
+                with contextlib.suppress(FileExistsError):
+                    os.link(stale, self._path)
+        finally:
+            stale.unlink()
 
     def _renew(self) -> None:
         while not self._released.wait(RENEW_S):
@@ -122,10 +124,19 @@ class Lease:
 def holder(path: Path) -> str | None:
     """The live driver that holds a lease file, for people."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = _read(path)
+    except OSError:
         return None
-    return f"{content['purpose']} on {content['host']}, process {content['pid']}" if _alive(content) else None
+    return f"{content['purpose']} on {content['host']}, process {content['pid']}" if content is not None and _alive(content) else None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Content of a lease file, None where it is no such thing. Raises OSError."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        return None
+    return content
 
 
 def _alive(holder: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -59,6 +59,25 @@ def check_sqlite(file: Path, timeout_s: float) -> None:
     with closing(sqlite3.connect(file, timeout=timeout_s, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("ROLLBACK")
+
+
+def sqlite_runs(file: Path, experiments: Collection[str], sweep: str, timeout_s: float) -> set[str | None]:
+    """Variant keys of a sweep's active runs, None for its own run; empty for a database that cannot be read, or of no MLflow.
+
+    Raw SQL, for importing MLflow takes longer than all else that a finished sweep does. Nothing is written.
+    """
+    query = """
+        SELECT variant.value, experiments.name FROM tags AS sweep
+        JOIN runs ON runs.run_uuid = sweep.run_uuid AND runs.lifecycle_stage = 'active'
+        JOIN experiments ON experiments.experiment_id = runs.experiment_id AND experiments.lifecycle_stage = 'active'
+        LEFT JOIN tags AS variant ON variant.run_uuid = runs.run_uuid AND variant.key = 'bitgrid.variant_key'
+        WHERE sweep.key = 'bitgrid.sweep_key' AND sweep.value = ?
+    """
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=timeout_s)) as db:
+            return {key for key, experiment in db.execute(query, (sweep,)) if experiment in experiments}
+    except sqlite3.Error:
+        return set()
 
 
 def upgrade_sqlite(file: Path) -> str:

@@ -75,8 +75,8 @@ class Plan:
         return [m.name for m in self.models.values() if m.provisional]
 
     def is_result(self, key: str) -> bool:
-        """Whether the sweep is after this stage itself, not only after what reads it."""
-        return self.stages[key].kind is StageKind.EVALUATE or key in self.wanted
+        """Whether report, MLflow or export read this stage, not only the stages after it."""
+        return self.stages[key].kind in (StageKind.QUANTIZE, StageKind.EVALUATE) or key in self.wanted
 
     def to_json(self) -> dict[str, Any]:
         """The part that is stored with the sweep (see orchestrator.sweeps)."""

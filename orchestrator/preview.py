@@ -31,7 +31,7 @@ def print_plan(command: Command, console: Console) -> None:
         column.justify = "right"
     for kind, stages in _by_kind(plan).items():
         todo = [plan.stages[k] for k in stages if k in missing]
-        there = sum(1 for k in stages if store.has(plan.stages[k].kind, k))
+        there = sum(1 for k in stages if k not in missing and store.has(plan.stages[k].kind, k))
         table.add_row(kind, str(len(stages)), str(there), str(len(todo)), _seconds(todo), _bytes(todo))
     console.print(table)
     work = list(missing.values())

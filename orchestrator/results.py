@@ -20,7 +20,8 @@ class StageResult:
     status: Status
     """SUCCEEDED for every committed stage; FAILED; DEP_FAILED; PENDING where it has not run."""
     record: dict[str, Any] | None = None
-    """The committed record.json: key, kind, spec, inputs, files, started, ended, seconds, environment, hints, notes, summary."""
+    """The committed record.json: format, key, kind, label, sweep, attempt, inputs, files, started, ended, seconds, environment, hints,
+    notes, summary."""
     payload: Path | None = None
     failure: dict[str, Any] | None = None
     """Of the last attempt: error_class, type, message, log_tail, attempt, ended."""

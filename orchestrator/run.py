@@ -34,6 +34,7 @@ from orchestrator.sweeps import load_sweep, write_sweep
 from orchestrator.toolkits import require_toolkits
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport, TrackingSettings
+from workers.failures import DISK_FULL
 from workers.request import Hints
 from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
@@ -64,7 +65,8 @@ class SweepRun:
     statuses: dict[str, Status]
     """Final status of every stage of the plan; CACHED where nothing had to run."""
     plan: Plan
-    report: Path
+    report: Path | None
+    """The page; None where it could not be written."""
     ending: Ending
 
     @property
@@ -92,13 +94,15 @@ def store_root(settings: Mapping[str, Any]) -> Path:
 
 
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
-    """Stages that must run: those without an artifact that an evaluation of the sweep, or its report, still needs.
+    """Stages that must run: those without an artifact that the sweep's tables, its report or an export still need.
 
-    Evaluations and what the report alone reads are checked here: no stage reads them, so nothing else would find a corrupt one and
-    make it again.
+    Quantized variants, evaluations and what the report alone reads are checked here: in a finished sweep no stage reads them, so nothing
+    else would find one that is lost or corrupt and make it again.
     """
     needed: dict[str, None] = {}
-    waiting = [*plan.wanted, *(e for v in plan.variants.values() for e in v.evaluations.values())]
+    waiting = [*plan.wanted]
+    for variant in plan.variants.values():
+        waiting += [*([variant.quantize] if variant.quantize else []), *variant.evaluations.values()]
     while waiting:
         key = waiting.pop()
         kind = plan.stages[key].kind
@@ -150,7 +154,7 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
         ending = _execute(plan, store, ledger, lease, missing, projection, console)
         statuses.update(ending.statuses)
     result = load_sweep(store, plan.key)
-    report = refresh_report(store, result)
+    report = try_report(store, result, console)
     for line in sync_lines(project(projection, store, result)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return SweepRun(result, statuses, plan, report, ending)
@@ -252,6 +256,18 @@ def sync_lines(report: SyncReport) -> Iterator[str]:
         yield f"MLflow: {report.created} runs created, {report.updated} updated, {report.unchanged} unchanged"
 
 
+def try_report(store: Store, result: SweepResult, console: Console) -> Path | None:
+    """`refresh_report`; None, and a line that says why, where it cannot be written: MLflow is written all the same. A full disk raises."""
+    try:
+        return refresh_report(store, result)
+    except OSError as e:
+        if e.errno in DISK_FULL:
+            raise
+        told = f"the report cannot be written: {e}; mend that, then run `{program()} report {result.key[:8]}`"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        return None
+
+
 def refresh_report(store: Store, result: SweepResult) -> Path:
     """Write the report unless the files that are there tell this very state; path of the page."""
     from orchestrator.report import ReportFiles
@@ -284,7 +300,8 @@ def show(run: SweepRun, console: Console) -> None:
     from orchestrator.report import print_table
 
     print_table(run.result, console)
-    console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+    if run.report is not None:
+        console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
     if run.result.config["settings"]["tracking"]["kind"] != "none":
         console.print(f"dashboard: {program()} ui", highlight=False, soft_wrap=True)
     if run.ending.lost is not None:

@@ -33,8 +33,10 @@ from workers.request import Failure, Outcome
 from workers.specs import StageKind
 
 FORMAT = 1
+FOLDERS = ("objects", "attempts", "sweeps", "staging")
 CHECKED_BYTES = 16 * 2**20
-"""Reference log-probabilities are larger: reading them would cost a finished sweep more than planning it."""
+TENSORS = ".safetensors"
+"""Weights and reference log-probabilities are large: reading them would cost a finished sweep more than planning it."""
 
 
 class Store:
@@ -56,10 +58,10 @@ class Store:
             return self
         if not create:
             raise StoreError(f"there is no store at {self.root}; run a sweep first, or set store= to the folder of an existing one")
-        if self.root.is_dir() and any(self.root.iterdir()):
+        if self.root.is_dir() and not all(_is_new(p) for p in self.root.iterdir()):
             raise StoreError(f"{self.root} is neither empty nor a bitgrid store; set store= to a new folder")
         try:
-            for name in ("objects", "attempts", "sweeps", "staging"):
+            for name in FOLDERS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             write_json(marker, {"format": FORMAT})
         except OSError as e:
@@ -73,11 +75,17 @@ class Store:
         return (self.folder(kind, key) / RECORD).is_file()
 
     def is_whole(self, kind: StageKind, key: str) -> bool:
-        """Whether the files of a committed artifact are what its record says; large ones are left to the stage that reads them."""
+        """Whether the files of a committed artifact are what its record says: all by their size, tables and texts by their content.
+
+        The content of tensors and of other large files is left to who reads them.
+        """
         folder = self.folder(kind, key)
         try:
             for name, file in read_record(folder)["files"].items():
-                if file["bytes"] <= CHECKED_BYTES:
+                path = folder / PAYLOAD / name
+                if not path.is_file() or path.stat().st_size != file["bytes"]:
+                    return False
+                if file["bytes"] <= CHECKED_BYTES and not name.endswith(TENSORS):
                     payload_path(folder, name)
         except CorruptArtifactError:
             return False
@@ -172,6 +180,13 @@ class Store:
         """Sweeps of the store, the latest started first."""
         starts = [p for p in (self.root / "sweeps").glob("*/started.json") if (p.parent / "plan.json").is_file()]
         return [p.parent.name for p in sorted(starts, key=lambda p: p.stat().st_mtime_ns, reverse=True)]
+
+
+def _is_new(entry: Path) -> bool:
+    """Whether it is of a store whose creation goes on beside, or was cut off before `store.json` was there."""
+    if entry.name in FOLDERS:
+        return entry.is_dir() and not any(entry.iterdir())
+    return entry.name.startswith(".store.json.")
 
 
 def _format(marker: Path) -> int:

@@ -15,12 +15,12 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.dashboard_view import view_tag
-from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, sqlite_file, upgrade_sqlite
+from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, sqlite_file, sqlite_runs, upgrade_sqlite
 from orchestrator.results import SweepResult
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
 from orchestrator.tracked_files import ArtifactFile
@@ -74,6 +74,26 @@ class MlflowTracker:
     def reconcile(self, result: SweepResult, phase: Phase, attachments: Mapping[str, Path] | None = None) -> SyncReport:
         self._pause_until = -math.inf
         return self._sync(result, phase, attachments, None, _trust_none)
+
+    def runs_of(self, sweep: str) -> set[str] | None:
+        file = sqlite_file(self._settings.uri or "")
+        if file is not None:
+            return {key or SWEEP_RUN for key in sqlite_runs(file, self._settings.experiments, sweep, self._settings.timeout_s)}
+        if self._clock() < self._pause_until:
+            return None
+        try:
+            with client_environment(self._settings.timeout_s):
+                self._open()
+                for name in self._settings.experiments:
+                    found = self._client.get_experiment_by_name(name)
+                    if found is None:
+                        break
+                    if found.lifecycle_stage == "active":
+                        return {run.key for run in _search(self._client, found.experiment_id, sweep, ACTIVE)}
+        except Exception as e:  # as above
+            self._trip(e)
+            return None
+        return set()
 
     def close(self) -> None:
         store = getattr(getattr(self._client, "_tracking_client", None), "store", None)
@@ -147,8 +167,7 @@ class MlflowTracker:
         """Id of the active experiment: the deleted one is taken out of the trash, or where that fails a numbered one is made."""
         from mlflow.exceptions import MlflowException
 
-        base = self._settings.experiment
-        for name in (base, *(f"{base}-{n}" for n in range(2, 10))):
+        for name in self._settings.experiments:
             found = self._client.get_experiment_by_name(name)
             if found is None:
                 found = self._new_experiment(name, result)
@@ -161,7 +180,8 @@ class MlflowTracker:
                 continue
             tally.notes.append(f"experiment {name!r} was in MLflow's trash and was restored")
             return self._with_view(found, result)
-        raise RuntimeError(f"experiments {base} to {base}-9 are all deleted; set tracking.experiment to another name")
+        first, *_, last = self._settings.experiments
+        raise RuntimeError(f"experiments {first} to {last} are all deleted; set tracking.experiment to another name")
 
     def _new_experiment(self, name: str, result: SweepResult) -> Any:
         # Without a kind MLflow guesses one, and may open its view of traces in place of the table of runs.
@@ -195,7 +215,7 @@ class _Pass:
 
     def find(self) -> None:
         """Active runs of the sweep by key. A second one with the same key (an answer that got lost) goes to the trash."""
-        runs = sorted(self._search(ACTIVE), key=lambda r: (CONTENT not in r.tags, r.run_id))
+        runs = sorted(_search(self.client, self.experiment, self.sweep, ACTIVE), key=lambda r: (CONTENT not in r.tags, r.run_id))
         for run in runs:
             if REPLACED in run.tags:
                 self.client.delete_run(run.run_id)  # it came back with a restored experiment
@@ -209,6 +229,8 @@ class _Pass:
         """Id of the run that now is as wanted; None where MLflow refused it."""
         from mlflow.exceptions import MlflowException
 
+        if not self.settings.log_artifacts:
+            wanted = replace(wanted, artifacts=())
         run = self.found.get(wanted.key)
         try:
             if run is not None and self.trust_earlier(run, wanted) and run.tags.get(PARENT) == parent:
@@ -247,8 +269,7 @@ class _Pass:
         self.client.log_batch(run.run_id, metrics, params, [RunTag(k, v) for k, v in tags.items() if run.tags.get(k) != v])
         for tag in stale_tags(run, wanted):
             self.client.delete_tag(run.run_id, tag)
-        if self.settings.log_artifacts:
-            self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
+        self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
         if wanted.end_ms is not None:
             self.client.set_terminated(run.run_id, wanted.status, wanted.end_ms)
         elif run.status != wanted.status:
@@ -269,23 +290,25 @@ class _Pass:
                     target.symlink_to(a.source.resolve())
             self.client.log_artifacts(run_id, name)
 
-    def _search(self, view: int) -> Iterator[LoggedRun]:
-        query, token = f"tags.`bitgrid.sweep_key` = '{self.sweep}'", None
-        while True:
-            page = self.client.search_runs([self.experiment], query, view, 1000, page_token=token)
-            yield from map(_logged, page)
-            token = page.token
-            if not token:
-                return
-
     def _deleted_by_hand(self) -> set[str]:
         if self.deleted is None:
-            self.deleted = {r.key for r in self._search(DELETED) if REPLACED not in r.tags}
+            runs = _search(self.client, self.experiment, self.sweep, DELETED)
+            self.deleted = {r.key for r in runs if REPLACED not in r.tags}
         return self.deleted
 
     def _discard(self, run: LoggedRun) -> None:
         self.client.set_tag(run.run_id, REPLACED, "true")
         self.client.delete_run(run.run_id)
+
+
+def _search(client: Any, experiment: str, sweep: str, view: int) -> Iterator[LoggedRun]:
+    query, token = f"tags.`bitgrid.sweep_key` = '{sweep}'", None
+    while True:
+        page = client.search_runs([experiment], query, view, 1000, page_token=token)
+        yield from map(_logged, page)
+        token = page.token
+        if not token:
+            return
 
 
 def _advice(result: SweepResult, reason: str) -> str:

@@ -15,6 +15,7 @@ from orchestrator.tracked_runs import SWEEP_RUN, RunDescription
 CONTENT, FILES, REPLACED = "bitgrid.content", "bitgrid.artifacts", "bitgrid.replaced"
 PARENT = "mlflow.parentRunId"
 OWN_METRICS = ("eval/", "delta/", "size/", "time/", "err/", "mem/", "layer/", "progress/")
+PROGRESS = "progress/"
 OWN_PARAMS = ("model.", "quant.", "calibration.", "replicate")
 
 
@@ -50,14 +51,16 @@ def same_content(run: LoggedRun, wanted: RunDescription) -> bool:
 def amendable(run: LoggedRun, wanted: RunDescription) -> bool:
     """Whether adding to the run makes it what is wanted: MLflow cannot change a param or forget a point.
 
-    A param or metric that is not bitgrid's was added by someone else and stays.
+    A param or metric that is not bitgrid's was added by someone else and stays. While a sweep is resumed the progress it made before is
+    not told, and not judged.
     """
     if any(k.startswith(OWN_PARAMS) and wanted.params.get(k) != v for k, v in run.params.items()):
         return False
     points: dict[str, list[Point]] = {}
     for p in wanted.metrics:
         points.setdefault(p.name, []).append(p)
-    return all(any(_same(p, q) for q in points.get(p.name, ())) for p in run.latest if p.name.startswith(OWN_METRICS))
+    judged = [p for p in run.latest if p.name.startswith(OWN_METRICS) and not (wanted.status == "RUNNING" and p.name.startswith(PROGRESS))]
+    return all(any(_same(p, q) for q in points.get(p.name, ())) for p in judged)
 
 
 def stale_tags(run: LoggedRun, wanted: RunDescription) -> list[str]:

@@ -125,6 +125,11 @@ def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, 
     )
 
 
+def run_keys(result: SweepResult) -> set[str]:
+    """Keys of the runs of an ended sweep: its own, and those of the variants that have begun."""
+    return {SWEEP_RUN, *(v.key for v in result.variants if any(_ended_or_blocked(s, result) is not None for s in _stages(v)))}
+
+
 def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired) -> RunDescription | None:
     """A variant's run; None before the first of its stages has ended, for there is nothing to say yet."""
     ended = {s.key: t for s in _stages(variant) if (t := _ended_or_blocked(s, result)) is not None}
@@ -167,7 +172,7 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
 
 def spec_of(stage: StageResult) -> dict[str, Any]:
     """The stage's canonical spec, known before it runs; empty where the plan did not keep it."""
-    return dict(stage.spec or (stage.record or {}).get("spec") or {})
+    return dict(stage.spec or {})
 
 
 def ended_at(stage: StageResult) -> float | None:

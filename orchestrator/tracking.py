@@ -35,6 +35,11 @@ class TrackingSettings:
     """For one answer of a server; after the first that does not come, tracking pauses."""
     log_artifacts: bool = True
 
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """Names to take, the next where one is in MLflow's trash and cannot be restored."""
+        return (self.experiment, *(f"{self.experiment}-{n}" for n in range(2, 10)))
+
     @staticmethod
     def of(settings: Mapping[str, Any], project_dir: Path) -> TrackingSettings:
         """Fill in the defaults that depend on the project folder. Raises ConfigError, also for an address that holds credentials."""
@@ -129,6 +134,9 @@ class Tracker(Protocol):
     def reconcile(self, result: SweepResult, phase: Phase, attachments: Mapping[str, Path] | None = None) -> SyncReport:
         """`sync` that trusts no earlier one: every run is compared and its artifacts are written again."""
 
+    def runs_of(self, sweep: str) -> set[str] | None:
+        """Keys of the runs that are there of a sweep, written in any earlier sync; None where that cannot be asked. Writes nothing."""
+
     def close(self) -> None: ...
 
 
@@ -145,6 +153,9 @@ class NoTracker:
 
     def reconcile(self, result: SweepResult, phase: Phase, attachments: Mapping[str, Path] | None = None) -> SyncReport:
         return SyncReport()
+
+    def runs_of(self, sweep: str) -> set[str] | None:
+        return None
 
     def close(self) -> None:
         return None

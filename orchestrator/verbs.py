@@ -19,7 +19,7 @@ from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
-from orchestrator.run import open_projection, project, refresh_report, remember_durations, renew_report, run_grid, show, sync_lines
+from orchestrator.run import open_projection, project, remember_durations, renew_report, run_grid, show, sync_lines, try_report
 from orchestrator.stage import Status
 from orchestrator.store import Store
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
@@ -67,7 +67,7 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
     with Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
         for key in keys:
             result = load_sweep(store, key)
-            refresh_report(store, result)
+            try_report(store, result, console)
             remember_durations(ledger, result)
             settings = elsewhere or result.config["settings"]
             projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]

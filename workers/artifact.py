@@ -20,7 +20,7 @@ class CorruptArtifactError(Exception):
     """A stored file is missing or its content differs from its recorded digest."""
 
     def __init__(self, key: str, reason: str) -> None:
-        super().__init__(f"artifact {key[:12]}: {reason}; it is set aside and its stage runs again")
+        super().__init__(f"artifact {key[:12]}: {reason}")
         self.key = key
 
 

@@ -201,7 +201,7 @@ def _layers(stage: StageResult | None) -> list[dict[str, Any]]:
     try:
         path = payload_path(Path(stage.payload).parent, "layers.parquet")
     except CorruptArtifactError:
-        return []  # named with the stage by `bitgrid status`; the figure shows the others
+        return []  # the next run of the sweep finds it and makes the stage again; the figure shows the others
     rows: list[dict[str, Any]] = (
         pq.ParquetFile(path).read(columns=["module", "block", "weight_error", "output_error"], use_threads=False).to_pylist()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +90,13 @@ def _figures(model: ModelTable, colours: dict[str, str], number: int) -> tuple[l
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A reader sees the old file or the new one, never half of one."""
-    part = path.with_name(f".{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    """A reader sees the old file or the new one, never half of one; of two writers the last one's."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 __all__ = ["Markup", "ReportFiles", "render_page", "write_report"]

@@ -15,7 +15,7 @@ from orchestrator.report.markup import Markup, Td, details, join, table, tag
 from orchestrator.report.numbers import count as _count
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
-from orchestrator.report.tables import Row, stage_seconds
+from orchestrator.report.tables import Row, spec_of, stage_seconds
 from orchestrator.report.terminal import cell_lines
 from orchestrator.results import SweepResult, TaskInfo
 
@@ -225,7 +225,7 @@ def provenance(result: SweepResult) -> Markup:
         if s.record is not None:
             said = _pretty(s.record.get("environment", {}))
             environments[said] = environments.get(said, 0) + 1
-    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(s.record.get("spec", {}))})
+    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(spec_of(s))})
     # Short facts stand in the open: `git` as git commit, git dirty.
     small = {k: v for k, v in result.provenance.items() if isinstance(v, dict) and len(v) <= 3}
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]

@@ -117,9 +117,7 @@ def stage_seconds(stage: StageResult | None) -> float | None:
 
 def spec_of(stage: StageResult | None) -> dict[str, Any]:
     """Canonical JSON of a stage's spec, whether it ran or not; empty where there is none."""
-    if stage is None:
-        return {}
-    return dict(stage.spec or (stage.record or {}).get("spec") or {})
+    return {} if stage is None else dict(stage.spec or {})
 
 
 def nominal_bits(variant: VariantResult) -> float | None:

@@ -58,7 +58,6 @@ def write_stage(
     record = {
         "key": key,
         "kind": kind,
-        "spec": dict(spec or {}),
         "inputs": dict(inputs or {}),
         "files": payload_files(folder),
         "started": EPOCH,
@@ -70,9 +69,8 @@ def write_stage(
         "summary": dict(summary),
     }
     (folder / RECORD).write_text(json.dumps(record, allow_nan=True))
-    return StageResult(
-        key, kind, label, Status.SUCCEEDED, record=record, payload=folder / "payload", computed_by=computed_by, spec=record["spec"]
-    )
+    made = StageResult(key, kind, label, Status.SUCCEEDED, record=record, payload=folder / "payload", computed_by=computed_by)
+    return replace(made, spec=dict(spec or {}))
 
 
 def perplexity_items(seed: int, degradation: float, n: int = 60) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def test_equal_cells_are_kept_once(small: Composer) -> None:
     assert [names(c, "method", "replicate") for c in grid.cells] == [("plain", "r0[seed=0]"), ("plain", "r0[seed=1]")]
 
 
+def test_options_that_differ_in_the_order_of_a_mapping_alone_are_two(tmp_path: Path) -> None:
+    open_ended = composer(tmp_path, method__open="rounding: {kind: rtn, version: 1, needs: [], params: {}}\noverrides: {}\n")
+    given = ["method=open", "+method.overrides={a:{damp:1},b:{damp:2}},{b:{damp:2},a:{damp:1}}"]
+    grid = compose_with(open_ended, given, multirun=True)
+    assert [list(c.method.values["overrides"]) for c in grid.cells] == [["a", "b"], ["b", "a"]]
+
+
 def test_the_last_of_equal_keys_wins(small: Composer) -> None:
     assert compose_with(small, ["method=hess", "method=plain"], multirun=False).cells[0].method.name == "plain"
 

@@ -1,13 +1,17 @@
-"""The files of a report are written anew when they are not all there, tell another state, or come from older code."""
+"""The files of a report are written anew when they are not all there, tell another state, or come from older code; whole, or not at all."""
 
 from __future__ import annotations
 
+import errno
+import io
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from orchestrator import report
+from orchestrator import report, run
+from orchestrator.report import html
 from orchestrator.results import SkippedCell, SweepResult
 from orchestrator.run import refresh_report
 from orchestrator.store import Store
@@ -44,3 +48,38 @@ def test_files_that_tell_the_very_state_are_left_alone_and_no_others(tmp_path: P
     assert written()
     monkeypatch.setattr(report, "SCHEMA", report.SCHEMA + 1)
     assert written()
+
+
+def test_two_writers_do_not_meet_and_one_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+
+    def while_another_writes(part: Path) -> None:
+        part.write_text("mine")
+        html._replace(page, lambda other: other.write_text("theirs"))
+        assert page.read_text() == "theirs"
+
+    html._replace(page, while_another_writes)
+    assert page.read_text() == "mine"
+
+    def fail(part: Path) -> None:
+        part.write_text("half")
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        html._replace(page, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+    assert page.read_text() == "mine"
+
+
+def test_a_full_disk_is_not_told_as_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(store: Store, result: SweepResult) -> Path:
+        raise OSError(error, "as told")
+
+    monkeypatch.setattr(run, "refresh_report", write)
+    store, result, said = Store(tmp_path), synthetic.sweep(tmp_path, methods=(), tasks=()), io.StringIO()
+    error = errno.EACCES
+    assert run.try_report(store, result, Console(file=said)) is None
+    assert "as told" in said.getvalue()
+    error = errno.ENOSPC
+    with pytest.raises(OSError, match="as told"):
+        run.try_report(store, result, Console(file=said))

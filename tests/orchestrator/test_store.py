@@ -6,9 +6,13 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator.errors import StoreError, StoreLockedError, StoreVersionError
@@ -103,6 +107,17 @@ def test_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
         Store(tmp_path).open()
 
 
+def test_a_store_whose_creation_was_cut_off_is_made_whole(tmp_path: Path) -> None:
+    for name in ("objects", "attempts"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".store.json.0a1b2c3d").touch()  # the draft of a marker
+    store = Store(tmp_path).open()
+    assert commit(store, a_stage()).is_dir()
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(StoreError, match="neither empty"):  # what is in it may be somebody's
+        Store(tmp_path).open()
+
+
 def test_second_live_driver_is_refused_with_the_holders_name(tmp_path: Path) -> None:
     path = tmp_path / "lease.json"
     with Lease(path, "bitgrid run"):
@@ -139,3 +154,75 @@ def test_lease_on_another_host_is_respected_until_it_expires(tmp_path: Path) -> 
     path.write_text(json.dumps({**content, "expires": time.time() - 1}))
     with Lease(path, "mine"):
         pass
+
+
+def hold(path: Path, purpose: str, **changes: Any) -> None:
+    """Write a lease of this process, as another driver would."""
+    me = psutil.Process()
+    content = {"token": purpose, "host": socket.gethostname(), "pid": me.pid, "process_started": me.create_time(), "purpose": purpose}
+    path.write_text(json.dumps({**content, "since": 0.0, "expires": time.time() + 60, **changes}))
+
+
+def after_the_first_read(monkeypatch: pytest.MonkeyPatch, path: Path, act: Callable[[], object]) -> None:
+    """Another driver acts once a taker has looked at the lease and before it does anything about what it saw."""
+    read, seen = Path.read_text, []
+
+    def reading(self: Path, *args: Any, **kwargs: Any) -> str:
+        try:
+            return read(self, *args, **kwargs)
+        finally:
+            if self == path and not seen:
+                seen.append(self)
+                act()
+
+    monkeypatch.setattr(Path, "read_text", reading)
+
+
+def refused(path: Path, holder: str) -> None:
+    with pytest.raises(StoreLockedError, match=f"in use by {holder} on"), Lease(path, "mine"):
+        pass
+    assert json.loads(path.read_text())["purpose"] == holder
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_lease_taken_just_after_the_last_was_released_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lease.json"
+    hold(path, "first")
+    link = os.link
+
+    def released_meanwhile(source: Path, target: Path) -> None:
+        try:
+            link(source, target)
+        finally:
+            path.unlink(missing_ok=True)
+
+    with monkeypatch.context() as releasing:
+        after_the_first_read(releasing, path, lambda: (hold(path, "second"), releasing.setattr(os, "link", link)))
+        releasing.setattr(os, "link", released_meanwhile)
+        refused(path, "second")
+
+
+@pytest.mark.parametrize("before", ["dead", "no lease at all"])
+def test_a_lease_taken_over_between_look_and_rename_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str) -> None:
+    path = tmp_path / "lease.json"
+    if before == "dead":
+        hold(path, "first", process_started=0.0)
+    else:
+        path.write_text("{")
+    after_the_first_read(monkeypatch, path, lambda: hold(path, "second"))
+    refused(path, "second")
+
+
+def test_a_third_taker_is_no_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lease.json"
+    hold(path, "first", process_started=0.0)
+    link = os.link
+
+    def third(source: Path, target: Path) -> None:
+        if ".stale." in Path(source).name:
+            hold(path, "third")
+        link(source, target)
+
+    after_the_first_read(monkeypatch, path, lambda: hold(path, "second"))
+    monkeypatch.setattr(os, "link", third)
+    refused(path, "third")

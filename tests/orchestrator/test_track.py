@@ -109,6 +109,19 @@ def test_a_sweep_followed_live_equals_one_written_at_the_end(
     assert dump(client_of(mlflow_project)) == dump(client_of(other))
 
 
+def test_a_resumed_sweep_keeps_its_run(mlflow_project: Path, tmp_path: Path, sweep: SweepResult, empty_mlflow: Path) -> None:
+    tracker = tracker_of(mlflow_project)
+    stopped = tracker.sync(started(sweep, 4), Phase.ENDED)
+    seen = [stopped, tracker.sync(started(sweep, 5), Phase.RUNNING), tracker.sync(sweep, Phase.ENDED)]
+    assert {s.run_ids[SWEEP_RUN] for s in seen} == {stopped.run_ids[SWEEP_RUN]}
+    assert [s.notes for s in seen] == [()] * 3
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(empty_mlflow, other / "mlflow.db")
+    tracker_of(other).sync(sweep, Phase.ENDED)
+    assert dump(client_of(mlflow_project)) == dump(client_of(other))
+
+
 def test_failed_runs_say_why_and_recover_on_resume(mlflow_project: Path, sweep: SweepResult) -> None:
     tracker = tracker_of(mlflow_project)
     tracker.sync(with_failure(sweep), Phase.ENDED)

@@ -307,6 +307,19 @@ def test_a_report_that_cannot_be_written_is_told_below_the_table(tmp_path: Path)
     assert "rtn · w4a16_g64" in said.getvalue()
 
 
+def test_a_report_that_cannot_be_written_holds_up_neither_sweep_nor_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = sweep(tmp_path / "store", "method=rtn").report
+    assert page is not None
+    (page.parent / "table.csv").unlink()
+    (page.parent / "table.csv").mkdir()
+    command, said = Command(tuple(overrides(tmp_path / "store", "method=rtn", "tracking=mlflow")), multirun=True), io.StringIO()
+    done = run_grid(command.compose(), command, Console(file=said, width=200))
+    assert (done.exit_code, done.report) == (0, None)
+    assert "the report cannot be written" in said.getvalue()
+    assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
+
+
 # --- export ---------------------------------------------------------------------------------------------------------------------
 
 

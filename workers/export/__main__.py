@@ -33,8 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     location = Location("folder", given.model) if given.model else Location("hub_model", given.hub_model, given.revision)
     try:
         report = run(given.format, given.artifact, locate(location), given.out)
-    except (WorkerError, CorruptArtifactError) as e:
+    except WorkerError as e:
         print(e, file=sys.stderr)
+        return 2
+    except CorruptArtifactError as e:
+        print(f"{e}; remove {given.artifact} and run the sweep again (`bitgrid resume`), which makes it anew", file=sys.stderr)
         return 2
     if given.json:
         print(json.dumps(asdict(report)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,14 @@ def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, 
     assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
     assert main(arguments) == 2
     assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_a_corrupt_artifact_is_told_with_how_to_make_it_again(
+    model: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
+    next((broken / "payload").glob("*.safetensors")).write_bytes(b"nothing")
+    assert main(["--format", "dense", "--artifact", str(broken), "--model", str(model), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "differs from its recorded digest" in said
+    assert f"remove {broken} and run the sweep again" in said
