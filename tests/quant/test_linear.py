@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from quant import methods, quantize_linear
+from quant import kv, methods, quantize_linear
 from quant.errors import QuantizationWarning
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS, Recipe
 from quant.scheme import NUMBERS, ActivationScheme, Granularity, Scheme, Supports
@@ -94,6 +94,8 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
     assert scheme != Scheme()
+    if scheme.kv is not None:
+        assert kv.make(scheme.kv).version == scheme.kv.version
     weight = f"w{scheme.weight.bits}{NUMBERS[scheme.weight.number].label}" if scheme.weight else "w16"
     bits = weight + (f"a{scheme.activation.bits}{NUMBERS[scheme.activation.number].label}" if scheme.activation else "a16")
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))

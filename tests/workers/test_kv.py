@@ -119,12 +119,12 @@ SCHEMES = [
     (KVScheme(3), KVScheme(3, mode="decode")),
     (KIVI, KVScheme(2, group_size=4, kind="kivi", residual_length=4, mode="decode")),
     (
-        KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq"),
-        KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq", mode="decode"),
+        KVScheme(3, kind="kvquant", version=2, outliers=0.1, codebook="nuq"),
+        KVScheme(3, kind="kvquant", version=2, outliers=0.1, codebook="nuq", mode="decode"),
     ),
     (
-        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True),
-        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True, mode="decode"),
+        KVScheme(2, kind="kvquant", version=2, outliers=0.1, codebook="nuq", fisher=True),
+        KVScheme(2, kind="kvquant", version=2, outliers=0.1, codebook="nuq", fisher=True, mode="decode"),
     ),
 ]
 
@@ -217,11 +217,11 @@ def test_fisher_weights_need_the_whole_model_and_their_own_input(tmp_path: Path)
     context = tiny_context("llama", tmp_path)
     inputs = calibrated(context, tmp_path / "b", "kv")
     with pytest.raises(InputError, match="as the input `kv_fisher`"):
-        evaluated(context, tmp_path / "c", "perplexity", inputs, kv=KVScheme(3, kind="kvquant", codebook="nuq", fisher=True))
+        evaluated(context, tmp_path / "c", "perplexity", inputs, kv=KVScheme(3, kind="kvquant", version=2, codebook="nuq", fisher=True))
 
 
 def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
-    nuq = KVScheme(3, kind="kvquant", codebook="nuq")
+    nuq = KVScheme(3, kind="kvquant", version=2, codebook="nuq")
     llama, gpt2 = tiny_context("llama", tmp_path), tiny_context("gpt2", tmp_path)
     with pytest.raises(InputError, match=r"before the rotary embedding, .* a gpt2 model"):
         evaluated(gpt2, tmp_path / "a", "perplexity", kv=nuq)
