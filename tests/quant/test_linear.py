@@ -68,7 +68,7 @@ def test_method_options_equal_the_code(option: str) -> None:
         assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
         assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
     make = methods.toolkit_method if name in TOOLKIT_METHODS else methods.rounding_or_tuner
-    assert make(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+    assert make(values["rounding"]["kind"], values["rounding"]["params"], version=values["rounding"]["version"])
 
 
 def test_every_parameter_is_explained() -> None:

@@ -11,18 +11,18 @@ from torch import Tensor
 
 from quant.reassembly import Reassembly
 from quant.scheme import ActivationScheme
-from tests.workers.stage_runs import W4, calibrated, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import W4, calibrated, component, quantize_spec, quantized, tiny_context
 from workers.errors import InputError
 from workers.fold import BlockWeights
 from workers.quantize import quantize_blocks
 from workers.recipe import Recipe
 from workers.scaling import GroupForward
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.steps import set_reassembly
 from workers.stream import BlockModel, open_blocks
 
 A4 = ActivationScheme(4, symmetric=False)
-REASSEMBLY = Component("qllm_reassembly", 1, (("ratio", 0.4),))
+REASSEMBLY = component("qllm_reassembly", ratio=0.4)
 
 
 def two_into_one(width: int) -> Reassembly:

@@ -17,14 +17,14 @@ from transformers import DynamicCache
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context, with_calibration
+from tests.workers.stage_runs import W4, W4G16, calibrated, commit, component, quantize_spec, quantized, tiny_context, with_calibration
 from workers.artifact import CorruptArtifactError
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.quantize import quantize_blocks
 from workers.rebuild import attach_runtime, load_model, rebuild
 from workers.recipe import Recipe
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -89,7 +89,7 @@ SPECS = {
 VIEWED = ("rtn", "gptq_act_order", "gptq_quantized", "claq", "billm", "smoothquant_gptq", "omniquant", "os_plus", "both")
 """Where linears are views of other tensors the stored format does not matter: transforms, feeding and tuning do. All of them are
 rebuilt in a fresh process below."""
-LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
+LEARNED = component("learned_rotation", checked=1, steps=2)
 ROTATED = {
     "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
     "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
@@ -125,7 +125,7 @@ def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Pat
 
 
 A4 = ActivationScheme(4, symmetric=False)
-REASSEMBLY = Component("qllm_reassembly", 1, (("ratio", 0.4),))
+REASSEMBLY = component("qllm_reassembly", ratio=0.4)
 REASSEMBLED = {
     "qllm": quantize_spec("qllm_correction", REASSEMBLY, weight=W4, activation=A4, epochs=1, blocks=2),
     "qllm_reassembly": quantize_spec("rtn", REASSEMBLY, weight=W4, activation=A4, grid="omni"),
