@@ -22,8 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.methods.base import StoredTensor
+from quant.tensors import ColumnsTensor
 from workers import families
 from workers.calibrate import calibration_tokens
+from workers.capture import Range
 from workers.context import Context
 from workers.errors import InputError, WorkerError
 from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
@@ -256,7 +259,7 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
 
 
 def _operations(
-    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]], rotator: Rotator | None
+    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range], rotator: Rotator | None
 ) -> tuple[list[Operation], dict[str, Tensor]]:
     weights = worker.weights
     tensors: dict[str, Tensor] = {}
@@ -286,8 +289,7 @@ def _operations(
             packed = stored.pack()
             tensors.update({f"{path}.{k}": t for k, t in packed.items()})
             if worker.site(name) in ranges:
-                low, high = ranges[worker.site(name)]
-                steps.append({"op": "activation", "low": low, "high": high})
+                steps.append({"op": "activation", **_static_range(ranges[worker.site(name)], stored)})
             operations.append(
                 {
                     "op": "replace_linear",
@@ -305,6 +307,15 @@ def _operations(
             operations.append({**dense, "input": steps} if steps else dense)
     file = f"tensors_{worker.index:04d}.safetensors"
     return [{**op, "file": file} for op in operations], tensors
+
+
+def _static_range(found: Range, stored: StoredTensor) -> dict[str, float]:
+    """Least and greatest of the inputs that are quantized."""
+    low, high = found
+    if isinstance(stored, ColumnsTensor) and stored.exact_inputs:
+        quantized = torch.ones_like(low, dtype=torch.bool).index_fill(0, stored.kept.to(low.device), False)
+        low, high = low[quantized], high[quantized]
+    return {"low": float(low.min()), "high": float(high.max())}
 
 
 def _check_coverage(
