@@ -236,7 +236,7 @@ def test_a_tuner_learns_for_the_quantized_inputs() -> None:
 
 
 def test_another_version_of_a_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="rounding gptq has version 1 here; version 2 was asked for"):
-        methods.rounding("gptq", {}, version=2)
+    with pytest.raises(ValueError, match="rounding gptq has version 2 here; version 1 was asked for"):
+        methods.rounding("gptq", {}, version=1)
     with pytest.raises(ValueError, match="transform 'gptq' is unknown; choose one of awq, smoothquant"):
         methods.transform("gptq", {})
