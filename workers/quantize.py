@@ -33,7 +33,7 @@ from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
-from workers.reassemble import input_steps
+from workers.reassemble import input_bits, input_steps
 from workers.recipe import Operation, RecipeWriter
 from workers.rotate import Rotator
 from workers.rotation import rotate_outside
@@ -217,7 +217,7 @@ class _Run:
                     self.kept.append({"module": worker.path(name), "reason": NO_RULE})
                     operations.append({"op": "keep", **self.kept[-1]})
             self.writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
-            self.layers.add(b, results)
+            self.layers.add(b, results, input_bits(worker))
 
 
 def _tuning(
