@@ -48,7 +48,7 @@ from workers.rounding import (
     toolkit_of,
 )
 from workers.scaling import GroupForward
-from workers.sensitivity import with_chosen_bits
+from workers.sensitivity import note_budget, with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
 from workers.toolkits.launch import made_by_toolkit, without_toolkit
@@ -62,15 +62,19 @@ def run_quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
 
     Raises InputError (model, statistics or group size that do not fit), NumericalError, CorruptArtifactError.
     """
-    auto: dict[str, Any] = {}
-    if spec.auto is not None:
+    auto, chosen = spec.auto, dict[str, Any]()
+    if auto is not None:
         if "sensitivity" not in inputs:
             raise InputError("automatic bits need a sensitivity table as the input `sensitivity`")
-        spec, auto["auto"] = with_chosen_bits(spec, spec.auto, inputs["sensitivity"])
+        spec, chosen = with_chosen_bits(spec, auto, inputs["sensitivity"])
         inputs = {role: path for role, path in inputs.items() if role != "sensitivity"}
     model = open_blocks(context, spec.model)
     try:
-        return {**_quantize(spec, inputs, payload, context, model), **auto}
+        summary = _quantize(spec, inputs, payload, context, model)
+        if auto is None:
+            return summary
+        note_budget(context, auto.budget, chosen["bits_stored"], summary["bits_stored"])
+        return {**summary, "auto": chosen}
     finally:
         model.on_load.clear()  # a rotator there holds the model, which would stay until the garbage collector comes by
 
