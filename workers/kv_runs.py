@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from quant.kv import Kivi, KVQuantizer, make
+from quant.kv import Kivi, KVQuantizer, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_capture, kv_fisher, kv_rules
 from workers.context import Context
@@ -41,15 +42,24 @@ def logits(
     the scheme needs them.
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
-    quantizers = _quantizers(model, kv, inputs)
-    if any(key_rotation(module) for module in model.modules()):
-        context.notes.append("the method's rotation of keys is left out: it is applied where keys are quantized per token in one pass only")
+    quantizers = _with_key_rotations(model, _quantizers(model, kv, inputs), context)
     first = quantizers[0]
     if kv.mode == "simulate" and isinstance(first, Kivi):
         return aging_logits(model, context.device, runtime, first, kv.prefill)
     window = kv.mode == "simulate"
     prefill = 10**9 if window else kv.prefill
     return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)
+
+
+def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context: Context) -> list[KVQuantizer]:
+    """Keys are mixed as the model's method says, where a token is rounded on its own; otherwise that is noted."""
+    structure = families.structure(_config(model))
+    blocks: Any = model.get_submodule(structure.blocks)
+    mixed = [key_rotation(block.get_submodule(structure.attention)) for block in blocks]
+    made: list[KVQuantizer] = [replace(q, mixed=m) if isinstance(q, PerToken) else q for q, m in zip(quantizers, mixed, strict=True)]
+    if any(mixed) and not isinstance(quantizers[0], PerToken):
+        context.notes.append(f"the method's rotation of keys is left out: kv.kind={quantizers[0].name} rounds them by channel")
+    return made
 
 
 def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:

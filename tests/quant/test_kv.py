@@ -183,6 +183,7 @@ def calibrated(bits: int, **params: object) -> KVQuant:
 ALL: list[KVQuantizer] = [
     PerToken(3),
     PerToken(4, symmetric=True, group_size=4),
+    PerToken(4, mixed=8),
     Kivi(2, 4, 4, 8),
     calibrated(3),
     calibrated(3, codebook="uniform", outliers=0.0),

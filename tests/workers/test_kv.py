@@ -24,7 +24,9 @@ from workers.errors import InputError
 from workers.kv_aging import aging_logits
 from workers.kv_cache import QuantizedCache
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
+from workers.rebuild import attach_runtime, rebuild
 from workers.residency import Residency
+from workers.specs import ModelSpec
 
 TOKENS = torch.arange(2, 50).view(2, 24)
 CPU = torch.device("cpu")
@@ -148,6 +150,24 @@ def test_weights_and_cache_in_one_variant_decoded_or_in_one_pass(schemes: tuple[
         assert summary["kv"]["tokens"] == 16
         assert 2 < summary["kv"]["bits_stored"] < 16
     assert evaluated(context, tmp_path / "again", "perplexity", {"quantize": artifact}, residency)[1]["scores"] == weights["scores"]
+
+
+def test_decoding_mixes_the_keys_of_a_rotated_model_as_one_pass_does(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("rtn", "quarot"), {})
+    model = rebuild(context, ModelSpec("model"), artifact).double()
+    handle = attach_runtime(model, None, None, KVScheme(4))
+    one_pass = plain(model)
+    handle.remove()
+
+    def through(kv: KVScheme) -> Tensor:
+        return torch.cat(list(kv_runs.logits(model, kv, {}, context, nullcontext)(list(TOKENS.split(1)))))
+
+    torch.testing.assert_close(through(KVScheme(4, mode="decode")), one_pass, rtol=0, atol=ROUNDING)
+    assert float((decoded(model, PerToken(4)) - one_pass).abs().max()) > 1000 * ROUNDING
+    assert not any("rotation of keys" in n for n in context.notes)
+    through(KVScheme(2, group_size=4, kind="kivi", residual_length=4, mode="decode"))
+    assert any("the method's rotation of keys is left out: kv.kind=kivi" in n for n in context.notes)
 
 
 def test_divergence_of_a_decoded_cache_and_more_bits_are_better(tmp_path: Path) -> None:
