@@ -22,6 +22,7 @@ from workers.decoding import decoded_logits
 from workers.errors import InputError
 from workers.kv_aging import aging_logits
 from workers.kv_cache import QuantizedCache
+from workers.recipe import Recipe
 from workers.steps import key_rotation
 from workers.tasks import base
 
@@ -38,11 +39,13 @@ def logits(
     context: Context,
     runtime: Callable[[], AbstractContextManager[None]],
 ) -> base.Logits:
-    """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts of the statistics `kv` and `kv_fisher`, where
-    the scheme needs them.
+    """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts, of the variant (`quantize`), and of the
+    statistics `kv` and `kv_fisher` where the scheme needs them.
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
     quantizers = _with_key_rotations(model, _quantizers(model, kv, inputs), context)
+    if quantizers[0].needs and "quantize" in inputs:
+        _note_changed_outputs(kv, inputs["quantize"], context)
     first = quantizers[0]
     if kv.mode == "simulate" and isinstance(first, Kivi):
         return aging_logits(model, context.device, runtime, first, kv.prefill)
@@ -60,6 +63,21 @@ def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context
     if any(mixed) and not isinstance(quantizers[0], PerToken):
         context.notes.append(f"the method's rotation of keys is left out: kv.kind={quantizers[0].name} rounds them by channel")
     return made
+
+
+def _note_changed_outputs(kv: KVScheme, artifact: Path, context: Context) -> None:
+    """Calibration sees the unquantized model, whose keys and values may differ from the variant's by more than rounding."""
+    changed: dict[str, list[str]] = {}
+    for op in Recipe(artifact).operations:
+        name = op["module"].rpartition(".")[2]
+        if op.get("outputs") and name in ("k_proj", "v_proj"):
+            changed[name] = op["outputs"]
+    if changed:
+        which = ", ".join(f"{name} ({' and '.join(changed[name])})" for name in sorted(changed))
+        context.notes.append(
+            f"kv.kind={kv.kind} was calibrated on the unquantized model, and the method's transforms change what these give: {which}; "
+            "ranges of keys and codebooks may not fit"
+        )
 
 
 def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:

@@ -288,6 +288,7 @@ def _operations(
         more, shared = input_steps(worker, name)
         steps += more
         tensors.update(shared)
+        changed = _outputs(worker, name, rotator)
         if path in rounded:
             stored = rounded[path].rounded.tensor
             packed = stored.pack()
@@ -303,14 +304,22 @@ def _operations(
                     "tensors": {k: f"{path}.{k}" for k in packed},
                     "bias": bias,
                     "input": steps,
+                    **changed,
                 }
             )
         elif rotator is not None or weights.current[name] is not weights.original[name]:
             tensors[f"{path}.weight"] = view.weight()
-            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias}
+            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias, **changed}
             operations.append({**dense, "input": steps} if steps else dense)
     file = f"tensors_{worker.index:04d}.safetensors"
     return [{**op, "file": file} for op in operations], tensors
+
+
+def _outputs(worker: BlockQuantizer, name: str, rotator: Rotator | None) -> dict[str, list[str]]:
+    """What transforms did to what the linear gives, besides rounding."""
+    done = ["rotated"] if rotator is not None and name == rotator.sites.value else []
+    done += ["scaled"] if name in worker.weights.rows else []
+    return {"outputs": done} if done else {}
 
 
 def _static_range(found: Range, stored: StoredTensor) -> dict[str, float]:

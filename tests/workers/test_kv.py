@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken
-from quant.scheme import KVScheme
+from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
 from tests.workers.stage_runs import calibrated, calibration_text, quantize_spec, quantized, tiny_context
 from tests.workers.test_evaluate import evaluated, items
@@ -26,7 +26,7 @@ from workers.kv_cache import QuantizedCache
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
 from workers.rebuild import attach_runtime, rebuild
 from workers.residency import Residency
-from workers.specs import ModelSpec
+from workers.specs import ModelSpec, QuantizeSpec
 
 TOKENS = torch.arange(2, 50).view(2, 24)
 CPU = torch.device("cpu")
@@ -168,6 +168,29 @@ def test_decoding_mixes_the_keys_of_a_rotated_model_as_one_pass_does(tmp_path: P
     assert not any("rotation of keys" in n for n in context.notes)
     through(KVScheme(2, group_size=4, kind="kivi", residual_length=4, mode="decode"))
     assert any("the method's rotation of keys is left out: kv.kind=kivi" in n for n in context.notes)
+
+
+LET = quantize_spec("omniquant", weight=WeightScheme(8), activation=ActivationScheme(8, symmetric=False), epochs=0, let=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (quantize_spec("rtn", "quarot"), "these give: v_proj (rotated);"),
+        (LET, "these give: k_proj (scaled), v_proj (scaled);"),
+        (quantize_spec("rtn", "smoothquant"), None),  # scales norms alone
+    ],
+    ids=["quarot", "let", "smoothquant"],
+)
+def test_kvquant_says_that_keys_and_values_are_not_those_it_was_calibrated_on(spec: QuantizeSpec, said: str | None, tmp_path: Path) -> None:
+    context = tiny_context("llama_mha", tmp_path)
+    statistics = calibrated(context, tmp_path / "c", "kv", "absmax")
+    artifact, _ = quantized(context, tmp_path / "q", spec, {"absmax": statistics["absmax"]} if said is None else {})
+    kv = KVScheme(3, kind="kvquant", version=2, codebook="nuq")
+    evaluated(context, tmp_path / "e", "perplexity", {"quantize": artifact, "kv": statistics["kv"]}, kv=kv)
+    found = [n for n in context.notes if "calibrated on the unquantized model" in n]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 def test_divergence_of_a_decoded_cache_and_more_bits_are_better(tmp_path: Path) -> None:
