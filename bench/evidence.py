@@ -275,7 +275,7 @@ say nothing certain about large ones, and no default was chosen by it.
 - Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a count
   weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is quantized,
   in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here. Tables of channels that QLLM takes apart
-  and joins are left out.
+  and joins are counted in stored bits, not in those at 4096 x 4096.
 - The verdict is by NLL, which is what perplexities in papers measure; KL against the unquantized model is more sensitive. p values are
   two-sided and adjusted by Holm over all rows of the table, for each measure.
 - On wikitext_llama ΔNLL lies well below KL (for a model that predicts its text as well as it thinks they would be about equal). Why was not

@@ -175,3 +175,10 @@ def apply_hadamard(x: Tensor, *, transpose: bool = False, normalize: bool = True
     if normalize:
         y = y / math.sqrt(n)
     return y.reshape(x.shape).to(x.dtype)
+
+
+def mix(x: Tensor, block: int, *, transpose: bool = False) -> Tensor:
+    """An orthonormal H of order `block` (Hᵀ with `transpose`) on every `block` consecutive values of `[..., n]`; block 0: x as it is."""
+    if not block:
+        return x
+    return apply_hadamard(x.reshape(*x.shape[:-1], -1, block), transpose=transpose).reshape(x.shape)

@@ -40,12 +40,16 @@ def sample_sequences(sequences: int, length: int) -> int:
     return max(1, min(sequences, SAMPLE_SEQUENCES, SAMPLE_TOKENS // length))
 
 
+Range = tuple[Tensor, Tensor]
+"""Least and greatest value of every channel, `[K]` each."""
+
+
 class Collector:
     """Of one site, sequence by sequence: how sequences were batched changes nothing."""
 
     def __init__(self, kinds: frozenset[str], cols: int, device: torch.device, kept_sequences: int, routed: bool) -> None:
         self.tokens = 0
-        self.low, self.high = float("inf"), float("-inf")
+        self.range: Range | None = None
         self._found: dict[str, Accumulator] = {k: accumulator(k, cols, device) for k in KINDS if k in kinds}
         self._samples = self._found.pop("samples", None)
         self._keep = kept_sequences
@@ -69,7 +73,10 @@ class Collector:
         if self.moments is not None:
             self.moments.update(tokens)
         if self._ranges and tokens.shape[0]:
-            self.low, self.high = min(self.low, float(tokens.min())), max(self.high, float(tokens.max()))
+            low, high = tokens.amin(0), tokens.amax(0)
+            if self.range is not None:
+                low, high = torch.minimum(low, self.range[0]), torch.maximum(high, self.range[1])
+            self.range = low, high
 
     def statistics(self) -> Statistics:
         """Zeros, and no sample tokens, where no token came (an expert that was never chosen)."""
@@ -87,8 +94,8 @@ class BlockStatistics:
 
     sites: dict[str, Statistics]
     tokens: dict[str, int]
-    ranges: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Least and greatest value, where `range` was wanted."""
+    ranges: dict[str, Range] = field(default_factory=dict)
+    """Where `range` was wanted and a token came."""
     moments: dict[str, Moments] = field(default_factory=dict)
     """Where `moments` was wanted."""
 
@@ -146,7 +153,7 @@ def collect(
     finally:
         taps.remove()
     made = {n: _finite(c.statistics(), n) for n, c in collectors.items()}
-    ranges = {n: (c.low, c.high) for n, c in collectors.items() if "range" in kinds and c.tokens}
+    ranges = {n: c.range for n, c in collectors.items() if c.range is not None}
     shapes = {n: check_finite(c.moments.value(), f"inputs of {n}") for n, c in collectors.items() if c.moments is not None}
     return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges, shapes), outputs
 

@@ -17,7 +17,7 @@ from quant.statistics import Statistics
 from workers import families
 from workers.artifact import payload_path
 from workers.calibrate import SITES, calibration_tokens
-from workers.capture import BlockStatistics, check_kind, collect, run_block, sample_sequences
+from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
 from workers.rotate import Rotator
@@ -46,7 +46,7 @@ class StoredStatistics:
             parts.append(BlockStatistics(sites, {n.removeprefix(prefix): s["tokens"] for n, s in described["sites"].items()}))
         return parts
 
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+    def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
 
 
@@ -61,7 +61,7 @@ class MappedStatistics:
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         return [self._rotator.mapped(block, part) for part in self._stored.collect(block, structure, only)]
 
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+    def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
 
 
@@ -82,7 +82,7 @@ class RecollectedStatistics:
         found, self.hidden = collect(self.model.blocks[block], structure, self.wanted, calls, self.hidden, self.kept, only)
         return [found]
 
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+    def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
 
 
@@ -111,7 +111,7 @@ class FedStatistics:
             return []
         return [collect(self.model.blocks[block], structure, self.kinds, self._calls(block), self.hidden, self.kept, only)[0]]
 
-    def advance(self, block: int, *, static: bool) -> dict[str, tuple[float, float]]:
+    def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         module, calls = self.model.blocks[block], self._calls(block)
         if not static:
             self.hidden = run_block(module, calls, self.hidden)
@@ -122,13 +122,14 @@ class FedStatistics:
     def _calls(self, block: int) -> list[Call]:
         return [c[block] for c in self.calls]
 
-    def _with_unreached(self, block: int, ranges: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        """An expert that no token reached gets the range of all its siblings together."""
+    def _with_unreached(self, block: int, ranges: dict[str, Range]) -> dict[str, Range]:
+        """An expert that no token reached gets the ranges of all its siblings together."""
         structure, out = self.model.structure, dict(ranges)
         for name in (s.linears[0] for s in structure.sites):
             if name not in out:
                 same = [r for n, r in ranges.items() if n.rpartition(".")[0] == name.rpartition(".")[0]]
-                out[name] = (min(low for low, _ in same), max(high for _, high in same))
+                lows, highs = (torch.stack(parts) for parts in zip(*same, strict=True))
+                out[name] = (lows.amin(0), highs.amax(0))
                 self.notes.append(f"no calibration token reached {structure.path(block, name)}; its static range is that of its siblings")
         return out
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from quant.kv import Kivi, KVQuantizer, make
+from quant.kv import Kivi, KVQuantizer, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_capture, kv_fisher, kv_rules
 from workers.context import Context
@@ -21,6 +22,7 @@ from workers.decoding import decoded_logits
 from workers.errors import InputError
 from workers.kv_aging import aging_logits
 from workers.kv_cache import QuantizedCache
+from workers.recipe import Recipe
 from workers.steps import key_rotation
 from workers.tasks import base
 
@@ -37,19 +39,45 @@ def logits(
     context: Context,
     runtime: Callable[[], AbstractContextManager[None]],
 ) -> base.Logits:
-    """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts of the statistics `kv` and `kv_fisher`, where
-    the scheme needs them.
+    """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts, of the variant (`quantize`), and of the
+    statistics `kv` and `kv_fisher` where the scheme needs them.
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
-    quantizers = _quantizers(model, kv, inputs)
-    if any(key_rotation(module) for module in model.modules()):
-        context.notes.append("the method's rotation of keys is left out: it is applied where keys are quantized per token in one pass only")
+    quantizers = _with_key_rotations(model, _quantizers(model, kv, inputs), context)
+    if quantizers[0].needs and "quantize" in inputs:
+        _note_changed_outputs(kv, inputs["quantize"], context)
     first = quantizers[0]
     if kv.mode == "simulate" and isinstance(first, Kivi):
         return aging_logits(model, context.device, runtime, first, kv.prefill)
     window = kv.mode == "simulate"
     prefill = 10**9 if window else kv.prefill
     return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)
+
+
+def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context: Context) -> list[KVQuantizer]:
+    """Keys are mixed as the model's method says, where a token is rounded on its own; otherwise that is noted."""
+    structure = families.structure(_config(model))
+    blocks: Any = model.get_submodule(structure.blocks)
+    mixed = [key_rotation(block.get_submodule(structure.attention)) for block in blocks]
+    made: list[KVQuantizer] = [replace(q, mixed=m) if isinstance(q, PerToken) else q for q, m in zip(quantizers, mixed, strict=True)]
+    if any(mixed) and not isinstance(quantizers[0], PerToken):
+        context.notes.append(f"the method's rotation of keys is left out: kv.kind={quantizers[0].name} rounds them by channel")
+    return made
+
+
+def _note_changed_outputs(kv: KVScheme, artifact: Path, context: Context) -> None:
+    """Calibration sees the unquantized model, whose keys and values may differ from the variant's by more than rounding."""
+    changed: dict[str, list[str]] = {}
+    for op in Recipe(artifact).operations:
+        name = op["module"].rpartition(".")[2]
+        if op.get("outputs") and name in ("k_proj", "v_proj"):
+            changed[name] = op["outputs"]
+    if changed:
+        which = ", ".join(f"{name} ({' and '.join(changed[name])})" for name in sorted(changed))
+        context.notes.append(
+            f"kv.kind={kv.kind} was calibrated on the unquantized model, and the method's transforms change what these give: {which}; "
+            "ranges of keys and codebooks may not fit"
+        )
 
 
 def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:

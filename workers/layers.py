@@ -36,7 +36,8 @@ class Layers:
         self._shapes = shapes
         self._rows: list[dict[str, Any]] = []
 
-    def add(self, block: int, results: list[LinearResult]) -> None:
+    def add(self, block: int, results: list[LinearResult], input_bits: Mapping[str, float]) -> None:
+        """input_bits: linear ▸ its share of what is stored of its input, in bits per weight."""
         for r in results:
             shape = self._shapes[r.name]
             self._rows.append(
@@ -48,7 +49,7 @@ class Layers:
                     "weight_error": r.weight_error,
                     "output_error": r.output_error,
                     "bits_nominal": float(r.rounded.tensor.bits_nominal),
-                    "bits_stored": float(r.rounded.tensor.bits_stored),
+                    "bits_stored": float(r.rounded.tensor.bits_stored) + input_bits.get(r.name, 0.0),
                     "damp": r.rounded.damp,
                     "notes": "; ".join(r.notes),
                     "details": json.dumps(r.rounded.details, sort_keys=True) if r.rounded.details else "",

@@ -22,15 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.methods.base import StoredTensor
+from quant.tensors import ColumnsTensor
 from workers import families
 from workers.calibrate import calibration_tokens
+from workers.capture import Range
 from workers.context import Context
 from workers.errors import InputError, WorkerError
 from workers.feeding import FedStatistics, OriginalStatistics, statistics_source
 from workers.fold import BlockWeights
 from workers.layers import Layers
 from workers.memory import PeakMemory
-from workers.reassemble import input_steps
+from workers.reassemble import input_bits, input_steps
 from workers.recipe import Operation, RecipeWriter
 from workers.rotate import Rotator
 from workers.rotation import rotate_outside
@@ -45,7 +48,7 @@ from workers.rounding import (
     toolkit_of,
 )
 from workers.scaling import GroupForward
-from workers.sensitivity import with_chosen_bits
+from workers.sensitivity import note_budget, with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
 from workers.toolkits.launch import made_by_toolkit, without_toolkit
@@ -59,15 +62,19 @@ def run_quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
 
     Raises InputError (model, statistics or group size that do not fit), NumericalError, CorruptArtifactError.
     """
-    auto: dict[str, Any] = {}
-    if spec.auto is not None:
+    auto, chosen = spec.auto, dict[str, Any]()
+    if auto is not None:
         if "sensitivity" not in inputs:
             raise InputError("automatic bits need a sensitivity table as the input `sensitivity`")
-        spec, auto["auto"] = with_chosen_bits(spec, spec.auto, inputs["sensitivity"])
+        spec, chosen = with_chosen_bits(spec, auto, inputs["sensitivity"])
         inputs = {role: path for role, path in inputs.items() if role != "sensitivity"}
     model = open_blocks(context, spec.model)
     try:
-        return {**_quantize(spec, inputs, payload, context, model), **auto}
+        summary = _quantize(spec, inputs, payload, context, model)
+        if auto is None:
+            return summary
+        note_budget(context, auto.budget, chosen["bits_stored"], summary["bits_stored"])
+        return {**summary, "auto": chosen}
     finally:
         model.on_load.clear()  # a rotator there holds the model, which would stay until the garbage collector comes by
 
@@ -214,7 +221,7 @@ class _Run:
                     self.kept.append({"module": worker.path(name), "reason": NO_RULE})
                     operations.append({"op": "keep", **self.kept[-1]})
             self.writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
-            self.layers.add(b, results)
+            self.layers.add(b, results, input_bits(worker))
 
 
 def _tuning(
@@ -256,7 +263,7 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
 
 
 def _operations(
-    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, tuple[float, float]], rotator: Rotator | None
+    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range], rotator: Rotator | None
 ) -> tuple[list[Operation], dict[str, Tensor]]:
     weights = worker.weights
     tensors: dict[str, Tensor] = {}
@@ -281,13 +288,13 @@ def _operations(
         more, shared = input_steps(worker, name)
         steps += more
         tensors.update(shared)
+        changed = _outputs(worker, name, rotator)
         if path in rounded:
             stored = rounded[path].rounded.tensor
             packed = stored.pack()
             tensors.update({f"{path}.{k}": t for k, t in packed.items()})
             if worker.site(name) in ranges:
-                low, high = ranges[worker.site(name)]
-                steps.append({"op": "activation", "low": low, "high": high})
+                steps.append({"op": "activation", **_static_range(ranges[worker.site(name)], stored)})
             operations.append(
                 {
                     "op": "replace_linear",
@@ -297,14 +304,31 @@ def _operations(
                     "tensors": {k: f"{path}.{k}" for k in packed},
                     "bias": bias,
                     "input": steps,
+                    **changed,
                 }
             )
         elif rotator is not None or weights.current[name] is not weights.original[name]:
             tensors[f"{path}.weight"] = view.weight()
-            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias}
+            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias, **changed}
             operations.append({**dense, "input": steps} if steps else dense)
     file = f"tensors_{worker.index:04d}.safetensors"
     return [{**op, "file": file} for op in operations], tensors
+
+
+def _outputs(worker: BlockQuantizer, name: str, rotator: Rotator | None) -> dict[str, list[str]]:
+    """What transforms did to what the linear gives, besides rounding."""
+    done = ["rotated"] if rotator is not None and name == rotator.sites.value else []
+    done += ["scaled"] if name in worker.weights.rows else []
+    return {"outputs": done} if done else {}
+
+
+def _static_range(found: Range, stored: StoredTensor) -> dict[str, float]:
+    """Least and greatest of the inputs that are quantized."""
+    low, high = found
+    if isinstance(stored, ColumnsTensor) and stored.exact_inputs:
+        quantized = torch.ones_like(low, dtype=torch.bool).index_fill(0, stored.kept.to(low.device), False)
+        low, high = low[quantized], high[quantized]
+    return {"low": float(low.min()), "high": float(high.max())}
 
 
 def _check_coverage(

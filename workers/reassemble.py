@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from quant.accounting import bits_stored
 from quant.methods.base import InputTransform
 from workers.families import ScaleRule
 from workers.steps import set_reassembly
@@ -71,6 +72,19 @@ def _apply(worker: BlockQuantizer, rule: ScaleRule, transform: InputTransform, s
     worker.map_statistics(rule, lambda statistics: statistics.mapped(made.apply))
     worker.weights.write()
     return None
+
+
+def input_bits(worker: BlockQuantizer) -> dict[str, float]:
+    """Linear (full name) ▸ stored bits per weight of what is done to its input, which the linears that read it share by their weights."""
+    readers: dict[str, list[str]] = {}
+    for name in worker.weights.inputs:
+        readers.setdefault(worker.site(name), []).append(name)
+    out: dict[str, float] = {}
+    for names in readers.values():
+        weights = sum(worker.weights.original[n].numel() for n in names)
+        bits = bits_stored(worker.weights.inputs[names[0]].pack(), weights)
+        out |= {worker.path(n): bits for n in names}
+    return out
 
 
 def input_steps(worker: BlockQuantizer, name: str) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:

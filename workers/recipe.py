@@ -8,9 +8,10 @@ parameters, and the file and names of its tensors:
   gather{index [K'], scale [K'] or null} · scale{scale [K]} · hadamard{size, block} · rotation{matrix [K, K']}, x ▸ x M ·
   reassemble{splits [K], sources [r], destinations [r]}, channels split and merged (`quant.reassembly`) ·
   activation{low, high}, a static range per tensor, which comes last. Fake quantization of activations follows all of them.
+  outputs (also of a dense linear), where it is there, says what transforms did to what the linear gives: rotated, scaled.
 - set_norm{module, file, tensors, kind?, eps?}: weight (and bias) of a norm. With kind rms the norm has no bias and, but for
   what `tensors` names, no scale: x / sqrt(mean(x²) + eps), whatever it was.
-- dense{module, file, tensor, linear?, bias?, input?}: an unquantized weight that differs from the checkpoint's: a scaled router,
+- dense{module, file, tensor, linear?, bias?, input?, outputs?}: an unquantized weight that differs from the checkpoint's: a scaled router,
   an embedding, the head, or (linear) a linear of a block.
 - heads_hadamard{module, heads, block}: a Hadamard matrix across every `block` heads of the input of the linear `module`.
 - rotate_qk_after_rope{module, block}: queries and keys of the attention `module` are mixed, `block` channels of a head at a time,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.hadamard import mix
 from quant.methods.base import ModelShape, Rotation
 from workers import steps
 from workers.blocks import linear_view
@@ -55,7 +56,7 @@ def rotated(given: Weights, sites: Rotatable, rotation: Rotation, residual: Tens
         b[sites.value] = (b[sites.value].unflatten(0, (-1, sites.head_dim)) @ value).flatten()
     w[sites.output] = (w[sites.output].unflatten(1, (-1, sites.head_dim)) @ value).flatten(1)
     w[sites.output] = steps.mix_heads(w[sites.output], sites.heads, rotation.heads)
-    w[sites.down] = steps.mix(w[sites.down], rotation.down)
+    w[sites.down] = mix(w[sites.down], rotation.down)
     return Weights(w, b)
 
 
@@ -205,7 +206,7 @@ class Rotator:
                     )
                 return lambda x: (x / gain) @ residual
         if site == sites.down:
-            return lambda x: steps.mix(x, rotation.down)
+            return lambda x: mix(x, rotation.down)
         value = rotation.values[i].to(self.model.device)
         return lambda x: steps.mix_heads((x.unflatten(-1, (-1, sites.head_dim)) @ value).flatten(-2), sites.heads, rotation.heads)
 

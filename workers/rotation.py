@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from quant.methods.base import Linear, ModelTransform, RotationLoss
-from quant.scheme import WeightScheme
+from quant.methods.rtn import Rtn
 from workers.calibrate import calibration_tokens
 from workers.context import Context
 from workers.errors import InputError
 from workers.recipe import RecipeWriter
 from workers.rotate import Rotator, model_shape, sites_of
-from workers.rotation_search import search_loss, searched
+from workers.rotation_search import Nearest, search_loss, searched
 from workers.rounding import Method, method_for
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel
@@ -52,9 +52,12 @@ def _loss(spec: QuantizeSpec, made: tuple[Method, ...], transform: ModelTransfor
         context.notes.append(f"{transform.name}: the search takes activation ranges from each sequence, not static ones")
     tokens = calibration_tokens(context, model, spec.calibration)
 
-    def scheme(path: str) -> WeightScheme | None:
+    def nearest(path: str) -> Nearest | None:
+        """On the rule's own grid; roundings without a grid are searched with the scheme's."""
         method = method_for(made, path) if rounds else None
-        return None if method is None else method.scheme
+        if method is None:
+            return None
+        return Nearest(method.scheme, Rtn(getattr(method.by, "grid", None), bool(getattr(method.by, "mse", False))))
 
     with context.phase("read"):
-        return search_loss(spec, context, tokens, scheme)
+        return search_loss(spec, context, tokens, nearest)

@@ -7,7 +7,7 @@ kinds of matrices, so that gradients reach them. Rounding is passed straight thr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,15 +30,27 @@ from workers.stream import open_blocks
 from workers.structure import Structure
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """How the search rounds a weight."""
+
+    scheme: WeightScheme
+    by: Rtn
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """`[N, K]`, with the gradient of the weight."""
+        return _straight(weight, self.by.quantize(weight.detach(), Statistics(), self.scheme).tensor.dequantize().to(weight))
+
+
 def search_loss(
     spec: QuantizeSpec,
     context: Context,
     tokens: Tensor,
-    weight: Callable[[str], WeightScheme | None],
+    weight: Callable[[str], Nearest | None],
 ) -> RotationLoss:
     """(rotation, i) ▸ mean cross-entropy of sequence i (modulo their number) of tokens `[S, T]`.
 
-    weight: linear's path ▸ scheme to round it with in the search. Raises InputError where the model cannot be opened in float32."""
+    weight: linear's path ▸ how the search rounds it, if it does. Raises InputError where the model cannot be opened in float32."""
     model = open_blocks(context, replace(spec.model, dtype="float32"))
     sites, structure = sites_of(model), model.structure
     identity = Rotation(torch.eye(sites.hidden).double(), (torch.eye(sites.head_dim).double(),) * structure.count)
@@ -63,7 +75,8 @@ def search_loss(
             new = rotated(given[i], sites, rotation, residual, value.to(residual))
             for n in names:
                 path = structure.path(i, n)
-                made[f"{path}.weight"] = _rounded(new.weight[n], weight(path))
+                rounded = weight(path)
+                made[f"{path}.weight"] = new.weight[n] if rounded is None else rounded(new.weight[n])
                 if n in new.bias:
                     made[f"{path}.bias"] = new.bias[n]
         return made
@@ -79,12 +92,6 @@ def search_loss(
 def _straight(x: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with the gradient of x."""
     return x + (rounded - x).detach()
-
-
-def _rounded(weight: Tensor, scheme: WeightScheme | None) -> Tensor:
-    if scheme is None:
-        return weight
-    return _straight(weight, Rtn().quantize(weight.detach(), Statistics(), scheme).tensor.dequantize().to(weight))
 
 
 class _StraightCache(QuantizingCache):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from quant.activation import fake_quantize_activation, fake_quantize_kv
+from quant.hadamard import mix
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from workers import families
 from workers.blocks import Taps, input_of, tap_inputs
 from workers.errors import InputError
 from workers.recipe import Recipe
-from workers.steps import key_rotation, mix
+from workers.steps import key_rotation
 
 Runtime = Taps
 

@@ -132,3 +132,12 @@ def with_chosen_bits(spec: QuantizeSpec, auto: AutoBits, artifact: Path) -> tupl
     stored = 8 * sum(s[p] for s, p in zip(sizes, picks, strict=True)) / weights
     expected = sum(x[p] for x, p in zip(losses, picks, strict=True))
     return replace(spec, rules=rules, auto=None), {"bits": chosen, "bits_stored": stored, "sum_of_losses": expected}
+
+
+def note_budget(context: Context, budget: float, planned: float, stored: float) -> None:
+    """Says so where the linears, quantized together, take more than the budget: sizes may depend on what came before a linear."""
+    if stored > budget * (1 + 1e-9):
+        context.notes.append(
+            f"automatic bits are above their budget: {stored:.4f} stored bits per weight, scheme.auto.budget={budget}; by the sizes in "
+            f"the sensitivity table, of linears quantized with one width for all, they would be {planned:.4f}: give a lower budget"
+        )

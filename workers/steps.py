@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.hadamard import apply_hadamard
+from quant.hadamard import apply_hadamard, mix
 from quant.reassembly import Reassembly
 from workers.blocks import LinearView, input_of, replace_input
 from workers.errors import InputError
@@ -20,13 +20,6 @@ from workers.errors import InputError
 Step = Callable[[Tensor], Tensor]
 SLOTS = ("heads", "input", "reassembly")
 """In the order they run: heads_hadamard, then the steps of the linear's own operation, its reassembly while it is being made."""
-
-
-def mix(x: Tensor, block: int, transpose: bool = False) -> Tensor:
-    """A normalised Hadamard matrix of order `block` (its transpose) on every `block` consecutive channels of `[..., K]`; 0: none."""
-    if not block:
-        return x
-    return apply_hadamard(x.reshape(*x.shape[:-1], -1, block), transpose=transpose).reshape(x.shape)
 
 
 def mix_heads(x: Tensor, heads: int, block: int) -> Tensor:

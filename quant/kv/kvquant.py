@@ -13,7 +13,8 @@ Codebooks: `nuq` from k-means (2^b centres, at most 50 steps), or `uniform`: cod
 (2^b - 1), offset not rounded (`quant_fn_zp`). An empty range decodes to its middle (the reference makes its NaN 0).
 Departures: ranges are stored in `scale_dtype`; calibration reads 16 sequences, 8,192 tokens at most. NormalFloat, Q-Norm and the cap of
 21 outliers a token are not here.
-Bits: b + 32 outliers + ranges (32 a channel of a layer, 32 a token) + codebooks.
+Bits: b + 32 per kept value + ranges (32 a channel of a layer, 32 a token) + codebooks. Kept are the share `outliers` of keys and, of the
+W values of a token, 2 (⌊outliers / 2 · (W - 1)⌋ + 1): those at the quantiles too.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def round_range(x: Tensor, low: Tensor, high: Tensor, bits: int, codebook: Tenso
 @dataclass(frozen=True, eq=False)
 class KVQuant:
     name: ClassVar[str] = "kvquant"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     pre_rope: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"kv"})
 
@@ -106,6 +107,10 @@ class KVQuant:
     @property
     def tail(self) -> float:
         return self.outliers / 2
+
+    def kept_values(self, width: int) -> int:
+        """Of the `width` values of a token, where no two are equal: outliers by `online_range`."""
+        return min(width, 2 * (int(self.tail * (width - 1)) + 1)) if self.outliers else 0
 
     def refuses(self, head_dim: int) -> str | None:
         return None
@@ -167,7 +172,8 @@ class KVQuant:
         width, scale = heads * head_dim, 8 * SCALE_DTYPES[self.scale_dtype].itemsize
         sinks = min(self.first_few_fp16, length)
         coded = length - sinks
-        codes = coded * (self.bits_per_value + (FULL + 16) * self.outliers)
+        kept = (self.outliers + self.kept_values(width) / width) / 2
+        codes = coded * (self.bits_per_value + (FULL + 16) * kept)
         books = 2 * 2**self.bits_per_value * 32 / width if self.codebook == "nuq" else 0.0
         # Per channel of values: a range of keys once, a range of values a token shared by the width, two codebooks once.
         shared = (2 * scale + coded * 2 * scale / width + books) / 2 if coded else 0.0

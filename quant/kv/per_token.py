@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.activation import fake_quantize_kv
+from quant.hadamard import mix
 from quant.kv.base import FULL, KVState, check_bits
 from quant.scheme import KVScheme
 
@@ -32,6 +33,8 @@ class PerToken:
     """Channels of a head that share a scale; None for one scale per token and head."""
     clip: float = 1.0
     """Share of the range that is kept."""
+    mixed: int = 0
+    """Consecutive channels of a head that a Hadamard matrix mixes while keys are rounded, of a rotated model; 0: none."""
 
     def __post_init__(self) -> None:
         check_bits(self.name, self.bits_per_value, tuple(range(2, 9)))
@@ -59,6 +62,7 @@ class _State(KVState):
     def __init__(self, rule: PerToken, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(batch, heads, head_dim, dtype, device)
         full = rule.bits_per_value == FULL
+        self._mixed = rule.mixed
         self._scheme = None if full else KVScheme(rule.bits_per_value, rule.symmetric, rule.group_size, clip=rule.clip)
 
     def together(self) -> None:
@@ -66,5 +70,8 @@ class _State(KVState):
 
     def _written(self, start: int) -> None:
         if self._scheme is not None:
-            for held in (self._keys, self._values):
-                held[:, :, start : self.length] = fake_quantize_kv(held[:, :, start : self.length], self._scheme)
+            new = slice(start, self.length)
+            # (q M) · Q(k M) = q · (Q(k M) Mᵀ): turned back here, queries may stay as they are.
+            keys = fake_quantize_kv(mix(self._keys[:, :, new], self._mixed), self._scheme)
+            self._keys[:, :, new] = mix(keys, self._mixed, transpose=True)
+            self._values[:, :, new] = fake_quantize_kv(self._values[:, :, new], self._scheme)

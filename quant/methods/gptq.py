@@ -39,7 +39,7 @@ from quant.tensors.floating import FloatingTensor
 @dataclass(frozen=True)
 class Gptq:
     name: ClassVar[str] = "gptq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False

@@ -29,7 +29,7 @@ from quant.scheme import Supports
 @dataclass(frozen=True)
 class LearnedRotation:
     name: ClassVar[str] = "learned_rotation"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset({"activation", "kv", "text"})
     uses_seed: ClassVar[bool] = True
@@ -48,7 +48,8 @@ class LearnedRotation:
     check_every: int = 10
     """Steps between comparisons."""
     weights: bool = False
-    """Round weights to nearest in the search too: for variants that round to nearest; GPTQ's are left at 16 bits."""
+    """Round weights to nearest in the search too, on the rounding's grid: for variants that round to nearest; GPTQ's are left at
+    16 bits."""
     online: bool = True
     """Mix channels before the second feed-forward linear, at run time."""
     qk: bool = True

@@ -29,7 +29,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "opt")
 @dataclass(frozen=True)
 class Quarot:
     name: ClassVar[str] = "quarot"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True

@@ -36,8 +36,10 @@ def group(w: Tensor, x: Tensor, activation: ActivationScheme | None = A8) -> Sca
 
 
 def loss(w: Tensor, x: Tensor, rounded: Tensor, activation: ActivationScheme, s: Tensor | None = None, z: Tensor | None = None) -> float:
-    """Squared error of (Q((x - z) / s)) (rounded)ᵀ + W z, rounded being Q(W s)."""
+    """Squared error of (Q((x - z) / s)) (rounded)ᵀ + W z, rounded being Q(W s); static ranges are those of (x - z) / s."""
     z = torch.zeros(x.shape[-1]) if z is None else z
     s = torch.ones(x.shape[-1]) if s is None else s
-    got = fake_quantize_activation((x - z) / s, activation) @ rounded.T + w @ z
+    inputs = (x - z) / s
+    limits = None if activation.dynamic else (float(inputs.min()), float(inputs.max()))
+    got = fake_quantize_activation(inputs, activation, limits) @ rounded.T + w @ z
     return float((got - x @ w.T).square().sum())

@@ -183,6 +183,7 @@ def calibrated(bits: int, **params: object) -> KVQuant:
 ALL: list[KVQuantizer] = [
     PerToken(3),
     PerToken(4, symmetric=True, group_size=4),
+    PerToken(4, mixed=8),
     Kivi(2, 4, 4, 8),
     calibrated(3),
     calibrated(3, codebook="uniform", outliers=0.0),
@@ -338,6 +339,18 @@ def test_kivis_bits_count_the_residual(length: int, bits: int, r: int) -> None:
     for residual in (length % r, min(length, r)):
         whole.append(((length - residual) * (bits + 1) + 16 * residual) / length)
     assert Kivi(bits, bits, 32, r).bits(length, 8, 128) == pytest.approx(sum(whole) / 2)
+
+
+@pytest.mark.parametrize("outliers", [0.01, 0.1])
+@pytest.mark.parametrize("width", [32, 128])
+def test_kvquants_bits_count_every_value_that_is_kept(width: int, outliers: float) -> None:
+    """Of tokens without equal values: 16 bits and an index of 16 for each. Keys keep the share. A channel or token has a range of 32."""
+    length = 40
+    _, _, mask = online_range(tokens(13, length, width), outliers / 2)
+    assert float(mask.float().mean()) > outliers
+    kept = (outliers + float(mask.double().mean())) / 2
+    ranges = (32 / length + 32 / width) / 2
+    assert KVQuant(3, outliers, "uniform").bits(length, 2, width // 2) == pytest.approx(3 + 32 * kept + ranges)
 
 
 def test_bits_of_long_caches_are_the_published_ones() -> None:

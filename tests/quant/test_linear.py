@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from quant import methods, quantize_linear
+from quant import kv, methods, quantize_linear
 from quant.errors import QuantizationWarning
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS, Recipe
 from quant.scheme import NUMBERS, ActivationScheme, Granularity, Scheme, Supports
@@ -68,7 +68,7 @@ def test_method_options_equal_the_code(option: str) -> None:
         assert left_out <= getattr(cls, "optional", frozenset()) - set(changed)
         assert component["params"] == {k: v for k, v in expected.items() if k not in left_out}
     make = methods.toolkit_method if name in TOOLKIT_METHODS else methods.rounding_or_tuner
-    assert make(values["rounding"]["kind"], values["rounding"]["params"], version=1)
+    assert make(values["rounding"]["kind"], values["rounding"]["params"], version=values["rounding"]["version"])
 
 
 def test_every_parameter_is_explained() -> None:
@@ -94,6 +94,8 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == {f.name for f in dataclasses.fields(part)}
     assert scheme != Scheme()
+    if scheme.kv is not None:
+        assert kv.make(scheme.kv).version == scheme.kv.version
     weight = f"w{scheme.weight.bits}{NUMBERS[scheme.weight.number].label}" if scheme.weight else "w16"
     bits = weight + (f"a{scheme.activation.bits}{NUMBERS[scheme.activation.number].label}" if scheme.activation else "a16")
     assert path.stem.startswith(bits + (f"kv{scheme.kv.bits}" if scheme.kv else ""))
@@ -234,7 +236,7 @@ def test_a_tuner_learns_for_the_quantized_inputs() -> None:
 
 
 def test_another_version_of_a_method_is_refused() -> None:
-    with pytest.raises(ValueError, match="rounding gptq has version 1 here; version 2 was asked for"):
-        methods.rounding("gptq", {}, version=2)
+    with pytest.raises(ValueError, match="rounding gptq has version 2 here; version 1 was asked for"):
+        methods.rounding("gptq", {}, version=1)
     with pytest.raises(ValueError, match="transform 'gptq' is unknown; choose one of awq, smoothquant"):
         methods.transform("gptq", {})

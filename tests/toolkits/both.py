@@ -14,7 +14,7 @@ from torch import Tensor
 from quant.scheme import Granularity, WeightScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.strided import StridedTensor
-from tests.workers.stage_runs import commit
+from tests.workers.stage_runs import commit, component
 from workers import datasets
 from workers.calibrate import run_calibrate
 from workers.context import Context
@@ -22,7 +22,7 @@ from workers.quantize import run_quantize
 from workers.rebuild import load_model, rebuild
 from workers.recipe import Recipe
 from workers.request import Hints, Location
-from workers.specs import CalibrateSpec, CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec
+from workers.specs import CalibrateSpec, CalibrationSpec, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec
 from workers.toolkits.environments import TOOLKITS, installed_release
 
 ASSETS = Path(__file__).resolve().parents[2] / "workers" / "assets"
@@ -72,7 +72,7 @@ def quantize(
     **params: Any,
 ) -> Quantized:
     ctx = context()
-    rule = Rule("*", MethodSpec(Component(method, 1, tuple(sorted(params.items()))), propagation=propagation), scheme)
+    rule = Rule("*", MethodSpec(component(method, **params), propagation=propagation), scheme)
     calibration = CALIBRATION if feeds or propagation == "quantized" else None
     spec = QuantizeSpec(MODEL, (rule,), calibration=calibration, seed=seed)
     inputs = {"hessian": hessian(folder / "hessian")} if method == "gptq" and propagation == "original" else {}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant.methods.registry import TUNERS
+from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import tiny_model
 from workers import datasets, families
@@ -89,6 +89,12 @@ def plain_inputs(family: str, tokens: Tensor) -> dict[str, Tensor]:
     return seen
 
 
+def component(name: str, **params: Any) -> Component:
+    """In the version of the code at hand; names that it does not know have version 1."""
+    known: dict[str, Any] = {**ROUNDINGS, **TUNERS, **TRANSFORMS, **MODEL_TRANSFORMS, **TOOLKIT_METHODS}
+    return Component(name, known[name].version if name in known else 1, tuple(sorted(params.items())))
+
+
 def quantize_spec(
     rounding: str = "rtn",
     *transforms: str | Component,
@@ -100,8 +106,8 @@ def quantize_spec(
     **params: Any,
 ) -> QuantizeSpec:
     method = MethodSpec(
-        Component(rounding, 1, tuple(sorted(params.items()))),
-        tuple(Component(t, 1) if isinstance(t, str) else t for t in transforms),
+        component(rounding, **params),
+        tuple(component(t) if isinstance(t, str) else t for t in transforms),
         propagation=propagation,
     )
     feeds = feeds or propagation == "quantized" or activation is not None or rounding in TUNERS

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken
-from quant.scheme import KVScheme
+from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
 from tests.workers.stage_runs import calibrated, calibration_text, quantize_spec, quantized, tiny_context
 from tests.workers.test_evaluate import evaluated, items
@@ -24,7 +24,9 @@ from workers.errors import InputError
 from workers.kv_aging import aging_logits
 from workers.kv_cache import QuantizedCache
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
+from workers.rebuild import attach_runtime, rebuild
 from workers.residency import Residency
+from workers.specs import ModelSpec, QuantizeSpec
 
 TOKENS = torch.arange(2, 50).view(2, 24)
 CPU = torch.device("cpu")
@@ -119,12 +121,12 @@ SCHEMES = [
     (KVScheme(3), KVScheme(3, mode="decode")),
     (KIVI, KVScheme(2, group_size=4, kind="kivi", residual_length=4, mode="decode")),
     (
-        KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq"),
-        KVScheme(3, kind="kvquant", outliers=0.1, codebook="nuq", mode="decode"),
+        KVScheme(3, kind="kvquant", version=2, outliers=0.1, codebook="nuq"),
+        KVScheme(3, kind="kvquant", version=2, outliers=0.1, codebook="nuq", mode="decode"),
     ),
     (
-        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True),
-        KVScheme(2, kind="kvquant", outliers=0.1, codebook="nuq", fisher=True, mode="decode"),
+        KVScheme(2, kind="kvquant", version=2, outliers=0.1, codebook="nuq", fisher=True),
+        KVScheme(2, kind="kvquant", version=2, outliers=0.1, codebook="nuq", fisher=True, mode="decode"),
     ),
 ]
 
@@ -148,6 +150,47 @@ def test_weights_and_cache_in_one_variant_decoded_or_in_one_pass(schemes: tuple[
         assert summary["kv"]["tokens"] == 16
         assert 2 < summary["kv"]["bits_stored"] < 16
     assert evaluated(context, tmp_path / "again", "perplexity", {"quantize": artifact}, residency)[1]["scores"] == weights["scores"]
+
+
+def test_decoding_mixes_the_keys_of_a_rotated_model_as_one_pass_does(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("rtn", "quarot"), {})
+    model = rebuild(context, ModelSpec("model"), artifact).double()
+    handle = attach_runtime(model, None, None, KVScheme(4))
+    one_pass = plain(model)
+    handle.remove()
+
+    def through(kv: KVScheme) -> Tensor:
+        return torch.cat(list(kv_runs.logits(model, kv, {}, context, nullcontext)(list(TOKENS.split(1)))))
+
+    torch.testing.assert_close(through(KVScheme(4, mode="decode")), one_pass, rtol=0, atol=ROUNDING)
+    assert float((decoded(model, PerToken(4)) - one_pass).abs().max()) > 1000 * ROUNDING
+    assert not any("rotation of keys" in n for n in context.notes)
+    through(KVScheme(2, group_size=4, kind="kivi", residual_length=4, mode="decode"))
+    assert any("the method's rotation of keys is left out: kv.kind=kivi" in n for n in context.notes)
+
+
+LET = quantize_spec("omniquant", weight=WeightScheme(8), activation=ActivationScheme(8, symmetric=False), epochs=0, let=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (quantize_spec("rtn", "quarot"), "these give: v_proj (rotated);"),
+        (LET, "these give: k_proj (scaled), v_proj (scaled);"),
+        (quantize_spec("rtn", "smoothquant"), None),  # scales norms alone
+    ],
+    ids=["quarot", "let", "smoothquant"],
+)
+def test_kvquant_says_that_keys_and_values_are_not_those_it_was_calibrated_on(spec: QuantizeSpec, said: str | None, tmp_path: Path) -> None:
+    context = tiny_context("llama_mha", tmp_path)
+    statistics = calibrated(context, tmp_path / "c", "kv", "absmax")
+    artifact, _ = quantized(context, tmp_path / "q", spec, {"absmax": statistics["absmax"]} if said is None else {})
+    kv = KVScheme(3, kind="kvquant", version=2, codebook="nuq")
+    evaluated(context, tmp_path / "e", "perplexity", {"quantize": artifact, "kv": statistics["kv"]}, kv=kv)
+    found = [n for n in context.notes if "calibrated on the unquantized model" in n]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]
 
 
 def test_divergence_of_a_decoded_cache_and_more_bits_are_better(tmp_path: Path) -> None:
@@ -217,11 +260,11 @@ def test_fisher_weights_need_the_whole_model_and_their_own_input(tmp_path: Path)
     context = tiny_context("llama", tmp_path)
     inputs = calibrated(context, tmp_path / "b", "kv")
     with pytest.raises(InputError, match="as the input `kv_fisher`"):
-        evaluated(context, tmp_path / "c", "perplexity", inputs, kv=KVScheme(3, kind="kvquant", codebook="nuq", fisher=True))
+        evaluated(context, tmp_path / "c", "perplexity", inputs, kv=KVScheme(3, kind="kvquant", version=2, codebook="nuq", fisher=True))
 
 
 def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
-    nuq = KVScheme(3, kind="kvquant", codebook="nuq")
+    nuq = KVScheme(3, kind="kvquant", version=2, codebook="nuq")
     llama, gpt2 = tiny_context("llama", tmp_path), tiny_context("gpt2", tmp_path)
     with pytest.raises(InputError, match=r"before the rotary embedding, .* a gpt2 model"):
         evaluated(gpt2, tmp_path / "a", "perplexity", kv=nuq)

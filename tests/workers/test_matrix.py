@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from quant.scheme import ActivationScheme, WeightScheme
-from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import calibrated, component, quantize_spec, quantized, tiny_context
 from workers import families
 from workers.context import Context
 from workers.errors import InputError
@@ -39,9 +39,9 @@ def calibration_of(family: str, known: dict[str, Calibrated], factory: pytest.Te
     return known[family]
 
 
-def component(given: dict[str, dict[str, Any]]) -> Component:
+def transform(given: dict[str, dict[str, Any]]) -> Component:
     ((name, params),) = given.items()
-    return Component(name, 1, tuple(sorted(params.items())))
+    return component(name, **params)
 
 
 @pytest.mark.xdist_group("matrix")
@@ -52,7 +52,7 @@ def test_cell_works(
     ctx, statistics = calibration_of(family, calibrations, tmp_path_factory)
     method = METHODS[name]
     weight = from_json(WeightScheme, MATRIX["schemes"][method["scheme"]])
-    transforms = [t if isinstance(t, str) else component(t) for t in method.get("transforms", ())]
+    transforms = [t if isinstance(t, str) else transform(t) for t in method.get("transforms", ())]
     activation = from_json(ActivationScheme, method["activation"]) if "activation" in method else None
     feeds, params = method.get("feeds", False), method.get("params", {})
     spec = quantize_spec(method["rounding"], *transforms, weight=weight, activation=activation, feeds=feeds, **params)

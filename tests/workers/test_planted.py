@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.scheme import ActivationScheme, WeightScheme
 from tests.planted import Planted, logits
-from tests.workers.stage_runs import commit
+from tests.workers.stage_runs import commit, component
 from workers import datasets
 from workers.calibrate import run_calibrate
 from workers.context import Context
@@ -131,7 +131,7 @@ def test_activation_outliers_hurt_round_to_nearest(lost: tuple[float, float]) ->
     assert with_them > 10 * without
 
 
-REASSEMBLY = Component("qllm_reassembly", 1, (("variant", "paper"),))
+REASSEMBLY = component("qllm_reassembly", variant="paper")
 
 
 RTN = Component("rtn", 1)
@@ -152,7 +152,7 @@ WINNERS = {
     "qllm_reassembly": Winner(0.45, (REASSEMBLY,)),
     "smoothquant": Winner(0.9, (Component("smoothquant", 1),)),
     "os_plus": Winner(0.9, (Component("os_plus", 1, (("steps", 10),)),)),
-    "quarot": Winner(0.9, (Component("quarot", 1),), seed=0),
+    "quarot": Winner(0.9, (component("quarot"),), seed=0),
     "llm_int8": Winner(0.9, rounding=Component("llm_int8", 1), activation=ActivationScheme(8, outlier_threshold=6.0)),
 }
 

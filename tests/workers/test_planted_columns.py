@@ -14,7 +14,7 @@ from quant.tensors.codebook import CodebookTensor
 from quant.tensors.columns import ColumnsTensor
 from quant.tensors.sparse import SparseTensor
 from tests.planted import Planted
-from tests.workers.stage_runs import commit
+from tests.workers.stage_runs import commit, component
 from tests.workers.test_planted import MODEL, Case, planted
 from workers import kv_runs
 from workers.quantize import run_quantize
@@ -81,7 +81,7 @@ def test_claq_gives_the_large_columns_bits_and_reserve(large_weights: Case) -> N
 
 def test_owq_keeps_the_columns_of_large_inputs(large_inputs: Case) -> None:
     """Their rounding errors, which no row's range sees, weigh a thousand times the others'."""
-    gptq = Component("gptq", 1, (("outlier_columns", 3), ("outlier_metric", "owq")))
+    gptq = component("gptq", outlier_columns=3, outlier_metric="owq")
     for name, tensor in first_block(large_inputs, gptq, WeightScheme(6)).items():
         assert isinstance(tensor, ColumnsTensor)
         assert tensor.kept.tolist() == COLUMNS, name

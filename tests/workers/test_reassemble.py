@@ -5,24 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.reassembly import Reassembly
 from quant.scheme import ActivationScheme
-from tests.workers.stage_runs import W4, calibrated, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import W4, calibrated, component, quantize_spec, quantized, tiny_context
 from workers.errors import InputError
 from workers.fold import BlockWeights
 from workers.quantize import quantize_blocks
 from workers.recipe import Recipe
 from workers.scaling import GroupForward
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.steps import set_reassembly
 from workers.stream import BlockModel, open_blocks
 
 A4 = ActivationScheme(4, symmetric=False)
-REASSEMBLY = Component("qllm_reassembly", 1, (("ratio", 0.4),))
+REASSEMBLY = component("qllm_reassembly", ratio=0.4)
 
 
 def two_into_one(width: int) -> Reassembly:
@@ -114,6 +116,19 @@ def test_the_output_projection_is_left_alone_and_tensors_are_shared(tmp_path: Pa
     facts = summary["reassembly"]
     assert {"input", "start_loss", "loss", "candidates"} <= set(facts[0])
     assert recipe.changes_the_model() == "reassemble"
+
+
+def test_stored_bits_are_all_bytes_that_are_stored(tmp_path: Path) -> None:
+    """Codes, scales, zeros, and the tables of every input once."""
+    recipe, summary, _ = run(quantize_spec("rtn", REASSEMBLY, activation=A4), tmp_path)
+    tensors = {n: t for file in (tmp_path / "q" / "payload").glob("*.safetensors") for n, t in load_file(file).items()}
+    stored = sum(t.numel() * t.element_size() for t in tensors.values())
+    assert any(n.endswith(".input.splits") for n in tensors)
+    rows = pq.read_table(tmp_path / "q" / "payload" / "layers.parquet").to_pylist()
+    assert summary["bits_stored"] == pytest.approx(8 * stored / sum(r["rows"] * r["cols"] for r in rows))
+    alone = {op["module"]: recipe.stored(op).bits_stored for op in recipe.replaced() if not op["input"]}
+    assert alone
+    assert {r["module"]: r["bits_stored"] for r in rows if r["module"] in alone} == alone
 
 
 def test_without_activation_quantization_it_is_idle_and_flagged(tmp_path: Path) -> None:

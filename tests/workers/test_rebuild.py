@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,25 @@ from transformers import DynamicCache
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import FAMILIES, tiny_model
-from tests.workers.stage_runs import W4, W4G16, calibrated, commit, quantize_spec, quantized, tiny_context, with_calibration
+from tests.workers.stage_runs import (
+    W4,
+    W4G16,
+    calibrated,
+    calibration_text,
+    commit,
+    component,
+    quantize_spec,
+    quantized,
+    tiny_context,
+    with_calibration,
+)
 from workers.artifact import CorruptArtifactError
-from workers.blocks import linear_view
+from workers.blocks import linear_view, tap_inputs
 from workers.errors import InputError
 from workers.quantize import quantize_blocks
 from workers.rebuild import attach_runtime, load_model, rebuild
 from workers.recipe import Recipe
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -89,7 +101,7 @@ SPECS = {
 VIEWED = ("rtn", "gptq_act_order", "gptq_quantized", "claq", "billm", "smoothquant_gptq", "omniquant", "os_plus", "both")
 """Where linears are views of other tensors the stored format does not matter: transforms, feeding and tuning do. All of them are
 rebuilt in a fresh process below."""
-LEARNED = Component("learned_rotation", 1, (("checked", 1), ("steps", 2)))
+LEARNED = component("learned_rotation", checked=1, steps=2)
 ROTATED = {
     "quarot_rtn": quantize_spec("rtn", "quarot", weight=W4),
     "quarot_gptq": quantize_spec("gptq", "quarot", weight=W4),
@@ -125,7 +137,7 @@ def test_rebuilt_rotated_models_equal_those_in_memory(family: str, tmp_path: Pat
 
 
 A4 = ActivationScheme(4, symmetric=False)
-REASSEMBLY = Component("qllm_reassembly", 1, (("ratio", 0.4),))
+REASSEMBLY = component("qllm_reassembly", ratio=0.4)
 REASSEMBLED = {
     "qllm": quantize_spec("qllm_correction", REASSEMBLY, weight=W4, activation=A4, epochs=1, blocks=2),
     "qllm_reassembly": quantize_spec("rtn", REASSEMBLY, weight=W4, activation=A4, grid="omni"),
@@ -298,21 +310,40 @@ def test_only_quantized_linears_get_quantized_inputs(tmp_path: Path) -> None:
     assert values["mlp.up_proj"] > 255
 
 
-def test_inputs_of_columns_that_quik_keeps_stay_exact_and_count_for_no_range(tmp_path: Path) -> None:
-    ctx = tiny_context("llama", tmp_path)
-    spec = quantize_spec("gptq", weight=W4, outlier_columns=3, outlier_metric="quik")
-    artifact, _ = quantized(ctx, tmp_path / "q", spec, calibrated(ctx, tmp_path, "hessian"))
-    scheme, recipe = ActivationScheme(4, symmetric=False), Recipe(artifact)
-    reference = rebuild(ctx, MODEL, artifact)
-    for op in recipe.replaced():
-        kept = recipe.stored(op).kept.tolist()  # type: ignore[attr-defined]
+def inputs_of(model: Any, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    taps = tap_inputs(model, names, lambda name, x, _: seen.setdefault(name, x))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    taps.remove()
+    return seen
 
-        def hook(_m: Any, args: tuple[Tensor, ...], kept: list[int] = kept) -> tuple[Tensor]:
-            rest = [c for c in range(args[0].shape[-1]) if c not in kept]
-            return (args[0].index_copy(-1, torch.tensor(rest), fake_quantize_activation(args[0][..., rest], scheme)),)
+
+@pytest.mark.parametrize("scheme", [ActivationScheme(4, symmetric=False), replace(STATIC, bits=4)], ids=["dynamic", "static"])
+def test_inputs_of_columns_that_quik_keeps_stay_exact_and_count_for_no_range(scheme: ActivationScheme, tmp_path: Path) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    static = None if scheme.dynamic else scheme
+    spec = quantize_spec("gptq", weight=W4, activation=static, outlier_columns=3, outlier_metric="quik")
+    artifact, _ = quantized(ctx, tmp_path / "q", spec, calibrated(ctx, tmp_path, "hessian"))
+    recipe, reference = Recipe(artifact), rebuild(ctx, MODEL, artifact)
+    seen = inputs_of(reference, [op["module"] for op in recipe.replaced()], calibration_text(ctx, "llama").long())
+    narrower = 0
+    for op in recipe.replaced():
+        x, kept = seen[op["module"]], recipe.stored(op).kept.tolist()  # type: ignore[attr-defined]
+        rest = torch.tensor([c for c in range(x.shape[-1]) if c not in kept])
+        limits = None
+        if static is not None:
+            limits = (op["input"][-1]["low"], op["input"][-1]["high"])
+            own = x[..., rest]
+            assert limits == pytest.approx((float(own.min()), float(own.max())), rel=1e-4)  # float32, in other batches
+            narrower += limits[1] - limits[0] < 0.9 * float(x.max() - x.min())
+
+        def hook(_m: Any, args: tuple[Tensor, ...], rest: Tensor = rest, limits: Any = limits) -> tuple[Tensor]:
+            return (args[0].index_copy(-1, rest, fake_quantize_activation(args[0][..., rest], scheme, limits)),)
 
         assert len(kept) == 3
         linear_view(reference, op["module"]).module.register_forward_pre_hook(hook)
+    assert static is None or narrower
     model = rebuild(ctx, MODEL, artifact)
     plain = logits(model)
     handle = attach_runtime(model, artifact, scheme, None)

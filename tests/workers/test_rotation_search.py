@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 
 from quant.methods.base import Linear, Rotation
 from quant.methods.quarot import Quarot
+from quant.methods.rtn import Rtn
 from quant.scheme import ActivationScheme, KVScheme, WeightScheme
-from tests.workers.stage_runs import quantize_spec, quantized, tiny_context, with_calibration
+from tests.workers.stage_runs import calibration_text, component, quantize_spec, quantized, tiny_context, with_calibration
 from workers.errors import InputError
 from workers.rebuild import attach_runtime, load_model, rebuild
 from workers.rotate import model_shape, sites_of
-from workers.rotation_search import search_loss
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.rotation_search import Nearest, search_loss
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 MODEL = ModelSpec("model")
@@ -55,7 +57,7 @@ def test_the_loss_is_that_of_the_rotated_quantized_model(tmp_path: Path) -> None
     """A code on the border of two may fall to either side, so it is compared to a per cent."""
     ctx = tiny_context("llama", tmp_path)
     rotation = rotation_of(ctx)
-    loss = search_loss(spec_with(activation=ActivationScheme(8), kv=KVScheme(8)), ctx, TOKENS, lambda _: WeightScheme(6))
+    loss = search_loss(spec_with(activation=ActivationScheme(8), kv=KVScheme(8)), ctx, TOKENS, lambda _: Nearest(WeightScheme(6), Rtn()))
     spec = replace(quantize_spec("rtn", "quarot", weight=WeightScheme(6)), seed=2)
     artifact, _ = quantized(ctx, tmp_path / "q", spec, {})
     model = rebuild(ctx, MODEL, artifact)
@@ -86,10 +88,10 @@ def test_gradients_are_those_of_finite_differences(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_learned_rotations_end_no_worse_than_they_start(family: str, tmp_path: Path) -> None:
     ctx = tiny_context(family, tmp_path)
-    params = (("check_every", 2), ("checked", 3), ("lr", 0.5), ("steps", 8))
+    params = {"check_every": 2, "checked": 3, "lr": 0.5, "steps": 8}
     base = spec_with(**W16A4KV4, seed=1)
     rule = base.rules[0]
-    method = replace(rule.method, transforms=(Component("learned_rotation", 1, params),))
+    method = replace(rule.method, transforms=(component("learned_rotation", **params),))
     spec = replace(base, rules=(replace(rule, method=method),))
     artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
     losses = summary["rotation"]["losses"]
@@ -103,13 +105,32 @@ def test_learned_rotations_end_no_worse_than_they_start(family: str, tmp_path: P
         assert file.read_bytes() == (again / "payload" / file.name).read_bytes()
 
 
+def test_the_search_rounds_weights_as_the_rule_does(tmp_path: Path) -> None:
+    """Without steps the start is used, and its loss is that of the stored model. Rotated in float32 there and in float64 here, a weight on
+    the border of two codes may differ: by far less than grids do."""
+    ctx = tiny_context("llama", tmp_path)
+    tokens = calibration_text(ctx, "llama")[:1].long()
+    start = component("learned_rotation", checked=1, steps=0, weights=True)
+    searched, stored = [], []
+    for i, params in enumerate(({}, {"grid": "q_sym"}, {"grid": "q_sym", "mse": True})):
+        spec = replace(with_calibration(quantize_spec("rtn", start, weight=WeightScheme(3), **params)), seed=1)
+        artifact, summary = quantized(ctx, tmp_path / str(i), spec, {})
+        searched += summary["rotation"]["losses"]
+        with torch.no_grad():
+            logits = rebuild(ctx, MODEL, artifact)(tokens, use_cache=False).logits
+        stored.append(float(F.cross_entropy(logits[0, :-1], tokens[0, 1:])))
+    apart = min(abs(a - b) for a, b in itertools.combinations(stored, 2))
+    assert apart > 1e-2
+    assert searched == pytest.approx(stored, abs=apart / 4)
+
+
 def test_a_search_without_text_is_refused_and_an_idle_one_is_noted(tmp_path: Path) -> None:
     ctx = tiny_context("llama", tmp_path)
     with pytest.raises(InputError, match="learned_rotation searches on calibration text; the spec needs a calibration"):
         quantized(ctx, tmp_path / "a", quantize_spec("rtn", "learned_rotation"), {})
-    params = (("checked", 1), ("steps", 1))
+    params = {"checked": 1, "steps": 1}
     base = spec_with()
-    method = replace(base.rules[0].method, transforms=(Component("learned_rotation", 1, params),))
+    method = replace(base.rules[0].method, transforms=(component("learned_rotation", **params),))
     quantized(ctx, tmp_path / "b", replace(base, rules=(replace(base.rules[0], method=method),)), {})
     assert any("nothing is quantized in the search" in n for n in ctx.notes)
     kivi = KVScheme(2, group_size=4, kind="kivi", residual_length=4)

@@ -24,13 +24,13 @@ from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
 from quant.statistics import KINDS
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import build, save_tokenizer
-from tests.workers.stage_runs import CALIBRATION, calibrated, context, quantize_spec, quantized
+from tests.workers.stage_runs import CALIBRATION, calibrated, component, context, quantize_spec, quantized
 from workers import families, kv_capture, site_moments
 from workers.context import Context
 from workers.quantize import quantize_blocks, run_quantize
 from workers.rebuild import load_model, rebuild
 from workers.rounding import Method, make_methods
-from workers.specs import Component, ModelSpec, QuantizeSpec
+from workers.specs import ModelSpec, QuantizeSpec
 from workers.stream import open_blocks
 
 pytestmark = pytest.mark.xdist_group("working_set")
@@ -109,7 +109,7 @@ def spec_of(recipe: Recipe, **more: Any) -> QuantizeSpec:
     granularity, size = (Granularity.CHANNEL, None) if "channel" in supports.granularity else (Granularity.GROUP, GROUP)
     weight = WeightScheme(bits, number != "int", granularity, size, number=number)
     params = {**recipe.rounding_params, **QUICK.get(recipe.rounding, {})}
-    transforms = tuple(Component(t, 1, tuple(sorted(QUICK.get(t, {}).items()))) for t in recipe.transforms)
+    transforms = tuple(component(t, **QUICK.get(t, {})) for t in recipe.transforms)
     pattern = "*" if transforms else "*.down_proj"
     spec = quantize_spec(recipe.rounding, *transforms, weight=weight, pattern=pattern, **more, **params)
     if any("activation" in part.reads for part in only_method(spec).parts):
@@ -179,7 +179,7 @@ def test_more_blocks_together_take_more_memory(made: Callable[[int], Made], tmp_
     """Of one model: a working set is no larger than it says. The float32 weights of one block more, at least."""
     spec = CASES["qllm_correction"]
     (rule,) = spec.rules
-    alone = replace(rule, method=replace(rule.method, rounding=Component("qllm_correction", 1, (("blocks", 1), ("epochs", 1)))))
+    alone = replace(rule, method=replace(rule.method, rounding=component("qllm_correction", blocks=1, epochs=1)))
     two, one = run(spec, made(4), tmp_path / "two"), run(replace(spec, rules=(alone,)), made(4), tmp_path / "one")
     assert two.peak - one.peak >= two.summary["working_set"]["block_bytes"]
 
