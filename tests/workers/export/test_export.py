@@ -97,6 +97,15 @@ def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(model: Path, 
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_family_that_auto_gptq_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build("rwkv", hidden_size=64, attention_hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
+    with pytest.raises(ExportError, match=r"no rwkv models, only bloom, .*export to the format dense"):
+        run("auto_gptq", artifact, folder, tmp_path / "out")
+    run("dense", artifact, folder, tmp_path / "out")
+
+
 def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ExportError, match="not an empty folder"):
