@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from workers.convert import convert_once
-from workers.errors import InputError
+from workers.errors import InputError, Unreachable
 from workers.model_files import EXPECTED, PICKLED, SAFETENSORS, SMALL_FILES, Weights, weights_in
 from workers.request import Location
 
 HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*")
 """Fetched of every hub model besides its weights."""
+TRY_LATER = (408, 429)
+"""HTTP's request timeout and too many requests."""
 MAX_HEADER = 100_000_000
 """The format's own limit for the JSON header, in bytes."""
 
@@ -80,11 +82,23 @@ def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Pa
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError) as e:
+        if not constants.HF_HUB_OFFLINE and _may_pass(e):
+            raise Unreachable(
+                f"model {repository} at {revision}: it is not in the local hub cache and {constants.ENDPOINT} does not answer "
+                f"({type(e.__cause__ or e).__name__}); run again when it does, or put the model into a folder and set models_dir="
+            ) from e
         offline = "HF_HUB_OFFLINE is set and " if constants.HF_HUB_OFFLINE else ""
         raise InputError(
             f"model {repository} at {revision}: {offline}it is not in the local hub cache and cannot be fetched "
             f"({type(e).__name__}); download it once with a network, or put it into a folder and set models_dir="
         ) from e
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether asking the hub again later may help: no answer at all, a server in trouble, too many requests."""
+    answers = (getattr(e, "response", None) for e in (error, error.__cause__))
+    status = next((a.status_code for a in answers if a is not None), None)
+    return status is None or status >= 500 or status in TRY_LATER
 
 
 def open_checkpoint(location: Location) -> Checkpoint:

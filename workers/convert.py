@@ -71,12 +71,13 @@ def convert_once(pickled: Sequence[Path]) -> Converted:
     try:
         _write(pickled, staging)
         staging.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             staging.rename(folder)
         except OSError:
-            if not (folder / MANIFEST).is_file():  # otherwise another worker was first
-                raise
+            # It is there: another worker was first, and its files may be in use; or one that is not whole.
+            if _read(folder, "") is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     found = _read(folder, f"{names}: converted once to safetensors in {folder}, through torch's restricted loader (weights_only)")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -38,6 +38,7 @@ JSON_SUFFIXES = (".jsonl", ".json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 HEADING = re.compile(r"= (?!= )\S.*(?<! =) =")
 """Of an article of WikiText, without the spaces around: one `=` on either side. Sections have two and more."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MISSES = 1000
 """Random documents in a row that are too short before sampling=documents gives up."""
 
@@ -119,10 +120,33 @@ def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
             f"data set {location.path} at {location.revision} cannot be read: {offline}{reason}. "
             "Set data_dir= (or BITGRID_DATA), text.path=, or let the hub be reached"
         ) from e
+    other = _other_commit(rows.cache_files, location.revision)
+    if other is not None:
+        raise InputError(
+            f"data set {location.path}: commit {location.revision} is asked for, the local cache holds {other}, and the hub cannot be "
+            "reached. Let it be reached once, or set data_dir= (or BITGRID_DATA) or text.path="
+        )
     if spec.field is None or spec.field not in rows.column_names:
         raise InputError(f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}")
     end = None if spec.documents is None else min(len(rows), spec.skip_documents + spec.documents)
-    return [str(text) for text in rows[:end][spec.field]]
+    found: list[Any] = rows[:end][spec.field]
+    odd = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
+    if odd is not None:
+        raise InputError(
+            f"data set {location.path}, row {odd + 1}, has {type(found[odd]).__name__} under {spec.field!r}, expected text; "
+            "set text.field, or take the rows before it with text.documents"
+        )
+    return found
+
+
+def _other_commit(files: Sequence[Mapping[str, str]], revision: str | None) -> str | None:
+    """The commit that rows come from, where it is not the one asked for: a hub out of reach makes datasets take the latest that it has.
+
+    The folder that holds a hub data set's cached files is named by its commit."""
+    if revision is None or not COMMIT.fullmatch(revision):
+        return None
+    folders = (Path(f["filename"]).parent.name for f in files)
+    return next((name for name in folders if COMMIT.fullmatch(name) and name != revision), None)
 
 
 def load_tokenizer(location: Location) -> Tokenizer:

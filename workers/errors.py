@@ -2,6 +2,7 @@
 
 WorkerError
 ├── InputError        wrong or missing input (model file, text, unknown statistic); USER
+├── Unreachable       a hub that does not answer now; INFRASTRUCTURE
 ├── UnsupportedModel  a model family or layer that cannot be quantized, with the reason; USER
 └── NumericalError    NaN or infinite weights or results, a Hessian no damping repairs; NUMERICAL
 """
@@ -19,6 +20,10 @@ class WorkerError(Exception):
 
 class InputError(WorkerError):
     error_class = ErrorClass.USER
+
+
+class Unreachable(WorkerError):
+    error_class = ErrorClass.INFRASTRUCTURE
 
 
 class UnsupportedModel(WorkerError):

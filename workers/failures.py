@@ -6,12 +6,18 @@ Libraries' exceptions are recognised by name and text, so that nothing heavy is 
 from __future__ import annotations
 
 import errno
+import re
 
 from workers.artifact import CorruptArtifactError
 from workers.errors import WorkerError
 from workers.request import ErrorClass, Failure
 
 MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
+# Not every allocation is one of torch's own allocator: contexts, libraries' workspaces and kernels say it in the driver's words,
+# "CUDA error: out of memory" or CUBLAS_STATUS_ALLOC_FAILED; safetensors wraps the operating system's error 12.
+MEMORY_TEXT = re.compile(r"out of memory|can(?:'t|not) allocate memory|_ALLOC_FAILED|os error 12\b", re.IGNORECASE)
+NETWORK = frozenset({"TransportError"})
+"""httpx's class for connections that fail, break or time out."""
 NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 MAKE_ROOM = "make free space there and run the sweep again (bitgrid resume): all that was committed is kept"
@@ -19,15 +25,15 @@ MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryE
 
 
 def classify(error: BaseException) -> ErrorClass:
-    """First match: corrupt artifact, our own classes, memory, disk, numerical, missing files (user), device and I/O trouble
-    (infrastructure), anything else (internal)."""
+    """First match: corrupt artifact, our own classes, memory, disk, numerical, missing files (user), device, network and
+    I/O trouble (infrastructure), anything else (internal)."""
     names = {c.__name__ for c in type(error).__mro__}
     text = str(error)
     if isinstance(error, CorruptArtifactError):
         return ErrorClass.CORRUPT
     if isinstance(error, WorkerError):
         return error.error_class
-    if names & MEMORY or "can't allocate memory" in text or "CUDA out of memory" in text or getattr(error, "errno", None) == errno.ENOMEM:
+    if names & MEMORY or MEMORY_TEXT.search(text) or getattr(error, "errno", None) == errno.ENOMEM:
         return ErrorClass.MEMORY
     # safetensors and pyarrow wrap the operating system's error in their own.
     if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in text or "os error 28" in text:
@@ -36,7 +42,7 @@ def classify(error: BaseException) -> ErrorClass:
         return ErrorClass.NUMERICAL
     if isinstance(error, MISSING):
         return ErrorClass.USER
-    if isinstance(error, OSError) or "AcceleratorError" in names or "CUDA error" in text:
+    if isinstance(error, OSError) or names & NETWORK or "AcceleratorError" in names or "CUDA error" in text:
         return ErrorClass.INFRASTRUCTURE
     return ErrorClass.INTERNAL
 

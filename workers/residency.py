@@ -59,6 +59,8 @@ class Residency:
 
     def __init__(self, builder: Builder | None = None) -> None:
         self._builder = builder
+        self._digest: str | None = None
+        """Of the model that everything resident is of."""
         self._model: tuple[Key, nn.Module] | None = None
         self._variants: OrderedDict[Key, nn.Module] = OrderedDict()
         self._tokenizer: tuple[str, Tokenizer] | None = None
@@ -77,10 +79,14 @@ class Residency:
         return [key.content for key in ([self._model[0]] if self._model else []) + list(self._variants)]
 
     def clear(self) -> None:
-        """Let go of everything, after an out-of-memory error or before another model."""
-        self._model, self._tokenizer = None, None
-        self._variants.clear()
+        """Let go of everything, after an out-of-memory error."""
+        self._tokenizer = None
         self._texts.clear()
+        self._drop_models()
+
+    def _drop_models(self) -> None:
+        self._model = None
+        self._variants.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -108,8 +114,10 @@ class Residency:
         return self._variants[key]
 
     def _leave_other_models(self, model: ModelSpec) -> None:
-        if self._model is not None and self._model[0].content != model.digest:
-            self.clear()
+        # Variants may be all that is held of another model. Texts are few and small, and this model's were read already.
+        if self._digest != model.digest:
+            self._drop_models()
+            self._digest = model.digest
 
     @contextmanager
     def runtime(self, model: nn.Module, artifact: Path | None, activation: ActivationScheme | None, kv: KVScheme | None) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch
 from tests.hub_cache import pickled_copy
 from tests.tiny_models import tiny_model
 from tests.workers.stage_runs import context
+from workers import convert
 from workers.checkpoint import open_checkpoint
 from workers.convert import convert_once
 from workers.errors import InputError
@@ -69,6 +70,23 @@ def test_a_conversion_that_is_not_whole_is_made_again(tmp_path: Path, cache: Pat
     (file,) = cache.rglob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-8])
     assert torch.equal(logits(folder, tmp_path), want)
+
+
+def test_what_another_worker_converted_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first writer wins: its files may be in use."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    write, first = convert._write, []
+
+    def slower(pickled: list[Path], folder: Path) -> None:
+        write(pickled, folder)
+        if not first:
+            first.append(None)  # the other worker's own conversion comes here, too
+            first[0] = convert_once(pickled).files[0].stat().st_ino
+
+    monkeypatch.setattr(convert, "_write", slower)
+    (file,) = convert_once([tmp_path / "pytorch_model.bin"]).files
+    assert [file.stat().st_ino] == first
+    assert [p.name for p in file.parents[1].iterdir()] == [file.parent.name]
 
 
 def test_parts_of_one_memory_become_tensors_of_their_own(tmp_path: Path) -> None:

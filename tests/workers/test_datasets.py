@@ -261,6 +261,45 @@ def test_hub_data_set_out_of_reach_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
         load_documents(location, text(field="text"))
 
 
+def cached_data_set(cache: Path, commit: str) -> None:
+    """org/tiny at `commit` as the datasets library leaves it in its cache."""
+    import datasets
+
+    made = datasets.load_dataset("json", data_files=written(cache, '{"text": "a"}\n', "rows.jsonl").path, split="train")
+    source = Path(made.cache_files[0]["filename"]).parent
+    folder = cache / "org___tiny" / "default" / "0.0.0" / commit
+    folder.mkdir(parents=True)
+    (folder / "tiny-train.arrow").write_bytes((source / "json-train.arrow").read_bytes())
+    info = (source / "dataset_info.json").read_text().replace('"dataset_name": "json"', '"dataset_name": "tiny"')
+    (folder / "dataset_info.json").write_text(json.dumps({**json.loads(info), "config_name": "default"}))
+
+
+def test_a_cached_data_set_of_another_commit_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    here, other = "a" * 40, "b" * 40
+    cached_data_set(tmp_path, here)
+    options = {"config": None, "split": "train", "data_files": None}
+    assert load_documents(Location("hub_dataset", "org/tiny", here, options), text(field="text")) == ["a"]
+    with pytest.raises(InputError, match=f"commit {other} is asked for, the local cache holds {here}"):
+        load_documents(Location("hub_dataset", "org/tiny", other, options), text(field="text"))
+
+
+def test_rows_of_a_hub_data_set_without_text_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = written(tmp_path, '{"text": "a"}\n{"text": null}\n', "rows.jsonl").path
+    location = Location("hub_dataset", "json", None, {"config": None, "split": "train", "data_files": file})
+    with pytest.raises(InputError, match="row 2, has NoneType under 'text', expected text"):
+        load_documents(location, text(field="text"))
+    assert load_documents(location, text(field="text", documents=1)) == ["a"]
+
+
 @pytest.mark.parametrize("name", ["c4", "tinystories"])
 def test_calibration_and_task_of_one_file_share_no_document(name: str) -> None:
     parts = []

@@ -114,6 +114,13 @@ def test_logits_that_are_not_finite_name_their_window() -> None:
         perplexity.run(given_logits(logits), torch.zeros(4, 5, dtype=torch.long), 5)
 
 
+def test_a_loss_beyond_any_perplexity_is_a_numerical_error() -> None:
+    logits = torch.zeros(1, 5, 6)
+    logits[..., 1] = 800.0
+    with pytest.raises(NumericalError, match="the loss is 800 nats"):
+        perplexity.run(given_logits(logits), torch.zeros(1, 5, dtype=torch.long), 5)
+
+
 @cache
 def shipped() -> tuple[Any, Any]:
     """(model, tokenizer)."""

@@ -69,6 +69,17 @@ def test_holds_names_the_model_and_its_variants_and_another_model_clears_all() -
     assert residency.holds() == []
 
 
+def test_variants_alone_do_not_stay_beside_another_model() -> None:
+    residency = Residency(CountingBuilder())
+    context, other = bare_context(quantized_cache=2), ModelSpec("other")
+    residency.variant(context, M, Path("a"))
+    residency.unquantized(context, other)
+    assert residency.holds() == ["other"]
+    residency.variant(context, other, Path("b"))
+    residency.variant(context, M, Path("a"))
+    assert residency.holds() == ["a"]
+
+
 @pytest.mark.parametrize(("activation", "kv"), [(ActivationScheme(8), None), (None, KVScheme(4))])
 def test_runtime_parts_are_removed_even_when_the_evaluation_fails(activation: ActivationScheme | None, kv: KVScheme | None) -> None:
     residency = Residency(CountingBuilder())
@@ -95,3 +106,7 @@ def test_texts_are_tokenized_once(tmp_path: Path) -> None:
     assert residency.text(context, ModelSpec("model"), text) is first
     assert len(first.tokens) == 60 * 80
     assert json.dumps(sorted(context.seconds)) == '["tokenize"]'
+    # A text is read before its model is, and outlasts the other model that this one takes the place of.
+    residency.unquantized(context, ModelSpec("other"))
+    residency.variant(context, ModelSpec("model"), Path("a"))
+    assert residency.text(context, ModelSpec("model"), text) is first

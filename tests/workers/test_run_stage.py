@@ -27,7 +27,7 @@ from tests.workers.stage_runs import text_file
 from workers import residency, run_stage
 from workers.artifact import CorruptArtifactError
 from workers.context import Context
-from workers.errors import InputError, NumericalError, UnsupportedModel
+from workers.errors import InputError, NumericalError, Unreachable, UnsupportedModel
 from workers.failures import classify
 from workers.request import ErrorClass, Hints, Location, Outcome, Request, StageRequest
 from workers.specs import (
@@ -264,6 +264,14 @@ class SafetensorError(Exception):
     """Named as the library's."""
 
 
+class TransportError(Exception):
+    """Named as httpx's, which is no OSError."""
+
+
+class ReadTimeout(TransportError):
+    pass
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -271,6 +279,10 @@ class SafetensorError(Exception):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ErrorClass.MEMORY),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), ErrorClass.MEMORY),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), ErrorClass.MEMORY),
+        (RuntimeError("CUDA error: out of memory"), ErrorClass.MEMORY),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), ErrorClass.MEMORY),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ErrorClass.MEMORY),
+        (SafetensorError("I/O error: Cannot allocate memory (os error 12)"), ErrorClass.MEMORY),
         (OSError(errno.ENOSPC, "No space left on device"), ErrorClass.DISK_FULL),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ErrorClass.DISK_FULL),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), ErrorClass.DISK_FULL),
@@ -285,6 +297,8 @@ class SafetensorError(Exception):
         (OSError(errno.EIO, "Input/output error"), ErrorClass.INFRASTRUCTURE),
         (ConnectionResetError(), ErrorClass.INFRASTRUCTURE),
         (TimeoutError(), ErrorClass.INFRASTRUCTURE),
+        (ReadTimeout("the hub took too long"), ErrorClass.INFRASTRUCTURE),
+        (Unreachable("x"), ErrorClass.INFRASTRUCTURE),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), ErrorClass.INFRASTRUCTURE),
         (ValueError("x"), ErrorClass.INTERNAL),
         (RuntimeError("shapes differ"), ErrorClass.INTERNAL),

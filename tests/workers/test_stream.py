@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests import fake_hub
 from tests.tiny_models import EXPERTS, FAMILIES, build, tiny_model
 from tests.workers.stage_runs import context, tiny_context
-from workers.errors import InputError, NumericalError, UnsupportedModel
+from workers.checkpoint import locate
+from workers.errors import InputError, NumericalError, Unreachable, UnsupportedModel
 from workers.rebuild import load_model
 from workers.request import Location
 from workers.specs import ModelSpec
@@ -196,6 +199,26 @@ def test_a_hub_model_that_is_not_cached_offline_is_refused(tmp_path: Path, monke
     ctx.models = {"model": Location("hub_model", "bitgrid-tests/absent", "0" * 40)}
     with pytest.raises(InputError, match="not in the local hub cache"):
         load_model(ctx, MODEL)
+
+
+def test_a_hub_that_does_not_answer_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with socket.socket() as taken:  # bound and not listening: connections are refused
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(Unreachable, match=r"127\.0\.0\.1:\d+ does not answer \(ConnectError\)"):
+            locate(Location("hub_model", "bitgrid-tests/absent", "main"))
+
+
+def test_a_model_that_the_hub_does_not_have_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    with fake_hub.serve("org/other", tmp_path / "empty") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        with pytest.raises(InputError, match="cannot be fetched"):
+            locate(Location("hub_model", "bitgrid-tests/absent", "main"))
 
 
 def test_a_family_outside_the_table_is_refused(folder: Path) -> None:

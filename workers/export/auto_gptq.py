@@ -24,6 +24,8 @@ from workers.export.report import ExportError
 from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 from workers.families import linear_shapes
 
+FAMILIES = ("bloom", "falcon", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
+"""Those of ours that auto-gptq 0.7.1 knows; it refuses every other model_type."""
 MAX_EXPERTS = 8
 """auto-gptq lists the first eight experts of a Mixtral by name."""
 OLD_NAMES = {"mixtral": (".mlp.gate.", ".block_sparse_moe.gate."), "gpt_neox": ("lm_head.", "embed_out.")}
@@ -46,6 +48,9 @@ class Layout:
 
 def write(model: QuantizedModel, out: Path) -> list[str]:
     """Write the checkpoint into the existing empty folder `out`; returns notes. Raises ExportError with the reason."""
+    kind = model.config["model_type"]
+    if kind not in FAMILIES:
+        raise ExportError(f"auto-gptq 0.7.1 has no {kind} models, only {', '.join(FAMILIES)}; export to the format dense")
     _check_coverage(model)
     reason = unreadable_by_old(model.config)
     if reason is not None:

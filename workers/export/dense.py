@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from workers.export.model import as_half, open_model
+from workers.export.model import as_half, left_out, open_model
 from workers.export.transformers_files import copy_tokenizer, with_both_spellings
 from workers.recipe import Recipe
 
@@ -27,4 +27,4 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
     model.to(torch.float16).save_pretrained(out)
     config = with_both_spellings(opened.checkpoint.config, "float16")
     (out / "config.json").write_text(json.dumps(config, indent=2))
-    return len(recipe.replaced()), [*notes, *copy_tokenizer(model_folder, out)]
+    return len(recipe.replaced()), [*left_out(recipe), *notes, *copy_tokenizer(model_folder, out)]

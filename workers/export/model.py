@@ -68,10 +68,14 @@ def read_quantized(artifact: Path, model_folder: Path) -> QuantizedModel:
                 biases[path] = view.bias.detach().clone()
         others.update({n: p.detach().clone() for n, p in block.named_parameters(f"{blocks}{i}") if id(p) not in owned})
         opened.release(i)
-    notes = []
-    if any(op["input"] for op in recipe.replaced()):
-        notes.append("static activation ranges are left out: the checkpoint quantizes weights only")
-    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, tuple(notes))
+    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, tuple(left_out(recipe)))
+
+
+def left_out(recipe: Recipe) -> list[str]:
+    """What a checkpoint says nothing of."""
+    if any(step["op"] == "activation" for op in recipe.operations for step in op.get("input", ())):
+        return ["static activation ranges are left out: the checkpoint quantizes weights only"]
+    return []
 
 
 def as_half(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -57,8 +57,11 @@ def unreadable_by_old(config: Mapping[str, Any]) -> str | None:
 def with_both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`."""
     out = {**config, "dtype": dtype, "torch_dtype": dtype}
-    if config.get("model_type") == "gemma" and config.get("hidden_act"):
-        out["hidden_activation"] = config["hidden_act"]
+    if config.get("model_type") == "gemma":
+        # transformers 5 takes the "gelu" of the first published files for the tanh form that was meant, and that is its default; 4.44
+        # reads this key alone and takes it at its word.
+        named = config.get("hidden_act") or "gelu"
+        out["hidden_activation"] = "gelu_pytorch_tanh" if named == "gelu" else named
     rope = _rope(config)
     if not rope:
         return out

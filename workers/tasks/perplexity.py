@@ -8,11 +8,13 @@ token for the beginning does so once (Frantar et al., GPTQ, and the tables that 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from workers.errors import NumericalError
 from workers.tasks.base import Logits, Result, batches, check_finite, chunks, item_ids, log_probs, next_tokens, picked
 
 KIND = "perplexity"
@@ -20,6 +22,7 @@ VERSION = 1
 PRIMARY = "ppl"
 METRICS = {"ppl": False, "nll": False}
 """Metric ▸ whether higher is better."""
+MOST_NATS = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,11 @@ def run(logits: Logits, windows: Tensor, batch_tokens: int) -> Result:
         check_finite(mean, len(means))
         means += mean.tolist()
     nll = math.fsum(means) / count
+    if nll > MOST_NATS:
+        raise NumericalError(
+            f"the loss is {nll:.4g} nats a token, and no float holds its exponential: the model predicts nothing any more; more bits or "
+            "smaller groups help"
+        )
     return Result(
         columns={"id": item_ids(count), "n_tokens": [length - 1] * count, "weight": [float(length)] * count, "nll": means},
         scores={"ppl": math.exp(nll), "nll": nll},

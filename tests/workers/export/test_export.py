@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant.scheme import Granularity, WeightScheme
+from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
 from workers.export import ExportError, run
@@ -96,6 +96,22 @@ def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(model: Path, 
     with pytest.raises(ExportError, match=reason):
         run("auto_gptq", artifact, model, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_family_that_auto_gptq_does_not_know_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    build("rwkv", hidden_size=64, attention_hidden_size=64, intermediate_size=96).save_pretrained(folder)
+    artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
+    with pytest.raises(ExportError, match=r"no rwkv models, only bloom, .*export to the format dense"):
+        run("auto_gptq", artifact, folder, tmp_path / "out")
+    run("dense", artifact, folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("form", ["auto_gptq", "dense"])
+def test_static_ranges_that_are_left_out_are_noted(form: str, model: Path, tmp_path: Path) -> None:
+    spec = quantize_spec(weight=G16, activation=ActivationScheme(8, granularity=Granularity.TENSOR, dynamic=False))
+    artifact = quantized(context(model, tmp_path), tmp_path / "a", spec, {})[0]
+    assert "static activation ranges are left out" in " ".join(run(form, artifact, model, tmp_path / "out").notes)
 
 
 def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: Path, tmp_path: Path) -> None:

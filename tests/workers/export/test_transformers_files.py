@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GemmaConfig
 
 from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 
@@ -35,6 +35,13 @@ def test_gpt_neox_has_names_of_its_own() -> None:
     both = with_both_spellings(new, "float16")
     assert (both["rotary_emb_base"], both["rotary_pct"]) == (20000.0, 0.5)
     assert both["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("given", [{"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "relu"}, {}])
+def test_a_gemma_keeps_the_activation_that_new_transformers_gives_it(given: dict) -> None:
+    """4.44 reads `hidden_activation` as it stands; the "gelu" of the first published files means the tanh form."""
+    config = {"model_type": "gemma", "hidden_activation": "silu", **given}
+    assert with_both_spellings(config, "float16")["hidden_activation"] == GemmaConfig(**given).hidden_act
 
 
 def test_a_config_without_rope_keeps_none() -> None:
