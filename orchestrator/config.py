@@ -30,6 +30,8 @@ NOT_SWEPT = {
     "toolkits_dir": "the folder serves every toolkit of the sweep; sweep method.rounding.params.release=a,b instead",
     "sweep": "a sweep has one name and one set of rules; run the command once per named sweep",
     "site_statistics": "it adds a section to the report of the whole sweep and changes no result",
+    "measure": "it adds timings to the report of the whole sweep and changes no result",
+    "workload": "all variants of a sweep are timed alike, or their times cannot be compared",
     "hints": "hints change how stages run, never a result",
     "hydra": "Hydra's own settings hold for the whole sweep",
 }

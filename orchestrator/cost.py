@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from orchestrator.stage import Resources
 from workers.errors import WorkerError
 from workers.families import linear_shapes
-from workers.specs import CalibrateSpec, EvaluateSpec, MethodSpec, PrepareSpec, QuantizeSpec, Spec, StageKind
+from workers.specs import CalibrateSpec, EvaluateSpec, MeasureSpec, MethodSpec, PrepareSpec, QuantizeSpec, Spec, StageKind
 
 History = Mapping[tuple[str, str, str], float]
 """(kind, model digest, `what(spec)`) ▸ mean seconds of finished stages."""
@@ -35,6 +35,8 @@ CANDIDATES = 4
 """Widths of a sensitivity table, about."""
 STEPWISE = 3
 """Decoding a text step by step against one pass over it."""
+TIMED_RUNS = 20
+"""Of a measurement, about, with what it is checked against."""
 UNKNOWN = 4.0
 """Factor by which an estimate without history is easily wrong."""
 
@@ -73,6 +75,8 @@ def what(spec: Spec) -> str:
         return f"{spec.kind} {spec.params}"
     if isinstance(spec, QuantizeSpec):
         return " ".join(_method_name(rule.method) for rule in spec.rules)
+    if isinstance(spec, MeasureSpec):
+        return f"{spec.device} {spec.workload}"
     cache = f" kv {spec.kv.kind} {spec.kv.mode}" if spec.kv is not None else ""
     return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}{cache}"
 
@@ -86,6 +90,9 @@ def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
         kind, seconds, output = StageKind.PREPARE, _sensitivity_s(spec, size), 64 * len(size.linears)
     elif isinstance(spec, QuantizeSpec):
         kind, seconds, output = StageKind.QUANTIZE, _quantize_s(spec, size), _stored_bytes(spec, size)
+    elif isinstance(spec, MeasureSpec):
+        tokens = spec.workload.batch * (spec.workload.prompt + spec.workload.tokens)
+        kind, seconds, output = StageKind.MEASURE, _seconds(2 * size.parameters * tokens * TIMED_RUNS), 2**14
     else:
         tokens = _task_tokens(spec)
         steps = STEPWISE if spec.kv is not None and spec.kv.mode == "decode" else 1

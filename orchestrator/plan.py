@@ -5,6 +5,7 @@
 * One quantize stage per model, method, weight scheme (and whatever else the method declares it reads), whatever the number of
   tasks and run-time parts.
 * One calibrate stage more per model and calibration draw where the sweep wants site statistics for its report.
+* One measure stage per variant where the sweep times them, but for those that only a simulation runs.
 * One evaluate stage per variant and task; the unquantized model's, once per model and task, is the baseline.
 
 Cells that cannot work (a group size that does not divide, a family that is not known, a window longer than the model's positions) are
@@ -20,6 +21,7 @@ from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
+from orchestrator.measuring import measuring
 from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
@@ -28,12 +30,14 @@ from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
 from workers.families import linear_shapes
+from workers.positions import positions
 from workers.specs import (
     DTYPES,
     AutoBits,
     CalibrateSpec,
     CalibrationSpec,
     EvaluateSpec,
+    MeasureSpec,
     ModelSpec,
     PrepareSpec,
     QuantizeSpec,
@@ -61,6 +65,7 @@ class _Planner:
         self._estimate = estimate
         self._made: dict[Hashable, Any] = {}
         self._plan = Plan(grid, notes=list(grid.notes))
+        self._measuring = measuring(grid.settings)
         self._several = {axis: len({id(getattr(c, axis)) for c in grid.cells}) > 1 for axis in ("calibration", "replicate")}
 
     def plan(self) -> Plan:
@@ -74,6 +79,7 @@ class _Planner:
             if reason is None:
                 self._add(cell)
                 self._add_site_statistics(cell)
+                self._add_measurements(cell)
             else:
                 plan.skipped.append(Skip(cell, reason))
         if not plan.cells:
@@ -243,6 +249,30 @@ class _Planner:
         key = self._calibrate(cell, model, self._calibration(cell), parts.SITE_STATISTICS)
         if key not in self._plan.wanted:
             self._plan.wanted.append(key)
+
+    def _add_measurements(self, cell: Cell) -> None:
+        if self._measuring is None:
+            return
+        baseline = self._baseline(cell)
+        for variant in (baseline, self._variant(cell, baseline)):
+            self._once(("measure", variant.key), lambda v=variant: self._measure(cell, v))
+
+    def _measure(self, cell: Cell, variant: PlannedVariant) -> None:
+        assert self._measuring is not None
+        workload, device = self._measuring
+        (source, model), scheme = self._model(cell.model), self._scheme(cell.scheme)
+        limit, length = positions(source.config), workload.prompt + workload.tokens
+        if limit is not None and length > limit:
+            raise ConfigError(
+                f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {cell.model.name} "
+                f"has {limit}; lower one of them"
+            )
+        if not variant.is_baseline and (scheme.activation is not None or scheme.kv is not None):
+            variant.flags += ("not measured: no kernel here computes with activations or a cache in fewer bits",)
+            return
+        inputs = {"quantize": variant.quantize} if variant.quantize else {}
+        variant.measure = self._stage(StageKind.MEASURE, MeasureSpec(model, workload, device), inputs, f"measure {_label(variant)}")
+        self._plan.wanted.append(variant.measure)
 
     def _baseline(self, cell: Cell) -> PlannedVariant:
         def make() -> PlannedVariant:

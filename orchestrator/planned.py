@@ -34,6 +34,8 @@ class PlannedVariant:
     evaluations: dict[str, str]
     """Task ▸ key of the evaluate stage."""
     flags: tuple[str, ...] = ()
+    measure: str | None = None
+    """Key of the measure stage, where the sweep times its variants."""
 
     @property
     def is_baseline(self) -> bool:
@@ -92,6 +94,7 @@ class Plan:
                     "quantize": v.quantize,
                     "evaluations": v.evaluations,
                     "flags": list(v.flags),
+                    "measure": v.measure,
                 }
                 for v in self.variants.values()
             },

@@ -64,12 +64,14 @@ class VariantResult:
     quantize: StageResult | None
     evaluations: dict[str, StageResult]
     """Task name ▸ its evaluate stage. Payload items.parquet has one row per item, in a fixed order per task."""
+    measure: StageResult | None = None
+    """Speed and memory, where the sweep times its variants."""
     flags: tuple[str, ...] = ()
     """Such as: smoothing without activation quantization is idle."""
 
     @property
     def status(self) -> Status:
-        stages = [s for s in (self.quantize, *self.evaluations.values()) if s is not None]
+        stages = [s for s in (self.quantize, *self.evaluations.values(), self.measure) if s is not None]
         for status in (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.PENDING):
             if any(s.status is status for s in stages):
                 return status

@@ -40,6 +40,10 @@ class Assignment:
     """Key ▸ number of this attempt in this run, from 1."""
     adjustment: Adjustment
 
+    @property
+    def exclusive(self) -> bool:
+        return self.adjustment.exclusive or any(s.exclusive for s in self.stages)
+
 
 class Scheduler:
     """See the module. `changed` hears every transition; `clock` and `random` are for tests."""
@@ -62,7 +66,7 @@ class Scheduler:
         self._graph = Graph()
         self._ready = ReadyQueue()
         self._exclusive: list[str] = []
-        """Ready stages that must run alone: they wait until nothing else is ready or runs."""
+        """Ready stages that must run alone, what is timed or has used too much memory: they wait until nothing else is ready or runs."""
         self._backoff: list[tuple[float, str]] = []
         """Heap of (time, key)."""
         self._running: dict[str, Assignment] = {}
@@ -127,7 +131,7 @@ class Scheduler:
         """What to start now on the free slots; these stages are RUNNING from here on."""
         while self._backoff and self._backoff[0][0] <= self._clock():
             self._enqueue(self._graph.nodes[heapq.heappop(self._backoff)[1]])
-        if any(a.adjustment.exclusive for a in self._running.values()):
+        if any(a.exclusive for a in self._running.values()):
             return []
         free = set(self.slots) - {a.slot for a in self._running.values()}
         started = []
@@ -285,7 +289,7 @@ class Scheduler:
         self._unqueue(node)
         if node.missing or node.status is not Status.PENDING:
             return
-        if node.tries.adjustment.exclusive:
+        if node.stage.exclusive or node.tries.adjustment.exclusive:
             self._exclusive.append(node.stage.key)
         else:
             self._ready.add(node.stage, node.rank_s, node.order)

@@ -51,6 +51,11 @@ class Stage:
         return self.spec.model.digest
 
     @property
+    def exclusive(self) -> bool:
+        """Whether nothing else may run beside it: what it times would be wrong."""
+        return self.kind is StageKind.MEASURE
+
+    @property
     def affinity(self) -> tuple[str, ...]:
         """What a worker that already holds it runs this stage faster, best first: the quantized variant, then the model."""
         variant = self.inputs.get("quantize")

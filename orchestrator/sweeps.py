@@ -103,6 +103,7 @@ def load_sweep(store: Store, key: str) -> SweepResult:
             baseline_key=v["baseline"],
             quantize=stages[v["quantize"]] if v["quantize"] else None,
             evaluations={task: stages[s] for task, s in v["evaluations"].items()},
+            measure=stages[v["measure"]] if v.get("measure") else None,
             flags=tuple(v["flags"]),
         )
         for k, v in plan["variants"].items()

@@ -14,7 +14,7 @@ from orchestrator.tracked_runs import SWEEP_RUN, RunDescription
 
 CONTENT, FILES, REPLACED = "bitgrid.content", "bitgrid.artifacts", "bitgrid.replaced"
 PARENT = "mlflow.parentRunId"
-OWN_METRICS = ("eval/", "delta/", "size/", "time/", "err/", "mem/", "layer/", "progress/")
+OWN_METRICS = ("eval/", "delta/", "size/", "time/", "err/", "mem/", "layer/", "perf/", "progress/")
 PROGRESS = "progress/"
 OWN_PARAMS = ("model.", "quant.", "calibration.", "replicate")
 

@@ -49,6 +49,16 @@ QUANTIZE_FACTS = {
     "output_error": "err/output_error",
 }
 """Name in the summary of a stage ▸ metric."""
+MEASURE_FACTS = {
+    "decode_tokens_per_s": "perf/decode_tok_s",
+    "decode_p50_s": "perf/decode_p50_s",
+    "decode_p95_s": "perf/decode_p95_s",
+    "prefill_tokens_per_s": "perf/prefill_tok_s",
+    "prefill_p50_s": "perf/prefill_p50_s",
+    "prefill_p95_s": "perf/prefill_p95_s",
+    "weights_bytes": "mem/weights_bytes",
+    "peak_memory_bytes": "mem/measure_peak_bytes",
+}
 LAYER_COLUMNS = ("weight_error", "output_error")
 
 
@@ -82,6 +92,8 @@ def variant_points(
         points += _cache_points(first)
         if variant.quantize is None:
             points += _facts(first, SIZES)
+    if variant.measure is not None:
+        points += _facts(variant.measure, MEASURE_FACTS)
     for task, stage in variant.evaluations.items():
         if stage.record is None:
             continue

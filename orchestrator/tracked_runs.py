@@ -200,6 +200,8 @@ def _roles(variant: VariantResult) -> Iterable[tuple[str, StageResult]]:
         yield "quantize", variant.quantize
     for task in sorted(variant.evaluations):
         yield f"evaluate.{task}", variant.evaluations[task]
+    if variant.measure is not None:
+        yield "measure", variant.measure
 
 
 def _stages(variant: VariantResult) -> list[StageResult]:

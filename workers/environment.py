@@ -29,10 +29,10 @@ def _fixed(device: str) -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "hostname": socket.gethostname(),
         "kernel": platform.release(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "device": device,
-        "device_name": _cpu_model(),
+        "device_name": cpu_model(),
     }
     if device.startswith("cuda"):
         found["device_name"] = torch.cuda.get_device_name(device)
@@ -47,7 +47,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """Name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -26,7 +26,7 @@ from workers.artifact import PAYLOAD
 from workers.failures import failure
 from workers.process import fixed_state, formatted, logged, pick_device, tail
 from workers.request import ErrorClass, Outcome, Request, StageRequest
-from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
+from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, MeasureSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
 
 if TYPE_CHECKING:
     from workers.context import Context
@@ -45,6 +45,7 @@ class Runners:
     quantize: Callable[[QuantizeSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
     evaluate: Callable[[EvaluateSpec, Mapping[str, Path], Path, Context, Residency], dict[str, Any]]
     prepare: Callable[[PrepareSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
+    measure: Callable[[MeasureSpec, Mapping[str, Path], Path, Context, Residency], dict[str, Any]]
 
 
 def _calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
@@ -71,7 +72,13 @@ def _prepare(spec: PrepareSpec, inputs: Mapping[str, Path], payload: Path, conte
     return run_prepare(spec, inputs, payload, context)
 
 
-RUNNERS = Runners(_calibrate, _quantize, _evaluate, _prepare)
+def _measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
+    from workers.measure import run_measure
+
+    return run_measure(spec, inputs, payload, context, residency)
+
+
+RUNNERS = Runners(_calibrate, _quantize, _evaluate, _prepare, _measure)
 
 
 def run_request(
@@ -155,10 +162,13 @@ def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> 
         payload.mkdir(exist_ok=True)
     stage, spec = group[0], specs[group[0].key]
     inputs = {role: Path(i.path) for role, i in stage.inputs.items()}
-    if isinstance(spec, EvaluateSpec):
+    if isinstance(spec, (EvaluateSpec, MeasureSpec)):
         from workers.residency import process_residency
 
-        return {stage.key: runners.evaluate(spec, inputs, payloads[stage.key], context, process_residency())}
+        residency = process_residency()
+        if isinstance(spec, EvaluateSpec):
+            return {stage.key: runners.evaluate(spec, inputs, payloads[stage.key], context, residency)}
+        return {stage.key: runners.measure(spec, inputs, payloads[stage.key], context, residency)}
     if isinstance(spec, QuantizeSpec):
         return {stage.key: runners.quantize(spec, inputs, payloads[stage.key], context)}
     if isinstance(spec, PrepareSpec):

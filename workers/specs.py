@@ -33,6 +33,7 @@ class StageKind(str, Enum):
     PREPARE = "prepare"
     QUANTIZE = "quantize"
     EVALUATE = "evaluate"
+    MEASURE = "measure"
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,41 @@ class EvaluateSpec:
     kv: KVScheme | None = None
 
 
-Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec
-SPEC_TYPES: dict[StageKind, type[CalibrateSpec] | type[PrepareSpec] | type[QuantizeSpec] | type[EvaluateSpec]] = {
+@dataclass(frozen=True)
+class Workload:
+    """What is timed: a prompt that fills the cache, then tokens decoded one at a time."""
+
+    batch: int = 1
+    """Sequences at once."""
+    prompt: int = 128
+    """Tokens of each before the first one is decoded."""
+    tokens: int = 32
+    """Decoded of each."""
+    backend: str = "auto"
+    """Kernel of packed linears: auto, dense (weights dequantized once) or a name of `quant.kernels.TABLE["wq_gemv"]`."""
+    threads: int | None = None
+    """Of a CPU; None: as the worker has."""
+
+
+@dataclass(frozen=True)
+class MeasureSpec:
+    """Speed and memory of a variant on one kind of device: the unquantized model unless the input `quantize` is given."""
+
+    model: ModelSpec
+    workload: Workload
+    device: str
+    """Name that the device must have."""
+
+
+Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec | MeasureSpec
+SPEC_TYPES: dict[
+    StageKind, type[CalibrateSpec] | type[PrepareSpec] | type[QuantizeSpec] | type[EvaluateSpec] | type[MeasureSpec]
+] = {
     StageKind.CALIBRATE: CalibrateSpec,
     StageKind.PREPARE: PrepareSpec,
     StageKind.QUANTIZE: QuantizeSpec,
     StageKind.EVALUATE: EvaluateSpec,
+    StageKind.MEASURE: MeasureSpec,
 }
 
 

@@ -14,6 +14,7 @@ from orchestrator.report.markup import Markup, join, tag
 from orchestrator.report.overview import ModelTable, model_tables
 from orchestrator.report.plot import Figure
 from orchestrator.report.sites import site_section
+from orchestrator.report.speed import speed_section
 from orchestrator.report.tables import Row, long_table, write_csv, write_parquet
 from orchestrator.results import SweepResult
 
@@ -62,7 +63,7 @@ def render_page(result: SweepResult, rows: tuple[Row, ...]) -> str:
     colours = draw.method_colours(models)
     for i, model in enumerate(models):
         parts.append(sections.model_section(model, i, *_figures(model, colours, i)))
-        parts.append(site_section(result, model, i))
+        parts += [speed_section(model), site_section(result, model, i)]
     if not models:
         parts.append(tag("p", "No variant was planned; see the reasons below."))
     parts += [sections.troubles(result), sections.cost_section(result), sections.provenance(result)]

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from orchestrator.report import numbers
 from orchestrator.report.overview import Line, ModelTable, counts, failures, model_tables, resampled, skips, state_word
+from orchestrator.report.speed import speed_table
 from orchestrator.report.tables import Row, long_table
 from orchestrator.results import SweepResult, TaskInfo
 
@@ -28,6 +29,9 @@ def print_table(result: SweepResult, console: Console) -> None:
     for table in tables:
         for part in _parts(table, console.width):
             console.print(part)
+        speed = speed_table(table)
+        if speed is not None:
+            console.print(speed)
     _print_legend(result, rows, tables, console)
     _print_troubles(result, rows, console)
 

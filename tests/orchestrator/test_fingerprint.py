@@ -19,6 +19,7 @@ from workers.specs import (
     CalibrationSpec,
     Component,
     EvaluateSpec,
+    MeasureSpec,
     MethodSpec,
     ModelSpec,
     QuantizeSpec,
@@ -27,6 +28,7 @@ from workers.specs import (
     StageKind,
     TaskSpec,
     TextSpec,
+    Workload,
     freeze,
     from_json,
     to_json,
@@ -59,6 +61,7 @@ EXAMPLES: dict[str, tuple[StageKind, Spec, dict[str, str]]] = {
         EvaluateSpec(MODEL, TaskSpec("perplexity", 1, TEXT, freeze({"window": 512})), kv=KVScheme(4, group_size=32)),
         {"quantize": "k2"},
     ),
+    "measure": (StageKind.MEASURE, MeasureSpec(MODEL, Workload(batch=4), "NVIDIA H200"), {"quantize": "k2"}),
 }
 
 

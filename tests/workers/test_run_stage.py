@@ -65,7 +65,7 @@ class FakeRunners:
     act: Callable[[], Any] = lambda: None
 
     def runners(self) -> run_stage.Runners:
-        return run_stage.Runners(self._calibrate, self._quantize, self._evaluate, self._quantize)
+        return run_stage.Runners(self._calibrate, self._quantize, self._evaluate, self._quantize, self._evaluate)
 
     def _calibrate(self, stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
         self.calls.append(sorted(stages))

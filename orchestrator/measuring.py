@@ -1,0 +1,57 @@
+"""What `measure=true` asks for: the workload of measure stages and the device they run on, which is part of their identity."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from orchestrator.errors import ConfigError
+from workers.environment import cpu_model
+from workers.specs import Workload
+
+LEAST = {"batch": 1, "prompt": 1, "tokens": 1, "threads": 1}
+ELSEWHERE = "ray_existing"
+
+
+class Measuring(NamedTuple):
+    workload: Workload
+    device: str
+
+
+def measuring(settings: Mapping[str, Any]) -> Measuring | None:
+    """None where the sweep times nothing. Raises ConfigError for a workload that no worker could run."""
+    if not settings.get("measure"):
+        return None
+    given = dict(settings["workload"])
+    for name, least in LEAST.items():
+        value = given[name]
+        if value is None and name == "threads":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"workload.{name}={value!r}; give a whole number from {least}")
+    device = str(given.pop("device"))
+    if device == "auto":
+        if settings["cluster"]["kind"] == ELSEWHERE:
+            raise ConfigError(
+                "workload.device=auto is the device of this machine, and the stages run on another cluster; give the name its workers "
+                "report, as in workload.device='NVIDIA H200'"
+            )
+        wanted = str((settings.get("hints") or {}).get("device", "auto"))
+        gpu = None if wanted == "cpu" else gpu_name(int(wanted.partition(":")[2] or 0))
+        device = gpu or cpu_model()
+        if gpu is None and given["threads"] is None:
+            given["threads"] = os.cpu_count()
+    return Measuring(Workload(**given), device)
+
+
+def gpu_name(index: int) -> str | None:
+    """Of this machine's GPU, as torch names it; None without one. The driver imports no torch."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    command = [program, f"--id={index}", "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -1,0 +1,126 @@
+"""`measure=true`: one stage more per variant and no other change, alone on its device, in the report and among the metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import ConfigError
+from orchestrator.grid import compose_grid
+from orchestrator.measuring import measuring
+from orchestrator.plan import build_plan
+from orchestrator.planned import Plan
+from orchestrator.report.overview import model_tables
+from orchestrator.report.speed import speeds
+from orchestrator.report.tables import long_table
+from orchestrator.sources import Sources
+from orchestrator.stage import Stage
+from orchestrator.tracked_metrics import variant_points
+from tests.orchestrator import synthetic
+from tests.orchestrator.sweeping import committed, sweep
+from tests.orchestrator.test_report import Page, without_plotly
+from tests.orchestrator.virtual_time import OK, evaluate, plan, run
+from tests.tiny_models import tiny_model
+from workers.environment import cpu_model
+from workers.specs import MeasureSpec, ModelSpec, StageKind, Workload
+
+ON = ("measure=true", "workload.threads=1", "workload.device=A100")
+REAL = ("measure=true", "workload.threads=1", "workload.prompt=4", "workload.tokens=2", "hints.device=cpu")
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path):
+    def make(*overrides: str) -> Plan:
+        grid = compose_grid(["task=self_perplexity", *overrides], multirun=True)
+        return build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
+
+    return make
+
+
+def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
+    grid = ("method=rtn", "scheme=w4a16_g64,w3a16_g64,w8a8", "task=self_perplexity,self_divergence")
+    old, new = plan_of(*grid), plan_of(*grid, *ON)
+    assert [k for k in new.stages if k not in new.wanted] == list(old.stages)
+    assert new.key == old.key
+    assert [new.stages[k].label for k in new.wanted] == [
+        "measure wikitext_llama unquantized",
+        "measure wikitext_llama rtn w4a16_g64",
+        "measure wikitext_llama rtn w3a16_g64",
+    ]
+    flagged = [v.label for v in new.variants.values() if any("not measured" in f for f in v.flags)]
+    assert flagged == ["wikitext_llama · rtn · w8a8"]
+    spec = new.stages[new.wanted[1]].spec
+    assert isinstance(spec, MeasureSpec)
+    assert (spec.device, spec.workload) == ("A100", Workload(threads=1))
+    assert new.stages[new.wanted[1]].inputs == {"quantize": next(v.quantize for v in new.variants.values() if v.label.endswith("w4a16_g64"))}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("workload.tokens=0",), "workload.tokens=0; give a whole number from 1"),
+        (("workload.prompt=2040",), "make 2072 positions, and wikitext_llama has 2048"),
+        (("cluster=ray_existing", "workload.device=auto"), "give the name its workers report"),
+        (("workload.promt=1",), "prompt"),
+    ],
+)
+def test_a_workload_that_cannot_run_is_refused_on_the_driver(plan_of: Any, more: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan_of("method=rtn", "scheme=w4a16_g64", *ON, *more)
+
+
+def test_it_belongs_to_the_sweep() -> None:
+    with pytest.raises(ConfigError, match="measure cannot be swept: it adds timings"):
+        compose_grid(["measure=true,false"], multirun=True)
+    with pytest.raises(ConfigError, match="workload.batch cannot be swept|workload cannot be swept"):
+        compose_grid(["workload.batch=1,2"], multirun=True)
+
+
+def test_the_device_is_this_machines(plan_of: Any) -> None:
+    grid = compose_grid(["measure=true", "hints.device=cpu"], multirun=True)
+    found = measuring(grid.settings)
+    assert found is not None
+    assert found.device == cpu_model()
+    assert found.workload.threads is not None
+    assert measuring(compose_grid([], multirun=True).settings) is None
+
+
+def test_a_measure_stage_runs_alone() -> None:
+    spec = MeasureSpec(ModelSpec("m"), Workload(), "cpu")
+    timed = {k: Stage(k, StageKind.MEASURE, spec, f"measure {k}") for k in ("m1", "m2")}
+    statuses, _, executor = run(timed | plan(*(evaluate(f"e{i}") for i in range(8))), lambda key, attempt: None)
+    assert set(statuses.values()) == {OK}
+    starts = {k: t for t, k, _ in executor.starts}
+    for key in timed:
+        assert all(abs(t - starts[key]) >= 1 for k, t in starts.items() if k != key)
+
+
+def test_a_sweep_is_measured_and_told(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    line = (f"model.path={tiny_model('llama')}", "method=rtn", "scheme=w4a16_channel", "task.params.window=64")
+    assert sweep(store, *line).exit_code == 0
+    before = committed(store)
+    done = sweep(store, *line, *REAL)
+    assert done.exit_code == 0
+    after = committed(store)
+    assert {k: after[k] for k in before} == before
+    assert Counter(s.kind for s in done.result.stages.values()) == {"evaluate": 2, "quantize": 1, "measure": 2}
+    page = Page(without_plotly(done.report.read_text(encoding="utf-8")))
+    text = " ".join(page.text)
+    assert "Speed and memory" in text
+    assert "1 thread; 1 sequence, prompt of 4 tokens, 2 decoded" in text
+    variant = next(v for v in done.result.variants if not v.is_baseline)
+    assert variant.measure is not None
+    points = {p.name: p.value for p in variant_points(variant, None, {}, lambda *_: pytest.fail("no delta is asked for"))[0]}
+    assert points["perf/decode_tok_s"] == variant.measure.summary["decode_tokens_per_s"]
+    assert points["mem/weights_bytes"] < variant.measure.summary["peak_memory_bytes"]
+    assert sweep(store, *line, *REAL).exit_code == 0
+    assert committed(store) == after, "measured once"
+
+
+def test_variants_without_a_measurement_have_no_table(tmp_path: Path) -> None:
+    result = synthetic.sweep(tmp_path)
+    assert all(speeds(m) == [] for m in model_tables(result, long_table(result)))

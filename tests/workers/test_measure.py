@@ -1,0 +1,98 @@
+"""The measure stage on tiny models: packed weights give the simulated logits, times are summed up as they were taken, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import binom
+
+from quant.scheme import Granularity, WeightScheme
+from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
+from workers import families
+from workers.context import Context
+from workers.environment import cpu_model
+from workers.errors import InputError, NumericalError
+from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
+from workers.rebuild import rebuild
+from workers.residency import Residency
+from workers.specs import MeasureSpec, ModelSpec, Workload
+
+SMALL = Workload(batch=2, prompt=6, tokens=3, threads=1)
+W4G32 = WeightScheme(4, granularity=Granularity.GROUP, group_size=32)
+
+
+def measured(context: Context, folder: Path, artifact: Path | None, device: str | None = None, **workload: Any) -> dict[str, Any]:
+    (folder / "payload").mkdir(parents=True)
+    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model())
+    return run_measure(spec, {"quantize": artifact} if artifact else {}, folder / "payload", context, Residency())
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_mha", "opt"])
+def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_path: Path) -> None:
+    context = tiny_context(family, tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=W4G32), {})
+    base = measured(context, tmp_path / "base", None)
+    found = measured(context, tmp_path / "packed", artifact)
+    linears = len(families.linear_shapes(rebuild(context, ModelSpec("model"), artifact).config.to_dict()))
+    assert sum(found["backends"].values()) == linears
+    assert "dense" not in found["backends"]
+    assert found["check_error"] <= TOLERANCE["float32"]
+    assert 0 < found["packed_bytes"] < found["weights_bytes"] < base["weights_bytes"]
+    assert (base["backends"], base["packed_bytes"], base["check_error"]) == ({}, 0, None)
+    assert found["threads"] == 1
+
+
+def test_every_time_is_kept_and_summed_up(tmp_path: Path) -> None:
+    found = measured(tiny_context("llama", tmp_path), tmp_path / "m", None)
+    times = json.loads((tmp_path / "m" / "payload" / "times.json").read_text())
+    steps = torch.tensor(times["decode"], dtype=torch.float64)
+    assert steps.shape == (found["runs"], SMALL.tokens)
+    assert found["runs"] >= FEWEST
+    assert found["decode_p50_s"] == pytest.approx(steps.quantile(0.5).item())
+    assert found["prefill_p95_s"] == pytest.approx(torch.tensor(times["prefill"], dtype=torch.float64).quantile(0.95).item())
+    assert found["decode_tokens_per_s"] == pytest.approx(SMALL.batch / found["decode_p50_s"])
+    assert found["decode_low_s"] <= steps.median(1).values.median().item() <= found["decode_high_s"]
+
+
+def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    statistics = calibrated(context, tmp_path / "s", "hessian")
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("claq"), {"hessian": statistics["hessian"]})
+    found = measured(context, tmp_path / "m", artifact)
+    assert list(found["backends"]) == ["dense"]
+    assert any("ran dense: the stored format codebook has no packed product" in n for n in context.notes)
+
+
+def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    five, _ = quantized(context, tmp_path / "five", quantize_spec(weight=WeightScheme(5)), {})
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=W4G32), {})
+    assert list(measured(context, tmp_path / "d", artifact, backend="dense")["backends"]) == ["dense"]
+    assert list(measured(context, tmp_path / "r", artifact, backend="reference")["backends"]) == ["reference"]
+    with pytest.raises(InputError, match="workload.backend=cpu does not take .*; use auto, which leaves it dense"):
+        measured(context, tmp_path / "m", five, backend="cpu")
+
+
+def test_another_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"this worker's device is .*, the measurement is of 'NVIDIA H200'"):
+        measured(tiny_context("llama", tmp_path), tmp_path / "m", None, device="NVIDIA H200")
+
+
+def test_logits_that_depart_are_no_measurement() -> None:
+    logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0))
+    assert _check(logits, logits, "float32") == 0
+    for wrong in (logits * (1 + 2 * TOLERANCE["float32"]), logits * float("nan")):
+        with pytest.raises(NumericalError, match="logits with packed weights differ"):
+            _check(wrong, logits, "float32")
+
+
+@pytest.mark.parametrize("count", range(FEWEST, 101))
+def test_the_interval_covers_a_median_95_times_in_100(count: int) -> None:
+    low, high = interval([float(i) for i in range(count)])
+    # The median lies between the order statistics low and high: at least low + 1 and at most `high` of `count` values are below it.
+    assert binom.cdf(high, count, 0.5) - binom.cdf(low, count, 0.5) >= 0.95
