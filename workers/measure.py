@@ -205,4 +205,3 @@ def _memory(model: nn.Module, packed: Packed | None) -> dict[str, int]:
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     read = 0 if packed is None else packed.bytes
     return {"weights_bytes": own + read, "packed_bytes": read}
-

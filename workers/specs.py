@@ -197,9 +197,7 @@ class MeasureSpec:
 
 
 Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec | MeasureSpec
-SPEC_TYPES: dict[
-    StageKind, type[CalibrateSpec] | type[PrepareSpec] | type[QuantizeSpec] | type[EvaluateSpec] | type[MeasureSpec]
-] = {
+SPEC_TYPES: dict[StageKind, type[CalibrateSpec] | type[PrepareSpec] | type[QuantizeSpec] | type[EvaluateSpec] | type[MeasureSpec]] = {
     StageKind.CALIBRATE: CalibrateSpec,
     StageKind.PREPARE: PrepareSpec,
     StageKind.QUANTIZE: QuantizeSpec,

@@ -55,7 +55,9 @@ def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
     spec = new.stages[new.wanted[1]].spec
     assert isinstance(spec, MeasureSpec)
     assert (spec.device, spec.workload) == ("A100", Workload(threads=1))
-    assert new.stages[new.wanted[1]].inputs == {"quantize": next(v.quantize for v in new.variants.values() if v.label.endswith("w4a16_g64"))}
+    assert new.stages[new.wanted[1]].inputs == {
+        "quantize": next(v.quantize for v in new.variants.values() if v.label.endswith("w4a16_g64"))
+    }
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=W4G32), {})
     assert list(measured(context, tmp_path / "d", artifact, backend="dense")["backends"]) == ["dense"]
     assert list(measured(context, tmp_path / "r", artifact, backend="reference")["backends"]) == ["reference"]
-    with pytest.raises(InputError, match="workload.backend=cpu does not take .*; use auto, which leaves it dense"):
+    with pytest.raises(InputError, match=r"workload.backend=cpu does not take .*; use auto, which leaves it dense"):
         measured(context, tmp_path / "m", five, backend="cpu")
 
 
