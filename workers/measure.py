@@ -176,10 +176,13 @@ def _tight(runs: Sequence[Sequence[float]]) -> bool:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """At least 95 %, of the median: order statistics by the binomial distribution's normal approximation (Conover 1999, section 3.2)."""
+    """At least 95 %, of the median: the innermost pair of order statistics that covers it (binomial distribution of how many values lie
+    below it; Conover 1999, section 3.2). From 6 values on."""
     ranked, n = sorted(values), len(values)
-    reach = 1.96 * math.sqrt(n) / 2
-    return ranked[max(0, math.floor(n / 2 - reach))], ranked[min(n - 1, math.ceil(n / 2 + reach))]
+    rank, below = -1, 0
+    while (more := below + math.comb(n, rank + 1)) <= 0.025 * 2**n:
+        rank, below = rank + 1, more
+    return ranked[max(rank, 0)], ranked[n - 1 - max(rank, 0)]
 
 
 def _half_width(values: Sequence[float]) -> float:
