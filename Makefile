@@ -44,6 +44,7 @@ bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure b
 	@$(BIN)/python bench/compose.py
 	@$(BIN)/python bench/kmeans.py
 	@$(BIN)/python bench/gptq_block.py
+	@$(BIN)/python bench/wq_gemv.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
 
 $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)

@@ -23,6 +23,10 @@ TABLE: dict[str, dict[str, str]] = {
         "torch": "quant.kernels.kmeans_columns.batched",
         "reference": "quant.kernels.kmeans_columns.reference",
     },
+    "wq_gemv": {
+        "cpu": "quant.kernels.wq_gemv.cpu",
+        "reference": "quant.kernels.wq_gemv.reference",
+    },
 }
 """Operation ▸ backend ▸ module, the fastest first."""
 

@@ -1,0 +1,138 @@
+"""Products with packed weights beside torch's on 2 threads: right first, then the least of some times, with no weight left in a cache.
+
+python bench/wq_gemv.py [--out FILE]
+
+Ends with 1 where a product is wrong, or where that of 2 or 3 bits and one row is less than 1.5 times as fast as torch's of a dense bfloat16
+weight. What a peer is given is what it is fastest with: ATen's int4 and int8 kernels multiply bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quant.affine import ZeroKind  # noqa: E402
+from quant.kernels import kernel  # noqa: E402
+from quant.kernels.wq_gemv import prepare  # noqa: E402
+from quant.tensors.affine import AffineTensor  # noqa: E402
+
+SHAPES = ((4096, 11008), (11008, 4096))
+"""(N, K)."""
+GROUP, COLD, TIMES, GOAL = 128, 64e6, 30, 1.5
+"""Columns; bytes that are read before a weight's turn comes again; times as fast as bfloat16."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    given = parser.parse_args()
+    torch.set_num_threads(2)
+    chosen = kernel("wq_gemv")
+    print(f"backend {chosen.backend}, 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}", *chosen.notes, sep="\n")
+    rows, good = [], True
+    for n, k in SHAPES:
+        dense = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
+        for m in (1, 4):
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+            half = x.bfloat16()
+            peers = {"float32": least(dense, partial(linear, x)), "bfloat16": least(dense.bfloat16(), partial(linear, half))}
+            print(f"{n} x {k}, M={m}: " + ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in peers.items()), flush=True)
+            for bits in (2, 3, 4, 8):
+                tensor = affine(n, k, bits)
+                packed = prepare(tensor)
+                error, allowed = errors(x, tensor, chosen.run.wq_gemv(x, packed))
+                ours, ours_half = (least(packed, partial(multiply, chosen.run.wq_gemv, v)) for v in (x, half))
+                beside = aten(half, tensor) if bits in (4, 8) else {}
+                ratio = peers["bfloat16"] / ours_half
+                row: dict[str, Any] = {"n": n, "k": k, "m": m, "bits": bits, "megabytes": packed.bytes / 1e6}
+                row |= {"error": error, "allowed": allowed}
+                row |= {"ours_s": ours, "ours_bfloat16_s": ours_half, "times_bfloat16": ratio, "peers_s": peers | beside}
+                rows.append(row)
+                good &= error <= allowed and (ratio >= GOAL or bits > 3 or m > 1)
+                line = f"  {bits} bits: {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), {packed.bytes / ours / 1e9:.1f} GB/s, "
+                line += f"error {error:.1e} (allowed {allowed:.1e}), {ratio:.1f} times bfloat16"
+                line += f" (goal {GOAL})" if bits < 4 and m == 1 else ""
+                print(line + "".join(f", {name} {1e3 * seconds:.2f}" for name, seconds in beside.items()), flush=True)
+    if given.out:
+        made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "group": GROUP, "backend": chosen.backend}
+        given.out.write_text(json.dumps(made | {"rows": rows}, indent=1) + "\n")
+    return 0 if good else 1
+
+
+def affine(n: int, k: int, bits: int) -> AffineTensor:
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
+    scale = ((torch.rand(n, k // GROUP, generator=g) + 0.5) / 2**bits).half()
+    return AffineTensor(codes, scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8), bits, ZeroKind.CODE)
+
+
+def errors(x: Tensor, tensor: AffineTensor, ours: Tensor) -> tuple[float, float]:
+    """Relative to the product in float64, where (code - zero) · scale is exact: of ours; and twice that of torch's in float32, or half an
+    ulp of all terms' magnitudes."""
+    weight = tensor.dequantize()
+    want = x.double() @ weight.double().T
+    allowed = 2 * (linear(x, weight).double() - want).norm() + 2.0**-24 * linear(x.abs(), weight.abs()).double().norm()
+    return float((ours.double() - want).norm() / want.norm()), float(allowed / want.norm())
+
+
+def least(weight: Any, work: Callable[[Any], object]) -> float:
+    """Seconds; with as many copies of the weight in turn as keep each out of the caches."""
+    one = weight if isinstance(weight, tuple) else (weight,)
+    size = sum(w.bytes if hasattr(w, "bytes") else w.numel() * w.element_size() for w in one)
+    copies = [weight, *(copied(weight) for _ in range(int(COLD / size)))]
+    best = float("inf")
+    for i in range(TIMES):
+        start = time.perf_counter()
+        work(copies[i % len(copies)])
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def copied(weight: Any) -> Any:
+    """In memory of its own."""
+    if isinstance(weight, tuple):
+        return tuple(copied(w) for w in weight)
+    if isinstance(weight, Tensor):
+        return weight.clone()
+    return type(weight)(weight.words.clone(), weight.ranges.clone(), weight.input_scale, weight.shape, weight.bits)
+
+
+def multiply(run: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any) -> Tensor:
+    return run(x, packed)
+
+
+def aten(x: Tensor, tensor: AffineTensor) -> dict[str, float]:
+    """Seconds of ATen's kernels for 4 and 8 bits, where this torch has them for this machine; the codes are the same."""
+    n, _ = tensor.shape
+    try:
+        if tensor.bits == 4:
+            codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(tensor.codes.int(), 1)
+            ranges = torch.stack([tensor.scale.T, torch.zeros_like(tensor.scale.T)], dim=2).bfloat16().contiguous()
+
+            def int4(w: tuple[Tensor, Tensor]) -> Tensor:
+                return torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])
+
+            return {"ATen int4": least((codes, ranges), int4)}
+        codes = (tensor.codes.int() - 128).to(torch.int8)
+        scales = torch.ones(n, dtype=torch.bfloat16)
+        return {"ATen int8, one scale per row": least((codes, scales), lambda w: torch.ops.aten._weight_int8pack_mm(x, *w))}
+    except (AttributeError, RuntimeError) as e:
+        print(f"  ATen's kernel for {tensor.bits} bits does not run here: {str(e).splitlines()[0]}")
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
