@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from orchestrator.errors import ConfigError
-from workers.environment import cpu_model
+from workers.machine import cpu_model
 from workers.specs import Workload
 
 LEAST = {"batch": 1, "prompt": 1, "tokens": 1, "threads": 1}

@@ -15,6 +15,7 @@ skipped with their reason, or refused when nothing else was asked for. Nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from orchestrator import impossible, parts
@@ -255,7 +256,7 @@ class _Planner:
             return
         baseline = self._baseline(cell)
         for variant in (baseline, self._variant(cell, baseline)):
-            self._once(("measure", variant.key), lambda v=variant: self._measure(cell, v))
+            self._once(("measure", variant.key), partial(self._measure, cell, variant))
 
     def _measure(self, cell: Cell, variant: PlannedVariant) -> None:
         assert self._measuring is not None

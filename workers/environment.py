@@ -7,8 +7,9 @@ import platform
 import socket
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from workers.machine import cpu_model
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "triton", "hqq", "llmcompressor", "compressed-tensors", "auto-round")
 
@@ -45,13 +46,3 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cpu_model() -> str:
-    """Name of this machine's processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -17,8 +17,8 @@ from quant.scheme import WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families
 from workers.context import Context
-from workers.environment import cpu_model
 from workers.errors import InputError, NumericalError
+from workers.machine import cpu_model
 from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
 from workers.rebuild import rebuild
 from workers.residency import Residency
