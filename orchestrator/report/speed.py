@@ -15,7 +15,7 @@ from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
 from orchestrator.report.tables import spec_of
 from orchestrator.results import StageResult
 
-UNQUANTIZED = "unquantized"
+NONE = "–"
 HEADINGS = ("variant", "ms per token", "tokens per s", "prompt, ms", "weights", "peak memory", "linears")
 
 
@@ -33,12 +33,12 @@ class Speed:
     @property
     def linears(self) -> str:
         """Which kernel ran how many quantized linears."""
-        return ", ".join(f"{n} {backend}" for backend, n in sorted(self.stage.summary.get("backends", {}).items())) or UNQUANTIZED
+        return ", ".join(f"{n} {backend}" for backend, n in sorted(self.stage.summary.get("backends", {}).items())) or NONE
 
-    def cells(self) -> tuple[str, ...]:
+    def cells(self, intervals: bool) -> tuple[str, ...]:
         """Below `HEADINGS`, without the variant's name."""
         s = self.stage.summary
-        per_token = f"{_ms(s['decode_p50_s'])} [{_ms(s['decode_low_s'])}, {_ms(s['decode_high_s'])}]"
+        per_token = _ms(s["decode_p50_s"]) + (f" [{_ms(s['decode_low_s'])}, {_ms(s['decode_high_s'])}]" if intervals else "")
         rate, prompt = numbers.number(s["decode_tokens_per_s"]), _ms(s["prefill_p50_s"])
         return per_token, rate, prompt, numbers.size(s["weights_bytes"]), numbers.size(s["peak_memory_bytes"]), self.linears
 
@@ -82,9 +82,9 @@ def speed_table(model: ModelTable) -> Table | None:
         return None
     out = Table(title=f"{model.model}: speed on {conditions(found)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for i, heading in enumerate(HEADINGS):
-        out.add_column(heading, justify="right" if i else "left")
+        out.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for s in found:
-        cells = s.cells() if s.known else (s.stage.status.value.lower(), *[""] * (len(HEADINGS) - 2))
+        cells = s.cells(intervals=False) if s.known else (s.stage.status.value.lower(), *[""] * (len(HEADINGS) - 2))
         out.add_row(Text(s.line.name), *map(Text, cells))
     return out
 
@@ -92,7 +92,7 @@ def speed_table(model: ModelTable) -> Table | None:
 def _cells(speed: Speed) -> list[Td]:
     s = speed.stage.summary
     sorts = [s[k] for k in ("decode_p50_s", "decode_tokens_per_s", "prefill_p50_s", "weights_bytes", "peak_memory_bytes")]
-    return [Td(text, sort=repr(sort)) for text, sort in zip(speed.cells(), [*sorts, speed.linears], strict=True)]
+    return [Td(text, sort=repr(sort)) for text, sort in zip(speed.cells(intervals=True), [*sorts, speed.linears], strict=True)]
 
 
 def _missing(speed: Speed) -> list[Td]:
