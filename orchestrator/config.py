@@ -220,6 +220,12 @@ def _plain(node: Any) -> Any:
     return node._value()
 
 
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises ConfigError for what is no whole number from `least` on."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name}={value!r}; give a whole number from {least}")
+
+
 def check_type(path: str, default: Any, value: Any) -> None:
     """The value must be of the yaml value's type; null in the yaml takes anything, and null is a value for anything."""
     if default is None or value is None or (isinstance(value, str) and "${" in value):

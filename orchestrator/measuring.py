@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from orchestrator.config import check_whole
 from orchestrator.errors import ConfigError
 from workers.machine import cpu_model
 from workers.specs import Workload
@@ -27,11 +28,8 @@ def measuring(settings: Mapping[str, Any]) -> Measuring | None:
         return None
     given = dict(settings["workload"])
     for name, least in LEAST.items():
-        value = given[name]
-        if value is None and name == "threads":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"workload.{name}={value!r}; give a whole number from {least}")
+        if not (name == "threads" and given[name] is None):
+            check_whole(f"workload.{name}", given[name], least)
     device = str(given.pop("device"))
     if device == "auto":
         if settings["cluster"]["kind"] == ELSEWHERE:

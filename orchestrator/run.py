@@ -13,6 +13,7 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.command import Command, program
+from orchestrator.config import check_whole
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
 from orchestrator.executors import open_executor
@@ -215,9 +216,7 @@ def hints(settings: Mapping[str, Any]) -> Hints:
     """Raises ConfigError for a value that no stage could run with."""
     given = {k: v for k, v in (settings.get("hints") or {}).items() if v is not None}
     for name, least in LEAST_HINTS.items():
-        value = given.get(name, least)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"hints.{name}={value!r}; give a whole number from {least}")
+        check_whole(f"hints.{name}", given.get(name, least), least)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(given.get("device", "auto"))):
         raise ConfigError(f"hints.device={given['device']!r} is no device; use auto, cpu, cuda or cuda:N")
     return Hints(**{"threads": settings["cluster"].get("threads"), **given})

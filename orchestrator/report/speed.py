@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from orchestrator.report.markup import Markup, Td, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
 from orchestrator.report.tables import spec_of
 from orchestrator.results import StageResult
+from workers.specs import MeasureSpec, from_json
 
 NONE = "–"
 HEADINGS = ("variant", "ms per token", "tokens per s", "prompt, ms", "weights", "peak memory", "linears")
@@ -50,12 +50,11 @@ def speeds(model: ModelTable) -> list[Speed]:
 
 def conditions(found: Sequence[Speed]) -> str:
     """What was timed and on what: `AMD EPYC, 2 threads; 1 sequence, prompt of 128 tokens, 32 decoded`."""
-    spec: dict[str, Any] = {"workload": {}, **spec_of(found[0].stage)}
-    workload = {"batch": 1, "prompt": 128, "tokens": 32, **spec["workload"]}
+    spec = from_json(MeasureSpec, spec_of(found[0].stage))
     threads = next((s.stage.summary["threads"] for s in found if s.known), None)
-    where = f"{spec.get('device', '–')}" + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
-    sequences = f"{workload['batch']} sequence{'s' * (workload['batch'] != 1)}"
-    return f"{where}; {sequences}, prompt of {workload['prompt']} tokens, {workload['tokens']} decoded"
+    where = spec.device + (f", {numbers.count(threads, 'thread')}" if threads else "")
+    workload = spec.workload
+    return f"{where}; {numbers.count(workload.batch, 'sequence')}, prompt of {workload.prompt} tokens, {workload.tokens} decoded"
 
 
 def speed_section(model: ModelTable) -> Markup:

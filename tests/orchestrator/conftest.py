@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from orchestrator.planned import Plan
+
+PlanOf = Callable[..., Plan]
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +32,17 @@ def mlflow_project(tmp_path: Path, empty_mlflow: Path) -> Path:
     folder.mkdir()
     shutil.copy(empty_mlflow, folder / "mlflow.db")
     return folder
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path) -> PlanOf:
+    """Plan of a grid, by its overrides."""
+    from orchestrator.grid import compose_grid
+    from orchestrator.plan import build_plan
+    from orchestrator.sources import Sources
+
+    def make(*overrides: str) -> Plan:
+        grid = compose_grid(["task=self_perplexity", *overrides], multirun=True)
+        return build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
+
+    return make

@@ -11,12 +11,9 @@ import pytest
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
 from orchestrator.measuring import measuring
-from orchestrator.plan import build_plan
-from orchestrator.planned import Plan
 from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import speeds
 from orchestrator.report.tables import long_table
-from orchestrator.sources import Sources
 from orchestrator.stage import Stage
 from orchestrator.tracked_metrics import variant_points
 from tests.orchestrator import synthetic
@@ -29,15 +26,6 @@ from workers.specs import MeasureSpec, ModelSpec, StageKind, Workload
 
 ON = ("measure=true", "workload.threads=1", "workload.device=A100")
 REAL = ("measure=true", "workload.threads=1", "workload.prompt=4", "workload.tokens=2", "hints.device=cpu")
-
-
-@pytest.fixture
-def plan_of(tmp_path: Path):
-    def make(*overrides: str) -> Plan:
-        grid = compose_grid(["task=self_perplexity", *overrides], multirun=True)
-        return build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
-
-    return make
 
 
 def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
@@ -81,7 +69,7 @@ def test_it_belongs_to_the_sweep() -> None:
         compose_grid(["workload.batch=1,2"], multirun=True)
 
 
-def test_the_device_is_this_machines(plan_of: Any) -> None:
+def test_the_device_is_this_machines() -> None:
     grid = compose_grid(["measure=true", "hints.device=cpu"], multirun=True)
     found = measuring(grid.settings)
     assert found is not None

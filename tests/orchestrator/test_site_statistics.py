@@ -39,15 +39,6 @@ def line(*more: str) -> tuple[str, ...]:
     return (f"model.path={tiny_model('llama')}", "method=rtn", "scheme=w4a16_channel", "task.params.window=64", *more)
 
 
-@pytest.fixture
-def plan_of(tmp_path: Path):
-    def make(*overrides: str) -> Plan:
-        grid = compose_grid(["task=self_perplexity", *overrides], multirun=True)
-        return build_plan(grid, Sources(None, None, tmp_path / "digests.json"))
-
-    return make
-
-
 def kinds(plan: Plan) -> dict[str, int]:
     return dict(Counter(s.kind.value for s in plan.stages.values()))
 
