@@ -24,7 +24,7 @@ from quant.scheme import NUMBERS, ActivationScheme, Granularity, KVScheme
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
     """Each row of the last axis on its own range, times `clip` (QuaRot's clip ratio)."""
     values = x.float()
-    return _affine(values * clip, bits, symmetric).round(values).to(x.dtype)
+    return _affine(values if clip == 1 else values * clip, bits, symmetric).round(values).to(x.dtype)
 
 
 def _affine(values: Tensor, bits: int, symmetric: bool) -> Affine:

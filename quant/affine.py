@@ -49,8 +49,9 @@ class Affine:
             steps = torch.where(self.scale == 0, 0.0, (w - self.zero) / torch.where(self.scale == 0, 1.0, self.scale))
             return steps.clamp(0, self.top).round()
         if self.kind is ZeroKind.FLOAT:
-            return (w / self.scale + self.zero).round().clamp(0, self.top)
-        return ((w / self.scale).round() + self.zero).clamp(0, self.top)
+            return (w / self.scale).add_(self.zero).round_().clamp_(0, self.top)
+        # In place: on a CPU the memory of five temporaries costs more than the arithmetic.
+        return (w / self.scale).round_().add_(self.zero).clamp_(0, self.top)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of float codes."""
@@ -60,7 +61,10 @@ class Affine:
 
     def round(self, w: Tensor) -> Tensor:
         """Nearest representable values."""
-        return self.decode(self.encode(w))
+        codes = self.encode(w)
+        if self.kind is ZeroKind.MINIMUM:
+            return codes.mul_(self.scale).add_(self.zero)
+        return codes.sub_(self.zero).mul_(self.scale)
 
 
 def group_width(scheme: WeightScheme, n: int, k: int) -> int:

@@ -67,9 +67,10 @@ def _with_zero(w: Tensor) -> Range:
 
 
 def _mirrored(w: Tensor) -> Range:
-    m = w.abs().amax(-1, keepdim=True)
+    low, high = _plain(w)
+    m = torch.maximum(-low, high)
+    signed = (low < 0) | (m == 0)
     m = torch.where(m == 0, 1.0, m)
-    signed = (w.amin(-1, keepdim=True) < 0) | (w == 0).all(-1, keepdim=True)
     return torch.where(signed, -m, 0.0), m
 
 
@@ -78,7 +79,8 @@ def _plain(w: Tensor) -> Range:
 
 
 def _absmax(w: Tensor) -> Range:
-    m = w.abs().amax(-1, keepdim=True)
+    low, high = _plain(w)
+    m = torch.maximum(-low, high)
     return -m, m
 
 
