@@ -27,7 +27,7 @@ from typing import Any
 from orchestrator.errors import StoreError, StoreVersionError
 from orchestrator.fingerprint import identity
 from orchestrator.stage import Stage
-from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, payload_files, payload_path, read_record
+from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, flush, payload_files, payload_path, read_record
 from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import Failure, Outcome
 from workers.specs import StageKind
@@ -222,12 +222,3 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
         f.flush()
         os.fsync(f.fileno())
     draft.replace(path)
-
-
-def flush(path: Path) -> None:
-    """fsync a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

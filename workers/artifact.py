@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ class CorruptArtifactError(Exception):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"artifact {key[:12]}: {reason}")
         self.key = key
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rename_flushed(staging: Path, folder: Path) -> None:
+    """Rename a folder of files into place so that a crash of the machine leaves all of it or nothing."""
+    for path in (*(p for p in staging.rglob("*") if p.is_file()), staging):
+        flush(path)
+    staging.rename(folder)
+    flush(folder.parent)
 
 
 def file_digest(path: Path) -> str:

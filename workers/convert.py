@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from workers.artifact import file_digest
+from workers.artifact import file_digest, rename_flushed
 from workers.errors import InputError
 
 FORMAT = 1
@@ -72,12 +72,12 @@ def convert_once(pickled: Sequence[Path]) -> Converted:
         _write(pickled, staging)
         staging.chmod(0o755)
         try:
-            staging.rename(folder)
+            rename_flushed(staging, folder)
         except OSError:
             # It is there: another worker was first, and its files may be in use; or one that is not whole.
             if _read(folder, "") is None:
                 shutil.rmtree(folder, ignore_errors=True)
-                staging.rename(folder)
+                rename_flushed(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     found = _read(folder, f"{names}: converted once to safetensors in {folder}, through torch's restricted loader (weights_only)")

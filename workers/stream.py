@@ -278,7 +278,10 @@ def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:
     for name, p in parameters:
         if p.is_floating_point() and not torch.isfinite(p).all():
             bad = int((~torch.isfinite(p)).sum())
-            raise NumericalError(f"weights of {name} hold {bad} NaN or infinite values of {p.numel()}; the checkpoint is damaged")
+            why = "the checkpoint is damaged" + (
+                ", or its values are too large: try model.dtype=float32" if p.dtype is torch.float16 else ""
+            )
+            raise NumericalError(f"weights of {name} hold {bad} NaN or infinite values of {p.numel()}; {why}")
 
 
 def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:

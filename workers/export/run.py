@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from workers.artifact import rename_flushed
 from workers.export import auto_gptq, dense
 from workers.export.model import read_quantized
 from workers.export.report import ExportError, ExportReport, folder_bytes
@@ -42,7 +43,7 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
             path.chmod(0o644)
         if out.exists():
             out.rmdir()
-        staging.rename(out)
+        rename_flushed(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(format, str(out), linears, folder_bytes(out), tuple(notes))

@@ -53,6 +53,8 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
+        if self.model.dtype not in DTYPES:
+            raise InputError(f"model.dtype={self.model.dtype}; toolkits take models in {', '.join(DTYPES)}")
         return DTYPES[self.model.dtype]
 
     def write(self, folder: Path) -> None:
