@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer: the first call makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench test-auto-gptq test-toolkits clean
+.PHONY: help setup demo test check fix bench bench-gpu test-auto-gptq test-toolkits clean
 SHELL := /bin/bash
 
 PYTHON ?=
@@ -46,6 +46,9 @@ bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure b
 	@$(BIN)/python bench/gptq_block.py
 	@$(BIN)/python bench/wq_gemv.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
+
+bench-gpu: $(STAMP) ## kernels on a GPU, each beside a peer and the device's limits
+	@$(BIN)/python -m bench.gpu
 
 $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)
 	@echo "making $(BENCH_PEER), the environment of the other launcher"

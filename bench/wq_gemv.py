@@ -1,4 +1,5 @@
-"""Products with packed weights beside torch's on 2 threads: right first, then the least of some times, with no weight left in a cache.
+"""Products with packed weights, codebooks and signs beside torch's on 2 threads: right first, then the least of some times, with no
+weight left in a cache.
 
 python bench/wq_gemv.py [--out FILE]
 
@@ -13,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +28,15 @@ sys.path.insert(0, str(ROOT))
 
 from quant.affine import ZeroKind  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
-from quant.kernels.wq_gemv import prepare  # noqa: E402
 from quant.tensors.affine import AffineTensor  # noqa: E402
+from quant.tensors.base import Stored  # noqa: E402
+from quant.tensors.binary import BinaryTensor  # noqa: E402
+from quant.tensors.codebook import CodebookTensor, Outliers  # noqa: E402
 
 SHAPES = ((4096, 11008), (11008, 4096))
 """(N, K)."""
-GROUP, COLD, TIMES, GOAL = 128, 64e6, 30, 1.5
-"""Columns; bytes that are read before a weight's turn comes again; times as fast as bfloat16."""
+GROUP, COLD, TIMES, GOAL, GOALS = 128, 64e6, 30, 1.5, ("2 bits", "3 bits")
+"""Columns; bytes that are read before a weight's turn comes again; times as fast as bfloat16, and where."""
 
 
 def main() -> int:
@@ -40,8 +44,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    chosen = kernel("wq_gemv")
-    print(f"backend {chosen.backend}, 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}", *chosen.notes, sep="\n")
+    kernels = {operation: kernel(operation) for operation in ("wq_gemv", "lut_gemv", "binary_gemv")}
+    backends = {operation: chosen.backend for operation, chosen in kernels.items()}
+    said = ", ".join(f"{operation}: {name}" for operation, name in backends.items())
+    print(f"{said}; 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}")
+    print(*(note for chosen in kernels.values() for note in chosen.notes), sep="\n", end="")
     rows, good = [], True
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
@@ -50,26 +57,34 @@ def main() -> int:
             half = x.bfloat16()
             peers = {"float32": least(dense, partial(linear, x)), "bfloat16": least(dense.bfloat16(), partial(linear, half))}
             print(f"{n} x {k}, M={m}: " + ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in peers.items()), flush=True)
-            for bits in (2, 3, 4, 8):
-                tensor = affine(n, k, bits)
-                packed = prepare(tensor)
-                error, allowed = errors(x, tensor, chosen.run.wq_gemv(x, packed))
-                ours, ours_half = (least(packed, partial(multiply, chosen.run.wq_gemv, v)) for v in (x, half))
-                beside = aten(half, tensor) if bits in (4, 8) else {}
-                ratio = peers["bfloat16"] / ours_half
-                row: dict[str, Any] = {"n": n, "k": k, "m": m, "bits": bits, "megabytes": packed.bytes / 1e6}
+            for name, operation, tensor in formats(n, k):
+                run = getattr(kernels[operation].run, operation)
+                packed = kernels[operation].run.prepare(tensor)
+                error, allowed = errors(x, tensor, run(x, packed))
+                ours, ours_half = (least(packed, partial(multiply, run, v)) for v in (x, half))
+                beside = aten(half, tensor) if isinstance(tensor, AffineTensor) and tensor.bits in (4, 8) else {}
+                ratio, goal = peers["bfloat16"] / ours_half, name in GOALS and m == 1
+                row: dict[str, Any] = {"n": n, "k": k, "m": m, "format": name, "megabytes": packed.bytes / 1e6}
                 row |= {"error": error, "allowed": allowed}
                 row |= {"ours_s": ours, "ours_bfloat16_s": ours_half, "times_bfloat16": ratio, "peers_s": peers | beside}
                 rows.append(row)
-                good &= error <= allowed and (ratio >= GOAL or bits > 3 or m > 1)
-                line = f"  {bits} bits: {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), {packed.bytes / ours / 1e9:.1f} GB/s, "
+                good &= error <= allowed and (ratio >= GOAL or not goal)
+                line = f"  {name}: {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), {packed.bytes / ours / 1e9:.1f} GB/s, "
                 line += f"error {error:.1e} (allowed {allowed:.1e}), {ratio:.1f} times bfloat16"
-                line += f" (goal {GOAL})" if bits < 4 and m == 1 else ""
-                print(line + "".join(f", {name} {1e3 * seconds:.2f}" for name, seconds in beside.items()), flush=True)
+                line += f" (goal {GOAL})" if goal else ""
+                print(line + "".join(f", {peer} {1e3 * seconds:.2f}" for peer, seconds in beside.items()), flush=True)
     if given.out:
-        made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "group": GROUP, "backend": chosen.backend}
+        made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "group": GROUP, "backends": backends}
         given.out.write_text(json.dumps(made | {"rows": rows}, indent=1) + "\n")
     return 0 if good else 1
+
+
+def formats(n: int, k: int) -> list[tuple[str, str, Stored]]:
+    """Name, operation, weight."""
+    found: list[tuple[str, str, Stored]] = [(f"{bits} bits", "wq_gemv", affine(n, k, bits)) for bits in (2, 3, 4, 8)]
+    found += [(f"codebooks of {bits} bits", "lut_gemv", codebook(n, k, bits)) for bits in (2, 3, 4)]
+    found.append(("codebooks of 2 bits, 1 % of the weights kept", "lut_gemv", codebook(n, k, 2, n // 100)))
+    return [*found, ("signs", "binary_gemv", signs(n, k))]
 
 
 def affine(n: int, k: int, bits: int) -> AffineTensor:
@@ -79,7 +94,26 @@ def affine(n: int, k: int, bits: int) -> AffineTensor:
     return AffineTensor(codes, scale, torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8), bits, ZeroKind.CODE)
 
 
-def errors(x: Tensor, tensor: AffineTensor, ours: Tensor) -> tuple[float, float]:
+def codebook(n: int, k: int, bits: int, kept: int = 0) -> CodebookTensor:
+    """`kept` weights of every column kept aside."""
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
+    outliers = None
+    if kept:
+        rows = torch.stack([torch.randperm(n, generator=g)[:kept].sort().values for _ in range(k)]).flatten()
+        outliers = Outliers(torch.full((k,), kept), rows, torch.randn(len(rows), generator=g).half())
+    return CodebookTensor(codes, torch.full((k,), bits), torch.randn(k, 2**bits, generator=g).half(), bits, outliers)
+
+
+def signs(n: int, k: int) -> BinaryTensor:
+    g = torch.Generator().manual_seed(1)
+    salient = torch.rand(k, generator=g) < 0.05
+    sign, second, split = (torch.rand(n, k, generator=g) < 0.5 for _ in range(3))
+    scale, mean = (torch.randn(n, k // GROUP, values, generator=g).half() for values in (4, 3))
+    return BinaryTensor(sign, second & salient, split & ~salient, salient, scale, mean, GROUP)
+
+
+def errors(x: Tensor, tensor: Stored, ours: Tensor) -> tuple[float, float]:
     """Relative to the product in float64, where (code - zero) · scale is exact: of ours; and twice that of torch's in float32, or half an
     ulp of all terms' magnitudes."""
     weight = tensor.dequantize()
@@ -107,7 +141,9 @@ def copied(weight: Any) -> Any:
         return tuple(copied(w) for w in weight)
     if isinstance(weight, Tensor):
         return weight.clone()
-    return type(weight)(weight.words.clone(), weight.ranges.clone(), weight.input_scale, weight.shape, weight.bits)
+    if is_dataclass(weight) and not isinstance(weight, type):
+        return replace(weight, **{f.name: copied(getattr(weight, f.name)) for f in fields(weight)})
+    return weight
 
 
 def multiply(run: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any) -> Tensor:

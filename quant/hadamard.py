@@ -22,6 +22,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant.kernels import kernel
+
 
 def _legendre(q: int) -> Tensor:
     """chi `[q]` of a prime q: 1 on squares, -1 on the others, 0 at 0."""
@@ -163,12 +165,7 @@ def apply_hadamard(x: Tensor, *, transpose: bool = False, normalize: bool = True
         )
     work = x if x.dtype in (torch.float32, torch.float64) else x.float()
     width = n // m
-    y = work.reshape(-1, m, width)
-    half = 1
-    while half < width:
-        pairs = y.view(-1, m, width // (2 * half), 2, half)
-        y = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=3).view(-1, m, width)
-        half *= 2
+    y: Tensor = kernel("hadamard", device=work.device).run.transform(work.reshape(-1, width)).view(-1, m, width)
     if m > 1:
         small = _small(m).to(y)
         y = torch.matmul(small if transpose else small.T, y)

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quant.kernels import kernel
+
 KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
 
 
@@ -85,15 +87,16 @@ class HessianSum:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(channels, channels, device=device)
         self.sequences = 0
+        self._syrk = kernel("hessian_syrk", device=device).run
 
     def update(self, x: Tensor) -> None:
-        for tokens in _sequences(x):
-            t = tokens.to(self.total)
-            self.total.addmm_(t.T, t)
-            self.sequences += 1
+        sequences = _sequences(x)
+        self._syrk.add(self.total, sequences)
+        self.sequences += sequences.shape[0]
 
     def value(self) -> Tensor:
-        return self.total * (2 / max(self.sequences, 1))
+        found: Tensor = self._syrk.finished(self.total)
+        return found * (2 / max(self.sequences, 1))
 
 
 class AbsMax:

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import kernel
-from quant.kernels.wq_gemv import MOST_ROWS
-from quant.kernels.wq_gemv import Packed as Layout
+from quant.kernels.products import MOST_ROWS
 from quant.tensors.affine import AffineTensor
+from quant.tensors.base import Stored
+from quant.tensors.binary import BinaryTensor
+from quant.tensors.codebook import CodebookTensor
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.recipe import Operation, Recipe
 
-OPERATION = "wq_gemv"
+OPERATIONS: dict[type[Stored], str] = {AffineTensor: "wq_gemv", CodebookTensor: "lut_gemv", BinaryTensor: "binary_gemv"}
+"""Stored format ▸ the kernel that multiplies with it."""
 DENSE = "dense"
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
@@ -61,17 +64,18 @@ def _pack(model: nn.Module, recipe: Recipe, op: Operation, backend: str, device:
     if not isinstance(view.module, nn.Linear):
         return f"a weight kept as {type(view.module).__name__} has no packed product"
     stored = recipe.stored(op)
-    if not isinstance(stored, AffineTensor):
+    operation = OPERATIONS.get(type(stored))
+    if operation is None:
         return f"the stored format {op['format']} has no packed product"
     try:
-        chosen = kernel(OPERATION, backend, device)
+        chosen = kernel(operation, backend, device)
         packed = chosen.run.prepare(stored)
     except (ValueError, RuntimeError) as e:
         return str(e)
-    _replace(view.module, chosen.run.wq_gemv, packed)
+    _replace(view.module, getattr(chosen.run, operation), packed)
     made.backends[chosen.backend] += 1
     made.notes.update(chosen.notes)
-    made.bytes += packed.bytes if isinstance(packed, Layout) else sum(t.numel() * t.element_size() for t in stored.pack().values())
+    made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
     return None
 
 

@@ -141,7 +141,9 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         log.info("%s %s, attempt %d", stage.kind, stage.key, stage.attempt)
     try:
         context = _context(request)
-        with fixed_state(group[0].key, request.hints):
+        from quant.kernels import recorded
+
+        with fixed_state(group[0].key, request.hints), recorded() as kernels:
             summaries = _dispatch(group, context, runners)
     except Exception as e:
         log.error("failed\n%s", formatted(e))
@@ -151,7 +153,7 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
             _give_up_models()
         return outcomes
     log.info("done in %.2f s", time.time() - started)
-    return _records(group, request, context, summaries, (started, time.time()))
+    return _records(group, request, context, summaries, kernels, (started, time.time()))
 
 
 def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> dict[str, dict[str, Any]]:
@@ -194,6 +196,7 @@ def _records(
     request: Request,
     context: Context,
     summaries: dict[str, dict[str, Any]],
+    kernels: dict[str, list[str]],
     interval: tuple[float, float],
 ) -> list[Outcome]:
     """One draft record per stage. Stages that shared a forward pass get equal, consecutive shares of its time, so that
@@ -214,6 +217,7 @@ def _records(
                 "seconds": {**seconds, "total": share},
                 "environment": environment(str(context.device)),
                 "hints": asdict(request.hints),
+                "kernels": kernels,
                 "notes": notes,
                 "summary": summaries[stage.key],
             },

@@ -181,7 +181,7 @@ class Workload:
     tokens: int = 32
     """Decoded of each."""
     backend: str = "auto"
-    """Kernel of packed linears: auto, dense (weights dequantized once) or a name of `quant.kernels.TABLE["wq_gemv"]`."""
+    """Kernel of packed linears: auto, dense (weights dequantized once) or a backend of `quant.kernels.TABLE["wq_gemv"]`."""
     threads: int | None = None
     """Of a CPU; None: as the worker has."""
 

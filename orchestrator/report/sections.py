@@ -221,15 +221,21 @@ def cost_section(result: SweepResult) -> Markup:
 
 def provenance(result: SweepResult) -> Markup:
     environments: dict[str, int] = {}
+    kernels: dict[str, int] = {}
     for s in result.stages.values():
         if s.record is not None:
             said = _pretty(s.record.get("environment", {}))
             environments[said] = environments.get(said, 0) + 1
+            for operation, backends in s.record.get("kernels", {}).items():
+                for name in backends:
+                    kernels[f"{operation}: {name}"] = kernels.get(f"{operation}: {name}", 0) + 1
     texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(spec_of(s))})
     # Short facts stand in the open: `git` as git commit, git dirty.
     small = {k: v for k, v in result.provenance.items() if isinstance(v, dict) and len(v) <= 3}
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]
     facts += [(f"{k} {name}", v) for k, values in small.items() for name, v in values.items()]
+    if kernels:
+        facts.append(("kernels", ", ".join(f"{k} ({count} stage{'s' * (count > 1)})" for k, count in sorted(kernels.items()))))
     nested = {k: v for k, v in result.provenance.items() if isinstance(v, (dict, list, tuple)) and k not in small}
     keys = table(
         ["variant", "variant key", "quantize", *(f"evaluate {t}" for t in result.tasks)],

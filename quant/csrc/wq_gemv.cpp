@@ -8,58 +8,14 @@
 // divided by the same power before. Both are exact, so that eight weights cost one AND, one conversion and one multiply-add, and no shift.
 // A row is added up in one order, whatever stands beside it: groups by 8 lanes, then the groups, then the lanes.
 
-#include <unistd.h>
-
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <mutex>
-#include <system_error>
-#include <thread>
-#include <vector>
-
-// A version for machines with multiply-add, chosen at run time; no clones, since none can be made for two extensions together. There the
-// compiler may fuse: no other twin is to be met bit for bit.
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && defined(__x86_64__)
-#define FUSED __attribute__((target("avx2,fma"), optimize("fp-contract=fast")))
-#endif
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#endif
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-#else
-#define INLINE inline
-#define UNROLL
-#endif
+#include "products.h"
 
 namespace {
 
-using Floats __attribute__((vector_size(32))) = float;
-using Words __attribute__((vector_size(32))) = uint32_t;
-using Ints __attribute__((vector_size(32))) = int32_t;
-
-constexpr int LANES = 8, ROWS = 8;
+constexpr int ROWS = 8;
 constexpr int STEP = 4;       // vectors of a row: the fewest that share a scale
 constexpr int AHEAD = 2048;   // bytes: how far before their use words are fetched
 constexpr int64_t RUN = 4;    // neighbouring tiles that one thread takes together
-constexpr int64_t LEAST = 1 << 17;  // bytes of words that are worth another thread
-
-INLINE Floats load(const float* from) {
-    Floats v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-INLINE float sum(Floats v) {
-    float lane[LANES];
-    std::memcpy(lane, &v, sizeof v);
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
 
 // What one word of each lane holds, or three words where codes have 3 bits.
 constexpr int words_of(int bits) { return bits == 3 ? 3 : 1; }
@@ -71,11 +27,7 @@ constexpr int power(int bits, int v) {
     return v < vectors_of(bits) - 1 ? bits * v : 0;
 }
 
-INLINE Words at(const uint32_t* unit, int word, int row) {
-    Words w;
-    std::memcpy(&w, unit + (word * ROWS + row) * LANES, sizeof w);
-    return w;
-}
+INLINE Words at(const uint32_t* unit, int word, int row) { return load(unit + (word * ROWS + row) * LANES); }
 
 template <int BITS, int V>
 INLINE Floats codes(const uint32_t* unit, int row) {
@@ -239,7 +191,7 @@ FUSED void fused(const Call& c, int64_t t) {
 template <int BITS>
 Tile chosen(Call& c) {
 #if defined(FUSED)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (HAS_FUSED) {
         const int64_t steps = c.columns / c.groups / (STEP * LANES);
         c.flush = steps % 4 == 0 ? 4 : steps % 2 == 0 ? 2 : 1;
         return c.flush == 4 ? fused<BITS, 4> : c.flush == 2 ? fused<BITS, 2> : fused<BITS, 1>;
@@ -248,67 +200,6 @@ Tile chosen(Call& c) {
     c.flush = 1;
     return plain<BITS>;
 }
-
-// Threads that wait between calls: a call may take less time than starting one. They wait asleep, where spinning would take the cores from
-// threads of other libraries. Never freed, since they may outlive static objects. A child of fork has none of its parent's threads and
-// makes a pool of its own.
-class Pool {
-   public:
-    static Pool& own() {
-        static std::atomic<Pool*> current{nullptr};
-        Pool* seen = current.load();
-        if (seen != nullptr && seen->process == getpid()) return *seen;
-        Pool* made = new Pool;
-        if (current.compare_exchange_strong(seen, made)) return *made;
-        delete made;
-        return *seen;
-    }
-
-    // `work` in this thread and in at most `others` more; returns when none of them is in it.
-    void run(const std::function<void()>& work, int64_t others) {
-        const std::unique_lock<std::mutex> turn(busy, std::try_to_lock);
-        if (others < 1 || !turn) return work();  // no thread to be had: another call has them
-        {
-            const std::lock_guard<std::mutex> hold(state);
-            try {
-                for (; threads < others; threads++) std::thread(&Pool::help, this).detach();
-            } catch (const std::system_error&) {  // fewer will do
-            }
-            job = &work, open = others;
-        }
-        wake.notify_all();
-        work();
-        {
-            const std::lock_guard<std::mutex> hold(state);
-            open = 0;
-        }
-        // The others are about to end: longer than this takes to fall asleep and be woken.
-        for (int i = 0; i < 100 && active > 0; i++) std::this_thread::yield();
-        std::unique_lock<std::mutex> hold(state);
-        done.wait(hold, [this] { return active == 0; });
-    }
-
-   private:
-    void help() {
-        std::unique_lock<std::mutex> hold(state);
-        for (;;) {
-            wake.wait(hold, [this] { return open > 0; });
-            const std::function<void()>& work = *job;
-            open--, active++;
-            hold.unlock();
-            work();
-            hold.lock();
-            if (--active == 0) done.notify_one();
-        }
-    }
-
-    const pid_t process = getpid();
-    std::mutex busy, state;
-    std::condition_variable wake, done;
-    const std::function<void()>* job = nullptr;
-    int64_t threads = 0, open = 0;
-    std::atomic<int64_t> active{0};
-};
 
 }  // namespace
 
@@ -326,11 +217,6 @@ extern "C" void bitgrid_wq_gemv(const uint32_t* words, const float* ranges, cons
     float* const to = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
     spread(c, x, to, to + inputs);
     c.x = to, c.sums = to + inputs;
-    std::atomic<int64_t> next{0};
-    const std::function<void()> work = [&] {
-        for (int64_t t; (t = next.fetch_add(RUN)) < tiles;)
-            for (const int64_t end = std::min(tiles, t + RUN); t < end; t++) one(c, t);
-    };
     const int64_t bytes = tiles * c.units * size_of(int(bits)) * 4 * count;
-    Pool::own().run(work, std::min({threads, (tiles + RUN - 1) / RUN, bytes / LEAST}) - 1);
+    each(tiles, RUN, std::min(threads, bytes / LEAST), [&](int64_t t) { one(c, t); });
 }

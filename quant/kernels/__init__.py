@@ -6,6 +6,9 @@ Each twin is a module with the operation's functions and `unavailable(device)`: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 TABLE: dict[str, dict[str, str]] = {
     "gptq_block": {
         "cpu": "quant.kernels.gptq_block.cpu",
+        "triton": "quant.kernels.gptq_block.triton",
         "torch": "quant.kernels.gptq_block.eager",
         "reference": "quant.kernels.gptq_block.reference",
     },
@@ -23,12 +27,55 @@ TABLE: dict[str, dict[str, str]] = {
         "torch": "quant.kernels.kmeans_columns.batched",
         "reference": "quant.kernels.kmeans_columns.reference",
     },
+    "braq_search": {
+        "cpu": "quant.kernels.braq_search.cpu",
+        "torch": "quant.kernels.braq_search.batched",
+    },
     "wq_gemv": {
         "cpu": "quant.kernels.wq_gemv.cpu",
+        "triton": "quant.kernels.wq_gemv.triton",
         "reference": "quant.kernels.wq_gemv.reference",
+    },
+    "lut_gemv": {
+        "cpu": "quant.kernels.lut_gemv.cpu",
+        "triton": "quant.kernels.lut_gemv.triton",
+        "reference": "quant.kernels.lut_gemv.reference",
+    },
+    "binary_gemv": {
+        "cpu": "quant.kernels.binary_gemv.cpu",
+        "triton": "quant.kernels.binary_gemv.triton",
+        "reference": "quant.kernels.binary_gemv.reference",
+    },
+    "hessian_syrk": {
+        "triton": "quant.kernels.hessian_syrk.triton",
+        "reference": "quant.kernels.hessian_syrk.reference",
+    },
+    "hadamard": {
+        "triton": "quant.kernels.hadamard.triton",
+        "reference": "quant.kernels.hadamard.reference",
+    },
+    "token_log_probs": {
+        "triton": "quant.kernels.token_log_probs.triton",
+        "reference": "quant.kernels.token_log_probs.reference",
     },
 }
 """Operation ▸ backend ▸ module, the fastest first."""
+
+DEVICES = {"cpu": "cpu", "triton": "cuda"}
+"""Backend ▸ the type of device it is for. The others serve all."""
+
+_chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, list[str]]]:
+    """Operation ▸ backends of all kernels that are chosen while the context lasts, in this thread."""
+    found: dict[str, list[str]] = {}
+    token = _chosen.set(found)
+    try:
+        yield found
+    finally:
+        _chosen.reset(token)
 
 
 @dataclass(frozen=True)
@@ -50,10 +97,13 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
         raise ValueError(f"backend {backend!r} of {operation} is unknown; choose one of auto, {', '.join(row)}")
     place = torch.device(device)
     notes: list[str] = []
-    for name in row if backend == "auto" else [backend]:
+    for name in [b for b in row if DEVICES.get(b, place.type) == place.type] if backend == "auto" else [backend]:
         module = import_module(row[name])
         reason = module.unavailable(place)
         if reason is None:
-            return Kernel(module, name, notes if place.type == "cpu" else [])
-        notes.append(f"{operation} runs slower, with the same result: {reason}")
+            found = _chosen.get()
+            if found is not None and name not in found.setdefault(operation, []):
+                found[operation].append(name)
+            return Kernel(module, name, notes)
+        notes.append(f"{operation} runs slower: {reason}")
     raise RuntimeError(f"backend {backend} of {operation} does not work on {place}: {'; '.join(notes)}; choose backend=auto")

@@ -1,7 +1,7 @@
 """Kernels as operators of torch, `torch.ops.bitgrid.*`, from when this module is imported.
 
-An operator takes tensors and numbers only, so that it can stand in a compiled graph, and knows its result's shape without running. On CPU
-tensors it runs the backend that `kernel(name)` chooses, whose notes say where that is a slower one. Registered by `Library` itself: the
+An operator takes tensors and numbers only, so that it can stand in a compiled graph, and knows its result's shape without running. It runs
+the backend that `kernel(name, device=...)` chooses, whose notes say where that is a slower one. Registered by `Library` itself: the
 decorator `custom_op` adds several microseconds to each call. Nothing here has a derivative.
 """
 
@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import kernel
-from quant.kernels.wq_gemv import Packed
+from quant.kernels import binary_gemv, kernel, lut_gemv, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
 
-def _define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.partition("(")[0]
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
+    for device in ("CPU", "CUDA"):
+        LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"bitgrid::{name}", fake, lib=LIBRARY)
 
 
 def _wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
-    packed = Packed(words, ranges, input_scale, (rows, x.shape[1]), bits)
-    made: Tensor = kernel("wq_gemv").run.wq_gemv(x, packed)
+    packed = wq_gemv.Packed(words, ranges, input_scale, (rows, x.shape[1]), bits)
+    made: Tensor = kernel("wq_gemv", device=x.device).run.wq_gemv(x, packed)
     return made
 
 
@@ -40,7 +40,7 @@ def _wq_gemv_shape(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor
 def _gptq_block(
     block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    solved = kernel("gptq_block").run.solve_block(block, upper, Affine(scale, zero, bits, ZeroKind(zero_kind)), group)
+    solved = kernel("gptq_block", device=block.device).run.solve_block(block, upper, Affine(scale, zero, bits, ZeroKind(zero_kind)), group)
     return solved.codes, solved.values, solved.errors
 
 
@@ -52,7 +52,7 @@ def _gptq_block_shapes(
 
 
 def _kmeans_columns(columns: Tensor, k: int, start: str = "partition") -> Tensor:
-    centres: Tensor = kernel("kmeans_columns").run.kmeans(columns, k, start)
+    centres: Tensor = kernel("kmeans_columns", device=columns.device).run.kmeans(columns, k, start)
     return centres
 
 
@@ -61,12 +61,70 @@ def _kmeans_columns_shape(columns: Tensor, k: int, start: str = "partition") -> 
 
 
 def _nearest_centre(columns: Tensor, centres: Tensor) -> Tensor:
-    codes: Tensor = kernel("kmeans_columns").run.nearest(columns, centres)
+    codes: Tensor = kernel("kmeans_columns", device=columns.device).run.nearest(columns, centres)
     return codes
 
 
 def _nearest_centre_shape(columns: Tensor, centres: Tensor) -> Tensor:
     return columns.new_empty(columns.shape, dtype=torch.uint8)
+
+
+def _lut_gemv(
+    x: Tensor,
+    words: list[Tensor],
+    values: list[Tensor],
+    columns: list[Tensor],
+    bits: list[int],
+    apart: list[Tensor],
+    input_scale: Tensor | None,
+    rows: int,
+) -> Tensor:
+    parts = tuple(map(lut_gemv.Part, words, values, columns, bits))
+    packed = lut_gemv.Packed(parts, lut_gemv.Apart(*apart) if apart else None, input_scale, (rows, x.shape[1]))
+    made: Tensor = kernel("lut_gemv", device=x.device).run.lut_gemv(x, packed)
+    return made
+
+
+def _lut_gemv_shape(x: Tensor, *given: Any) -> Tensor:
+    return x.new_empty(x.shape[0], given[-1])
+
+
+def _binary_gemv(x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int) -> Tensor:
+    packed = binary_gemv.Packed(words, tables, salient, input_scale, (rows, x.shape[1]), block)
+    made: Tensor = kernel("binary_gemv", device=x.device).run.binary_gemv(x, packed)
+    return made
+
+
+def _binary_gemv_shape(
+    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+def _hessian_syrk_(total: Tensor, x: Tensor) -> None:
+    kernel("hessian_syrk", device=total.device).run.add(total, x)
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _hadamard(x: Tensor, factor: float = 1.0) -> Tensor:
+    made: Tensor = kernel("hadamard", device=x.device).run.transform(x, factor)
+    return made
+
+
+def _hadamard_shape(x: Tensor, factor: float = 1.0) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    made: Tensor = kernel("token_log_probs", device=logits.device).run.token_log_probs(logits, tokens)
+    return made
+
+
+def _token_log_probs_shape(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.new_empty(tokens.shape, dtype=torch.float32)
 
 
 _define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
@@ -77,8 +135,37 @@ _define(
 )
 _define('kmeans_columns(Tensor columns, int k, str start="partition") -> Tensor', _kmeans_columns, _kmeans_columns_shape)
 _define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_centre, _nearest_centre_shape)
+_define(
+    "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"
+    " -> Tensor",
+    _lut_gemv,
+    _lut_gemv_shape,
+)
+_define(
+    "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor? input_scale, SymInt rows, int block) -> Tensor",
+    _binary_gemv,
+    _binary_gemv_shape,
+)
+_define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
+_define("hadamard(Tensor x, float factor=1.0) -> Tensor", _hadamard, _hadamard_shape)
+_define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
 
-def operands(packed: Packed) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
-    """What `torch.ops.bitgrid.wq_gemv(x, *operands(packed))` takes besides x."""
-    return packed.words, packed.ranges, packed.input_scale, packed.shape[0], packed.bits
+def operands(packed: wq_gemv.Packed | lut_gemv.Packed | binary_gemv.Packed) -> tuple[Any, ...]:
+    """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`."""
+    n = packed.shape[0]
+    if isinstance(packed, wq_gemv.Packed):
+        return packed.words, packed.ranges, packed.input_scale, n, packed.bits
+    if isinstance(packed, binary_gemv.Packed):
+        return packed.words, packed.tables, packed.salient, packed.input_scale, n, packed.block
+    parts, kept = packed.parts, packed.apart
+    apart = [] if kept is None else [kept.starts, kept.columns, kept.differences]
+    return (
+        [p.words for p in parts],
+        [p.values for p in parts],
+        [p.columns for p in parts],
+        [p.bits for p in parts],
+        apart,
+        packed.input_scale,
+        n,
+    )

@@ -48,7 +48,8 @@ def library(name: str) -> ctypes.CDLL | NoLibrary:
 
 def _built(source: Path, compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
-    identity = "\n".join((platform.machine(), version, *FLAGS, source.read_text()))
+    headers = (h.read_text() for h in sorted(source.parent.glob("*.h")))
+    identity = "\n".join((platform.machine(), version, *FLAGS, source.read_text(), *headers))
     folder = cache_folder() / "kernels"
     path = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if path.exists():

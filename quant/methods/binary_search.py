@@ -8,13 +8,15 @@ threshold are intervals of a sorted row, or its two ends (prefix sums). Rows go 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK = 2**17
-"""Values in a temporary tensor."""
+from quant.kernels import kernel
+from quant.kernels.braq_search.batched import chunks
+
 SPLITS = 81
 
 
@@ -40,36 +42,18 @@ def first_least(errors: Tensor) -> int:
     return int((flat == flat.min()).nonzero()[0])
 
 
-def _chunks(x: Tensor, values_per_row: int) -> Iterator[Tensor]:
-    """Rows of `[N, ...]` in pieces whose temporary tensors hold about CHUNK values."""
-    rows = max(1, CHUNK // max(1, values_per_row))
-    return (x[i : i + rows] for i in range(0, x.shape[0], rows))
+def _twin(x: Tensor) -> Any:
+    # The twin in C++ has no float64.
+    return kernel("braq_search", "torch" if x.dtype is torch.float64 else "auto", x.device).run
 
 
 # --- counts of salient columns --------------------------------------------------------------------------------------
 
 
 def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
-    """Squared error, float64, for each count k: the first k columns of `[N, C]` and the rest are each binarized twice, with
-    means (step b of the reference)."""
-    c = m.shape[1]
-    ks = torch.tensor(counts, device=m.device)
-    inside = torch.arange(c, device=m.device) < ks[:, None]
-    sets = torch.stack([inside, ~inside], dim=2).to(m)  # [k, C, 2]
-    sizes = sets.sum(1, keepdim=True).clamp(min=1)  # [k, 1, 2]
-    total = torch.zeros(len(counts), dtype=torch.float64, device=m.device)
-    for rows in _chunks(m, len(counts) * c):
-        x = rows.expand(len(counts), -1, -1)  # [k, n, C]
-        mean = x @ sets / sizes
-        spread = sets.transpose(1, 2)
-        centred = torch.baddbmm(x, mean, spread, alpha=-1)
-        scale = centred.abs() @ sets / sizes
-        left = centred - torch.copysign(scale @ spread, centred)
-        second_mean = left @ sets / sizes
-        second_scale = torch.baddbmm(left, second_mean, spread, alpha=-1).abs() @ sets / sizes
-        total += left.square().sum((1, 2), dtype=torch.float64)
-        total -= (sizes * (second_mean.square() + second_scale.square())).sum((1, 2), dtype=torch.float64)
-    return total
+    """By the kernel `braq_search`: step b of the reference."""
+    found: Tensor = _twin(m).order_two_errors(m, counts)
+    return found
 
 
 def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
@@ -79,7 +63,7 @@ def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
     inside = (torch.arange(largest, device=magnitude.device) < ks[:, None]).to(magnitude)  # [k, largest]
     sizes = ks.clamp(min=1).to(magnitude)
     total = torch.zeros(len(counts), dtype=torch.float64, device=magnitude.device)
-    for rows in _chunks(magnitude[:, :largest], len(counts) * largest):
+    for rows in chunks(magnitude[:, :largest], len(counts) * largest):
         scale = rows @ inside.T / sizes  # [n, k]
         left = (rows[:, None, :] - scale[:, :, None]) * inside
         second = left.abs().sum(2) / sizes
@@ -91,48 +75,9 @@ def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
-    """Squared error `[T]`, float64, of x `[N, C]` split at |x| >= t, both parts binarized once with means (step c of the
-    reference). Thresholds `[T]` are 0 or more."""
-    total = torch.zeros(thresholds.numel(), dtype=torch.float64, device=x.device)
-    for rows in _chunks(x, 8 * (x.shape[1] + thresholds.numel())):
-        total += _split_errors(rows, thresholds)
-    return total
-
-
-def _split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
-    n, c = x.shape
-    ordered = x.sort(1).values
-    t = thresholds.to(x).expand(n, -1).contiguous()
-    # Low values fill [a, b) of a sorted row; high ones are its two ends.
-    a, b = torch.searchsorted(ordered, -t, right=True), torch.searchsorted(ordered, t)
-    # A threshold of 0 has no low values, and those equal to it are high.
-    b = torch.maximum(a, b)
-    wide = ordered.double()
-    sums = torch.nn.functional.pad(wide.cumsum(1), (1, 0))
-    squares = wide.square().sum(1, keepdim=True)
-    inner = sums.gather(1, b) - sums.gather(1, a)
-    outer = sums[:, -1:] - inner
-    count_in = (b - a).double()
-    count_out = c - count_in
-    mean_in, mean_out = inner / count_in.clamp(min=1), outer / count_out.clamp(min=1)
-
-    below = torch.searchsorted(wide, mean_in).clamp(a, b)
-    under, number = sums.gather(1, below) - sums.gather(1, a), (below - a).double()
-    spread_in = _deviation(inner, count_in, under, number, mean_in)
-
-    place = torch.searchsorted(wide, mean_out)
-    left, right = torch.minimum(place, a), torch.maximum(place, b)
-    under = sums.gather(1, left) + sums.gather(1, right) - sums.gather(1, b)
-    spread_out = _deviation(outer, count_out, under, (left + right - b).double(), mean_out)
-
-    errors = squares - count_in * mean_in.square() - count_out * mean_out.square()
-    errors -= spread_in.square() / count_in.clamp(min=1) + spread_out.square() / count_out.clamp(min=1)
-    return errors.sum(0)
-
-
-def _deviation(total: Tensor, count: Tensor, under: Tensor, number: Tensor, mean: Tensor) -> Tensor:
-    """Σ|x - mean| of a set, `number` of whose values, summing to `under`, lie below the mean."""
-    return (total - under) - (count - number) * mean + number * mean - under
+    """By the kernel `braq_search`: step c of the reference."""
+    found: Tensor = _twin(x).split_errors(x, thresholds)
+    return found
 
 
 def joint_errors(magnitude: Tensor, counts: range, thresholds: Tensor) -> Tensor:
@@ -144,7 +89,7 @@ def joint_errors(magnitude: Tensor, counts: range, thresholds: Tensor) -> Tensor
     total = torch.zeros(len(counts), bins, dtype=torch.float64, device=magnitude.device)
     taken = slice(counts[0], counts[-1] + 1)
     thresholds = thresholds.to(magnitude).contiguous()
-    for rows in _chunks(magnitude, (largest + 1) * bins):
+    for rows in chunks(magnitude, (largest + 1) * bins):
         number = torch.bucketize(rows.contiguous(), thresholds, right=True)  # thresholds that a value reaches
         high_count, high_sum = (_reached(number, w, bins) for w in (torch.ones_like(rows), rows))
         reached = (number[:, :largest, None] > torch.arange(bins, device=rows.device)).to(rows)

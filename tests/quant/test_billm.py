@@ -15,6 +15,7 @@ from quant import quantize_linear
 from quant.binary import binarize, stored
 from quant.errors import NonFiniteError
 from quant.grids import ScaleDtypeError
+from quant.kernels.braq_search import batched
 from quant.methods import binary_search as search
 from quant.methods.base import Rounded
 from quant.methods.billm import VARIANTS, Billm, entropy
@@ -100,7 +101,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         return [search.order_two_errors(x, range(1, 9)), search.split_errors(x, t), search.joint_errors(x.abs(), range(9), t)]
 
     whole = all_errors()
-    monkeypatch.setattr(search, "CHUNK", 1)
+    monkeypatch.setattr(batched, "CHUNK", 1)
     for a, b in zip(all_errors(), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

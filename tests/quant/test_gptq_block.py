@@ -12,7 +12,8 @@ from quant.kernels import TABLE, kernel
 from quant.kernels.gptq_block import SolvedBlock
 from quant.solver import inverse_factor, solve_affine
 
-TWINS = [b for b in TABLE["gptq_block"] if b != "reference"]
+TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
+"""Triton's interpreter takes too long for these sizes: test_triton.py."""
 
 
 def problem(rows: int, columns: int, grid: str, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Affine, list[int]]:

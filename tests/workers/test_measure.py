@@ -62,13 +62,27 @@ def test_every_time_is_kept_and_summed_up(tmp_path: Path) -> None:
     assert found["decode_low_s"] <= steps.median(1).values.median().item() <= found["decode_high_s"]
 
 
+@pytest.mark.parametrize(("method", "operation"), [("claq", "lut_gemv"), ("billm", "binary_gemv")])
+def test_codebooks_and_signs_are_multiplied_packed(method: str, operation: str, tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact = made_by(method, context, tmp_path)
+    found = measured(context, tmp_path / "m", artifact)
+    assert list(found["backends"]) == [kernel(operation).backend]
+    assert found["check_error"] <= TOLERANCE["float32"]
+
+
 def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
     context = tiny_context("llama", tmp_path)
-    statistics = calibrated(context, tmp_path / "s", "hessian")
-    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("claq"), {"hessian": statistics["hessian"]})
-    found = measured(context, tmp_path / "m", artifact)
+    found = measured(context, tmp_path / "m", made_by("pb_llm", context, tmp_path))
     assert list(found["backends"]) == ["dense"]
-    assert any("ran dense: the stored format codebook has no packed product" in n for n in context.notes)
+    assert any("ran dense: the stored format partially_binary has no packed product" in n for n in context.notes)
+
+
+def made_by(method: str, context: Context, folder: Path) -> Path:
+    statistics = calibrated(context, folder / "s", "hessian")
+    weight = WeightScheme(2) if method == "claq" else WeightScheme(1)
+    artifact, _ = quantized(context, folder / "q", quantize_spec(method, weight=weight), {"hessian": statistics["hessian"]})
+    return artifact
 
 
 def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_record_says_when_where_and_how(tmp_path: Path) -> None:
     found = outcomes(request(tmp_path, {"a": EVALUATE, "b": EVALUATE}, batch_tokens=77), FakeRunners())
     record = found["b"].record
     assert record is not None
-    assert set(record) == {"started", "ended", "seconds", "environment", "hints", "notes", "summary"}
+    assert set(record) == {"started", "ended", "seconds", "environment", "hints", "kernels", "notes", "summary"}
     assert record["seconds"]["total"] == pytest.approx(record["ended"] - record["started"], abs=1e-6)
     assert 0 <= record["seconds"]["forward"] <= record["seconds"]["total"]
     assert record["hints"]["batch_tokens"] == 77

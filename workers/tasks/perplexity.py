@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.kernels import kernel
 from workers.errors import NumericalError
-from workers.tasks.base import Logits, Result, batches, check_finite, chunks, item_ids, log_probs, next_tokens, picked
+from workers.tasks.base import Logits, Result, batches, check_finite, chunks, item_ids, next_tokens
 
 KIND = "perplexity"
 VERSION = 1
@@ -39,8 +40,9 @@ def target_nll(logits: Tensor, batch: Tensor) -> Tensor:
     """logits `[B, T, V]`, tokens `[B, T]` ▸ -log p of each next token, nats, `[B, T-1]` float32."""
     targets = next_tokens(batch, logits)
     nll = torch.empty(targets.shape, dtype=torch.float32, device=logits.device)
+    log_probs = kernel("token_log_probs", device=logits.device).run.token_log_probs
     for part in chunks(logits):
-        nll[part] = -picked(log_probs(logits[part]), targets[part])
+        nll[part] = -log_probs(logits[part], targets[part])
     return nll
 
 

@@ -1,9 +1,6 @@
 """`wq_gemv`: a few rows of activations times a weight of integer codes, without making the weight: out `[M, N]` = x `[M, K]` · weightᵀ.
 
-x: float32 or bfloat16, M = 1 to 8 rows; out has its type, sums are float32 or wider. The weight is an `AffineTensor`; where it has an input
-scale, x is divided by that first. Every backend has
-- `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call
-- `wq_gemv(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row of x alone, bit for bit.
+What holds for every product with a packed weight: `quant.kernels.products`. The weight is an `AffineTensor`.
 
 A group's columns give scale · Σ code · x + offset · Σ x, where the offset is what a code of 0 stands for. `reference` takes any affine
 tensor; `cpu` takes what `Packed` can hold, `prepare` says what that is.
@@ -21,8 +18,6 @@ from quant.affine import ZeroKind
 from quant.tensors.affine import AffineTensor
 
 BITS = (2, 3, 4, 8)
-MOST_ROWS = 8
-"""Of x. With more of them a product of dense matrices is faster."""
 LANES = 8
 """Columns that are neighbours in memory, and rows whose words are."""
 STEP = 32
@@ -60,15 +55,7 @@ class Packed:
 
     def codes(self) -> Tensor:
         """uint8 `[N, K]`, as they were before `prepare`."""
-        vectors = []
-        for fields in _fields(self.bits):
-            code = torch.zeros((), dtype=torch.int32, device=self.words.device)
-            for field in fields:
-                code = code | (self.words[:, :, field.word] >> field.at & field.mask) << field.first
-            vectors.append(code.to(torch.uint8))
-        tiled = torch.stack(vectors, dim=2).permute(0, 3, 1, 2, 4)
-        n, k = self.shape
-        return tiled.reshape(tiled.shape[0] * LANES, -1)[:n, :k]
+        return read_out(self.words, self.bits, self.shape)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` as the codes have it, before the input scale."""
@@ -113,18 +100,37 @@ def prepare(tensor: AffineTensor) -> Packed:
     group = tensor.group_size
     if group % STEP:
         raise ValueError(f"groups of {group} columns of {k}; the packed layout takes multiples of {STEP}: use backend=reference")
-    fields = _fields(tensor.bits)
+    words = laid_out(tensor.codes, tensor.bits)
+    return Packed(words, _ranges(tensor), None if tensor.input_scale is None else tensor.input_scale.float(), (n, k), tensor.bits)
+
+
+def laid_out(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 `[N, K]` ▸ `Packed.words`."""
+    n, k = codes.shape
+    fields = _fields(bits)
     unit = len(fields) * LANES
     # [T, U, codes of a lane, rows, lanes].
-    codes = pad(tensor.codes, (0, -k % unit, 0, -n % LANES)).reshape(-(-n // LANES), LANES, -(-k // unit), len(fields), LANES)
-    codes = codes.permute(0, 2, 3, 1, 4)
-    tiles, units = codes.shape[:2]
-    words = torch.zeros(tiles, units, 3 if tensor.bits == 3 else 1, LANES, LANES, dtype=torch.int32, device=codes.device)
+    tiled = pad(codes, (0, -k % unit, 0, -n % LANES)).reshape(-(-n // LANES), LANES, -(-k // unit), len(fields), LANES)
+    tiled = tiled.permute(0, 2, 3, 1, 4)
+    words = torch.zeros(*tiled.shape[:2], 3 if bits == 3 else 1, LANES, LANES, dtype=torch.int32, device=codes.device)
     for v, parts in enumerate(fields):
-        code = codes[:, :, v].to(torch.int32)
+        code = tiled[:, :, v].to(torch.int32)
         for part in parts:
             words[:, :, part.word] |= (code >> part.first & part.mask) << part.at
-    return Packed(words, _ranges(tensor), None if tensor.input_scale is None else tensor.input_scale.float(), (n, k), tensor.bits)
+    return words
+
+
+def read_out(words: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
+    """Inverse of `laid_out`: codes uint8 `[N, K]`."""
+    vectors = []
+    for fields in _fields(bits):
+        code = torch.zeros((), dtype=torch.int32, device=words.device)
+        for field in fields:
+            code = code | (words[:, :, field.word] >> field.at & field.mask) << field.first
+        vectors.append(code.to(torch.uint8))
+    tiled = torch.stack(vectors, dim=2).permute(0, 3, 1, 2, 4)
+    n, k = shape
+    return tiled.reshape(tiled.shape[0] * LANES, -1)[:n, :k]
 
 
 def _ranges(tensor: AffineTensor) -> Tensor:
@@ -134,17 +140,3 @@ def _ranges(tensor: AffineTensor) -> Tensor:
     offset = zero if tensor.kind is ZeroKind.MINIMUM else -zero * scale
     both = torch.stack([scale, offset]).float().expand(2, n, -1)
     return pad(both, (0, 0, 0, -n % LANES)).reshape(2, -1, LANES, both.shape[2]).permute(1, 3, 0, 2).contiguous()
-
-
-def written_to(x: Tensor, weight: AffineTensor | Packed, out: Tensor | None) -> Tensor:
-    """`out`, or new memory for it; not filled. Raises ValueError for an x or an out that no backend takes."""
-    n, k = weight.shape
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= MOST_ROWS:
-        allowed = f"float32 or bfloat16 [1 to {MOST_ROWS}, {k}]"
-        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; it must be {allowed}; multiply more rows by the dequantized weight")
-    shape = (x.shape[0], n)
-    if out is None:
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
-    if not out.is_contiguous() or out.dtype != x.dtype or out.shape != shape:
-        raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}; it must be contiguous {shape}, {x.dtype}")
-    return out

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine
-from quant.kernels.wq_gemv import Packed, written_to
+from quant.kernels.products import dense
+from quant.kernels.wq_gemv import Packed
 from quant.tensors.affine import AffineTensor
 
 
@@ -21,11 +22,7 @@ def prepare(tensor: AffineTensor) -> AffineTensor:
 
 def wq_gemv(x: Tensor, packed: AffineTensor | Packed, out: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[M, N]` in the type of x, rounded to it once from `dtype`, in which everything is computed."""
-    made = written_to(x, packed, out)
-    given = x.to(dtype)
-    if packed.input_scale is not None:
-        given = given / packed.input_scale.to(dtype)
-    return made.copy_(given @ _values(packed, dtype).T)
+    return dense(x, _values(packed, dtype), packed.input_scale, out)
 
 
 def _values(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:

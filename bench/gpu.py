@@ -1,0 +1,289 @@
+"""Kernels on a GPU: right first, then fast, each beside a peer and beside the device's own limits from the same run.
+
+python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
+
+Pieces: limits, hessian, block, products, tables, hadamard, scoring; all when none is named. Times are of a replayed CUDA graph over
+inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and times
+nothing. Ends with 1 where a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quant.affine import Affine, ZeroKind
+from quant.grids import GRIDS, fit
+from quant.kernels import kernel
+from quant.solver import inverse_factor
+from quant.tensors.affine import AffineTensor
+from quant.tensors.base import Stored
+from quant.tensors.binary import BinaryTensor
+from quant.tensors.codebook import CodebookTensor
+
+COLD, REPLAYS, GROUP = 512e6, 20, 128
+"""Bytes that are read before an input's turn comes again; replays; columns that share a scale."""
+
+
+@dataclass
+class Row:
+    name: str
+    error: float
+    allowed: float
+    ours_us: float | None = None
+    peers_us: dict[str, float] = field(default_factory=dict)
+    read: int = 0
+    """Bytes that a call has to read."""
+    goal: str = ""
+
+    def line(self, read_gbs: float | None) -> str:
+        said = f"{self.name}: error {self.error:.1e} (allowed {self.allowed:.1e})"
+        if self.ours_us is None:
+            return said
+        said += f", {self.ours_us:.1f} us"
+        if self.read:
+            speed = self.read / self.ours_us / 1e3
+            said += f", {speed:.0f} GB/s" + (f" ({100 * speed / read_gbs:.0f} % of what can be read)" if read_gbs else "")
+        said += "".join(f", {name} {us:.1f} us" for name, us in self.peers_us.items())
+        return said + (f"; goal {self.goal}" if self.goal else "")
+
+
+class Bench:
+    """dry: small shapes on the CPU, nothing timed."""
+
+    def __init__(self, dry: bool) -> None:
+        self.dry = dry
+        self.device = torch.device("cpu" if dry else "cuda")
+        self.backend = "triton"
+        self.read_gbs: float | None = None
+
+    def size(self, real: int, small: int) -> int:
+        return small if self.dry else real
+
+    def random(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=torch.Generator(self.device).manual_seed(sum(shape)), device=self.device).to(dtype)
+
+    def time(self, work: Callable[[int], object], copies: int = 1) -> float | None:
+        """Microseconds of `work(i)`, i of `copies` inputs in turn."""
+        if self.dry:
+            work(0)
+            return None
+        calls = max(copies, 8)
+        for i in range(3):
+            work(i % copies)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(calls):
+                work(i % copies)
+        return self._least(graph.replay) / calls
+
+    def once(self, work: Callable[[], object]) -> float | None:
+        """Microseconds of a call that no graph can hold."""
+        if self.dry:
+            work()
+            return None
+        return self._least(work)
+
+    def _least(self, work: Callable[[], object]) -> float:
+        best = float("inf")
+        for _ in range(REPLAYS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            end.synchronize()
+            best = min(best, 1e3 * start.elapsed_time(end))
+        return best
+
+
+def known(**times: float | None) -> dict[str, float]:
+    return {name: t for name, t in times.items() if t is not None}
+
+
+def limits(b: Bench) -> Iterator[Row]:
+    n = b.size(1 << 30, 1 << 10)
+    x = b.random(n // 4)
+    took = b.time(lambda i: x.sum())
+    if took is not None:
+        b.read_gbs = n / took / 1e3
+    yield Row("read 1 GiB", 0, 0, took, read=n)
+    y = torch.empty_like(x)
+    yield Row("copy 1 GiB", 0, 0, b.time(lambda i: y.copy_(x)), read=2 * n)
+    k = b.size(8192, 64)
+    a = b.random(k, k, dtype=torch.bfloat16)
+    yield Row(f"bfloat16 product {k}³", 0, 0, b.time(lambda i: a @ a))
+    for k in (4096, 11008) if not b.dry else (64,):
+        a = b.random(k, k)
+        h = a @ a.T + k * torch.eye(k, device=b.device)
+        yield Row(f"Cholesky {k}", 0, 0, b.once(partial(torch.linalg.cholesky, h)))
+
+
+def hessian(b: Bench) -> Iterator[Row]:
+    run = kernel("hessian_syrk", b.backend, b.device).run
+    length = b.size(2048, 32)
+    for k, goal in ((4096, "8 ms"), (11008, "58 ms")) if not b.dry else ((48, ""),):
+        x = b.random(b.size(128, 2), length, k, dtype=torch.float16 if b.dry else torch.bfloat16)
+        total = torch.zeros(k, k, device=b.device)
+        run.add(total, x)
+        some = slice(0, min(k, 64))
+        flat = x.view(-1, k)
+        want = flat.double().T[some] @ flat.double()
+        got = run.finished(total)[some].double()
+        chunks = flat.split(16384)
+        summed = torch.zeros(len(range(k)[some]), k, device=b.device)
+        for c in chunks:
+            summed += c.float().T[some] @ c.float() if b.dry else torch.mm(c.T[some], c, out_dtype=torch.float32)
+        allowed = 2 * float((summed.double() - want).norm() / want.norm()) + 2.0**-24
+        peers = known(
+            addmm_out_dtype=None if b.dry else b.once(lambda: [torch.mm(c.T, c, out_dtype=torch.float32) for c in chunks]),  # noqa: B023
+            addmm_float32_of_a_sixteenth=b.once(lambda: torch.addmm(total, chunks[0].float().T, chunks[0].float())),  # noqa: B023
+        )
+        name = f"hessian_syrk, {flat.shape[0]} tokens x {k}"
+        yield Row(name, float((got - want).norm() / want.norm()), allowed, b.once(partial(run.add, total, x)), peers, goal=goal)
+
+
+def block(b: Bench) -> Iterator[Row]:
+    run, torch_loop = (kernel("gptq_block", name, b.device).run for name in (b.backend, "torch"))
+    columns = b.size(128, 16)
+    x = b.random(4 * columns, columns)
+    upper, _ = inverse_factor(x.T @ x, 0.01)
+    for rows, goal in ((4096, "15 us"), (12288, "15 us"), (16384, "15 us"), (8 * 4096, "2 x one of 4096")) if not b.dry else ((40, ""),):
+        w = b.random(columns, rows)
+        ranges = fit(GRIDS["g_asym"], w.T.reshape(rows, 1, columns), 4, torch.float32)
+        affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), 4, ZeroKind.CODE)
+        group = [0] * columns
+        got, want = run.solve_block(w, upper, affine, group), torch_loop.solve_block(w, upper, affine, group)
+        wrong = float((got.codes != want.codes).double().mean())
+        peers = known(torch_loop=b.once(partial(torch_loop.solve_block, w, upper, affine, group)))
+        yield Row(
+            f"gptq_block, {columns} columns x {rows}",
+            wrong,
+            1e-3,
+            b.once(partial(run.solve_block, w, upper, affine, group)),
+            peers,
+            goal=goal,
+        )
+
+
+def products(b: Bench) -> Iterator[Row]:
+    goals = {(8192, 28672, 4): "85 %", (8192, 8192, 4): "70 %", (4096, 11008, 4): "65 %", (4096, 4096, 4): "45 %"}
+    goals |= {(8192, 8192, 2): "60 %", (8192, 8192, 3): "60 %"}
+    for n, k in ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672)) if not b.dry else ((16, 256),):
+        yield from multiplied(b, n, k, ((f"{bits} bits", "wq_gemv", partial(_affine, bits=bits)) for bits in (2, 3, 4, 8)), goals)
+
+
+def tables(b: Bench) -> Iterator[Row]:
+    n, k = b.size(8192, 16), b.size(16384, 256)
+    makers = [(f"codebooks of {bits} bits", "lut_gemv", partial(_codebook, bits=bits)) for bits in (2, 4)]
+    yield from multiplied(b, n, k, [*makers, ("signs", "binary_gemv", _signs)], {})
+
+
+def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:
+    dense = b.random(n, k, dtype=torch.bfloat16)
+    for m in (1, 4):
+        x = b.random(m, k, dtype=torch.bfloat16)
+        plain = beside_dense(b, x, dense)
+        for name, operation, make in makers if m == 1 else ():
+            tensor: Stored = make(b, n, k)
+            run = kernel(operation, b.backend, b.device).run
+            packed = run.prepare(tensor)
+            weight = tensor.dequantize()
+            want = x.double() @ weight.double().T
+            allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
+            got = getattr(run, operation)(x, packed)
+            copies = [run.prepare(tensor) for _ in range(b.size(1 + int(COLD / packed.bytes), 1))]
+            took = b.time(lambda i: getattr(run, operation)(x, copies[i]), len(copies))  # noqa: B023
+            goal = goals.get((n, k, getattr(tensor, "bits", 0)), "")
+            error = float((got.double() - want).norm() / want.norm())
+            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, known(bfloat16=plain), packed.bytes, goal)
+
+
+def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:
+    weights = [dense.clone() for _ in range(b.size(1 + int(COLD / dense.nbytes), 1))]
+    return b.time(lambda i: linear(x, weights[i]), len(weights))
+
+
+def _affine(b: Bench, n: int, k: int, bits: int) -> AffineTensor:
+    g = torch.Generator(b.device).manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8, device=b.device)
+    scale = ((torch.rand(n, k // GROUP, generator=g, device=b.device) + 0.5) / 2**bits).half()
+    zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device=b.device)
+    return AffineTensor(codes, scale, zero, bits, ZeroKind.CODE)
+
+
+def _codebook(b: Bench, n: int, k: int, bits: int) -> CodebookTensor:
+    g = torch.Generator(b.device).manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8, device=b.device)
+    return CodebookTensor(codes, torch.full((k,), bits, device=b.device), b.random(k, 2**bits).half(), bits)
+
+
+def _signs(b: Bench, n: int, k: int) -> BinaryTensor:
+    flags = [b.random(n, k + i)[:, :k] > 0 for i in range(3)]
+    salient = b.random(k) > 1.6
+    scale, mean = (b.random(n, k // GROUP, values).half() for values in (4, 3))
+    return BinaryTensor(flags[0], flags[1] & salient, flags[2] & ~salient, salient, scale, mean, GROUP)
+
+
+def hadamard(b: Bench) -> Iterator[Row]:
+    run, plain = (kernel("hadamard", name, b.device).run.transform for name in (b.backend, "reference"))
+    for n in (4096, 16384) if not b.dry else (64,):
+        # The interpreter does not round to bfloat16, it cuts off.
+        x = b.random(b.size((1 << 30) // n, 5), n, dtype=torch.float16 if b.dry else torch.bfloat16)
+        few = x[:64]
+        want = plain(few.double(), n**-0.5)
+        error = float((run(few, n**-0.5).double() - want).norm() / want.norm())
+        allowed = 2 * float((plain(few, n**-0.5).double() - want).norm() / want.norm())
+        took = b.time(lambda i: run(x, n**-0.5))  # noqa: B023
+        yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal="80 % of a copy")
+
+
+def scoring(b: Bench) -> Iterator[Row]:
+    run, plain = (kernel("token_log_probs", name, b.device).run.token_log_probs for name in (b.backend, "reference"))
+    logits = b.random(b.size(4096, 8), b.size(128256, 300), dtype=torch.bfloat16)
+    tokens = torch.arange(len(logits), device=b.device)
+    want = torch.log_softmax(logits[:64].double(), -1).gather(-1, tokens[:64, None])[:, 0]
+    error = float((run(logits[:64], tokens[:64]).double() - want).abs().max())
+    peers = known(torch=b.time(lambda i: plain(logits, tokens)))
+    yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
+
+
+PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, hessian, block, products, tables, hadamard, scoring)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("pieces", nargs="*", choices=[*PIECES, []], help="all when left out")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--dry", action="store_true", help="small shapes on the CPU (TRITON_INTERPRET=1), nothing timed")
+    given = parser.parse_args()
+    if not given.dry and not torch.cuda.is_available():
+        print("there is no CUDA device; `TRITON_INTERPRET=1 python -m bench.gpu --dry` checks the kernels without one", file=sys.stderr)
+        return 2
+    b = Bench(given.dry)
+    device = "the CPU, Triton's interpreter" if given.dry else torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    rows: list[Row] = []
+    for name in given.pieces or PIECES:
+        for row in PIECES[name](b):
+            rows.append(row)
+            print(row.line(b.read_gbs) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
+    if given.out:
+        told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d")}
+        given.out.write_text(json.dumps(told | {"read_gbs": b.read_gbs, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+    return 0 if all(r.error <= r.allowed for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

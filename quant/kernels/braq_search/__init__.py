@@ -1,0 +1,9 @@
+"""`braq_search`: the errors of BiLLM's candidates in a block of columns (Huang et al. 2024, arXiv 2402.04291, algorithm 2).
+
+A set of n values binarized once leaves Σ(x - μ)² - n α², μ its mean and α the mean of |x - μ|; a second order takes n μ₂² + n α₂² off.
+Every twin has
+- `order_two_errors(m, counts) ▸ [k]`: m `[N, C]`, its columns ranked. For each count k the squared error when the first k columns and the
+  rest are each binarized twice
+- `split_errors(x, thresholds) ▸ [T]`: x `[N, C]`. For each threshold, 0 or more, that when values with |x| ≥ t and the rest are each
+  binarized once Means are used; errors are float64 sums over all rows. Twins differ by rounding: of float32 sums along a row.
+"""

@@ -1,0 +1,111 @@
+"""`lut_gemv`: a few rows of activations times a weight with a table of values for each input column (CLAQ's codebooks).
+
+What holds for every product with a packed weight: `quant.kernels.products`. The weight is a `CodebookTensor`; columns of 1 to 4 bits, all
+of one width or not. `reference` takes any codebook tensor.
+
+x folds into the tables: with T_k[c] = x_k · table_k[c] a row of the result is Σ_k T_k[code], which multiplies nothing by a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quant.tensors.codebook import CodebookTensor, Outliers
+
+MOST_BITS = 4
+ROWS = 32
+"""Whose words are neighbours in memory."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The columns of one width."""
+
+    words: Tensor
+    """int32 `[T, W, 32]`: tiles of 32 rows, padded with zeros. A word has 32 // bits codes of as many columns of one row, the first
+    lowest."""
+    values: Tensor
+    """float32 `[C, 2^bits]`."""
+    columns: Tensor
+    """int64 `[C]`: of x."""
+    bits: int
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Weights kept aside, as differences from what their codes say, row after row."""
+
+    starts: Tensor
+    """int64 `[N + 1]`."""
+    columns: Tensor
+    """int32 `[count]`."""
+    differences: Tensor
+    """float32 `[count]`."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    parts: tuple[Part, ...]
+    apart: Apart | None
+    input_scale: Tensor | None
+    """float32 `[K]`."""
+    shape: tuple[int, int]
+    """(N, K)."""
+
+    @property
+    def bytes(self) -> int:
+        """What a call reads of the weight."""
+        read = [t for p in self.parts for t in (p.words, p.values, p.columns)]
+        read += [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
+        read += [] if self.input_scale is None else [self.input_scale]
+        return sum(t.numel() * t.element_size() for t in read)
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """`[N, K]` before the input scale."""
+        n, k = self.shape
+        weight = torch.zeros(n, k, dtype=dtype, device=self.parts[0].words.device)
+        for part in self.parts:
+            per_word = 32 // part.bits
+            at = torch.arange(per_word, device=part.words.device) * part.bits
+            codes = (part.words[..., None] >> at) & (2**part.bits - 1)  # [T, W, 32, codes]
+            codes = codes.permute(0, 2, 1, 3).reshape(-1, part.words.shape[1] * per_word)[:n, : len(part.columns)]
+            weight[:, part.columns] = part.values.to(dtype).gather(1, codes.T.long()).T
+        if self.apart is not None:
+            row = torch.repeat_interleave(torch.arange(n, device=weight.device), self.apart.starts.diff())
+            weight[row, self.apart.columns.long()] += self.apart.differences.to(dtype)
+        return weight
+
+
+def prepare(tensor: CodebookTensor) -> Packed:
+    """The same codes, laid out anew. Raises ValueError for wider columns."""
+    widest = int(tensor.widths.max())
+    if widest > MOST_BITS:
+        raise ValueError(f"columns of {widest} bits; the packed layout has 1 to {MOST_BITS}: use backend=reference")
+    parts = tuple(_part(tensor, int(b)) for b in torch.unique(tensor.widths))
+    apart = None if tensor.outliers is None else _apart(tensor, tensor.outliers)
+    return Packed(parts, apart, None if tensor.input_scale is None else tensor.input_scale.float(), tensor.shape)
+
+
+def _part(tensor: CodebookTensor, bits: int) -> Part:
+    columns = (tensor.widths == bits).nonzero()[:, 0]
+    n, per_word = tensor.shape[0], 32 // bits
+    codes = pad(tensor.codes[:, columns].to(torch.int32), (0, -len(columns) % per_word, 0, -n % ROWS))
+    codes = codes.reshape(-(-n // ROWS), ROWS, -1, per_word)
+    words = torch.zeros(codes.shape[:3], dtype=torch.int32, device=codes.device)
+    for i in range(per_word):
+        words |= codes[..., i] << i * bits
+    return Part(words.transpose(1, 2).contiguous(), tensor.tables[columns, : 2**bits].float().contiguous(), columns, bits)
+
+
+def _apart(tensor: CodebookTensor, outliers: Outliers) -> Apart:
+    n, k = tensor.shape
+    column = torch.repeat_interleave(torch.arange(k, device=outliers.rows.device), outliers.counts)
+    instead = tensor.tables[column].gather(1, tensor.codes[outliers.rows, column][:, None].long())[:, 0]
+    differences = outliers.values.float() - instead.float()
+    order = torch.argsort(outliers.rows, stable=True)
+    starts = pad(torch.bincount(outliers.rows, minlength=n).cumsum(0), (1, 0))
+    return Apart(starts, column[order].to(torch.int32), differences[order].contiguous())

@@ -1,0 +1,34 @@
+"""The product in Triton: portable rather than fast."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.kernels.lut_gemv import Packed, prepare
+from quant.kernels.on_triton import unavailable
+from quant.kernels.products import given_to, written_to
+
+__all__ = ["lut_gemv", "prepare", "unavailable"]
+
+WORDS, BLOCK = 16, 64
+"""Of a row, and weights kept aside, that a program reads at a time."""
+
+
+def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
+    """`[M, N]` in the type of x; products are added up in float32."""
+    from quant.kernels.lut_gemv.program import apart, entries
+
+    made, given = written_to(x, packed.shape, out), given_to(x, packed.input_scale)
+    sums = torch.zeros(made.shape, device=x.device)
+    n, k = packed.shape
+    for part in packed.parts:
+        tiles, length = part.words.shape[:2]
+        entries[(tiles, x.shape[0])](
+            part.words.contiguous(), part.values.contiguous(), part.columns, given, sums, n, k, len(part.columns), length,
+            BITS=part.bits, CODES=32 // part.bits, WORDS=WORDS, num_warps=4,
+        )  # fmt: skip
+    if packed.apart is not None:
+        kept = packed.apart
+        apart[(n, x.shape[0])](kept.starts, kept.columns, kept.differences, given, sums, n, k, BLOCK=BLOCK, num_warps=2)
+    return made.copy_(sums)

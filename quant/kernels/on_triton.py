@@ -1,0 +1,35 @@
+"""What Triton kernels share on the host's side. Triton is optional: it is imported when a kernel first runs, in an operation's
+`program.py`.
+
+A program is written once for all devices that Triton compiles for. With TRITON_INTERPRET=1, set before Triton is imported, it runs on
+CPU tensors, slowly, one program after another: that is how tests run it.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import torch
+
+# Read when Triton is imported, which otherwise warns that its own choice is to change. `gptq_block` says what it needs.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+LEAST_CAPABILITY = (8, 0)
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """None, or why Triton kernels do not run on the device."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if interpreted():
+        return None
+    if device.type != "cuda":
+        return f"Triton kernels take CUDA tensors, not those on {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        return f"Triton kernels need compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
+    return None

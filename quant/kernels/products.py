@@ -1,0 +1,71 @@
+"""What products of a few rows of activations with a packed weight have in common: `wq_gemv`, `lut_gemv`, `binary_gemv`.
+
+out `[M, N]` = x `[M, K]` · weightᵀ, without making the weight. x: float32 or bfloat16, M = 1 to 8 rows; out has its type, sums are
+float32 or wider. Where the stored weight has an input scale, x is divided by that first. Every backend has
+- `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call. Raises ValueError for what it does not take
+- a function named as the operation, `(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row
+  of x alone, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from quant.kernels.native import NoLibrary, library
+
+MOST_ROWS = 8
+"""Of x. With more of them a product of dense matrices is faster."""
+
+
+def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
+    """`out`, or new memory for it; not filled. shape: (N, K). Raises ValueError for an x or an out that no backend takes."""
+    n, k = shape
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= MOST_ROWS:
+        allowed = f"float32 or bfloat16 [1 to {MOST_ROWS}, {k}]"
+        raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; it must be {allowed}; multiply more rows by the dequantized weight")
+    wanted = (x.shape[0], n)
+    if out is None:
+        return torch.empty(wanted, dtype=x.dtype, device=x.device)
+    if not out.is_contiguous() or out.dtype != x.dtype or out.shape != wanted:
+        raise ValueError(f"out is {tuple(out.shape)}, {out.dtype}; it must be contiguous {wanted}, {x.dtype}")
+    return out
+
+
+def given_to(x: Tensor, input_scale: Tensor | None) -> Tensor:
+    """x as fast backends read it: float32, contiguous, divided by the input scale `[K]`."""
+    given = x.detach().float()
+    return (given if input_scale is None else given / input_scale).contiguous()
+
+
+def dense(x: Tensor, weight: Tensor, input_scale: Tensor | None, out: Tensor | None) -> Tensor:
+    """The product with a weight `[N, K]` that was made, in its type, rounded to that of x once."""
+    n, k = weight.shape
+    made = written_to(x, (n, k), out)
+    given = x.to(weight.dtype)
+    if input_scale is not None:
+        given = given / input_scale.to(weight.dtype)
+    return made.copy_(given @ weight.T)
+
+
+def native_unavailable(name: str, device: torch.device) -> str | None:
+    """None, or why the C++ library `name` does not work on the device."""
+    if device.type != "cpu":
+        return f"the C++ library works on CPU tensors, not on {device}"
+    found = library(name)
+    return str(found) if isinstance(found, NoLibrary) else None
+
+
+def call(name: str, function: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """`function` of the C++ library `name`, with the tensors' addresses, the numbers and torch's number of threads.
+
+    The caller keeps the tensors, contiguous, until it is over. Raises RuntimeError where there is no library."""
+    found = library(name)
+    if isinstance(found, NoLibrary):
+        raise RuntimeError(str(found))
+    entry = getattr(found, function)
+    entry.restype = None
+    entry(*map(ctypes.c_int64, (*(t.data_ptr() for t in tensors), *numbers, torch.get_num_threads())))

@@ -1,0 +1,57 @@
+"""The product for Triton: a program makes the eight outputs of one tile for one row of x, from `UNITS` units of the layout at a time.
+
+Other rows of x find the words in the cache. Sums are float32.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gemv(
+    words,  # int32 [T, units, WORDS, 8, 8]
+    ranges,  # float32 [T, G, 2, 8]
+    x,  # float32 [M, K]
+    out,  # float32 [M, N]
+    n,
+    k,
+    units,
+    groups,
+    width,  # columns of a group
+    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,  # of a lane of a unit
+    UNITS: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    row = tl.program_id(1)
+    eight = tl.arange(0, 8)
+    lines, lanes = eight[None, :, None], eight[None, None, :]
+    total = tl.zeros([UNITS, 8, 8], tl.float32)
+    for first in range(0, units, UNITS):
+        unit = (first + tl.arange(0, UNITS))[:, None, None]
+        alive = unit < units
+        here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
+        one = tl.load(here, mask=alive, other=0)
+        if WORDS == 3:
+            two = tl.load(here + 64, mask=alive, other=0)
+            three = tl.load(here + 128, mask=alive, other=0)
+        for v in tl.static_range(CODES):
+            if WORDS == 1:
+                code = (one >> (v * BITS)) & ((1 << BITS) - 1)
+            elif v < 10:
+                code = (one >> (3 * v)) & 7
+            elif v < 20:
+                code = (two >> (3 * (v - 10))) & 7
+            elif v < 30:
+                code = (three >> (3 * (v - 20))) & 7
+            elif v == 30:
+                code = ((one >> 30) & 3) | (((three >> 30) & 1) << 2)
+            else:
+                code = ((two >> 30) & 3) | (((three >> 31) & 1) << 2)
+            column = unit * (CODES * 8) + v * 8
+            own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + lines
+            given = tl.load(x + row * k + column + lanes, mask=column + lanes < k, other=0.0)
+            total += (code.to(tl.float32) * tl.load(own) + tl.load(own + 8)) * given
+    made = tl.sum(tl.sum(total, 2), 0)
+    tl.store(out + row * n + tile * 8 + eight, made, mask=tile * 8 + eight < n)

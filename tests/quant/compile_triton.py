@@ -1,0 +1,99 @@
+"""Compile every Triton kernel for one architecture, in its largest form; one JSON object a line. No GPU is needed.
+
+python compile_triton.py 90
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quant.kernels.binary_gemv.program import signs
+from quant.kernels.gptq_block.program import solve
+from quant.kernels.hadamard.program import transform
+from quant.kernels.hessian_syrk.program import add_lower
+from quant.kernels.hessian_syrk.triton import PROMOTE, shape
+from quant.kernels.lut_gemv.program import apart, entries
+from quant.kernels.token_log_probs.program import pick
+from quant.kernels.wq_gemv.program import gemv
+
+
+def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Kernel, of what, types of its arguments, constants, options."""
+    found = []
+    block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "codes", "values", "errors")}
+    block |= {"group": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
+    for kind in (1, 2):
+        constants = {"KIND": kind, "ROWS": 32, "COLUMNS": 128}
+        found.append((solve, f"kind {kind}", block, constants, {"num_warps": 4, "enable_fp_fusion": False}))
+    product = {"words": "*i32", "ranges": "*fp32", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(
+        ("n", "k", "units", "groups", "width"), "i32"
+    )
+    for bits, words, codes, units in ((3, 3, 32, 2), (4, 1, 8, 8)):
+        found.append((gemv, f"{bits} bits", product, {"BITS": bits, "WORDS": words, "CODES": codes, "UNITS": units}, {"num_warps": 4}))
+    types = {"words": "*i32", "tables": "*fp32", "salient": "*i32", "x": "*fp32", "out": "*fp32"}
+    types |= dict.fromkeys(("n", "k", "units", "blocks", "block"), "i32")
+    found.append((signs, "2 bits", types, {"UNITS": 4}, {"num_warps": 4}))
+    types = {"words": "*i32", "values": "*fp32", "columns": "*i64", "x": "*fp32", "out": "*fp32"}
+    types |= dict.fromkeys(("n", "k", "count", "length"), "i32")
+    for bits in (2, 4):
+        found.append((entries, f"{bits} bits", types, {"BITS": bits, "CODES": 32 // bits, "WORDS": 16}, {"num_warps": 4}))
+    types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
+    found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        tile, step, warps, stages = shape(dtype, architecture // 10)
+        types = {"total": "*fp32", "x": f"*{name}", "tiles": "*i32", "sequences": "i32", "length": "i32", "k": "i32"}
+        constants = {"TILE": tile, "STEP": step, "PROMOTE": PROMOTE, "PRECISION": "ieee"}
+        found.append((add_lower, name, types, constants, {"num_warps": warps, "num_stages": stages}))
+    scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
+    found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
+    for n in (512, 16384):
+        together = max(1, 2048 // n)
+        types = {"x": "*bf16", "out": "*bf16", "rows": "i32", "factor": "fp32"}
+        constants = {"N": n, "LOG": n.bit_length() - 1, "ROWS": together}
+        found.append((transform, str(n), types, constants, {"num_warps": min(16, n * together // 512)}))
+    return found
+
+
+def main(architecture: int) -> None:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for kernel, of, types, constants, options in forms(architecture):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
+        even = [i for i, name in enumerate(kernel.arg_names) if name == "k" or signature[name].startswith("*")]
+        attrs = {(i,): [["tt.divisibility", 16]] for i in even}
+        source = ASTSource(kernel, signature, constants, attrs)
+        made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(made.asm["cubin"])
+            f.flush()
+            used = subprocess.run([tools / "cuobjdump", "--dump-resource-usage", f.name], capture_output=True, text=True, check=True).stdout
+        numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", used)}
+        row = {
+            "architecture": architecture,
+            "kernel": kernel.__name__,
+            "of": of,
+            "registers": numbers["REG"],
+            "stack": numbers["STACK"] + numbers["LOCAL"],
+        }
+        row |= {"shared": made.metadata.shared, "tensor_cores": bool(re.search(r"wgmma|mma\.sync", made.asm["ptx"]))}
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        main(int(given))

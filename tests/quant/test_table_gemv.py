@@ -1,0 +1,210 @@
+"""Products with codebooks per column and with signs, against float64 on the same values.
+
+Tolerances. `size` is A = Σ |x| |weight|, with what a kept weight stands instead of counted too; u = 2^-24 (2^-8 for bfloat16, in which
+only the result is rounded). Between a product and the result lie: with codebooks at most 256 roundings of a part's sum (of 8 words), one
+for each of K / 64 parts, and one for each kept weight of a row; with signs 32 of a block's sum and one for each of at most K / 8 blocks;
+and 8 of lanes, input scale and result. Each is off by u A at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import TABLE, binary_gemv, kernel, lut_gemv
+from quant.kernels.library import operands
+from quant.tensors.base import Stored
+from quant.tensors.binary import BinaryTensor
+from quant.tensors.codebook import CodebookTensor, Outliers
+from tests.quant.test_wq_gemv import U_BFLOAT16, U, inputs
+
+OPERATIONS = ("lut_gemv", "binary_gemv")
+FAST = [op for op in OPERATIONS if kernel(op).backend == "cpu"]
+PREPARE = {"lut_gemv": lut_gemv.prepare, "binary_gemv": binary_gemv.prepare}
+
+
+def generator(*of: int) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(p * n for p, n in zip((1, 1000, 1000003), of, strict=False)))
+
+
+def codebook(
+    n: int, k: int, widths: tuple[int, ...], kept: int = 0, dtype: torch.dtype = torch.float16, scaled: bool = False
+) -> CodebookTensor:
+    """Columns take the widths in turn; the first row has the lowest codes, the last the highest; `kept` weights of every third column."""
+    g = generator(n, k, kept)
+    width = torch.tensor(widths)[torch.arange(k) % len(widths)]
+    tables = torch.randn(k, 2 ** int(width.max()), generator=g).to(dtype)
+    tables[torch.arange(tables.shape[1]) >= 2 ** width[:, None]] = 0
+    codes = (torch.rand(n, k, generator=g) * 2**width).to(torch.uint8)
+    codes[0], codes[-1] = 0, 2**width - 1
+    outliers = None
+    if kept:
+        counts = torch.where(torch.arange(k) % 3 == 0, kept, 0)
+        rows = torch.cat([torch.randperm(n, generator=g)[:kept].sort().values for _ in range(int((counts > 0).sum()))])
+        outliers = Outliers(counts, rows, (9 * torch.randn(len(rows), generator=g)).to(dtype))
+    inputs_scale = (torch.rand(k, generator=g) + 0.5).to(dtype) if scaled else None
+    return CodebookTensor(codes, width, tables, 2.0, outliers, input_scale=inputs_scale)
+
+
+def signs(n: int, k: int, block: int, means: bool = True, dtype: torch.dtype = torch.float16, scaled: bool = False) -> BinaryTensor:
+    g = generator(n, k, block)
+    salient = torch.rand(k, generator=g) < 0.2
+    flags = torch.rand(3, n, k, generator=g) < 0.5
+    blocks = -(-k // block)
+    scale = torch.rand(n, blocks, 4, generator=g).to(dtype)
+    mean = torch.randn(n, blocks, 3, generator=g).to(dtype) if means else None
+    inputs_scale = (torch.rand(k, generator=g) + 0.5).to(dtype) if scaled else None
+    return BinaryTensor(flags[0], flags[1] & salient, flags[2] & ~salient, salient, scale, mean, block, input_scale=inputs_scale)
+
+
+def cases(operation: str) -> list[Any]:
+    if operation == "binary_gemv":
+        return [
+            signs(n, k, block, means, dtype, scaled)
+            for n, k, block, means, dtype, scaled in (
+                (13, 256, 128, True, torch.float16, False),
+                (1, 8, 8, True, torch.float32, True),
+                (9, 200, 32, False, torch.float16, True),
+                (8, 1000, 64, True, torch.float16, False),
+                (3, 300, 24, True, torch.float32, False),
+                (5, 129, 128, True, torch.float16, False),
+            )
+        ]
+    return [
+        codebook(n, k, widths, kept, dtype, scaled)
+        for n, k, widths, kept, dtype, scaled in (
+            (33, 256, (2,), 0, torch.float16, False),
+            (1, 1, (1,), 0, torch.float32, True),
+            (40, 300, (1, 3), 0, torch.float16, True),
+            (32, 517, (4,), 3, torch.float16, False),
+            (70, 96, (2, 4), 5, torch.float32, True),
+            (31, 1031, (1, 2, 3, 4), 1, torch.float16, False),
+        )
+    ]
+
+
+def exact(x: Tensor, tensor: Stored) -> tuple[Tensor, Tensor, int]:
+    """float64 `[M, N]`: the product and A; roundings on the way."""
+    plain = replace(tensor, input_scale=None)  # type: ignore[type-var]
+    weight = plain.dequantize().double()
+    size, roundings = weight.abs(), 2 * 16 + x.shape[1] // 8 + 8
+    if isinstance(plain, CodebookTensor):
+        roundings = 256 + x.shape[1] // 64 + 8
+        if plain.outliers is not None:
+            size = size + 2 * replace(plain, outliers=None).dequantize().double().abs()
+            roundings += len(plain.outliers.counts)
+    given = x.double() if tensor.input_scale is None else x.double() / tensor.input_scale.double()
+    return given @ weight.T, given.abs() @ size.T, roundings
+
+
+def check(got: Tensor, x: Tensor, tensor: Stored) -> None:
+    want, size, roundings = exact(x, tensor)
+    bound = roundings * U * size
+    if got.dtype is torch.bfloat16:
+        bound = bound + U_BFLOAT16 * (want.abs() + bound)
+    assert got.dtype == x.dtype
+    error = (got.double() - want).abs()
+    assert (error <= bound).all(), f"{float((error / bound).max())} x the bound"
+    # Single errors have either sign: as a whole they are far below their bound.
+    assert error.norm() <= 16 * (U if x.dtype is torch.float32 else U_BFLOAT16) * size.norm()
+
+
+@pytest.mark.parametrize("operation", FAST)
+def test_error_is_that_of_rounding(operation: str) -> None:
+    run = getattr(kernel(operation).run, operation)
+    for tensor in cases(operation):
+        packed = PREPARE[operation](tensor)
+        for m in (1, 3, 8):
+            for x in (inputs(m, tensor.shape[1]), inputs(m, tensor.shape[1], torch.bfloat16)):
+                out = torch.full((m, tensor.shape[0]), torch.nan, dtype=x.dtype)
+                assert run(x, packed, out) is out
+                check(out, x, tensor)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_packing_is_exact(operation: str) -> None:
+    """Kept weights are stored as differences, which float32 rounds once."""
+    for tensor in cases(operation):
+        plain = replace(tensor, input_scale=None)
+        got, want = PREPARE[operation](tensor).values(torch.float64), plain.dequantize().double()
+        kept = isinstance(plain, CodebookTensor) and plain.outliers is not None
+        slack = U * (want.abs() + 2 * replace(plain, outliers=None).dequantize().double().abs()) if kept else torch.zeros_like(want)
+        assert ((got - want).abs() <= slack).all()
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_reference_takes_tensors_as_they_are(operation: str) -> None:
+    run = kernel(operation, "reference").run
+    wide = codebook(5, 40, (6, 2), 2) if operation == "lut_gemv" else signs(5, 40, 20)
+    for tensor in (*cases(operation), wide):
+        x = inputs(2, tensor.shape[1])
+        want, size, _ = exact(x, tensor)
+        got = getattr(run, operation)(x, run.prepare(tensor))
+        assert ((got.double() - want).abs() <= U * want.abs() + 2.0**-40 * size).all()
+
+
+@pytest.mark.parametrize("operation", FAST)
+def test_rows_of_the_weight_and_of_x_stand_alone(operation: str) -> None:
+    """Bit for bit: a part of the rows of the weight, one row of x beside any others, and any number of threads."""
+    run = getattr(kernel(operation).run, operation)
+    tensor: Any = codebook(1100, 512, (2, 4)) if operation == "lut_gemv" else signs(1100, 512, 128)
+    part: Any = replace(tensor, codes=tensor.codes[70:]) if operation == "lut_gemv" else rows_of(tensor, slice(70, None))
+    x = inputs(8, 512)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        whole = run(x, PREPARE[operation](tensor))
+        torch.set_num_threads(1)
+        assert torch.equal(run(x, PREPARE[operation](tensor)), whole)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(run(x, PREPARE[operation](part)), whole[:, 70:])
+    for m in (1, 5):
+        assert torch.equal(run(x[:m], PREPARE[operation](tensor)), whole[:m])
+
+
+def rows_of(tensor: BinaryTensor, rows: slice) -> BinaryTensor:
+    assert tensor.mean is not None
+    flags = (tensor.signs[rows], tensor.second[rows], tensor.split[rows])
+    return BinaryTensor(*flags, tensor.salient, tensor.scale[rows], tensor.mean[rows], tensor.block_size)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_bytes_are_those_of_codes_and_tables(operation: str) -> None:
+    if operation == "binary_gemv":
+        assert binary_gemv.prepare(signs(16, 256, 128)).bytes == 16 * 256 // 4 + 16 * 2 * 8 * 4 + 256 * 4
+    else:
+        assert lut_gemv.prepare(codebook(32, 128, (4,))).bytes == 32 * 128 // 2 + 128 * 16 * 4 + 128 * 8
+
+
+def test_what_the_layouts_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"columns of 5 bits; the packed layout has 1 to 4: use backend=reference"):
+        lut_gemv.prepare(codebook(4, 8, (2, 5)))
+    with pytest.raises(ValueError, match=r"blocks of 20 columns; the packed layout takes multiples of 8: use backend=reference"):
+        binary_gemv.prepare(signs(4, 40, 20))
+
+
+@pytest.mark.parametrize("backend", [b for b in TABLE["lut_gemv"] if b != "triton"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_other_inputs_are_refused(operation: str, backend: str) -> None:
+    if backend == "cpu" and operation not in FAST:
+        pytest.skip("there is no C++ library")
+    run = kernel(operation, backend).run
+    packed = run.prepare(codebook(4, 96, (2,)) if operation == "lut_gemv" else signs(4, 96, 32))
+    for x in (inputs(9, 96), inputs(1, 64), inputs(1, 96, torch.float16)):
+        with pytest.raises(ValueError, match=r"it must be float32 or bfloat16 \[1 to 8, 96\]"):
+            getattr(run, operation)(x, packed)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_operators_keep_to_their_schemas(operation: str) -> None:
+    operator = getattr(torch.ops.bitgrid, operation)
+    for tensor in cases(operation)[2:4]:
+        x = inputs(2, tensor.shape[1])
+        packed: Any = PREPARE[operation](tensor)
+        torch.library.opcheck(operator.default, (x, *operands(packed)))
+        check(operator(x, *operands(packed)), x, tensor)

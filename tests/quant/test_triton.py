@@ -1,0 +1,161 @@
+"""Triton kernels in Triton's interpreter, against their references. What the compiler makes of them: test_triton_compiled.py.
+
+The interpreter multiplies no bfloat16 and finds no race; shapes are small, because a step of a program takes milliseconds in it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.grids import GRIDS
+from quant.hadamard import hadamard_matrix
+from quant.kernels import TABLE, kernel
+from quant.kernels.on_triton import interpreted
+from quant.kernels.wq_gemv import BITS, prepare
+from quant.statistics import HessianSum
+from tests.quant import test_table_gemv as table_gemv
+from tests.quant.test_gptq_block import problem
+from tests.quant.test_wq_gemv import check, inputs, stored
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+pytestmark = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")
+
+
+def run(operation: str) -> object:
+    return kernel(operation, "triton").run
+
+
+def poisoned(like: Tensor) -> Tensor:
+    return torch.full_like(like, torch.nan)
+
+
+@pytest.mark.parametrize("name", sorted(op for op, row in TABLE.items() if "triton" in row))
+def test_where_it_is_chosen(name: str) -> None:
+    assert kernel(name).backend != "triton"
+    assert kernel(name, "triton").backend == "triton"
+
+
+@pytest.mark.parametrize("grid", sorted(GRIDS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_block_equals_the_plain_loop(grid: str, dtype: torch.dtype) -> None:
+    """Bit for bit: neither multiplies and adds at once, and rows share nothing."""
+    w, upper, affine, group = problem(37, 32, grid, 3, dtype)
+    want = kernel("gptq_block", "reference").run.solve_block(w, upper, affine, group)
+    out = type(want)(poisoned(w), poisoned(w), poisoned(w))
+    got = kernel("gptq_block", "triton").run.solve_block(w, upper, affine, group, out)
+    assert got is out
+    for name in ("codes", "values", "errors"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_stacked_configurations_are_solved_as_apart(bits: int) -> None:
+    solve = kernel("gptq_block", "triton").run.solve_block
+    w, upper, affine, group = problem(33, 16, "g_asym", bits, torch.float32)
+    twice = type(affine)(torch.cat([affine.scale, 2 * affine.scale], 1), torch.cat([affine.zero] * 2, 1), bits, affine.kind)
+    both = solve(torch.cat([w, w], 1), upper, twice, group)
+    for half, scale in ((slice(0, 33), affine.scale), (slice(33, 66), 2 * affine.scale)):
+        alone = solve(w, upper, type(affine)(scale, affine.zero, bits, affine.kind), group)
+        assert torch.equal(both.codes[:, half], alone.codes)
+        assert torch.equal(both.errors[:, half], alone.errors)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n", "k", "group"), [(13, 352, 32), (3, 256, 256), (8, 96, 96)])
+def test_product_with_packed_codes(bits: int, n: int, k: int, group: int) -> None:
+    tensor = stored(n, k, bits, group, scaled=k == 96)
+    for x in (inputs(2, k), inputs(1, k, torch.bfloat16)):
+        out = torch.full((x.shape[0], n), torch.nan, dtype=x.dtype)
+        check(kernel("wq_gemv", "triton").run.wq_gemv(x, prepare(tensor), out), x, tensor)
+
+
+@pytest.mark.parametrize("operation", table_gemv.OPERATIONS)
+def test_products_with_tables(operation: str) -> None:
+    for tensor in table_gemv.cases(operation):
+        if tensor.shape[1] > 300:
+            continue
+        for x in (inputs(2, tensor.shape[1]), inputs(1, tensor.shape[1], torch.bfloat16)):
+            out = torch.full((x.shape[0], tensor.shape[0]), torch.nan, dtype=x.dtype)
+            got = getattr(kernel(operation, "triton").run, operation)(x, table_gemv.PREPARE[operation](tensor), out)
+            table_gemv.check(got, x, tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("k", [5, 32, 70])
+def test_hessian_is_the_sum_of_outer_products(dtype: torch.dtype, k: int) -> None:
+    """Sums of n products in float32 are off by n u Σ |x| |xᵀ| at most, u = 2^-24, in any order."""
+    syrk = kernel("hessian_syrk", "triton").run
+    x = torch.randn(3, 37, k, generator=torch.Generator().manual_seed(k)).to(dtype)
+    start = torch.randn(k, k, generator=torch.Generator().manual_seed(1))
+    start = start + start.T
+    total = start.clone()
+    syrk.add(total, x)
+    got = syrk.finished(total)
+    rows = x.double().reshape(-1, k)
+    bound = (rows.shape[0] + 3) * 2.0**-24 * (rows.abs().T @ rows.abs() + start.double().abs())
+    assert torch.equal(got, got.T)
+    assert ((got.double() - (rows.T @ rows + start.double())).abs() <= bound).all()
+    apart = start.clone()
+    for sequence in x:
+        syrk.add(apart, sequence[None])
+    assert torch.equal(syrk.finished(apart), got)
+
+
+def test_partial_sums_are_promoted() -> None:
+    """More tokens than a partial sum has, in two sequences; ones, so that every sum is a whole number."""
+    total = torch.zeros(4, 4)
+    kernel("hessian_syrk", "triton").run.add(total, torch.ones(2, 300, 4, dtype=torch.float16))
+    assert torch.equal(total.tril(), torch.full((4, 4), 600.0).tril())
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_hadamard_transform(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(67, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
+    got = kernel("hadamard", "triton").run.transform(x, n**-0.5)
+    want = kernel("hadamard", "reference").run.transform(x, n**-0.5)
+    assert got.dtype == dtype
+    # The same sums in another order: log2 n roundings of at most the sum of all |x|, in float32 or wider, and the result's own.
+    unit = {torch.float64: 2.0**-53}.get(dtype, 2.0**-24)
+    exact = x.double() @ hadamard_matrix(n)
+    bound = (max(n.bit_length(), 1) + 1) * unit * x.double().abs().sum(1, keepdim=True) + torch.finfo(dtype).eps * exact.abs()
+    assert ((got.double() - exact).abs() <= bound).all()
+    assert ((want.double() - exact).abs() <= bound).all()
+
+
+def test_longer_rows_are_transformed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant.kernels.hadamard import triton
+
+    monkeypatch.setattr(triton, "MOST", 8)
+    x = torch.randint(-9, 9, (5, 64), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(triton.transform(x, 1.0), kernel("hadamard", "reference").run.transform(x, 1.0))
+
+
+@pytest.mark.parametrize("vocabulary", [7, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_log_probabilities_of_tokens(vocabulary: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(vocabulary)
+    logits = (8 * torch.randn(3, 4, vocabulary + 1, generator=g)).to(dtype)[:, :3, :vocabulary]
+    logits[0, 0, : vocabulary // 2 + 1] = -torch.inf
+    logits[1, 1, 0] = torch.nan
+    logits[1, 2, 1] = torch.inf
+    tokens = torch.randint(vocabulary // 2 + 1, vocabulary, (3, 3), generator=g)
+    got = kernel("token_log_probs", "triton").run.token_log_probs(logits, tokens)
+    want = torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().sum() == 2
+    # A sum of V exponentials, each off by 2 units at most, its logarithm, and two differences of numbers below 64.
+    bound = 2.0**-24 * (vocabulary + 8) + 4 * 64 * 2.0**-24
+    assert torch.allclose(got.double(), want, rtol=0, atol=bound, equal_nan=True)
+
+
+def test_statistics_by_the_kernel_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randint(-3, 4, (4, 9, 33), generator=torch.Generator().manual_seed(0)).to(torch.float16)
+    plain, ours = HessianSum(33), HessianSum(33)
+    ours._syrk = run("hessian_syrk")
+    for part in (x[:1], x[1:]):
+        plain.update(part)
+        ours.update(part)
+    assert torch.equal(plain.value(), ours.value())

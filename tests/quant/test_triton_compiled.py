@@ -1,0 +1,33 @@
+"""What Triton's compiler makes of the kernels for GPUs of two generations: they compile, fit shared memory, and spill nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+
+MOST_SHARED = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes a program may use. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
+
+
+def test_kernels_compile() -> None:
+    # Where Triton's interpreter was asked for, its compiler cannot be: it has a process of its own.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_triton.py")
+    command = [sys.executable, str(script), *map(str, MOST_SHARED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["architecture"] for r in rows} == set(MOST_SHARED)
+    assert {r["kernel"] for r in rows} == {"solve", "gemv", "signs", "entries", "apart", "add_lower", "pick", "transform"}
+    for row in rows:
+        assert row["shared"] <= MOST_SHARED[row["architecture"]], row
+        assert row["stack"] == 0, row
+        if (row["kernel"], row["of"]) == ("add_lower", "bf16"):
+            assert row["tensor_cores"], row
