@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -13,7 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Read when Triton is imported: its kernels run on CPU tensors.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-settings.register_profile("suite", deadline=None, derandomize=True)
+# Not `explain`: before Python 3.12 it traces every line, which makes a library's first import in such a test take a minute.
+settings.register_profile("suite", deadline=None, derandomize=True, phases=set(Phase) - {Phase.explain})
 settings.load_profile("suite")
 
 

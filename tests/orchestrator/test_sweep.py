@@ -103,7 +103,7 @@ def test_driver_killed_at_random_moments_is_resumed_to_the_same_table(finished: 
     store = tmp_path / "store"
     moments = random.Random(7)
     seen: dict[str, float] = {}
-    for _ in range(3):
+    for _ in range(2):
         process = command(store, *BOTH)
         start = len(list(store.glob("objects/*/*/*/record.json")))
         # Somewhere in the work, not in the imports before it: after one more commit, at a random moment.

@@ -190,8 +190,6 @@ def test_resume_knows_the_configuration_folder(tmp_path: Path) -> None:
     flags = ["--config-dir", "mine"]
     ran = bitgrid(tmp_path, "run", *flags, *given)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    planned = bitgrid(tmp_path, "plan", *flags, *given)
-    assert "everything is cached" in planned.stdout, planned.stdout + planned.stderr
     (tmp_path / "other").mkdir()
     again = bitgrid(tmp_path / "other", "resume", "--store", str(tmp_path / "bitgrid-store"))
     assert again.returncode == 0, again.stdout + again.stderr
