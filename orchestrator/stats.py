@@ -103,13 +103,14 @@ def paired_delta(
 
 
 def adjust_holm(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same deltas with `p_adjusted` by Holm's step-down method over all that have a p value."""
-    tested = [i for i, d in enumerate(deltas) if not math.isnan(d.p_value)]
-    out = list(deltas)
-    if tested:
-        from statsmodels.stats.multitest import multipletests
+    """The same deltas with `p_adjusted` by Holm's step-down method (1979) over all that have a p value.
 
-        adjusted = multipletests([deltas[i].p_value for i in tested], method="holm")[1]
-        for i, p in zip(tested, adjusted, strict=True):
-            out[i] = replace(deltas[i], p_adjusted=float(p))
+    Not by statsmodels, which tests hold this to: importing it, and the garbage collection of the whole process in each of its calls, took
+    five seconds of every report."""
+    out = list(deltas)
+    tested = sorted((d.p_value, i) for i, d in enumerate(deltas) if not math.isnan(d.p_value))
+    adjusted = 0.0
+    for rank, (p, i) in enumerate(tested):
+        adjusted = max(adjusted, min(1.0, (len(tested) - rank) * p))
+        out[i] = replace(deltas[i], p_adjusted=adjusted)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -281,6 +282,15 @@ def test_holm_matches_its_definition_and_leaves_untested_differences_alone(p_val
         else:
             steps = [min(1.0, (len(tested) - i) * p) for i, p in enumerate(tested) if p <= d.p_value]
             assert d.p_adjusted == pytest.approx(max(steps))
+
+
+def test_holm_equals_that_of_statsmodels() -> None:
+    from statsmodels.stats.multitest import multipletests
+
+    p_values = [*(random.Random(0).random() ** 4 for _ in range(40)), 0.0, 1.0, 0.01, 0.01]
+    deltas = [stats.Delta("kl", 0, 0, 0, 0, 0, 0.95, 9, "bca", p) for p in p_values]
+    want = multipletests(p_values, method="holm")[1]
+    assert [d.p_adjusted for d in stats.adjust_holm(deltas)] == pytest.approx(want.tolist())
 
 
 def test_the_driver_can_import_statistics_without_the_heavy_libraries() -> None:
