@@ -33,9 +33,12 @@ demo: $(STAMP) ## a real sweep: the shipped model x rtn, gptq, awq x five format
 check: $(STAMP) ## format, lint, types, layers, file lengths; prints nothing when all is well
 	@scripts/check.sh "$(BIN)"
 
-# One thread per test process: as many processes as cores are running already.
-test: check ## make check, then every test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(TESTS)
+# One thread per test process: as many processes as cores are running already. The checks run beside them: tests that wait for a server leave
+# a core to them.
+test: $(STAMP) ## make check, and every test
+	@scripts/check.sh "$(BIN)" & check=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(TESTS); tests=$$?; \
+	wait $$check && exit $$tests
 
 fix: $(STAMP) ## format and repair what ruff can
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .
