@@ -220,7 +220,7 @@ def _cores() -> int:
 def _nodes() -> list[NodeResources]:
     import ray
 
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes: list[dict[str, Any]] = ray.nodes()
     alive = [n["Resources"] for n in nodes if n["Alive"]]
     return [NodeResources(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0)) for r in alive]
 
