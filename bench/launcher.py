@@ -51,6 +51,8 @@ def main() -> int:
     parser.add_argument("--turn", type=float, default=60, help="seconds of a turn; 0: one program after the other")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
+    if 0 < given.turn < 40:
+        parser.error(f"--turn {given.turn:g} may stop a cluster while it starts, which fails; give 40 or more, or 0")
     grid = list(DEMO if given.demo else GRID)
     if given.models and given.data:
         grid += [f"models_dir={given.models.resolve()}", f"data_dir={given.data.resolve()}"]
