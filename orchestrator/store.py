@@ -27,7 +27,7 @@ from typing import Any
 from orchestrator.errors import StoreError, StoreVersionError
 from orchestrator.fingerprint import identity
 from orchestrator.stage import Stage
-from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, flush, payload_files, payload_path, read_record
+from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, payload_files, payload_path, read_record, rename_flushed
 from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import Failure, Outcome
 from workers.specs import StageKind
@@ -128,15 +128,11 @@ class Store:
             record["files"] = payload_files(staging)
             write_json(staging / "spec.json", identity(stage.kind, stage.spec, stage.inputs))
             write_json(staging / RECORD, record)
-            for path in staging.rglob("*"):
-                flush(path)
-            flush(staging)
             final.parent.mkdir(parents=True, exist_ok=True)
             if not self.has(stage.kind, stage.key):
                 # A folder without a record is no artifact: the rest of one whose commit another host was killed in.
                 shutil.rmtree(final, ignore_errors=True)
-                os.rename(staging, final)
-                flush(final.parent)
+                rename_flushed(staging, final)
                 return record
         except OSError:
             shutil.rmtree(staging, ignore_errors=True)

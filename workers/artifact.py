@@ -35,8 +35,8 @@ def flush(path: Path) -> None:
 
 
 def rename_flushed(staging: Path, folder: Path) -> None:
-    """Rename a folder of files into place so that a crash of the machine leaves all of it or nothing."""
-    for path in (*(p for p in staging.rglob("*") if p.is_file()), staging):
+    """Rename a folder into place so that a crash of the machine leaves all of it or nothing."""
+    for path in (*staging.rglob("*"), staging):
         flush(path)
     staging.rename(folder)
     flush(folder.parent)
