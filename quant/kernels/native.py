@@ -17,6 +17,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 # No fused multiply-add: results equal those of the torch twins bit for bit.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
@@ -65,3 +68,24 @@ def _built(source: Path, compiler: str) -> Path:
                 os.replace(made, path)
                 return path
     raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")
+
+
+def unavailable(name: str, device: torch.device) -> str | None:
+    """None, or why the library does not work on the device."""
+    if device.type != "cpu":
+        return f"the C++ library works on CPU tensors, not on {device}"
+    found = library(name)
+    return str(found) if isinstance(found, NoLibrary) else None
+
+
+def call(name: str, function: str, *values: Tensor | int) -> None:
+    """`function` of a library. Tensors, contiguous, are passed as addresses: the caller keeps them until it is over.
+
+    Raises RuntimeError where there is no library."""
+    found = library(name)
+    if isinstance(found, NoLibrary):
+        raise RuntimeError(str(found))
+    entry = getattr(found, function)
+    entry.restype = None
+    # Addresses and counts alike are 64-bit integers.
+    entry(*(ctypes.c_int64(v.data_ptr() if isinstance(v, Tensor) else v) for v in values))

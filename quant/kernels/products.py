@@ -9,13 +9,8 @@ float32 or wider. Where the stored weight has an input scale, x is divided by th
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from quant.kernels.native import NoLibrary, library
 
 MOST_ROWS = 8
 """Of x. With more of them a product of dense matrices is faster."""
@@ -49,23 +44,3 @@ def dense(x: Tensor, weight: Tensor, input_scale: Tensor | None, out: Tensor | N
     if input_scale is not None:
         given = given / input_scale.to(weight.dtype)
     return made.copy_(given @ weight.T)
-
-
-def native_unavailable(name: str, device: torch.device) -> str | None:
-    """None, or why the C++ library `name` does not work on the device."""
-    if device.type != "cpu":
-        return f"the C++ library works on CPU tensors, not on {device}"
-    found = library(name)
-    return str(found) if isinstance(found, NoLibrary) else None
-
-
-def call(name: str, function: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    """`function` of the C++ library `name`, with the tensors' addresses, the numbers and torch's number of threads.
-
-    The caller keeps the tensors, contiguous, until it is over. Raises RuntimeError where there is no library."""
-    found = library(name)
-    if isinstance(found, NoLibrary):
-        raise RuntimeError(str(found))
-    entry = getattr(found, function)
-    entry.restype = None
-    entry(*map(ctypes.c_int64, (*(t.data_ptr() for t in tensors), *numbers, torch.get_num_threads())))

@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quant.kernels import native
 from quant.kernels.binary_gemv import Packed, prepare
-from quant.kernels.products import call, given_to, native_unavailable, written_to
+from quant.kernels.products import given_to, written_to
 
 __all__ = ["binary_gemv", "prepare", "unavailable"]
 
-unavailable = partial(native_unavailable, "binary_gemv")
+unavailable = partial(native.unavailable, "binary_gemv")
 
 
 def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
@@ -20,5 +21,5 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     made, given = written_to(x, packed.shape, out), given_to(x, packed.input_scale)
     sums = made if made.dtype is torch.float32 else torch.empty(made.shape, dtype=torch.float32)
     tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), given, sums)
-    call("binary_gemv", "bitgrid_binary_gemv", tensors, (*packed.shape, packed.block, x.shape[0]))
+    native.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], torch.get_num_threads())
     return made if sums is made else made.copy_(sums)

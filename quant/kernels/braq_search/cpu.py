@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant.kernels.products import call, native_unavailable
+from quant.kernels import native
 
 __all__ = ["order_two_errors", "split_errors", "unavailable"]
 
-unavailable = partial(native_unavailable, "braq_search")
+unavailable = partial(native.unavailable, "braq_search")
 COUNT_ROWS, SPLIT_ROWS = 8, 64
 """Of a tile."""
 
@@ -30,5 +30,5 @@ def _run(function: str, x: Tensor, candidates: Tensor, rows: int) -> Tensor:
         raise ValueError(f"weights are {x.dtype}; the C++ search takes torch.float32: use backend=torch")
     given = x.contiguous()
     totals = torch.empty(-(-x.shape[0] // rows), len(candidates), dtype=torch.float64)
-    call("braq_search", function, (given, candidates, totals), (*x.shape, len(candidates)))
+    native.call("braq_search", function, given, candidates, totals, *x.shape, len(candidates), torch.get_num_threads())
     return totals.sum(0)

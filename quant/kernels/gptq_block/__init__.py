@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant.affine import ZeroKind
+
+KINDS = {ZeroKind.FLOAT: 1, ZeroKind.MINIMUM: 2}
+"""Numbers that compiled twins know kinds of zero by. All others are 0: a whole zero, added after rounding."""
+
 
 @dataclass(frozen=True)
 class SolvedBlock:

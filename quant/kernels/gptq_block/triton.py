@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.affine import Affine, ZeroKind
-from quant.kernels.gptq_block import SolvedBlock
+from quant.affine import Affine
+from quant.kernels.gptq_block import KINDS, SolvedBlock
 from quant.kernels.on_triton import unavailable
 
 __all__ = ["solve_block", "unavailable"]
 
-KINDS = {ZeroKind.FLOAT: 1, ZeroKind.MINIMUM: 2}
-"""All other kinds are 0: a whole zero, added after rounding."""
 ROWS = 32
 """Of a program: with 128 columns 32 registers of each of its 128 threads."""
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
+from quant.kernels import native
 from quant.kernels.kmeans_columns import STEPS, bins, check, draws
-from quant.kernels.native import NoLibrary, library
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-def unavailable(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ library works on CPU tensors, not on {device}"
-    found = library("kmeans_columns")
-    return str(found) if isinstance(found, NoLibrary) else None
+unavailable = partial(native.unavailable, "kmeans_columns")
 
 
 def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
@@ -26,8 +21,8 @@ def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
     check(k, start)
     x = _known(columns)
     centres = x.new_empty(x.shape[0], k)
-    given = _numbers(k).data_ptr() if start == "plus_plus" else 0
-    _call("kmeans", x, x.data_ptr(), *x.shape, k, bins(k), STEPS, _threads(x), given, centres.data_ptr())
+    given = _numbers(k) if start == "plus_plus" else 0
+    _call("kmeans", x, *x.shape, k, bins(k), STEPS, _threads(x), given, centres)
     return centres.to(columns.dtype)
 
 
@@ -36,7 +31,7 @@ def nearest(columns: Tensor, centres: Tensor) -> Tensor:
     x = _known(columns)
     c = centres.to(x.dtype).contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8)
-    _call("nearest", x, x.data_ptr(), *x.shape, c.data_ptr(), c.shape[1], _threads(x), codes.data_ptr())
+    _call("nearest", x, *x.shape, c, c.shape[1], _threads(x), codes)
     return codes
 
 
@@ -54,11 +49,5 @@ def _threads(x: Tensor) -> int:
     return min(torch.get_num_threads(), x.shape[0])
 
 
-def _call(name: str, x: Tensor, *values: int) -> None:
-    found = library("kmeans_columns")
-    if isinstance(found, NoLibrary):
-        raise RuntimeError(str(found))
-    function = getattr(found, f"bitgrid_{name}_{SUFFIX[x.dtype]}")
-    function.restype = None
-    # Pointers and counts alike are passed as 64-bit integers.
-    function(*map(ctypes.c_int64, values))
+def _call(name: str, x: Tensor, *values: Tensor | int) -> None:
+    native.call("kmeans_columns", f"bitgrid_{name}_{SUFFIX[x.dtype]}", x, *values)

@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quant.kernels import native
 from quant.kernels.lut_gemv import Packed, prepare
-from quant.kernels.products import call, given_to, native_unavailable, written_to
+from quant.kernels.products import given_to, written_to
 
 __all__ = ["lut_gemv", "prepare", "unavailable"]
 
-unavailable = partial(native_unavailable, "lut_gemv")
+unavailable = partial(native.unavailable, "lut_gemv")
 
 
 def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
@@ -22,8 +23,8 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     n, k = packed.shape
     for part in packed.parts:
         tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), given, sums)
-        call("lut_gemv", "bitgrid_lut_gemv", tensors, (n, len(part.columns), k, part.bits, x.shape[0]))
+        native.call("lut_gemv", "bitgrid_lut_gemv", *tensors, n, len(part.columns), k, part.bits, x.shape[0], torch.get_num_threads())
     if packed.apart is not None:
         tensors = (packed.apart.starts.contiguous(), packed.apart.columns.contiguous(), packed.apart.differences.contiguous(), given, sums)
-        call("lut_gemv", "bitgrid_lut_apart", tensors, (n, k, x.shape[0]))
+        native.call("lut_gemv", "bitgrid_lut_apart", *tensors, n, k, x.shape[0], torch.get_num_threads())
     return made.copy_(sums)

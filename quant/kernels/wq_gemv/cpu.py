@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant.kernels.products import call, given_to, native_unavailable, written_to
+from quant.kernels import native
+from quant.kernels.products import given_to, written_to
 from quant.kernels.wq_gemv import Packed, prepare
 
 __all__ = ["prepare", "unavailable", "wq_gemv"]
 
-unavailable = partial(native_unavailable, "wq_gemv")
+unavailable = partial(native.unavailable, "wq_gemv")
 
 
 def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
@@ -20,5 +21,6 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     made = written_to(x, packed.shape, out)
     words, ranges, given = packed.words.contiguous(), packed.ranges.contiguous(), given_to(x, packed.input_scale)
     sums = made if made.dtype is torch.float32 else torch.empty(made.shape, dtype=torch.float32)
-    call("wq_gemv", "bitgrid_wq_gemv", (words, ranges, given, sums), (*packed.shape, packed.groups, packed.bits, x.shape[0]))
+    numbers = (*packed.shape, packed.groups, packed.bits, x.shape[0], torch.get_num_threads())
+    native.call("wq_gemv", "bitgrid_wq_gemv", words, ranges, given, sums, *numbers)
     return made if sums is made else made.copy_(sums)
