@@ -17,14 +17,16 @@ from torch import Tensor
 
 from quant.affine import Affine
 from quant.grids import GRIDS, fit
+from quant.kernels import kernel
 from quant.number_formats import fake_per_row, number_format
 from quant.scheme import NUMBERS, ActivationScheme, Granularity, KVScheme
 
 
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
     """Each row of the last axis on its own range, times `clip` (QuaRot's clip ratio)."""
-    values = x.float()
-    return _affine(values if clip == 1 else values * clip, bits, symmetric).round(values).to(x.dtype)
+    run = kernel("fake_quantize", device=x.device).run
+    rounded: Tensor = run.fake_quantize(x.reshape(-1, x.shape[-1]), bits, symmetric, clip)
+    return rounded.view(x.shape)
 
 
 def _affine(values: Tensor, bits: int, symmetric: bool) -> Affine:

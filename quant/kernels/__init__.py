@@ -54,6 +54,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.hadamard.triton",
         "reference": "quant.kernels.hadamard.reference",
     },
+    "fake_quantize": {
+        "cpu": "quant.kernels.fake_quantize.cpu",
+        "reference": "quant.kernels.fake_quantize.reference",
+    },
     "token_log_probs": {
         "triton": "quant.kernels.token_log_probs.triton",
         "reference": "quant.kernels.token_log_probs.reference",

@@ -118,6 +118,15 @@ def _hadamard_shape(x: Tensor, factor: float = 1.0) -> Tensor:
     return torch.empty_like(x)
 
 
+def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    made: Tensor = kernel("fake_quantize", device=x.device).run.fake_quantize(x, bits, symmetric, clip)
+    return made
+
+
+def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     made: Tensor = kernel("token_log_probs", device=logits.device).run.token_log_probs(logits, tokens)
     return made
@@ -148,6 +157,7 @@ _define(
 )
 _define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
 _define("hadamard(Tensor x, float factor=1.0) -> Tensor", _hadamard, _hadamard_shape)
+_define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
 
