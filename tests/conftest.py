@@ -18,11 +18,25 @@ settings.register_profile("suite", deadline=None, derandomize=True, phases=set(P
 settings.load_profile("suite")
 
 
+TOGETHER = ("ray", "mlflow")
+"""Marks whose tests share a process: two Ray clusters at once starve each other on a small machine, and every process that opens MLflow
+pays for its import and a new database."""
+FILES = ("test_planted", "test_sweep", "test_working_set")
+"""Files whose tests do: each process would make their fixtures, seconds of work, anew."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    # One more than cores: tests wait for servers and clusters.
+    return (os.cpu_count() or 1) + 1
+
+
+# First: pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Two Ray clusters at once starve each other on a small machine, and every process that opens MLflow pays for its import and a
-    # new database: under pytest-xdist each of the two has one process to itself.
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            for group in ("ray", "mlflow"):
-                if item.get_closest_marker(group):
-                    item.add_marker(pytest.mark.xdist_group(group))
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        groups = [mark for mark in TOGETHER if item.get_closest_marker(mark)] or [f for f in FILES if item.path.stem == f]
+        for group in groups[:1]:
+            item.add_marker(pytest.mark.xdist_group(group))

@@ -1,10 +1,10 @@
-"""A model hub on 127.0.0.1 with one model: what the hub's client asks of the real one, and a list of what was fetched."""
+"""A model hub on 127.0.0.1: what the hub's client asks of the real one, and a list of what was fetched."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
@@ -19,17 +19,16 @@ LARGE = (".safetensors", ".bin", ".msgpack", ".h5")
 class Hub:
     address: str = ""
     fetched: set[str] = field(default_factory=set)
-    """Names of files whose content was asked for."""
+    """REPOSITORY/NAME of files whose content was asked for."""
 
 
 @contextmanager
-def serve(repository: str, folder: Path) -> Iterator[Hub]:
-    """`folder` as `repository` at COMMIT, its branch main."""
+def serve(folders: Mapping[str, Path]) -> Iterator[Hub]:
+    """Repository ▸ folder, each at COMMIT, its branch main. No name of a repository begins with another's."""
     hub = Hub()
-    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+    repositories = {name: {p.name: p.read_bytes() for p in sorted(folder.iterdir())} for name, folder in folders.items()}
 
-    def entry(name: str, kind: str) -> dict[str, object]:
-        content = files[name]
+    def entry(content: bytes, name: str, kind: str) -> dict[str, object]:
         out: dict[str, object] = {kind: name, "size": len(content), "blobId": sha1(content).hexdigest(), "oid": sha1(content).hexdigest()}
         if name.endswith(LARGE):
             digest = sha256(content).hexdigest()
@@ -45,18 +44,19 @@ def serve(repository: str, folder: Path) -> Iterator[Hub]:
 
         def _answer(self) -> None:
             path = self.path.partition("?")[0]
-            if path.startswith(f"/api/models/{repository}/tree/"):
-                self._json([{"type": "file", **entry(n, "path")} for n in files])
-            elif path.startswith(f"/api/models/{repository}"):
-                self._json({"id": repository, "sha": COMMIT, "siblings": [entry(n, "rfilename") for n in files]})
-            elif path.startswith(f"/{repository}/resolve/{COMMIT}/") and path.rpartition("/")[2] in files:
-                name = path.rpartition("/")[2]
-                hash_ = sha256 if name.endswith(LARGE) else sha1
-                if self.command == "GET":
-                    hub.fetched.add(name)
-                self._send(files[name], {"ETag": f'"{hash_(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT})
-            else:
-                self._send(b"{}", {"X-Error-Code": "EntryNotFound"}, status=404)
+            for repository, files in repositories.items():
+                name = path.removeprefix(f"/{repository}/resolve/{COMMIT}/")
+                if path.startswith(f"/api/models/{repository}/tree/"):
+                    return self._json([{"type": "file", **entry(content, n, "path")} for n, content in files.items()])
+                if path.startswith(f"/api/models/{repository}"):
+                    siblings = [entry(content, n, "rfilename") for n, content in files.items()]
+                    return self._json({"id": repository, "sha": COMMIT, "siblings": siblings})
+                if name in files:
+                    if self.command == "GET":
+                        hub.fetched.add(f"{repository}/{name}")
+                    hash_ = sha256 if name.endswith(LARGE) else sha1
+                    return self._send(files[name], {"ETag": f'"{hash_(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            return self._send(b"{}", {"X-Error-Code": "EntryNotFound"}, status=404)
 
         def _json(self, value: object) -> None:
             self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})

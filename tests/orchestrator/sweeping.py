@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -32,10 +33,13 @@ def overrides(store: Path, *more: str) -> list[str]:
 
 
 def sweep(store: Path, *more: str) -> SweepRun:
-    lines = overrides(store, *more)
-    with open(os.devnull, "w") as nowhere:
-        command = Command(tuple(lines), multirun=True)
-        return run_grid(command.compose(), command, Console(file=nowhere))
+    return told(store, *more)[0]
+
+
+def told(store: Path, *more: str) -> tuple[SweepRun, str]:
+    """A sweep, and what it said."""
+    command, said = Command(tuple(overrides(store, *more)), multirun=True), io.StringIO()
+    return run_grid(command.compose(), command, Console(file=said, width=200)), said.getvalue()
 
 
 def command(store: Path, *more: str) -> subprocess.Popen[str]:

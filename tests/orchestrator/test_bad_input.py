@@ -21,7 +21,7 @@ from orchestrator.results import StageResult
 from orchestrator.run import SweepRun
 from orchestrator.stage import Status
 from orchestrator.store import FORMAT, Store
-from tests.orchestrator.sweeping import bitgrid, committed, overrides, scores, sweep
+from tests.orchestrator.sweeping import bitgrid, committed, overrides, scores, sweep, told
 from tests.shared import shared_path
 from tests.tiny_models import tiny_model
 
@@ -240,15 +240,15 @@ def test_a_disk_that_is_full_for_the_driver_ends_it_with_a_message(tmp_path: Pat
 
 
 @pytest.mark.mlflow
-def test_an_mlflow_server_that_is_not_there_costs_nothing_but_a_reconcile(tmp_path: Path) -> None:
+def test_an_mlflow_server_that_is_not_there_costs_nothing_but_a_reconcile(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     arguments = [f"model.path={tiny_model('llama')}", "method=rtn", *TINY, f"tracking.uri=http://127.0.0.1:{port}", "tracking.timeout_s=1"]
-    done = bitgrid(tmp_path, "run", "-m", *overrides(tmp_path / "store", "tracking=mlflow_server", *arguments))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "nothing is lost: run `bitgrid reconcile" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
+    run, said = told(tmp_path / "store", "tracking=mlflow_server", *arguments)
+    assert run.exit_code == 0, said
+    assert "nothing is lost: run `bitgrid reconcile" in said
+    assert "Traceback" not in said + "".join(capfd.readouterr())
     assert len(committed(tmp_path / "store")) == 3
 
 

@@ -29,11 +29,11 @@ def plain_environment(tmp_path: Path) -> dict[str, str]:
     return {**left, **here, "OMP_NUM_THREADS": "1"}
 
 
-def run(tmp_path: Path, *arguments: str, environment: dict[str, str] | None = None, verb: str = "run") -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *arguments: str, verb: str = "run") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", verb, "-m", *overrides(tmp_path / "store", *HUB, *arguments)],
         cwd=tmp_path,
-        env=environment or plain_environment(tmp_path),
+        env=plain_environment(tmp_path),
         capture_output=True,
         text=True,
         timeout=200,
@@ -49,30 +49,38 @@ def models_of(store: Path) -> dict[str, Any]:
     return dict(json.loads(plan.read_text())["models"])
 
 
-@pytest.mark.parametrize("form", ["safetensors", "pickled"])
-def test_only_needed_files_are_fetched_from_a_hub_that_answers(form: str, tmp_path: Path) -> None:
-    folder = pickled_copy(tiny_model("opt"), tmp_path / "m", strip="model." if form == "pickled" else "")
-    wanted = {"config.json", "tokenizer.json", "tokenizer_config.json"}
-    if form == "safetensors":
-        (folder / "model.safetensors").write_bytes((tiny_model("opt") / "model.safetensors").read_bytes())
-    for name in ("flax_model.msgpack", "tf_model.h5", "README.md"):
-        (folder / name).write_bytes(b"not wanted")
-    with fake_hub.serve("org/tiny", folder) as hub:
+RUNS = "import json, sys; from orchestrator.cli import main; sys.exit(max(main(line) for line in json.loads(sys.argv[1])))"
+
+
+def test_only_needed_files_are_fetched_from_a_hub_that_answers(tmp_path: Path) -> None:
+    # Two sweeps in one process: most of their time is that of the imports.
+    tiny, store, pickled_store = tiny_model("opt"), tmp_path / "store", tmp_path / "pickled-store"
+    both, pickled = pickled_copy(tiny, tmp_path / "both"), pickled_copy(tiny, tmp_path / "pickled", strip="model.")
+    (both / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    for folder in (both, pickled):
+        for name in ("flax_model.msgpack", "tf_model.h5", "README.md"):
+            (folder / name).write_bytes(b"not wanted")
+    with fake_hub.serve({"org/both": both, "org/pickled": pickled}) as hub:
+        given = {store: "org/both", pickled_store: "org/pickled"}
+        lines = [
+            ["run", "-m", *overrides(folder, *HUB, f"model.hub.id={name}", "model.hub.revision=main")] for folder, name in given.items()
+        ]
         environment = {**plain_environment(tmp_path), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        done = run(tmp_path, "model.hub.id=org/tiny", "model.hub.revision=main", environment=environment)
+        command = [sys.executable, "-c", RUNS, json.dumps(lines)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    weights = "model.safetensors" if form == "safetensors" else "pytorch_model.bin"
-    assert hub.fetched - {"generation_config.json"} == {*wanted, weights}
-    ((found, model),) = models_of(tmp_path / "store").items()
-    assert found == folder_digest(folder)
-    assert model["location"]["revision"] == fake_hub.COMMIT
-    if form == "safetensors":
-        # What was fetched is enough to plan offline, under the same keys.
-        again = run(tmp_path, "model.hub.id=org/tiny", f"model.hub.revision={fake_hub.COMMIT}", verb="plan")
-        assert "everything is cached" in again.stdout, again.stdout + again.stderr
-        return
-    records = [json.loads(p.read_text()) for p in (tmp_path / "store" / "objects" / "quantize").glob("*/*/record.json")]
-    assert [any("pytorch_model.bin: converted" in n or "converted before" in n for n in r["notes"]) for r in records] == [True]
+    read = {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    wanted = {f"org/both/{n}" for n in (*read, "model.safetensors")} | {f"org/pickled/{n}" for n in (*read, "pytorch_model.bin")}
+    assert {n for n in hub.fetched if not n.endswith("/generation_config.json")} == wanted
+    for folder, source in ((store, both), (pickled_store, pickled)):
+        ((found, model),) = models_of(folder).items()
+        assert found == folder_digest(source)
+        assert model["location"]["revision"] == fake_hub.COMMIT
+    # What was fetched is enough to plan offline, under the same keys.
+    again = run(tmp_path, "model.hub.id=org/both", f"model.hub.revision={fake_hub.COMMIT}", verb="plan")
+    assert "everything is cached" in again.stdout, again.stdout + again.stderr
+    (record,) = [json.loads(p.read_text()) for p in (pickled_store / "objects" / "quantize").glob("*/*/record.json")]
+    assert any("pytorch_model.bin: converted" in n or "converted before" in n for n in record["notes"])
 
 
 def test_a_branch_is_resolved_to_its_commit(tmp_path: Path) -> None:

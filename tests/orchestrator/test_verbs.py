@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator import lease, run, verbs
+from orchestrator.cli import main
 from orchestrator.command import Command
 from orchestrator.errors import ConfigError, PlanError, StoreError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
@@ -181,19 +183,21 @@ def test_resume_refuses_a_grid_that_is_no_longer_the_same(tmp_path: Path, monkey
     assert committed(store) == before
 
 
-def test_resume_knows_the_configuration_folder(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("hydra_restore_singletons")
+def test_resume_knows_the_configuration_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine" / "scheme").mkdir(parents=True)
     (tmp_path / "mine" / "scheme" / "own.yaml").write_text(
         "weight: {bits: 5, granularity: group, group_size: 32}\nactivation: null\nkv: null\n"
     )
     given = ["method=rtn", "scheme=own", *(s for s in SMALL if not s.startswith("scheme"))]
-    flags = ["--config-dir", "mine"]
-    ran = bitgrid(tmp_path, "run", *flags, *given)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv)  # Hydra's application reads it, so the verb sets it
+    assert main(["run", "--config-dir", "mine", *given]) == 0
     (tmp_path / "other").mkdir()
-    again = bitgrid(tmp_path / "other", "resume", "--store", str(tmp_path / "bitgrid-store"))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "to run: nothing" in again.stdout
+    monkeypatch.chdir(tmp_path / "other")
+    code, said = resume(tmp_path / "bitgrid-store")
+    assert code == 0
+    assert "to run: nothing" in said
 
 
 def test_a_command_survives_its_json() -> None:

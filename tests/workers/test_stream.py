@@ -213,7 +213,7 @@ def test_a_hub_that_does_not_answer_is_tried_again(tmp_path: Path, monkeypatch: 
 
 def test_a_model_that_the_hub_does_not_have_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    with fake_hub.serve("org/other", tmp_path / "empty") as hub:
+    with fake_hub.serve({"org/other": tmp_path / "empty"}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
