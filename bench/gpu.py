@@ -2,8 +2,8 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, tables, hadamard, scoring; all when none is named. Times are of a replayed CUDA graph over
-inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and times
+Pieces: limits, hessian, block, products, tables, integers, hadamard, scoring; all when none is named. Times are of a replayed CUDA graph
+over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and times
 nothing. Ends with 1 where a result is wrong.
 """
 
@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel
+from quant.scheme import ActivationScheme
 from quant.solver import inverse_factor
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -236,6 +237,27 @@ def _signs(b: Bench, n: int, k: int) -> BinaryTensor:
     return BinaryTensor(flags[0], flags[1] & salient, flags[2] & ~salient, salient, scale, mean, GROUP)
 
 
+def integers(b: Bench) -> Iterator[Row]:
+    scheme = ActivationScheme(8)
+    for n, k in ((4096, 4096), (11008, 4096), (8192, 8192)) if not b.dry else ((16, 64),):
+        g = torch.Generator(b.device).manual_seed(n)
+        codes = torch.randint(0, 256, (n, k), generator=g, dtype=torch.uint8, device=b.device)
+        half = torch.full((n, 1), 128, dtype=torch.uint8, device=b.device)
+        tensor = AffineTensor(codes, torch.rand(n, 1, generator=g, device=b.device) / 128, half, 8, ZeroKind.CONSTANT)
+        run, plain = (kernel("int8_linear", name, b.device).run for name in ("torch", "reference"))
+        packed, dense = run.prepare(tensor, scheme), b.random(n, k, dtype=torch.bfloat16)
+        for m in (256, 1024, 4096) if not b.dry else (40,):
+            x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
+            want = plain.int8_linear(x[:64], packed)
+            error = float((run.int8_linear(x, packed)[:64] - want).norm() / want.norm())
+            took = b.time(lambda i: run.int8_linear(x, packed))  # noqa: B023
+            peers = known(
+                bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))),  # noqa: B023
+                rounding_alone=b.time(lambda i: run.rounded(x, packed)),  # noqa: B023
+            )
+            yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal="1.4 x bfloat16")
+
+
 def hadamard(b: Bench) -> Iterator[Row]:
     run, plain = (kernel("hadamard", name, b.device).run.transform for name in (b.backend, "reference"))
     for n in (4096, 16384) if not b.dry else (64,):
@@ -259,7 +281,9 @@ def scoring(b: Bench) -> Iterator[Row]:
     yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
 
 
-PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, hessian, block, products, tables, hadamard, scoring)}
+PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    f.__name__: f for f in (limits, hessian, block, products, tables, integers, hadamard, scoring)
+}
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from orchestrator.config import check_whole
 from orchestrator.errors import ConfigError
+from quant.scheme import Granularity, Scheme
 from workers.machine import cpu_model
 from workers.specs import Workload
 
@@ -43,6 +44,22 @@ def measuring(settings: Mapping[str, Any]) -> Measuring | None:
         if gpu is None and given["threads"] is None:
             given["threads"] = os.cpu_count()
     return Measuring(Workload(**given), device)
+
+
+def unmeasured(scheme: Scheme) -> str | None:
+    """None, or why no kernel computes in the scheme's numbers, so that there is but a simulation to time."""
+    weight, activation = scheme.weight, scheme.activation
+    if scheme.kv is not None:
+        return "no kernel here reads a cache in fewer bits"
+    if activation is None:
+        return None
+    if activation.number != "int" or not activation.dynamic or activation.granularity is not Granularity.TOKEN:
+        return "kernels here take activations as integers with a dynamic range per token"
+    if activation.outlier_threshold is not None:
+        return "no kernel here keeps activations above activation.outlier_threshold"
+    if weight is None or weight.number != "int" or weight.granularity is Granularity.GROUP:
+        return "with rounded activations kernels here take integer weights with one scale per row or tensor"
+    return None
 
 
 def gpu_name(index: int) -> str | None:

@@ -22,7 +22,7 @@ from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.measuring import measuring
+from orchestrator.measuring import measuring, unmeasured
 from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
@@ -268,11 +268,13 @@ class _Planner:
                 f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {cell.model.name} "
                 f"has {limit}; lower one of them"
             )
-        if not variant.is_baseline and (scheme.activation is not None or scheme.kv is not None):
-            variant.flags += ("not measured: no kernel here computes with activations or a cache in fewer bits",)
+        reason = None if variant.is_baseline else unmeasured(scheme)
+        if reason is not None:
+            variant.flags += (f"not measured: {reason}",)
             return
         inputs = {"quantize": variant.quantize} if variant.quantize else {}
-        variant.measure = self._stage(StageKind.MEASURE, MeasureSpec(model, workload, device), inputs, f"measure {_label(variant)}")
+        spec = MeasureSpec(model, workload, device, None if variant.is_baseline else scheme.activation)
+        variant.measure = self._stage(StageKind.MEASURE, spec, inputs, f"measure {_label(variant)}")
         self._plan.wanted.append(variant.measure)
 
     def _baseline(self, cell: Cell) -> PlannedVariant:

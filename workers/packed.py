@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.kernels import kernel
 from quant.kernels.products import MOST_ROWS
+from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
@@ -18,10 +20,14 @@ from quant.tensors.codebook import CodebookTensor
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.recipe import Operation, Recipe
+from workers.runtime import attach
 
 OPERATIONS: dict[type[Stored], str] = {AffineTensor: "wq_gemv", CodebookTensor: "lut_gemv", BinaryTensor: "binary_gemv"}
 """Stored format ▸ the kernel that multiplies with it."""
-DENSE = "dense"
+INTEGER = "int8_linear"
+"""The kernel that does, of the first format, where activations are in fewer bits too."""
+DENSE, SIMULATED = "dense", "simulated"
+"""In place of a backend: weights dequantized once; and their inputs fake-quantized, as in an evaluation."""
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
 
@@ -31,58 +37,80 @@ class Packed:
     """What became of the quantized linears of a model."""
 
     backends: Counter[str] = field(default_factory=Counter)
-    """Backend ▸ linears; `dense`: weights dequantized once."""
+    """Backend, `dense` or `simulated` ▸ linears."""
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why linears are dense ▸ linears."""
+    """Why linears have no kernel ▸ linears."""
     notes: set[str] = field(default_factory=set)
     """Why a faster kernel was passed over."""
     bytes: int = 0
     """That kernels read of packed weights, all linears together."""
 
 
-def pack_linears(model: nn.Module, recipe: Recipe, backend: str, device: torch.device) -> Packed:
+def pack_linears(
+    model: nn.Module, recipe: Recipe, backend: str, device: torch.device, activation: ActivationScheme | None = None
+) -> Packed:
     """Replace the dense weights of `model`, rebuilt from `recipe`, by what the recipe stores, wherever a kernel computes with it.
 
-    backend: auto, dense, or the name of a twin of the kernel, which must then take every linear. Steps and taps on the inputs of a
-    linear stay. Raises InputError for a backend that is not known, or does not take a linear.
+    backend: auto, dense, or the name of a twin of the kernel, which must then take every linear. With an activation scheme the kernel is
+    `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on the inputs of a linear stay. Raises
+    InputError for a backend that is not known, or does not take a linear.
     """
-    made = Packed()
+    made, left, shared = Packed(), [], _Shared()
+    name = DENSE if activation is None else SIMULATED
     for op in recipe.replaced():
-        reason = "workload.backend=dense" if backend == DENSE else _pack(model, recipe, op, backend, device, made)
+        if backend == DENSE:
+            reason: str | None = "workload.backend=dense"
+        else:
+            reason = _pack(model, recipe, op, backend, device, made, activation, shared)
         if reason is None:
             continue
         if backend not in ("auto", DENSE):
-            raise InputError(f"workload.backend={backend} does not take {op['module']}: {reason}; use auto, which leaves it dense")
-        made.backends[DENSE] += 1
+            raise InputError(f"workload.backend={backend} does not take {op['module']}: {reason}; use auto, which leaves it {name}")
+        left.append(op["module"])
+        made.backends[name] += 1
         made.reasons[reason] += 1
+    if activation is not None and left:
+        attach(model, recipe, activation, None, only=left)
     return made
 
 
-def _pack(model: nn.Module, recipe: Recipe, op: Operation, backend: str, device: torch.device, made: Packed) -> str | None:
-    """None, or why the linear stays dense."""
+def _pack(
+    model: nn.Module,
+    recipe: Recipe,
+    op: Operation,
+    backend: str,
+    device: torch.device,
+    made: Packed,
+    activation: ActivationScheme | None,
+    shared: _Shared,
+) -> str | None:
+    """None, or why the linear has no kernel."""
     view = linear_view(model, op["module"])
     if not isinstance(view.module, nn.Linear):
         return f"a weight kept as {type(view.module).__name__} has no packed product"
     stored = recipe.stored(op)
     operation = OPERATIONS.get(type(stored))
+    if activation is not None:
+        operation = INTEGER if isinstance(stored, AffineTensor) and recipe.exact_inputs(op) is None else None
     if operation is None:
-        return f"the stored format {op['format']} has no packed product"
+        return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
     try:
         chosen = kernel(operation, backend, device)
-        packed = chosen.run.prepare(stored)
+        packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
     except (ValueError, RuntimeError) as e:
         return str(e)
-    _replace(view.module, getattr(chosen.run, operation), packed)
+    if activation is None:
+        _multiply_rows(view.module, getattr(chosen.run, operation), packed)
+    else:
+        _multiply_codes(view.module, chosen.run, packed, shared)
     made.backends[chosen.backend] += 1
     made.notes.update(chosen.notes)
     made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
     return None
 
 
-def _replace(linear: nn.Linear, product: Any, packed: Any) -> None:
-    """Give up the dense weight. The module stays, and with it its hooks."""
+def _multiply_rows(linear: nn.Linear, product: Any, packed: Any) -> None:
     width, bias = linear.in_features, linear.bias
-    linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, width)
@@ -91,4 +119,34 @@ def _replace(linear: nn.Linear, product: Any, packed: Any) -> None:
         out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
+    _replace(linear, forward)
+
+
+class _Shared:
+    """Linears that share an input read the same tensor object: it is rounded once."""
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+        self._made: Any = None
+
+    def of(self, x: Tensor, make: Callable[[], Any]) -> Any:
+        if self._x is not x:
+            self._x, self._made = x, make()
+        return self._made
+
+
+def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -> None:
+    width, bias = linear.in_features, linear.bias
+
+    def forward(x: Tensor) -> Tensor:
+        rounded = shared.of(x, lambda: run.rounded(x.reshape(-1, width), packed))
+        out: Tensor = run.multiply(rounded, packed).to(x.dtype).view(*x.shape[:-1], -1)
+        return out if bias is None else out + bias
+
+    _replace(linear, forward)
+
+
+def _replace(linear: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
+    """Give up the dense weight. The module stays, and with it its hooks."""
+    linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
     linear.forward = forward  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,12 +20,19 @@ from workers.steps import key_rotation
 Runtime = Taps
 
 
-def attach(model: nn.Module, recipe: Recipe | None, activation: ActivationScheme | None, kv: KVScheme | None) -> Runtime:
-    """Install the hooks. Raises InputError where static ranges are wanted and the recipe has none."""
+def attach(
+    model: nn.Module,
+    recipe: Recipe | None,
+    activation: ActivationScheme | None,
+    kv: KVScheme | None,
+    only: Collection[str] | None = None,
+) -> Runtime:
+    """Install the hooks; those on inputs at the linears named in `only`, where it is given. Raises InputError where static ranges are
+    wanted and the recipe has none."""
     structure = families.structure(model.config.to_dict())
     handle = Taps()
     if activation is not None:
-        _attach_activation(model, structure, recipe, activation, handle)
+        _attach_activation(model, structure, recipe, activation, handle, only)
     if kv is not None:
         if not structure.cache_argument:
             raise InputError(f"a {structure.model_type} model has no keys and values to quantize; use a scheme with kv: null")
@@ -37,14 +44,19 @@ def attach(model: nn.Module, recipe: Recipe | None, activation: ActivationScheme
 
 
 def _attach_activation(
-    model: nn.Module, structure: families.Structure, recipe: Recipe | None, scheme: ActivationScheme, handle: Taps
+    model: nn.Module,
+    structure: families.Structure,
+    recipe: Recipe | None,
+    scheme: ActivationScheme,
+    handle: Taps,
+    only: Collection[str] | None,
 ) -> None:
     ranges: dict[str, tuple[float, float] | None]
     exact: dict[str, Tensor] = {}
     if recipe is None:
         ranges = {structure.path(b, n): None for b in range(structure.count) for n in structure.linear_names()}
     else:
-        ranges = {op["module"]: _static_range(op) for op in recipe.replaced()}
+        ranges = {op["module"]: _static_range(op) for op in recipe.replaced() if only is None or op["module"] in only}
         exact = _exact_inputs(recipe)
     if not scheme.dynamic and any(r is None for r in ranges.values()):
         name = next(n for n, r in ranges.items() if r is None)

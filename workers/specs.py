@@ -181,7 +181,7 @@ class Workload:
     tokens: int = 32
     """Decoded of each."""
     backend: str = "auto"
-    """Kernel of packed linears: auto, dense (weights dequantized once) or a backend of `quant.kernels.TABLE["wq_gemv"]`."""
+    """Kernel of packed linears: auto, dense (weights dequantized once) or a backend of the kernels in `workers.packed`."""
     threads: int | None = None
     """Of a CPU; None: as the worker has."""
 
@@ -194,6 +194,8 @@ class MeasureSpec:
     workload: Workload
     device: str
     """Name that the device must have."""
+    activation: ActivationScheme | None = None
+    """As evaluated; a kernel rounds and multiplies in as few bits."""
 
 
 Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec | MeasureSpec

@@ -56,7 +56,12 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "fake_quantize": {
         "cpu": "quant.kernels.fake_quantize.cpu",
+        "triton": "quant.kernels.fake_quantize.triton",
         "reference": "quant.kernels.fake_quantize.reference",
+    },
+    "int8_linear": {
+        "torch": "quant.kernels.int8_linear.eager",
+        "reference": "quant.kernels.int8_linear.reference",
     },
     "token_log_probs": {
         "triton": "quant.kernels.token_log_probs.triton",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, kernel, lut_gemv, wq_gemv
+from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -127,6 +127,18 @@ def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.
     return torch.empty_like(x)
 
 
+def _int8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, sums: Tensor, bits: int, symmetric: bool, clip: float = 1.0
+) -> Tensor:
+    packed = int8_linear.Packed(codes, scale, zero, sums, bits, symmetric, clip)
+    made: Tensor = kernel("int8_linear", device=x.device).run.int8_linear(x, packed)
+    return made
+
+
+def _int8_linear_shape(x: Tensor, codes: Tensor, *given: Any) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32)
+
+
 def _token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     made: Tensor = kernel("token_log_probs", device=logits.device).run.token_log_probs(logits, tokens)
     return made
@@ -158,6 +170,11 @@ _define(
 _define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
 _define("hadamard(Tensor x, float factor=1.0) -> Tensor", _hadamard, _hadamard_shape)
 _define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
+_define(
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
+    _int8_linear,
+    _int8_linear_shape,
+)
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
 

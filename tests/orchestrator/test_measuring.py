@@ -10,12 +10,13 @@ import pytest
 
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
-from orchestrator.measuring import measuring
+from orchestrator.measuring import measuring, unmeasured
 from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import speeds
 from orchestrator.report.tables import long_table
 from orchestrator.stage import Stage
 from orchestrator.tracked_metrics import variant_points
+from quant.scheme import ActivationScheme, Granularity, KVScheme, Scheme, WeightScheme
 from tests.orchestrator import synthetic
 from tests.orchestrator.sweeping import committed, sweep
 from tests.orchestrator.test_report import Page, without_plotly
@@ -29,23 +30,49 @@ REAL = ("measure=true", "workload.threads=1", "workload.prompt=4", "workload.tok
 
 
 def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
-    grid = ("method=rtn", "scheme=w4a16_g64,w3a16_g64,w8a8", "task=self_perplexity,self_divergence")
+    grid = ("method=rtn", "scheme=w4a16_g64,w8a8,w4a8_g64", "task=self_perplexity,self_divergence")
     old, new = plan_of(*grid), plan_of(*grid, *ON)
     assert [k for k in new.stages if k not in new.wanted] == list(old.stages)
     assert new.key == old.key
     assert [new.stages[k].label for k in new.wanted] == [
         "measure wikitext_llama unquantized",
         "measure wikitext_llama rtn w4a16_g64",
-        "measure wikitext_llama rtn w3a16_g64",
+        "measure wikitext_llama rtn w8a8",
     ]
     flagged = [v.label for v in new.variants.values() if any("not measured" in f for f in v.flags)]
-    assert flagged == ["wikitext_llama · rtn · w8a8"]
+    assert flagged == ["wikitext_llama · rtn · w4a8_g64"]
     spec = new.stages[new.wanted[1]].spec
     assert isinstance(spec, MeasureSpec)
-    assert (spec.device, spec.workload) == ("A100", Workload(threads=1))
+    assert (spec.device, spec.workload, spec.activation) == ("A100", Workload(threads=1), None)
+    rounded = new.stages[new.wanted[2]].spec
+    assert isinstance(rounded, MeasureSpec)
+    assert rounded.activation == ActivationScheme(8)
     assert new.stages[new.wanted[1]].inputs == {
         "quantize": next(v.quantize for v in new.variants.values() if v.label.endswith("w4a16_g64"))
     }
+
+
+W8, A8 = WeightScheme(8), ActivationScheme(8)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "reason"),
+    [
+        (Scheme(W8, A8), None),
+        (Scheme(WeightScheme(4, granularity=Granularity.TENSOR), ActivationScheme(4, symmetric=False, clip=0.9)), None),
+        (Scheme(W8), None),
+        (Scheme(W8, A8, KVScheme(8)), "cache"),
+        (Scheme(W8, ActivationScheme(8, granularity=Granularity.TENSOR)), "per token"),
+        (Scheme(W8, ActivationScheme(8, number="fp8_e4m3")), "integers"),
+        (Scheme(W8, ActivationScheme(8, outlier_threshold=6.0)), "outlier_threshold"),
+        (Scheme(WeightScheme(4, granularity=Granularity.GROUP, group_size=64), A8), "one scale per row"),
+        (Scheme(WeightScheme(8, True, number="fp8_e4m3"), A8), "integer weights"),
+        (Scheme(None, A8), "integer weights"),
+    ],
+)
+def test_what_kernels_compute_in_is_measured(scheme: Scheme, reason: str | None) -> None:
+    found = unmeasured(scheme)
+    assert (found is None) if reason is None else (found is not None and reason in found)
 
 
 @pytest.mark.parametrize(

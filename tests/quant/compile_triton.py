@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quant.kernels.binary_gemv.program import signs
+from quant.kernels.fake_quantize.program import round_rows
 from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
@@ -66,6 +67,11 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         types = {"x": "*bf16", "out": "*bf16", "rows": "i32", "factor": "fp32"}
         constants = {"N": n, "LOG": n.bit_length() - 1, "ROWS": together}
         found.append((transform, str(n), types, constants, {"num_warps": min(16, n * together // 512)}))
+    types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
+    for codes in (False, True):
+        constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
+        options = {"num_warps": 8, "enable_fp_fusion": False}
+        found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
     return found
 
 

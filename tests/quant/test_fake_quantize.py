@@ -24,6 +24,17 @@ def same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
+def agree(x: Tensor, bits: int, symmetric: bool, clip: float, backend: str = "cpu") -> None:
+    """Values and codes, bit for bit."""
+    run, plain = kernel("fake_quantize", backend).run, kernel("fake_quantize", "reference").run
+    same(run.fake_quantize(x, bits, symmetric, clip), plain.fake_quantize(x, bits, symmetric, clip))
+    got, want = run.encode(x, bits, symmetric, clip), plain.encode(x, bits, symmetric, clip)
+    same(got.scale, want.scale)
+    told = ~want.scale.isnan()[:, 0]  # codes of a row with a NaN mean nothing
+    same(got.zero[told], want.zero[told])
+    same(got.codes[told], want.codes[told])
+
+
 @given(
     rows=st.integers(1, 70),
     width=st.integers(1, 40),
@@ -37,8 +48,7 @@ def test_rows_of_any_size_are_rounded_as_the_grids_say(
     rows: int, width: int, bits: int, symmetric: bool, clip: float, decade: int, seed: int
 ) -> None:
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * 10.0**decade
-    want = kernel("fake_quantize", "reference").run.fake_quantize(x, bits, symmetric, clip)
-    same(kernel("fake_quantize", "cpu").run.fake_quantize(x, bits, symmetric, clip), want)
+    agree(x, bits, symmetric, clip)
 
 
 ODD = [
@@ -62,11 +72,20 @@ ODD = [
 @pytest.mark.parametrize("repeats", [1, 5])
 def test_rows_without_a_range_and_numbers_that_are_none(symmetric: bool, repeats: int) -> None:
     x = torch.tensor(ODD).repeat(1, repeats)
-    want = kernel("fake_quantize", "reference").run.fake_quantize(x, 8, symmetric)
-    assert want[4:6].isnan().all(), "a NaN makes its row NaN"
     got = kernel("fake_quantize", "cpu").run.fake_quantize(x, 8, symmetric)
-    same(got, want)
-    assert torch.equal(got[:2].signbit(), want[:2].signbit())
+    same(got, kernel("fake_quantize", "reference").run.fake_quantize(x, 8, symmetric))
+    assert got[4:6].isnan().all(), "a NaN makes its row NaN"
+    assert not got[:2].signbit().any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_give_the_values(symmetric: bool) -> None:
+    x = torch.randn(40, 19, generator=torch.Generator().manual_seed(0))
+    run = kernel("fake_quantize").run
+    made = run.encode(x, 8, symmetric, 0.9)
+    assert made.codes.dtype is torch.int8
+    same((made.codes.float() - made.zero) * made.scale, run.fake_quantize(x, 8, symmetric, 0.9))
+    assert bool(made.zero.any()) is not symmetric
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

@@ -16,6 +16,7 @@ from quant.kernels.on_triton import interpreted
 from quant.kernels.wq_gemv import BITS, prepare
 from quant.statistics import HessianSum
 from tests.quant import test_table_gemv as table_gemv
+from tests.quant.test_fake_quantize import ODD, agree
 from tests.quant.test_gptq_block import problem
 from tests.quant.test_wq_gemv import check, inputs, stored
 
@@ -159,3 +160,17 @@ def test_statistics_by_the_kernel_are_those_of_the_reference(monkeypatch: pytest
         plain.update(part)
         ours.update(part)
     assert torch.equal(plain.value(), ours.value())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("n", "bits", "clip"), [(1, 8, 1.0), (40, 4, 0.9), (4500, 8, 1.0)])
+def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, symmetric: bool) -> None:
+    x = torch.randn(9, n, generator=torch.Generator().manual_seed(n)) * torch.logspace(-9, 9, 9)[:, None]
+    agree(x, bits, symmetric, clip, "triton")
+    agree(x[4:].half(), bits, symmetric, clip, "triton")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_without_a_range(symmetric: bool) -> None:
+    # Without infinities: the interpreter warns of what it does not compute with.
+    agree(torch.tensor([row for row in ODD if not any(abs(v) == float("inf") for v in row)]), 8, symmetric, 1.0, "triton")

@@ -10,26 +10,37 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import binom
+from torch import Tensor
 
 from quant.kernels import kernel
+from quant.kernels.int8_linear import eager
 from quant.kernels.wq_gemv import STEP
-from quant.scheme import WeightScheme
+from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families
 from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.machine import cpu_model
 from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
+from workers.packed import pack_linears
 from workers.rebuild import rebuild
+from workers.recipe import Recipe
 from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, Workload
 
 SMALL = Workload(batch=2, prompt=6, tokens=3, threads=1)
 
 
-def measured(context: Context, folder: Path, artifact: Path | None, device: str | None = None, **workload: Any) -> dict[str, Any]:
+def measured(
+    context: Context,
+    folder: Path,
+    artifact: Path | None,
+    device: str | None = None,
+    activation: ActivationScheme | None = None,
+    **workload: Any,
+) -> dict[str, Any]:
     (folder / "payload").mkdir(parents=True)
-    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model())
+    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model(), activation)
     return run_measure(spec, {"quantize": artifact} if artifact else {}, folder / "payload", context, Residency())
 
 
@@ -76,6 +87,52 @@ def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
     found = measured(context, tmp_path / "m", made_by("pb_llm", context, tmp_path))
     assert list(found["backends"]) == ["dense"]
     assert any("ran dense: the stored format partially_binary has no packed product" in n for n in context.notes)
+
+
+@pytest.mark.parametrize("activation", [ActivationScheme(8), ActivationScheme(4, symmetric=False)])
+@pytest.mark.parametrize("weight", [WeightScheme(8, True), WeightScheme(4)])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rounded_activations_are_multiplied_as_integers(
+    family: str, weight: WeightScheme, activation: ActivationScheme, tmp_path: Path
+) -> None:
+    context = tiny_context(family, tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=weight), {})
+    found = measured(context, tmp_path / "m", artifact, activation=activation)
+    shapes = families.linear_shapes(rebuild(context, ModelSpec("model"), artifact).config.to_dict())
+    assert found["backends"] == {kernel("int8_linear").backend: len(shapes)}
+    assert 0 < found["packed_bytes"] < found["weights_bytes"]
+
+
+def test_linears_with_one_input_round_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    model = rebuild(context, ModelSpec("model"), artifact).eval()
+    pack_linears(model, Recipe(artifact), "torch", context.device, ActivationScheme(8))
+    seen: list[int] = []
+
+    def count(x: Tensor, packed: Any) -> Any:
+        seen.append(x.shape[1])
+        return rounded(x, packed)
+
+    rounded = eager.rounded
+    monkeypatch.setattr(eager, "rounded", count)
+    with torch.inference_mode():
+        model(torch.arange(2, 14).view(2, 6))
+    config = model.config
+    # q, k and v; o; gate and up; down.
+    assert len(seen) == 4 * config.num_hidden_layers
+
+
+def test_linears_that_no_sum_of_integers_has_are_simulated(tmp_path: Path) -> None:
+    context = tiny_context("llama", tmp_path)
+    grouped = quantize_spec(weight=WeightScheme(4, granularity=Granularity.GROUP, group_size=16))
+    artifact, _ = quantized(context, tmp_path / "q", grouped, {})
+    found = measured(context, tmp_path / "m", artifact, activation=ActivationScheme(8))
+    assert list(found["backends"]) == ["simulated"]
+    assert found["check_error"] == 0
+    assert any("ran simulated:" in n and "groups a row" in n for n in context.notes)
+    dense = measured(context, tmp_path / "d", artifact, activation=ActivationScheme(8), backend="dense")
+    assert (list(dense["backends"]), dense["check_error"]) == (["simulated"], 0)
 
 
 def made_by(method: str, context: Context, folder: Path) -> Path:

@@ -1,0 +1,47 @@
+"""The rows in Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.kernels.fake_quantize import RowCodes
+from quant.kernels.on_triton import unavailable
+
+__all__ = ["encode", "fake_quantize", "unavailable"]
+
+BLOCK = 4096
+"""Values of a row that are in registers at once."""
+
+
+def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    values = x.detach().contiguous()
+    # As in the reference, float64 is rounded to float32 first.
+    values = values.float() if x.dtype is torch.float64 else values
+    out = torch.empty_like(values)
+    none = torch.empty(0, device=x.device)
+    _run(values, out, none, none, bits, symmetric, clip)
+    return out.to(x.dtype)
+
+
+def encode(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> RowCodes:
+    values = x.detach().contiguous()
+    values = values.float() if x.dtype is torch.float64 else values
+    scale, zero = (torch.empty(len(values), 1, device=x.device) for _ in range(2))
+    codes = torch.empty(values.shape, dtype=torch.int8, device=x.device)
+    _run(values, codes, scale, zero, bits, symmetric, clip)
+    return RowCodes(codes, scale, zero)
+
+
+def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, clip: float) -> None:
+    from quant.kernels.fake_quantize.program import round_rows
+
+    rows, n = values.shape
+    if not values.numel():
+        return
+    block = min(BLOCK, max(16, 1 << (n - 1).bit_length()))
+    codes = out.dtype is torch.int8
+    round_rows[(rows,)](
+        values, out, scale, zero, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
+        SYMMETRIC=symmetric, CODES=codes, BLOCK=block, num_warps=min(8, max(1, block // 256)), enable_fp_fusion=False,
+    )  # fmt: skip

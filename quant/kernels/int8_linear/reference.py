@@ -1,0 +1,31 @@
+"""Both factors are made and multiplied in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant.kernels.fake_quantize import reference
+from quant.kernels.int8_linear import Packed, prepare
+
+__all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def rounded(x: Tensor, packed: Packed) -> Tensor:
+    """float64 `[M, K]`."""
+    made = reference.encode(x, packed.bits, packed.symmetric, packed.clip)
+    return (made.codes.double() - made.zero.double()) * made.scale.double()
+
+
+def multiply(values: Tensor, packed: Packed) -> Tensor:
+    zero = 0.0 if packed.zero is None else packed.zero.double()[:, None]
+    weight = (packed.codes.double() - zero) * packed.scale.double()[:, None]
+    return (values @ weight.T).float()
+
+
+def int8_linear(x: Tensor, packed: Packed) -> Tensor:
+    return multiply(rounded(x, packed), packed)
