@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import kernel
-from quant.kernels.products import MOST_ROWS
+from quant.kernels.products import MANY_ROWS, MOST_ROWS, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -100,7 +100,7 @@ def _pack(
     except (ValueError, RuntimeError) as e:
         return str(e)
     if activation is None:
-        _multiply_rows(view.module, getattr(chosen.run, operation), packed)
+        _multiply_rows(view.module, chosen.run, operation, packed)
     else:
         _multiply_codes(view.module, chosen.run, packed, shared)
     made.backends[chosen.backend] += 1
@@ -109,14 +109,18 @@ def _pack(
     return None
 
 
-def _multiply_rows(linear: nn.Linear, product: Any, packed: Any) -> None:
-    width, bias = linear.in_features, linear.bias
+def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any) -> None:
+    width, bias, product = linear.in_features, linear.bias, getattr(run, operation)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, width)
-        kind = x.dtype if x.dtype in TYPES else torch.float32
-        parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(MOST_ROWS)]
-        out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype).view(*x.shape[:-1], -1)
+        if len(rows) > MANY_ROWS:
+            out = with_many_rows(rows, run.values(packed), packed.input_scale)
+        else:
+            kind = x.dtype if x.dtype in TYPES else torch.float32
+            parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(MOST_ROWS)]
+            out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
+        out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
     _replace(linear, forward)

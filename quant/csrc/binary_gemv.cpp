@@ -68,7 +68,36 @@ Sweep chosen() {
     return plain<CHUNK>;
 }
 
+INLINE void decode(const Call& c, int64_t t, int64_t rows, int64_t columns, float* out) {
+    for (int64_t r = 0; r < ROWS && t * ROWS + r < rows; r++) {
+        float* to = out + (t * ROWS + r) * columns;
+        for (int64_t v = 0; v * LANES < columns; v++) {
+            const Words word = load(c.words + ((t * c.units + v / VECTORS) * ROWS + r) * LANES) >> uint32_t(2 * (v % VECTORS));
+            const Floats table = load(c.tables + ((t * c.blocks + std::min(v / c.block, c.blocks - 1)) * ROWS + r) * LANES);
+            const Floats value = looked_up(table, (word & 3u) | load(c.salient + v * LANES));
+            std::memcpy(to + v * LANES, &value, std::min<int64_t>(LANES, columns - v * LANES) * sizeof(float));
+        }
+    }
+}
+
+void plain_decode(const Call& c, int64_t t, int64_t rows, int64_t columns, float* out) { decode(c, t, rows, columns, out); }
+#if defined(FUSED)
+FUSED void fused_decode(const Call& c, int64_t t, int64_t rows, int64_t columns, float* out) { decode(c, t, rows, columns, out); }
+#endif
+
 }  // namespace
+
+// The weight [N, K] that the words stand for.
+extern "C" void bitgrid_binary_values(const uint32_t* words, const float* tables, const uint32_t* salient, float* out, int64_t rows, int64_t columns,
+                                      int64_t block, int64_t threads) {
+    constexpr int64_t unit = VECTORS * LANES;
+    const Call c{words, tables, salient, (columns + unit - 1) / unit, (columns + block - 1) / block, block / LANES, nullptr};
+    auto one = plain_decode;
+#if defined(FUSED)
+    if (HAS_FUSED) one = fused_decode;
+#endif
+    each((rows + ROWS - 1) / ROWS, RUN, std::min(threads, rows * columns * 4 / LEAST), [&](int64_t t) { one(c, t, rows, columns, out); });
+}
 
 // block: columns of one, a multiple of 8.
 extern "C" void bitgrid_binary_gemv(const uint32_t* words, const float* tables, const uint32_t* salient, const float* x, float* out, int64_t rows,

@@ -98,6 +98,21 @@ extern "C" void bitgrid_lut_gemv(const uint32_t* words, const float* values, con
     }
 }
 
+// The n columns of the weight [N, K] that the words stand for. Where codes differ by more than a register of values holds, memory is as fast.
+extern "C" void bitgrid_lut_values(const uint32_t* words, const float* values, const int64_t* columns, float* out, int64_t rows, int64_t n,
+                                   int64_t k, int64_t bits, int64_t threads) {
+    const int64_t codes = codes_of(int(bits)), own = int64_t(1) << bits, length = (n + codes - 1) / codes;
+    each((rows + ROWS - 1) / ROWS, 1, std::min(threads, rows * n * 4 / LEAST), [&](int64_t t) {
+        for (int64_t r = 0; r < ROWS && t * ROWS + r < rows; r++) {
+            float* to = out + (t * ROWS + r) * k;
+            for (int64_t w = 0; w < length; w++) {
+                uint32_t word = words[(t * length + w) * ROWS + r];
+                for (int64_t c = w * codes; c < std::min(n, (w + 1) * codes); c++, word >>= bits) to[columns[c]] = values[c * own + (word & (own - 1))];
+            }
+        }
+    });
+}
+
 // What single weights differ by from their column's value, row after row: row r has those from starts[r] on.
 extern "C" void bitgrid_lut_apart(const int64_t* starts, const int32_t* columns, const float* differences, const float* x, float* out, int64_t rows,
                                   int64_t k, int64_t count, int64_t threads) {

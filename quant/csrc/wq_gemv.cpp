@@ -201,7 +201,59 @@ Tile chosen(Call& c) {
     return plain<BITS>;
 }
 
+// The weight itself: of row `row` of a tile the columns of a unit from `first` on. own: scale and offset of the group, of `width` columns.
+template <int BITS, int V>
+INLINE void decode(const uint32_t* unit, int row, int64_t first, int64_t columns, int64_t width, const float* ranges, const float* own, float* to) {
+    if constexpr (V < vectors_of(BITS)) {
+        const int64_t column = first + V * LANES;
+        if (column >= columns) return;
+        if constexpr (V % STEP == 0) own = ranges + column / width * 2 * ROWS + row;
+        constexpr float factor = 1.0f / float(1u << power(BITS, V));
+        const Floats value = codes<BITS, V>(unit, row) * factor * own[0] + own[ROWS];
+        std::memcpy(to + column, &value, sizeof value);
+        decode<BITS, V + 1>(unit, row, first, columns, width, ranges, own, to);
+    }
+}
+
+template <int BITS>
+INLINE void decode_tile(const Call& c, int64_t t) {
+    const int64_t columns = vectors_of(BITS) * LANES;
+    for (int row = 0; row < ROWS && t * ROWS + row < c.rows; row++)
+        for (int64_t u = 0; u < c.units; u++)
+            decode<BITS, 0>(c.words + (t * c.units + u) * size_of(BITS), row, u * columns, c.columns, c.columns / c.groups,
+                            c.ranges + t * c.groups * 2 * ROWS, nullptr, c.out + (t * ROWS + row) * c.columns);
+}
+
+template <int BITS>
+void plain_decode(const Call& c, int64_t t) {
+    decode_tile<BITS>(c, t);
+}
+#if defined(FUSED)
+template <int BITS>
+FUSED void fused_decode(const Call& c, int64_t t) {
+    decode_tile<BITS>(c, t);
+}
+#endif
+
+template <int BITS>
+Tile chosen_decode() {
+#if defined(FUSED)
+    if (HAS_FUSED) return fused_decode<BITS>;
+#endif
+    return plain_decode<BITS>;
+}
+
 }  // namespace
+
+// The weight [N, K] that the words stand for.
+extern "C" void bitgrid_wq_values(const uint32_t* words, const float* ranges, float* out, int64_t rows, int64_t columns, int64_t groups,
+                                  int64_t bits, int64_t threads) {
+    Call c{words, ranges, rows, columns, groups, bits, 0, out, 0, 1, nullptr, nullptr};
+    const int64_t unit = vectors_of(int(bits)) * LANES;
+    c.units = (columns + unit - 1) / unit;
+    const Tile one = bits == 2 ? chosen_decode<2>() : bits == 3 ? chosen_decode<3>() : bits == 4 ? chosen_decode<4>() : chosen_decode<8>();
+    each((rows + ROWS - 1) / ROWS, RUN, std::min(threads, rows * columns * 4 / LEAST), [&](int64_t t) { one(c, t); });
+}
 
 extern "C" void bitgrid_wq_gemv(const uint32_t* words, const float* ranges, const float* x, float* out, int64_t rows, int64_t columns,
                                 int64_t groups, int64_t bits, int64_t count, int64_t threads) {

@@ -5,6 +5,7 @@ float32 or wider. Where the stored weight has an input scale, x is divided by th
 - `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call. Raises ValueError for what it does not take
 - a function named as the operation, `(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row
   of x alone, bit for bit.
+- `values(packed) ▸ [N, K]` float32: the weight itself, before the input scale, for a product with many rows (`with_many_rows`)
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 8
-"""Of x. With more of them a product of dense matrices is faster."""
+"""Of x, in a call."""
+MANY_ROWS = 32
+"""Of x: with more of them it is faster to make the weight and multiply dense matrices than to go through the packed one for every 8."""
 
 
 def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
@@ -44,3 +47,11 @@ def dense(x: Tensor, weight: Tensor, input_scale: Tensor | None, out: Tensor | N
     if input_scale is not None:
         given = given / input_scale.to(weight.dtype)
     return made.copy_(given @ weight.T)
+
+
+def with_many_rows(x: Tensor, weight: Tensor, input_scale: Tensor | None) -> Tensor:
+    """out `[M, N]` in the type of x, for any M, from `values` that are given up afterwards. Multiplied in the type of x on a GPU, and in
+    float32 on a CPU, where few have faster ones."""
+    kind = x.dtype if x.is_cuda else torch.float32
+    given = x if input_scale is None else x.float() / input_scale
+    return (given.to(kind) @ weight.to(kind).T).to(x.dtype)

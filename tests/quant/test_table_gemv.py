@@ -136,6 +136,16 @@ def test_packing_is_exact(operation: str) -> None:
         assert ((got - want).abs() <= slack).all()
 
 
+@pytest.mark.parametrize("operation", FAST)
+def test_the_weight_is_made_again(operation: str) -> None:
+    for tensor in cases(operation):
+        packed = PREPARE[operation](tensor)
+        for backend in ("cpu", "reference"):
+            got = kernel(operation, backend).run.values(packed)
+            assert got.dtype is torch.float32
+            assert torch.equal(got, packed.values(torch.float32)), backend
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_reference_takes_tensors_as_they_are(operation: str) -> None:
     run = kernel(operation, "reference").run

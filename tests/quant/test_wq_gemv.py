@@ -24,6 +24,7 @@ from quant.affine import ZeroKind
 from quant.kernels import TABLE, kernel
 from quant.kernels.library import operands
 from quant.kernels.native import library
+from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import BITS, Packed, cpu, prepare, reference
 from quant.tensors.affine import AffineTensor
 
@@ -138,6 +139,27 @@ def test_packing_is_exact(bits: int) -> None:
             assert torch.equal(packed.values(torch.float64), codes * scale + zero if kind is ZeroKind.MINIMUM else (codes - zero) * scale)
             x = inputs(2, k)
             assert torch.allclose(reference.wq_gemv(x, packed), reference.wq_gemv(x, tensor), rtol=2 * U, atol=1e-13)
+
+
+@needs_library
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n", "k", "group"), [(13, 352, 32), (3, 256, 256), (8, 96, 96), (17, 672, 96)])
+def test_the_weight_is_made_again(bits: int, n: int, k: int, group: int) -> None:
+    packed = prepare(stored(n, k, bits, group))
+    want = packed.values(torch.float64)
+    scale, offset = packed.ranges.double().abs().amax((0, 1, 3))
+    # A product and a sum are rounded.
+    assert ((kernel("wq_gemv", "cpu").run.values(packed).double() - want).abs() <= 2 * U * (2**bits * scale + offset)).all()
+
+
+@needs_library
+@pytest.mark.parametrize("scaled", [False, True])
+def test_many_rows_are_multiplied_with_the_weight(scaled: bool) -> None:
+    tensor = stored(5, 96, 4, 32, scaled=scaled)
+    packed, x = prepare(tensor), inputs(40, 96)
+    want, size = exact(x, tensor)[:2]
+    got = with_many_rows(x, kernel("wq_gemv").run.values(packed), packed.input_scale)
+    assert ((got.double() - want).abs() <= (96 + 4) * U * size).all()
 
 
 def test_bytes_are_those_of_the_codes_and_ranges() -> None:

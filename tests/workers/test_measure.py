@@ -14,10 +14,11 @@ from torch import Tensor
 
 from quant.kernels import kernel
 from quant.kernels.int8_linear import eager
+from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
-from workers import families
+from workers import families, packed
 from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.machine import cpu_model
@@ -82,6 +83,17 @@ def test_codebooks_and_signs_are_multiplied_packed(method: str, operation: str, 
     assert found["check_error"] <= TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("method", ["rtn", "claq", "billm"])
+def test_longer_prompts_are_multiplied_with_weights_made_for_it(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact = quantized(context, tmp_path / "q", quantize_spec(), {})[0] if method == "rtn" else made_by(method, context, tmp_path)
+    rows: list[int] = []
+    monkeypatch.setattr(packed, "with_many_rows", lambda x, *given: rows.append(len(x)) or with_many_rows(x, *given))
+    found = measured(context, tmp_path / "m", artifact, prompt=20)
+    assert found["check_error"] <= TOLERANCE["float32"]
+    assert set(rows) == {SMALL.batch * 20}
+
+
 def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
     context = tiny_context("llama", tmp_path)
     found = measured(context, tmp_path / "m", made_by("pb_llm", context, tmp_path))
@@ -110,9 +122,9 @@ def test_linears_with_one_input_round_it_once(tmp_path: Path, monkeypatch: pytes
     pack_linears(model, Recipe(artifact), "torch", context.device, ActivationScheme(8))
     seen: list[int] = []
 
-    def count(x: Tensor, packed: Any) -> Any:
+    def count(x: Tensor, weight: Any) -> Any:
         seen.append(x.shape[1])
-        return rounded(x, packed)
+        return rounded(x, weight)
 
     rounded = eager.rounded
     monkeypatch.setattr(eager, "rounded", count)

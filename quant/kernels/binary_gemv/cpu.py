@@ -11,7 +11,7 @@ from quant.kernels import native
 from quant.kernels.binary_gemv import Packed, prepare
 from quant.kernels.products import given_to, written_to
 
-__all__ = ["binary_gemv", "prepare", "unavailable"]
+__all__ = ["binary_gemv", "prepare", "unavailable", "values"]
 
 unavailable = partial(native.unavailable, "binary_gemv")
 
@@ -23,3 +23,10 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), given, sums)
     native.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], torch.get_num_threads())
     return made if sums is made else made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    made = torch.empty(packed.shape)
+    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), made)
+    native.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, torch.get_num_threads())
+    return made

@@ -25,3 +25,7 @@ def binary_gemv(x: Tensor, packed: BinaryTensor | Packed, out: Tensor | None = N
     """`[M, N]` in the type of x, rounded to it once from `dtype`, in which everything is computed."""
     weight = packed.values(dtype) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize().to(dtype)
     return dense(x, weight, packed.input_scale, out)
+
+
+def values(packed: BinaryTensor | Packed) -> Tensor:
+    return packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()

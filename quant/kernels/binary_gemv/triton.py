@@ -9,7 +9,7 @@ from quant.kernels.binary_gemv import Packed, prepare
 from quant.kernels.on_triton import unavailable
 from quant.kernels.products import given_to, written_to
 
-__all__ = ["binary_gemv", "prepare", "unavailable"]
+__all__ = ["binary_gemv", "prepare", "unavailable", "values"]
 
 UNITS = 4
 """That a program reads at a time: 512 columns."""
@@ -28,3 +28,7 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         n, k, units, packed.tables.shape[1], packed.block, UNITS=UNITS, num_warps=4,
     )  # fmt: skip
     return made if sums is made else made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    return packed.values(torch.float32)

@@ -74,9 +74,13 @@ class Packed:
             codes = (part.words[..., None] >> at) & (2**part.bits - 1)  # [T, W, 32, codes]
             codes = codes.permute(0, 2, 1, 3).reshape(-1, part.words.shape[1] * per_word)[:n, : len(part.columns)]
             weight[:, part.columns] = part.values.to(dtype).gather(1, codes.T.long()).T
+        return self.with_apart(weight)
+
+    def with_apart(self, weight: Tensor) -> Tensor:
+        """`weight` `[N, K]` of the codes alone, with the weights kept aside put right in place."""
         if self.apart is not None:
-            row = torch.repeat_interleave(torch.arange(n, device=weight.device), self.apart.starts.diff())
-            weight[row, self.apart.columns.long()] += self.apart.differences.to(dtype)
+            row = torch.repeat_interleave(torch.arange(len(weight), device=weight.device), self.apart.starts.diff())
+            weight[row, self.apart.columns.long()] += self.apart.differences.to(weight)
         return weight
 
 

@@ -11,7 +11,7 @@ from quant.kernels import native
 from quant.kernels.lut_gemv import Packed, prepare
 from quant.kernels.products import given_to, written_to
 
-__all__ = ["lut_gemv", "prepare", "unavailable"]
+__all__ = ["lut_gemv", "prepare", "unavailable", "values"]
 
 unavailable = partial(native.unavailable, "lut_gemv")
 
@@ -28,3 +28,12 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         tensors = (packed.apart.starts.contiguous(), packed.apart.columns.contiguous(), packed.apart.differences.contiguous(), given, sums)
         native.call("lut_gemv", "bitgrid_lut_apart", *tensors, n, k, x.shape[0], torch.get_num_threads())
     return made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    made = torch.empty(packed.shape)
+    n, k = packed.shape
+    for part in packed.parts:
+        tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), made)
+        native.call("lut_gemv", "bitgrid_lut_values", *tensors, n, len(part.columns), k, part.bits, torch.get_num_threads())
+    return packed.with_apart(made)

@@ -25,3 +25,7 @@ def lut_gemv(x: Tensor, packed: CodebookTensor | Packed, out: Tensor | None = No
     """`[M, N]` in the type of x, rounded to it once from `dtype`, in which everything is computed."""
     weight = packed.values(dtype) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize().to(dtype)
     return dense(x, weight, packed.input_scale, out)
+
+
+def values(packed: CodebookTensor | Packed) -> Tensor:
+    return packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()

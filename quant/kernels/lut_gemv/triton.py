@@ -9,7 +9,7 @@ from quant.kernels.lut_gemv import Packed, prepare
 from quant.kernels.on_triton import unavailable
 from quant.kernels.products import given_to, written_to
 
-__all__ = ["lut_gemv", "prepare", "unavailable"]
+__all__ = ["lut_gemv", "prepare", "unavailable", "values"]
 
 WORDS, BLOCK = 16, 64
 """Of a row, and weights kept aside, that a program reads at a time."""
@@ -32,3 +32,7 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         kept = packed.apart
         apart[(n, x.shape[0])](kept.starts, kept.columns, kept.differences, given, sums, n, k, BLOCK=BLOCK, num_warps=2)
     return made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    return packed.values(torch.float32)

@@ -11,7 +11,7 @@ from quant.kernels import native
 from quant.kernels.products import given_to, written_to
 from quant.kernels.wq_gemv import Packed, prepare
 
-__all__ = ["prepare", "unavailable", "wq_gemv"]
+__all__ = ["prepare", "unavailable", "values", "wq_gemv"]
 
 unavailable = partial(native.unavailable, "wq_gemv")
 
@@ -24,3 +24,10 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     numbers = (*packed.shape, packed.groups, packed.bits, x.shape[0], torch.get_num_threads())
     native.call("wq_gemv", "bitgrid_wq_gemv", words, ranges, given, sums, *numbers)
     return made if sums is made else made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    made = torch.empty(packed.shape)
+    words, ranges = packed.words.contiguous(), packed.ranges.contiguous()
+    native.call("wq_gemv", "bitgrid_wq_values", words, ranges, made, *packed.shape, packed.groups, packed.bits, torch.get_num_threads())
+    return made

@@ -25,6 +25,10 @@ def wq_gemv(x: Tensor, packed: AffineTensor | Packed, out: Tensor | None = None,
     return dense(x, _values(packed, dtype), packed.input_scale, out)
 
 
+def values(packed: AffineTensor | Packed) -> Tensor:
+    return _values(packed, torch.float32)
+
+
 def _values(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:
     """`[N, K]`, before the input scale."""
     if isinstance(weight, Packed):

@@ -9,7 +9,7 @@ from quant.kernels.on_triton import unavailable
 from quant.kernels.products import given_to, written_to
 from quant.kernels.wq_gemv import LANES, Packed, prepare
 
-__all__ = ["prepare", "unavailable", "wq_gemv"]
+__all__ = ["prepare", "unavailable", "values", "wq_gemv"]
 
 UNITS = {2: 4, 3: 2, 4: 8, 8: 16}
 """Of the layout, that a program reads at a time: 512 columns."""
@@ -30,3 +30,7 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         BITS=packed.bits, WORDS=words, CODES=codes, UNITS=UNITS[packed.bits], num_warps=4,
     )  # fmt: skip
     return made if sums is made else made.copy_(sums)
+
+
+def values(packed: Packed) -> Tensor:
+    return packed.values(torch.float32)
