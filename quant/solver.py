@@ -10,7 +10,9 @@ contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -55,10 +57,39 @@ def damping_ladder(damp: float) -> list[float]:
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed.
+    """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed. Not to be changed in place:
+    see `shared_factors`.
 
     One Cholesky factorization: reversing rows and columns of H gives H = R Rᵀ with R upper, and U = R⁻¹.
     Raises SingularHessianError when the whole ladder fails."""
+    kept = _factors.get()
+    if kept is None:
+        return _factored(hessian, damp)
+    for matrix, with_damp, upper, used in kept:
+        if with_damp == damp and matrix.dtype is hessian.dtype and matrix.device == hessian.device and torch.equal(matrix, hessian):
+            return upper, used
+    upper, used = _factored(hessian, damp)
+    kept[:] = [*kept[1 - FACTORS :], (hessian, damp, upper, used)]
+    return upper, used
+
+
+FACTORS = 2
+"""That are kept: SLiM-LLM makes one to choose bits and another to round."""
+_factors: ContextVar[list[tuple[Tensor, float, Tensor, float]] | None] = ContextVar("factors", default=None)
+
+
+@contextmanager
+def shared_factors() -> Iterator[None]:
+    """While it lasts, `inverse_factor` keeps its last results, in this thread: linears that read one input have one Hessian, whose
+    factor takes as long as rounding them. Comparing two matrices takes next to nothing."""
+    token = _factors.set([])
+    try:
+        yield
+    finally:
+        _factors.reset(token)
+
+
+def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     mean = hessian.diagonal().mean()
     ladder = damping_ladder(damp)
     for fraction in ladder:

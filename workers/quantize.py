@@ -15,6 +15,7 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from quant.methods.base import StoredTensor
+from quant.solver import shared_factors
 from quant.tensors import ColumnsTensor
 from workers import families
 from workers.calibrate import calibration_tokens
@@ -254,7 +256,7 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
                 fresh, tokens = merge(source.collect(worker.index, worker.structure, (site.linears[0],)))
             worker.statistics.update(fresh)
             worker.tokens.update(tokens)
-        with context.phase("round"):
+        with context.phase("round"), shared_factors() if len(names) > 1 else nullcontext():
             results += [worker.round(n) for n in names]
     return results
 

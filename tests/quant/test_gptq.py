@@ -13,7 +13,7 @@ from quant.errors import NonFiniteError, SingularHessianError
 from quant.methods.gptq import Gptq
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
-from quant.solver import Solved, damping_ladder, inverse_factor, revive_dead, solve_columns
+from quant.solver import Solved, damping_ladder, inverse_factor, revive_dead, shared_factors, solve_columns
 from quant.statistics import Statistics, collect
 from quant.tensors.affine import AffineTensor
 
@@ -180,6 +180,36 @@ def test_dynamic_groups_inside_a_block_are_fitted_on_weights_from_before_the_blo
     fresh = stored(Gptq(block_size=4), w, h, group_scheme(3, 4))
     assert torch.equal(fresh.scale[:, 0], fitted_at_start.scale[:, 0])
     assert not torch.equal(fresh.scale[:, 1], fitted_at_start.scale[:, 1])
+
+
+def test_one_matrix_is_factored_once_while_factors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    factor = torch.linalg.cholesky_ex
+
+    def count(matrix: Tensor) -> object:
+        made.append(matrix.shape[0])
+        return factor(matrix)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", count)
+    _, _, h = problem(3, 8, 0)
+    want = inverse_factor(h, 0.01)
+    inverse_factor(h, 0.01)
+    assert len(made) == 2
+    with shared_factors():
+        for _ in range(2):
+            upper, damp = inverse_factor(h.clone(), 0.01)
+            assert torch.equal(upper, want[0])
+            assert damp == want[1]
+        assert len(made) == 3
+        assert not torch.equal(inverse_factor(h, 0.1)[0], want[0])
+        assert torch.equal(inverse_factor(h, 0.01)[0], want[0])
+        assert len(made) == 4, "two are kept"
+        inverse_factor(2 * h, 0.01)
+        inverse_factor(h.float(), 0.01)
+        inverse_factor(h, 0.01)
+        assert len(made) == 7
+    inverse_factor(h, 0.01)
+    assert len(made) == 8
 
 
 def test_dead_inputs_are_zeroed_and_noted_after_the_row_range_is_taken() -> None:

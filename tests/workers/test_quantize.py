@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant import methods
+from quant import methods, solver
 from quant.methods.gptq import Gptq
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.statistics import Statistics
@@ -187,6 +187,20 @@ def test_quantized_propagation_equals_the_slow_loop(family: str, rounding: Gptq,
     for s in shapes:
         a, b = linear_view(got, s.name).weight(), linear_view(model, s.name).weight()
         assert float((a - b).norm() / b.norm()) < 0.02, s.name
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "claq", "spqr", "slim_llm"])
+def test_linears_that_read_one_input_share_a_factor(rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    inputs = calibrated(ctx, tmp_path, *(("hessian", "samples") if rounding == "slim_llm" else ("hessian",)))
+    weight = WeightScheme(2, granularity=Granularity.GROUP, group_size=8) if rounding in ("spqr", "slim_llm") else WeightScheme(2)
+    made: list[int] = []
+    factored = solver._factored
+    monkeypatch.setattr(solver, "_factored", lambda h, damp: made.append(len(h)) or factored(h, damp))
+    quantized(ctx, tmp_path / "q", quantize_spec(rounding, weight=weight), inputs)
+    each = 2 if rounding == "slim_llm" else 1  # the bits are chosen with another damping
+    blocks = original("llama").config.num_hidden_layers
+    assert len(made) == each * 4 * blocks, "q, k and v; o; gate and up; down"
 
 
 def test_propagation_matters_and_agrees_on_the_first_block(tmp_path: Path) -> None:
