@@ -63,7 +63,7 @@ def main() -> int:
             print(f"{n} x {k}, M={m}: " + ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in peers.items()), flush=True)
             for name, operation, tensor in formats(n, k):
                 module = kernels[operation].run
-                run = getattr(module, operation) if m < PROMPT else partial(with_weight, module)
+                run = getattr(module, operation) if m < PROMPT else partial(with_many_rows, backend=module)
                 packed = module.prepare(tensor)
                 error, allowed = errors(x, tensor, run(x, packed))
                 ours, ours_half = (least(packed, partial(multiply, run, v), times) for v in (x, half))
@@ -153,10 +153,6 @@ def copied(weight: Any) -> Any:
 
 def multiply(run: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any) -> Tensor:
     return run(x, packed)
-
-
-def with_weight(module: Any, x: Tensor, packed: Any) -> Tensor:
-    return with_many_rows(x, module.values(packed), packed.input_scale)
 
 
 def aten(x: Tensor, tensor: AffineTensor) -> dict[str, float]:

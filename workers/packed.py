@@ -115,7 +115,7 @@ def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any) -> 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, width)
         if len(rows) > MANY_ROWS:
-            out = with_many_rows(rows, run.values(packed), packed.input_scale)
+            out = with_many_rows(rows, packed, run)
         else:
             kind = x.dtype if x.dtype in TYPES else torch.float32
             parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(MOST_ROWS)]

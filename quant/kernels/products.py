@@ -5,10 +5,12 @@ float32 or wider. Where the stored weight has an input scale, x is divided by th
 - `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call. Raises ValueError for what it does not take
 - a function named as the operation, `(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row
   of x alone, bit for bit.
-- `values(packed) ▸ [N, K]` float32: the weight itself, before the input scale, for a product with many rows (`with_many_rows`)
+- `values(packed, dtype) ▸ [N, K]`: the weight itself, before the input scale, for a product with many rows (`with_many_rows`)
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +51,9 @@ def dense(x: Tensor, weight: Tensor, input_scale: Tensor | None, out: Tensor | N
     return made.copy_(given @ weight.T)
 
 
-def with_many_rows(x: Tensor, weight: Tensor, input_scale: Tensor | None) -> Tensor:
-    """out `[M, N]` in the type of x, for any M, from `values` that are given up afterwards. Multiplied in the type of x on a GPU, and in
+def with_many_rows(x: Tensor, packed: Any, backend: Any) -> Tensor:
+    """out `[M, N]` in the type of x, for any M: the weight is made by the backend, multiplied and given up. In the type of x on a GPU, in
     float32 on a CPU, where few have faster ones."""
     kind = x.dtype if x.is_cuda else torch.float32
-    given = x if input_scale is None else x.float() / input_scale
-    return (given.to(kind) @ weight.to(kind).T).to(x.dtype)
+    given = x if packed.input_scale is None else x.float() / packed.input_scale
+    return (given.to(kind) @ backend.values(packed, kind).T).to(x.dtype)

@@ -23,14 +23,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quant.kernels.binary_gemv.program import signs
+from quant.kernels.binary_gemv.program import weight as signs_weight
 from quant.kernels.fake_quantize.program import round_rows
 from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, shape
 from quant.kernels.lut_gemv.program import apart, entries
+from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.token_log_probs.program import pick
 from quant.kernels.wq_gemv.program import gemv
+from quant.kernels.wq_gemv.program import weight as codes_weight
 
 
 def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -45,14 +48,16 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         ("n", "k", "units", "groups", "width"), "i32"
     )
     for bits, words, codes, units in ((3, 3, 32, 2), (4, 1, 8, 8)):
-        found.append((gemv, f"{bits} bits", product, {"BITS": bits, "WORDS": words, "CODES": codes, "UNITS": units}, {"num_warps": 4}))
+        constants = {"BITS": bits, "WORDS": words, "CODES": codes, "UNITS": units}
+        found += [(program, f"{bits} bits", product, constants, {"num_warps": 4}) for program in (gemv, codes_weight)]
     types = {"words": "*i32", "tables": "*fp32", "salient": "*i32", "x": "*fp32", "out": "*fp32"}
     types |= dict.fromkeys(("n", "k", "units", "blocks", "block"), "i32")
-    found.append((signs, "2 bits", types, {"UNITS": 4}, {"num_warps": 4}))
+    found += [(program, "2 bits", types, {"UNITS": 4}, {"num_warps": 4}) for program in (signs, signs_weight)]
     types = {"words": "*i32", "values": "*fp32", "columns": "*i64", "x": "*fp32", "out": "*fp32"}
     types |= dict.fromkeys(("n", "k", "count", "length"), "i32")
     for bits in (2, 4):
-        found.append((entries, f"{bits} bits", types, {"BITS": bits, "CODES": 32 // bits, "WORDS": 16}, {"num_warps": 4}))
+        constants = {"BITS": bits, "CODES": 32 // bits, "WORDS": 16}
+        found += [(program, f"{bits} bits", types, constants, {"num_warps": 4}) for program in (entries, entries_weight)]
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):

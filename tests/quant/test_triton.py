@@ -174,3 +174,21 @@ def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, symmetric: b
 def test_rows_without_a_range(symmetric: bool) -> None:
     # Without infinities: the interpreter warns of what it does not compute with.
     agree(torch.tensor([row for row in ODD if not any(abs(v) == float("inf") for v in row)]), 8, symmetric, 1.0, "triton")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_weights_of_packed_codes(bits: int, dtype: torch.dtype) -> None:
+    packed = prepare(stored(13, 352, bits, 32))
+    want = packed.values(torch.float64)
+    scale, offset = packed.ranges.double().abs().amax((0, 1, 3))
+    bound = 2 * 2.0**-24 * (2**bits * scale + offset) + (want.abs() * 2.0**-11 + 2.0**-25 if dtype is torch.float16 else 0)
+    assert ((kernel("wq_gemv", "triton").run.values(packed, dtype).double() - want).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("operation", table_gemv.OPERATIONS)
+def test_weights_of_tables(operation: str) -> None:
+    for tensor in table_gemv.cases(operation):
+        if tensor.shape[1] <= 256:
+            packed = table_gemv.PREPARE[operation](tensor)
+            assert torch.equal(kernel(operation, "triton").run.values(packed), packed.values(torch.float32))

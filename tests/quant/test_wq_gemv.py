@@ -158,7 +158,7 @@ def test_many_rows_are_multiplied_with_the_weight(scaled: bool) -> None:
     tensor = stored(5, 96, 4, 32, scaled=scaled)
     packed, x = prepare(tensor), inputs(40, 96)
     want, size = exact(x, tensor)[:2]
-    got = with_many_rows(x, kernel("wq_gemv").run.values(packed), packed.input_scale)
+    got = with_many_rows(x, packed, kernel("wq_gemv").run)
     assert ((got.double() - want).abs() <= (96 + 4) * U * size).all()
 
 

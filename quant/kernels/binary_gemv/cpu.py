@@ -25,8 +25,8 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made if sums is made else made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     made = torch.empty(packed.shape)
     tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), made)
     native.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, torch.get_num_threads())
-    return made
+    return made.to(dtype)

@@ -27,5 +27,6 @@ def binary_gemv(x: Tensor, packed: BinaryTensor | Packed, out: Tensor | None = N
     return dense(x, weight, packed.input_scale, out)
 
 
-def values(packed: BinaryTensor | Packed) -> Tensor:
-    return packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()
+def values(packed: BinaryTensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    weight = packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()
+    return weight.to(dtype)

@@ -30,5 +30,14 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made if sums is made else made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
-    return packed.values(torch.float32)
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    from quant.kernels.binary_gemv.program import weight
+
+    made = torch.empty(packed.shape, dtype=dtype, device=packed.words.device)
+    n, k = packed.shape
+    tiles, units = packed.words.shape[:2]
+    weight[(tiles, -(-units // UNITS))](
+        packed.words.contiguous(), packed.tables.contiguous(), packed.salient, made,
+        n, k, units, packed.tables.shape[1], packed.block, UNITS=UNITS, num_warps=4,
+    )  # fmt: skip
+    return made

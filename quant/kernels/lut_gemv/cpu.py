@@ -30,10 +30,10 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     made = torch.empty(packed.shape)
     n, k = packed.shape
     for part in packed.parts:
         tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), made)
         native.call("lut_gemv", "bitgrid_lut_values", *tensors, n, len(part.columns), k, part.bits, torch.get_num_threads())
-    return packed.with_apart(made)
+    return packed.with_apart(made).to(dtype)

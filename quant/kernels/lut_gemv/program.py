@@ -61,3 +61,32 @@ def apart(
         total += tl.load(differences + at, mask=inside, other=0.0) * given
     to = out + row * n + line
     tl.store(to, tl.load(to) + tl.sum(total, 0))
+
+
+@triton.jit
+def weight(
+    words,  # int32 [T, length, 32]
+    values,  # float32 [count, 2^BITS]
+    columns,  # int64 [count]
+    out,  # [N, K]
+    n,
+    k,
+    count,
+    length,
+    BITS: tl.constexpr,
+    CODES: tl.constexpr,  # of a word
+    WORDS: tl.constexpr,
+):
+    """The columns of one width themselves: `WORDS` words of 32 rows."""
+    row = tl.program_id(0) * 32 + tl.arange(0, 32)
+    place = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    here = words + (tl.program_id(0) * length + place)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    word = tl.load(here, mask=(place < length)[:, None], other=0)
+    to = out + row.to(tl.int64)[None, :] * k
+    for j in tl.static_range(CODES):
+        column = place * CODES + j
+        inside = column < count
+        code = (word >> (j * BITS)) & ((1 << BITS) - 1)
+        value = tl.load(values + column[:, None] * (1 << BITS) + code, mask=inside[:, None], other=0.0)
+        at = tl.load(columns + column, mask=inside, other=0)
+        tl.store(to + at[:, None], value, mask=inside[:, None] & (row < n)[None, :])

@@ -27,5 +27,6 @@ def lut_gemv(x: Tensor, packed: CodebookTensor | Packed, out: Tensor | None = No
     return dense(x, weight, packed.input_scale, out)
 
 
-def values(packed: CodebookTensor | Packed) -> Tensor:
-    return packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()
+def values(packed: CodebookTensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    weight = packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()
+    return weight.to(dtype)

@@ -34,5 +34,16 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
-    return packed.values(torch.float32)
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    from quant.kernels.lut_gemv.program import weight
+
+    # Differences of the weights kept aside are from values in float32.
+    made = torch.empty(packed.shape, dtype=dtype if packed.apart is None else torch.float32, device=packed.parts[0].words.device)
+    n, k = packed.shape
+    for part in packed.parts:
+        tiles, length = part.words.shape[:2]
+        weight[(tiles, -(-length // WORDS))](
+            part.words.contiguous(), part.values.contiguous(), part.columns, made, n, k, len(part.columns), length,
+            BITS=part.bits, CODES=32 // part.bits, WORDS=WORDS, num_warps=4,
+        )  # fmt: skip
+    return packed.with_apart(made).to(dtype)

@@ -26,8 +26,8 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made if sums is made else made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     made = torch.empty(packed.shape)
     words, ranges = packed.words.contiguous(), packed.ranges.contiguous()
     native.call("wq_gemv", "bitgrid_wq_values", words, ranges, made, *packed.shape, packed.groups, packed.bits, torch.get_num_threads())
-    return made
+    return made.to(dtype)

@@ -8,6 +8,23 @@ import triton.language as tl
 
 
 @triton.jit
+def code_of(one, two, three, V: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Number V of a lane."""
+    if WORDS == 1:
+        return (one >> (V * BITS)) & ((1 << BITS) - 1)
+    elif V < 10:
+        return (one >> (3 * V)) & 7
+    elif V < 20:
+        return (two >> (3 * (V - 10))) & 7
+    elif V < 30:
+        return (three >> (3 * (V - 20))) & 7
+    elif V == 30:
+        return ((one >> 30) & 3) | (((three >> 30) & 1) << 2)
+    else:
+        return ((two >> 30) & 3) | (((three >> 31) & 1) << 2)
+
+
+@triton.jit
 def gemv(
     words,  # int32 [T, units, WORDS, 8, 8]
     ranges,  # float32 [T, G, 2, 8]
@@ -33,25 +50,53 @@ def gemv(
         alive = unit < units
         here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
         one = tl.load(here, mask=alive, other=0)
+        two = one
+        three = one
         if WORDS == 3:
             two = tl.load(here + 64, mask=alive, other=0)
             three = tl.load(here + 128, mask=alive, other=0)
         for v in tl.static_range(CODES):
-            if WORDS == 1:
-                code = (one >> (v * BITS)) & ((1 << BITS) - 1)
-            elif v < 10:
-                code = (one >> (3 * v)) & 7
-            elif v < 20:
-                code = (two >> (3 * (v - 10))) & 7
-            elif v < 30:
-                code = (three >> (3 * (v - 20))) & 7
-            elif v == 30:
-                code = ((one >> 30) & 3) | (((three >> 30) & 1) << 2)
-            else:
-                code = ((two >> 30) & 3) | (((three >> 31) & 1) << 2)
+            code = code_of(one, two, three, v, BITS, WORDS)
             column = unit * (CODES * 8) + v * 8
             own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + lines
             given = tl.load(x + row * k + column + lanes, mask=column + lanes < k, other=0.0)
             total += (code.to(tl.float32) * tl.load(own) + tl.load(own + 8)) * given
     made = tl.sum(tl.sum(total, 2), 0)
     tl.store(out + row * n + tile * 8 + eight, made, mask=tile * 8 + eight < n)
+
+
+@triton.jit
+def weight(
+    words,  # int32 [T, units, WORDS, 8, 8]
+    ranges,  # float32 [T, G, 2, 8]
+    out,  # [N, K]
+    n,
+    k,
+    units,
+    groups,
+    width,  # columns of a group
+    BITS: tl.constexpr,
+    WORDS: tl.constexpr,
+    CODES: tl.constexpr,  # of a lane of a unit
+    UNITS: tl.constexpr,
+):
+    """The weight itself: `UNITS` units of the rows of a tile."""
+    tile = tl.program_id(0)
+    eight = tl.arange(0, 8)
+    lines, lanes = eight[None, :, None], eight[None, None, :]
+    unit = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None, None]
+    alive = unit < units
+    here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
+    one = tl.load(here, mask=alive, other=0)
+    two = one
+    three = one
+    if WORDS == 3:
+        two = tl.load(here + 64, mask=alive, other=0)
+        three = tl.load(here + 128, mask=alive, other=0)
+    row = tile * 8 + lines
+    to = out + row.to(tl.int64) * k
+    for v in tl.static_range(CODES):
+        column = unit * (CODES * 8) + v * 8
+        own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + lines
+        value = code_of(one, two, three, v, BITS, WORDS).to(tl.float32) * tl.load(own) + tl.load(own + 8)
+        tl.store(to + column + lanes, value, mask=(row < n) & (column + lanes < k))

@@ -25,8 +25,8 @@ def wq_gemv(x: Tensor, packed: AffineTensor | Packed, out: Tensor | None = None,
     return dense(x, _values(packed, dtype), packed.input_scale, out)
 
 
-def values(packed: AffineTensor | Packed) -> Tensor:
-    return _values(packed, torch.float32)
+def values(packed: AffineTensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _values(packed, torch.float32).to(dtype)
 
 
 def _values(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:

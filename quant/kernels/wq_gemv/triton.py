@@ -32,5 +32,15 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made if sums is made else made.copy_(sums)
 
 
-def values(packed: Packed) -> Tensor:
-    return packed.values(torch.float32)
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    from quant.kernels.wq_gemv.program import weight
+
+    made = torch.empty(packed.shape, dtype=dtype, device=packed.words.device)
+    n, k = packed.shape
+    tiles, units, words = packed.words.shape[:3]
+    codes, together = 32 if packed.bits == 3 else 32 // packed.bits, UNITS[packed.bits]
+    weight[(tiles, -(-units // together))](
+        packed.words.contiguous(), packed.ranges.contiguous(), made, n, k, units, packed.groups, k // packed.groups,
+        BITS=packed.bits, WORDS=words, CODES=codes, UNITS=together, num_warps=4,
+    )  # fmt: skip
+    return made
