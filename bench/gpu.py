@@ -2,9 +2,9 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, tables, integers, hadamard, scoring; all when none is named. Times are of a replayed CUDA graph
-over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and times
-nothing. Ends with 1 where a result is wrong.
+Pieces: limits, hessian, block, products, prompts, tables, integers, hadamard, scoring; all when none is named. Times are of a replayed CUDA
+graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and
+times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel
+from quant.kernels.products import with_many_rows
 from quant.scheme import ActivationScheme
 from quant.solver import inverse_factor
 from quant.tensors.affine import AffineTensor
@@ -183,6 +184,23 @@ def products(b: Bench) -> Iterator[Row]:
     goals |= {(8192, 8192, 2): "60 %", (8192, 8192, 3): "60 %"}
     for n, k in ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672)) if not b.dry else ((16, 256),):
         yield from multiplied(b, n, k, ((f"{bits} bits", "wq_gemv", partial(_affine, bits=bits)) for bits in (2, 3, 4, 8)), goals)
+
+
+def prompts(b: Bench) -> Iterator[Row]:
+    n, k = b.size(8192, 16), b.size(8192, 256)
+    run, dense = kernel("wq_gemv", b.backend, b.device).run, b.random(n, k, dtype=torch.bfloat16)
+    tensor = _affine(b, n, k, 4)
+    packed, weight = run.prepare(tensor), tensor.dequantize()
+    for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
+        x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
+        want = x[:64].double() @ weight.double().T
+        allowed = float((2 * (linear(x[:64].float(), weight).double() - want).norm() + 2.0**-7 * want.norm()) / want.norm())
+        error = float((with_many_rows(x, packed, run)[:64].double() - want).norm() / want.norm())
+        took = b.time(lambda i: with_many_rows(x, packed, run))  # noqa: B023
+        peers = known(bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))), weight_alone=b.time(lambda i: run.values(packed, x.dtype)))  # noqa: B023
+        yield Row(
+            f"4 bits {n} x {k}, the weight made, M={m}", error, allowed, took, peers, goal=f"{goal} x bfloat16's speed" if goal else ""
+        )
 
 
 def tables(b: Bench) -> Iterator[Row]:
