@@ -33,8 +33,7 @@ demo: $(STAMP) ## a real sweep: the shipped model x rtn, gptq, awq x five format
 check: $(STAMP) ## format, lint, types, layers, file lengths; prints nothing when all is well
 	@scripts/check.sh "$(BIN)"
 
-# One thread per test process: as many processes as cores are running already. The checks run beside them: tests that wait for a server leave
-# a core to them.
+# One thread per test process, and one process more than cores, since tests wait for servers. The checks run beside them.
 test: $(STAMP) ## make check, and every test
 	@scripts/check.sh "$(BIN)" & check=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(TESTS); tests=$$?; \

@@ -300,7 +300,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, products, tables, integers, hadamard, scoring)
+    f.__name__: f for f in (limits, hessian, block, products, prompts, tables, integers, hadamard, scoring)
 }
 
 

@@ -84,16 +84,21 @@ def _absmax(w: Tensor) -> Range:
     return -m, m
 
 
+def _steps(width: Tensor, count: int) -> Tensor:
+    """width / count. By a Python number a GPU would multiply with its inverse, which is off by an ulp."""
+    return width / width.new_full((), count)
+
+
 def _full(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    return (high - low) / ((1 << bits) - 1)
+    return _steps(high - low, (1 << bits) - 1)
 
 
 def _half(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    return high / ((1 << bits - 1) - 1)
+    return _steps(high, (1 << bits - 1) - 1)
 
 
 def _awq(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    return (high - low).clamp(min=1e-5) / ((1 << bits) - 1)
+    return _steps((high - low).clamp(min=1e-5), (1 << bits) - 1)
 
 
 def _omni(low: Tensor, high: Tensor, bits: int) -> Tensor:
@@ -107,7 +112,7 @@ def _hqq(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 def _smooth(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    return high.clamp(min=1e-5) / ((1 << bits - 1) - 1)
+    return _steps(high.clamp(min=1e-5), (1 << bits - 1) - 1)
 
 
 GRIDS: dict[str, Grid] = {

@@ -21,14 +21,15 @@ settings.load_profile("suite")
 TOGETHER = ("ray", "mlflow")
 """Marks whose tests share a process: two Ray clusters at once starve each other on a small machine, and every process that opens MLflow
 pays for its import and a new database."""
-FILES = ("test_planted", "test_sweep", "test_working_set")
+FILES = ("test_planted", "test_sweep")
 """Files whose tests do: each process would make their fixtures, seconds of work, anew."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     # One more than cores: tests wait for servers and clusters.
-    return (os.cpu_count() or 1) + 1
+    given = os.environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS")
+    return int(given) if given else (os.cpu_count() or 1) + 1
 
 
 # First: pytest-xdist reads the groups in the same hook.

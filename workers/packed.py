@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant.kernels import kernel
+from quant.kernels import TABLE, kernel
 from quant.kernels.products import MANY_ROWS, MOST_ROWS, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
@@ -51,9 +51,9 @@ def pack_linears(
 ) -> Packed:
     """Replace the dense weights of `model`, rebuilt from `recipe`, by what the recipe stores, wherever a kernel computes with it.
 
-    backend: auto, dense, or the name of a twin of the kernel, which must then take every linear. With an activation scheme the kernel is
-    `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on the inputs of a linear stay. Raises
-    InputError for a backend that is not known, or does not take a linear.
+    backend: auto, dense, or the name of a twin, which must then take every linear of the formats whose kernel has it. With an activation
+    scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on the inputs of a
+    linear stay. Raises InputError for a backend that is not known, or does not take a linear.
     """
     made, left, shared = Packed(), [], _Shared()
     name = DENSE if activation is None else SIMULATED
@@ -88,14 +88,16 @@ def _pack(
     view = linear_view(model, op["module"])
     if not isinstance(view.module, nn.Linear):
         return f"a weight kept as {type(view.module).__name__} has no packed product"
-    stored = recipe.stored(op)
+    stored = recipe.stored(op, device)
     operation = OPERATIONS.get(type(stored))
     if activation is not None:
         operation = INTEGER if isinstance(stored, AffineTensor) and recipe.exact_inputs(op) is None else None
     if operation is None:
         return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
     try:
-        chosen = kernel(operation, backend, device)
+        # One that another format's kernel has chooses nothing here.
+        others = {b for o in (*OPERATIONS.values(), INTEGER) for b in TABLE[o]} - set(TABLE[operation])
+        chosen = kernel(operation, "auto" if backend in others else backend, device)
         packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
     except (ValueError, RuntimeError) as e:
         return str(e)

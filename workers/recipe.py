@@ -112,9 +112,10 @@ class Recipe:
         """int64 `[r]`: inputs of a replace_linear operation that stay in full precision where activations are quantized."""
         return self._tensors(op)[op["tensors"]["kept"]].long() if op["meta"].get("exact_inputs") else None
 
-    def stored(self, op: Operation) -> StoredTensor:
+    def stored(self, op: Operation, device: torch.device | str = "cpu") -> StoredTensor:
         """The packed weight of a replace_linear operation."""
-        return _stored(op, self._tensors(op))
+        tensors = self._tensors(op)
+        return _stored(op, {name: tensors[name].to(device) for name in op["tensors"].values()})
 
     def _tensors(self, op: Operation) -> dict[str, Tensor]:
         file = op.get("file")

@@ -65,8 +65,9 @@ def speed_section(model: ModelTable) -> Markup:
     caption = tag(
         "p",
         f"On {conditions(found)}. Each with the weights that it stores, by the kernel named on the right; dense: its linears were "
-        "dequantized first, so that the time is that of the unquantized format. Medians, with the 95 % interval of the median over "
-        "generations. Peak memory of a CPU is that of the whole process.",
+        "dequantized first, so that the time is that of the unquantized format; simulated: and their inputs rounded as in the evaluation, "
+        "whose time says nothing of the format's speed. Medians, with the 95 % interval of the median over generations. Peak memory of a "
+        "CPU is that of the whole process.",
         class_="caption",
     )
     rows = [[Td(s.line.name), *(_cells(s) if s.known else _missing(s))] for s in found]

@@ -61,6 +61,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "int8_linear": {
         "torch": "quant.kernels.int8_linear.eager",
+        "cpu": "quant.kernels.int8_linear.cpu",
         "reference": "quant.kernels.int8_linear.reference",
     },
     "token_log_probs": {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import Tensor
 
 from quant.affine import ZeroKind
 from quant.grids import GRIDS, fit
-from quant.kernels import kernel, library
+from quant.kernels import TABLE, kernel, library
 from quant.kernels.fake_quantize import reference as rows
-from quant.kernels.int8_linear import MOST_COLUMNS, Packed, prepare
+from quant.kernels.int8_linear import MOST_COLUMNS, Packed, eager, prepare
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
+
+BACKENDS = [b for b, module in TABLE["int8_linear"].items() if import_module(module).unavailable(torch.device("cpu")) is None]
 
 
 def weight(n: int, k: int, bits: int, grid: str = "g_asym", per_tensor: bool = False) -> AffineTensor:
@@ -35,12 +39,13 @@ def simulated(x: Tensor, tensor: AffineTensor, scheme: ActivationScheme) -> tupl
     packed = prepare(tensor, scheme)
     coded = rows.encode(x, scheme.bits, scheme.symmetric, scheme.clip)
     a, za = coded.codes.double().abs(), coded.zero.double().abs()
-    zc = torch.zeros(1) if packed.zero is None else packed.zero.double().abs()
-    terms = a @ packed.codes.double().abs().T + a.sum(1, keepdim=True) * zc + za * packed.sums.double().abs()
+    zc = torch.zeros(len(packed.codes)).double() if packed.zero is None else packed.zero.double()
+    spread = (packed.codes.double() - zc[:, None]).abs().sum(1)
+    terms = a @ packed.codes.double().abs().T + a.sum(1, keepdim=True) * zc.abs() + za * spread
     return rounded @ made.T, terms * coded.scale.double() * packed.scale.double()
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("bits", "grid"), [(8, "g_sym"), (8, "g_asym"), (4, "omni"), (4, "hqq"), (2, "absmax")])
 @pytest.mark.parametrize(
     "scheme",
@@ -65,15 +70,18 @@ def test_one_scale_per_tensor_is_one_per_row() -> None:
     assert ((kernel("int8_linear").run.int8_linear(inputs(3, 16), packed).double() - want).abs() <= 10 * 2.0**-24 * terms).all()
 
 
-def test_sums_are_exact_where_float32_is_not() -> None:
-    """Of the largest codes: 2^14 a product, so that 4,097 of them need more bits than float32 has."""
-    k = 4097
-    codes = torch.zeros(1, k, dtype=torch.uint8)
-    tensor = AffineTensor(codes, torch.ones(1, 1), torch.full((1, 1), 128, dtype=torch.uint8), 8, ZeroKind.CONSTANT)
-    x = torch.full((1, k), -127.0)
-    x[0, 0] = 1.0
-    got = kernel("int8_linear").run.int8_linear(x, prepare(tensor, ActivationScheme(8)))
-    assert float(got) == float(torch.tensor(float(-128 * (1 - 127 * (k - 1))), dtype=torch.float32))
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 4097), (2, 3, 16), (3, 37, 1040), (5, 33, 2063)])
+def test_sums_are_exact_where_float32_is_not(backend: str, m: int, n: int, k: int) -> None:
+    """Of the largest codes, whose products are odd: 4,097 of them need 27 bits. Rows and columns that no tile holds whole."""
+    g = torch.Generator().manual_seed(k)
+    x = torch.full((m, k), 127.0) if k == 4097 else torch.randint(-127, 128, (m, k), generator=g).float().clamp_(-126, 126)
+    x[:, 0] = 127  # so that a step is 1
+    codes = torch.full((n, k), 255) if k == 4097 else torch.randint(0, 256, (n, k), generator=g)
+    tensor = AffineTensor(codes.to(torch.uint8), torch.ones(n, 1), torch.full((n, 1), 128, dtype=torch.uint8), 8, ZeroKind.CONSTANT)
+    run = kernel("int8_linear", backend).run
+    got = run.int8_linear(x, run.prepare(tensor, ActivationScheme(8)))
+    assert torch.equal(got, (x.long() @ (codes - 128).T).float())
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
@@ -114,6 +122,24 @@ def test_weights_without_a_scale_per_row_are_refused() -> None:
     for tensor, message in ((grouped, "2 groups a row"), (scaled, "input scale"), (wide, "131072 columns"), (lowest, "units of codes")):
         with pytest.raises(ValueError, match=message):
             prepare(tensor, ActivationScheme(8))
+
+
+@pytest.mark.parametrize("scheme", [ActivationScheme(8), ActivationScheme(5, symmetric=False)])
+def test_the_library_of_torch_gives_the_same(scheme: ActivationScheme) -> None:
+    """Also where it is too slow to be chosen."""
+    packed, x = prepare(weight(12, 100, 4), scheme), inputs(5, 100)
+    assert torch.equal(eager.int8_linear(x, packed), kernel("int8_linear").run.int8_linear(x, packed))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    packed, x = prepare(weight(200, 300, 8), ActivationScheme(8)), inputs(9, 300)
+    want, before = kernel("int8_linear").run.int8_linear(x, packed), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(kernel("int8_linear").run.int8_linear(x, packed), want)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -167,7 +167,7 @@ def test_statistics_by_the_kernel_are_those_of_the_reference(monkeypatch: pytest
 def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, symmetric: bool) -> None:
     x = torch.randn(9, n, generator=torch.Generator().manual_seed(n)) * torch.logspace(-9, 9, 9)[:, None]
     agree(x, bits, symmetric, clip, "triton")
-    agree(x[4:].half(), bits, symmetric, clip, "triton")
+    agree(x[:5].half(), bits, symmetric, clip, "triton")
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

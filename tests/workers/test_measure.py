@@ -13,7 +13,6 @@ from scipy.stats import binom
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.kernels.int8_linear import eager
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
@@ -119,15 +118,16 @@ def test_linears_with_one_input_round_it_once(tmp_path: Path, monkeypatch: pytes
     context = tiny_context("llama", tmp_path)
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
     model = rebuild(context, ModelSpec("model"), artifact).eval()
-    pack_linears(model, Recipe(artifact), "torch", context.device, ActivationScheme(8))
+    pack_linears(model, Recipe(artifact), kernel("int8_linear").backend, context.device, ActivationScheme(8))
     seen: list[int] = []
 
     def count(x: Tensor, weight: Any) -> Any:
         seen.append(x.shape[1])
         return rounded(x, weight)
 
-    rounded = eager.rounded
-    monkeypatch.setattr(eager, "rounded", count)
+    run = kernel("int8_linear").run
+    rounded = run.rounded
+    monkeypatch.setattr(run, "rounded", count)
     with torch.inference_mode():
         model(torch.arange(2, 14).view(2, 6))
     config = model.config
@@ -162,6 +162,17 @@ def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path
     assert list(measured(context, tmp_path / "r", artifact, backend="reference")["backends"]) == ["reference"]
     with pytest.raises(InputError, match=r"workload.backend=cpu does not take .*; use auto, which leaves it dense"):
         measured(context, tmp_path / "m", five, backend="cpu")
+
+
+def test_a_backend_of_another_formats_kernel_chooses_nothing(tmp_path: Path) -> None:
+    """So that one name serves a grid of several formats."""
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    assert list(measured(context, tmp_path / "w", artifact, backend="torch")["backends"]) == list(
+        measured(context, tmp_path / "auto", artifact)["backends"]
+    )
+    found = measured(context, tmp_path / "a", artifact, backend="triton", activation=ActivationScheme(8))
+    assert list(found["backends"]) == [kernel("int8_linear").backend]
 
 
 def test_another_device_is_refused(tmp_path: Path) -> None:

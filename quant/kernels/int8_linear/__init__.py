@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quant import kernels
 from quant.affine import ZeroKind
+from quant.kernels.fake_quantize import RowCodes
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 
@@ -77,3 +79,19 @@ def _unfit(tensor: AffineTensor, activation: ActivationScheme) -> str | None:
     if tensor.shape[1] > MOST_COLUMNS:
         return f"{tensor.shape[1]} columns; an int32 holds the sum of {MOST_COLUMNS}"
     return None
+
+
+def rounded(x: Tensor, packed: Packed) -> RowCodes:
+    run = kernels.kernel("fake_quantize", device=x.device).run
+    made: RowCodes = run.encode(x, packed.bits, packed.symmetric, packed.clip)
+    return made
+
+
+def scaled(sums: Tensor, rows: RowCodes, packed: Packed) -> Tensor:
+    """Σ a c, int32 `[M, N]` ▸ the product, float32."""
+    out = sums.float()
+    if packed.zero is not None:
+        out.addr_(rows.codes.sum(1, dtype=torch.int32).float(), packed.zero, alpha=-1)
+    if not packed.symmetric:
+        out.addr_(rows.zero[:, 0], packed.sums, alpha=-1)
+    return out.mul_(rows.scale).mul_(packed.scale)

@@ -1,4 +1,4 @@
-"""The sums by the library that torch has for the device (`torch._int_mm`: cuBLASLt, oneDNN)."""
+"""The sums by the library that torch has for the device: cuBLASLt, and oneDNN on CPUs that add up products of 8 bits (AVX-512 VNNI)."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant import kernels
 from quant.kernels import int8_linear as operation
 from quant.kernels.fake_quantize import RowCodes
-from quant.kernels.int8_linear import Packed
+from quant.kernels.int8_linear import Packed, rounded, scaled
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
+
+__all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
 
 FEWEST_ROWS = 32
 """Of x on a GPU, which multiplies no fewer than 17."""
@@ -20,7 +21,14 @@ STEP = 8
 
 
 def unavailable(device: torch.device) -> str | None:
-    return None if device.type in ("cpu", "cuda") else f"torch multiplies integers on a CPU or a CUDA GPU, not on {device}"
+    if device.type == "cuda":
+        return None
+    if device.type != "cpu":
+        return f"torch multiplies integers on a CPU or a CUDA GPU, not on {device}"
+    found = getattr(torch.cpu, "_is_vnni_supported", None)
+    if found is not None and found():
+        return None
+    return "this CPU has no instruction for products of 8 bits (AVX-512 VNNI), and torch then multiplies them one by one"
 
 
 def prepare(tensor: AffineTensor, activation: ActivationScheme) -> Packed:
@@ -30,21 +38,11 @@ def prepare(tensor: AffineTensor, activation: ActivationScheme) -> Packed:
     return operation.prepare(tensor, activation)
 
 
-def rounded(x: Tensor, packed: Packed) -> RowCodes:
-    run = kernels.kernel("fake_quantize", device=x.device).run
-    made: RowCodes = run.encode(x, packed.bits, packed.symmetric, packed.clip)
-    return made
-
-
 def multiply(rows: RowCodes, packed: Packed) -> Tensor:
     m = rows.codes.shape[0]
     missing = max(0, FEWEST_ROWS - m) if rows.codes.is_cuda else 0
-    sums = torch._int_mm(pad(rows.codes, (0, 0, 0, missing)) if missing else rows.codes, packed.codes.T)[:m].float()
-    if packed.zero is not None:
-        sums.addr_(rows.codes.sum(1, dtype=torch.int32).float(), packed.zero, alpha=-1)
-    if not packed.symmetric:
-        sums.addr_(rows.zero[:, 0], packed.sums, alpha=-1)
-    return sums.mul_(rows.scale).mul_(packed.scale)
+    codes = pad(rows.codes, (0, 0, 0, missing)) if missing else rows.codes
+    return scaled(torch._int_mm(codes, packed.codes.T)[:m], rows, packed)
 
 
 def int8_linear(x: Tensor, packed: Packed) -> Tensor:
