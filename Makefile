@@ -47,6 +47,7 @@ bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure b
 	@$(BIN)/python bench/kmeans.py
 	@$(BIN)/python bench/gptq_block.py
 	@$(BIN)/python bench/wq_gemv.py
+	@$(BIN)/python bench/int8_linear.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
 
 bench-gpu: $(STAMP) ## kernels on a GPU, each beside a peer and the device's limits
