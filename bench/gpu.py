@@ -262,7 +262,7 @@ def integers(b: Bench) -> Iterator[Row]:
         codes = torch.randint(0, 256, (n, k), generator=g, dtype=torch.uint8, device=b.device)
         half = torch.full((n, 1), 128, dtype=torch.uint8, device=b.device)
         tensor = AffineTensor(codes, torch.rand(n, 1, generator=g, device=b.device) / 128, half, 8, ZeroKind.CONSTANT)
-        run, plain = (kernel("int8_linear", name, b.device).run for name in ("torch", "reference"))
+        run, plain = (kernel("int8_linear", name, b.device).run for name in ("auto" if b.dry else "torch", "reference"))
         packed, dense = run.prepare(tensor, scheme), b.random(n, k, dtype=torch.bfloat16)
         for m in (256, 1024, 4096) if not b.dry else (40,):
             x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)

@@ -51,12 +51,12 @@ def pack_linears(
 ) -> Packed:
     """Replace the dense weights of `model`, rebuilt from `recipe`, by what the recipe stores, wherever a kernel computes with it.
 
-    backend: auto, dense, or the name of a twin, which must then take every linear of the formats whose kernel has it. With an activation
-    scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on the inputs of a
-    linear stay. Raises InputError for a backend that is not known, or does not take a linear.
+    backend: auto, dense, or the name of a twin, which must then take every linear; where only kernels for other formats have it, auto.
+    With an activation scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on
+    the inputs of a linear stay. Raises InputError for a backend that is not known, or does not take a linear.
     """
     made, left, shared = Packed(), [], _Shared()
-    name = DENSE if activation is None else SIMULATED
+    name, backend = DENSE if activation is None else SIMULATED, _own(backend, activation)
     for op in recipe.replaced():
         if backend == DENSE:
             reason: str | None = "workload.backend=dense"
@@ -72,6 +72,13 @@ def pack_linears(
     if activation is not None and left:
         attach(model, recipe, activation, None, only=left)
     return made
+
+
+def _own(backend: str, activation: ActivationScheme | None) -> str:
+    """`auto` for a backend that only kernels for other formats have: one name serves a grid of several."""
+    known = {o: set(TABLE[o]) for o in (*OPERATIONS.values(), INTEGER)}
+    own = known.pop(INTEGER) if activation is not None else set().union(*(known[o] for o in OPERATIONS.values()))
+    return "auto" if backend in set().union(*known.values()) - own else backend
 
 
 def _pack(
@@ -95,9 +102,7 @@ def _pack(
     if operation is None:
         return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
     try:
-        # One that another format's kernel has chooses nothing here.
-        others = {b for o in (*OPERATIONS.values(), INTEGER) for b in TABLE[o]} - set(TABLE[operation])
-        chosen = kernel(operation, "auto" if backend in others else backend, device)
+        chosen = kernel(operation, backend, device)
         packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
     except (ValueError, RuntimeError) as e:
         return str(e)

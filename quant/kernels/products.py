@@ -56,4 +56,5 @@ def with_many_rows(x: Tensor, packed: Any, backend: Any) -> Tensor:
     float32 on a CPU, where few have faster ones."""
     kind = x.dtype if x.is_cuda else torch.float32
     given = x if packed.input_scale is None else x.float() / packed.input_scale
-    return (given.to(kind) @ backend.values(packed, kind).T).to(x.dtype)
+    weight: Tensor = backend.values(packed, kind)
+    return (given.to(kind) @ weight.T).to(x.dtype)
