@@ -28,7 +28,6 @@ sys.path.insert(0, str(ROOT))
 
 from quant.affine import ZeroKind  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
-from quant.kernels.products import with_many_rows  # noqa: E402
 from quant.tensors.affine import AffineTensor  # noqa: E402
 from quant.tensors.base import Stored  # noqa: E402
 from quant.tensors.binary import BinaryTensor  # noqa: E402
@@ -38,8 +37,6 @@ SHAPES = ((4096, 11008), (11008, 4096))
 """(N, K)."""
 GROUP, COLD, TIMES, GOAL, GOALS = 128, 64e6, 30, 1.5, ("2 bits", "3 bits")
 """Columns; bytes that are read before a weight's turn comes again; times as fast as bfloat16, and where."""
-PROMPT, FEW = 128, 5
-"""Rows for which the weight is made; and how often that is timed."""
 
 
 def main() -> int:
@@ -50,24 +47,22 @@ def main() -> int:
     kernels = {operation: kernel(operation) for operation in ("wq_gemv", "lut_gemv", "binary_gemv")}
     backends = {operation: chosen.backend for operation, chosen in kernels.items()}
     said = ", ".join(f"{operation}: {name}" for operation, name in backends.items())
-    print(f"{said}; 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}, of {FEW} with {PROMPT} rows")
+    print(f"{said}; 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}")
     print(*(note for chosen in kernels.values() for note in chosen.notes), sep="\n", end="")
     rows, good = [], True
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
-        for m in (1, 4, PROMPT):
+        for m in (1, 4):
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
             half = x.bfloat16()
-            times = TIMES if m < PROMPT else FEW
-            peers = {"float32": least(dense, partial(linear, x), times), "bfloat16": least(dense.bfloat16(), partial(linear, half), times)}
+            peers = {"float32": least(dense, partial(linear, x)), "bfloat16": least(dense.bfloat16(), partial(linear, half))}
             print(f"{n} x {k}, M={m}: " + ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in peers.items()), flush=True)
             for name, operation, tensor in formats(n, k):
-                module = kernels[operation].run
-                run = getattr(module, operation) if m < PROMPT else partial(with_many_rows, backend=module)
-                packed = module.prepare(tensor)
+                run = getattr(kernels[operation].run, operation)
+                packed = kernels[operation].run.prepare(tensor)
                 error, allowed = errors(x, tensor, run(x, packed))
-                ours, ours_half = (least(packed, partial(multiply, run, v), times) for v in (x, half))
-                beside = aten(half, tensor) if m < PROMPT and isinstance(tensor, AffineTensor) and tensor.bits in (4, 8) else {}
+                ours, ours_half = (least(packed, partial(multiply, run, v)) for v in (x, half))
+                beside = aten(half, tensor) if isinstance(tensor, AffineTensor) and tensor.bits in (4, 8) else {}
                 ratio, goal = peers["bfloat16"] / ours_half, name in GOALS and m == 1
                 row: dict[str, Any] = {"n": n, "k": k, "m": m, "format": name, "megabytes": packed.bytes / 1e6}
                 row |= {"error": error, "allowed": allowed}
@@ -127,13 +122,13 @@ def errors(x: Tensor, tensor: Stored, ours: Tensor) -> tuple[float, float]:
     return float((ours.double() - want).norm() / want.norm()), float(allowed / want.norm())
 
 
-def least(weight: Any, work: Callable[[Any], object], times: int = TIMES) -> float:
+def least(weight: Any, work: Callable[[Any], object]) -> float:
     """Seconds; with as many copies of the weight in turn as keep each out of the caches."""
     one = weight if isinstance(weight, tuple) else (weight,)
     size = sum(w.bytes if hasattr(w, "bytes") else w.numel() * w.element_size() for w in one)
     copies = [weight, *(copied(weight) for _ in range(int(COLD / size)))]
     best = float("inf")
-    for i in range(times):
+    for i in range(TIMES):
         start = time.perf_counter()
         work(copies[i % len(copies)])
         best = min(best, time.perf_counter() - start)

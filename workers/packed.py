@@ -121,7 +121,7 @@ def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any) -> 
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, width)
-        if len(rows) > MANY_ROWS:
+        if len(rows) > MANY_ROWS[x.device.type]:
             out = with_many_rows(rows, packed, run)
         else:
             kind = x.dtype if x.dtype in TYPES else torch.float32

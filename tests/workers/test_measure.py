@@ -87,6 +87,7 @@ def test_longer_prompts_are_multiplied_with_weights_made_for_it(method: str, tmp
     context = tiny_context("llama", tmp_path)
     artifact = quantized(context, tmp_path / "q", quantize_spec(), {})[0] if method == "rtn" else made_by(method, context, tmp_path)
     rows: list[int] = []
+    monkeypatch.setitem(packed.MANY_ROWS, "cpu", 32)
     monkeypatch.setattr(packed, "with_many_rows", lambda x, *given: rows.append(len(x)) or with_many_rows(x, *given))
     found = measured(context, tmp_path / "m", artifact, prompt=20)
     assert found["check_error"] <= TOLERANCE["float32"]
