@@ -122,13 +122,13 @@ def errors(x: Tensor, tensor: Stored, ours: Tensor) -> tuple[float, float]:
     return float((ours.double() - want).norm() / want.norm()), float(allowed / want.norm())
 
 
-def least(weight: Any, work: Callable[[Any], object]) -> float:
+def least(weight: Any, work: Callable[[Any], object], times: int = TIMES) -> float:
     """Seconds; with as many copies of the weight in turn as keep each out of the caches."""
     one = weight if isinstance(weight, tuple) else (weight,)
     size = sum(w.bytes if hasattr(w, "bytes") else w.numel() * w.element_size() for w in one)
     copies = [weight, *(copied(weight) for _ in range(int(COLD / size)))]
     best = float("inf")
-    for i in range(TIMES):
+    for i in range(times):
         start = time.perf_counter()
         work(copies[i % len(copies)])
         best = min(best, time.perf_counter() - start)
