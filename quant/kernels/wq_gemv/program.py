@@ -8,6 +8,18 @@ import triton.language as tl
 
 
 @triton.jit
+def words_at(here, alive, WORDS: tl.constexpr):
+    """The words that lanes have their codes in; the same three times where there is one."""
+    one = tl.load(here, mask=alive, other=0)
+    two = one
+    three = one
+    if WORDS == 3:
+        two = tl.load(here + 64, mask=alive, other=0)
+        three = tl.load(here + 128, mask=alive, other=0)
+    return one, two, three
+
+
+@triton.jit
 def code_of(one, two, three, V: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
     """Number V of a lane."""
     if WORDS == 1:
@@ -49,12 +61,7 @@ def gemv(
         unit = (first + tl.arange(0, UNITS))[:, None, None]
         alive = unit < units
         here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
-        one = tl.load(here, mask=alive, other=0)
-        two = one
-        three = one
-        if WORDS == 3:
-            two = tl.load(here + 64, mask=alive, other=0)
-            three = tl.load(here + 128, mask=alive, other=0)
+        one, two, three = words_at(here, alive, WORDS)
         for v in tl.static_range(CODES):
             code = code_of(one, two, three, v, BITS, WORDS)
             column = unit * (CODES * 8) + v * 8
@@ -87,12 +94,7 @@ def weight(
     unit = (tl.program_id(1) * UNITS + tl.arange(0, UNITS))[:, None, None]
     alive = unit < units
     here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
-    one = tl.load(here, mask=alive, other=0)
-    two = one
-    three = one
-    if WORDS == 3:
-        two = tl.load(here + 64, mask=alive, other=0)
-        three = tl.load(here + 128, mask=alive, other=0)
+    one, two, three = words_at(here, alive, WORDS)
     row = tile * 8 + lines
     to = out + row.to(tl.int64) * k
     for v in tl.static_range(CODES):
