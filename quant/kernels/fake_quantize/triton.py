@@ -15,9 +15,7 @@ BLOCK = 4096
 
 
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    values = x.detach().contiguous()
-    # As in the reference, float64 is rounded to float32 first.
-    values = values.float() if x.dtype is torch.float64 else values
+    values = _given(x)
     out = torch.empty_like(values)
     none = torch.empty(0, device=x.device)
     _run(values, out, none, none, bits, symmetric, clip)
@@ -25,12 +23,17 @@ def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> T
 
 
 def encode(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> RowCodes:
-    values = x.detach().contiguous()
-    values = values.float() if x.dtype is torch.float64 else values
+    values = _given(x)
     scale, zero = (torch.empty(len(values), 1, device=x.device) for _ in range(2))
     codes = torch.empty(values.shape, dtype=torch.int8, device=x.device)
     _run(values, codes, scale, zero, bits, symmetric, clip)
     return RowCodes(codes, scale, zero)
+
+
+def _given(x: Tensor) -> Tensor:
+    # As in the reference, float64 is rounded to float32 first.
+    given = x.detach().contiguous()
+    return given.float() if x.dtype is torch.float64 else given
 
 
 def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, clip: float) -> None:
