@@ -71,7 +71,7 @@ TABLE: dict[str, dict[str, str]] = {
 }
 """Operation ▸ backend ▸ module, the fastest first."""
 
-DEVICES = {"cpu": "cpu", "triton": "cuda"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Backend ▸ the type of device it is for. The others serve all."""
 
 _chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)

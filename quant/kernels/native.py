@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -44,15 +45,18 @@ def library(name: str) -> ctypes.CDLL | NoLibrary:
     if compiler is None:
         return NoLibrary(f"there is no C++ compiler ({', '.join(COMPILERS)}, or $CXX)")
     try:
-        return ctypes.CDLL(str(_built(SOURCES / f"{name}.cpp", compiler)))
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+        # The second try leaves out versions for wider vectors, which not every toolchain can make.
+        return ctypes.CDLL(str(kept_library(SOURCES / f"{name}.cpp", compiler, version, FLAGS, ((), ("-DBITGRID_PLAIN",)))))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         return NoLibrary(f"the C++ library {name} could not be built: {e}")
 
 
-def _built(source: Path, compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=30).stdout
+def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str], tries: Sequence[Sequence[str]]) -> Path:
+    """The library that `compiler` makes of the source, which is made where it is not kept; `tries` are further flags, each tried where
+    the ones before fail. Raises RuntimeError with the compiler's message."""
     headers = (h.read_text() for h in sorted(source.parent.glob("*.h")))
-    identity = "\n".join((platform.machine(), version, *FLAGS, source.read_text(), *headers))
+    identity = "\n".join((platform.machine(), version, *flags, source.read_text(), *headers))
     folder = cache_folder() / "kernels"
     path = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -60,9 +64,8 @@ def _built(source: Path, compiler: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / path.name
-        # The second try leaves out versions for wider vectors, which not every toolchain can make.
-        for more in ((), ("-DBITGRID_PLAIN",)):
-            command = [compiler, *FLAGS, *more, str(source), "-o", str(made)]
+        for more in tries:
+            command = [compiler, *flags, *more, str(source), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
             if done.returncode == 0:
                 os.replace(made, path)
