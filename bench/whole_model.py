@@ -1,6 +1,6 @@
 """A model of random weights in a known shape, quantized as a stage of a sweep does it: from files on the disk to a committed artifact.
 
-python -m bench.whole_model [--shape 7b] [--layers N] [--methods gptq,...] [--propagation quantized] [--device cuda] [--profile] [--out FILE]
+python -m bench.whole_model [--shape 7b] [--layers N] [--methods gptq,...] [--params true_sequential=true] [--profile] [--out FILE]
 
 The times are those of the stage's own record, from reading the checkpoint to the renamed, flushed artifact. With fewer layers than the
 shape has, a line says what the whole would take at the same time a layer. Where a CUDA device is there the first method runs twice on two
@@ -188,15 +188,15 @@ def told(method: str, given: argparse.Namespace, layers: int, record: dict[str, 
     shape, summary = SHAPES[given.shape], record["summary"]
     size = sum(f["bytes"] for f in record["files"].values())
     row = {
-        "method": method, "shape": given.shape, "layers": layers, "of": shape.layers, "samples": given.samples, "length": given.length,
-        "propagation": given.propagation, "damp": 0.01, "stage_s": stage, "commit_s": commit, "seconds": record["seconds"], "bytes": size,
+        "method": method, "params": given.params, "shape": given.shape, "layers": layers, "of": shape.layers,
+        "samples": given.samples, "length": given.length, "propagation": given.propagation, "damp": 0.01,
+        "stage_s": stage, "commit_s": commit, "seconds": record["seconds"], "bytes": size,
         "bits_stored": summary["bits_stored"], "peak_memory_bytes": summary["peak_memory_bytes"], "kernels": record["kernels"],
         "environment": record["environment"], "notes": record["notes"],
     }  # fmt: skip
     phases = ", ".join(f"{k} {v:.2f}" for k, v in record["seconds"].items())
-    print(
-        f"{method}, {given.shape}, {layers} of {shape.layers} layers, propagation={given.propagation}, {given.samples} x {given.length} tokens"
-    )
+    fed = f"propagation={given.propagation}, {given.samples} x {given.length} tokens"
+    print(f"{method}, {given.shape}, {layers} of {shape.layers} layers, {fed}, {given.params or 'parameters as they are'}")
     print(f"  {stage + commit:.2f} s: stage {stage:.2f} ({phases}), commit {commit:.2f} of {size / GB:.2f} GB")
     print(f"  peak {summary['peak_memory_bytes'] / GB:.1f} GB, {summary['bits_stored']:.3f} bits stored, kernels {record['kernels']}")
     if layers != shape.layers:

@@ -6,7 +6,7 @@ One collector per site (a distinct input). All wanted kinds come from the same f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -77,6 +77,11 @@ class Collector:
             if self.range is not None:
                 low, high = torch.minimum(low, self.range[0]), torch.maximum(high, self.range[1])
             self.range = low, high
+
+    def add_sequences(self, x: Tensor) -> None:
+        """x: `[S, T, K]`."""
+        for tokens in x:
+            self.add(tokens)
 
     def statistics(self) -> Statistics:
         """Zeros, and no sample tokens, where no token came (an expert that was never chosen)."""
@@ -152,10 +157,15 @@ def collect(
                 unseen.clear()
     finally:
         taps.remove()
+    return gathered(collectors), outputs
+
+
+def gathered(collectors: Mapping[str, Collector]) -> BlockStatistics:
+    """Raises NumericalError for values that are not finite."""
     made = {n: _finite(c.statistics(), n) for n, c in collectors.items()}
     ranges = {n: c.range for n, c in collectors.items() if c.range is not None}
     shapes = {n: check_finite(c.moments.value(), f"inputs of {n}") for n, c in collectors.items() if c.moments is not None}
-    return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges, shapes), outputs
+    return BlockStatistics(made, {n: c.tokens for n, c in collectors.items()}, ranges, shapes)
 
 
 def run_block(block: nn.Module, calls: list[Call], hidden: list[Tensor]) -> list[Tensor]:

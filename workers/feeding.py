@@ -20,9 +20,11 @@ from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
+from workers.memory import free_bytes
 from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
+from workers.staged import StagedForward, waiting_bytes
 from workers.stream import BlockModel, Call, batches
 
 
@@ -110,6 +112,25 @@ class FedStatistics:
         if not self.kinds:
             return []
         return [collect(self.model.blocks[block], structure, self.kinds, self._calls(block), self.hidden, self.kept, only)[0]]
+
+    def stages(self, *, static: bool) -> bool:
+        """Whether `staged` serves a block: statistics are collected here, no ranges of the quantized block are wanted, and there is memory
+        for all batches to wait in. Where there is not is noted."""
+        if self.stored is not None or not self.kinds or static:
+            return False
+        device, structure = self.hidden[0].device, self.model.structure
+        needed = waiting_bytes(structure, sum(h.shape[0] * h.shape[1] for h in self.hidden), self.hidden[0].dtype)
+        free = free_bytes(device)
+        if needed <= free // 2:
+            return True
+        note = f"every site of a block had a forward of its own: one for all needs {needed} bytes, half of the {free} free ones of {device}"
+        if note.partition(":")[0] not in {n.partition(":")[0] for n in self.notes}:
+            self.notes.append(note)
+        return False
+
+    def staged(self, block: int, widths: Mapping[str, int]) -> StagedForward:
+        """Its outputs are to become `hidden`. widths: as StagedForward has it."""
+        return StagedForward(self.model.blocks[block], widths, self.kinds, self._calls(block), self.hidden, self.kept)
 
     def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         module, calls = self.model.blocks[block], self._calls(block)

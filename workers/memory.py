@@ -6,7 +6,16 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
+
+
+def free_bytes(device: torch.device) -> int:
+    """That a stage could still take: on CUDA including what torch keeps for reuse."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    return int(psutil.virtual_memory().available)
 
 
 class PeakMemory:

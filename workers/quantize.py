@@ -14,7 +14,7 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from quant.methods.base import StoredTensor
 from quant.solver import shared_factors
+from quant.statistics import Statistics
 from quant.tensors import ColumnsTensor
 from workers import families
 from workers.calibrate import calibration_tokens
@@ -109,17 +110,21 @@ def quantize_blocks(
     shapes = families.linear_shapes(model.checkpoint.config)
     check_shapes(shapes, made, model.structure.model_type)
     writer, layers = RecipeWriter(payload, spec.model.digest, spec.model.dtype), Layers({s.name: s for s in shapes})
-    rotator = rotate_outside(spec, made, model, context, writer)
-    source = statistics_source(spec, made, inputs, context, model, rotator)
-    tuning = _tuning(spec, made, source, context, model)
-    width = 1 if tuning is None else tuning.tuner.blocks
-    run = _Run(spec, made, model, source, context, writer, layers, rotator, tuning)
-    for first in range(0, model.structure.count, width):
-        indices = range(first, min(first + width, model.structure.count))
-        run.blocks(indices)
-        for b in indices:
-            done(b)
-    writer.close()
+    try:
+        rotator = rotate_outside(spec, made, model, context, writer)
+        source = statistics_source(spec, made, inputs, context, model, rotator)
+        tuning = _tuning(spec, made, source, context, model)
+        width = 1 if tuning is None else tuning.tuner.blocks
+        run = _Run(spec, made, model, source, context, writer, layers, rotator, tuning)
+        for first in range(0, model.structure.count, width):
+            indices = range(first, min(first + width, model.structure.count))
+            run.blocks(indices)
+            for b in indices:
+                done(b)
+        with context.phase("write"):
+            writer.close()
+    finally:
+        writer.stop()
     layers.write(payload / "layers.parquet")
     _check_coverage(shapes, made, run.replaced, run.kept)
     _note_left_alone(context, run.left_alone)
@@ -170,8 +175,13 @@ class _Run:
         for b in indices:
             with self.context.phase("read"):
                 self.model.load(b)
+        if indices.stop < self.model.structure.count:
+            self.model.prefetch(indices.stop)
         if self.tuning is not None:
             self.tuning.open(indices)
+        if len(indices) == 1 and self._stages(indices[0]):
+            self._staged(indices[0])
+            return
         workers, results = [], []
         for b in indices:
             workers.append(self._transformed(b))
@@ -182,17 +192,59 @@ class _Run:
         for worker, rounded in zip(workers, results, strict=True):
             self._finish(worker, [*rounded, *worker.tuned])
 
+    def _stages(self, b: int) -> bool:
+        """Whether one forward of the block serves all its sites: nothing but rounding, in true-sequential order, on fed text."""
+        source, structure = self.source, self.model.structure
+        if not isinstance(source, FedStatistics) or not source.kinds or self.rotator is not None or structure.experts is not None:
+            return False
+        methods = [m for n in structure.linear_names() if (m := method_for(self.made, structure.path(b, n))) is not None]
+        alone = all(m.tuner is None and not m.transforms for m in methods) and any(m.sequential for m in methods)
+        return alone and source.stages(static=self._static)
+
+    @property
+    def _static(self) -> bool:
+        """Whether activations have ranges that are taken from the quantized blocks."""
+        return self.spec.activation is not None and not self.spec.activation.dynamic
+
+    def _staged(self, b: int) -> None:
+        assert isinstance(self.source, FedStatistics)
+        context, worker = self.context, self._worker(b, {}, {})
+        sites = {s.linears[0]: s for s in worker.structure.sites if any(n in worker.methods for n in s.linears)}
+        forward = self.source.staged(b, {name: site.cols for name, site in sites.items()})
+        stops, rounded = forward.sites(), dict[str, list[LinearResult]]()
+        while True:
+            with context.phase("forward"):
+                stop = next(stops, None)
+            if stop is None:
+                break
+            site, found = stop
+            statistics, tokens = merge([found])
+            worker.statistics = statistics  # one Hessian at a time is in memory
+            worker.tokens.update(tokens)
+            rounded[site] = _round_site(worker, sites[site].linears, context)
+        self.source.hidden = forward.outputs
+        self._write(worker, [r for name in sites for r in rounded[name]], {})
+
     def _transformed(self, b: int) -> BlockQuantizer:
+        structure = self.model.structure if self.rotator is None else self.rotator.structure
+        with self.context.phase("forward"):
+            self.model.load(b)
+            statistics, tokens = merge(self.source.collect(b, structure, None))
+        worker = self._worker(b, statistics, tokens)
+        with self.context.phase("search"):
+            worker.transform()
+        self.reassembled += worker.reassembled
+        return worker
+
+    def _worker(self, b: int, statistics: dict[str, Statistics], tokens: dict[str, int]) -> BlockQuantizer:
         context, model = self.context, self.model
         structure = model.structure if self.rotator is None else self.rotator.structure
         block = model.load(b)
         named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
         chosen = {n: m for n, m in named.items() if m is not None}
-        with context.phase("forward"):
-            statistics, tokens = merge(self.source.collect(b, structure, None))
         weights = BlockWeights(block, structure)
         forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.batch_tokens, structure.sites[0].cols)
-        worker = BlockQuantizer(
+        return BlockQuantizer(
             b,
             block,
             structure,
@@ -206,16 +258,15 @@ class _Run:
             self.spec.seed or 0,
             self.spec.activation,
         )
-        with context.phase("search"):
-            worker.transform()
-        self.reassembled += worker.reassembled
-        return worker
 
     def _finish(self, worker: BlockQuantizer, results: list[LinearResult]) -> None:
-        b, context, activation = worker.index, self.context, self.spec.activation
-        with context.phase("forward"):
-            ranges = self.source.advance(b, static=activation is not None and not activation.dynamic)
-        with context.phase("write"):
+        with self.context.phase("forward"):
+            ranges = self.source.advance(worker.index, static=self._static)
+        self._write(worker, results, ranges)
+
+    def _write(self, worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range]) -> None:
+        b = worker.index
+        with self.context.phase("write"):
             operations, tensors = _operations(worker, results, ranges, self.rotator)
             self.replaced |= {m.name for m in results}
             for name in worker.structure.linear_names():
@@ -248,7 +299,7 @@ def _tuning(
 def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, context: Context) -> list[LinearResult]:
     """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
     sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
-    results = []
+    results: list[LinearResult] = []
     for position, site in enumerate(worker.structure.sites):
         names = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
         if sequential and position > 0 and names:
@@ -256,9 +307,15 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
                 fresh, tokens = merge(source.collect(worker.index, worker.structure, (site.linears[0],)))
             worker.statistics.update(fresh)
             worker.tokens.update(tokens)
-        with context.phase("round"), shared_factors() if len(names) > 1 else nullcontext():
-            results += [worker.round(n) for n in names]
+        results += _round_site(worker, names, context)
     return results
+
+
+def _round_site(worker: BlockQuantizer, names: Sequence[str], context: Context) -> list[LinearResult]:
+    """Linears that read one input."""
+    own = [n for n in names if n in worker.methods]
+    with context.phase("round"), shared_factors() if len(own) > 1 else nullcontext():
+        return [worker.round(n) for n in own]
 
 
 # --- what is written ----------------------------------------------------------------------------------------------

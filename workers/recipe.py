@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from quant import tensors as stored_tensors
 from quant.methods.base import StoredTensor
 from workers import steps
-from workers.artifact import payload_path
+from workers.artifact import flush, payload_path
 from workers.blocks import LinearView, linear_view
 from workers.errors import InputError
 
@@ -48,24 +49,59 @@ Operation = dict[str, Any]
 
 
 class RecipeWriter:
-    """Collects operations and writes tensors block by block."""
+    """Collects operations and writes tensors block by block, in a thread of its own: while a block is written the next one is worked on.
+    To be closed, or stopped where the stage fails."""
 
     def __init__(self, payload: Path, model_digest: str, dtype: str) -> None:
         self._payload = payload
         self._head = {"version": VERSION, "model": model_digest, "dtype": dtype}
+        self._thread = ThreadPoolExecutor(1, "recipe")
+        self._writing: Future[None] | None = None
         self.operations: list[Operation] = []
         self.bytes = 0
         """Of all tensors written."""
 
     def add_block(self, file: str, operations: list[Operation], tensors: dict[str, Tensor]) -> None:
-        kept = {k: t.detach().to("cpu").contiguous() for k, t in tensors.items()}
-        if kept:
-            save_file(kept, self._payload / file)
-        self.bytes += sum(t.numel() * t.element_size() for t in kept.values())
+        """The tensors are not to be changed afterwards. Raises what writing the block before raised."""
         self.operations += operations
+        self._wait()
+        if not tensors:
+            return
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        given = {k: t.detach() for k, t in tensors.items()}
+        self._writing = self._thread.submit(_write_tensors, given, self._payload / file, _made(given))
 
     def close(self) -> None:
+        self._wait()
+        self._thread.shutdown()
         (self._payload / RECIPE).write_text(json.dumps({**self._head, "operations": self.operations}, indent=1))
+
+    def stop(self) -> None:
+        """Nothing is written any more when it returns."""
+        self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+
+def _made(tensors: dict[str, Tensor]) -> torch.cuda.Event | None:
+    """Of the moment when tensors on a GPU are there."""
+    device = next((t.device for t in tensors.values() if t.is_cuda), None)
+    if device is None:
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, made: torch.cuda.Event | None) -> None:
+    with torch.cuda.stream(None if made is None else torch.cuda.Stream(next(t.device for t in tensors.values() if t.is_cuda))):
+        if made is not None:
+            torch.cuda.current_stream().wait_event(made)
+        kept = {k: t.to("cpu").contiguous() for k, t in tensors.items()}
+    save_file(kept, path)
+    flush(path)  # now, so that the commit need not wait for the disk
 
 
 class Recipe:

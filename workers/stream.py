@@ -7,9 +7,11 @@ tied weights), restricted to the tensors of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,6 +70,8 @@ class BlockModel:
     sources: dict[str, list[str]]
     """Parameter name ▸ checkpoint tensors it is made of."""
     loaded: set[int] = field(default_factory=set)
+    _ahead: dict[int, Future[dict[str, Tensor]]] = field(default_factory=dict)
+    """Blocks whose tensors are being read already."""
     on_load: list[Callable[[int], None]] = field(default_factory=list)
     """Called after a block was loaded: a recipe's operations on that block."""
 
@@ -92,13 +96,35 @@ class BlockModel:
         """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
         if i not in self.loaded:
             prefix = f"{self.structure.blocks}.{i}."
-            self._read([s for name, sources in self.sources.items() if name.startswith(prefix) for s in sources])
+            ahead = self._ahead.pop(i, None)
+            self._read(self._tensors_of(i), {} if ahead is None else ahead.result())
             # A bias that a recipe adds is in no checkpoint and has no values yet.
             require_finite((n, p) for n, p in self.blocks[i].named_parameters(prefix.rstrip(".")) if n in self.sources)
             self.loaded.add(i)
             for act in self.on_load:
                 act(i)
         return self.blocks[i]
+
+    def prefetch(self, i: int) -> None:
+        """Start reading block `i` into memory that a GPU copies from fastest, while the GPU works. Nothing to do for a CPU, which would be
+        kept from its work."""
+        if self.device.type == "cuda" and i not in self.loaded and i not in self._ahead:
+            pool = ThreadPoolExecutor(1, "prefetch")
+            self._ahead[i] = pool.submit(self._pinned, self._tensors_of(i))
+            pool.shutdown(wait=False)
+
+    def _pinned(self, names: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            files = {str(f): stack.enter_context(safe_open(f, framework="pt")) for f in {self.checkpoint.tensors[n].file for n in names}}
+            for n in names:
+                entry = self.checkpoint.tensors[n]
+                found[n] = files[str(entry.file)].get_tensor(entry.name).pin_memory()
+        return found
+
+    def _tensors_of(self, i: int) -> list[str]:
+        prefix = f"{self.structure.blocks}.{i}."
+        return [s for name, sources in self.sources.items() if name.startswith(prefix) for s in sources]
 
     def release(self, i: int) -> None:
         """Give up block `i`'s memory; changes to it are lost."""
@@ -162,13 +188,14 @@ class BlockModel:
             block.register_forward_pre_hook(lambda _m, _a, i=i: self.load(i) and None)
             block.register_forward_hook(lambda _m, _a, _o, i=i: self.release(i))
 
-    def _read(self, names: list[str]) -> None:
+    def _read(self, names: list[str], ahead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """ahead: tensors that were read before."""
         by_file: dict[str, list[tuple[str, str]]] = {}
-        for n in names:
+        for n in (n for n in names if n not in ahead):
             entry = self.checkpoint.tensors[n]
             by_file.setdefault(str(entry.file), []).append((n, entry.name))
         with ExitStack() as stack, _silent():
-            slices: dict[str, Any] = {}
+            slices: dict[str, Any] = {n: ahead[n] for n in names if n in ahead}
             for file, wanted in by_file.items():
                 handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 slices.update({n: handle.get_slice(stored) for n, stored in wanted})

@@ -104,7 +104,8 @@ class Gptq:
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
         # Last, so that they take up the errors of all others and add none but that of float16.
         order = torch.cat([order[~torch.isin(order, kept)], kept])
-        upper, damp = inverse_factor(h[order][:, order], self.damp)
+        plain_order = not self.act_order and not kept.numel()
+        upper, damp = inverse_factor(h if plain_order else h[order][:, order], self.damp)
         if damp != self.damp:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
 

@@ -1,0 +1,93 @@
+"""One forward that waits at every site gives what a forward for every site gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.functional import linear
+
+from tests.workers.stage_runs import quantize_spec, quantized, tiny_context
+from workers import feeding
+from workers.blocks import linear_view
+from workers.quantize import run_quantize
+from workers.staged import StagedForward
+from workers.stream import Call
+
+SEQUENTIAL = quantize_spec("gptq", propagation="quantized", true_sequential=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "falcon_old", "gpt2"])
+def test_artifacts_equal_those_of_a_forward_for_every_site(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = tiny_context(family, tmp_path)
+    staged, _ = quantized(ctx, tmp_path / "staged", SEQUENTIAL, {})
+    assert not any("forward of its own" in note for note in ctx.notes)
+    monkeypatch.setattr(feeding, "free_bytes", lambda device: 0)
+    anew, _ = quantized(ctx, tmp_path / "anew", SEQUENTIAL, {})
+    assert sum("forward of its own" in note for note in ctx.notes) == 1, "the reason is noted once, not for every block"
+    files = sorted(p.name for p in (staged / "payload").glob("*.safetensors"))
+    assert files
+    for name in files:
+        a, b = (load_file(folder / "payload" / name) for folder in (staged, anew))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+        self.runs = 0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.runs += 1
+        return hidden_states + self.down(self.up(hidden_states).relu())
+
+
+def forward_of(block: Two) -> StagedForward:
+    hidden = list(torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0)))
+    return StagedForward(block, {"up": 4, "down": 6}, frozenset({"hessian"}), [Call((), {})] * 3, hidden, 0)
+
+
+def test_each_site_sees_the_linears_before_it_as_they_are_by_then() -> None:
+    block = Two()
+    forward = forward_of(block)
+    hidden = torch.stack(forward._hidden)
+    names = []
+    for name, found in forward.sites():
+        names.append(name)
+        with torch.no_grad():
+            x = hidden if name == "up" else linear(hidden, block.up.weight).relu()
+            flat = x.flatten(0, -2)
+            hessian = found.sites[name].hessian
+            assert hessian is not None
+            assert torch.allclose(hessian, 2 / 6 * flat.T @ flat, rtol=1e-5, atol=1e-6)
+            linear_view(block, name).write(torch.ones_like(linear_view(block, name).weight()))
+    assert names == ["up", "down"]
+    assert block.runs == 3, "one forward a batch"
+    with torch.no_grad():
+        assert torch.equal(torch.stack(forward.outputs), torch.stack([block(h) for h in hidden]))
+    assert not forward.outputs[0].requires_grad
+
+
+def test_an_error_between_sites_ends_the_waiting_forwards() -> None:
+    block = Two()
+    ended: list[str] = []
+    block.down.register_forward_hook(lambda *_: ended.append("down ran"))
+    sites = forward_of(block).sites()
+    next(sites)
+    sites.close()
+    assert ended == []
+    assert not block.up._forward_pre_hooks, "the taps are gone"
+
+
+def test_an_error_while_a_method_rounds_leaves_no_writer_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    monkeypatch.setattr("workers.quantize._round_site", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+    (tmp_path / "payload").mkdir()
+    with pytest.raises(RuntimeError, match="planted"):
+        run_quantize(SEQUENTIAL, {}, tmp_path / "payload", ctx)
+    assert list((tmp_path / "payload").iterdir()) == []
