@@ -192,10 +192,10 @@ def products(b: Bench) -> Iterator[Row]:
 
 def batches(b: Bench) -> Iterator[Row]:
     """Products with 16 rows."""
-    for n, k in SHAPES if not b.dry else ((16, 256),):
+    for n, k in SHAPES if not b.dry else ((8, 128),):
         x, dense = (b.random(rows, k, dtype=torch.bfloat16) for rows in (16, n))
         plain = beside_dense(b, x, dense)
-        for bits in (2, 3, 4, 8) if not b.dry else (3,):
+        for bits in (2, 3, 4, 8) if not b.dry else (4,):
             run, tensor = kernel("wq_gemv", b.backend, b.device).run, _affine(b, n, k, bits)
             packed, weight = run.prepare(tensor), tensor.dequantize()
             copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]

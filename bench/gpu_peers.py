@@ -1,8 +1,9 @@
 """Other packages' kernels, for `bench.gpu`: each peer's time beside ours, by the same clock, over inputs that no cache holds.
 
-A peer is there where its package can be imported; nothing depends on one. What it returns is compared with float64 arithmetic on its own
-dequantized weight. Peers run in a process of their own, which is started again without the one that ended it: whatever a peer does, it
-costs a line that says why it was not run.
+A peer is there where its package can be imported; nothing depends on one, and what the packages depend on need not be there:
+`pip install --no-deps humming-kernels gemlite bitsandbytes llmcompressor`. What a peer returns is compared with float64 arithmetic on
+its own dequantized weight. Peers run in a process of their own, which is started again without the one that ended it: whatever a peer
+does, it costs a line that says why it was not run.
 """
 
 from __future__ import annotations
