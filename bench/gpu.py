@@ -2,9 +2,9 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, prompts, tables, integers, hadamard, scoring; all when none is named. Times are of a replayed CUDA
-graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's interpreter, and
-times nothing. Ends with 1 where a result is wrong.
+Pieces: limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring; all when none is named. Times are of a
+replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's
+interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench import gpu_peers
+from bench.gpu_peer_kernels import SHAPES
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel
-from quant.kernels.products import with_many_rows
+from quant.kernels.products import MOST_ROWS, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.solver import inverse_factor
 from quant.tensors.affine import AffineTensor
@@ -170,6 +172,7 @@ def block(b: Bench) -> Iterator[Row]:
         got, want = run.solve_block(w, upper, affine, group), torch_loop.solve_block(w, upper, affine, group)
         wrong = float((got.codes != want.codes).double().mean())
         peers = known(torch_loop=b.once(partial(torch_loop.solve_block, w, upper, affine, group)))
+        peers |= gpu_peers.times(b, "block", rows, columns, 0, 4)
         yield Row(
             f"gptq_block, {columns} columns x {rows}",
             wrong,
@@ -185,6 +188,26 @@ def products(b: Bench) -> Iterator[Row]:
     goals |= {(8192, 8192, 2): "60 %", (8192, 8192, 3): "60 %"}
     for n, k in ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672)) if not b.dry else ((16, 256),):
         yield from multiplied(b, n, k, ((f"{bits} bits", "wq_gemv", partial(_affine, bits=bits)) for bits in (2, 3, 4, 8)), goals)
+
+
+def batches(b: Bench) -> Iterator[Row]:
+    """Products with 16 rows."""
+    for n, k in SHAPES if not b.dry else ((8, 128),):
+        x, dense = (b.random(rows, k, dtype=torch.bfloat16) for rows in (16, n))
+        plain = beside_dense(b, x, dense)
+        for bits in (2, 3, 4, 8) if not b.dry else (4,):
+            run, tensor = kernel("wq_gemv", b.backend, b.device).run, _affine(b, n, k, bits)
+            packed, weight = run.prepare(tensor), tensor.dequantize()
+            copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
+
+            def ours(i: int) -> Tensor:
+                return torch.cat([run.wq_gemv(part, copies[i]) for part in x.split(MOST_ROWS)])  # noqa: B023
+
+            want = x.double() @ weight.double().T
+            allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
+            error = float((ours(0).double() - want).norm() / want.norm())
+            peers = known(bfloat16=plain) | gpu_peers.times(b, "products", n, k, 16, bits)
+            yield Row(f"wq_gemv {n} x {k}, {bits} bits, M=16", error, allowed, b.time(ours, len(copies)), peers, packed.bytes)
 
 
 def prompts(b: Bench) -> Iterator[Row]:
@@ -227,7 +250,10 @@ def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int
             took = b.time(lambda i: getattr(run, operation)(x, copies[i]), len(copies))  # noqa: B023
             goal = goals.get((n, k, getattr(tensor, "bits", 0)), "")
             error = float((got.double() - want).norm() / want.norm())
-            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, known(bfloat16=plain), packed.bytes, goal)
+            peers = known(bfloat16=plain)
+            if operation == "wq_gemv":
+                peers |= gpu_peers.times(b, "products", n, k, m, tensor.bits)
+            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, peers, packed.bytes, goal)
 
 
 def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:
@@ -301,7 +327,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, products, prompts, tables, integers, hadamard, scoring)
+    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring)
 }
 
 
