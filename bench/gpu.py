@@ -26,6 +26,7 @@ from torch.nn.functional import linear
 
 from bench import gpu_peers
 from bench.gpu_peer_kernels import SHAPES
+from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel
@@ -136,27 +137,68 @@ def limits(b: Bench) -> Iterator[Row]:
 
 
 def hessian(b: Bench) -> Iterator[Row]:
-    run = kernel("hessian_syrk", b.backend, b.device).run
+    run = kernel("hessian_syrk", "auto" if not b.dry else b.backend, b.device).run
     length = b.size(2048, 32)
     for k, goal in ((4096, "8 ms"), (11008, "58 ms")) if not b.dry else ((48, ""),):
         x = b.random(b.size(128, 2), length, k, dtype=torch.float16 if b.dry else torch.bfloat16)
-        total = torch.zeros(k, k, device=b.device)
-        run.add(total, x)
         some = slice(0, min(k, 64))
         flat = x.view(-1, k)
         want = flat.double().T[some] @ flat.double()
-        got = run.finished(total)[some].double()
         chunks = flat.split(16384)
         summed = torch.zeros(len(range(k)[some]), k, device=b.device)
         for c in chunks:
             summed += c.float().T[some] @ c.float() if b.dry else torch.mm(c.T[some], c, out_dtype=torch.float32)
         allowed = 2 * float((summed.double() - want).norm() / want.norm()) + 2.0**-24
+        total = torch.empty(k, k, device=b.device)
+
+        def row(name: str, add: Callable[[Tensor, Tensor], None], peers: dict[str, float], x: Tensor = x) -> Row:
+            total.zero_()  # noqa: B023
+            add(total, x)  # noqa: B023
+            got = run.finished(total)[some].double()  # noqa: B023
+            error = float((got - want).norm() / want.norm())  # noqa: B023
+            took = b.once(lambda: add(total, x))  # noqa: B023
+            return Row(f"{name}, {x.shape[0] * length} tokens x {x.shape[2]}", error, allowed, took, peers, goal=goal)  # noqa: B023
+
         peers = known(
             addmm_out_dtype=None if b.dry else b.once(lambda: [torch.mm(c.T, c, out_dtype=torch.float32) for c in chunks]),  # noqa: B023
             addmm_float32_of_a_sixteenth=b.once(lambda: torch.addmm(total, chunks[0].float().T, chunks[0].float())),  # noqa: B023
         )
-        name = f"hessian_syrk, {flat.shape[0]} tokens x {k}"
-        yield Row(name, float((got - want).norm() / want.norm()), allowed, b.once(partial(run.add, total, x)), peers, goal=goal)
+        yield row("hessian_syrk", run.add, peers)
+        yield row("hessian_syrk, a sequence at a time", lambda t, x: [run.add(t, s[None]) for s in x] and None, {})
+        for name, add in () if b.dry else ways():
+            yield row(name, add, {})
+        if k == 4096:
+            yield same_codes(b, flat, run.finished(total))
+
+
+def ways() -> Iterator[tuple[str, Callable[[Tensor, Tensor], None]]]:
+    """Other tiles and panels, to choose from."""
+    from quant.kernels.hessian_syrk import panels
+    from quant.kernels.hessian_syrk.triton import Tile
+    from quant.kernels.hessian_syrk.triton import add as tiled
+
+    for columns in (1024, 1408, 2048):
+        yield f"panels of {columns}", partial(panels.add, panel=columns)
+    for tile in (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4, True),
+        Tile(128, 256, 64, 8, 3, True),
+        Tile(256, 128, 64, 8, 3, True),
+        Tile(256, 128, 64, 8, 4, True),
+        Tile(128, 256, 64, 8, 4, True),
+    ):
+        yield f"{tile}", partial(tiled, tile=tile)
+
+
+def same_codes(b: Bench, flat: Tensor, hessian: Tensor) -> Row:
+    """Of GPTQ with this Hessian and with one summed in float64: the share that differs."""
+    exact = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64, device=b.device)
+    for c in flat.split(16384):
+        exact.addmm_(c.double().T, c.double())
+    weight = b.random(1024, flat.shape[1])
+    make = partial(quantize_linear, weight, method="gptq", bits=4, group_size=128)
+    ours, want = (make(hessian=h.float() / len(flat)).dequantize() for h in (hessian, exact))
+    return Row("codes of GPTQ that a float64 Hessian changes", float((ours != want).double().mean()), 1e-3)
 
 
 def block(b: Bench) -> Iterator[Row]:

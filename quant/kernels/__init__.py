@@ -48,6 +48,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "hessian_syrk": {
         "triton": "quant.kernels.hessian_syrk.triton",
+        "torch": "quant.kernels.hessian_syrk.panels",
         "reference": "quant.kernels.hessian_syrk.reference",
     },
     "hadamard": {

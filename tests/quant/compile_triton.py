@@ -28,7 +28,7 @@ from quant.kernels.fake_quantize.program import round_rows
 from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
-from quant.kernels.hessian_syrk.triton import PROMOTE, shape
+from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.token_log_probs.program import pick
@@ -61,10 +61,13 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        tile, step, warps, stages = shape(dtype, architecture // 10)
+        tile = tile_for(dtype, architecture // 10)
+        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": PROMOTE // tile.step}
+        blocks = {f"{side}_tiles": f"tensordesc<{name}[1, {tile.step}, {n}]>" for side, n in (("left", tile.rows), ("right", tile.columns))}
         types = {"total": "*fp32", "x": f"*{name}", "tiles": "*i32", "sequences": "i32", "length": "i32", "k": "i32"}
-        constants = {"TILE": tile, "STEP": step, "PROMOTE": PROMOTE, "PRECISION": "ieee"}
-        found.append((add_lower, name, types, constants, {"num_warps": warps, "num_stages": stages}))
+        types |= blocks if tile.described else dict.fromkeys(blocks, f"*{name}")
+        constants = {**shape, "PRECISION": "ieee", "DESCRIBED": tile.described}
+        found.append((add_lower, name, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     for n in (512, 16384):

@@ -104,8 +104,9 @@ def test_hessian_is_the_sum_of_outer_products(dtype: torch.dtype, k: int) -> Non
     assert torch.equal(syrk.finished(apart), got)
 
 
-def test_partial_sums_are_promoted() -> None:
+def test_partial_sums_are_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
     """More tokens than a partial sum has, in two sequences; ones, so that every sum is a whole number."""
+    monkeypatch.setattr("quant.kernels.hessian_syrk.triton.PROMOTE", 128)
     total = torch.zeros(4, 4)
     kernel("hessian_syrk", "triton").run.add(total, torch.ones(2, 300, 4, dtype=torch.float16))
     assert torch.equal(total.tril(), torch.full((4, 4), 600.0).tril())

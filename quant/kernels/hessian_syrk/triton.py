@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -11,18 +12,30 @@ from quant.kernels.on_triton import interpreted, unavailable
 
 __all__ = ["add", "finished", "unavailable"]
 
-PROMOTE = 16
-"""Steps to a partial sum."""
+PROMOTE = 2048
+"""Tokens of a partial sum."""
 
 
-def shape(dtype: torch.dtype, capability: int) -> tuple[int, int, int, int]:
-    """Channels of a tile, tokens of a step, and warps and stages with which both sums of a tile are held without spilling."""
+@dataclass(frozen=True)
+class Tile:
+    rows: int
+    columns: int
+    step: int
+    """Tokens that are multiplied at a time."""
+    warps: int
+    stages: int
+    described: bool = False
+    """Loaded by the GPU's copy engine (9.0), which needs rows of x at addresses that are multiples of 16 bytes."""
+
+
+def tile_for(dtype: torch.dtype, capability: int) -> Tile:
+    """With which no sum is spilled."""
     if dtype is torch.float32:
-        return 64, 16, 8, 2
-    return (128, 64, 8, 3) if capability >= 9 else (64, 64, 4, 3)
+        return Tile(64, 64, 16, 8, 2)
+    return Tile(128, 128, 64, 8, 3) if capability >= 9 else Tile(64, 64, 64, 4, 3)
 
 
-def add(total: Tensor, x: Tensor) -> None:
+def add(total: Tensor, x: Tensor, tile: Tile | None = None) -> None:
     """float16 and bfloat16 as they are, with float32 sums; other types as float32, without tensor cores."""
     from quant.kernels.hessian_syrk.program import add_lower
 
@@ -30,18 +43,31 @@ def add(total: Tensor, x: Tensor) -> None:
     whole = x.dtype in (torch.float16, torch.bfloat16) and not (interpreted() and x.dtype is torch.bfloat16)
     given = (x if whole else x.float()).to(total.device).contiguous()
     sequences, length, k = given.shape
-    tile, step, warps, stages = (32, 16, 4, 1) if interpreted() else shape(given.dtype, torch.cuda.get_device_capability(given.device)[0])
-    programs = _lower_tiles(-(-k // tile), total.device)
+    if tile is None:
+        tile = Tile(32, 32, 16, 4, 1) if interpreted() else tile_for(given.dtype, torch.cuda.get_device_capability(given.device)[0])
+    described = tile.described and k * given.element_size() % 16 == 0 and given.data_ptr() % 16 == 0
+    blocks = (_described(given, tile.step, tile.rows), _described(given, tile.step, tile.columns)) if described else (given, given)
+    # No longer than the sequences, rounded up so that few versions are compiled: the sums are the same.
+    promoted = min(PROMOTE, max(tile.step, 1 << max(length - 1, 0).bit_length()))
+    programs = _lower_tiles(k, tile.rows, tile.columns, total.device)
     add_lower[(programs.shape[0],)](
-        total, given, programs, sequences, length, k,
-        TILE=tile, STEP=step, PROMOTE=PROMOTE, PRECISION="ieee", num_warps=warps, num_stages=stages,
+        total, given, *blocks, programs, sequences, length, k,
+        ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, PROMOTE=promoted // tile.step, PRECISION="ieee", DESCRIBED=described,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
+def _described(x: Tensor, step: int, channels: int) -> object:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [1, step, channels])
+
+
 @cache
-def _lower_tiles(count: int, device: torch.device) -> Tensor:
-    """int32 `[count (count + 1) / 2, 2]`."""
-    return torch.tril_indices(count, count).T.to(torch.int32).contiguous().to(device)
+def _lower_tiles(k: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """int32 `[P, 2]`: row and column of each tile that holds some of the lower triangle."""
+    found = [(i, j) for i in range(-(-k // rows)) for j in range(-(-min(k, (i + 1) * rows) // columns))]
+    return torch.tensor(found, dtype=torch.int32, device=device)
 
 
 def finished(total: Tensor) -> Tensor:
