@@ -61,27 +61,30 @@ class Collector:
 
     def add(self, tokens: Tensor) -> None:
         """tokens: `[n, K]` of the next sequence, any floating-point dtype; none where a sequence sent none here."""
-        self.tokens += tokens.shape[0]
+        self.add_sequences(tokens[None])
+
+    def add_sequences(self, x: Tensor) -> None:
+        """x: `[S, T, K]`, the next sequences; the statistics are those of one after the other."""
+        sequences, tokens, _ = x.shape
+        self.tokens += sequences * tokens
         for part in self._found.values():
-            part.update(tokens)
+            part.update(x)
         if self._samples is not None and self._keep > 0:
-            self._keep -= 1
+            kept = x[: self._keep]
+            self._keep -= kept.shape[0]
             if self._routed:
-                self._kept.append(tokens.detach().clone())
+                self._kept += [s.detach().clone() for s in kept]
             else:
-                self._samples.update(tokens)
+                self._samples.update(kept)
         if self.moments is not None:
-            self.moments.update(tokens)
-        if self._ranges and tokens.shape[0]:
-            low, high = tokens.amin(0), tokens.amax(0)
+            for sequence in x:
+                self.moments.update(sequence)
+        if self._ranges and tokens:
+            flat = x.reshape(-1, x.shape[-1])
+            low, high = flat.amin(0), flat.amax(0)
             if self.range is not None:
                 low, high = torch.minimum(low, self.range[0]), torch.maximum(high, self.range[1])
             self.range = low, high
-
-    def add_sequences(self, x: Tensor) -> None:
-        """x: `[S, T, K]`."""
-        for tokens in x:
-            self.add(tokens)
 
     def statistics(self) -> Statistics:
         """Zeros, and no sample tokens, where no token came (an expert that was never chosen)."""
@@ -138,9 +141,11 @@ def collect(
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
         unseen.discard(name)
         flat = x.reshape(-1, x.shape[-1])
+        if tokens is None:
+            collectors[name].add_sequences(flat.view(*shape, -1))
+            return x
         for i in range(shape[0]):
-            own = flat[i * shape[1] : (i + 1) * shape[1]] if tokens is None else flat[tokens // shape[1] == i]
-            collectors[name].add(own)
+            collectors[name].add(flat[tokens // shape[1] == i])
         return x
 
     taps = tap_inputs(block, names, tap)

@@ -36,6 +36,7 @@ from workers import datasets, families
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.rebuild import rebuild
+from workers.rounding import _in_quadratic_form
 from workers.specs import Component, MethodSpec, ModelSpec, QuantizeSpec, Rule
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -129,6 +130,14 @@ def test_errors_are_those_of_the_function_the_linear_computes(family: str, trans
             model(tokens, use_cache=False)
     want = float(((outputs[1] - outputs[0]) ** 2).sum() / (outputs[0] ** 2).sum())
     assert rows_of(artifact)[shape.name]["output_error"] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize("k", [1, 7, 8, 61])
+def test_a_quadratic_form_needs_one_triangle(k: int) -> None:
+    g = torch.Generator().manual_seed(k)
+    e, x = (torch.randn(5, k, generator=g, dtype=torch.float64) for _ in range(2))
+    h = x.T @ x
+    assert _in_quadratic_form(e, h) == pytest.approx(float((e @ h @ e.T).trace()), rel=1e-12)
 
 
 def test_weight_error_is_relative_to_the_original_weight(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,21 @@ def test_block_by_block_equals_the_whole_model(family: str, tmp_path: Path) -> N
             opened.release(b)
             assert all(p.is_meta for p in opened.blocks[b].parameters())
     assert torch.equal(opened.logits(TOKENS, hidden), reference_logits(tiny_model(family), experts=EXPERTS.get(family)))
+
+
+def test_tensors_read_ahead_are_used(tmp_path: Path) -> None:
+    """As `prefetch` leaves them for a GPU; other values than the file's show which were taken."""
+    opened = open_blocks(tiny_context("llama", tmp_path), MODEL)
+    names = opened._tensors_of(1)
+    files = load_file(opened.checkpoint.folder / "model.safetensors")
+    opened._ahead[1] = Future()
+    opened._ahead[1].set_result({n: files[n] + 1 for n in names[:2]})
+    state = opened.load(1).state_dict()
+    for i, name in enumerate(names):
+        own = state[name.removeprefix("model.layers.1.")]
+        assert torch.equal(own, files[name] + 1 if i < 2 else files[name])
+    opened.release(1)
+    assert torch.equal(opened.load(1).state_dict()[names[0].removeprefix("model.layers.1.")], files[names[0]]), "once"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
