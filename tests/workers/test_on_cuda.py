@@ -1,0 +1,67 @@
+"""Every method on a GPU: the quantized model is as good as the CPU's, and is rebuilt bit for bit.
+
+Codes are not compared: sums in another order move a weight across the middle between two codes now and then, and then later ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quant.scheme import ActivationScheme, WeightScheme
+from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
+from tests.workers.test_matrix import MATRIX, METHODS, PARTS, TOKENS, transform
+from workers.context import Context
+from workers.rebuild import attach_runtime, rebuild
+from workers.specs import ModelSpec, QuantizeSpec, from_json
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
+SEQUENTIAL = {
+    "gptq_sequential": quantize_spec("gptq", propagation="quantized", true_sequential=True),
+    "gptq_quantized": quantize_spec("gptq", propagation="quantized"),
+}
+
+
+def spec_of(name: str) -> QuantizeSpec:
+    if name in SEQUENTIAL:
+        return SEQUENTIAL[name]
+    method = METHODS[name]
+    transforms = [t if isinstance(t, str) else transform(t) for t in method.get("transforms", ())]
+    activation = from_json(ActivationScheme, method["activation"]) if "activation" in method else None
+    weight = from_json(WeightScheme, MATRIX["schemes"][method["scheme"]])
+    feeds, params = method.get("feeds", False), method.get("params", {})
+    return quantize_spec(method["rounding"], *transforms, weight=weight, activation=activation, feeds=feeds, **params)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Context, dict[str, Path]]]:
+    found = {}
+    for device in ("cpu", "cuda"):
+        folder = tmp_path_factory.mktemp(device)
+        ctx = tiny_context("llama", folder)
+        ctx = replace(ctx, device=torch.device(device), hints=replace(ctx.hints, device=device))
+        found[device] = ctx, calibrated(ctx, folder, *KINDS)
+    return found
+
+
+@pytest.mark.parametrize("name", [*SEQUENTIAL, *(n for part in PARTS for n in MATRIX[part]["methods"])])
+def test_methods_work_on_a_gpu(name: str, places: dict[str, tuple[Context, dict[str, Path]]], tmp_path: Path) -> None:
+    spec, found = spec_of(name), {}
+    for device, (ctx, statistics) in places.items():
+        artifact, summary = quantized(ctx, tmp_path / device, spec, {} if name in SEQUENTIAL else statistics)
+        model = rebuild(ctx, ModelSpec("model"), artifact)
+        attach_runtime(model, artifact, spec.activation, None)
+        with torch.no_grad():
+            logits = model(TOKENS.to(ctx.device), use_cache=False).logits.double().cpu()
+        assert torch.isfinite(logits).all()
+        found[device] = logits, summary
+    (want, on_cpu), (got, on_gpu) = found["cpu"], found["cuda"]
+    assert on_gpu["coverage"] == on_cpu["coverage"]
+    assert on_gpu["bits_stored"] == pytest.approx(on_cpu["bits_stored"], rel=0.02)
+    exact = want.norm()
+    # Random weights of some dozens of channels: a code that flips is felt, a wrong scale is worse by far.
+    assert float((got - want).norm() / exact) < 0.3, f"{name}: {float((got - want).norm() / exact):.3f}"
