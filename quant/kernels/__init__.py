@@ -23,6 +23,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.gptq_block.reference",
     },
     "kmeans_columns": {
+        "cuda": "quant.kernels.kmeans_columns.cuda",
         "cpu": "quant.kernels.kmeans_columns.cpu",
         "torch": "quant.kernels.kmeans_columns.batched",
         "reference": "quant.kernels.kmeans_columns.reference",
