@@ -29,6 +29,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.kmeans_columns.reference",
     },
     "braq_search": {
+        "cuda": "quant.kernels.braq_search.cuda",
         "cpu": "quant.kernels.braq_search.cpu",
         "torch": "quant.kernels.braq_search.batched",
     },

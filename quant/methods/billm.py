@@ -201,12 +201,14 @@ def _above(x: Tensor, salient: Tensor, threshold: Tensor) -> Tensor:
 def _reference(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     order = search.ranked(m.abs().sum(0))
     counts = _counts(method, m.shape[1], 1, 49)
-    k = counts[search.first_least(search.order_two_errors(m[:, order], counts))]
-    salient = _first(order, k)
+    ordered = m[:, order]
+    # The host never waits for a count or a threshold: a GPU goes from block to block.
+    k = search.first_least(search.order_two_errors(ordered, counts)) + counts[0]
+    salient = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, torch.arange(len(order), device=order.device) < k)
     # The zeros of salient columns count in the quantiles.
     thresholds = search.reference_quantiles(m.masked_fill(salient, 0).abs())
-    errors = search.split_errors(m[:, ~salient], thresholds)
-    return salient, _above(m, salient, thresholds[search.first_least(errors)])
+    errors = search.split_errors(ordered, thresholds, skip=k)
+    return salient, _above(m, salient, thresholds.gather(0, search.first_least(errors)[None]))
 
 
 def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
@@ -214,7 +216,7 @@ def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     counts = _counts(method, block.shape[1], 3, 30)
     magnitude = block[:, order].abs()
     never = magnitude.new_full((1,), math.inf)
-    k = counts[search.first_least(search.joint_errors(magnitude, counts, never))]
+    k = counts[int(search.first_least(search.joint_errors(magnitude, counts, never)))]
     salient, rest = _first(order, k), magnitude[:, k:]
     if not rest.numel():
         return salient, torch.zeros_like(block, dtype=torch.bool)
@@ -229,7 +231,7 @@ def _joint(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     counts = _counts(method, block.shape[1], 0, 49)
     magnitude = block[:, order].abs()
     thresholds = search.reference_quantiles(magnitude)
-    found = search.first_least(search.joint_errors(magnitude, counts, thresholds))
+    found = int(search.first_least(search.joint_errors(magnitude, counts, thresholds)))
     salient = _first(order, counts[found // thresholds.numel()])
     return salient, _above(block, salient, thresholds[found % thresholds.numel()])
 
