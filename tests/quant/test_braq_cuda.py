@@ -14,8 +14,8 @@ import torch
 from quant.kernels import kernel, on_cuda
 from quant.kernels.braq_search import MOST_COLUMNS, batched, cuda
 from quant.methods import binary_search as search
-from quant.methods.binary_search import first_least, reference_quantiles
 from quant.methods.billm import Billm, _reference
+from quant.methods.binary_search import first_least, reference_quantiles
 from tests.quant.cuda_on_host import call, compiled, emulated
 from tests.quant.test_braq_search import bound, values
 
