@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.binary import binarize, stored
+from quant.binary import binarize, must_fit, rounded
 from quant.grids import with_stored_scales
 from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
@@ -111,6 +111,8 @@ class _Blocks:
     split: list[Tensor] = field(default_factory=list)
     scale: list[Tensor] = field(default_factory=list)
     mean: list[Tensor | None] = field(default_factory=list)
+    wrong: list[Tensor] = field(default_factory=list)
+    """Scales and means that their stored type does not hold; asked for once, at the end."""
     first: Tensor = field(init=False)
     """`[C, N]`: first scales of the block at work, a row per column."""
     other: Tensor = field(init=False)
@@ -124,7 +126,8 @@ class _Blocks:
         twice = binarize(block, salient, 2, means=means)
         scale = torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1)
         mean = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1) if means else None
-        scale, mean = stored(scale, mean, self.scale_dtype)
+        scale, mean, wrong = rounded(scale, mean, self.scale_dtype)
+        self.wrong.append(wrong)
         self.salient.append(salient)
         self.split.append(split)
         self.scale.append(scale)
@@ -166,6 +169,7 @@ class _Blocks:
 
     def tensor(self, signs: Tensor, second: Tensor) -> BinaryTensor:
         means, salient = [m for m in self.mean if m is not None], torch.cat(self.salient)
+        must_fit(torch.stack(self.wrong).sum(), sum(t.numel() for t in (*self.scale, *means)), self.scale_dtype)
         return BinaryTensor(
             signs.contiguous(),
             second & salient,
