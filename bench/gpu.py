@@ -2,9 +2,9 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring; all when none is named. Times are of a
-replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's
-interpreter, and times nothing. Ends with 1 where a result is wrong.
+Pieces: limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring, searches; all when none is named.
+Times are of a replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in
+Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import gpu_peers
+from bench import gpu_peers, gpu_searches
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
@@ -368,8 +368,13 @@ def scoring(b: Bench) -> Iterator[Row]:
     yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
 
 
+def searches(b: Bench) -> Iterator[Row]:
+    for name, error, allowed, took, peers, goal in gpu_searches.measured(b):
+        yield Row(name, error, allowed, took, known(**peers), goal=goal)
+
+
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring)
+    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring, searches)
 }
 
 

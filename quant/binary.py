@@ -49,19 +49,33 @@ def binarize(x: Tensor, mask: Tensor, order: int, *, means: bool = True) -> Bina
 
 
 def stored(scale: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Scales `[N, P]` and means `[N, M]` of the same weights, rounded to their stored type but kept in their float type.
+    """As `rounded`. Raises ScaleDtypeError where something does not fit."""
+    scale, mean, wrong = rounded(scale, mean, dtype)
+    must_fit(wrong, scale.numel() + (0 if mean is None else mean.numel()), dtype)
+    return scale, mean
 
-    Raises ScaleDtypeError where one of them is off by more than 2^-10 of the row's largest."""
+
+def rounded(scale: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Scales `[N, P]` and means `[N, M]` of the same weights, rounded to their stored type but kept in their float type; and how many of
+    them, int64 `[]` on their device, are off by more than 2^-10 of the row's largest."""
     largest = scale.abs().amax(1, keepdim=True)
     if mean is not None:
         largest = torch.maximum(largest, mean.abs().amax(1, keepdim=True))
-    return _rounded(scale, largest, dtype), None if mean is None else _rounded(mean, largest, dtype)
+    scale, wrong = _rounded(scale, largest, dtype)
+    if mean is None:
+        return scale, None, wrong
+    mean, more = _rounded(mean, largest, dtype)
+    return scale, mean, wrong + more
 
 
-def _rounded(x: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+def must_fit(wrong: Tensor, number: int, dtype: torch.dtype) -> None:
+    """Raises ScaleDtypeError where `wrong` of `number` is not 0; waits for the device."""
+    count = int(wrong)
+    if count:
+        raise ScaleDtypeError(f"{count} of {number} scales or means do not fit {str(dtype).removeprefix('torch.')}")
+
+
+def _rounded(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = x.to(dtype).to(x.dtype)
     # NaN, from infinity, is not within the bound either.
-    wrong = ~((out - x).abs() <= 2.0**-10 * largest)
-    if bool(wrong.any()):
-        raise ScaleDtypeError(f"{int(wrong.sum())} of {x.numel()} scales or means do not fit {str(dtype).removeprefix('torch.')}")
-    return out
+    return out, (~((out - x).abs() <= 2.0**-10 * largest)).sum()

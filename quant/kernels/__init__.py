@@ -23,11 +23,13 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.gptq_block.reference",
     },
     "kmeans_columns": {
+        "cuda": "quant.kernels.kmeans_columns.cuda",
         "cpu": "quant.kernels.kmeans_columns.cpu",
         "torch": "quant.kernels.kmeans_columns.batched",
         "reference": "quant.kernels.kmeans_columns.reference",
     },
     "braq_search": {
+        "cuda": "quant.kernels.braq_search.cuda",
         "cpu": "quant.kernels.braq_search.cpu",
         "torch": "quant.kernels.braq_search.batched",
     },

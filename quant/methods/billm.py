@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.binary import binarize, stored
+from quant.binary import binarize, must_fit, rounded
 from quant.grids import with_stored_scales
 from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
@@ -111,6 +111,8 @@ class _Blocks:
     split: list[Tensor] = field(default_factory=list)
     scale: list[Tensor] = field(default_factory=list)
     mean: list[Tensor | None] = field(default_factory=list)
+    wrong: list[Tensor] = field(default_factory=list)
+    """Scales and means that their stored type does not hold; asked for once, at the end."""
     first: Tensor = field(init=False)
     """`[C, N]`: first scales of the block at work, a row per column."""
     other: Tensor = field(init=False)
@@ -124,7 +126,8 @@ class _Blocks:
         twice = binarize(block, salient, 2, means=means)
         scale = torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1)
         mean = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1) if means else None
-        scale, mean = stored(scale, mean, self.scale_dtype)
+        scale, mean, wrong = rounded(scale, mean, self.scale_dtype)
+        self.wrong.append(wrong)
         self.salient.append(salient)
         self.split.append(split)
         self.scale.append(scale)
@@ -166,6 +169,7 @@ class _Blocks:
 
     def tensor(self, signs: Tensor, second: Tensor) -> BinaryTensor:
         means, salient = [m for m in self.mean if m is not None], torch.cat(self.salient)
+        must_fit(torch.stack(self.wrong).sum(), sum(t.numel() for t in (*self.scale, *means)), self.scale_dtype)
         return BinaryTensor(
             signs.contiguous(),
             second & salient,
@@ -201,12 +205,14 @@ def _above(x: Tensor, salient: Tensor, threshold: Tensor) -> Tensor:
 def _reference(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     order = search.ranked(m.abs().sum(0))
     counts = _counts(method, m.shape[1], 1, 49)
-    k = counts[search.first_least(search.order_two_errors(m[:, order], counts))]
-    salient = _first(order, k)
+    ordered = m[:, order]
+    # The host never waits for a count or a threshold: a GPU goes from block to block.
+    k = search.first_least(search.order_two_errors(ordered, counts)) + counts[0]
+    salient = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, torch.arange(len(order), device=order.device) < k)
     # The zeros of salient columns count in the quantiles.
     thresholds = search.reference_quantiles(m.masked_fill(salient, 0).abs())
-    errors = search.split_errors(m[:, ~salient], thresholds)
-    return salient, _above(m, salient, thresholds[search.first_least(errors)])
+    errors = search.split_errors(ordered, thresholds, skip=k)
+    return salient, _above(m, salient, thresholds.gather(0, search.first_least(errors)[None]))
 
 
 def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
@@ -214,7 +220,7 @@ def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     counts = _counts(method, block.shape[1], 3, 30)
     magnitude = block[:, order].abs()
     never = magnitude.new_full((1,), math.inf)
-    k = counts[search.first_least(search.joint_errors(magnitude, counts, never))]
+    k = counts[int(search.first_least(search.joint_errors(magnitude, counts, never)))]
     salient, rest = _first(order, k), magnitude[:, k:]
     if not rest.numel():
         return salient, torch.zeros_like(block, dtype=torch.bool)
@@ -229,7 +235,7 @@ def _joint(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     counts = _counts(method, block.shape[1], 0, 49)
     magnitude = block[:, order].abs()
     thresholds = search.reference_quantiles(magnitude)
-    found = search.first_least(search.joint_errors(magnitude, counts, thresholds))
+    found = int(search.first_least(search.joint_errors(magnitude, counts, thresholds)))
     salient = _first(order, counts[found // thresholds.numel()])
     return salient, _above(block, salient, thresholds[found % thresholds.numel()])
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel
+from quant.kernels.braq_search import MOST_COLUMNS
 from quant.kernels.braq_search.batched import chunks
 
 SPLITS = 81
@@ -36,15 +37,17 @@ def reference_quantiles(values: Tensor) -> Tensor:
     return ordered[below] + (ordered[above] - ordered[below]) * fraction
 
 
-def first_least(errors: Tensor) -> int:
-    """Index of the least value, the first of equal ones, in the flattened tensor."""
+def first_least(errors: Tensor) -> Tensor:
+    """int64 `[]` on their device: index of the least value, the first of equal ones, in the flattened tensor."""
     flat = errors.reshape(-1)
-    return int((flat == flat.min()).nonzero()[0])
+    index = torch.arange(flat.numel(), device=flat.device)
+    return torch.where(flat == flat.min(), index, flat.numel()).min()
 
 
 def _twin(x: Tensor) -> Any:
-    # The twin in C++ has no float64.
-    return kernel("braq_search", "torch" if x.dtype is torch.float64 else "auto", x.device).run
+    # The compiled twins have no float64, and that for GPUs no wide blocks.
+    known = x.dtype is torch.float32 and (x.device.type == "cpu" or x.shape[1] <= MOST_COLUMNS)
+    return kernel("braq_search", "auto" if known else "torch", x.device).run
 
 
 # --- counts of salient columns --------------------------------------------------------------------------------------
@@ -74,9 +77,9 @@ def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
 # --- thresholds -----------------------------------------------------------------------------------------------------
 
 
-def split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
+def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
     """By the kernel `braq_search`: step c of the reference."""
-    found: Tensor = _twin(x).split_errors(x, thresholds)
+    found: Tensor = _twin(x).split_errors(x, thresholds, skip)
     return found
 
 

@@ -33,7 +33,7 @@ from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
-from quant.solver import inverse_factor, revive_dead, solve_columns
+from quant.solver import Solved, inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor, Outliers
 
@@ -124,8 +124,8 @@ class Claq:
 
         def run(dtype: torch.dtype) -> CodebookTensor:
             fitted = Columns(widths, fractions, dtype, kmeans, self.kmeans_start)
-            codes = solve_columns(columns, upper, self.block_size, fitted.round_column).codes
-            return fitted.tensor(codes, order, label_of(target, fractions is not None))
+            solved = solve_columns(columns, upper, self.block_size, fitted.round_column)
+            return fitted.tensor(solved, order, label_of(target, fractions is not None))
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
         return Rounded(tensor, damp=damp, notes=[*notes, *kmeans.notes, *dtype_notes], details=details_of(tensor))
@@ -205,13 +205,15 @@ def details_of(tensor: CodebookTensor) -> dict[str, Any]:
 
 
 class Columns:
-    """Codebooks and outliers of the columns rounded so far, in the order of work."""
+    """Codebooks and outliers of the columns rounded so far, in the order of work. On a GPU the host waits for none of them."""
 
     def __init__(self, widths: list[int], fractions: list[float] | None, dtype: torch.dtype, kmeans: Kernel, start: str) -> None:
         self.widths, self.fractions, self.dtype, self.kmeans, self.start = widths, fractions, dtype, kmeans.run, start
         self.tables: list[Tensor] = []
-        self.rows: list[Tensor] = []
         self.kept: list[Tensor] = []
+        """Masks `[N]`."""
+        self.wrong: dict[str, list[Tensor]] = {}
+        """What must not be ▸ whether it is, bool `[]`; for a GPU only."""
 
     def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         centres = self.kmeans.kmeans(column[None], 2 ** self.widths[j], self.start)
@@ -221,26 +223,21 @@ class Columns:
         codes = self.kmeans.nearest(column[None], stored)[0]
         values = stored[0][codes.long()]
         self.tables.append(table[0])
-        if self.fractions is not None:
-            self._keep(column, values, self.fractions[j])
-        return codes, values
+        return codes, values if self.fractions is None else self._with_kept(column, values, self.fractions[j])
 
-    def _keep(self, column: Tensor, values: Tensor, fraction: float) -> None:
-        """Values at both ends as they are, in the stored type; changes `values`."""
+    def _with_kept(self, column: Tensor, values: Tensor, fraction: float) -> Tensor:
+        """The values, those at both ends as they are, in the stored type."""
         top, bottom = tails(len(column), fraction)
         mask = column >= column.topk(top).values[-1]
         if bottom:
             mask |= column <= column.topk(bottom, largest=False).values[-1]
-        exact = column.to(self.dtype)
-        if not bool(torch.isfinite(exact).all()):
-            raise ScaleDtypeError("reserved weights do not fit float16")
-        if bool((exact.to(values) == values).all()) or int(mask.sum()) > top + bottom:
-            # Equal weights, or as few as the table holds, need no reserving.
-            mask &= exact.to(values) != values
-        rows = mask.nonzero()[:, 0]
-        self.rows.append(rows)
-        self.kept.append(exact[rows])
-        values[rows] = exact[rows].to(values)
+        exact = column.to(self.dtype).to(values)
+        self._refuse("reserved weights do not fit float16", ~torch.isfinite(exact).all())
+        same = exact == values
+        # Equal weights, or as few as the table holds, need no reserving.
+        mask &= ~(same & (same.all() | (mask.sum() > top + bottom)))
+        self.kept.append(mask)
+        return torch.where(mask, exact, values)
 
     def _check(self, centres: Tensor, table: Tensor) -> None:
         """Tables may be off by a 256th of their range; one of equal values by a 1024th."""
@@ -248,21 +245,30 @@ class Columns:
             return
         width = centres[0, -1] - centres[0, 0]
         allowed = torch.where(width > 0, width / 256, centres[0].abs().amax() / 1024)
-        if not bool(((table.to(centres) - centres).abs() <= allowed).all()):
-            raise ScaleDtypeError("a codebook does not fit float16")
+        self._refuse("a codebook does not fit float16", ~((table.to(centres) - centres).abs() <= allowed).all())
 
-    def tensor(self, codes: Tensor, order: Tensor, label: float) -> CodebookTensor:
-        """From codes `[K, N]` in the order of work."""
-        k, device = len(order), codes.device
+    def _refuse(self, what: str, wrong: Tensor) -> None:
+        """At once on a CPU; on a GPU at the end, since asking waits for all that was started."""
+        if wrong.device.type != "cpu":
+            self.wrong.setdefault(what, []).append(wrong)
+        elif bool(wrong):
+            raise ScaleDtypeError(what)
+
+    def tensor(self, solved: Solved, order: Tensor, label: float) -> CodebookTensor:
+        """From codes and values in the order of work."""
+        for what, wrong in self.wrong.items():
+            if bool(torch.stack(wrong).any()):
+                raise ScaleDtypeError(what)
+        codes, k, device = solved.codes, len(order), solved.codes.device
         position = torch.empty_like(order)
         position[order] = torch.arange(k, device=device)
         widths = torch.tensor(self.widths, device=device)
         tables = torch.zeros(k, 2 ** int(widths.max()), dtype=self.dtype, device=device)
-        for j, table in enumerate(self.tables):
-            tables[j, : len(table)] = table
+        for bits in set(self.widths):
+            at = torch.tensor([j for j, b in enumerate(self.widths) if b == bits], device=device)
+            tables[at, : 2**bits] = torch.stack([table for table in self.tables if len(table) == 2**bits])
         outliers = None
-        if self.rows:
-            plain = position.tolist()
-            counts = torch.tensor([len(self.rows[j]) for j in plain], device=device)
-            outliers = Outliers(counts, torch.cat([self.rows[j] for j in plain]), torch.cat([self.kept[j] for j in plain]))
+        if self.kept:
+            mask = torch.stack(self.kept)[position]
+            outliers = Outliers(mask.sum(1), mask.nonzero()[:, 1], solved.values[position][mask].to(self.dtype))
         return CodebookTensor(codes[position].T.to(torch.uint8).contiguous(), widths[position], tables[position], label, outliers)

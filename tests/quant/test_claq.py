@@ -61,7 +61,7 @@ def test_summed_errors_are_the_output_error(start: str, reserve: bool, block: in
     fractions = [0.014 if j % 5 == 0 else 0.004 for j in range(24)] if reserve else None
     fitted = Columns([2, 3, 4] * 8, fractions, torch.float32, kernel("kmeans_columns"), start)
     solved = solve_columns(w.T.contiguous(), upper, block, fitted.round_column)
-    tensor = fitted.tensor(solved.codes, torch.arange(24), 3.0)
+    tensor = fitted.tensor(solved, torch.arange(24), 3.0)
     d = w - tensor.dequantize().double()
     torch.testing.assert_close(solved.loss.sum(), ((d @ h) * d).sum(), rtol=1e-10, atol=0)
 

@@ -176,11 +176,11 @@ def test_each_column_is_fitted_on_its_own() -> None:
 
 
 def test_the_table_names_backends_and_refuses_others() -> None:
-    assert list(TABLE["kmeans_columns"]) == ["cpu", "torch", "reference"]
+    assert list(TABLE["kmeans_columns"]) == ["cuda", "cpu", "torch", "reference"]
     assert kernel("kmeans_columns", "reference").backend == "reference"
     assert kernel("kmeans_columns", device="meta").backend == "torch"
-    with pytest.raises(ValueError, match=r"backend 'cuda' of kmeans_columns is unknown; choose one of auto, cpu, torch, reference"):
-        kernel("kmeans_columns", "cuda")
+    with pytest.raises(ValueError, match=r"backend 'triton' of kmeans_columns is unknown; choose one of auto, cuda, cpu, torch, reference"):
+        kernel("kmeans_columns", "triton")
     with pytest.raises(ValueError, match=r"kernel 'kmeens' is unknown; choose one of .*kmeans_columns"):
         kernel("kmeens")
     with pytest.raises(RuntimeError, match=r"backend cpu of kmeans_columns does not work on meta: .* works on CPU tensors"):

@@ -4,6 +4,10 @@ A set of n values binarized once leaves Σ(x - μ)² - n α², μ its mean and �
 Every twin has
 - `order_two_errors(m, counts) ▸ [k]`: m `[N, C]`, its columns ranked. For each count k the squared error when the first k columns and the
   rest are each binarized twice
-- `split_errors(x, thresholds) ▸ [T]`: x `[N, C]`. For each threshold, 0 or more, that when values with |x| ≥ t and the rest are each
-  binarized once Means are used; errors are float64 sums over all rows. Twins differ by rounding: of float32 sums along a row.
+- `split_errors(x, thresholds, skip=None) ▸ [T]`: x `[N, C]`. For each threshold, 0 or more, that when values with |x| ≥ t and the rest
+  are each binarized once. `skip` int64 `[]` on the device of x: so many columns at the front count for nothing.
+Means are used; errors are float64 sums over all rows. Twins differ by rounding: of float32 sums along a row.
 """
+
+MOST_COLUMNS = 384
+"""Of the CUDA twin: what shared memory holds for 32 rows."""

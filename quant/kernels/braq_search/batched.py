@@ -44,9 +44,10 @@ def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
     return total
 
 
-def split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
+def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
     """Squared error `[T]`, float64, of x `[N, C]` split at |x| >= t, both parts binarized once with means (step c of the
     reference). Thresholds `[T]` are 0 or more."""
+    x = x if skip is None else x[:, int(skip) :]
     total = torch.zeros(thresholds.numel(), dtype=torch.float64, device=x.device)
     for rows in chunks(x, 8 * (x.shape[1] + thresholds.numel())):
         total += _split_errors(rows, thresholds)

@@ -21,7 +21,8 @@ def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
     return _run("bitgrid_braq_counts", m, torch.tensor(counts, dtype=torch.int64), COUNT_ROWS)
 
 
-def split_errors(x: Tensor, thresholds: Tensor) -> Tensor:
+def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
+    x = x if skip is None else x[:, int(skip) :]
     return _run("bitgrid_braq_splits", x, thresholds.to(x).contiguous(), SPLIT_ROWS)
 
 

@@ -11,8 +11,8 @@ start
 - `plus_plus`: what scikit-learn's `KMeans(k, n_init=1, random_state=10)` does: greedy k-means++ (Arthur & Vassilvitskii 2007) with
   2 + ln k candidates per centre and NumPy's stream of that seed, then steps until the centres move less than 1e-4 of the variance.
 
-Everything is deterministic. `cpu` and `torch` work on sorted values and prefix sums in float64 and give equal bits; `reference` is
-plus_plus the plain way.
+Everything is deterministic. `cpu` and `torch` work on sorted values and prefix sums in float64 and give equal bits; `cuda` takes the same
+steps with sums in another order; `reference` is plus_plus the plain way.
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, and a block's salient columns and threshold. See bench/gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from quant.kernels import kernel
+from quant.methods.billm import Billm
+from quant.methods.billm import _reference as billm_masks
+from quant.methods.binary_search import reference_quantiles
+
+
+def measured(b: Any) -> Iterator[tuple[str, float, float, float | None, dict[str, float | None], str]]:
+    """Name, error, what is allowed, microseconds, those of others, goal."""
+    name = "auto" if b.dry else "cuda"
+    run, twin = (kernel("kmeans_columns", backend, b.device).run for backend in (name, "torch"))
+    for count, n, start, goal in (
+        (4096, 4096, "plus_plus", "10 ms"),
+        (4096, 4096, "partition", "10 ms"),
+        (128, 4096, "plus_plus", ""),
+        (1, 4096, "plus_plus", "40 us"),
+        (1, 4096, "partition", "40 us"),
+        (1, 11008, "plus_plus", "40 us"),
+        (1, 11008, "partition", "40 us"),
+    ):
+        x = b.random(b.size(count, 2), b.size(n, 100))
+        fitted = run.kmeans(x, 16, start)
+        # By what sums of squares are larger than those of the other twin, of some columns.
+        some = slice(0, 8)
+        errors = [_squares(x[some], c) for c in (fitted[some], twin.kmeans(x[some], 16, start))]
+        took = b.time(lambda i: run.kmeans(x, 16, start))  # noqa: B023
+        peers = dict(
+            torch=b.once(lambda: twin.kmeans(x, 16, start)) if count < 4096 else None,  # noqa: B023
+            codes=b.time(lambda i: run.nearest(x, fitted)),  # noqa: B023
+        )
+        worse = float((errors[0] / errors[1]).max()) - 1
+        yield f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, peers, goal
+    search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
+    counts = range(1, 50)
+    for n in (4096, 11008) if not b.dry else (40,):
+        x = b.random(n, 128)
+        thresholds = reference_quantiles(x.abs())
+        squares = float(x.double().square().sum())
+        left = [r.order_two_errors(x, counts) for r in (search, plain)]
+        split = [r.split_errors(x, thresholds) for r in (search, plain)]
+        error = max(float((a - c).abs().max()) / squares for a, c in (left, split))
+        counted, parted = b.time(lambda i: search.order_two_errors(x, counts)), b.time(lambda i: search.split_errors(x, thresholds))  # noqa: B023
+        whole = b.time(lambda i: billm_masks(x, x, Billm())) if not b.dry else None  # noqa: B023
+        peers = dict(
+            counts_alone=counted,
+            splits_alone=parted,
+            torch=b.once(lambda: (plain.order_two_errors(x, counts), plain.split_errors(x, thresholds))),  # noqa: B023
+        )
+        allowed = 2 * (128 + 20) * 2.0**-24
+        goal = "0.25 ms" if n == 4096 else ""
+        yield f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, peers, goal
+
+
+def _squares(x: Tensor, centres: Tensor) -> Tensor:
+    return (x.double()[:, :, None] - centres.double()[:, None, :]).square().amin(2).sum(1)

@@ -1,0 +1,229 @@
+// Runs a kernel's source on the host, for tests: the threads of a block are contexts of one thread, which change places at barriers, and
+// blocks run one after the other. Included before the source. Reading or writing past the end of the dynamic shared memory stops the
+// process; it begins as NaNs.
+
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#define DEVICE inline
+#define GLOBAL inline
+#define BOUNDS(threads, blocks)
+#define __shared__ static
+#define __restrict__
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulated::memory
+#define LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
+    emulated::launch(blocks, int(threads), bytes, [&] { (kernel)(__VA_ARGS__); })
+
+using std::max;
+using std::min;
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned a, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+
+namespace emulated {
+
+constexpr int64_t STACK = 256 * 1024, MOST_SHARED = 227 * 1024 - 24 * 1024;  // the rest is for static shared memory
+
+struct Group {
+    int size = 0, arrived = 0;
+    int64_t turn = 0;
+};
+
+struct Context {
+    jmp_buf place;
+    ucontext_t start;
+    std::vector<char> stack;
+    bool entered = false, ended = false;
+    int shuffles = 0;
+};
+
+inline unsigned char* memory = nullptr;
+inline std::vector<Context> contexts;
+inline std::vector<Group> warps;
+inline Group block;
+inline std::function<void()> work;
+inline jmp_buf caller;
+inline int thread = 0, alive = 0;
+inline int64_t idle = 0;
+inline uint64_t slots[2][1024];
+inline int vote;
+inline dim3 at(0);
+
+inline void enter() {
+    work();
+    contexts[thread].ended = true;
+    alive--;
+    if (alive == 0) _longjmp(caller, 1);
+    for (;;) {
+        do thread = (thread + 1) % int(contexts.size());
+        while (contexts[thread].ended);
+        Context& next = contexts[thread];
+        if (next.entered) _longjmp(next.place, 1);
+        next.entered = true;
+        setcontext(&next.start);
+    }
+}
+
+inline void yield() {
+    Context& own = contexts[thread];
+    if (++idle > 100 * int64_t(contexts.size())) {
+        std::fprintf(stderr, "threads wait for each other for ever\n");
+        std::abort();
+    }
+    if (_setjmp(own.place)) return;
+    do thread = (thread + 1) % int(contexts.size());
+    while (contexts[thread].ended);
+    Context& next = contexts[thread];
+    if (next.entered) _longjmp(next.place, 1);
+    next.entered = true;
+    setcontext(&next.start);
+}
+
+inline void wait(Group& g) {
+    const int64_t turn = g.turn;
+    if (++g.arrived == g.size) {
+        g.arrived = 0;
+        g.turn++;
+        idle = 0;
+        return;
+    }
+    while (g.turn == turn) yield();
+}
+
+template <class Work>
+int launch(dim3 blocks, int threads, int64_t bytes, const Work& kernel) {
+    if (bytes > MOST_SHARED || threads > 1024) return 1;
+    const int64_t page = sysconf(_SC_PAGESIZE), room = (bytes + page - 1) / page * page;
+    char* area = static_cast<char*>(mmap(nullptr, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mprotect(area + room, page, PROT_NONE);
+    memory = reinterpret_cast<unsigned char*>(area + room - (bytes + 15) / 16 * 16);
+    work = kernel;
+    for (unsigned y = 0; y < blocks.y; y++)
+        for (unsigned x = 0; x < blocks.x; x++) {
+            at = dim3(x, y);
+            std::memset(area, 0xff, room);
+            contexts.resize(threads);
+            warps.assign((threads + 31) / 32, Group());
+            block = Group();
+            block.size = alive = threads;
+            vote = 0;
+            for (int t = 0; t < threads; t++) {
+                Context& c = contexts[t];
+                c.entered = c.ended = false;
+                c.shuffles = 0;
+                c.stack.resize(STACK);
+                warps[t / 32].size++;
+                getcontext(&c.start);
+                c.start.uc_stack.ss_sp = c.stack.data();
+                c.start.uc_stack.ss_size = STACK;
+                c.start.uc_link = nullptr;
+                makecontext(&c.start, enter, 0);
+            }
+            thread = 0;
+            idle = 0;
+            if (!_setjmp(caller)) {
+                contexts[0].entered = true;
+                setcontext(&contexts[0].start);
+            }
+        }
+    munmap(area, room + page);
+    return 0;
+}
+
+// The value of another lane of the warp. A lane is never more than one exchange ahead: two slots do.
+template <typename T>
+T exchanged(T value, int lane) {
+    uint64_t(&own)[1024] = slots[contexts[thread].shuffles++ % 2];
+    std::memcpy(&own[thread], &value, sizeof value);
+    wait(warps[thread / 32]);
+    std::memcpy(&value, &own[thread / 32 * 32 + lane], sizeof value);
+    return value;
+}
+
+struct Place {
+    int x, y;
+};
+
+}  // namespace emulated
+
+#define threadIdx (emulated::Place{emulated::thread, 0})
+#define blockIdx (emulated::Place{int(emulated::at.x), int(emulated::at.y)})
+
+inline void __syncthreads() { emulated::wait(emulated::block); }
+inline void __syncwarp() { emulated::wait(emulated::warps[emulated::thread / 32]); }
+
+inline int __syncthreads_or(int v) {
+    emulated::vote |= v != 0;
+    __syncthreads();
+    const int found = emulated::vote;
+    __syncthreads();
+    emulated::vote = 0;
+    __syncthreads();
+    return found;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T v, int source, int width = 32) {
+    const int lane = emulated::thread % 32;
+    return emulated::exchanged(v, lane / width * width + source % width);
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T v, int d, int width = 32) {
+    const int lane = emulated::thread % 32;
+    return emulated::exchanged(v, lane % width >= d ? lane - d : lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T v, int d) {
+    return emulated::exchanged(v, (emulated::thread % 32) ^ d);
+}
+inline unsigned __ballot_sync(unsigned, bool v) {
+    const int warp = emulated::thread / 32;
+    uint64_t(&own)[1024] = emulated::slots[emulated::contexts[emulated::thread].shuffles++ % 2];
+    own[emulated::thread] = v;
+    emulated::wait(emulated::warps[warp]);
+    unsigned found = 0;
+    for (int l = 0; l < emulated::warps[warp].size; l++) found |= unsigned(own[warp * 32 + l]) << l;
+    return found;
+}
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int atomicMin(int* at, int v) { return std::exchange(*at, std::min(*at, v)); }
+inline float __double2float_rd(double v) {
+    const float f = float(v);
+    return double(f) > v ? std::nextafter(f, -INFINITY) : f;
+}
+inline float __double2float_ru(double v) { return -__double2float_rd(-v); }
+
+template <int ITEMS>
+constexpr int64_t sort_room() {
+    return 4 * ITEMS;
+}
+
+// Ascending: thread t has the ranks from t * ITEMS on.
+template <int ITEMS>
+void sort_block(float (&keys)[ITEMS], void*) {
+    static std::vector<float> all;
+    if (threadIdx.x == 0) all.resize(ITEMS * emulated::contexts.size());
+    __syncthreads();
+    std::copy_n(keys, ITEMS, all.begin() + threadIdx.x * ITEMS);
+    __syncthreads();
+    if (threadIdx.x == 0) std::sort(all.begin(), all.end());
+    __syncthreads();
+    std::copy_n(all.begin() + threadIdx.x * ITEMS, ITEMS, keys);
+    __syncthreads();
+}

@@ -1,0 +1,53 @@
+"""Sources of `quant/csrc/*.cu` as libraries that run on the host, thread by thread (`cuda_on_host.h`), or as reports of what nvcc makes of
+them. For tests."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from quant.kernels.native import SOURCES, kept_library
+from quant.kernels.on_cuda import compiler
+
+HEADER = Path(__file__).with_name("cuda_on_host.h")
+FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include", str(HEADER), "-x", "c++")
+SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+
+
+@cache
+def emulated(name: str) -> ctypes.CDLL:
+    """Skips the test where it cannot be built."""
+    found = shutil.which("g++")
+    if found is None or platform.machine() != "x86_64" or platform.system() != "Linux":
+        pytest.skip("kernels are emulated on Linux on x86-64, with g++")
+    # The emulation is part of what the library is made from.
+    return ctypes.CDLL(str(kept_library(SOURCES / f"{name}.cu", found, HEADER.read_text(), FLAGS, ((),))))
+
+
+def call(name: str, function: str, *values: Tensor | int) -> None:
+    """As `on_cuda.call`, of CPU tensors."""
+    addresses = (v.data_ptr() if isinstance(v, Tensor) else v for v in (*values, 0))
+    failed = getattr(emulated(name), function)(*map(ctypes.c_int64, addresses))
+    assert failed == 0, f"{function} would not start"
+
+
+def compiled(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, ...]]:
+    """Kernel ▸ bytes of stack, of spill stores and of spill loads, as nvcc says. Skips the test where there is none."""
+    nvcc = compiler()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = [nvcc, "-O3", "-std=c++17", "-cubin", target, "-Xptxas", "-v", str(SOURCES / f"{name}.cu"), "-o", os.fspath(folder / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = re.findall(r"Function properties for (\S+)", done.stderr)
+    return dict(zip(names, (tuple(map(int, found)) for found in SPILLS.findall(done.stderr)), strict=True))

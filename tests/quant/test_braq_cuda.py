@@ -1,0 +1,93 @@
+"""BiLLM's searches in CUDA C++: their source on the host against torch's twin, what nvcc makes of it, and the kernels where there is a GPU.
+
+Tolerances: those of test_braq_search.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.kernels import kernel, on_cuda
+from quant.kernels.braq_search import MOST_COLUMNS, batched, cuda
+from quant.methods import binary_search as search
+from quant.methods.billm import Billm, _reference
+from quant.methods.binary_search import first_least, reference_quantiles
+from tests.quant.cuda_on_host import call, compiled, emulated
+from tests.quant.test_braq_search import bound, values
+
+SHAPES = [(1, 1), (7, 3), (33, 128), (65, 50), (40, 129), (3, MOST_COLUMNS)]
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA twin, on CPU tensors."""
+    emulated("braq_search")
+    monkeypatch.setattr(on_cuda, "call", call)
+    return cuda
+
+
+def same(run: Any, device: str, n: int, c: int, tied: bool) -> None:
+    x = values(n, c)
+    for counts in (range(min(c, 49) + 1), range(min(c, 3), min(c, 3) + 1)):
+        got = run.order_two_errors(x.to(device), counts).cpu()
+        assert torch.allclose(got, batched.order_two_errors(x.double(), counts), rtol=0, atol=bound(x))
+    x = values(n, c, tied)
+    thresholds = torch.cat([torch.tensor([0.0, 1.0, 1e9]), reference_quantiles(x.abs())])
+    for skip in (None, 0, min(c, 5), c):
+        given = None if skip is None else torch.tensor(skip, device=device)
+        got = run.split_errors(x.to(device), thresholds.to(device), given).cpu()
+        want = batched.split_errors(x[:, skip or 0 :], thresholds) if skip != c else torch.zeros_like(got)
+        assert torch.allclose(got, want, rtol=0, atol=1e-12 * float(x.double().square().sum()))
+
+
+@pytest.mark.parametrize(("n", "c"), SHAPES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_both_searches(host: Any, n: int, c: int, tied: bool) -> None:
+    same(host, "cpu", n, c, tied)
+
+
+def test_what_is_refused(host: Any) -> None:
+    with pytest.raises(ValueError, match=r"weights are torch.float64; the CUDA search takes torch.float32: use backend=torch"):
+        host.split_errors(values(4, 4).double(), torch.tensor([1.0]))
+    with pytest.raises(ValueError, match=r"a block of 385 columns; the CUDA search takes up to 384: use backend=torch"):
+        host.order_two_errors(values(2, MOST_COLUMNS + 1), [1])
+    with pytest.raises(ValueError, match=r"1025 thresholds; the CUDA search takes up to 1024: use backend=torch"):
+        host.split_errors(values(2, 4), torch.arange(1025.0))
+
+
+def test_nothing_is_spilled(tmp_path: Path) -> None:
+    found = compiled("braq_search", "90a", tmp_path)
+    assert len(found) == 2
+    assert set(found.values()) == {(0, 0, 0)}
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("n", "c"), [*SHAPES, (4096, 128), (11008, 128)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_on_a_gpu(n: int, c: int, tied: bool) -> None:
+    same(kernel("braq_search", "cuda", "cuda").run, "cuda", n, c, tied)
+
+
+@on_a_gpu
+def test_a_block_is_chosen_without_the_host_and_as_well_as_on_it() -> None:
+    w = values(1000, 128)
+    torch.cuda.set_sync_debug_mode("default")
+    _reference(w.cuda(), w.cuda(), Billm())  # what is kept from call to call
+    block = w.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        salient, split = _reference(block, block, Billm())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    k = int(salient.sum())
+    order = search.ranked(w.abs().sum(0))
+    errors = search.order_two_errors(w[:, order].double(), range(1, 50))
+    assert errors[k - 1] <= errors[first_least(errors)] + bound(w)
+    again = _reference(w.cuda(), w.cuda(), Billm())
+    assert torch.equal(again[0], salient)
+    assert torch.equal(again[1], split)

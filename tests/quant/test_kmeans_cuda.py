@@ -1,0 +1,139 @@
+"""The CUDA k-means: its source on the host against the C++ and torch twins, what nvcc makes of it, and the kernel where there is a GPU.
+
+Tolerance: both twins sum in float64 and differ in the order of sums alone; for values up to 1e4 in columns of a few hundred that is far
+below 1e-9, and float32 centres come out equal but for one rounding.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import kernel, on_cuda
+from quant.kernels.kmeans_columns import STARTS, batched, cuda
+from quant.methods.claq import Columns
+from tests.quant.cuda_on_host import call, compiled, emulated
+from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_error
+
+CLOSE = {torch.float32: 2.0**-22, torch.float64: 1e-9}
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The CUDA twin, on CPU tensors."""
+    emulated("kmeans_columns")
+    monkeypatch.setattr(on_cuda, "call", call)
+    cuda._numbers.cache_clear()
+    yield cuda
+    cuda._numbers.cache_clear()
+
+
+def same(run: Any, x: Tensor, k: int, start: str) -> None:
+    got, want = run.kmeans(x, k, start), batched.kmeans(x, k, start)
+    assert (got.dtype, got.shape) == (x.dtype, want.shape)
+    close = CLOSE.get(x.dtype, 2.0**-9) * float(x.double().abs().max())
+    torch.testing.assert_close(got, want, rtol=0, atol=close)
+    assert torch.equal(run.nearest(x, want), batched.nearest(x, want))
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_on_the_chip(host: Any, shape: str, start: str) -> None:
+    for n, k in ((1, 1), (2, 2), (31, 3), (33, 16), (300, 2), (513, 16)):
+        same(host, columns(shape, n, seed=n, count=2), k, start)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(("n", "k"), [(4096, 16), (5000, 4), (11008, 16), (cuda.MOST_ROWS, 5)])
+def test_long_columns_on_the_chip(host: Any, n: int, k: int, start: str) -> None:
+    same(host, columns("normal", n, count=1), k, start)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_columns_in_device_memory(host: Any, start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    same(host, columns("normal", cuda.MOST_ROWS + 1, count=1), 4, start)
+    monkeypatch.setattr(cuda, "TOGETHER", 2)
+    for shape in SHAPES:
+        same(host, columns(shape, 333, count=3, dtype=torch.float64), 6, start)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("k", [32, 33, 64, 256])
+def test_many_centres(host: Any, k: int, start: str) -> None:
+    same(host, columns("normal", 700, seed=k, count=1), k, start)
+
+
+def test_other_types_and_few_values(host: Any) -> None:
+    same(host, columns("heavy", 200, dtype=torch.float16), 4, "plus_plus")
+    for few in ([1.5], [-0.0, 0.0], [-3.0, 1.0, 2.0]):
+        x = torch.tensor(few)[torch.arange(100) % len(few)][None]
+        for k in (1, 3, 4, 64):
+            for start in STARTS:
+                assert torch.equal(host.kmeans(x, k, start), batched.kmeans(x, k, start))
+
+
+def test_no_columns(host: Any) -> None:
+    assert host.kmeans(torch.empty(0, 9), 4).shape == (0, 4)
+
+
+def test_nothing_is_spilled(tmp_path: Path) -> None:
+    found = compiled("kmeans_columns", "90a", tmp_path)
+    assert len(found) == 7
+    assert set(found.values()) == {(0, 0, 0)}
+
+
+@on_a_gpu
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_on_a_gpu(shape: str, start: str) -> None:
+    """Centres equal but where a tie of sums went the other way (among rounded values that is nothing rare): such a column must be about as
+    good, a tenth being what starts differ by."""
+    run = kernel("kmeans_columns", "cuda", "cuda").run
+    for n in (1, 31, 300, 4096, 4609, 11008, 14336):
+        for k in (2, 4, 16, 64):
+            x = columns(shape, n, seed=n + k, count=5)
+            got, want = run.kmeans(x.cuda(), k, start).cpu(), batched.kmeans(x, k, start)
+            far = (got - want).abs().amax(1) > CLOSE[torch.float32] * x.abs().amax(1)
+            assert int(far.sum()) <= (5 if shape == "rounded" else 1), (n, k)
+            if bool(far.any()):
+                assert bool((squared_error(x[far], got[far]) <= 1.1 * squared_error(x[far], want[far])).all()), (n, k)
+            assert torch.equal(run.nearest(x.cuda(), want.cuda()).cpu(), batched.nearest(x, want))
+
+
+@on_a_gpu
+def test_on_a_gpu_alone_and_together_and_in_a_graph() -> None:
+    run = kernel("kmeans_columns", "cuda", "cuda").run
+    x = torch.cat([columns(shape, 4096) for shape in SHAPES]).cuda()
+    for start in STARTS:
+        together = run.kmeans(x, 16, start)
+        assert all(torch.equal(run.kmeans(row[None], 16, start)[0], centres) for row, centres in zip(x, together, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = run.kmeans(x, 16, start)
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, together)
+        if start == "partition":
+            wide = x[:, :500].double()
+            is_fixed_point(wide.cpu(), run.kmeans(wide, 8, start).cpu())
+
+
+@on_a_gpu
+@pytest.mark.parametrize("reserved", [False, True])
+def test_on_a_gpu_a_column_of_claq_is_rounded_without_the_host(reserved: bool) -> None:
+    x = columns("normal", 4096, count=2).cuda()
+    fitted = Columns([4, 4], [0.004] * 2 if reserved else None, torch.float16, kernel("kmeans_columns", "cuda", "cuda"), "plus_plus")
+    fitted.round_column(0, x[0], x)  # what is kept from call to call
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        codes, values = fitted.round_column(1, x[1], x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    table = fitted.tables[1].float()
+    assert bool(((x[1, :, None] - table).abs().amin(1) + 1e-6 >= (x[1] - table[codes.long()]).abs()).all())
+    assert int((values != table[codes.long()]).sum()) <= (2 * 18 if reserved else 0)
