@@ -1,0 +1,87 @@
+"""What the quantize stage writes of a block: operations of the recipe, and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.methods.base import StoredTensor
+from quant.tensors import ColumnsTensor
+from workers.capture import Range
+from workers.reassemble import input_steps
+from workers.recipe import Operation
+from workers.rotate import Rotator
+from workers.rounding import BlockQuantizer, LinearResult
+
+
+def block_operations(
+    worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range], rotator: Rotator | None
+) -> tuple[list[Operation], dict[str, Tensor]]:
+    """Of a block whose linears are rounded, and the tensors that they name."""
+    weights = worker.weights
+    tensors: dict[str, Tensor] = {}
+    operations: list[Operation] = [] if rotator is None else rotator.block_operations(worker.index)
+    for name in dict.fromkeys([*(() if rotator is None else rotator.norms), *weights.norms]):
+        path = worker.path(name)
+        names = {k: f"{path}.{k}" for k in weights.norms.get(name, ())}
+        module: Any = worker.block.get_submodule(name)
+        tensors.update({names[k]: getattr(module, k) for k in names})
+        kind = {} if rotator is None else rotator.norm_operation(name)
+        operations.append({"op": "set_norm", "module": path, "tensors": names, **kind})
+    for name in weights.routers:
+        tensors[f"{worker.path(name)}.weight"] = worker.block.get_submodule(name).weight
+        operations.append({"op": "dense", "module": worker.path(name), "tensor": f"{worker.path(name)}.weight"})
+    rounded = {r.name: r for r in results}
+    for name, view in weights.views.items():
+        path = worker.path(name)
+        bias = None
+        if name in weights.biases or (rotator is not None and view.bias is not None):
+            bias, tensors[f"{path}.bias"] = f"{path}.bias", view.bias
+        steps = [] if rotator is None else rotator.input_steps(name)
+        more, shared = input_steps(worker, name)
+        steps += more
+        tensors.update(shared)
+        changed = _outputs(worker, name, rotator)
+        if path in rounded:
+            stored = rounded[path].rounded.tensor
+            packed = stored.pack()
+            tensors.update({f"{path}.{k}": t for k, t in packed.items()})
+            if worker.site(name) in ranges:
+                steps.append({"op": "activation", **_static_range(ranges[worker.site(name)], stored)})
+            operations.append(
+                {
+                    "op": "replace_linear",
+                    "module": path,
+                    "format": stored.format,
+                    "meta": stored.meta(),
+                    "tensors": {k: f"{path}.{k}" for k in packed},
+                    "bias": bias,
+                    "input": steps,
+                    **changed,
+                }
+            )
+        elif rotator is not None or weights.current[name] is not weights.original[name]:
+            tensors[f"{path}.weight"] = view.weight()
+            dense = {"op": "dense", "module": path, "linear": True, "tensor": f"{path}.weight", "bias": bias, **changed}
+            operations.append({**dense, "input": steps} if steps else dense)
+    file = f"tensors_{worker.index:04d}.safetensors"
+    return [{**op, "file": file} for op in operations], tensors
+
+
+def _outputs(worker: BlockQuantizer, name: str, rotator: Rotator | None) -> dict[str, list[str]]:
+    """What transforms did to what the linear gives, besides rounding."""
+    done = ["rotated"] if rotator is not None and name == rotator.sites.value else []
+    done += ["scaled"] if name in worker.weights.rows else []
+    return {"outputs": done} if done else {}
+
+
+def _static_range(found: Range, stored: StoredTensor) -> dict[str, float]:
+    """Least and greatest of the inputs that are quantized."""
+    low, high = found
+    if isinstance(stored, ColumnsTensor) and stored.exact_inputs:
+        quantized = torch.ones_like(low, dtype=torch.bool).index_fill(0, stored.kept.to(low.device), False)
+        low, high = low[quantized], high[quantized]
+    return {"low": float(low.min()), "high": float(high.max())}
