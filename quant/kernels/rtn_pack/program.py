@@ -233,7 +233,7 @@ def whole_groups(
         low = tl.minimum(low, v if whole else tl.where(inside, v, float("inf")))
         high = tl.maximum(high, v if whole else tl.where(inside, v, float("-inf")))
         total += v
-        held = held + (v,)  # noqa: RUF005 - what Triton's compiler takes
+        held = held + (v,)  # type: ignore[assignment]  # noqa: RUF005
     s, z, inverse = finished(
         tl.min(low, 1), tl.max(high, 1), tl.sum(total, 1), scales, zeros, told, group + row, alive, top, steps, GRID, HALF
     )

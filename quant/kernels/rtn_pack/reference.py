@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
-from quant.kernels.rtn_pack import ZERO_DTYPES, Packed, shape_of
+from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
 from quant.tensors.packing import pack_bits
 
 
@@ -32,5 +32,5 @@ def rtn_pack(
     unfit = unfit_float16(affine, groups) if scale_dtype is torch.float16 else torch.zeros_like(broken)
     told = torch.stack([broken.sum(), unfit.sum()]).to(torch.int32)
     whole = affine.encode(groups).to(torch.uint8).view(weight.shape)
-    scale, zero = affine.scale[..., 0].to(scale_dtype), affine.zero[..., 0].to(ZERO_DTYPES.get(affine.kind, scale_dtype))
+    scale, zero = affine.scale[..., 0].to(scale_dtype), affine.zero[..., 0].to(zero_dtype(grid, scale_dtype))
     return Packed(whole if codes else None, pack_bits(whole, bits) if stream else None, scale.contiguous(), zero.contiguous(), told)

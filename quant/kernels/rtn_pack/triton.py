@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.grids import GRIDS
 from quant.kernels.on_triton import interpreted, unavailable
-from quant.kernels.rtn_pack import ZERO_DTYPES, Packed, shape_of
+from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
 from quant.tensors.packing import pack_bits
 
 __all__ = ["rtn_pack", "unavailable"]
@@ -24,11 +23,11 @@ HELD, HELD_WITH_CODES = 32, 64
 def rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, codes: bool = True, stream: bool = True) -> Packed:
     from quant.kernels.rtn_pack.program import long_groups, whole_groups
 
-    shape, kind = shape_of(weight, width), GRIDS[grid].zero
+    shape = shape_of(weight, width)
     given = weight.detach().contiguous()
     given = given.float() if weight.dtype is torch.float64 else given
     scale = given.new_empty(shape, dtype=scale_dtype)
-    zero = given.new_empty(shape, dtype=ZERO_DTYPES.get(kind, scale_dtype))
+    zero = given.new_empty(shape, dtype=zero_dtype(grid, scale_dtype))
     told = torch.zeros(2, dtype=torch.int32, device=given.device)
     # The program packs whole words only. Codes of 8 bits are their own stream.
     packs = stream and bits < 8 and width % WHOLE == 0
