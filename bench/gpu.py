@@ -243,14 +243,11 @@ def rounding(b: Bench) -> Iterator[Row]:
             ours, want = run(*given), plain(*given)
             for part in ("scale", "zero", "stream", "told", *(["codes"] if codes else [])):
                 wrong += float((getattr(ours, part) != getattr(want, part)).double().sum())
-            del ours, want
 
-        def work(i: int) -> object:
+        def work(i: int) -> list[Any]:
             return [run(w, grid, bits, width or w.shape[1], torch.float16, codes) for w in blocks[i]]  # noqa: B023
 
-        made = [run(w, grid, bits, width or w.shape[1], torch.float16, codes) for w in blocks[0]]
-        moved = sum(t.nbytes for p in made for t in (p.scale, p.zero, p.stream, p.codes) if t is not None) + 2 * weights
-        del made
+        moved = sum(t.nbytes for p in work(0) for t in (p.scale, p.zero, p.stream, p.codes) if t is not None) + 2 * weights
         took = b.time(work, len(blocks))
         source, to = (torch.empty(moved // 2, dtype=torch.uint8, device=b.device) for _ in range(2))
         copied = b.time(lambda i: to.copy_(source))  # noqa: B023
