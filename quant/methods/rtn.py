@@ -55,10 +55,11 @@ class Rtn:
         # One group in all would be the work of one program; and the search is the reference's alone.
         alone = self.mse or scheme.granularity is Granularity.TENSOR
         found = kernel("rtn_pack", "reference" if alone else "auto", weight.device)
-        search = {"mse": True} if self.mse else {}
+        # The reference packs in a step of its own, which not every caller needs.
+        more = {"stream": found.backend != "reference", **({"mse": True} if self.mse else {})}
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **search)
+            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **more)
             broken, unfit = made.told.tolist()
             if broken:
                 require_finite("weight", weight)
