@@ -2,8 +2,8 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring, searches; all when none is named.
-Times are of a replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in
+Pieces: see --help; all when none is named. Times are of a replayed CUDA graph over inputs that no cache holds; the least of some
+replays. `--dry` runs everything small on the CPU, in
 Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
@@ -225,6 +225,38 @@ def block(b: Bench) -> Iterator[Row]:
         )
 
 
+def rounding(b: Bench) -> Iterator[Row]:
+    """Linears of 32 decoder blocks with 7e9 weights in all, one launch each; two blocks in turn, which no cache holds."""
+    run, plain = (kernel("rtn_pack", name, b.device).run.rtn_pack for name in (b.backend, "reference"))
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] if not b.dry else [(3, 256)]
+    blocks = [[b.random(*shape, dtype=torch.bfloat16) / 50 for shape in shapes] for _ in range(b.size(2, 1))]
+    count, weights = 32, sum(n * k for n, k in shapes)
+    for name, grid, bits, width, codes, goal in (
+        ("groups of 128, packed", "g_asym", 4, GROUP, False, "10 ms, 70 % of a copy's speed"),
+        ("groups of 128, packed, and a byte a code", "g_asym", 4, GROUP, True, ""),
+        ("groups of 128, packed", "g_asym", 3, GROUP, False, ""),
+        ("rows, packed", "q_sym", 4, 0, False, ""),
+    ):
+        wrong = 0.0
+        for w in {w.shape: w for w in blocks[0]}.values():
+            given = (w, grid, bits, width or w.shape[1], torch.float16, codes)
+            ours, want = run(*given), plain(*given)
+            for part in ("scale", "zero", "stream", "told", *(["codes"] if codes else [])):
+                wrong += float((getattr(ours, part) != getattr(want, part)).double().sum())
+
+        def work(i: int) -> list[Any]:
+            return [run(w, grid, bits, width or w.shape[1], torch.float16, codes) for w in blocks[i]]  # noqa: B023
+
+        moved = sum(t.nbytes for p in work(0) for t in (p.scale, p.zero, p.stream, p.codes) if t is not None) + 2 * weights
+        took = b.time(work, len(blocks))
+        source, to = (torch.empty(moved // 2, dtype=torch.uint8, device=b.device) for _ in range(2))
+        copied = b.time(lambda i: to.copy_(source))  # noqa: B023
+        torch_took = b.once(lambda: [plain(w, grid, bits, width or w.shape[1], torch.float16) for w in blocks[0]])  # noqa: B023
+        peers = {peer: count * us for peer, us in known(copy_of_as_much=copied, torch=torch_took).items()}
+        ours_us = None if took is None else count * took
+        yield Row(f"rtn_pack {bits} bits, {name}, {count} blocks", wrong, 0, ours_us, peers, count * moved, goal)
+
+
 def products(b: Bench) -> Iterator[Row]:
     goals = {(8192, 28672, 4): "85 %", (8192, 8192, 4): "70 %", (4096, 11008, 4): "65 %", (4096, 4096, 4): "45 %"}
     goals |= {(8192, 8192, 2): "60 %", (8192, 8192, 3): "60 %"}
@@ -374,7 +406,7 @@ def searches(b: Bench) -> Iterator[Row]:
 
 
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring, searches)
+    f.__name__: f for f in (limits, hessian, block, rounding, products, batches, prompts, tables, integers, hadamard, scoring, searches)
 }
 
 

@@ -163,6 +163,14 @@ def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = Fal
     """Scale and zero `[..., 1]` of values `[..., g]`, rounded to their stored type.
 
     Raises ScaleDtypeError when the stored type cannot hold them."""
+    best = fit_unchecked(g, w, bits, scale_dtype, mse)
+    if scale_dtype is torch.float16:
+        check_float16(best, w)
+    return best
+
+
+def fit_unchecked(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = False) -> Affine:
+    """As `fit`, whether or not the stored type can hold them: `unfit_float16` tells."""
     low, high = g.limits(w)
     best = affine_of(g, low, high, bits, scale_dtype)
     if mse:
@@ -174,8 +182,6 @@ def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = Fal
             better = error < least
             least = torch.where(better, error, least)
             best = Affine(torch.where(better, trial.scale, best.scale), torch.where(better, trial.zero, best.zero), bits, g.zero)
-    if scale_dtype is torch.float16:
-        check_float16(best, w)
     return best
 
 
@@ -214,7 +220,18 @@ def affine_of(
 
 
 def check_float16(affine: Affine, w: Tensor) -> None:
-    """Raises ScaleDtypeError: scales may be off by half a step over the whole range of codes, zeros by a quarter of a step."""
+    """Raises ScaleDtypeError where `unfit_float16` finds any."""
+    refuse_unfit(int(unfit_float16(affine, w).sum()), affine.scale.numel())
+
+
+def refuse_unfit(wrong: int, of: int) -> None:
+    """Raises ScaleDtypeError unless `wrong`, counted by `unfit_float16`, is 0."""
+    if wrong:
+        raise ScaleDtypeError(f"{wrong} of {of} scales or zeros do not fit float16")
+
+
+def unfit_float16(affine: Affine, w: Tensor) -> Tensor:
+    """Which groups: scales may be off by half a step over the whole range of codes, zeros by a quarter of a step."""
     scale, zero = affine.scale, affine.zero
     # Subnormal float16 values are 2^-24 apart.
     right = torch.isfinite(scale) & (scale >= 2.0 ** (affine.bits - 24))
@@ -223,9 +240,7 @@ def check_float16(affine: Affine, w: Tensor) -> None:
         right &= torch.isfinite(zero) & ((zero.abs() <= 512 * scale) | (scale == 0))
     elif affine.kind is ZeroKind.FLOAT:
         right &= zero.abs() <= 512
-    if not bool(right.all()):
-        wrong = int((~right).sum())
-        raise ScaleDtypeError(f"{wrong} of {right.numel()} scales or zeros do not fit float16")
+    return ~right
 
 
 T = TypeVar("T")

@@ -62,6 +62,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.fake_quantize.triton",
         "reference": "quant.kernels.fake_quantize.reference",
     },
+    "rtn_pack": {
+        "triton": "quant.kernels.rtn_pack.triton",
+        "reference": "quant.kernels.rtn_pack.reference",
+    },
     "int8_linear": {
         "torch": "quant.kernels.int8_linear.eager",
         "cpu": "quant.kernels.int8_linear.cpu",

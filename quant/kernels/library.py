@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, wq_gemv
+from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, rtn_pack, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -127,6 +127,17 @@ def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.
     return torch.empty_like(x)
 
 
+def _rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = kernel("rtn_pack", device=weight.device).run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False)
+    return made.stream, made.scale, made.zero, made.told
+
+
+def _rtn_pack_shapes(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
+    stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
+    return stream, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero), weight.new_empty(2, dtype=torch.int32)
+
+
 def _int8_linear(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, sums: Tensor, bits: int, symmetric: bool, clip: float = 1.0
 ) -> Tensor:
@@ -174,6 +185,11 @@ _define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
     _int8_linear,
     _int8_linear_shape,
+)
+_define(
+    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _rtn_pack,
+    _rtn_pack_shapes,
 )
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 

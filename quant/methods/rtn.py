@@ -13,12 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.affine import Affine, grouped
+from quant.affine import group_width, grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, grid, with_stored_scales, without_grid
+from quant.grids import choose_grid, grid, refuse_unfit, with_stored_scales, without_grid
+from quant.kernels import kernel
 from quant.methods.base import ANY, Linear, Rounded
 from quant.number_formats import encode, number_format
-from quant.scheme import ANY_NUMBER, Supports, WeightScheme
+from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.floating import FloatingTensor
@@ -44,21 +45,29 @@ class Rtn:
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""
-        require_finite("weight", weight)
         if scheme.number != "int":
+            require_finite("weight", weight)
             floating = round_floating(weight, scheme)
             floating.notes += without_grid(self.grid, self.mse, scheme)
             return floating
         chosen, notes = choose_grid(self.grid, scheme)
-        groups = grouped(weight.detach().float(), scheme)
+        width = group_width(scheme, *weight.shape)
+        # One group in all would be the work of one program; and the search is the reference's alone.
+        alone = self.mse or scheme.granularity is Granularity.TENSOR
+        found = kernel("rtn_pack", "reference" if alone else "auto", weight.device)
+        # The reference packs in a step of its own, which not every caller needs.
+        more = {"stream": found.backend != "reference", **({"mse": True} if self.mse else {})}
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            affine = fit(chosen, groups, scheme.bits, scale_dtype, self.mse)
-            per_group = Affine(affine.scale[..., 0], affine.zero[..., 0], scheme.bits, affine.kind)
-            return AffineTensor.build(affine.encode(groups).view(weight.shape), per_group, scale_dtype)
+            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **more)
+            broken, unfit = made.told.tolist()
+            if broken:
+                require_finite("weight", weight)
+            refuse_unfit(unfit, made.scale.numel())
+            return AffineTensor(made.codes, made.scale, made.zero, scheme.bits, chosen.zero, stream=made.stream)
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, notes=notes + dtype_notes)
+        return Rounded(tensor, notes=notes + found.notes + dtype_notes)
 
 
 def round_floating(weight: Tensor, scheme: WeightScheme) -> Rounded:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,8 @@ class AffineTensor(Coded):
     kind: ZeroKind
     g_idx: Tensor | None = None
     """Integers `[K]`."""
+    stream: Tensor | None = field(default=None, kw_only=True)
+    """The codes as `pack` stores them, where they were made along with the codes."""
 
     def __post_init__(self) -> None:
         n, k = self.codes.shape
@@ -91,7 +93,7 @@ class AffineTensor(Coded):
         return self.unscaled(weight)
 
     def pack(self) -> dict[str, Tensor]:
-        payload = {"codes": pack_bits(self.codes, self.bits), "scale": self.scale}
+        payload = {"codes": pack_bits(self.codes, self.bits) if self.stream is None else self.stream, "scale": self.scale}
         if self.kind is ZeroKind.CODE:
             payload["zero"] = pack_bits(self.zero, self.bits)
         elif self.kind is not ZeroKind.CONSTANT:

@@ -31,6 +31,7 @@ from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
+from quant.kernels.rtn_pack.program import long_groups, whole_groups
 from quant.kernels.token_log_probs.program import pick
 from quant.kernels.wq_gemv.program import gemv
 from quant.kernels.wq_gemv.program import weight as codes_weight
@@ -80,6 +81,15 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
+    types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "groups": "i32", "top": "fp32", "steps": "fp32"}
+    for grid, bits, codes in (("g_asym", 4, False), ("g_asym", 4, True), ("omni", 3, False), ("hqq", 4, True)):
+        each = 16 if codes else 8
+        fixed = {"GRID": grid, "BITS": bits, "HALF": True, "CODES": codes, "STREAM": True, "FAST": True, "FMA": True}
+        given = types | {"scales": "*fp16", "zeros": {"omni": "*i16", "hqq": "*fp16"}.get(grid, "*u8")}
+        name, options = f"{grid}, {bits} bits{' and codes' * codes}", {"num_warps": 4, "enable_fp_fusion": False}
+        short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
+        found.append((whole_groups, name, given, fixed | short, options))
+        found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
     return found
 
 
