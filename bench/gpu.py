@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import gpu_peers, gpu_searches
+from bench import gpu_block, gpu_peers, gpu_searches
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
-from quant.affine import Affine, ZeroKind
-from quant.grids import GRIDS, fit
+from quant.affine import ZeroKind
 from quant.kernels import kernel
 from quant.kernels.products import MOST_ROWS, with_many_rows
 from quant.scheme import ActivationScheme
-from quant.solver import inverse_factor
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
@@ -202,27 +200,8 @@ def same_codes(b: Bench, flat: Tensor, hessian: Tensor) -> Row:
 
 
 def block(b: Bench) -> Iterator[Row]:
-    run, torch_loop = (kernel("gptq_block", name, b.device).run for name in (b.backend, "torch"))
-    columns = b.size(128, 16)
-    x = b.random(4 * columns, columns)
-    upper, _ = inverse_factor(x.T @ x, 0.01)
-    for rows, goal in ((4096, "15 us"), (12288, "15 us"), (16384, "15 us"), (8 * 4096, "2 x one of 4096")) if not b.dry else ((40, ""),):
-        w = b.random(columns, rows)
-        ranges = fit(GRIDS["g_asym"], w.T.reshape(rows, 1, columns), 4, torch.float32)
-        affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), 4, ZeroKind.CODE)
-        group = [0] * columns
-        got, want = run.solve_block(w, upper, affine, group), torch_loop.solve_block(w, upper, affine, group)
-        wrong = float((got.codes != want.codes).double().mean())
-        peers = known(torch_loop=b.once(partial(torch_loop.solve_block, w, upper, affine, group)))
-        peers |= gpu_peers.times(b, "block", rows, columns, 0, 4)
-        yield Row(
-            f"gptq_block, {columns} columns x {rows}",
-            wrong,
-            1e-3,
-            b.once(partial(run.solve_block, w, upper, affine, group)),
-            peers,
-            goal=goal,
-        )
+    for name, rows, wrong, took, peers, goal in gpu_block.figures(b):
+        yield Row(name, wrong, 0.0, took, known(**peers) | gpu_peers.times(b, "block", rows, 128, 0, 4), goal=goal)
 
 
 def rounding(b: Bench) -> Iterator[Row]:

@@ -120,13 +120,16 @@ def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges,
     k = w.shape[0]
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
     errors = torch.empty_like(w[:block_size])
+    adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
         affine, group = ranges(start, end, w)
-        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start])
-        solved = block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out)
-        loss += solved.errors.square().sum(0)
-        w[end:].addmm_(upper[start:end, end:].T, solved.errors, alpha=-1)
+        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start], loss if adds_loss else None)
+        block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out)
+        if not adds_loss:
+            loss += out.errors.square().sum(0)
+        if end < k:
+            w[end:].addmm_(upper[start:end, end:].T, out.errors, alpha=-1)
     return Solved(codes, values, loss), block_kernel.notes
 
 

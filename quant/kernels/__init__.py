@@ -18,6 +18,7 @@ import torch
 TABLE: dict[str, dict[str, str]] = {
     "gptq_block": {
         "cpu": "quant.kernels.gptq_block.cpu",
+        "cuda": "quant.kernels.gptq_block.cuda",
         "triton": "quant.kernels.gptq_block.triton",
         "torch": "quant.kernels.gptq_block.eager",
         "reference": "quant.kernels.gptq_block.reference",

@@ -183,6 +183,8 @@ class _Ranges:
         for j in range(coded):
             self.members[self.plan[j]].append(j)
         self.fitted: dict[int, Affine] = {}
+        self.all: Affine | None = None
+        """Of ranges known from the start: scale and zero `[G, N]`, so that no block has to put its own together."""
         if not self.dynamic:
             if kept:
                 groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
@@ -194,13 +196,23 @@ class _Ranges:
         """Scale and zero `[G, N]` of the columns start .. end - 1, and which is whose. Dynamic groups that begin here are fitted to
         the weights as they are before the block."""
         plan = self.plan[start:end]
+        n = weights.shape[1]
+        if not self.dynamic:
+            if self.all is None:
+                self.all = self._stacked(list(self.fitted), n)
+            return self.all, plan
         rows = {g: row for row, g in enumerate(dict.fromkeys(plan))}
         for g in rows:
             if g not in self.fitted:
                 self.fitted[g] = self._fit(weights[self.members[g]].T.contiguous())
-        n = weights.shape[1]
-        scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in rows]) for part in ("scale", "zero"))
-        return Affine(scale, zero, self.bits, self.grid.zero), [rows[g] for g in plan]
+        return self._stacked(list(rows), n), [rows[g] for g in plan]
+
+    def _stacked(self, groups: list[int], n: int) -> Affine:
+        if len(groups) == 1 and self.fitted[groups[0]].scale.shape == (n,):
+            scale, zero = (getattr(self.fitted[groups[0]], part)[None] for part in ("scale", "zero"))
+        else:
+            scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in groups]) for part in ("scale", "zero"))
+        return Affine(scale, zero, self.bits, self.grid.zero)
 
     def _fit(self, w: Tensor) -> Affine:
         new = fit(self.grid, w, self.bits, self.scale_dtype, self.mse)

@@ -2,7 +2,8 @@
 
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`; scale and zero are `[G, N]` and
 `group[j]` is the row of column j. Every twin has `solve_block(block, upper, affine, group, out=None) -> SolvedBlock`; the block is
-not changed. `out` is written to and returned: fresh memory for each block costs a CPU more than the block itself.
+not changed, and scale, zero and upper may be views. `out` is written to and returned: fresh memory for each block costs a CPU more than
+the block itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class SolvedBlock:
     values: Tensor
     errors: Tensor
     """(w_j - q_j) / U_jj of the column as updated."""
+    loss: Tensor | None = None
+    """`[N]`, given by a caller: twins with ADDS_LOSS add each row's sum of squared errors to it; others leave it."""
 
     @classmethod
     def like(cls, block: Tensor) -> SolvedBlock:

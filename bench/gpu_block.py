@@ -1,0 +1,64 @@
+"""The piece `block` of bench.gpu: a block of the GPTQ solver on a GPU, one configuration and many stacked along rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import TYPE_CHECKING
+
+from quant.affine import Affine, ZeroKind
+from quant.grids import GRIDS, fit
+from quant.kernels import Kernel, kernel
+from quant.kernels.gptq_block import SolvedBlock
+from quant.solver import inverse_factor
+
+if TYPE_CHECKING:
+    from bench.gpu import Bench
+
+GOALS = {4096: "15 us", 8192: "15 us", 12288: "15 us", 16384: "15 us", 8 * 4096: "2 x one of 4096", 8 * 12288: "5 x one of 12288"}
+"""Rows of a block ▸ goal."""
+COLD = 512e6
+"""Bytes that are read and written before memory's turn comes again."""
+
+
+def figures(b: Bench) -> Iterator[tuple[str, int, float, float | None, dict[str, float | None], str]]:
+    """Name, rows where all columns are one group (else 0), share of wrong numbers, microseconds, those of peers, goal."""
+    ours, triton = (kernel("gptq_block", name, b.device) for name in (b.backend if b.dry else "auto", "triton"))
+    columns = b.size(128, 16)
+    x = b.random(4 * columns, columns)
+    upper, _ = inverse_factor(x.T @ x, 0.01)
+    forms = {"one group": columns} if b.dry else {"one group": columns, "groups of 16": 16}
+    for rows, (form, width) in product((40,) if b.dry else GOALS, forms.items()):
+        if width != columns and rows not in (4096, 16384):
+            continue
+        w = b.random(columns, rows)
+        ranges = fit(GRIDS["g_asym"], w.T.reshape(rows, columns // width, width), 4, w.dtype)
+        affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), 4, ZeroKind.CODE)
+        group = [j // width for j in range(columns)]
+        # Each call has memory of its own, as a solver's has: block and results, four times the block.
+        copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (4 * w.nbytes)), 1))]
+
+        def work(i: int, backend: Kernel, **more: int) -> SolvedBlock:
+            given, out = copies[i]  # noqa: B023
+            solved: SolvedBlock = backend.run.solve_block(given, upper, affine, group, out, **more)  # noqa: B023
+            return solved
+
+        got = work(0, ours)
+        some = slice(0, rows, max(1, rows // 1024))
+        few = Affine(affine.scale[:, some].cpu(), affine.zero[:, some].cpu(), 4, ZeroKind.CODE)
+        want = kernel("gptq_block", "reference").run.solve_block(w[:, some].cpu(), upper.cpu(), few, group)
+        pairs = ((got.codes, want.codes), (got.values, want.values), (got.errors, want.errors))
+        wrong = max(float((mine[:, some].cpu() != plain).double().mean()) for mine, plain in pairs)
+
+        peers: dict[str, float | None] = {}
+        if not b.dry:
+            peers["triton"] = b.once(partial(work, 0, triton))
+        if not b.dry and rows == 4096:
+            peers["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
+        if ours.backend == "cuda" and rows <= 16384:
+            peers |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
+        # Triton's twin copies the groups to the device, which no graph holds.
+        took = b.time(partial(work, backend=ours), len(copies)) if ours.backend == "cuda" else b.once(partial(work, 0, ours))
+        name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
+        yield name, rows if width == columns else 0, wrong, took, peers, "" if b.dry else GOALS[rows]

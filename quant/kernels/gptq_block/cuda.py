@@ -1,0 +1,72 @@
+"""The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns. Results equal those of the reference bit for bit.
+
+Float64 blocks and wider ones go to the Triton twin, or the torch loop where Triton does not work: `twin` says which. A call copies nothing
+from the host and waits for nothing, so that a CUDA graph can hold it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.affine import Affine
+from quant.kernels import on_cuda
+from quant.kernels.gptq_block import KINDS, SolvedBlock, eager, triton
+
+ADDS_LOSS = True
+"""`out.loss` is added to here."""
+COLUMNS, PANEL, MOST = 128, 32, 2**30
+"""Of a block; that the kernel takes together; weights in a block, whose bytes are counted in 32 bits."""
+
+unavailable = partial(on_cuda.unavailable, "gptq_block")
+
+
+def twin(block: Tensor) -> Any:
+    """The module that solves a block which this one does not, or None."""
+    if block.dtype is torch.float32 and block.shape[0] <= COLUMNS and block.numel() < MOST:
+        return None
+    return triton if triton.unavailable(block.device) is None else eager
+
+
+def solve_block(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, lanes: int = 0
+) -> SolvedBlock:
+    """lanes: of a warp that share a row, 1, 2 or 4; 0 chooses by the number of rows."""
+    other = twin(block)
+    if other is not None:
+        solved: SolvedBlock = other.solve_block(block, upper, affine, group, out)
+        if solved.loss is not None:
+            solved.loss.add_(solved.errors.square().sum(0))
+        return solved
+    out = SolvedBlock.like(block) if out is None else out
+    if block.numel():
+        values, kept = arguments(block, upper, affine, group, out)
+        on_cuda.call("gptq_block", "bitgrid_gptq_block", *values, lanes)
+        del kept
+    return out
+
+
+def arguments(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock) -> tuple[list[Tensor | int], array[int]]:
+    """Of the C++ entry, but lanes; and the memory of `group`, to be kept until the call returns."""
+    w = block.contiguous()
+    made = [out.codes, out.values, out.errors]
+    if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape and t.device == w.device for t in made):
+        got = [(tuple(t.shape), t.dtype) for t in made]
+        raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
+    if out.loss is not None and not (out.loss.is_contiguous() and out.loss.dtype == w.dtype and out.loss.shape == w.shape[1:]):
+        raise ValueError(f"out.loss is {tuple(out.loss.shape)}, {out.loss.dtype}; it must be contiguous, one float32 for each row")
+    rows = array("i", group)
+    if len(rows) != w.shape[0] or min(rows) < 0 or max(rows) >= affine.scale.shape[0]:
+        raise ValueError(
+            f"group has {len(rows)} numbers in {min(rows)} .. {max(rows)} for {w.shape[0]} columns and {len(affine.scale)} groups"
+        )
+    # A view's rows may lie apart; only their floats must lie together.
+    u, scale, zero = (t if t.stride(-1) == 1 and t.dtype == w.dtype else t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
+    kind = KINDS.get(affine.kind, 0)
+    plain = kind == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
+    numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
+    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss], rows

@@ -1,0 +1,218 @@
+"""The GPU's column loop: the same source on the host, lane by lane; what nvcc makes of it; and on a GPU where there is one.
+
+All results equal those of the plain loop on a CPU bit for bit: every operation is rounded by itself and none is left out.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.affine import Affine, ZeroKind
+from quant.grids import GRIDS
+from quant.kernels import kernel, native, on_cuda
+from quant.kernels.gptq_block import SolvedBlock, cuda
+from tests.quant.test_gptq_block import problem
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
+"""Rows, columns, bits. Groups of 16 columns."""
+PLAIN = 12
+"""Where `cuda.arguments` says that zeros are whole and groups as wide as panels."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler() -> None:
+    reason = native.unavailable("gptq_lanes", torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def poisoned(block: Tensor, loss: bool) -> SolvedBlock:
+    return SolvedBlock(*(torch.full_like(block, torch.nan) for _ in range(3)), torch.full_like(block[0], 0.5) if loss else None)
+
+
+def emulated(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, plain: bool | None = None) -> SolvedBlock:
+    out = poisoned(block, loss=True)
+    values, kept = cuda.arguments(block, upper, affine, group, out)
+    if plain is not None:
+        values[PLAIN] = int(plain)
+    native.call("gptq_lanes", "bitgrid_gptq_lanes", *values, lanes)
+    del kept
+    return out
+
+
+def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int) -> SolvedBlock:
+    block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
+    out = poisoned(block, loss=True)
+    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind), group, out, lanes)
+    assert out.loss is not None
+    return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
+
+
+RUNS = [pytest.param(emulated, id="host"), pytest.param(on_gpu, id="gpu", marks=GPU)]
+
+
+def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> None:
+    want = kernel("gptq_block", "reference").run.solve_block(block, upper, affine, group)
+    for name in ("codes", "values", "errors"):
+        ours, theirs = getattr(got, name), getattr(want, name)
+        assert torch.equal(ours.nan_to_num(12345.0), theirs.nan_to_num(12345.0)), name
+    sums = want.errors.double().square().sum(0) + 0.5
+    assert got.loss is not None
+    # A sum of B terms in float32, each rounded once more.
+    fine = torch.isfinite(sums) & (sums < 1e30)
+    assert torch.allclose(got.loss.double()[fine], sums[fine], rtol=(len(block) + 1) * 2.0**-24, atol=0)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("grid", sorted(GRIDS))
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
+    for rows, columns, bits in SHAPES:
+        given = problem(rows, columns, grid, bits, torch.float32)
+        agrees(run(*given, lanes), *given)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_any_number_of_columns_of_one_group(run: Any, lanes: int) -> None:
+    """The form for whole zeros, on views of larger matrices whose rows lie apart and are not aligned."""
+    w, upper, affine, _ = problem(7, 128, "g_asym", 4, torch.float32)
+    wide = torch.full((300, 133), torch.nan)
+    ranges = torch.full((2, 8, 19), torch.nan)
+    ranges[0, :, 3:10], ranges[1, :, 3:10] = affine.scale, affine.zero
+    for columns in (1, 2, 31, 32, 33, 63, 64, 65, 97, 127, 128):
+        start = columns % 5
+        wide[start : start + columns, start : start + columns] = upper[:columns, :columns]
+        view = wide[start : start + columns, start : start + columns]
+        scales = Affine(ranges[0, :, 3:10], ranges[1, :, 3:10], 4, affine.kind)
+        group = [7 - j // 32 for j in range(columns)]
+        given = w[:columns], view, scales, group
+        values, _kept = cuda.arguments(*given, poisoned(w[:columns], loss=False))
+        assert values[PLAIN] == 1
+        agrees(run(*given, lanes), *given)
+        if run is emulated:  # the form for all kinds, too
+            agrees(emulated(*given, lanes, plain=False), *given)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("kind", list(ZeroKind))
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_numbers_that_the_fast_division_cannot_take(run: Any, kind: ZeroKind, lanes: int) -> None:
+    """Rows with one such number each, beside a plain one: NaN, infinity, 0, far too large or small, in weights, scales and zeros."""
+    odd = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, -1e-42, 1e-30, 1e-20, 1e20, -1e30, 3e38, 3e7, -3e7]
+    g = torch.Generator().manual_seed(3)
+    rows = 3 * len(odd) + 1
+    w, _, _, group = problem(rows, 48, "g_asym", 3, torch.float32)
+    _, upper, _, _ = problem(4, 48, "g_asym", 3, torch.float32)
+    scale, zero = torch.rand(3, rows, generator=g) + 0.1, torch.randint(0, 8, (3, rows), generator=g).float()
+    for i, x in enumerate(odd):
+        w[5 + i % 3, i] = x
+        scale[1, len(odd) + i] = x
+        zero[1, 2 * len(odd) + i] = x
+    affine = Affine(scale, zero, 3, kind)
+    for many in (group, [j // 32 for j in range(48)]):
+        agrees(run(w, upper, affine, many, lanes), w, upper, affine, many)
+    for factor in (1e-35, 1e-12, 1e12, 1e35, torch.nan, 0.0):
+        agrees(run(w, upper * factor, affine, group, lanes), w, upper * factor, affine, group)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_zeros_that_are_not_whole(run: Any) -> None:
+    w, upper, affine, _ = problem(9, 64, "g_asym", 4, torch.float32)
+    for zero in (affine.zero + 0.25, affine.zero + 3e6):
+        odd = Affine(affine.scale, zero, 4, ZeroKind.CODE)
+        agrees(run(w, upper, odd, [0] * 64, 1), w, upper, odd, [0] * 64)
+
+
+def test_division_is_that_of_the_processor() -> None:
+    """Random mantissas, a just below b with both just below 2, and quotients next to the middle of two floats."""
+    g = torch.Generator().manual_seed(1)
+    wrong = torch.zeros(1, dtype=torch.int64)
+
+    def check(a: Tensor, b: Tensor) -> None:
+        native.call("gptq_lanes", "bitgrid_gptq_division", a.contiguous(), a.numel(), b.contiguous(), b.numel(), wrong)
+        assert int(wrong) == 0
+
+    ulp = 2.0**-23
+    last = 2 - ulp * torch.arange(1, 400)
+    some = 1 + ulp * torch.randint(0, 2**23, (200,), generator=g)
+    check(torch.cat([last, some]), torch.cat([last, some]))
+    check(-(2.0 ** torch.randint(-60, 60, (4000,), generator=g)) * (1 + torch.rand(4000, generator=g)), some[:100])
+    # a = (m · b ± 1 unit) for m the middle of two floats: multiples of 2^-24, solved for in whole numbers.
+    for b in (2**24 - torch.arange(1, 200, 2)).tolist() + (2**23 + torch.arange(1, 200, 2)).tolist():
+        near = []
+        for bits, sign in ((24, 1), (24, -1), (25, 1), (25, -1)):
+            # The odd m below 2^bits · 2 with m · b = ± 1 modulo 2^bits.
+            m = (sign * pow(b, -1, 2**bits)) % 2**bits
+            for middle in (m, m + 2**bits):
+                a, rest = divmod(middle * b - sign, 2**bits)
+                if rest == 0 and 0 < a < 2**24:
+                    near.append(float(a))
+        if near:
+            check(torch.tensor(near), torch.tensor([float(b)]))
+
+
+@pytest.mark.parametrize(("architecture", "most"), [((9, 0), 168), ((8, 0), 168)])
+def test_compiles_without_spills(architecture: tuple[int, int], most: int, tmp_path: Path) -> None:
+    nvcc = on_cuda.compiler()
+    if nvcc is None:
+        pytest.skip("there is no CUDA compiler (nvcc)")
+    command = [nvcc, "-O3", "-std=c++17", "-cubin", "-Xptxas", "-v", on_cuda.target(architecture)]
+    source = native.SOURCES / "gptq_block.cu"
+    done = subprocess.run([*command, str(source), "-o", str(tmp_path / "made")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 5  # lanes 1, 2, 4 where plain; 1, 4
+    assert max(registers) <= most
+    moved = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert moved == [("0", "0", "0")] * 5, done.stderr[-3000:]
+    tool = shutil.which("cuobjdump", path=str(Path(nvcc).parent))
+    if tool is not None:
+        said = subprocess.run([tool, "-sass", str(tmp_path / "made")], capture_output=True, text=True, check=True).stdout
+        assert not re.search(r"\b(LDL|STL)\b", said)
+
+
+def test_what_goes_to_a_twin() -> None:
+    float32, float64 = (torch.zeros(4, 4, dtype=t) for t in (torch.float32, torch.float64))
+    assert cuda.twin(float32) is None
+    for other in (float64, torch.zeros(129, 4)):
+        assert cuda.twin(other).__name__.rpartition(".")[2] in ("triton", "eager")
+
+
+def test_what_does_not_fit_is_said() -> None:
+    w, upper, affine, group = problem(5, 16, "g_asym", 4, torch.float32)
+    with pytest.raises(ValueError, match="out holds"):
+        cuda.arguments(w, upper, affine, group, SolvedBlock.like(w[:8]))
+    with pytest.raises(ValueError, match=r"out\.loss"):
+        cuda.arguments(w, upper, affine, group, SolvedBlock(w, w, w, torch.zeros(4)))
+    with pytest.raises(ValueError, match="group has"):
+        cuda.arguments(w, upper, affine, [1] * 16, SolvedBlock.like(w))
+
+
+@GPU
+def test_many_rows_on_a_gpu_and_in_a_graph() -> None:
+    """More rows than a wave of thread blocks, each way to share a row; a replay gives what a call does."""
+    w, upper, affine, _ = problem(601, 128, "g_asym", 4, torch.float32)
+    block, scale, zero = (t.repeat(1, 60).cuda() for t in (w, affine.scale, affine.zero))
+    u, wide, group = upper.cuda(), Affine(scale, zero, 4, affine.kind), [j // 32 for j in range(128)]
+    want = kernel("gptq_block", "reference").run.solve_block(w, upper, affine, group)
+    for lanes in (0, 1, 2, 4):
+        out = poisoned(block, loss=False)
+        cuda.solve_block(block, u, wide, group, out, lanes)
+        for name in ("codes", "values", "errors"):
+            assert torch.equal(getattr(out, name).cpu(), getattr(want, name).repeat(1, 60)), (lanes, name)
+    graph, replayed = torch.cuda.CUDAGraph(), poisoned(block, loss=False)
+    with torch.cuda.graph(graph):
+        cuda.solve_block(block, u, wide, group, replayed)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(replayed.errors, out.errors)
