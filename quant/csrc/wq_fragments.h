@@ -1,0 +1,418 @@
+// A few rows of x times a weight of 2, 3, 4 or 8 bits on tensor cores: what a warp does, for the GPU and, lane by lane, for the host.
+//
+// Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16: codes as bfloat16, which are
+// exact) with up to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose
+// sum it is exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
+//
+// The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... Each lane copies its own codes into a ring in
+// shared memory well ahead of their use, so that what is in flight does not depend on registers. A row of x comes out the same bit for bit
+// whatever stands beside it: a column of the product never meets another one, and sums are taken in one order.
+//
+// P, the policy, is one lane of a warp (device) or 32 lanes in turn (host): `Of<T>` is what a lane has, or 32 of them; `lanes(f)` calls
+// f(lane) for those that there are; `at(v, lane)` is the lane's own.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define BOTH __host__ __device__ __forceinline__
+#define UNROLLED _Pragma("unroll")
+#else
+#define BOTH inline
+#define UNROLLED
+#endif
+
+namespace fragments {
+
+constexpr int ROWS = 16, COLUMNS = 128, SLICES = 4, WARPS = 8, LANES = 32, MOST = 8;
+// MOST: columns of a product. SLICES: of 32 columns in a step, the fewest that share a scale.
+
+// Stages of the ring: about 6 kB a warp.
+BOTH constexpr int depth(int bits) { return bits == 2 ? 12 : bits == 3 ? 8 : bits == 4 ? 6 : 4; }
+BOTH constexpr int code_bytes(int bits) { return 256 * bits; }  // of a step
+
+struct Call {
+    const uint8_t *words, *ranges, *x;
+    const float* input_scale;  // or null
+    uint8_t* out;
+    int rows, columns, groups, count;  // count: rows of x
+    int tiles, steps;
+    int panel;            // steps whose x is in shared memory at a time, a multiple of WARPS
+    int half_ranges;      // 1: float16 scale and zero; 0: float32 scale and offset
+    int half_x;           // 1: x and out are bfloat16; 0: float32
+    int parts, together;  // columns that a row of x takes, rows of x that a block takes
+    uint32_t reciprocal;  // of the slices of a group, times 2^32, rounded up; 0 where that is one
+    int slot, stride;     // bytes: a stage of the ring, a column of x
+
+    BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
+    BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile
+    // Below 2^16 slices the product is exact enough.
+    BOTH int group_of(int slice) const {
+        const int found = reciprocal == 0 ? slice : int((uint64_t(uint32_t(slice)) * reciprocal) >> 32);
+        return found < groups ? found : groups - 1;
+    }
+};
+
+BOTH float float_of(uint32_t bits) {
+    float v;
+    memcpy(&v, &bits, sizeof v);
+    return v;
+}
+
+BOTH uint32_t bits_of(float v) {
+    uint32_t bits;
+    memcpy(&bits, &v, sizeof v);
+    return bits;
+}
+
+// Two codes of `BITS` at bit `AT` + `SHIFT` of both halves of a word, as bfloat16. With the exponent of 128 the code is the lower part of
+// a significand of 8 bits: 128 + code · 2^AT.
+template <class P, int BITS, int SHIFT, int AT>
+BOTH uint32_t window(uint32_t word) {
+    constexpr uint32_t mask = (((1u << BITS) - 1u) << AT) * 0x00010001u;
+    constexpr uint32_t factor = uint32_t(127 - AT) << 7, less = 0x8000u | uint32_t(127 + 7 - AT) << 7;
+    return P::fma2(((word >> SHIFT) & mask) | 0x43004300u, factor * 0x00010001u, less * 0x00010001u);
+}
+
+// Pair `I` of a step that a lane has, of 32.
+template <class P, int BITS, int I>
+BOTH uint32_t pair(const uint32_t* w) {
+    if constexpr (BITS == 2) {
+        constexpr int i = I % 8;
+        return window<P, 2, i / 3 * 6, i % 3 * 2>(w[I / 8]);
+    } else if constexpr (BITS == 3) {
+        constexpr int u = I / 16 * 3, v = I % 16, i = v % 5;
+        if constexpr (v < 15) return window<P, 3, i / 2 * 6, i % 2 * 3>(w[u + v / 5]);
+        uint32_t code = ((w[u] >> 15) & 0x00010001u) | 0x43004300u;
+        code = ((w[u + 1] >> 14) & 0x00020002u) | code;
+        code = ((w[u + 2] >> 13) & 0x00040004u) | code;
+        return P::fma2(code, 0x3f803f80u, 0xc300c300u);
+    } else if constexpr (BITS == 4) {
+        return window<P, 4, I % 4 * 4, 0>(w[I / 4]);
+    } else {
+        // The exponent's lowest bit is the code's highest: 128 or 256. 1 · that - 256, and 1 · (128 + lower 7 bits) + what came out.
+        const uint32_t word = w[I / 2] >> (I % 2 * 8);
+        const uint32_t high = P::fma2((word & 0x00800080u) | 0x43004300u, 0x3f803f80u, 0xc380c380u);
+        return P::fma2((word & 0x007f007fu) | 0x43004300u, 0x3f803f80u, high);
+    }
+}
+
+template <int BITS, int R>
+struct State {
+    uint32_t w[2 * BITS];       // a step's codes
+    uint32_t b[SLICES][4];      // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
+    uint32_t a[4];              // a product's codes
+    float d[2][4];              // two products' sums: neither waits for the other
+    float sums[R][4];           // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
+};
+
+// What the scale and the offset of the two rows of a lane are.
+struct Ranges {
+    float scale[2], offset[2];
+};
+
+template <class P>
+BOTH Ranges ranges_at(const uint8_t* from, int g, int half_ranges) {
+    Ranges r;
+    if (half_ranges) {
+        uint32_t v[2];
+        P::load8(v, from + 8 * g);
+        UNROLLED for (int i = 0; i < 2; i++) {
+            r.scale[i] = P::half(v[i] & 0xffffu);
+            r.offset[i] = -(P::half(v[i] >> 16) * r.scale[i]);
+        }
+    } else {
+        uint32_t v[4];
+        P::load16(v, from + 16 * g);
+        UNROLLED for (int i = 0; i < 2; i++) r.scale[i] = float_of(v[2 * i]), r.offset[i] = float_of(v[2 * i + 1]);
+    }
+    return r;
+}
+
+template <class P, int BITS>
+BOTH void load_codes(uint32_t* w, const uint8_t* from, int lane) {
+    if constexpr (BITS == 3) {
+        P::load16(w, from + 16 * lane);
+        P::load8(w + 4, from + 512 + 8 * lane);
+    } else {
+        UNROLLED for (int l = 0; l < BITS / 2; l++) P::load16(w + 4 * l, from + 512 * l + 16 * lane);
+    }
+}
+
+// One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each.
+template <class P, int BITS, int R, int FLUSHES>
+struct Warp {
+    static constexpr int D = depth(BITS), EVERY = SLICES / FLUSHES;
+    using S = State<BITS, R>;
+
+    const Call& call;
+    uint8_t* ring;
+    const uint8_t* x;     // of the panel: bfloat16, a column after another
+    const float* totals;  // of the panel: [steps, FLUSHES, MOST], sums of x
+    int warp, tile, own, ahead, filled, used;  // own: stages of this warp; ahead: the next to fetch; slots to fill and to use next
+    typename P::template Of<S> state;
+
+    BOTH Warp(const Call& c, uint8_t* memory, int w, int first_tile)
+        : call(c), ring(memory + w * D * c.slot), x(memory + WARPS * D * c.slot), warp(w), tile(first_tile), ahead(0), filled(0), used(0) {
+        totals = reinterpret_cast<const float*>(x + c.columns_of(c.together) * c.stride);
+        own = w < c.steps ? R * ((c.steps - w + WARPS - 1) / WARPS) : 0;
+    }
+
+    // Of the warp's stages, in the order steps, then tiles.
+    BOTH void fetch(P& p) {
+        if (ahead < own) {
+            const int step = warp + WARPS * (ahead / R), wanted = tile + ahead % R, t = wanted < call.tiles ? wanted : call.tiles - 1;
+            const uint8_t* from = call.words + (int64_t(t) * call.steps + step) * code_bytes(BITS);
+            uint8_t* to = ring + filled * call.slot;
+            p.lanes([&](int lane) {
+                if constexpr (BITS == 3) {
+                    p.fetch16(to + 16 * lane, from + 16 * lane);
+                    p.fetch8(to + 512 + 8 * lane, from + 512 + 8 * lane);
+                } else {
+                    UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(to + 512 * l + 16 * lane, from + 512 * l + 16 * lane);
+                }
+                const int pieces = call.pieces(), flush = lane >> (call.half_ranges ? 2 : 3);
+                if (flush < FLUSHES) {
+                    const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + flush * EVERY);
+                    p.fetch16(to + code_bytes(BITS) + 16 * lane, call.ranges + (group * pieces + (lane & (pieces - 1))) * 16);
+                }
+            });
+        }
+        p.commit();
+        ahead++;
+        filled = filled + 1 < D ? filled + 1 : 0;
+    }
+
+    // Fills the ring but for one stage, which is the one that was used last.
+    BOTH void open(P& p) {
+        p.lanes([&](int lane) {
+            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++) P::at(state, lane).sums[r][i] = 0.f;
+        });
+        for (int i = 0; i < D - 1; i++) fetch(p);
+    }
+
+    template <int Q, int H>
+    BOTH void multiply(P& p) {
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            s.a[0] = pair<P, BITS, 8 * Q + 4 * H>(s.w), s.a[1] = pair<P, BITS, 8 * Q + 4 * H + 1>(s.w);
+            s.a[2] = pair<P, BITS, 8 * Q + 4 * H + 2>(s.w), s.a[3] = pair<P, BITS, 8 * Q + 4 * H + 3>(s.w);
+        });
+        P::multiply(state, Q, H);
+    }
+
+    template <int Q>
+    BOTH void slice(P& p, const uint8_t* slot, int step, int r) {
+        if constexpr (Q % EVERY == 0)
+            p.lanes([&](int lane) {
+                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) P::at(state, lane).d[h][i] = 0.f;
+            });
+        multiply<Q, 0>(p);
+        multiply<Q, 1>(p);
+        if constexpr (Q % EVERY == EVERY - 1)
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                constexpr int flush = Q / EVERY;
+                const uint8_t* at = slot + code_bytes(BITS) + flush * 16 * call.pieces();
+                const Ranges ranges = ranges_at<P>(at, lane / 4, call.half_ranges);
+                uint32_t total[2];
+                P::load8(total, reinterpret_cast<const uint8_t*>(totals + (step * FLUSHES + flush) * MOST + lane % 4 * 2));
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    const float rest = P::fma(ranges.offset[i / 2], float_of(total[i % 2]), s.sums[r][i]);
+                    s.sums[r][i] = P::fma(ranges.scale[i / 2], s.d[0][i] + s.d[1][i], rest);
+                }
+            });
+    }
+
+    // The steps of panel number `panel`, whose x and totals are there.
+    BOTH void over(P& p, int panel) {
+        const int begin = panel * (call.panel / WARPS), end = begin + call.panel / WARPS;
+        for (int j = begin; j < end && j * R < own; j++) {
+            const int step = warp + WARPS * (j - begin);
+            p.lanes([&](int lane) {
+                const int column = lane / 4, last = call.columns_of(call.together) - 1;
+                const uint8_t* from = x + (column < last ? column : last) * call.stride + step * (2 * COLUMNS) + lane % 4 * 16;
+                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(P::at(state, lane).b[q], from + 64 * q);
+            });
+            UNROLLED for (int r = 0; r < R; r++) {
+                p.template arrived<D - 2>();
+                fetch(p);
+                const uint8_t* slot = ring + used * call.slot;
+                p.lanes([&](int lane) { load_codes<P, BITS>(P::at(state, lane).w, slot, lane); });
+                slice<0>(p, slot, step, r);
+                slice<1>(p, slot, step, r);
+                slice<2>(p, slot, step, r);
+                slice<3>(p, slot, step, r);
+                used = used + 1 < D ? used + 1 : 0;
+            }
+        }
+    }
+
+    // The warp's sums [R, 16, MOST] into its own part of the ring, which is free by then.
+    BOTH void close(P& p) {
+        p.template arrived<0>();
+        float* to = reinterpret_cast<float*>(ring);
+        p.lanes([&](int lane) {
+            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++)
+                to[(r * ROWS + lane / 4 + i / 2 * 8) * MOST + lane % 4 * 2 + i % 2] = P::at(state, lane).sums[r][i];
+        });
+    }
+};
+
+// x of a panel as columns of bfloat16, and its sums over what shares a scale; by all warps, for rows of x from `first` on.
+template <class P, int FLUSHES>
+BOTH void place(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
+    float* totals = reinterpret_cast<float*>(x + call.columns_of(call.together) * call.stride);
+    const int begin = panel * call.panel, left = call.steps - begin, steps = left < call.panel ? left : call.panel;
+    const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
+    const int eights = steps * (COLUMNS / 8), all = rows * eights;
+    for (int base = warp * LANES; base < all; base += WARPS * LANES) {
+        typename P::template Of<float> total;
+        p.lanes([&](int lane) {
+            P::at(total, lane) = 0.f;
+            const int e = base + lane, m = e / eights, eight = e - m * eights, column = begin * COLUMNS + eight * 8;
+            if (e >= all) return;
+            uint32_t kept[4] = {0, 0, 0, 0};
+            float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+            if (column < call.columns) {
+                const int64_t at = int64_t(first + m) * call.columns + column;
+                if (call.half_x) {
+                    P::read16(kept, call.x + 2 * at);
+                    UNROLLED for (int i = 0; i < 4; i++) v[2 * i] = float_of(kept[i] << 16), v[2 * i + 1] = float_of(kept[i] & 0xffff0000u);
+                } else {
+                    uint32_t bits[8];
+                    P::read16(bits, call.x + 4 * at);
+                    P::read16(bits + 4, call.x + 4 * at + 16);
+                    UNROLLED for (int i = 0; i < 8; i++) v[i] = float_of(bits[i]);
+                }
+                if (call.input_scale != nullptr)
+                    UNROLLED for (int i = 0; i < 8; i++) v[i] = v[i] / call.input_scale[column + i];
+            }
+            P::at(total, lane) = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+            uint8_t* to = x + m * call.parts * call.stride + eight * 16;
+            if (call.parts == 1) return P::store16(to, kept);
+            // What is left after the nearest bfloat16 is exact; after three nothing is.
+            for (int part = 0; part < 3; part++) {
+                UNROLLED for (int i = 0; i < 4; i++) {
+                    kept[i] = P::pack2(v[2 * i], v[2 * i + 1]);
+                    v[2 * i] -= float_of(kept[i] << 16), v[2 * i + 1] -= float_of(kept[i] & 0xffff0000u);
+                }
+                P::store16(to + part * call.stride, kept);
+            }
+        });
+        UNROLLED for (int apart = 1; apart < 16 / FLUSHES; apart *= 2) P::fold(total, apart);
+        p.lanes([&](int lane) {
+            const int e = base + lane, m = e / eights, eight = e - m * eights;
+            if (e >= all || eight % (16 / FLUSHES) != 0) return;
+            float* to = totals + eight / (16 / FLUSHES) * MOST + m * call.parts;
+            to[0] = P::at(total, lane);
+            for (int part = 1; part < call.parts; part++) to[part] = 0.f;
+        });
+    }
+}
+
+// Sums of all warps, `apart` bytes from one warp's to the next, into out; by all warps.
+template <class P, int R>
+BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const uint8_t* ring, int apart) {
+    const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
+    for (int base = warp * LANES; base < rows * R * ROWS; base += WARPS * LANES) {
+        p.lanes([&](int lane) {
+            const int e = base + lane, m = e / (R * ROWS), row = e % (R * ROWS), n = tile * ROWS + row;
+            if (m >= rows || n >= call.rows) return;
+            float total = 0.f;
+            for (int part = 0; part < call.parts; part++) {
+                const uint8_t* from = ring + 4 * (row * MOST + m * call.parts + part);
+                float sum = 0.f;
+                UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * apart);
+                total += sum;
+            }
+            const int64_t at = int64_t(first + m) * call.rows + n;
+            if (call.half_x) {
+                const uint16_t made = uint16_t(P::pack2(total, 0.f));
+                memcpy(call.out + 2 * at, &made, 2);
+            } else {
+                memcpy(call.out + 4 * at, &total, 4);
+            }
+        });
+    }
+}
+
+// The weight itself: a step of a tile, into out [rows, columns]; a lane has 8 neighbours of two rows of each slice. KIND: what `P::pack8`
+// makes of eight floats: 0 float32, 1 bfloat16, 2 float16.
+template <class P, int BITS, int KIND, int Q>
+BOTH void write_slice(const Call& call, const uint32_t* w, int t, int step, int lane) {
+    const int column = step * COLUMNS + 32 * Q;
+    if (column >= call.columns) return;
+    const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + Q);
+    const Ranges ranges = ranges_at<P>(call.ranges + group * call.pieces() * 16, lane / 4, call.half_ranges);
+    const uint32_t pairs[8] = {pair<P, BITS, 8 * Q>(w),     pair<P, BITS, 8 * Q + 2>(w), pair<P, BITS, 8 * Q + 4>(w), pair<P, BITS, 8 * Q + 6>(w),
+                               pair<P, BITS, 8 * Q + 1>(w), pair<P, BITS, 8 * Q + 3>(w), pair<P, BITS, 8 * Q + 5>(w), pair<P, BITS, 8 * Q + 7>(w)};
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const int n = t * ROWS + lane / 4 + 8 * i;
+        float v[8];
+        UNROLLED for (int j = 0; j < 4; j++) {
+            v[2 * j] = P::fma(float_of(pairs[4 * i + j] << 16), ranges.scale[i], ranges.offset[i]);
+            v[2 * j + 1] = P::fma(float_of(pairs[4 * i + j] & 0xffff0000u), ranges.scale[i], ranges.offset[i]);
+        }
+        if (n < call.rows) P::template pack8<KIND>(call.out, int64_t(n) * call.columns + column + lane % 4 * 8, v);
+    }
+}
+
+template <class P, int BITS, int KIND>
+BOTH void write(P& p, const Call& call, int t, int step) {
+    p.lanes([&](int lane) {
+        uint32_t w[2 * BITS];
+        const uint8_t* from = call.words + (int64_t(t) * call.steps + step) * code_bytes(BITS);
+        if constexpr (BITS == 3) {
+            P::read16(w, from + 16 * lane);
+            P::read8(w + 4, from + 512 + 8 * lane);
+        } else {
+            UNROLLED for (int l = 0; l < BITS / 2; l++) P::read16(w + 4 * l, from + 512 * l + 16 * lane);
+        }
+        write_slice<P, BITS, KIND, 0>(call, w, t, step, lane);
+        write_slice<P, BITS, KIND, 1>(call, w, t, step, lane);
+        write_slice<P, BITS, KIND, 2>(call, w, t, step, lane);
+        write_slice<P, BITS, KIND, 3>(call, w, t, step, lane);
+    });
+}
+
+// A call as the entries get it: addresses and counts.
+inline Call described(int64_t words, int64_t ranges, int64_t x, int64_t input_scale, int64_t out, int64_t rows, int64_t columns,
+                    int64_t groups, int64_t count, int64_t half_ranges, int64_t half_x) {
+    Call c = {};
+    c.words = reinterpret_cast<const uint8_t*>(words), c.ranges = reinterpret_cast<const uint8_t*>(ranges);
+    c.x = reinterpret_cast<const uint8_t*>(x), c.input_scale = reinterpret_cast<const float*>(input_scale);
+    c.out = reinterpret_cast<uint8_t*>(out);
+    c.rows = int(rows), c.columns = int(columns), c.groups = int(groups), c.count = int(count);
+    c.tiles = (c.rows + ROWS - 1) / ROWS, c.steps = (c.columns + COLUMNS - 1) / COLUMNS;
+    c.half_ranges = int(half_ranges), c.half_x = int(half_x);
+    c.parts = half_x && input_scale == 0 ? 1 : 3;
+    c.together = c.count < MOST / c.parts ? c.count : MOST / c.parts;
+    const int wide = c.columns / 32 / c.groups;
+    c.reciprocal = wide == 1 ? 0u : uint32_t(((uint64_t(1) << 32) + wide - 1) / wide);
+    return c;
+}
+
+// Runs of columns of a step that have a scale each.
+inline int flushes_of(const Call& c) {
+    const int width = c.columns / c.groups;
+    return c.groups == 1 || width % 128 == 0 ? 1 : width % 64 == 0 ? 2 : 4;
+}
+
+// Divides shared memory: returns the bytes of all, of which `most` are to be had; the panel is as large as there is room for.
+inline int arranged(Call& c, int bits, int flushes, int most) {
+    c.slot = code_bytes(bits) + flushes * c.pieces() * 16;
+    const int ring = WARPS * depth(bits) * c.slot, columns = c.columns_of(c.together);
+    const int a_step = columns * 2 * COLUMNS + flushes * MOST * 4, turns = (c.steps + WARPS - 1) / WARPS;
+    int fit = (most - ring - 64 * columns) / (WARPS * a_step);
+    fit = fit < 1 ? 1 : fit;
+    const int panels = (turns + fit - 1) / fit;
+    c.panel = (turns + panels - 1) / panels * WARPS;
+    // An odd number of 64 bytes: eight columns' parts of a slice lie in different banks.
+    c.stride = c.panel * 2 * COLUMNS + 64;
+    return ring + columns * c.stride + c.panel * flushes * MOST * 4;
+}
+
+}  // namespace fragments
