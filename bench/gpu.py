@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,7 +254,7 @@ def batches(b: Bench) -> Iterator[Row]:
 
 def prompts(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(8192, 256)
-    run, dense = kernel("wq_gemv", b.backend, b.device).run, b.random(n, k, dtype=torch.bfloat16)
+    run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
     tensor = _affine(b, n, k, 4)
     packed, weight = run.prepare(tensor), tensor.dequantize()
     for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
@@ -276,26 +276,47 @@ def tables(b: Bench) -> Iterator[Row]:
 
 
 def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:
+    """With one row of x and four, and 4-bit codes with two and eight too: the best backend, and Triton's beside it where that is another."""
     dense = b.random(n, k, dtype=torch.bfloat16)
-    for m in (1, 4):
-        x = b.random(m, k, dtype=torch.bfloat16)
-        plain = beside_dense(b, x, dense)
-        for name, operation, make in makers if m == 1 else ():
-            tensor: Stored = make(b, n, k)
-            run = kernel(operation, b.backend, b.device).run
-            packed = run.prepare(tensor)
-            weight = tensor.dequantize()
+    xs = {m: b.random(m, k, dtype=torch.bfloat16) for m in (1, 2, 4, 8)}
+    plain = {m: beside_dense(b, x, dense) for m, x in xs.items()}
+    for name, operation, make in makers:
+        tensor: Stored = make(b, n, k)
+        chosen = kernel(operation, b.backend if b.dry else "auto", b.device)
+        other = kernel(operation, b.backend, b.device)
+        packed, packed_other = (one.run.prepare(tensor) for one in (chosen, other))
+        copies, copies_other = (cold_copies(b, one) for one in (packed, packed_other))
+        weight = tensor.dequantize()
+        for m, x in xs.items():
+            bits = getattr(tensor, "bits", 0)
+            if m in (2, 8) and (operation, bits) != ("wq_gemv", 4):
+                continue
             want = x.double() @ weight.double().T
             allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
-            got = getattr(run, operation)(x, packed)
-            copies = [run.prepare(tensor) for _ in range(b.size(1 + int(COLD / packed.bytes), 1))]
-            took = b.time(lambda i: getattr(run, operation)(x, copies[i]), len(copies))  # noqa: B023
-            goal = goals.get((n, k, getattr(tensor, "bits", 0)), "")
-            error = float((got.double() - want).norm() / want.norm())
-            peers = known(bfloat16=plain)
+            error = float((getattr(chosen.run, operation)(x, packed).double() - want).norm() / want.norm())
+            took = b.time(lambda i: getattr(chosen.run, operation)(x, copies[i]), len(copies))  # noqa: B023
+            peers = known(bfloat16=plain[m])
+            if chosen.backend != other.backend:
+                peers |= known(triton=b.time(lambda i: getattr(other.run, operation)(x, copies_other[i]), len(copies_other)))  # noqa: B023
             if operation == "wq_gemv":
-                peers |= gpu_peers.times(b, "products", n, k, m, tensor.bits)
-            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, peers, packed.bytes, goal)
+                peers |= gpu_peers.times(b, "products", n, k, m, bits)
+            goal = goals.get((n, k, bits), "") if m == 1 else ""
+            yield Row(f"{operation} {n} x {k}, {name}, M={m}, {chosen.backend}", error, allowed, took, peers, packed.bytes, goal)
+
+
+def cold_copies(b: Bench, packed: Any) -> list[Any]:
+    return [packed, *(copied(packed) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
+
+
+def copied(packed: Any) -> Any:
+    """In memory of its own."""
+    if isinstance(packed, Tensor):
+        return packed.clone()
+    if isinstance(packed, tuple):
+        return tuple(copied(p) for p in packed)
+    if is_dataclass(packed) and not isinstance(packed, type):
+        return replace(packed, **{f.name: copied(getattr(packed, f.name)) for f in fields(packed)})
+    return packed
 
 
 def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:

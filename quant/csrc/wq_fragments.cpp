@@ -93,6 +93,8 @@ struct Lanes32 {
         return pack2(std::fma(lower(a), lower(b), lower(c)), std::fma(upper(a), upper(b), upper(c)));
     }
 
+    static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+
     static void fold(Of<float>& v, int apart) {
         const Of<float> before = v;
         for (int lane = 0; lane < LANES; lane++) v.lane[lane] += before.lane[lane ^ apart];

@@ -73,7 +73,7 @@ template <class P, int BITS, int SHIFT, int AT>
 BOTH uint32_t window(uint32_t word) {
     constexpr uint32_t mask = (((1u << BITS) - 1u) << AT) * 0x00010001u;
     constexpr uint32_t factor = uint32_t(127 - AT) << 7, less = 0x8000u | uint32_t(127 + 7 - AT) << 7;
-    return P::fma2(((word >> SHIFT) & mask) | 0x43004300u, factor * 0x00010001u, less * 0x00010001u);
+    return P::fma2(P::chosen(word >> SHIFT, mask, 0x43004300u), factor * 0x00010001u, less * 0x00010001u);
 }
 
 // Pair `I` of a step that a lane has, of 32.
@@ -85,17 +85,17 @@ BOTH uint32_t pair(const uint32_t* w) {
     } else if constexpr (BITS == 3) {
         constexpr int u = I / 16 * 3, v = I % 16, i = v % 5;
         if constexpr (v < 15) return window<P, 3, i / 2 * 6, i % 2 * 3>(w[u + v / 5]);
-        uint32_t code = ((w[u] >> 15) & 0x00010001u) | 0x43004300u;
-        code = ((w[u + 1] >> 14) & 0x00020002u) | code;
-        code = ((w[u + 2] >> 13) & 0x00040004u) | code;
+        uint32_t code = P::chosen(w[u] >> 15, 0x00010001u, 0x43004300u);
+        code = P::chosen(w[u + 1] >> 14, 0x00020002u, code);
+        code = P::chosen(w[u + 2] >> 13, 0x00040004u, code);
         return P::fma2(code, 0x3f803f80u, 0xc300c300u);
     } else if constexpr (BITS == 4) {
         return window<P, 4, I % 4 * 4, 0>(w[I / 4]);
     } else {
         // The exponent's lowest bit is the code's highest: 128 or 256. 1 · that - 256, and 1 · (128 + lower 7 bits) + what came out.
         const uint32_t word = w[I / 2] >> (I % 2 * 8);
-        const uint32_t high = P::fma2((word & 0x00800080u) | 0x43004300u, 0x3f803f80u, 0xc380c380u);
-        return P::fma2((word & 0x007f007fu) | 0x43004300u, 0x3f803f80u, high);
+        const uint32_t high = P::fma2(P::chosen(word, 0x00800080u, 0x43004300u), 0x3f803f80u, 0xc380c380u);
+        return P::fma2(P::chosen(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, high);
     }
 }
 
@@ -106,6 +106,7 @@ struct State {
     uint32_t a[4];              // a product's codes
     float d[2][4];              // two products' sums: neither waits for the other
     float sums[R][4];           // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
+    const uint8_t *codes, *ranges;  // what the lane copies of the first tile's next step, and of its first group
 };
 
 // What the scale and the offset of the two rows of a lane are.
@@ -148,49 +149,52 @@ struct Warp {
     using S = State<BITS, R>;
 
     const Call& call;
-    uint8_t* ring;
-    const uint8_t* x;     // of the panel: bfloat16, a column after another
-    const float* totals;  // of the panel: [steps, FLUSHES, MOST], sums of x
-    int warp, tile, own, ahead, filled, used;  // own: stages of this warp; ahead: the next to fetch; slots to fill and to use next
+    uint8_t *ring, *now, *before;  // stages to use next, and used last: that one is free
+    const uint8_t* x;              // of the panel: bfloat16, a column after another
+    const float* totals;           // of the panel: [steps, FLUSHES, MOST], sums of x
+    int warp, first, ahead, others;  // first: tile; ahead: the step to fetch next; others: tiles after the first that there are
     typename P::template Of<S> state;
 
-    BOTH Warp(const Call& c, uint8_t* memory, int w, int first_tile)
-        : call(c), ring(memory + w * D * c.slot), x(memory + WARPS * D * c.slot), warp(w), tile(first_tile), ahead(0), filled(0), used(0) {
+    BOTH Warp(const Call& c, uint8_t* memory, int w, int tile)
+        : call(c), ring(memory + w * D * c.slot), now(ring), before(ring), x(memory + WARPS * D * c.slot), warp(w), first(tile),
+          ahead(w), others(c.tiles - 1 - tile < R - 1 ? c.tiles - 1 - tile : R - 1) {
         totals = reinterpret_cast<const float*>(x + c.columns_of(c.together) * c.stride);
-        own = w < c.steps ? R * ((c.steps - w + WARPS - 1) / WARPS) : 0;
     }
 
-    // Of the warp's stages, in the order steps, then tiles.
-    BOTH void fetch(P& p) {
-        if (ahead < own) {
-            const int step = warp + WARPS * (ahead / R), wanted = tile + ahead % R, t = wanted < call.tiles ? wanted : call.tiles - 1;
-            const uint8_t* from = call.words + (int64_t(t) * call.steps + step) * code_bytes(BITS);
-            uint8_t* to = ring + filled * call.slot;
+    BOTH uint8_t* after(uint8_t* stage) const { return stage + call.slot < ring + D * call.slot ? stage + call.slot : ring; }
+
+    // The warp's next stage, of tile number r; stages are steps, then tiles. Tiles that there are not are the last one again.
+    BOTH void fetch(P& p, uint8_t* to, int r) {
+        if (ahead < call.steps) {
+            const int t = r < others ? r : others;
             p.lanes([&](int lane) {
-                if constexpr (BITS == 3) {
-                    p.fetch16(to + 16 * lane, from + 16 * lane);
-                    p.fetch8(to + 512 + 8 * lane, from + 512 + 8 * lane);
-                } else {
-                    UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(to + 512 * l + 16 * lane, from + 512 * l + 16 * lane);
-                }
-                const int pieces = call.pieces(), flush = lane >> (call.half_ranges ? 2 : 3);
+                S& s = P::at(state, lane);
+                const uint8_t* from = s.codes + t * (call.steps * code_bytes(BITS));
+                uint8_t* own = to + 16 * lane;
+                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, from + 512 * l);
+                if constexpr (BITS == 3) p.fetch8(to + 512 + 8 * lane, from + 512 - 8 * lane);
+                const int flush = lane >> (call.half_ranges ? 2 : 3);
                 if (flush < FLUSHES) {
-                    const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + flush * EVERY);
-                    p.fetch16(to + code_bytes(BITS) + 16 * lane, call.ranges + (group * pieces + (lane & (pieces - 1))) * 16);
+                    const int group = call.group_of(ahead * SLICES + flush * EVERY) + t * call.groups;
+                    p.fetch16(own + code_bytes(BITS), s.ranges + group * (16 * call.pieces()));
                 }
+                if (r == R - 1) s.codes += WARPS * code_bytes(BITS);
             });
         }
+        if (r == R - 1) ahead += WARPS;
         p.commit();
-        ahead++;
-        filled = filled + 1 < D ? filled + 1 : 0;
     }
 
-    // Fills the ring but for one stage, which is the one that was used last.
+    // Fills the ring but for one stage.
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
-            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++) P::at(state, lane).sums[r][i] = 0.f;
+            S& s = P::at(state, lane);
+            s.codes = call.words + (int64_t(first) * call.steps + warp) * code_bytes(BITS) + 16 * lane;
+            s.ranges = call.ranges + (int64_t(first) * call.groups * call.pieces() + (lane & (call.pieces() - 1))) * 16;
+            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++) s.sums[r][i] = 0.f;
         });
-        for (int i = 0; i < D - 1; i++) fetch(p);
+        UNROLLED for (int i = 0; i < D - 1; i++) fetch(p, ring + i * call.slot, i % R);
+        before = ring + (D - 1) * call.slot;
     }
 
     template <int Q, int H>
@@ -229,7 +233,7 @@ struct Warp {
     // The steps of panel number `panel`, whose x and totals are there.
     BOTH void over(P& p, int panel) {
         const int begin = panel * (call.panel / WARPS), end = begin + call.panel / WARPS;
-        for (int j = begin; j < end && j * R < own; j++) {
+        for (int j = begin; j < end && warp + WARPS * j < call.steps; j++) {
             const int step = warp + WARPS * (j - begin);
             p.lanes([&](int lane) {
                 const int column = lane / 4, last = call.columns_of(call.together) - 1;
@@ -238,14 +242,13 @@ struct Warp {
             });
             UNROLLED for (int r = 0; r < R; r++) {
                 p.template arrived<D - 2>();
-                fetch(p);
-                const uint8_t* slot = ring + used * call.slot;
-                p.lanes([&](int lane) { load_codes<P, BITS>(P::at(state, lane).w, slot, lane); });
-                slice<0>(p, slot, step, r);
-                slice<1>(p, slot, step, r);
-                slice<2>(p, slot, step, r);
-                slice<3>(p, slot, step, r);
-                used = used + 1 < D ? used + 1 : 0;
+                fetch(p, before, (D - 1 + r) % R);
+                p.lanes([&](int lane) { load_codes<P, BITS>(P::at(state, lane).w, now, lane); });
+                slice<0>(p, now, step, r);
+                slice<1>(p, now, step, r);
+                slice<2>(p, now, step, r);
+                slice<3>(p, now, step, r);
+                before = now, now = after(now);
             }
         }
     }
@@ -261,56 +264,76 @@ struct Warp {
     }
 };
 
-// x of a panel as columns of bfloat16, and its sums over what shares a scale; by all warps, for rows of x from `first` on.
-template <class P, int FLUSHES>
-BOTH void place(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
+template <int TURNS>
+struct Loaded {
+    uint32_t of[TURNS][8];
+};
+
+// x of a panel as columns of bfloat16, and its sums over what shares a scale; by all warps, for rows of x from `first` on. PARTS: as in the
+// call, known where there is nothing to be computed. TURNS: eights that are on their way to a lane before the first is used.
+template <class P, int FLUSHES, int PARTS, int TURNS>
+BOTH void place_parts(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
     float* totals = reinterpret_cast<float*>(x + call.columns_of(call.together) * call.stride);
     const int begin = panel * call.panel, left = call.steps - begin, steps = left < call.panel ? left : call.panel;
     const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
     const int eights = steps * (COLUMNS / 8), all = rows * eights;
-    for (int base = warp * LANES; base < all; base += WARPS * LANES) {
-        typename P::template Of<float> total;
+    for (int start = warp * LANES; start < all; start += TURNS * WARPS * LANES) {
+        typename P::template Of<Loaded<TURNS>> loaded;
         p.lanes([&](int lane) {
-            P::at(total, lane) = 0.f;
-            const int e = base + lane, m = e / eights, eight = e - m * eights, column = begin * COLUMNS + eight * 8;
-            if (e >= all) return;
-            uint32_t kept[4] = {0, 0, 0, 0};
-            float v[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-            if (column < call.columns) {
-                const int64_t at = int64_t(first + m) * call.columns + column;
-                if (call.half_x) {
-                    P::read16(kept, call.x + 2 * at);
+            UNROLLED for (int u = 0; u < TURNS; u++) {
+                const int e = start + u * WARPS * LANES + lane, m = e / eights, column = begin * COLUMNS + (e - m * eights) * 8;
+                uint32_t* to = P::at(loaded, lane).of[u];
+                UNROLLED for (int i = 0; i < 8; i++) to[i] = 0;
+                if (e < all && column < call.columns) {
+                    const int64_t at = int64_t(first + m) * call.columns + column;
+                    P::read16(to, call.x + (PARTS == 1 || call.half_x ? 2 : 4) * at);
+                    if (PARTS != 1 && !call.half_x) P::read16(to + 4, call.x + 4 * at + 16);
+                }
+            }
+        });
+        UNROLLED for (int u = 0; u < TURNS; u++) {
+            typename P::template Of<float> total;
+            p.lanes([&](int lane) {
+                const int e = start + u * WARPS * LANES + lane, m = e / eights, eight = e - m * eights;
+                uint32_t* kept = P::at(loaded, lane).of[u];
+                float v[8];
+                if (PARTS == 1 || call.half_x)
                     UNROLLED for (int i = 0; i < 4; i++) v[2 * i] = float_of(kept[i] << 16), v[2 * i + 1] = float_of(kept[i] & 0xffff0000u);
-                } else {
-                    uint32_t bits[8];
-                    P::read16(bits, call.x + 4 * at);
-                    P::read16(bits + 4, call.x + 4 * at + 16);
-                    UNROLLED for (int i = 0; i < 8; i++) v[i] = float_of(bits[i]);
-                }
-                if (call.input_scale != nullptr)
+                else
+                    UNROLLED for (int i = 0; i < 8; i++) v[i] = float_of(kept[i]);
+                const int column = begin * COLUMNS + eight * 8;
+                if (PARTS != 1 && call.input_scale != nullptr && e < all && column < call.columns)
                     UNROLLED for (int i = 0; i < 8; i++) v[i] = v[i] / call.input_scale[column + i];
-            }
-            P::at(total, lane) = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-            uint8_t* to = x + m * call.parts * call.stride + eight * 16;
-            if (call.parts == 1) return P::store16(to, kept);
-            // What is left after the nearest bfloat16 is exact; after three nothing is.
-            for (int part = 0; part < 3; part++) {
-                UNROLLED for (int i = 0; i < 4; i++) {
-                    kept[i] = P::pack2(v[2 * i], v[2 * i + 1]);
-                    v[2 * i] -= float_of(kept[i] << 16), v[2 * i + 1] -= float_of(kept[i] & 0xffff0000u);
+                P::at(total, lane) = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+                if (e >= all) return;
+                uint8_t* to = x + m * PARTS * call.stride + eight * 16;
+                // What is left after the nearest bfloat16 is exact; after three nothing is.
+                for (int part = 0; part < PARTS; part++) {
+                    if (PARTS != 1) UNROLLED for (int i = 0; i < 4; i++) {
+                        kept[i] = P::pack2(v[2 * i], v[2 * i + 1]);
+                        v[2 * i] -= float_of(kept[i] << 16), v[2 * i + 1] -= float_of(kept[i] & 0xffff0000u);
+                    }
+                    P::store16(to + part * call.stride, kept);
                 }
-                P::store16(to + part * call.stride, kept);
-            }
-        });
-        UNROLLED for (int apart = 1; apart < 16 / FLUSHES; apart *= 2) P::fold(total, apart);
-        p.lanes([&](int lane) {
-            const int e = base + lane, m = e / eights, eight = e - m * eights;
-            if (e >= all || eight % (16 / FLUSHES) != 0) return;
-            float* to = totals + eight / (16 / FLUSHES) * MOST + m * call.parts;
-            to[0] = P::at(total, lane);
-            for (int part = 1; part < call.parts; part++) to[part] = 0.f;
-        });
+            });
+            UNROLLED for (int apart = 1; apart < 16 / FLUSHES; apart *= 2) P::fold(total, apart);
+            p.lanes([&](int lane) {
+                const int e = start + u * WARPS * LANES + lane, m = e / eights, eight = e - m * eights;
+                if (e >= all || eight % (16 / FLUSHES) != 0) return;
+                float* to = totals + eight / (16 / FLUSHES) * MOST + m * PARTS;
+                to[0] = P::at(total, lane);
+                for (int part = 1; part < PARTS; part++) to[part] = 0.f;
+            });
+        }
     }
+}
+
+template <class P, int FLUSHES>
+BOTH void place(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
+    if (call.parts == 1)
+        place_parts<P, FLUSHES, 1, 4>(p, call, warp, panel, first, x);
+    else
+        place_parts<P, FLUSHES, 3, 1>(p, call, warp, panel, first, x);
 }
 
 // Sums of all warps, `apart` bytes from one warp's to the next, into out; by all warps.

@@ -79,6 +79,12 @@ struct Lane {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(c));
         return made;
     }
+    // (word & mask) | base in one instruction, which the compiler makes two of.
+    static __device__ __forceinline__ uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) {
+        uint32_t made;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(mask), "r"(base));
+        return made;
+    }
     static __device__ __forceinline__ void fold(float& v, int apart) { v += __shfl_xor_sync(0xffffffffu, v, apart); }
 
     template <class S>

@@ -169,7 +169,10 @@ def check_weight(got: Tensor, packed: Fragments) -> None:
     want = packed.values(torch.float64)
     scale, zero = packed.ranges.double().abs().unbind(-1)
     # A sum is rounded, of exact products; and the result.
-    bound = 2 * U * float((2**packed.bits * scale + zero * scale).max()) + (0 if got.dtype is torch.float32 else torch.finfo(got.dtype).eps) * want.abs()
+    bound = (
+        2 * U * float((2**packed.bits * scale + zero * scale).max())
+        + (0 if got.dtype is torch.float32 else torch.finfo(got.dtype).eps) * want.abs()
+    )
     assert ((got.double().cpu() - want).abs() <= bound).all()
 
 

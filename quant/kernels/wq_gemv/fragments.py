@@ -1,8 +1,8 @@
 """The layout that the CUDA twin reads, and its host twin: in the order in which the lanes of a warp hand a tensor core its operands.
 
 A tile is 16 rows of the weight, a step 128 columns; both are padded with zeros. Of a step, lane 4 g + t has the rows g and g + 8, and of
-each slice of 32 columns the eight from 8 t on. Those are pairs of neighbouring columns: pair p = 8 q + 4 h + 2 c + r is row g + 8 r, columns
-32 q + 8 t + 4 h + 2 c and the next. Both codes of a pair lie in one word, at one place of its lower and its upper 16 bits:
+each slice of 32 columns the eight from 8 t on. Those are pairs of neighbouring columns: pair p = 8 q + 4 h + 2 c + r is row g + 8 r,
+columns 32 q + 8 t + 4 h + 2 c and the next. Both codes of a pair lie in one word, at one place of its lower and its upper 16 bits:
 
 - with 2, 4 or 8 bits, the pairs of a word one after another from bit 0 on
 - with 3 bits, 16 pairs are in three words: pairs 0 to 14, five in each, and the last one's bits in bit 15 of either half of the three
@@ -34,7 +34,9 @@ class Fragments(Packed):
 
     def values(self, dtype: torch.dtype) -> Tensor:
         n, k = self.shape
-        scale, second = self.ranges.to(dtype).permute(4, 0, 3, 2, 1).reshape(2, -1, self.groups)[:, :n].repeat_interleave(k // self.groups, 2)
+        scale, second = (
+            self.ranges.to(dtype).permute(4, 0, 3, 2, 1).reshape(2, -1, self.groups)[:, :n].repeat_interleave(k // self.groups, 2)
+        )
         codes = self.codes().to(dtype)
         weight: Tensor = (codes - second) * scale if self.ranges.dtype is torch.float16 else codes * scale + second
         return weight
@@ -56,14 +58,14 @@ def laid_out(codes: Tensor, bits: int) -> Tensor:
     padded = pad(codes, (0, -k % STEP, 0, -n % ROWS))
     tiles, steps = padded.shape[0] // ROWS, padded.shape[1] // STEP
     # Rows r, g and columns q, t, h, c, e of the docstring above.
-    ordered = padded.view(tiles, 2, 8, steps, 4, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1, 8).reshape(tiles, steps, LANES, PAIRS, 2)
+    ordered = padded.reshape(tiles, 2, 8, steps, 4, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1, 8).reshape(tiles, steps, LANES, PAIRS, 2)
     pairs = ordered[..., 0].to(torch.int32) | ordered[..., 1].to(torch.int32) << 16
     if bits != 3:
         held = pairs.view(tiles, steps, LANES, 2 * bits, 16 // bits)
         words = _joined(held, bits)
         return words.view(tiles, steps, LANES, -1, 4).transpose(2, 3).reshape(tiles, steps, -1)
     held = pairs.view(tiles, steps, LANES, 2, 16)
-    words = _joined(held[..., :15].unflatten(-1, (3, 5)), 3)
+    words = _joined(held[..., :15].reshape(tiles, steps, LANES, 2, 3, 5), 3)
     last = torch.stack([(held[..., 15] >> b & 0x00010001) << 15 for b in range(3)], -1)
     words = (words | last).flatten(-2)
     return torch.cat([words[..., :4].flatten(2), words[..., 4:].flatten(2)], -1)
@@ -82,10 +84,11 @@ def read_out(words: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     tiles, steps = words.shape[:2]
     mask = (2**bits - 1) * 0x00010001
     if bits != 3:
-        own = words.view(tiles, steps, -1, LANES, 4).transpose(2, 3).reshape(tiles, steps, LANES, 2 * bits)
+        own = words.reshape(tiles, steps, -1, LANES, 4).transpose(2, 3).reshape(tiles, steps, LANES, 2 * bits)
         pairs = torch.stack([own >> bits * i & mask for i in range(16 // bits)], -1)
     else:
-        own = torch.cat([words[..., :128].unflatten(-1, (LANES, 4)), words[..., 128:].unflatten(-1, (LANES, 2))], -1).unflatten(-1, (2, 3))
+        own = torch.cat([words[..., :128].view(tiles, steps, LANES, 4), words[..., 128:].view(tiles, steps, LANES, 2)], -1)
+        own = own.view(tiles, steps, LANES, 2, 3)
         first = torch.stack([own >> 3 * i & mask for i in range(5)], -1).flatten(-2)
         last = sum((own[..., b] >> 15 & 0x00010001) << b for b in range(3))
         assert isinstance(last, Tensor)
