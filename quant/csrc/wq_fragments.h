@@ -107,29 +107,27 @@ struct State {
     float d[2][4];              // two products' sums: neither waits for the other
     float sums[R][4];           // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
     const uint8_t *codes, *ranges;  // what the lane copies of the first tile's next step, and of its first group
+    int64_t group;                  // of the next step: bytes from `ranges`
+    const uint8_t *x, *totals;      // of the next step, in shared memory
+    float scale[2], offset[2];      // of the rows g and g + 8
+    uint32_t total[2];              // sums of x
 };
 
-// What the scale and the offset of the two rows of a lane are.
-struct Ranges {
-    float scale[2], offset[2];
-};
-
+// Scale and offset of the two rows of a lane.
 template <class P>
-BOTH Ranges ranges_at(const uint8_t* from, int g, int half_ranges) {
-    Ranges r;
+BOTH void load_ranges(float* scale, float* offset, const uint8_t* from, int g, int half_ranges) {
     if (half_ranges) {
         uint32_t v[2];
         P::load8(v, from + 8 * g);
         UNROLLED for (int i = 0; i < 2; i++) {
-            r.scale[i] = P::half(v[i] & 0xffffu);
-            r.offset[i] = -(P::half(v[i] >> 16) * r.scale[i]);
+            scale[i] = P::half(v[i] & 0xffffu);
+            offset[i] = -(P::half(v[i] >> 16) * scale[i]);
         }
     } else {
         uint32_t v[4];
         P::load16(v, from + 16 * g);
-        UNROLLED for (int i = 0; i < 2; i++) r.scale[i] = float_of(v[2 * i]), r.offset[i] = float_of(v[2 * i + 1]);
+        UNROLLED for (int i = 0; i < 2; i++) scale[i] = float_of(v[2 * i]), offset[i] = float_of(v[2 * i + 1]);
     }
-    return r;
 }
 
 template <class P, int BITS>
@@ -152,32 +150,34 @@ struct Warp {
     uint8_t *ring, *now, *before;  // stages to use next, and used last: that one is free
     const uint8_t* x;              // of the panel: bfloat16, a column after another
     const float* totals;           // of the panel: [steps, FLUSHES, MOST], sums of x
-    int warp, first, ahead, others;  // first: tile; ahead: the step to fetch next; others: tiles after the first that there are
+    int warp, first, ahead;        // first: tile; ahead: the step to fetch next
+    int codes_apart[R], ranges_apart[R];  // bytes from the first tile's; a tile that there is not is the last one again
     typename P::template Of<S> state;
 
     BOTH Warp(const Call& c, uint8_t* memory, int w, int tile)
         : call(c), ring(memory + w * D * c.slot), now(ring), before(ring), x(memory + WARPS * D * c.slot), warp(w), first(tile),
-          ahead(w), others(c.tiles - 1 - tile < R - 1 ? c.tiles - 1 - tile : R - 1) {
+          ahead(w) {
+        UNROLLED for (int r = 0; r < R; r++) {
+            const int t = tile + r < c.tiles ? r : c.tiles - 1 - tile;
+            codes_apart[r] = t * c.steps * code_bytes(BITS), ranges_apart[r] = t * c.groups * 16 * c.pieces();
+        }
         totals = reinterpret_cast<const float*>(x + c.columns_of(c.together) * c.stride);
     }
 
     BOTH uint8_t* after(uint8_t* stage) const { return stage + call.slot < ring + D * call.slot ? stage + call.slot : ring; }
 
-    // The warp's next stage, of tile number r; stages are steps, then tiles. Tiles that there are not are the last one again.
+    // The warp's next stage, of tile number r; stages are steps, then tiles.
     BOTH void fetch(P& p, uint8_t* to, int r) {
         if (ahead < call.steps) {
-            const int t = r < others ? r : others;
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                const uint8_t* from = s.codes + t * (call.steps * code_bytes(BITS));
+                const uint8_t* from = s.codes + codes_apart[r];
                 uint8_t* own = to + 16 * lane;
                 UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, from + 512 * l);
                 if constexpr (BITS == 3) p.fetch8(to + 512 + 8 * lane, from + 512 - 8 * lane);
                 const int flush = lane >> (call.half_ranges ? 2 : 3);
-                if (flush < FLUSHES) {
-                    const int group = call.group_of(ahead * SLICES + flush * EVERY) + t * call.groups;
-                    p.fetch16(own + code_bytes(BITS), s.ranges + group * (16 * call.pieces()));
-                }
+                if (r == 0) s.group = int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * (16 * call.pieces());
+                if (flush < FLUSHES) p.fetch16(own + code_bytes(BITS), s.ranges + (s.group + ranges_apart[r]));
                 if (r == R - 1) s.codes += WARPS * code_bytes(BITS);
             });
         }
@@ -207,25 +207,25 @@ struct Warp {
         P::multiply(state, Q, H);
     }
 
+    // Ranges and sums of x are fetched before the products that they are for.
     template <int Q>
-    BOTH void slice(P& p, const uint8_t* slot, int step, int r) {
+    BOTH void slice(P& p, const uint8_t* slot, int r) {
         if constexpr (Q % EVERY == 0)
             p.lanes([&](int lane) {
-                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) P::at(state, lane).d[h][i] = 0.f;
+                S& s = P::at(state, lane);
+                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[h][i] = 0.f;
+                const uint8_t* at = slot + code_bytes(BITS) + Q / EVERY * 16 * call.pieces();
+                load_ranges<P>(s.scale, s.offset, at, lane / 4, call.half_ranges);
+                P::load8(s.total, s.totals + Q / EVERY * MOST * 4);
             });
         multiply<Q, 0>(p);
         multiply<Q, 1>(p);
         if constexpr (Q % EVERY == EVERY - 1)
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                constexpr int flush = Q / EVERY;
-                const uint8_t* at = slot + code_bytes(BITS) + flush * 16 * call.pieces();
-                const Ranges ranges = ranges_at<P>(at, lane / 4, call.half_ranges);
-                uint32_t total[2];
-                P::load8(total, reinterpret_cast<const uint8_t*>(totals + (step * FLUSHES + flush) * MOST + lane % 4 * 2));
                 UNROLLED for (int i = 0; i < 4; i++) {
-                    const float rest = P::fma(ranges.offset[i / 2], float_of(total[i % 2]), s.sums[r][i]);
-                    s.sums[r][i] = P::fma(ranges.scale[i / 2], s.d[0][i] + s.d[1][i], rest);
+                    const float rest = P::fma(s.offset[i / 2], float_of(s.total[i % 2]), s.sums[r][i]);
+                    s.sums[r][i] = P::fma(s.scale[i / 2], s.d[0][i] + s.d[1][i], rest);
                 }
             });
     }
@@ -233,23 +233,28 @@ struct Warp {
     // The steps of panel number `panel`, whose x and totals are there.
     BOTH void over(P& p, int panel) {
         const int begin = panel * (call.panel / WARPS), end = begin + call.panel / WARPS;
+        p.lanes([&](int lane) {
+            const int column = lane / 4, last = call.columns_of(call.together) - 1;
+            P::at(state, lane).x = x + (column < last ? column : last) * call.stride + warp * (2 * COLUMNS) + lane % 4 * 16;
+            P::at(state, lane).totals = reinterpret_cast<const uint8_t*>(totals + warp * FLUSHES * MOST + lane % 4 * 2);
+        });
         for (int j = begin; j < end && warp + WARPS * j < call.steps; j++) {
-            const int step = warp + WARPS * (j - begin);
             p.lanes([&](int lane) {
-                const int column = lane / 4, last = call.columns_of(call.together) - 1;
-                const uint8_t* from = x + (column < last ? column : last) * call.stride + step * (2 * COLUMNS) + lane % 4 * 16;
-                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(P::at(state, lane).b[q], from + 64 * q);
+                S& s = P::at(state, lane);
+                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], s.x + 64 * q);
+                s.x += WARPS * 2 * COLUMNS;
             });
             UNROLLED for (int r = 0; r < R; r++) {
                 p.template arrived<D - 2>();
                 fetch(p, before, (D - 1 + r) % R);
                 p.lanes([&](int lane) { load_codes<P, BITS>(P::at(state, lane).w, now, lane); });
-                slice<0>(p, now, step, r);
-                slice<1>(p, now, step, r);
-                slice<2>(p, now, step, r);
-                slice<3>(p, now, step, r);
+                slice<0>(p, now, r);
+                slice<1>(p, now, r);
+                slice<2>(p, now, r);
+                slice<3>(p, now, r);
                 before = now, now = after(now);
             }
+            p.lanes([&](int lane) { P::at(state, lane).totals += WARPS * FLUSHES * MOST * 4; });
         }
     }
 
@@ -369,15 +374,16 @@ BOTH void write_slice(const Call& call, const uint32_t* w, int t, int step, int 
     const int column = step * COLUMNS + 32 * Q;
     if (column >= call.columns) return;
     const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + Q);
-    const Ranges ranges = ranges_at<P>(call.ranges + group * call.pieces() * 16, lane / 4, call.half_ranges);
+    float scale[2], offset[2];
+    load_ranges<P>(scale, offset, call.ranges + group * call.pieces() * 16, lane / 4, call.half_ranges);
     const uint32_t pairs[8] = {pair<P, BITS, 8 * Q>(w),     pair<P, BITS, 8 * Q + 2>(w), pair<P, BITS, 8 * Q + 4>(w), pair<P, BITS, 8 * Q + 6>(w),
                                pair<P, BITS, 8 * Q + 1>(w), pair<P, BITS, 8 * Q + 3>(w), pair<P, BITS, 8 * Q + 5>(w), pair<P, BITS, 8 * Q + 7>(w)};
     UNROLLED for (int i = 0; i < 2; i++) {
         const int n = t * ROWS + lane / 4 + 8 * i;
         float v[8];
         UNROLLED for (int j = 0; j < 4; j++) {
-            v[2 * j] = P::fma(float_of(pairs[4 * i + j] << 16), ranges.scale[i], ranges.offset[i]);
-            v[2 * j + 1] = P::fma(float_of(pairs[4 * i + j] & 0xffff0000u), ranges.scale[i], ranges.offset[i]);
+            v[2 * j] = P::fma(float_of(pairs[4 * i + j] << 16), scale[i], offset[i]);
+            v[2 * j + 1] = P::fma(float_of(pairs[4 * i + j] & 0xffff0000u), scale[i], offset[i]);
         }
         if (n < call.rows) P::template pack8<KIND>(call.out, int64_t(n) * call.columns + column + lane % 4 * 8, v);
     }
