@@ -238,7 +238,7 @@ def batches(b: Bench) -> Iterator[Row]:
         x, dense = (b.random(rows, k, dtype=torch.bfloat16) for rows in (16, n))
         plain = beside_dense(b, x, dense)
         for bits in (2, 3, 4, 8) if not b.dry else (4,):
-            run, tensor = kernel("wq_gemv", b.backend, b.device).run, _affine(b, n, k, bits)
+            run, tensor = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, _affine(b, n, k, bits)
             packed, weight = run.prepare(tensor), tensor.dequantize()
             copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
