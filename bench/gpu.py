@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import gpu_peers
+from bench.copies import copied
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
@@ -306,17 +307,6 @@ def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int
 
 def cold_copies(b: Bench, packed: Any) -> list[Any]:
     return [packed, *(copied(packed) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
-
-
-def copied(packed: Any) -> Any:
-    """In memory of its own."""
-    if isinstance(packed, Tensor):
-        return packed.clone()
-    if isinstance(packed, tuple):
-        return tuple(copied(p) for p in packed)
-    if is_dataclass(packed) and not isinstance(packed, type):
-        return replace(packed, **{f.name: copied(getattr(packed, f.name)) for f in fields(packed)})
-    return packed
 
 
 def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:
