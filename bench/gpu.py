@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bench import gpu_block, gpu_peers, gpu_searches
+from bench.copies import copied
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
 from quant.affine import ZeroKind
@@ -249,7 +250,7 @@ def batches(b: Bench) -> Iterator[Row]:
         x, dense = (b.random(rows, k, dtype=torch.bfloat16) for rows in (16, n))
         plain = beside_dense(b, x, dense)
         for bits in (2, 3, 4, 8) if not b.dry else (4,):
-            run, tensor = kernel("wq_gemv", b.backend, b.device).run, _affine(b, n, k, bits)
+            run, tensor = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, _affine(b, n, k, bits)
             packed, weight = run.prepare(tensor), tensor.dequantize()
             copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
@@ -265,7 +266,7 @@ def batches(b: Bench) -> Iterator[Row]:
 
 def prompts(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(8192, 256)
-    run, dense = kernel("wq_gemv", b.backend, b.device).run, b.random(n, k, dtype=torch.bfloat16)
+    run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
     tensor = _affine(b, n, k, 4)
     packed, weight = run.prepare(tensor), tensor.dequantize()
     for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
@@ -287,26 +288,36 @@ def tables(b: Bench) -> Iterator[Row]:
 
 
 def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:
+    """With one row of x and four, and 4-bit codes with two and eight too: the best backend, and Triton's beside it."""
     dense = b.random(n, k, dtype=torch.bfloat16)
-    for m in (1, 4):
-        x = b.random(m, k, dtype=torch.bfloat16)
-        plain = beside_dense(b, x, dense)
-        for name, operation, make in makers if m == 1 else ():
-            tensor: Stored = make(b, n, k)
-            run = kernel(operation, b.backend, b.device).run
-            packed = run.prepare(tensor)
-            weight = tensor.dequantize()
+    xs = {m: b.random(m, k, dtype=torch.bfloat16) for m in (1, 2, 4, 8)}
+    plain = {m: beside_dense(b, x, dense) for m, x in xs.items()}
+    for name, operation, make in makers:
+        tensor: Stored = make(b, n, k)
+        chosen = kernel(operation, b.backend if b.dry else "auto", b.device)
+        other = kernel(operation, b.backend, b.device)
+        packed, packed_other = (one.run.prepare(tensor) for one in (chosen, other))
+        copies, copies_other = (cold_copies(b, one) for one in (packed, packed_other))
+        weight = tensor.dequantize()
+        for m, x in xs.items():
+            bits = getattr(tensor, "bits", 0)
+            if m in (2, 8) and (operation, bits) != ("wq_gemv", 4):
+                continue
             want = x.double() @ weight.double().T
             allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
-            got = getattr(run, operation)(x, packed)
-            copies = [run.prepare(tensor) for _ in range(b.size(1 + int(COLD / packed.bytes), 1))]
-            took = b.time(lambda i: getattr(run, operation)(x, copies[i]), len(copies))  # noqa: B023
-            goal = goals.get((n, k, getattr(tensor, "bits", 0)), "")
-            error = float((got.double() - want).norm() / want.norm())
-            peers = known(bfloat16=plain)
+            error = float((getattr(chosen.run, operation)(x, packed).double() - want).norm() / want.norm())
+            took = b.time(lambda i: getattr(chosen.run, operation)(x, copies[i]), len(copies))  # noqa: B023
+            peers = known(bfloat16=plain[m])
+            if chosen.backend != other.backend:
+                peers |= known(triton=b.time(lambda i: getattr(other.run, operation)(x, copies_other[i]), len(copies_other)))  # noqa: B023
             if operation == "wq_gemv":
-                peers |= gpu_peers.times(b, "products", n, k, m, tensor.bits)
-            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, peers, packed.bytes, goal)
+                peers |= gpu_peers.times(b, "products", n, k, m, bits)
+            goal = goals.get((n, k, bits), "") if m == 1 else ""
+            yield Row(f"{operation} {n} x {k}, {name}, M={m}, {chosen.backend}", error, allowed, took, peers, packed.bytes, goal)
+
+
+def cold_copies(b: Bench, packed: Any) -> list[Any]:
+    return [packed, *(copied(packed) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
 
 def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:

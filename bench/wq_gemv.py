@@ -14,7 +14,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch.nn.functional import linear
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.copies import copied  # noqa: E402
 from quant.affine import ZeroKind  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
 from quant.tensors.affine import AffineTensor  # noqa: E402
@@ -133,17 +133,6 @@ def least(weight: Any, work: Callable[[Any], object], times: int = TIMES) -> flo
         work(copies[i % len(copies)])
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def copied(weight: Any) -> Any:
-    """In memory of its own."""
-    if isinstance(weight, tuple):
-        return tuple(copied(w) for w in weight)
-    if isinstance(weight, Tensor):
-        return weight.clone()
-    if is_dataclass(weight) and not isinstance(weight, type):
-        return replace(weight, **{f.name: copied(getattr(weight, f.name)) for f in fields(weight)})
-    return weight
 
 
 def multiply(run: Callable[[Tensor, Any], Tensor], x: Tensor, packed: Any) -> Tensor:

@@ -36,6 +36,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "wq_gemv": {
         "cpu": "quant.kernels.wq_gemv.cpu",
+        "cuda": "quant.kernels.wq_gemv.cuda",
         "triton": "quant.kernels.wq_gemv.triton",
         "reference": "quant.kernels.wq_gemv.reference",
     },

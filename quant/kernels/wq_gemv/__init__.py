@@ -3,7 +3,7 @@
 What holds for every product with a packed weight: `quant.kernels.products`. The weight is an `AffineTensor`.
 
 A group's columns give scale · Σ code · x + offset · Σ x, where the offset is what a code of 0 stands for. `reference` takes any affine
-tensor; `cpu` takes what `Packed` can hold, `prepare` says what that is.
+tensor; `cpu` takes what `Packed` can hold, `prepare` says what that is. `cuda` takes the same in a layout of its own (`fragments`).
 """
 
 from __future__ import annotations
@@ -87,21 +87,28 @@ def _fields(bits: int) -> list[list[_Field]]:
     return whole + [[_Field(w, 30, 0, 2), _Field(2, 30 + w, 2, 1)] for w in range(2)]
 
 
-def prepare(tensor: AffineTensor) -> Packed:
-    """The same codes, laid out anew. Raises ValueError for what the layout does not hold."""
-    n, k = tensor.shape
+def refusal(tensor: AffineTensor) -> str | None:
+    """Why packed layouts do not hold the tensor; None where they do."""
     if tensor.bits not in BITS:
-        raise ValueError(f"codes of {tensor.bits} bits; the packed layout has {', '.join(map(str, BITS))}: use backend=reference")
+        return f"codes of {tensor.bits} bits; the packed layout has {', '.join(map(str, BITS))}: use backend=reference"
     if tensor.g_idx is not None:
-        raise ValueError(
+        return (
             "groups are given by g_idx (act-order), so that columns of one group lie apart; the packed layout adds up neighbours: "
             "use backend=reference, or quantize without act_order"
         )
     group = tensor.group_size
     if group % STEP:
-        raise ValueError(f"groups of {group} columns of {k}; the packed layout takes multiples of {STEP}: use backend=reference")
+        return f"groups of {group} columns of {tensor.shape[1]}; the packed layout takes multiples of {STEP}: use backend=reference"
+    return None
+
+
+def prepare(tensor: AffineTensor) -> Packed:
+    """The same codes, laid out anew. Raises ValueError for what the layout does not hold."""
+    reason = refusal(tensor)
+    if reason is not None:
+        raise ValueError(reason)
     words = laid_out(tensor.codes, tensor.bits)
-    return Packed(words, _ranges(tensor), None if tensor.input_scale is None else tensor.input_scale.float(), (n, k), tensor.bits)
+    return Packed(words, _ranges(tensor), None if tensor.input_scale is None else tensor.input_scale.float(), tensor.shape, tensor.bits)
 
 
 def laid_out(codes: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,182 @@
+// What a warp does in wq_fragments.h, on the host and 32 lanes in turn: for tests where there is no GPU. Slow.
+//
+// Copies into the ring arrive when they are waited for, not before, and what lies there until then is poison. The product of a tensor core
+// is cut off to float32 after each step, as theirs are.
+
+// Compiled in a tenth of the time.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+
+#include "wq_fragments.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <deque>
+#include <vector>
+
+namespace {
+
+using namespace fragments;
+
+float cut(double v) {
+    float f = float(v);
+    return std::fabs(double(f)) > std::fabs(v) ? std::nextafterf(f, 0.f) : f;
+}
+
+float upper(uint32_t pair) { return float_of(pair & 0xffff0000u); }
+float lower(uint32_t pair) { return float_of(pair << 16); }
+
+// To the nearest bfloat16, even where two are.
+uint32_t rounded(float v) {
+    const uint32_t bits = bits_of(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+    return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+struct Lanes32 {
+    template <class T>
+    struct Of {
+        T lane[LANES];
+    };
+    struct Copy {
+        uint8_t* to;
+        const uint8_t* from;
+        int bytes;
+    };
+    std::vector<Copy> open;
+    std::deque<std::vector<Copy>> pending;
+
+    template <class T>
+    static T& at(Of<T>& v, int lane) {
+        return v.lane[lane];
+    }
+    template <class F>
+    void lanes(const F& f) {
+        for (int lane = 0; lane < LANES; lane++) f(lane);
+    }
+
+    void fetch(uint8_t* to, const uint8_t* from, int bytes) {
+        if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes) std::abort();
+        memset(to, 0xff, bytes);
+        open.push_back({to, from, bytes});
+    }
+    void fetch16(uint8_t* to, const uint8_t* from) { fetch(to, from, 16); }
+    void fetch8(uint8_t* to, const uint8_t* from) { fetch(to, from, 8); }
+    void commit() { pending.push_back(std::move(open)), open.clear(); }
+    template <int LEFT>
+    void arrived() {
+        for (; int(pending.size()) > LEFT; pending.pop_front())
+            for (const Copy& c : pending.front()) memcpy(c.to, c.from, c.bytes);
+    }
+
+    static void load(uint32_t* to, const uint8_t* from, int bytes) {
+        if (reinterpret_cast<uintptr_t>(from) % bytes) std::abort();
+        memcpy(to, from, bytes);
+    }
+    static void load16(uint32_t* to, const uint8_t* from) { load(to, from, 16); }
+    static void load8(uint32_t* to, const uint8_t* from) { load(to, from, 8); }
+    static void read16(uint32_t* to, const uint8_t* from) { load(to, from, 16); }
+    static void read8(uint32_t* to, const uint8_t* from) { load(to, from, 8); }
+    static void store16(uint8_t* to, const uint32_t* from) { memcpy(to, from, 16); }
+
+    static float fma(float a, float b, float c) { return std::fma(a, b, c); }
+    static float half(uint32_t bits) {
+        const int exponent = bits >> 10 & 31, significand = bits & 1023;
+        const float size = exponent == 31  ? significand ? NAN : INFINITY
+                           : exponent == 0 ? std::ldexp(float(significand), -24)
+                                           : std::ldexp(float(significand + 1024), exponent - 25);
+        return bits >> 15 ? -size : size;
+    }
+    static uint32_t pack2(float low, float high) { return rounded(low) | rounded(high) << 16; }
+    static uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+        return pack2(std::fma(lower(a), lower(b), lower(c)), std::fma(upper(a), upper(b), upper(c)));
+    }
+
+    static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+
+    static void fold(Of<float>& v, int apart) {
+        const Of<float> before = v;
+        for (int lane = 0; lane < LANES; lane++) v.lane[lane] += before.lane[lane ^ apart];
+    }
+
+    // mma.m16n8k16: NVIDIA, PTX ISA, fragments of matrices with 16-bit floats.
+    template <class S>
+    static void multiply(Of<S>& states, int q, int h) {
+        for (int lane = 0; lane < LANES; lane++)
+            for (int i = 0; i < 4; i++) {
+                const int row = lane / 4, half_of = i / 2, column = lane % 4 * 2 + i % 2;
+                double sum = states.lane[lane].d[h][i];
+                for (int k = 0; k < 16; k++) {
+                    const int t = k % 8 / 2, later = k / 8;
+                    const uint32_t a = states.lane[4 * row + t].a[half_of + 2 * later], b = states.lane[4 * column + t].b[q][2 * h + later];
+                    sum += k % 2 ? double(upper(a)) * upper(b) : double(lower(a)) * lower(b);
+                }
+                states.lane[lane].d[h][i] = cut(sum);
+            }
+    }
+
+    template <int KIND>
+    static void pack8(uint8_t* out, int64_t at, const float* v) {
+        for (int i = 0; i < 8; i++) {
+            const uint16_t made = uint16_t(rounded(v[i]));
+            if (KIND == 0) memcpy(out + 4 * (at + i), v + i, 4);
+            if (KIND == 1) memcpy(out + 2 * (at + i), &made, 2);
+        }
+    }
+};
+
+// The blocks of a grid one after another; in a block, all warps up to each barrier.
+template <int BITS, int R, int FLUSHES>
+void product(Call call, int most) {
+    const int bytes = arranged(call, BITS, FLUSHES, most), apart = depth(BITS) * call.slot;
+    using Work = Warp<Lanes32, BITS, R, FLUSHES>;
+    std::vector<uint8_t> space(bytes + 128);
+    uint8_t* memory = space.data() + (128 - reinterpret_cast<uintptr_t>(space.data()) % 128);
+    for (int first = 0; first < call.count; first += call.together)
+        for (int tile = 0; tile < call.tiles; tile += R) {
+            memset(memory, 0xff, bytes);
+            std::vector<Lanes32> p(WARPS);
+            std::vector<Work> work;
+            for (int w = 0; w < WARPS; w++) work.emplace_back(call, memory, w, tile);
+            for (int w = 0; w < WARPS; w++) work[w].open(p[w]);
+            for (int panel = 0; panel * call.panel < call.steps; panel++) {
+                memset(memory + WARPS * apart, 0xff, bytes - WARPS * apart);
+                for (int w = 0; w < WARPS; w++) place<Lanes32, FLUSHES>(p[w], call, w, panel, first, memory + WARPS * apart);
+                for (int w = 0; w < WARPS; w++) work[w].over(p[w], panel);
+            }
+            for (int w = 0; w < WARPS; w++) work[w].close(p[w]);
+            for (int w = 0; w < WARPS; w++) finish<Lanes32, R>(p[w], call, w, tile, first, memory, apart);
+        }
+}
+
+template <int BITS>
+void product(const Call& call, int most) {
+    const int flushes = flushes_of(call);
+    flushes == 1 ? product<BITS, 2, 1>(call, most) : flushes == 2 ? product<BITS, 1, 2>(call, most) : product<BITS, 1, 4>(call, most);
+}
+
+template <int BITS>
+void weight(const Call& call) {
+    Lanes32 p;
+    for (int tile = 0; tile < call.tiles; tile++)
+        for (int step = 0; step < call.steps; step++)
+            call.half_x ? write<Lanes32, BITS, 1>(p, call, tile, step) : write<Lanes32, BITS, 0>(p, call, tile, step);
+}
+
+}  // namespace
+
+// As `bitgrid_wq_gemv` in wq_gemv.cu, but for `most`: bytes of shared memory.
+extern "C" void bitgrid_wq_gemv(int64_t words, int64_t ranges, int64_t x, int64_t input_scale, int64_t out, int64_t rows, int64_t columns,
+                                int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t half_x, int64_t most) {
+    const Call call = described(words, ranges, x, input_scale, out, rows, columns, groups, count, half_ranges, half_x);
+    const int m = int(most);
+    bits == 2 ? product<2>(call, m) : bits == 3 ? product<3>(call, m) : bits == 4 ? product<4>(call, m) : product<8>(call, m);
+}
+
+// half_out: 1: out is bfloat16, 0: float32.
+extern "C" void bitgrid_wq_values(int64_t words, int64_t ranges, int64_t out, int64_t rows, int64_t columns, int64_t groups, int64_t bits,
+                                  int64_t half_ranges, int64_t half_out) {
+    const Call call = described(words, ranges, 0, 0, out, rows, columns, groups, 1, half_ranges, half_out);
+    bits == 2 ? weight<2>(call) : bits == 3 ? weight<3>(call) : bits == 4 ? weight<4>(call) : weight<8>(call);
+}

@@ -1,0 +1,257 @@
+// A few rows of x [M, K] times a weight [N, K] of 2, 3, 4 or 8 bits, transposed: out [M, N]; and the weight itself.
+// The twin of quant/kernels/wq_gemv/reference.py; what a warp does: wq_fragments.h.
+//
+// One launch a call: x is brought into shared memory by every block, which also rounds its own part of out. A block has 16 R rows of the
+// weight, R such that all blocks are on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+#include "wq_fragments.h"
+
+namespace {
+
+using namespace fragments;
+
+struct Lane {
+    template <class T>
+    using Of = T;
+
+    template <class T>
+    static __device__ __forceinline__ T& at(T& v, int) {
+        return v;
+    }
+    template <class F>
+    __device__ __forceinline__ void lanes(const F& f) {
+        f(int(threadIdx.x % LANES));
+    }
+
+    static __device__ __forceinline__ uint32_t shared(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
+    }
+    __device__ __forceinline__ void fetch8(uint8_t* to, const uint8_t* from) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared(to)), "l"(from) : "memory");
+    }
+    __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+    // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
+    template <int LEFT>
+    __device__ __forceinline__ void arrived() {
+        asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+        __syncwarp();
+    }
+
+    static __device__ __forceinline__ void load16(uint32_t* to, const uint8_t* from) {
+        const uint4 v = *reinterpret_cast<const uint4*>(from);
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
+    static __device__ __forceinline__ void load8(uint32_t* to, const uint8_t* from) {
+        const uint2 v = *reinterpret_cast<const uint2*>(from);
+        to[0] = v.x, to[1] = v.y;
+    }
+    // Past the first cache: what a kernel before has just written may be read.
+    static __device__ __forceinline__ void read16(uint32_t* to, const uint8_t* from) {
+        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from));
+        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+    }
+    static __device__ __forceinline__ void read8(uint32_t* to, const uint8_t* from) {
+        const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
+        to[0] = v.x, to[1] = v.y;
+    }
+    static __device__ __forceinline__ void store16(uint8_t* to, const uint32_t* v) {
+        *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+
+    static __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+    static __device__ __forceinline__ float half(uint32_t bits) {
+        float v;
+        asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(v) : "r"(bits));
+        return v;
+    }
+    static __device__ __forceinline__ uint32_t pack2(float low, float high) {
+        uint32_t made;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(high), "f"(low));
+        return made;
+    }
+    static __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+        uint32_t made;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(c));
+        return made;
+    }
+    // (word & mask) | base in one instruction, which the compiler makes two of.
+    static __device__ __forceinline__ uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) {
+        uint32_t made;
+        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(mask), "r"(base));
+        return made;
+    }
+    static __device__ __forceinline__ void fold(float& v, int apart) { v += __shfl_xor_sync(0xffffffffu, v, apart); }
+
+    template <class S>
+    static __device__ __forceinline__ void multiply(S& s, int q, int h) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(s.d[h][0]), "+f"(s.d[h][1]), "+f"(s.d[h][2]), "+f"(s.d[h][3])
+            : "r"(s.a[0]), "r"(s.a[1]), "r"(s.a[2]), "r"(s.a[3]), "r"(s.b[q][2 * h]), "r"(s.b[q][2 * h + 1]));
+    }
+
+    template <int KIND>
+    static __device__ __forceinline__ void pack8(uint8_t* out, int64_t at, const float* v) {
+        if constexpr (KIND == 0) {
+            float4* to = reinterpret_cast<float4*>(out + 4 * at);
+            to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
+        } else {
+            uint32_t made[4];
+            UNROLLED for (int i = 0; i < 4; i++) {
+                if constexpr (KIND == 1) made[i] = pack2(v[2 * i], v[2 * i + 1]);
+                if constexpr (KIND == 2) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(made[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+            }
+            store16(out + 2 * at, made);
+        }
+    }
+};
+
+// Lets the next kernel begin, up to where it waits in turn.
+__device__ __forceinline__ void release_next() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before are over and what they wrote is there.
+__device__ __forceinline__ void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <int BITS, int R, int FLUSHES>
+__global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * R;
+    const int apart = depth(BITS) * call.slot;
+    Lane p;
+    Warp<Lane, BITS, R, FLUSHES> work(call, memory, warp, tile);
+    work.open(p);
+    release_next();
+    await_previous();
+    for (int panel = 0; panel * call.panel < call.steps; panel++) {
+        if (panel > 0) __syncthreads();
+        place<Lane, FLUSHES>(p, call, warp, panel, first, memory + WARPS * apart);
+        __syncthreads();
+        work.over(p, panel);
+    }
+    work.close(p);
+    __syncthreads();
+    finish<Lane, R>(p, call, warp, tile, first, memory, apart);
+}
+
+template <int BITS, int KIND>
+__global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ Call call) {
+    Lane p;
+    const int step = blockIdx.y * WARPS + threadIdx.x / LANES;
+    if (step < call.steps) write<Lane, BITS, KIND>(p, call, blockIdx.x, step);
+}
+
+struct Device {
+    int number, multiprocessors, shared_each, shared_block;
+};
+
+cudaError_t found(Device& device) {
+    static Device kept[64];
+    static std::atomic<uint64_t> known{0};
+    int number;
+    cudaError_t e = cudaGetDevice(&number);
+    if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? e : cudaErrorInvalidDevice;
+    if (known.load() >> number & 1) return device = kept[number], cudaSuccess;
+    device.number = number;
+    if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
+    if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
+    if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
+    kept[number] = device;
+    known.fetch_or(uint64_t(1) << number);
+    return cudaSuccess;
+}
+
+template <int BITS, int R, int FLUSHES>
+cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t stream) {
+    static std::atomic<uint64_t> prepared{0};
+    const auto kernel = product<BITS, R, FLUSHES>;
+    cudaError_t e;
+    if (!(prepared.load() >> device.number & 1)) {
+        if ((e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
+        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        if (e != cudaSuccess) return e;
+        prepared.fetch_or(uint64_t(1) << device.number);
+    }
+    // Two blocks on a multiprocessor; the device keeps 1 kB for each.
+    const int bytes = arranged(call, BITS, FLUSHES, device.shared_each / 2 - 1024);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((call.tiles + R - 1) / R, (call.count + call.together - 1) / call.together);
+    config.blockDim = dim3(WARPS * LANES);
+    config.dynamicSmemBytes = bytes, config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, call);
+}
+
+template <int BITS>
+cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
+    Device device;
+    const cudaError_t e = found(device);
+    if (e != cudaSuccess) return e;
+    const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
+    int tiles = 1;
+    while (tiles < (flushes == 1 ? 4 : 2) && (call.tiles + tiles - 1) / tiles * parts > 2 * device.multiprocessors) tiles *= 2;
+    switch (tiles * 10 + flushes) {
+        case 11: return launch<BITS, 1, 1>(call, device, early, stream);
+        case 12: return launch<BITS, 1, 2>(call, device, early, stream);
+        case 14: return launch<BITS, 1, 4>(call, device, early, stream);
+        case 21: return launch<BITS, 2, 1>(call, device, early, stream);
+        case 22: return launch<BITS, 2, 2>(call, device, early, stream);
+        case 24: return launch<BITS, 2, 4>(call, device, early, stream);
+        default: return launch<BITS, 4, 1>(call, device, early, stream);
+    }
+}
+
+template <int BITS>
+cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
+    const dim3 grid(call.tiles, (call.steps + WARPS - 1) / WARPS);
+    if (kind == 0) weight<BITS, 0><<<grid, WARPS * LANES, 0, stream>>>(call);
+    if (kind == 1) weight<BITS, 1><<<grid, WARPS * LANES, 0, stream>>>(call);
+    if (kind == 2) weight<BITS, 2><<<grid, WARPS * LANES, 0, stream>>>(call);
+    return cudaGetLastError();
+}
+
+}  // namespace
+
+// words, ranges: as fragments.py lays them out; half_ranges: 1 where ranges are float16 scale and zero, 0 where float32 scale and offset.
+// x [count, columns] and out [count, rows]: bfloat16 where half_x is 1, else float32; all but out at addresses that are multiples of 16.
+// input_scale: float32 [columns], or 0. early: 1 where this kernel may begin, and fetch codes, while the one before it still runs (needs
+// compute capability 9.0): what that one writes must be neither words nor ranges.
+extern "C" int bitgrid_wq_gemv(int64_t words, int64_t ranges, int64_t x, int64_t input_scale, int64_t out, int64_t rows, int64_t columns,
+                               int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t half_x, int64_t early,
+                               int64_t stream) {
+    const Call call = described(words, ranges, x, input_scale, out, rows, columns, groups, count, half_ranges, half_x);
+    const auto on = reinterpret_cast<cudaStream_t>(stream);
+    switch (bits) {
+        case 2: return multiplied<2>(call, early != 0, on);
+        case 3: return multiplied<3>(call, early != 0, on);
+        case 4: return multiplied<4>(call, early != 0, on);
+        default: return multiplied<8>(call, early != 0, on);
+    }
+}
+
+// kind of out: 0 float32, 1 bfloat16, 2 float16; its address is a multiple of 16.
+extern "C" int bitgrid_wq_values(int64_t words, int64_t ranges, int64_t out, int64_t rows, int64_t columns, int64_t groups, int64_t bits,
+                                 int64_t half_ranges, int64_t kind, int64_t stream) {
+    const Call call = described(words, ranges, 0, 0, out, rows, columns, groups, 1, half_ranges, 0);
+    const auto on = reinterpret_cast<cudaStream_t>(stream);
+    switch (bits) {
+        case 2: return written<2>(call, int(kind), on);
+        case 3: return written<3>(call, int(kind), on);
+        case 4: return written<4>(call, int(kind), on);
+        default: return written<8>(call, int(kind), on);
+    }
+}

@@ -1,0 +1,267 @@
+"""The product on a GPU's tensor cores: its layout, and what a warp does, on the host and lane by lane; on a GPU, where there is one.
+
+Tolerances are those of test_wq_gemv.py, with a term for tensor cores, which cut sums off where others round: a product of 16 columns is
+off by 2 u times the most that a partial sum can be, where the bound has 16 u for adding them up.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.affine import ZeroKind
+from quant.kernels import kernel, native, on_cuda
+from quant.kernels.library import operands
+from quant.kernels.products import given_to, with_many_rows
+from quant.kernels.wq_gemv import BITS, Packed, reference
+from quant.kernels.wq_gemv import cuda as twin
+from quant.kernels.wq_gemv import prepare as tiles_of_eight
+from quant.kernels.wq_gemv.fragments import Fragments, laid_out, prepare
+from quant.tensors.affine import AffineTensor
+from tests.quant.test_wq_gemv import U, check, inputs, stored
+
+HOST = native.unavailable("wq_fragments", torch.device("cpu"))
+needs_host = pytest.mark.skipif(HOST is not None, reason=str(HOST))
+CUDA = twin.unavailable(torch.device("cuda", 0)) if torch.cuda.is_available() else "there is no CUDA device"
+needs_device = pytest.mark.skipif(CUDA is not None, reason=str(CUDA))
+ROOM = 1 << 17
+"""Bytes of shared memory that the host's warps have where a test is not about that."""
+CASES = [(13, 384, 128), (40, 1152, 384), (33, 352, 352), (7, 192, 64), (17, 1088, 32), (18, 672, 96), (1, 32, 32)]
+"""(N, K, group)."""
+
+
+def on_host(x: Tensor, packed: Packed, room: int = ROOM) -> Tensor:
+    out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
+    half = int(packed.ranges.dtype is torch.float16)
+    numbers = (*packed.shape, packed.groups, packed.bits, x.shape[0], half, int(x.dtype is torch.bfloat16), room)
+    scale = 0 if packed.input_scale is None else packed.input_scale
+    native.call("wq_fragments", "bitgrid_wq_gemv", packed.words, packed.ranges, x, scale, out, *numbers)
+    return out
+
+
+def on_device(x: Tensor, packed: Packed, room: int = ROOM) -> Tensor:
+    out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype, device="cuda")
+    return twin.wq_gemv(x.cuda(), moved(packed, "cuda"), out).cpu()
+
+
+def moved(packed: Packed, device: str) -> Packed:
+    scale = None if packed.input_scale is None else packed.input_scale.to(device)
+    return replace(packed, words=packed.words.to(device), ranges=packed.ranges.to(device), input_scale=scale)
+
+
+PLACES = [pytest.param(on_host, marks=needs_host, id="host"), pytest.param(on_device, marks=needs_device, id="device")]
+Product = Callable[[Tensor, Packed], Tensor]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packing_is_exact(bits: int) -> None:
+    for kind in ZeroKind:
+        for dtype in (torch.float16, torch.float32):
+            for n, k, group in ((1, 32, 32), (17, 96, 32), (8, 512, 128), (40, 352, 352)):
+                tensor = stored(n, k, bits, group, kind, dtype)
+                packed = prepare(tensor)
+                assert torch.equal(packed.codes(), tensor.codes)
+                assert (packed.ranges.dtype is torch.float16) == (dtype is torch.float16 and kind is not ZeroKind.MINIMUM)
+                want, got = reference.values(tensor).double(), reference.values(packed).double()
+                size = (2**bits * tensor.scale.abs() + (tensor.zero * (1 if kind is ZeroKind.MINIMUM else tensor.scale)).abs()).max()
+                # float32: of a zero times a scale, a product and a sum, on both sides.
+                assert ((got - want).abs() <= 6 * U * float(size)).all()
+
+
+def test_a_zero_too_large_for_float16_is_kept() -> None:
+    tensor = stored(4, 32, 8, 32, ZeroKind.INTEGER)
+    packed = prepare(replace(tensor, zero=torch.full_like(tensor.zero, 2049)))
+    assert packed.ranges.dtype is torch.float32
+    assert packed.ranges[0, 0, :4, 0, 1].double().equal(-2049 * tensor.scale[:, 0].double())
+
+
+def test_each_code_has_bits_of_its_own() -> None:
+    """One code at a time is the highest: no two share a bit, and all bits are used."""
+    for bits in BITS:
+        codes = torch.zeros(2048, 16, 128, dtype=torch.uint8)
+        codes.view(2048, 2048).fill_diagonal_(2**bits - 1)
+        words = laid_out(codes.view(-1, 128), bits).view(2048, -1)
+        # As many bits as there are; sums of 2^32 - 1 take all 32 of a word, once each.
+        assert ((words.long() & 2**32 - 1).sum(0) == 2**32 - 1).all()
+
+
+def test_bytes_are_those_that_a_call_reads() -> None:
+    for bits in BITS:
+        half, single = (prepare(stored(32, 512, bits, 128, dtype=dtype, scaled=True)) for dtype in (torch.float16, torch.float32))
+        assert half.bytes == 32 * 512 * bits // 8 + 32 * 4 * 2 * 2 + 512 * 4
+        assert single.bytes == half.bytes + 32 * 4 * 2 * 2
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("n", "k", "group"), CASES)
+def test_error_is_that_of_rounding(product: Product, bits: int, n: int, k: int, group: int) -> None:
+    kinds = list(ZeroKind)
+    for i, (dtype, scaled) in enumerate(((torch.float16, False), (torch.float32, True))):
+        tensor = stored(n, k, bits, group, kinds[(n + bits + i) % len(kinds)], dtype, scaled)
+        packed = prepare(tensor)
+        for m, kind in ((1, torch.bfloat16), (8, torch.bfloat16), (3, torch.float32)):
+            x = inputs(m, k, kind)
+            check(product(x, packed), x, tensor)
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+def test_more_steps_than_the_ring_or_shared_memory_holds(product: Product, bits: int) -> None:
+    for n, k, group, m in ((17, 8 * 128 * 9 + 128, 128, 2), (3, 8 * 128 * 3 + 64, 64, 5)):
+        tensor, x = stored(n, k, bits, group), inputs(m, k, torch.bfloat16)
+        packed = prepare(tensor)
+        whole = product(x, packed)
+        check(whole, x, tensor)
+        if product is on_host:
+            # Panels that are as small as can be: the sums are the same, in the same order.
+            assert torch.equal(on_host(x, packed, 1), whole)
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_of_the_weight_and_of_x_stand_alone(product: Product, bits: int) -> None:
+    tensor, x = stored(29, 384, bits, 96), inputs(8, 384)
+    packed = prepare(tensor)
+    whole, half = product(x, packed), product(x.bfloat16(), packed)
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    turned = replace(tensor, codes=tensor.codes[order], scale=tensor.scale[order], zero=tensor.zero[order])
+    assert torch.equal(product(x, prepare(turned)), whole[:, order])
+    for m in (1, 2, 3, 7):
+        assert torch.equal(product(x[:m], packed), whole[:m])
+        assert torch.equal(product(x[:m].bfloat16(), packed), half[:m])
+    assert torch.equal(product(x.flip(0).contiguous(), packed), whole.flip(0))
+    assert torch.equal(half, product(x.bfloat16().float(), packed).bfloat16())
+
+
+@pytest.mark.parametrize("product", PLACES)
+def test_an_input_scale_divides_in_float32(product: Product) -> None:
+    """In bfloat16 the quotients would be off by 2^-9."""
+    tensor = stored(20, 256, 4, 64, scaled=True)
+    for m in (1, 5):
+        x = inputs(m, 256, torch.bfloat16)
+        packed = prepare(tensor)
+        divided = given_to(x, packed.input_scale)
+        assert torch.equal(product(x, packed), product(divided, replace(packed, input_scale=None)).bfloat16())
+
+
+@needs_host
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_is_made_again_on_the_host(bits: int, dtype: torch.dtype) -> None:
+    for n, k, group in CASES:
+        packed = prepare(stored(n, k, bits, group))
+        out = torch.full((n, k), torch.nan, dtype=dtype)
+        numbers = (n, k, packed.groups, bits, 1, int(dtype is torch.bfloat16))
+        native.call("wq_fragments", "bitgrid_wq_values", packed.words, packed.ranges, out, *numbers)
+        check_weight(out, packed)
+
+
+def check_weight(got: Tensor, packed: Fragments) -> None:
+    want = packed.values(torch.float64)
+    scale, zero = packed.ranges.double().abs().unbind(-1)
+    # A sum is rounded, of exact products; and the result.
+    bound = (
+        2 * U * float((2**packed.bits * scale + zero * scale).max())
+        + (0 if got.dtype is torch.float32 else torch.finfo(got.dtype).eps) * want.abs()
+    )
+    assert ((got.double().cpu() - want).abs() <= bound).all()
+
+
+def test_what_the_layout_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"codes of 5 bits; the packed layout has 2, 3, 4, 8: use backend=reference"):
+        prepare(stored(4, 96, 5, 32))
+    with pytest.raises(ValueError, match=r"groups of 48 columns of 96"):
+        prepare(stored(4, 96, 4, 48))
+    with pytest.raises(ValueError, match=r"laid out for other backends; use what this one's prepare returns"):
+        twin.wq_gemv(inputs(1, 96), tiles_of_eight(stored(4, 96, 4, 32)))
+
+
+@pytest.mark.skipif(on_cuda.compiler() is None, reason="there is no nvcc")
+@pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling for two GPUs takes a minute")
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+def test_what_the_compiler_makes_of_it(capability: tuple[int, int], tmp_path: Path) -> None:
+    """Nothing is spilled; codes are copied 16 bytes at a time; products run on tensor cores."""
+    cubin = tmp_path / "wq_gemv.cubin"
+    nvcc = on_cuda.compiler()
+    assert nvcc is not None
+    command = [nvcc, "-O3", "-std=c++17", "-cubin", "-Xptxas", "-v", on_cuda.target(capability), str(on_cuda.SOURCES / "wq_gemv.cu")]
+    said = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=True).stderr
+    assert said.count("bytes stack frame") > 20
+    assert set(re.findall(r"(\d+) bytes (?:stack frame|spill)", said)) == {"0"}
+    assert max(map(int, re.findall(r"Used (\d+) registers", said))) <= 128
+    disassembler = pytest.importorskip("triton.knobs").nvidia.cuobjdump.path
+    text = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    for function in text.split("Function : ")[1:]:
+        if "product" in function.splitlines()[0]:
+            assert re.search(r"LDGSTS\.E\.BYPASS(?:\.LTC128B)?\.128", function)
+            assert "HMMA.16816.F32.BF16" in function
+            assert not re.search(r"\b(?:LDL|STL)\b", function)
+
+
+@needs_device
+@pytest.mark.parametrize("bits", BITS)
+def test_the_weight_is_made_again_on_a_device(bits: int) -> None:
+    for n, k, group in CASES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            packed = prepare(stored(n, k, bits, group))
+            check_weight(twin.values(moved(packed, "cuda"), dtype), packed)
+    tensor, x = stored(5, 96, bits, 32), inputs(40, 96)
+    check(with_many_rows(x.cuda(), moved(prepare(tensor), "cuda"), twin).cpu(), x, tensor)
+
+
+@needs_device
+@pytest.mark.parametrize("bits", BITS)
+def test_sizes_of_real_models_on_a_device(bits: int) -> None:
+    """More tiles than blocks that fit at once, every number of tiles a block takes, and rows that go through shared memory in parts."""
+    for n, k, group in ((4096, 4096, 128), (11008, 512, 64), (8200, 1024, 128), (33000, 256, 128), (512, 28672, 128), (256, 11008, 11008)):
+        tensor = large(n, k, bits, group)
+        packed = twin.prepare(tensor)
+        weight = tensor.dequantize().double()
+        for m in (1, 2, 8):
+            x = torch.randn(m, k, device="cuda").bfloat16()
+            want = x.double() @ weight.T
+            got = twin.wq_gemv(x, packed)
+            assert float((got.double() - want).norm() / want.norm()) <= 2.0**-8
+            assert torch.equal(got, twin.wq_gemv(x, packed))
+            assert torch.equal(got, torch.ops.bitgrid.wq_gemv(x, *operands(packed)))
+        assert kernel("wq_gemv", device="cuda").backend == "cuda"
+
+
+@needs_device
+def test_a_graph_of_products_that_feed_each_other() -> None:
+    """Each reads what the one before it has just written, and may begin before that has ended."""
+    layers = [twin.prepare(large(1024, 1024, 4, 128)) for _ in range(12)]
+    x, outs = torch.randn(2, 1024, device="cuda").bfloat16(), [torch.empty(2, 1024, dtype=torch.bfloat16, device="cuda") for _ in layers]
+
+    def run() -> None:
+        for given, layer, out in zip([x, *outs], layers, outs, strict=False):
+            twin.wq_gemv(given, layer, out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for seed in range(20):
+        x.copy_(torch.randn(2, 1024, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+        graph.replay()
+        got = [out.clone() for out in outs]
+        for given, layer, out in zip([x, *got], layers, got, strict=False):
+            assert torch.equal(twin.wq_gemv(given.clone(), layer), out)
+            torch.cuda.synchronize()
+
+
+def large(n: int, k: int, bits: int, group: int) -> AffineTensor:
+    codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8, device="cuda")
+    scale = ((torch.rand(n, k // group, device="cuda") + 0.5) / 2**bits / k**0.5).half()
+    zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, device="cuda")
+    return AffineTensor(codes, scale, zero, bits, ZeroKind.CODE)
