@@ -40,6 +40,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "lut_gemv": {
         "cpu": "quant.kernels.lut_gemv.cpu",
+        "cuda": "quant.kernels.lut_gemv.cuda",
         "triton": "quant.kernels.lut_gemv.triton",
         "reference": "quant.kernels.lut_gemv.reference",
     },
