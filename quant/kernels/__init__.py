@@ -46,6 +46,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "binary_gemv": {
         "cpu": "quant.kernels.binary_gemv.cpu",
+        "cuda": "quant.kernels.binary_gemv.cuda",
         "triton": "quant.kernels.binary_gemv.triton",
         "reference": "quant.kernels.binary_gemv.reference",
     },

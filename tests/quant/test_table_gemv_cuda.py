@@ -16,12 +16,12 @@ from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
-from tests.quant.test_table_gemv import OPERATIONS, PREPARE, cases, check, codebook, signs
+from tests.quant.test_table_gemv import PREPARE, cases, check, codebook, signs
 from tests.quant.test_wq_gemv import inputs
 
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
-SOURCES = {"lut_gemv": "lut_gemv_lanes"}
+SOURCES = {"lut_gemv": "lut_gemv_lanes", "binary_gemv": "binary_gemv_lanes"}
 HOST = [op for op in SOURCES if not isinstance(native.library(SOURCES[op]), native.NoLibrary)]
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -32,15 +32,25 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     assert written_to(x, packed.shape, out) is out
     scale = 0 if packed.input_scale is None else packed.input_scale
     last = (*packed.shape, x.shape[0], int(x.dtype is torch.bfloat16), clusters, ranks, limit)
+    if isinstance(packed, binary_gemv.Packed):
+        counts = (*last[:2], packed.block, *last[2:])
+        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", packed.words, packed.tables, packed.salient, x, scale, out, *counts)
+        return out
     parts, kept = lut_cuda.arguments(packed)
     tables = [torch.tensor([v.data_ptr() if isinstance(v, Tensor) else v for v in some]) for some in (parts, kept)]
     native.call("lut_gemv_lanes", "bitgrid_lut_lanes", *tables, x, scale, out, len(packed.parts), *last)
     return out
 
 
+def taken(operation: str) -> list[Any]:
+    """Tensors for the kernel that has phases: signs in blocks of whole units."""
+    some = [t for t in cases(operation) if operation == "lut_gemv" or t.block_size % binary_gemv.UNIT == 0]
+    return some if operation == "lut_gemv" else [*some, signs(21, 900, 256, True, torch.float32, True), signs(17, 512, 512, False)]
+
+
 @pytest.mark.parametrize("operation", HOST)
 def test_error_is_that_of_rounding(operation: str) -> None:
-    for tensor in cases(operation):
+    for tensor in taken(operation):
         packed = PREPARE[operation](tensor)
         for x in (inputs(1, tensor.shape[1]), inputs(2, tensor.shape[1]), inputs(5, tensor.shape[1], torch.bfloat16)):
             check(on_the_host(operation, x, packed), x, tensor)
@@ -60,9 +70,25 @@ def test_rows_of_x_stand_alone(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", HOST)
 def test_more_rows_than_one_wave(operation: str) -> None:
-    tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 8)
+    tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 128)
     x = inputs(1, 40)
     check(on_the_host(operation, x, PREPARE[operation](tensor), clusters=1, ranks=3), x, tensor)
+
+
+@pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
+def test_inputs_of_very_different_sizes_and_none() -> None:
+    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    tensor = signs(19, 1024, 128)
+    packed = binary_gemv.prepare(tensor)
+    x = inputs(4, 1024)
+    x[0, ::7] *= 4000
+    x[1], x[2, 500:] = 0, 0
+    x[3] *= 2.0**-100
+    check(on_the_host("binary_gemv", x, packed), x, tensor)
+    x[2, 3] = torch.inf
+    got = on_the_host("binary_gemv", x, packed)
+    assert got[2].isnan().all()
+    assert not got[[0, 1, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("operation", sorted(SOURCES))
