@@ -1,7 +1,7 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 300 instructions.
-// 8192 x 16384 weights on 132 multiprocessors: 500 times that of each, 37 000 turns of the four schedulers, 19 us at 1.98 GHz; the weight has
+// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 170 instructions, with 200 more for each pair of tiles.
+// 8192 x 16384 weights on 132 multiprocessors: 500 times that of each, 27 000 turns of the four schedulers, 14 us at 1.98 GHz; the weight has
 // 67 MB with blocks of 128, 15 us at 4.4 TB/s. Each further row of x adds 12 products and 50 instructions.
 
 #include <cooperative_groups.h>
@@ -33,6 +33,14 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Si
 #else
     finish<M>(a, at, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
 #endif
+}
+
+// A weight: code v of lane l is column 8 v + l of a unit.
+BOTH float value_at(const Signs& a, int64_t row, int64_t column) {
+    const int64_t tile = row / TILE, line = row % TILE;
+    const uint32_t word = a.words[(tile * a.units + column / UNIT) * 64 + line * 8 + column % 8];
+    const int code = int(word >> column % UNIT / 8 * 2 & 3u) + a.salient[column];
+    return a.tables[(tile * a.blocks + column / a.block) * 64 + line * 8 + code];
 }
 
 // For blocks that cut a unit, and shares that no shared memory holds: a warp for each result.

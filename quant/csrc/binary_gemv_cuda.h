@@ -39,14 +39,6 @@ struct Signs {
     int64_t share;           // units of a rank
 };
 
-// A block's place.
-struct Place {
-    int64_t cluster, first_row;  // of x
-    int rank, ranks;
-};
-
-BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // What a block has in shared memory, for M rows of x.
 template <int M>
 struct Held {
@@ -401,14 +393,6 @@ inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t*
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
     a.per_block = uint32_t(block / UNIT);
     return a;
-}
-
-// A weight: code v of lane l is column 8 v + l of a unit.
-BOTH float value_at(const Signs& a, int64_t row, int64_t column) {
-    const int64_t tile = row / TILE, line = row % TILE;
-    const uint32_t word = a.words[(tile * a.units + column / UNIT) * 64 + line * 8 + column % 8];
-    const int code = int(word >> column % UNIT / 8 * 2 & 3u) + a.salient[column];
-    return a.tables[(tile * a.blocks + column / a.block) * 64 + line * 8 + code];
 }
 
 }  // namespace

@@ -43,12 +43,6 @@ struct Lut {
     int64_t tables;           // bytes of shared memory for tables
 };
 
-// A block's place.
-struct Place {
-    int64_t cluster, first_row;  // of x
-    int rank, ranks;
-};
-
 template <int M>
 struct alignas(4 * M) Entry {
     float v[M];
@@ -60,8 +54,6 @@ BOTH constexpr int entries(int bits) { return 1 << index_bits(bits); }
 // Bytes that a word takes in shared memory: its tables, and x of its columns.
 BOTH constexpr int64_t table_bytes(int rows, int bits) { return int64_t(4) * rows * lookups(bits) * entries(bits); }
 BOTH constexpr int64_t word_bytes(int rows, int bits) { return table_bytes(rows, bits) + int64_t(4) * rows * (32 / bits); }
-
-BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Words of a row that a block has of a part: a whole number of runs, of at most `length`.
 BOTH int64_t share(const Part& part, int ranks) {

@@ -27,6 +27,14 @@ struct Given {
     bool bfloat16;
 };
 
+// A block's place in the grid and its cluster.
+struct Place {
+    int64_t cluster, first_row;  // of x
+    int rank, ranks;
+};
+
+BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 BOTH float from_bits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
     return __uint_as_float(bits);

@@ -1,7 +1,7 @@
 """The product in CUDA C++ (`quant/csrc/binary_gemv.cu`), one launch a call.
 
 Fast for blocks of a multiple of 128 columns. There x is rounded to 31 bits of the largest |x| of an eighth of the columns, and sums are
-taken in whole numbers: each |x| is off by 2^-29 of the largest at most. A row of x with a number that is not finite gives a row without any.
+taken in whole numbers: each x is off by 2^-29 of the largest at most. A row of x with a number that is not finite gives one of NaN.
 """
 
 from __future__ import annotations
