@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -283,8 +283,33 @@ def prompts(b: Bench) -> Iterator[Row]:
 
 def tables(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(16384, 256)
-    makers = [(f"codebooks of {bits} bits", "lut_gemv", partial(_codebook, bits=bits)) for bits in (2, 4)]
-    yield from multiplied(b, n, k, [*makers, ("signs", "binary_gemv", _signs)], {})
+    dense = b.random(n, k, dtype=torch.bfloat16)
+    makers = [(f"codebooks of {bits} bits", "lut_gemv", partial(_codebook, bits=bits)) for bits in (2, 3, 4)]
+    for name, operation, make in [*makers, ("signs", "binary_gemv", _signs)]:
+        tensor: Any = make(b, n, k)
+        ours, other = (kernel(operation, backend, b.device).run for backend in ("auto", "triton"))
+        packed, weight = ours.prepare(tensor), tensor.dequantize()
+        copies = [copied(packed) for _ in range(b.size(1 + int(COLD / packed.bytes), 1))]
+        for m in (1, 2, 4, 8):
+            x = b.random(m, k, dtype=torch.bfloat16)
+            want = x.double() @ weight.double().T
+            allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
+            error = float((getattr(ours, operation)(x, packed).double() - want).norm() / want.norm())
+            took = b.time(lambda i: getattr(ours, operation)(x, copies[i]), len(copies))  # noqa: B023
+            peers = {"bfloat16": beside_dense(b, x, dense)} if m in (1, 4) else {}
+            if m in (1, 4):
+                peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies[i]), len(copies))  # noqa: B023
+            goal = "60 % of what can be read" if m == 1 else ""
+            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, known(**peers), packed.bytes, goal)
+
+
+def copied(packed: Any) -> Any:
+    """In memory of its own, parts too."""
+    if isinstance(packed, Tensor):
+        return packed.clone()
+    if isinstance(packed, tuple):
+        return tuple(map(copied, packed))
+    return replace(packed, **{f.name: copied(getattr(packed, f.name)) for f in fields(packed)}) if is_dataclass(packed) else packed
 
 
 def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:

@@ -42,11 +42,13 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "lut_gemv": {
         "cpu": "quant.kernels.lut_gemv.cpu",
+        "cuda": "quant.kernels.lut_gemv.cuda",
         "triton": "quant.kernels.lut_gemv.triton",
         "reference": "quant.kernels.lut_gemv.reference",
     },
     "binary_gemv": {
         "cpu": "quant.kernels.binary_gemv.cpu",
+        "cuda": "quant.kernels.binary_gemv.cuda",
         "triton": "quant.kernels.binary_gemv.triton",
         "reference": "quant.kernels.binary_gemv.reference",
     },

@@ -1,0 +1,127 @@
+// A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
+//
+// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 170 instructions, with 200 more for each pair of tiles.
+// 8192 x 16384 weights on 132 multiprocessors: 500 times that of each, 27 000 turns of the four schedulers, 14 us at 1.98 GHz; the weight has
+// 67 MB with blocks of 128, 15 us at 4.4 TB/s. Each further row of x adds 12 products and 50 instructions.
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include "binary_gemv_cuda.h"
+
+namespace {
+
+constexpr int CLUSTER = 8;
+
+extern __shared__ __align__(1024) char memory[];
+
+template <int M>
+__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Signs a) {
+    Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
+#if __CUDA_ARCH__ >= 900
+    const auto cluster = cooperative_groups::this_cluster();
+    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+#endif
+    add_units<M>(a, at, memory, [&](const auto& phase) {
+        phase(int(threadIdx.x));
+        __syncthreads();
+    });
+#if __CUDA_ARCH__ >= 900
+    cluster.sync();
+    finish<M>(a, at, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
+    cluster.sync();  // no block leaves while another reads its sums
+#else
+    finish<M>(a, at, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
+#endif
+}
+
+// A weight: code v of lane l is column 8 v + l of a unit.
+BOTH float value_at(const Signs& a, int64_t row, int64_t column) {
+    const int64_t tile = row / TILE, line = row % TILE;
+    const uint32_t word = a.words[(tile * a.units + column / UNIT) * 64 + line * 8 + column % 8];
+    const int code = int(word >> column % UNIT / 8 * 2 & 3u) + a.salient[column];
+    return a.tables[(tile * a.blocks + column / a.block) * 64 + line * 8 + code];
+}
+
+// For blocks that cut a unit, and shares that no shared memory holds: a warp for each result.
+__global__ void product_of_rows(const __grid_constant__ Signs a) {
+    const int64_t row = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32, m = blockIdx.y;
+    if (row >= a.rows) return;
+    float sum = 0.0f;
+    for (int64_t c = threadIdx.x % 32; c < a.given.k; c += 32) sum += value_at(a, row, c) * read_x(a.given, m, c);
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if (threadIdx.x % 32 == 0) write(a.out, m * a.rows + row, sum, a.given.bfloat16);
+}
+
+template <int M>
+cudaError_t launch(const Signs& a, bool clusters, cudaStream_t stream) {
+    const int64_t shared = shared_bytes(M, a.share, a.group), ranks = clusters ? CLUSTER : 1;
+    const cudaError_t failed = cudaFuncSetAttribute(product<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (failed != cudaSuccess) return failed;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned(((a.tiles + 1) / 2 + a.group - 1) / a.group * ranks), unsigned((a.given.count + M - 1) / M));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = stream;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(ranks), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = clusters ? 1 : 0;
+    return cudaLaunchKernelEx(&config, product<M>, a);
+}
+
+template <class T>
+__global__ void weight(const __grid_constant__ Signs a, T* out) {
+    const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t row = int64_t(blockIdx.y) * TILE; row < least(a.rows, (int64_t(blockIdx.y) + 1) * TILE) && column < a.given.k; row++) {
+        if constexpr (sizeof(T) == 2) {
+            out[row * a.given.k + column] = to_bfloat16(value_at(a, row, column));
+        } else {
+            out[row * a.given.k + column] = value_at(a, row, column);
+        }
+    }
+}
+
+Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t scale, int64_t out, int64_t rows, int64_t k, int64_t block,
+              int64_t count, int64_t bfloat16) {
+    return signs_of(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<const float*>(tables), reinterpret_cast<const int32_t*>(salient),
+                    reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, block, count,
+                    bfloat16 != 0);
+}
+
+}  // namespace
+
+// Addresses of a `Packed` of quant/kernels/binary_gemv/__init__.py, x and out. The input scale may be 0.
+extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t scale, int64_t out, int64_t rows,
+                                   int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
+    Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
+    int device, limit, processors, major;
+    cudaError_t failed = cudaGetDevice(&device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (failed != cudaSuccess) return failed;
+    const bool clusters = major >= 9;
+    plan(a, clusters ? processors / CLUSTER : processors, clusters ? CLUSTER : 1);
+    const int m = block % UNIT == 0 ? rows_at_a_time(a, limit) : 0;
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (m == 1) return launch<1>(a, clusters, on);
+    if (m == 2) return launch<2>(a, clusters, on);
+    if (m == 4) return launch<4>(a, clusters, on);
+    product_of_rows<<<dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on>>>(a);
+    return cudaGetLastError();
+}
+
+// The weight [N, K], float32 or bfloat16.
+extern "C" int bitgrid_binary_values(int64_t words, int64_t tables, int64_t salient, int64_t out, int64_t rows, int64_t k, int64_t block,
+                                     int64_t bfloat16, int64_t stream) {
+    const Signs a = made_of(words, tables, salient, 0, 0, out, rows, k, block, 1, bfloat16);
+    const dim3 grid(unsigned((k + 127) / 128), unsigned(a.tiles));
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (bfloat16 != 0) {
+        weight<<<grid, 128, 0, on>>>(a, reinterpret_cast<uint16_t*>(out));
+    } else {
+        weight<<<grid, 128, 0, on>>>(a, reinterpret_cast<float*>(out));
+    }
+    return cudaGetLastError();
+}

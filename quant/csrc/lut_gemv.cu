@@ -1,0 +1,118 @@
+// A few rows of x [M, K] times a weight [N, K] with a table of values for each column, transposed: out [M, N], in one launch.
+// Phases and layouts: lut_gemv_cuda.h.
+//
+// What bounds it. A warp's lookup takes one turn of shared memory and stands for 64 weights of 2 bits or 32 of 4; loading a word takes an
+// eighth of a turn more. 8192 x 16384 weights on 132 multiprocessors: 17 900 turns with 2 bits, 35 800 with 4; 9.0 and 18.1 us at 1.98 GHz
+// if no turn is lost. Beside a turn stand 3.6 instructions of the 4 that could be issued. Further rows of x cost as many turns each.
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include "lut_gemv_cuda.h"
+
+namespace {
+
+constexpr int CLUSTER = 8;
+
+extern __shared__ __align__(1024) char memory[];
+
+template <int M>
+__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
+    Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
+#if __CUDA_ARCH__ >= 900
+    const auto cluster = cooperative_groups::this_cluster();
+    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+#endif
+    add_parts<M>(a, at, memory, [&](const auto& phase) {
+        phase(int(threadIdx.x));
+        __syncthreads();
+    });
+#if __CUDA_ARCH__ >= 900
+    cluster.sync();
+    finish<M>(a, at, memory, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
+    cluster.sync();  // no block leaves while another reads its sums
+#else
+    finish<M>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
+#endif
+}
+
+template <int M>
+cudaError_t launch(Lut a, int64_t limit, bool clusters, cudaStream_t stream) {
+    a.tables = (limit - int64_t(4) * M * SLICES * a.group * ROWS) / 1024 * 1024;
+    const int64_t shared = a.tables + int64_t(4) * M * SLICES * a.group * ROWS;
+    const cudaError_t failed = cudaFuncSetAttribute(product<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (failed != cudaSuccess) return failed;
+    const int64_t ranks = clusters ? CLUSTER : 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(unsigned((a.tiles + a.group - 1) / a.group * ranks), unsigned((a.given.count + M - 1) / M));
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = size_t(shared);
+    config.stream = stream;
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = unsigned(ranks), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute, config.numAttrs = clusters ? 1 : 0;
+    return cudaLaunchKernelEx(&config, product<M>, a);
+}
+
+// The columns of one part: a thread has a word, 32 neighbours as many rows.
+template <class T>
+__global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
+    const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x % ROWS, at = int64_t(blockIdx.y) * (blockDim.x / ROWS) + threadIdx.x / ROWS;
+    if (row >= rows || at >= part.length) return;
+    const int codes = 32 / part.bits, mask = (1 << part.bits) - 1;
+    uint32_t word = part.words[(blockIdx.x * part.length + at) * ROWS + threadIdx.x % ROWS];
+    for (int64_t c = at * codes; c < least(part.count, (at + 1) * codes); c++, word >>= part.bits) {
+        const float value = part.values[(c << part.bits) + (word & mask)];
+        if constexpr (sizeof(T) == 2) {
+            out[row * k + part.columns[c]] = to_bfloat16(value);
+        } else {
+            out[row * k + part.columns[c]] = value;
+        }
+    }
+}
+
+}  // namespace
+
+// parts: addresses of words, values and columns, columns, bits; zeros for those there are not. starts, kept, differences: zeros or those of
+// `Apart`. The input scale may be 0.
+extern "C" int bitgrid_lut_gemv(
+    int64_t words0, int64_t values0, int64_t columns0, int64_t count0, int64_t bits0, int64_t words1, int64_t values1, int64_t columns1,
+    int64_t count1, int64_t bits1, int64_t words2, int64_t values2, int64_t columns2, int64_t count2, int64_t bits2, int64_t words3,
+    int64_t values3, int64_t columns3, int64_t count3, int64_t bits3, int64_t starts, int64_t kept, int64_t differences, int64_t x,
+    int64_t scale, int64_t out, int64_t parts, int64_t rows, int64_t k, int64_t rows_of_x, int64_t bfloat16, int64_t stream) {
+    const int64_t five[] = {words0,   values0, columns0, count0, bits0, words1,   values1, columns1, count1, bits1,
+                            words2,   values2, columns2, count2, bits2, words3,   values3, columns3, count3, bits3};
+    const int64_t three[] = {starts, kept, differences};
+    Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
+                   rows, k, rows_of_x, bfloat16 != 0);
+    int device, limit, processors, major;
+    cudaError_t failed = cudaGetDevice(&device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (failed != cudaSuccess) return failed;
+    const bool clusters = major >= 9;
+    a.group = group_of(a.tiles, clusters ? processors / CLUSTER : processors);
+    const int m = rows_at_a_time(rows_of_x, a.group, limit);
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (m == 1) return launch<1>(a, limit, clusters, on);
+    if (m == 2) return launch<2>(a, limit, clusters, on);
+    return launch<4>(a, limit, clusters, on);
+}
+
+// The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.
+extern "C" int bitgrid_lut_values(int64_t words, int64_t values, int64_t columns, int64_t out, int64_t count, int64_t bits, int64_t rows,
+                                  int64_t k, int64_t bfloat16, int64_t stream) {
+    const int64_t five[] = {words, values, columns, count, bits};
+    const Part part = part_of(five);
+    const int threads = 256;
+    const dim3 grid(unsigned((rows + ROWS - 1) / ROWS), unsigned((part.length + threads / ROWS - 1) / (threads / ROWS)));
+    const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
+    if (bfloat16 != 0) {
+        weight<<<grid, threads, 0, on>>>(part, reinterpret_cast<uint16_t*>(out), rows, k);
+    } else {
+        weight<<<grid, threads, 0, on>>>(part, reinterpret_cast<float*>(out), rows, k);
+    }
+    return cudaGetLastError();
+}

@@ -1,0 +1,102 @@
+// What the products with packed weights in CUDA C++ share. The phases of a kernel between its barriers are functions of a thread's number,
+// so that a plain compiler makes them too: a test then runs the same source, one thread after another.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define BOTH __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(n) PRAGMA(unroll n)
+#else
+#define BOTH inline
+#define UNROLL
+#define UNROLL_BY(n)
+#endif
+
+namespace {
+
+// x [M, K] as it is given, and the input scale [K] or null.
+struct Given {
+    const void* x;
+    const float* scale;
+    int64_t k, count;
+    bool bfloat16;
+};
+
+// A block's place in the grid and its cluster.
+struct Place {
+    int64_t cluster, first_row;  // of x
+    int rank, ranks;
+};
+
+BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+BOTH float from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+    return __uint_as_float(bits);
+#else
+    float v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+#endif
+}
+
+BOTH uint32_t to_bits(float v) {
+#if defined(__CUDA_ARCH__)
+    return __float_as_uint(v);
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    return bits;
+#endif
+}
+
+// Zero beyond the last row.
+BOTH float read_x(const Given& from, int64_t row, int64_t column) {
+    if (row >= from.count) return 0.0f;
+    const int64_t at = row * from.k + column;
+    const float x = from.bfloat16 ? from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16) : static_cast<const float*>(from.x)[at];
+    return from.scale == nullptr ? x : x / from.scale[column];
+}
+
+BOTH uint16_t to_bfloat16(float v) {
+    const uint32_t bits = to_bits(v);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
+    return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+BOTH void write(void* out, int64_t at, float v, bool bfloat16) {
+    if (bfloat16) {
+        static_cast<uint16_t*>(out)[at] = to_bfloat16(v);
+    } else {
+        static_cast<float*>(out)[at] = v;
+    }
+}
+
+// Four numbers in one load.
+struct alignas(16) Four {
+    float v[4];
+};
+
+// Words of the weight are read once.
+BOTH uint32_t stream(const uint32_t* from) {
+#if defined(__CUDA_ARCH__)
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+#else
+    return *from;
+#endif
+}
+
+BOTH void fetch(const void* from) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+}  // namespace

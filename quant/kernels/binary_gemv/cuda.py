@@ -1,0 +1,37 @@
+"""The product in CUDA C++ (`quant/csrc/binary_gemv.cu`), one launch a call.
+
+Fast for blocks of a multiple of 128 columns. There x is rounded to 31 bits of the largest |x| of an eighth of the columns, and sums are
+taken in whole numbers: each x is off by 2^-29 of the largest at most. A row of x with a number that is not finite gives one of NaN.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quant.kernels import on_cuda
+from quant.kernels.binary_gemv import Packed, prepare
+from quant.kernels.products import written_to
+
+__all__ = ["binary_gemv", "prepare", "unavailable", "values"]
+
+unavailable = partial(on_cuda.unavailable, "binary_gemv")
+
+
+def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
+    """`[M, N]` in the type of x; sums of blocks are added up in float32."""
+    made, given = written_to(x, packed.shape, out), x.detach().contiguous()
+    scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
+    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), given, scale, made)
+    on_cuda.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], int(x.dtype is torch.bfloat16))
+    return made
+
+
+def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    kind = dtype if dtype is torch.bfloat16 else torch.float32
+    made = torch.empty(packed.shape, dtype=kind, device=packed.words.device)
+    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), made)
+    on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, int(kind is torch.bfloat16))
+    return made.to(dtype)

@@ -1,0 +1,150 @@
+"""Products with tables in CUDA C++: their phases on the host, one thread after another, against float64; the compiler's report; and,
+where there is a GPU, the kernels themselves. Tolerances: test_table_gemv.py."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda
+from quant.kernels.library import operands
+from quant.kernels.lut_gemv import cuda as lut_cuda
+from quant.kernels.products import written_to
+from tests.quant.test_table_gemv import PREPARE, cases, check, codebook, signs
+from tests.quant.test_wq_gemv import inputs
+
+LIMITS = {90: 232448, 86: 101376}
+"""Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
+SOURCES = {"lut_gemv": "lut_gemv_lanes", "binary_gemv": "binary_gemv_lanes"}
+HOST = [op for op in SOURCES if not isinstance(native.library(SOURCES[op]), native.NoLibrary)]
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+
+def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks: int = 8, limit: int = LIMITS[90]) -> Tensor:
+    """What the kernel writes whose GPU runs as many clusters of as many blocks at once."""
+    out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
+    assert written_to(x, packed.shape, out) is out
+    scale = 0 if packed.input_scale is None else packed.input_scale
+    last = (*packed.shape, x.shape[0], int(x.dtype is torch.bfloat16), clusters, ranks, limit)
+    if isinstance(packed, binary_gemv.Packed):
+        counts = (*last[:2], packed.block, *last[2:])
+        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", packed.words, packed.tables, packed.salient, x, scale, out, *counts)
+        return out
+    parts, kept = lut_cuda.arguments(packed)
+    tables = [torch.tensor([v.data_ptr() if isinstance(v, Tensor) else v for v in some]) for some in (parts, kept)]
+    native.call("lut_gemv_lanes", "bitgrid_lut_lanes", *tables, x, scale, out, len(packed.parts), *last)
+    return out
+
+
+def taken(operation: str) -> list[Any]:
+    """Tensors for the kernel that has phases: signs in blocks of whole units."""
+    some = [t for t in cases(operation) if operation == "lut_gemv" or t.block_size % binary_gemv.UNIT == 0]
+    return some if operation == "lut_gemv" else [*some, signs(21, 900, 256, True, torch.float32, True), signs(17, 512, 512, False)]
+
+
+@pytest.mark.parametrize("operation", HOST)
+def test_error_is_that_of_rounding(operation: str) -> None:
+    for tensor in taken(operation):
+        packed = PREPARE[operation](tensor)
+        for x in (inputs(1, tensor.shape[1]), inputs(2, tensor.shape[1]), inputs(5, tensor.shape[1], torch.bfloat16)):
+            check(on_the_host(operation, x, packed), x, tensor)
+
+
+@pytest.mark.parametrize("operation", HOST)
+def test_rows_of_x_stand_alone(operation: str) -> None:
+    """Bit for bit, where tables of more rows of x have to be made in more turns."""
+    tensor: Any = codebook(70, 1500, (2, 3), 2) if operation == "lut_gemv" else signs(70, 1500, 128)
+    packed, x = PREPARE[operation](tensor), inputs(8, 1500)
+    for of in ({"ranks": 1, "limit": LIMITS[86]}, {}):
+        whole = on_the_host(operation, x, packed, **of)
+        check(whole, x, tensor)
+        for m in (1, 2, 3):
+            assert torch.equal(on_the_host(operation, x[:m], packed, **of), whole[:m])
+
+
+@pytest.mark.parametrize("operation", HOST)
+def test_more_rows_than_one_wave(operation: str) -> None:
+    tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 128)
+    x = inputs(1, 40)
+    check(on_the_host(operation, x, PREPARE[operation](tensor), clusters=1, ranks=3), x, tensor)
+
+
+@pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
+def test_inputs_of_very_different_sizes_and_none() -> None:
+    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    tensor = signs(19, 1024, 128)
+    packed = binary_gemv.prepare(tensor)
+    x = inputs(4, 1024)
+    x[0, ::7] *= 4000
+    x[1], x[2, 500:] = 0, 0
+    x[3] *= 2.0**-100
+    check(on_the_host("binary_gemv", x, packed), x, tensor)
+    x[2, 3] = torch.inf
+    got = on_the_host("binary_gemv", x, packed)
+    assert got[2].isnan().all()
+    assert not got[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("operation", sorted(SOURCES))
+def test_the_compiler_spills_nothing(operation: str, tmp_path: Path) -> None:
+    nvcc = on_cuda.compiler()
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    for capability in ((9, 0), (8, 0)):
+        command = [nvcc, *on_cuda.FLAGS, on_cuda.target(capability), "-Xptxas", "-v", str(native.SOURCES / f"{operation}.cu")]
+        done = subprocess.run([*command, "-o", str(tmp_path / "made.so")], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", done.stderr)
+        assert found
+        assert all(f == ("0", "0") for f in found), done.stderr[-3000:]
+
+
+@GPU
+@pytest.mark.parametrize("operation", sorted(SOURCES))
+def test_kernel_on_a_gpu(operation: str) -> None:
+    backend = kernel(operation, "cuda", "cuda").run
+    large: Any = codebook(2080, 4100, (2, 4), 2) if operation == "lut_gemv" else signs(2080, 4100, 128)
+    for tensor in (*cases(operation), large):
+        packed: Any = PREPARE[operation](tensor)
+        there: Any = moved(packed)
+        for x in (inputs(1, tensor.shape[1]), inputs(2, tensor.shape[1]), inputs(7, tensor.shape[1], torch.bfloat16)):
+            out = torch.full((x.shape[0], tensor.shape[0]), torch.nan, dtype=x.dtype, device="cuda")
+            got = getattr(backend, operation)(x.cuda(), there, out)
+            assert got is out
+            check(got.cpu(), x, tensor)
+            assert torch.equal(getattr(backend, operation)(x[:1].cuda(), there), got[:1])
+            check(getattr(torch.ops.bitgrid, operation)(x.cuda(), *operands(there)).cpu(), x, tensor)
+        assert torch.equal(backend.values(there).cpu(), packed.values(torch.float32))
+        assert torch.equal(backend.values(there, torch.bfloat16).cpu(), packed.values(torch.float32).bfloat16())
+
+
+@GPU
+@pytest.mark.parametrize("operation", sorted(SOURCES))
+def test_a_graph_holds_the_call(operation: str) -> None:
+    tensor: Any = codebook(96, 512, (2,)) if operation == "lut_gemv" else signs(96, 512, 128)
+    run, there = getattr(kernel(operation, "cuda", "cuda").run, operation), moved(PREPARE[operation](tensor))
+    x, out = inputs(2, 512).cuda(), torch.empty(2, 96, device="cuda")
+    run(x, there, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(x, there, out)
+    x.copy_(inputs(3, 512)[1:])
+    graph.replay()
+    check(out.cpu(), x.cpu(), tensor)
+
+
+def moved(packed: Any) -> Any:
+    """To the GPU."""
+    scale = None if packed.input_scale is None else packed.input_scale.cuda()
+    if isinstance(packed, binary_gemv.Packed):
+        return binary_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), packed.salient.cuda(), scale, packed.shape, packed.block)
+    parts = tuple(lut_gemv.Part(p.words.cuda(), p.values.cuda(), p.columns.cuda(), p.bits) for p in packed.parts)
+    kept = packed.apart
+    apart = None if kept is None else lut_gemv.Apart(kept.starts.cuda(), kept.columns.cuda(), kept.differences.cuda())
+    return lut_gemv.Packed(parts, apart, scale, packed.shape)
