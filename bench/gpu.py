@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
 from quant.affine import ZeroKind
 from quant.kernels import kernel
-from quant.kernels.products import MOST_ROWS, with_many_rows
+from quant.kernels.products import MOST_ROWS
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -264,21 +265,12 @@ def batches(b: Bench) -> Iterator[Row]:
             yield Row(f"wq_gemv {n} x {k}, {bits} bits, M=16", error, allowed, b.time(ours, len(copies)), peers, packed.bytes)
 
 
+def skinny(b: Bench) -> Iterator[Row]:
+    yield from import_module("bench.wq_gemm").skinny(b)
+
+
 def prompts(b: Bench) -> Iterator[Row]:
-    n, k = b.size(8192, 16), b.size(8192, 256)
-    run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
-    tensor = _affine(b, n, k, 4)
-    packed, weight = run.prepare(tensor), tensor.dequantize()
-    for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
-        x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
-        want = x[:64].double() @ weight.double().T
-        allowed = float((2 * (linear(x[:64].float(), weight).double() - want).norm() + 2.0**-7 * want.norm()) / want.norm())
-        error = float((with_many_rows(x, packed, run)[:64].double() - want).norm() / want.norm())
-        took = b.time(lambda i: with_many_rows(x, packed, run))  # noqa: B023
-        peers = known(bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))), weight_alone=b.time(lambda i: run.values(packed, x.dtype)))  # noqa: B023
-        yield Row(
-            f"4 bits {n} x {k}, the weight made, M={m}", error, allowed, took, peers, goal=f"{goal} x bfloat16's speed" if goal else ""
-        )
+    yield from import_module("bench.wq_gemm").prompts(b)
 
 
 def tables(b: Bench) -> Iterator[Row]:
@@ -420,9 +412,8 @@ def searches(b: Bench) -> Iterator[Row]:
         yield Row(name, error, allowed, took, known(**peers), goal=goal)
 
 
-PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, rounding, products, batches, prompts, tables, integers, hadamard, scoring, searches)
-}
+_ALL = (limits, hessian, block, rounding, products, batches, skinny, prompts, tables, integers, hadamard, scoring, searches)
+PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in _ALL}
 
 
 def main() -> int:

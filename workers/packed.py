@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import TABLE, kernel
-from quant.kernels.products import MANY_ROWS, MOST_ROWS, with_many_rows
+from quant.kernels.products import MANY_ROWS, MOST_ROWS, TENSOR_CORE_ROWS, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -28,6 +28,8 @@ INTEGER = "int8_linear"
 """The kernel that does, of the first format, where activations are in fewer bits too."""
 DENSE, SIMULATED = "dense", "simulated"
 """In place of a backend: weights dequantized once; and their inputs fake-quantized, as in an evaluation."""
+TENSOR_CORES = "wq_gemm"
+"""The kernel that does, of the first format, on a GPU where x has more rows than `wq_gemv` takes, in a type of 16 bits."""
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
 
@@ -107,7 +109,8 @@ def _pack(
     except (ValueError, RuntimeError) as e:
         return str(e)
     if activation is None:
-        _multiply_rows(view.module, chosen.run, operation, packed)
+        cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
+        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside)
     else:
         _multiply_codes(view.module, chosen.run, packed, shared)
     made.backends[chosen.backend] += 1
@@ -116,12 +119,31 @@ def _pack(
     return None
 
 
-def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any) -> None:
+def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made: Packed) -> tuple[Any, Any]:
+    """The kernel for some rows and its own layout of the weight; None and None where there is none, and why in the notes."""
+    if device.type != "cuda":
+        return None, None
+    try:
+        chosen = kernel(TENSOR_CORES, backend if backend in TABLE[TENSOR_CORES] else "auto", device)
+        if chosen.backend == "reference":
+            return None, None
+        packed = chosen.run.prepare(stored)
+    except (ValueError, RuntimeError) as e:
+        made.notes.add(f"{TENSOR_CORES} runs not at all: {e}")
+        return None, None
+    made.notes.update(chosen.notes)
+    made.bytes += packed.bytes
+    return chosen.run, packed
+
+
+def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any, cores: Any = None, beside: Any = None) -> None:
     width, bias, product = linear.in_features, linear.bias, getattr(run, operation)
 
     def forward(x: Tensor) -> Tensor:
         rows = x.reshape(-1, width)
-        if len(rows) > MANY_ROWS[x.device.type]:
+        if cores is not None and TENSOR_CORE_ROWS[0] <= len(rows) <= TENSOR_CORE_ROWS[1] and x.dtype is not torch.float32:
+            out = cores.wq_gemm(rows, beside)
+        elif len(rows) > MANY_ROWS[x.device.type]:
             out = with_many_rows(rows, packed, run)
         else:
             kind = x.dtype if x.dtype in TYPES else torch.float32

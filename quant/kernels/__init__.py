@@ -40,6 +40,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.wq_gemv.triton",
         "reference": "quant.kernels.wq_gemv.reference",
     },
+    "wq_gemm": {
+        "triton": "quant.kernels.wq_gemm.triton",
+        "reference": "quant.kernels.wq_gemm.reference",
+    },
     "lut_gemv": {
         "cpu": "quant.kernels.lut_gemv.cpu",
         "cuda": "quant.kernels.lut_gemv.cuda",

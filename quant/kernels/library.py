@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, rtn_pack, wq_gemv
+from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, rtn_pack, wq_gemm, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -35,6 +35,25 @@ def _wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | Non
 
 def _wq_gemv_shape(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
     return x.new_empty(x.shape[0], rows)
+
+
+def _wq_gemm(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scale: Tensor,
+    zero: Tensor | None,
+    input_scale: Tensor | None,
+    rows: int,
+    bits: int,
+) -> Tensor:
+    packed = wq_gemm.Packed(low, high, scale, zero, input_scale, (rows, x.shape[1]), bits)
+    made: Tensor = kernel("wq_gemm", device=x.device).run.wq_gemm(x, packed)
+    return made
+
+
+def _wq_gemm_shape(x: Tensor, *given: Any) -> Tensor:
+    return x.new_empty(x.shape[0], given[-2])
 
 
 def _gptq_block(
@@ -161,6 +180,11 @@ def _token_log_probs_shape(logits: Tensor, tokens: Tensor) -> Tensor:
 
 _define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
 _define(
+    "wq_gemm(Tensor x, Tensor low, Tensor? high, Tensor scale, Tensor? zero, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
+    _wq_gemm,
+    _wq_gemm_shape,
+)
+_define(
     "gptq_block(Tensor block, Tensor upper, Tensor scale, Tensor zero, int[] group, int bits, str zero_kind) -> (Tensor, Tensor, Tensor)",
     _gptq_block,
     _gptq_block_shapes,
@@ -194,11 +218,13 @@ _define(
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
 
-def operands(packed: wq_gemv.Packed | lut_gemv.Packed | binary_gemv.Packed) -> tuple[Any, ...]:
+def operands(packed: wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | binary_gemv.Packed) -> tuple[Any, ...]:
     """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`."""
     n = packed.shape[0]
     if isinstance(packed, wq_gemv.Packed):
         return packed.words, packed.ranges, packed.input_scale, n, packed.bits
+    if isinstance(packed, wq_gemm.Packed):
+        return packed.low, packed.high, packed.scale, packed.zero, packed.input_scale, n, packed.bits
     if isinstance(packed, binary_gemv.Packed):
         return packed.words, packed.tables, packed.salient, packed.input_scale, n, packed.block
     parts, kept = packed.parts, packed.apart

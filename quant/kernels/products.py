@@ -23,6 +23,10 @@ every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 m
 1.3, and making the weight 100 ms. The other number is not measured yet."""
 
 
+TENSOR_CORE_ROWS = (MOST_ROWS + 1, 256)
+"""Rows of x on a GPU, from which on and up to which `wq_gemm` multiplies with codes. Not measured yet."""
+
+
 def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
     """`out`, or new memory for it; not filled. shape: (N, K). Raises ValueError for an x or an out that no backend takes."""
     n, k = shape

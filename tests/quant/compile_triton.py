@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.rtn_pack.program import long_groups, whole_groups
 from quant.kernels.token_log_probs.program import pick
+from quant.kernels.wq_gemm.program import gemm
+from quant.kernels.wq_gemm.triton import constants as constants_of
+from quant.kernels.wq_gemm.triton import shape as cut_of
 from quant.kernels.wq_gemv.program import gemv
 from quant.kernels.wq_gemv.program import weight as codes_weight
 
@@ -90,7 +94,17 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
-    return found
+    return found + list(products(architecture))
+
+
+def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """`wq_gemm` where it needs the most: zeros, offsets, narrow groups; sums of groups, and scales in the operand."""
+    for bits, m, group, offsets in ((3, 32, 128, False), (4, 64, 64, True), (4, 256, 128, False)):
+        cut = cut_of(bits, m, 8192, 8192, 132, architecture == 90)
+        types = {"low": "*i32", "high": "*i32", "scale": "*fp16", "other": "*fp32" if offsets else "*u8", "x": "*bf16", "out": "*bf16"}
+        types |= {"sums": "*fp32", "arrived": "*i32"} | dict.fromkeys(("n", "k", "m", "units", "rows", "each", "magic"), "i32")
+        said = f"{bits} bits, {m} rows"
+        yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
 def main(architecture: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from quant.kernels import kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
+from tests.quant.test_wq_gemv import stored
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families, packed
 from workers.context import Context
@@ -92,6 +94,22 @@ def test_longer_prompts_are_multiplied_with_weights_made_for_it(method: str, tmp
     found = measured(context, tmp_path / "m", artifact, prompt=20)
     assert found["check_error"] <= TOLERANCE["float32"]
     assert set(rows) == {SMALL.batch * 20}
+
+
+def test_some_rows_are_multiplied_by_tensor_cores_where_there_are_any() -> None:
+    """The limits, and that other rows and float32 go the other way; both ways end in the same product."""
+    tensor = stored(5, 96, 4, 32)
+    run, gemm = kernel("wq_gemv", "reference").run, kernel("wq_gemm", "reference").run
+    rows: list[int] = []
+    cores = SimpleNamespace(wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
+    layer = torch.nn.Linear(96, 5, bias=False)
+    packed._multiply_rows(layer, run, "wq_gemv", tensor, cores, tensor)
+    for m in (1, 8, 9, 256, 257):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).to(dtype)
+            want = x.double() @ tensor.dequantize().double().T
+            assert torch.allclose(layer(x).double(), want, rtol=2.0**-8, atol=1e-4)
+    assert rows == [9, 256]
 
 
 def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
