@@ -2,8 +2,8 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring; all when none is named. Times are of a
-replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's
+Pieces: limits, hessian, block, products, batches, prompts, tables, integers, attention, hadamard, scoring; all when none is named. Times
+are of a replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's
 interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import gpu_peers
+from bench import gpu_attention, gpu_peers
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
@@ -345,6 +345,11 @@ def integers(b: Bench) -> Iterator[Row]:
             yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal="1.4 x bfloat16")
 
 
+def attention(b: Bench) -> Iterator[Row]:
+    for name, error, allowed, took, peers, read, goal in gpu_attention.figures(b, b.size(int(COLD), 0)):
+        yield Row(name, error, allowed, took, known(**peers), read, goal)
+
+
 def hadamard(b: Bench) -> Iterator[Row]:
     run, plain = (kernel("hadamard", name, b.device).run.transform for name in (b.backend, "reference"))
     for n in (4096, 16384) if not b.dry else (64,):
@@ -369,7 +374,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {
-    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, hadamard, scoring)
+    f.__name__: f for f in (limits, hessian, block, products, batches, prompts, tables, integers, attention, hadamard, scoring)
 }
 
 

@@ -29,6 +29,9 @@ from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
+from quant.kernels.kv_attention.program import attend, attend_plain, merge
+from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
+from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.token_log_probs.program import pick
@@ -80,6 +83,17 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
+    split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
+    given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
+    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
+    found.append((attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}))
+    found.append((merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}))
+    given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
+    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
+    for bits, rows in ((4, 1), (2, 1), (8, 8)):
+        warps, most = attention_shape(128, 64, rows, bits)
+        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
+        found.append((attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}))
     return found
 
 
@@ -88,7 +102,7 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in forms(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        even = [i for i, name in enumerate(kernel.arg_names) if name == "k" or signature[name].startswith("*")]
+        even = [i for i, name in enumerate(kernel.arg_names) if name in ("k", "capacity") or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = ASTSource(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
