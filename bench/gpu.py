@@ -3,8 +3,8 @@
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
 Pieces: limits, hessian, block, products, batches, prompts, tables, integers, attention, hadamard, scoring; all when none is named. Times
-are of a replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in Triton's
-interpreter, and times nothing. Ends with 1 where a result is wrong.
+are of a replayed CUDA graph over inputs that no cache holds; the least of some replays. `--dry` runs everything small on the CPU, in
+Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from quant.kernels.on_triton import interpreted, unavailable
 
 __all__ = ["append", "kv_attention", "prepare", "unavailable"]
 
-SHARED, RESIDENT = 228 * 1024, 12
+SHARED, RESIDENT = 228 * 1024, 10
 """Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for, at `REGISTERS` a thread."""
-REGISTERS = 168
+REGISTERS = 192
 START, MOST_SPLITS = 2, 128
 """Blocks that a program could read in the time that its start and end take."""
 FEW, STAGES, WARPS_PLAIN = 16, 3, 4
@@ -62,7 +62,7 @@ def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Te
 def shape(width: int, block: int, rows: int, bits: int) -> tuple[int, int | None]:
     """Warps, and the most registers of a thread, with which nothing is spilled."""
     if rows == 1 and width <= 128 and block <= 64:
-        return 1, REGISTERS if bits >= 4 else 208
+        return 1, REGISTERS if bits >= 4 else 232
     return (4 if width * block > 128 * 128 or rows > 8 else 2), None
 
 
