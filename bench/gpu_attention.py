@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from quant.kernels import kernel
-from quant.kernels.kv_attention import Packed, Plain, append, prepare
+from quant.kernels.kv_attention import Packed, Plain, append, prepare, triton
 
 Figures = tuple[str, float, float, "float | None", "dict[str, float | None]", int, str]
 
@@ -47,6 +47,11 @@ def figures(b: Any, cold: int) -> Iterator[Figures]:
             if goal:
                 for parts in (1, 2, 3, 4, 6, 8, 11, 16):
                     peers[f"splits_{parts}"] = b.time(lambda i: run(q, caches[i], splits=parts), len(caches))  # noqa: B023
+            if goal and not b.dry:
+                triton.REGISTERS, before = 168, triton.REGISTERS
+                for parts in (2, 3, 6, 8):
+                    peers[f"registers_168_splits_{parts}"] = b.time(lambda i: run(q, caches[i], splits=parts), len(caches))  # noqa: B023
+                triton.REGISTERS = before
             yield f"{said}, {bits} bits, G={group}, R={residual}", error, allowed, took, peers, cache.bytes, goal
 
 

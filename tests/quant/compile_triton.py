@@ -91,7 +91,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
     given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
     for bits, rows in ((4, 1), (2, 1), (8, 8)):
-        warps, most = attention_shape(128, 64, rows, bits)
+        warps, most = attention_shape(128, 64, rows)
         own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
         found.append((attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}))
     return found

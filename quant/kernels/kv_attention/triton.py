@@ -13,9 +13,11 @@ from quant.kernels.on_triton import interpreted, unavailable
 
 __all__ = ["append", "kv_attention", "prepare", "unavailable"]
 
-SHARED, RESIDENT = 228 * 1024, 10
-"""Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for, at `REGISTERS` a thread."""
-REGISTERS = 192
+SHARED, RESIDENT = 228 * 1024, 9
+"""Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for."""
+REGISTERS: int | None = None
+"""The most of a thread where a program is one warp, for more programs at a time. 168 lets 11 of 4 bits in; Triton 3.6 then spills nothing,
+3.9 some outside the loop over blocks."""
 START, MOST_SPLITS = 2, 128
 """Blocks that a program could read in the time that its start and end take."""
 FEW, STAGES, WARPS_PLAIN = 16, 3, 4
@@ -47,7 +49,7 @@ def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Te
     else:
         ranges = [x.view(torch.int32) for x in (packed.key_ranges, packed.value_ranges)]
         heavy = max(1, round(4 * d * packed.block / packed.block_bytes))
-        warps, most = shape(d, packed.block, rows, min(field(packed.key_bits), field(packed.value_bits)))
+        warps, most = shape(d, packed.block, rows)
         attend[grid](
             given, packed.keys, ranges[0], packed.values, ranges[1], packed.window_keys, packed.window_values, packed.counts,
             partial, weights, ends, packed.capacity // packed.block, parts, packed.window,
@@ -59,10 +61,10 @@ def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Te
     return made
 
 
-def shape(width: int, block: int, rows: int, bits: int) -> tuple[int, int | None]:
+def shape(width: int, block: int, rows: int) -> tuple[int, int | None]:
     """Warps, and the most registers of a thread, with which nothing is spilled."""
     if rows == 1 and width <= 128 and block <= 64:
-        return 1, REGISTERS if bits >= 4 else 232
+        return 1, REGISTERS
     return (4 if width * block > 128 * 128 or rows > 8 else 2), None
 
 
