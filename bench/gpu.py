@@ -2,9 +2,8 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
 
-Pieces: see --help; all when none is named. Times are of a replayed CUDA graph over inputs that no cache holds; the least of some
-replays. `--dry` runs everything small on the CPU, in
-Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
+Pieces: see --help; all when none is named. Times are of a replayed CUDA graph over inputs that no cache holds; the least of some replays.
+`--dry` runs everything small on the CPU, in Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench import gpu_block, gpu_peers, gpu_searches
+from bench import gpu_attention, gpu_block, gpu_peers, gpu_searches
 from bench.copies import copied
 from bench.gpu_peer_kernels import SHAPES
 from quant import quantize_linear
@@ -295,15 +294,6 @@ def tables(b: Bench) -> Iterator[Row]:
             yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, known(**peers), packed.bytes, goal)
 
 
-def copied(packed: Any) -> Any:
-    """In memory of its own, parts too."""
-    if isinstance(packed, Tensor):
-        return packed.clone()
-    if isinstance(packed, tuple):
-        return tuple(map(copied, packed))
-    return replace(packed, **{f.name: copied(getattr(packed, f.name)) for f in fields(packed)}) if is_dataclass(packed) else packed
-
-
 def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:
     """With one row of x and four, and 4-bit codes with two and eight too: the best backend, and Triton's beside it."""
     dense = b.random(n, k, dtype=torch.bfloat16)
@@ -384,6 +374,11 @@ def integers(b: Bench) -> Iterator[Row]:
             yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal="1.4 x bfloat16")
 
 
+def attention(b: Bench) -> Iterator[Row]:
+    for name, error, allowed, took, peers, read, goal in gpu_attention.figures(b, b.size(int(COLD), 0)):
+        yield Row(name, error, allowed, took, known(**peers), read, goal)
+
+
 def hadamard(b: Bench) -> Iterator[Row]:
     run, plain = (kernel("hadamard", name, b.device).run.transform for name in (b.backend, "reference"))
     for n in (4096, 16384) if not b.dry else (64,):
@@ -412,7 +407,7 @@ def searches(b: Bench) -> Iterator[Row]:
         yield Row(name, error, allowed, took, known(**peers), goal=goal)
 
 
-_ALL = (limits, hessian, block, rounding, products, batches, skinny, prompts, tables, integers, hadamard, scoring, searches)
+_ALL = (limits, hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in _ALL}
 
 

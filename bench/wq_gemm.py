@@ -65,7 +65,7 @@ def skinny(b: Bench) -> Iterator[Row]:
 
 def prompts(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(8192, 256)
-    run, dense = kernel("wq_gemv", b.backend, b.device).run, b.random(n, k, dtype=torch.bfloat16)
+    run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
     tensor = _affine(b, n, k, 4)
     packed, weight = run.prepare(tensor), tensor.dequantize()
     for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):

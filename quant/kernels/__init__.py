@@ -79,6 +79,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "quant.kernels.int8_linear.cpu",
         "reference": "quant.kernels.int8_linear.reference",
     },
+    "kv_attention": {
+        "triton": "quant.kernels.kv_attention.triton",
+        "reference": "quant.kernels.kv_attention.reference",
+    },
     "token_log_probs": {
         "triton": "quant.kernels.token_log_probs.triton",
         "reference": "quant.kernels.token_log_probs.reference",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, int8_linear, kernel, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels import binary_gemv, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -178,6 +178,19 @@ def _token_log_probs_shape(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.new_empty(tokens.shape, dtype=torch.float32)
 
 
+def _kv_attention(
+    q: Tensor, keys: Tensor, key_ranges: Tensor, values: Tensor, value_ranges: Tensor, window_keys: Tensor, window_values: Tensor,
+    counts: Tensor, key_bits: int, value_bits: int, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    cache = kv_attention.Packed(keys, key_ranges, values, value_ranges, window_keys, window_values, counts, key_bits, value_bits)
+    made: Tensor = kernel("kv_attention", device=q.device).run.kv_attention(q, cache, scale)
+    return made
+
+
+def _kv_attention_shape(q: Tensor, *given: Any) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 _define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
 _define(
     "wq_gemm(Tensor x, Tensor low, Tensor? high, Tensor scale, Tensor? zero, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
@@ -217,9 +230,19 @@ _define(
 )
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
+_define(
+    "kv_attention(Tensor q, Tensor keys, Tensor key_ranges, Tensor values, Tensor value_ranges, Tensor window_keys, Tensor window_values,"
+    " Tensor counts, int key_bits, int value_bits, float? scale=None) -> Tensor",
+    _kv_attention,
+    _kv_attention_shape,
+)
 
-def operands(packed: wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | binary_gemv.Packed) -> tuple[Any, ...]:
+
+def operands(packed: wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed) -> tuple[Any, ...]:
     """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`."""
+    if isinstance(packed, kv_attention.Packed):
+        held = (packed.keys, packed.key_ranges, packed.values, packed.value_ranges, packed.window_keys, packed.window_values)
+        return *held, packed.counts, packed.key_bits, packed.value_bits
     n = packed.shape[0]
     if isinstance(packed, wq_gemv.Packed):
         return packed.words, packed.ranges, packed.input_scale, n, packed.bits

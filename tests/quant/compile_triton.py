@@ -30,6 +30,9 @@ from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
+from quant.kernels.kv_attention.program import attend, attend_plain, merge
+from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
+from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.rtn_pack.program import long_groups, whole_groups
@@ -94,7 +97,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
-    return found + list(products(architecture))
+    return [*found, *products(architecture), *attention()]
 
 
 def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -107,12 +110,26 @@ def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict
         yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
+def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
+    given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
+    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
+    yield attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}
+    yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}
+    given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
+    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
+    for bits, rows in ((4, 1), (2, 1), (8, 8)):
+        warps, most = attention_shape(128, 64, rows)
+        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
+        yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
+
+
 def main(architecture: int) -> None:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for kernel, of, types, constants, options in forms(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        even = [i for i, name in enumerate(kernel.arg_names) if name == "k" or signature[name].startswith("*")]
+        even = [i for i, name in enumerate(kernel.arg_names) if name in ("k", "capacity") or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = ASTSource(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -1,0 +1,81 @@
+"""Attention in Triton: tokens are split among programs, so that few sequences fill a GPU, and a second launch merges what these made."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quant.kernels.kv_attention import Packed, Plain, Scale, append, checked, field, prepare
+from quant.kernels.on_triton import interpreted, unavailable
+
+__all__ = ["append", "kv_attention", "prepare", "unavailable"]
+
+SHARED, RESIDENT = 228 * 1024, 9
+"""Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for."""
+REGISTERS: int | None = None
+"""The most of a thread where a program is one warp, for more programs at a time. 168 lets 11 of 4 bits in; Triton 3.6 then spills nothing,
+3.9 some outside the loop over blocks."""
+START, MOST_SPLITS = 2, 128
+"""Blocks that a program could read in the time that its start and end take."""
+FEW, STAGES, WARPS_PLAIN = 16, 3, 4
+"""Tokens of the window at a time; blocks in flight, with the one at work; warps where nothing is quantized."""
+
+
+def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
+    """`[S, H, D]` in the type of q; sums and softmax in float32, p and q · steps rounded to float16 (the window: to its own type).
+
+    splits: parts of the tokens of a sequence and KV head; chosen where None, from the room in the cache, not what lies on the device.
+    """
+    from quant.kernels.kv_attention.program import attend, attend_plain, merge
+
+    made, factor = checked(q, packed, scale, out)
+    s, h, d = q.shape
+    kv = packed.heads
+    rows = h // kv
+    columns = max(8, 1 << (rows - 1).bit_length())
+    parts = splits or _splits(s * kv, packed.capacity // packed.block, packed.block_bytes, _processors(q.device))
+    partial = torch.empty(s, h, parts, d, device=q.device)
+    weights = torch.empty(s, h, parts, 2, device=q.device)
+    grid, ends, plain = (s * kv, parts), factor * math.log2(math.e), interpreted()
+    given = q.detach().contiguous()
+    if isinstance(packed, Plain):
+        attend_plain[grid](
+            given, packed.keys, packed.values, packed.counts, partial, weights, ends, packed.capacity, parts,
+            KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, STAGES=STAGES, PLAIN=plain, num_warps=WARPS_PLAIN,
+        )  # fmt: skip
+    else:
+        ranges = [x.view(torch.int32) for x in (packed.key_ranges, packed.value_ranges)]
+        heavy = max(1, round(4 * d * packed.block / packed.block_bytes))
+        warps, most = shape(d, packed.block, rows)
+        attend[grid](
+            given, packed.keys, ranges[0], packed.values, ranges[1], packed.window_keys, packed.window_values, packed.counts,
+            partial, weights, ends, packed.capacity // packed.block, parts, packed.window,
+            KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.block, KB=field(packed.key_bits), VB=field(packed.value_bits),
+            KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, HEAVY=heavy, STAGES=STAGES, PLAIN=plain,
+            num_warps=warps, maxnreg=most,
+        )  # fmt: skip
+    merge[(s * h,)](partial, weights, made, parts, D=d, SPLITS=1 << (parts - 1).bit_length(), num_warps=min(4, max(1, d // 32)))
+    return made
+
+
+def shape(width: int, block: int, rows: int) -> tuple[int, int | None]:
+    """Warps, and the most registers of a thread, with which nothing is spilled."""
+    if rows == 1 and width <= 128 and block <= 64:
+        return 1, REGISTERS
+    return (4 if width * block > 128 * 128 or rows > 8 else 2), None
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def _splits(pairs: int, blocks: int, block_bytes: int, processors: int) -> int:
+    """The fewest of the fastest, were all programs as fast as each other: pairs of sequence and KV head, blocks of one."""
+    room = processors * max(1, min(RESIDENT, SHARED // ((STAGES - 1) * block_bytes + 1536)))
+    most = max(1, min(blocks, MOST_SPLITS))
+    return min(range(1, most + 1), key=lambda n: -(-pairs * n // room) * (-(-blocks // n) + START))
