@@ -92,9 +92,17 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
-    for tile in (t for t in (HOPPER if architecture == 90 else PLAIN) if not t.gluon or t.speed == 1.0 and gluon_works()):
-        found.append(_sums_of_integers(tile))
+    largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
+    found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return found
+
+
+def _source(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
@@ -126,7 +134,7 @@ def main(architecture: int) -> None:
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
         even = [i for i, name in enumerate(kernel.arg_names) if name == "k" or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
-        source = getattr(kernel, "ASTSource", ASTSource)(kernel, signature, constants, attrs)
+        source = _source(kernel)(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(made.asm["cubin"])

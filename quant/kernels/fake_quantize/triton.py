@@ -37,9 +37,7 @@ def _given(x: Tensor) -> Tensor:
     return given.float() if x.dtype is torch.float64 else given
 
 
-def _run(
-    values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor, bits: int, symmetric: bool, clip: float
-) -> None:
+def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor, bits: int, symmetric: bool, clip: float) -> None:
     from quant.kernels.fake_quantize.program import round_rows
 
     rows, n = values.shape

@@ -12,7 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
-@gluon.jit
+# Compiled once for all numbers of rows.
+@gluon.jit(do_not_specialize=["m"])
 def multiply(
     x,  # descriptor of int8 [M, K] in tiles [ROWS, STEP]
     weight,  # descriptor of int8 [N, K] in tiles [COLUMNS, STEP]

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Compiled once for all numbers of rows.
+@triton.jit(do_not_specialize=["m"])
 def multiply(
     x,  # int8 [M, K], or its descriptor in tiles [ROWS, STEP]
     weight,  # int8 [N, K], or its descriptor in tiles [COLUMNS, STEP]
