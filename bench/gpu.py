@@ -360,14 +360,17 @@ def integers(b: Bench) -> Iterator[Row]:
         codes = torch.randint(0, 256, (n, k), generator=g, dtype=torch.uint8, device=b.device)
         half = torch.full((n, 1), 128, dtype=torch.uint8, device=b.device)
         tensor = AffineTensor(codes, torch.rand(n, 1, generator=g, device=b.device) / 128, half, 8, ZeroKind.CONSTANT)
-        run, plain = (kernel("int8_linear", name, b.device).run for name in ("auto" if b.dry else "torch", "reference"))
+        run, library, plain = (kernel("int8_linear", name, b.device).run for name in (b.backend, "auto" if b.dry else "torch", "reference"))
         packed, dense = run.prepare(tensor, scheme), b.random(n, k, dtype=torch.bfloat16)
         for m in (256, 1024, 4096) if not b.dry else (40,):
             x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
             want = plain.int8_linear(x[:64], packed)
             error = float((run.int8_linear(x, packed)[:64] - want).norm() / want.norm())
-            took = b.time(lambda i: run.int8_linear(x, packed))  # noqa: B023
+            took = b.time(lambda i: run.int8_linear(x, packed, x.dtype))  # noqa: B023
+            rows = run.rounded(x, packed)
             peers = known(
+                sums_alone=b.time(lambda i: run.multiply(rows, packed, x.dtype)),  # noqa: B023
+                torch_int_mm=b.time(lambda i: library.int8_linear(x, packed, x.dtype)),  # noqa: B023
                 bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))),  # noqa: B023
                 rounding_alone=b.time(lambda i: run.rounded(x, packed)),  # noqa: B023
             )

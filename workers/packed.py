@@ -173,7 +173,7 @@ def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -
 
     def forward(x: Tensor) -> Tensor:
         rounded = shared.of(x, lambda: run.rounded(x.reshape(-1, width), packed))
-        out: Tensor = run.multiply(rounded, packed).to(x.dtype).view(*x.shape[:-1], -1)
+        out: Tensor = run.multiply(rounded, packed, x.dtype).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
     _replace(linear, forward)

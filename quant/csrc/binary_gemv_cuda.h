@@ -48,7 +48,7 @@ struct Held {
     float* sums;       // [slices, group * 16, M]
 };
 
-BOTH constexpr int64_t shared_bytes(int rows, int64_t share, int64_t group) {
+ANYWHERE constexpr int64_t shared_bytes(int rows, int64_t share, int64_t group) {
     return rows * (share * (STEPS * 32 * 8 + 16) + SLICES * group * PAIR * 4 + 16);
 }
 

@@ -48,12 +48,12 @@ struct alignas(4 * M) Entry {
     float v[M];
 };
 
-BOTH constexpr int index_bits(int bits) { return bits == 3 ? 6 : 4; }
-BOTH constexpr int lookups(int bits) { return bits == 3 ? 5 : 8; }
-BOTH constexpr int entries(int bits) { return 1 << index_bits(bits); }
+ANYWHERE constexpr int index_bits(int bits) { return bits == 3 ? 6 : 4; }
+ANYWHERE constexpr int lookups(int bits) { return bits == 3 ? 5 : 8; }
+ANYWHERE constexpr int entries(int bits) { return 1 << index_bits(bits); }
 // Bytes that a word takes in shared memory: its tables, and x of its columns.
-BOTH constexpr int64_t table_bytes(int rows, int bits) { return int64_t(4) * rows * lookups(bits) * entries(bits); }
-BOTH constexpr int64_t word_bytes(int rows, int bits) { return table_bytes(rows, bits) + int64_t(4) * rows * (32 / bits); }
+ANYWHERE constexpr int64_t table_bytes(int rows, int bits) { return int64_t(4) * rows * lookups(bits) * entries(bits); }
+ANYWHERE constexpr int64_t word_bytes(int rows, int bits) { return table_bytes(rows, bits) + int64_t(4) * rows * (32 / bits); }
 
 // Words of a row that a block has of a part: a whole number of runs, of at most `length`.
 BOTH int64_t share(const Part& part, int ranks) {

@@ -8,11 +8,13 @@
 
 #if defined(__CUDACC__)
 #define BOTH __device__ __forceinline__
+#define ANYWHERE __host__ __device__
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) PRAGMA(unroll n)
 #else
 #define BOTH inline
+#define ANYWHERE
 #define UNROLL
 #define UNROLL_BY(n)
 #endif

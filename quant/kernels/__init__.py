@@ -75,6 +75,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.rtn_pack.reference",
     },
     "int8_linear": {
+        "triton": "quant.kernels.int8_linear.triton",
         "torch": "quant.kernels.int8_linear.eager",
         "cpu": "quant.kernels.int8_linear.cpu",
         "reference": "quant.kernels.int8_linear.reference",

@@ -30,6 +30,8 @@ from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
+from quant.kernels.int8_linear.program import multiply as product_of_codes
+from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
@@ -83,7 +85,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         types = {"x": "*bf16", "out": "*bf16", "rows": "i32", "factor": "fp32"}
         constants = {"N": n, "LOG": n.bit_length() - 1, "ROWS": together}
         found.append((transform, str(n), types, constants, {"num_warps": min(16, n * together // 512)}))
-    types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
+    types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
     for codes in (False, True):
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
@@ -97,6 +99,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
+    largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
+    found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return [*found, *products(architecture), *attention()]
 
 
@@ -124,6 +128,36 @@ def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
 
 
+def _source(kernel: Any) -> Any:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
+def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+    types = {"out": "*bf16", "row_sums": "*i32"} | dict.fromkeys(("row_scale", "row_zero", "scale", "zero", "sums"), "*fp32")
+    types |= {"x": "*i8", "weight": "*i8"} | dict.fromkeys(("m", "n", "k"), "i32")
+    constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "GROUP": GROUP}
+    constants |= {"ZERO": True, "ROW_ZERO": True}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    layout = ""
+    if tile.gluon:
+        from triton.experimental.gluon import language as gl
+
+        layout = f",{gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)!r}"
+    if tile.descriptors:
+        types |= {name: f"tensordesc<i8[{high},{tile.step}]{layout}>" for name, high in (("x", tile.rows), ("weight", tile.columns))}
+    of = f"int8 {tile.rows} x {tile.columns}"
+    if not tile.gluon:
+        return product_of_codes, of, types, constants | {"DESCRIPTORS": tile.descriptors, "WHOLE": True, "STAY": False}, options
+    from quant.kernels.int8_linear.hopper import multiply as hopper
+
+    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.columns)}
+    return hopper, of, types, constants, options
+
+
 def main(architecture: int) -> None:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     for kernel, of, types, constants, options in forms(architecture):
@@ -131,7 +165,7 @@ def main(architecture: int) -> None:
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
         even = [i for i, name in enumerate(kernel.arg_names) if name in ("k", "capacity") or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
-        source = ASTSource(kernel, signature, constants, attrs)
+        source = _source(kernel)(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
             f.write(made.asm["cubin"])
@@ -146,6 +180,7 @@ def main(architecture: int) -> None:
             "stack": numbers["STACK"] + numbers["LOCAL"],
         }
         row |= {"shared": made.metadata.shared, "tensor_cores": bool(re.search(r"wgmma|mma\.sync", made.asm["ptx"]))}
+        row |= {"waits": sorted(set(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)", made.asm["ptx"])))}
         print(json.dumps(row))
 
 

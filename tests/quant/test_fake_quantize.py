@@ -33,6 +33,7 @@ def agree(x: Tensor, bits: int, symmetric: bool, clip: float, backend: str = "cp
     told = ~want.scale.isnan()[:, 0]  # codes of a row with a NaN mean nothing
     same(got.zero[told], want.zero[told])
     same(got.codes[told], want.codes[told])
+    assert got.sums is None or torch.equal(got.sums[told], want.codes.sum(1, dtype=torch.int32)[told])
 
 
 @given(

@@ -131,6 +131,15 @@ def test_the_library_of_torch_gives_the_same(scheme: ActivationScheme) -> None:
     assert torch.equal(eager.int8_linear(x, packed), kernel("int8_linear").run.int8_linear(x, packed))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_type_is_the_product_rounded(backend: str) -> None:
+    run = kernel("int8_linear", backend).run
+    packed, x = run.prepare(weight(9, 32, 8), ActivationScheme(8, symmetric=False)), inputs(3, 32)
+    got = run.int8_linear(x, packed, torch.bfloat16)
+    assert got.dtype is torch.bfloat16
+    assert torch.equal(got, run.int8_linear(x, packed).bfloat16())
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_change_nothing(threads: int) -> None:
     packed, x = prepare(weight(200, 300, 8), ActivationScheme(8)), inputs(9, 300)

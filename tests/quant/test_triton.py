@@ -12,6 +12,8 @@ from torch import Tensor
 from quant.grids import GRIDS
 from quant.hadamard import hadamard_matrix
 from quant.kernels import TABLE, kernel
+from quant.kernels.fake_quantize import RowCodes
+from quant.kernels.int8_linear import Packed
 from quant.kernels.on_triton import interpreted
 from quant.kernels.wq_gemv import BITS, prepare
 from quant.statistics import HessianSum
@@ -176,6 +178,22 @@ def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, symmetric: b
 def test_rows_without_a_range(symmetric: bool) -> None:
     # Without infinities: the interpreter warns of what it does not compute with.
     agree(torch.tensor([row for row in ODD if not any(abs(v) == float("inf") for v in row)]), 8, symmetric, 1.0, "triton")
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize("processors", [1, 5])
+def test_programs_that_stay_make_every_tile_once(processors: int, descriptors: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More rows of tiles than are gone through together, the last of them fewer."""
+    from quant.kernels.int8_linear import triton
+
+    monkeypatch.setattr(triton, "_device", lambda device: ((9, 0), processors))
+    monkeypatch.setattr(triton, "GROUP", 2)
+    g = torch.Generator().manual_seed(0)
+    codes, packed_codes = (torch.randint(-128, 128, (n, 64), generator=g).to(torch.int8) for n in (70, 90))
+    ones, rows = torch.ones(90), RowCodes(codes, torch.ones(70, 1), torch.zeros(70, 1))
+    packed, out = Packed(packed_codes, ones, None, ones, 8, True, 1.0), torch.full((70, 90), torch.nan)
+    triton.run(triton.Tile(16, 32, 32, 4, 1, 1.0, gluon=False, descriptors=descriptors, stay=True), codes, rows, packed, out)
+    assert torch.equal(out, (codes.long() @ packed_codes.long().T).float())
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import binom
 from torch import Tensor
 
-from quant.kernels import kernel
+from quant.kernels import TABLE, kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
@@ -183,14 +183,15 @@ def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path
         measured(context, tmp_path / "m", five, backend="cpu")
 
 
-def test_a_backend_of_another_formats_kernel_chooses_nothing(tmp_path: Path) -> None:
+def test_a_backend_of_another_formats_kernel_chooses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that one name serves a grid of several formats."""
+    monkeypatch.setitem(TABLE["wq_gemv"], "another", TABLE["wq_gemv"]["reference"])
     context = tiny_context("llama", tmp_path)
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
     assert list(measured(context, tmp_path / "w", artifact, backend="torch")["backends"]) == list(
         measured(context, tmp_path / "auto", artifact)["backends"]
     )
-    found = measured(context, tmp_path / "a", artifact, backend="triton", activation=ActivationScheme(8))
+    found = measured(context, tmp_path / "a", artifact, backend="another", activation=ActivationScheme(8))
     assert list(found["backends"]) == [kernel("int8_linear").backend]
 
 

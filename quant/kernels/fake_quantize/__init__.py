@@ -23,3 +23,5 @@ class RowCodes:
     """float32 `[R, 1]`."""
     zero: Tensor
     """float32 `[R, 1]`: whole numbers, less 2^(bits-1) as well; all 0 with symmetric grids."""
+    sums: Tensor | None = None
+    """int32 `[R]`: of a row's codes, from twins that have them in passing."""

@@ -19,6 +19,7 @@ def round_rows(
     out,  # [R, n] like x; with CODES int8
     scales,  # [R]
     zeros,  # [R]
+    sums,  # int32 [R]: of what is stored, with CODES
     n,
     clip,
     top,
@@ -54,6 +55,7 @@ def round_rows(
     if CODES:
         tl.store(scales + row, s)
         tl.store(zeros + row, z - half)
+    total = tl.zeros([BLOCK], tl.int32)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)
         v = tl.load(x + row * n + at, mask=at < n, other=0.0).to(tl.float32)
@@ -62,6 +64,10 @@ def round_rows(
         code = tl.where(code < 0.0, 0.0, code)
         code = tl.where(code > top, top, code)
         if CODES:
-            tl.store(out + row * n + at, (code - half).to(tl.int8), mask=at < n)
+            stored = (code - half).to(tl.int8)
+            tl.store(out + row * n + at, stored, mask=at < n)
+            total += tl.where(at < n, stored, 0).to(tl.int32)
         else:
             tl.store(out + row * n + at, (code - z) * s, mask=at < n)
+    if CODES:
+        tl.store(sums + row, tl.sum(total, 0))

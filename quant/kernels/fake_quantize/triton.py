@@ -18,7 +18,7 @@ def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> T
     values = _given(x)
     out = torch.empty_like(values)
     none = torch.empty(0, device=x.device)
-    _run(values, out, none, none, bits, symmetric, clip)
+    _run(values, out, none, none, none, bits, symmetric, clip)
     return out.to(x.dtype)
 
 
@@ -26,8 +26,9 @@ def encode(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> RowCodes
     values = _given(x)
     scale, zero = (torch.empty(len(values), 1, device=x.device) for _ in range(2))
     codes = torch.empty(values.shape, dtype=torch.int8, device=x.device)
-    _run(values, codes, scale, zero, bits, symmetric, clip)
-    return RowCodes(codes, scale, zero)
+    sums = torch.empty(len(values), dtype=torch.int32, device=x.device)
+    _run(values, codes, scale, zero, sums, bits, symmetric, clip)
+    return RowCodes(codes, scale, zero, sums)
 
 
 def _given(x: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def _given(x: Tensor) -> Tensor:
     return given.float() if x.dtype is torch.float64 else given
 
 
-def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool, clip: float) -> None:
+def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor, bits: int, symmetric: bool, clip: float) -> None:
     from quant.kernels.fake_quantize.program import round_rows
 
     rows, n = values.shape
@@ -45,6 +46,6 @@ def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, bits: int, sy
     block = min(BLOCK, max(16, 1 << (n - 1).bit_length()))
     codes = out.dtype is torch.int8
     round_rows[(rows,)](
-        values, out, scale, zero, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
+        values, out, scale, zero, sums, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
         SYMMETRIC=symmetric, CODES=codes, BLOCK=block, num_warps=min(8, max(1, block // 256)), enable_fp_fusion=False,
     )  # fmt: skip

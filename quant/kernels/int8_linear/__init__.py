@@ -1,4 +1,4 @@
-"""`int8_linear`: activations rounded per token times a weight of integer codes, summed up as integers: out `[M, N]`, float32.
+"""`int8_linear`: activations rounded per token times a weight of integer codes, summed up as integers: out `[M, N]`.
 
 Row i of x `[M, K]` is x̂ = (a − z_a) s_a (`quant.kernels.fake_quantize`), row j of the weight ŵ = (c − z_c) s_c, with a and c in 8 bits. So
 
@@ -7,9 +7,11 @@ Row i of x `[M, K]` is x̂ = (a − z_a) s_a (`quant.kernels.fake_quantize`), ro
 where the sums of products are exact in int32, and the terms with zeros vanish for symmetric grids. Codes of fewer bits (W4A8, W4A4) are
 multiplied as 8 bits. SmoothQuant (arXiv 2211.10438, §4) and QuaRot (arXiv 2404.00456, §4) run their linears so.
 
-Every twin has `int8_linear(x, packed)`, and its two halves, so that linears with the same input round it once:
+Every twin has `int8_linear(x, packed, dtype=torch.float32)`, and its two halves, so that linears with the same input round it once:
 - `rounded(x, packed) ▸ r`
-- `multiply(r, packed) ▸ [M, N]`
+- `multiply(r, packed, dtype=torch.float32) ▸ [M, N]`
+
+Out is made in float32, and rounded once where another dtype is asked for.
 """
 
 from __future__ import annotations
@@ -87,11 +89,12 @@ def rounded(x: Tensor, packed: Packed) -> RowCodes:
     return made
 
 
-def scaled(sums: Tensor, rows: RowCodes, packed: Packed) -> Tensor:
-    """Σ a c, int32 `[M, N]` ▸ the product, float32."""
+def scaled(sums: Tensor, rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Σ a c, int32 `[M, N]` ▸ the product."""
     out = sums.float()
     if packed.zero is not None:
-        out.addr_(rows.codes.sum(1, dtype=torch.int32).float(), packed.zero, alpha=-1)
+        added = rows.codes.sum(1, dtype=torch.int32) if rows.sums is None else rows.sums
+        out.addr_(added.float(), packed.zero, alpha=-1)
     if not packed.symmetric:
         out.addr_(rows.zero[:, 0], packed.sums, alpha=-1)
-    return out.mul_(rows.scale).mul_(packed.scale)
+    return out.mul_(rows.scale).mul_(packed.scale).to(dtype)

@@ -16,14 +16,14 @@ __all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
 unavailable = partial(native.unavailable, "int8_linear")
 
 
-def multiply(rows: RowCodes, packed: Packed) -> Tensor:
+def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     n, k = packed.codes.shape
     m = rows.codes.shape[0]
     sums = torch.empty(m, n, dtype=torch.int32)
     codes, weight = rows.codes.contiguous(), packed.codes.contiguous()
     native.call("int8_linear", "bitgrid_int8_sums", codes, weight, sums, n, k, m, torch.get_num_threads())
-    return scaled(sums, rows, packed)
+    return scaled(sums, rows, packed, dtype)
 
 
-def int8_linear(x: Tensor, packed: Packed) -> Tensor:
-    return multiply(rounded(x, packed), packed)
+def int8_linear(x: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return multiply(rounded(x, packed), packed, dtype)

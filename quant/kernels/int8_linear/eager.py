@@ -38,12 +38,12 @@ def prepare(tensor: AffineTensor, activation: ActivationScheme) -> Packed:
     return operation.prepare(tensor, activation)
 
 
-def multiply(rows: RowCodes, packed: Packed) -> Tensor:
+def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     m = rows.codes.shape[0]
     missing = max(0, FEWEST_ROWS - m) if rows.codes.is_cuda else 0
     codes = pad(rows.codes, (0, 0, 0, missing)) if missing else rows.codes
-    return scaled(torch._int_mm(codes, packed.codes.T)[:m], rows, packed)
+    return scaled(torch._int_mm(codes, packed.codes.T)[:m], rows, packed, dtype)
 
 
-def int8_linear(x: Tensor, packed: Packed) -> Tensor:
-    return multiply(rounded(x, packed), packed)
+def int8_linear(x: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return multiply(rounded(x, packed), packed, dtype)

@@ -21,11 +21,11 @@ def rounded(x: Tensor, packed: Packed) -> Tensor:
     return (made.codes.double() - made.zero.double()) * made.scale.double()
 
 
-def multiply(values: Tensor, packed: Packed) -> Tensor:
+def multiply(values: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     zero = 0.0 if packed.zero is None else packed.zero.double()[:, None]
     weight = (packed.codes.double() - zero) * packed.scale.double()[:, None]
-    return (values @ weight.T).float()
+    return (values @ weight.T).float().to(dtype)
 
 
-def int8_linear(x: Tensor, packed: Packed) -> Tensor:
-    return multiply(rounded(x, packed), packed)
+def int8_linear(x: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return multiply(rounded(x, packed), packed, dtype)

@@ -1,0 +1,149 @@
+"""The sums in Triton, which makes the product of them too: nothing between passes through memory.
+
+Where a GPU has the instructions for it, large products are `hopper.py`'s; the rest, and other GPUs', `program.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from quant.kernels.fake_quantize import RowCodes
+from quant.kernels.int8_linear import Packed, prepare, rounded
+from quant.kernels.on_triton import interpreted, unavailable
+
+__all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
+
+GROUP = 8
+"""Rows of tiles whose operands are to stay in the L2 cache."""
+ALIGNED = 16
+"""Bytes that the copy engine wants a row to be a multiple of."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of out, which a program makes, and how."""
+
+    rows: int
+    columns: int
+    step: int
+    """Columns of the operands that are multiplied at a time."""
+    warps: int
+    stages: int
+    speed: float
+    """Products per time of a multiprocessor that always has such tiles, the best being 1."""
+    gluon: bool = True
+    descriptors: bool = True
+    stay: bool = False
+    """A program a multiprocessor, which makes one tile after another. Not with gluon."""
+
+
+HOPPER = (
+    Tile(128, 256, 128, 8, 4, 1.0),
+    Tile(256, 128, 128, 8, 4, 1.0),
+    Tile(128, 128, 128, 4, 3, 0.9),
+    Tile(128, 64, 128, 8, 4, 0.7),
+    Tile(64, 128, 128, 4, 4, 0.75),
+    Tile(64, 64, 128, 4, 4, 0.5),
+    Tile(32, 32, 256, 4, 4, 0.15, gluon=False),
+    Tile(16, 32, 256, 4, 4, 0.1, gluon=False),
+)
+"""For compute capability 9.0. Speeds are guesses from the traffic of shared memory until `bench.gpu_tiles` has run."""
+PLAIN = (
+    Tile(128, 128, 128, 8, 3, 1.0, gluon=False, descriptors=False),
+    Tile(64, 64, 128, 4, 4, 0.6, gluon=False, descriptors=False),
+    Tile(16, 32, 256, 4, 4, 0.2, gluon=False, descriptors=False),
+)
+"""For other GPUs, and for operands whose rows the copy engine does not take."""
+SMALL = (Tile(16, 32, 32, 4, 1, 1.0, gluon=False), Tile(16, 32, 32, 4, 1, 1.0, gluon=False, descriptors=False))
+"""For the interpreter, with descriptors and without."""
+
+
+def fastest(tiles: tuple[Tile, ...], m: int, n: int, processors: int) -> Tile:
+    """By the multiprocessor that has the most tiles to make."""
+    return min(tiles, key=lambda t: -(-(-(-m // t.rows) * -(-n // t.columns)) // processors) * t.rows * t.columns / t.speed)
+
+
+def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    codes = rows.codes.contiguous()
+    m, k = codes.shape
+    n = packed.codes.shape[0]
+    # The interpreter does not round to bfloat16, it cuts off.
+    kind = torch.float32 if dtype not in (torch.float32, torch.bfloat16, torch.float16) or interpreted() else dtype
+    out = torch.empty(m, n, dtype=kind, device=codes.device)
+    if out.numel():
+        run(chosen(m, n, k, codes, packed), codes, rows, packed, out)
+    return out.to(dtype)
+
+
+def chosen(m: int, n: int, k: int, codes: Tensor, packed: Packed) -> Tile:
+    whole = k > 0 and k % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0 and packed.codes.data_ptr() % ALIGNED == 0
+    if interpreted():
+        return SMALL[0 if whole else 1]
+    capability, processors = _device(codes.device)
+    tiles = tuple(t for t in HOPPER if not t.gluon or gluon_works()) if whole and capability == (9, 0) else PLAIN
+    return fastest(tiles, m, n, processors)
+
+
+@cache
+def _device(device: torch.device) -> tuple[tuple[int, int], int]:
+    found = torch.cuda.get_device_properties(device)
+    return (found.major, found.minor), found.multi_processor_count
+
+
+@cache
+def gluon_works() -> bool:
+    """Whether this Triton has what `hopper.py` imports: Gluon is not settled."""
+    try:
+        if find_spec("triton.experimental.gluon") is None:
+            return False
+        import quant.kernels.int8_linear.hopper  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) -> None:
+    """Write the product to out, with one of the tiles."""
+    (m, k), (n, _) = codes.shape, packed.codes.shape
+    weight = packed.codes.contiguous()
+    tiles = -(-m // tile.rows) * -(-n // tile.columns)
+    # What a program does not read stands for what it is not given.
+    added = packed.scale if packed.zero is None else rows.sums if rows.sums is not None else codes.sum(1, dtype=torch.int32)
+    zero = packed.scale if packed.zero is None else packed.zero
+    shared = (out, rows.scale, rows.zero, added, packed.scale, zero, packed.sums, m, n, k)
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "GROUP": GROUP}
+    constants |= {"ZERO": packed.zero is not None, "ROW_ZERO": not packed.symmetric}
+    if tile.gluon:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as Descriptor
+
+        from quant.kernels.int8_linear.hopper import multiply as hopper
+
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+        operands = [Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in ((codes, tile.rows), (weight, tile.columns))]
+        hopper[(tiles,)](
+            *operands, *shared, **constants,
+            STAGES=tile.stages, WARPS=tile.warps, WIDE=min(128, tile.columns), num_warps=tile.warps,
+        )  # fmt: skip
+        return
+    from quant.kernels.int8_linear.program import multiply as program
+
+    given = [codes, weight]
+    if tile.descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        given = [TensorDescriptor.from_tensor(t, [high, tile.step]) for t, high in ((codes, tile.rows), (weight, tile.columns))]
+    programs = min(tiles, _device(codes.device)[1]) if tile.stay else tiles
+    program[(programs,)](
+        *given, *shared, **constants, DESCRIPTORS=tile.descriptors, WHOLE=k % tile.step == 0, STAY=programs < tiles,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def int8_linear(x: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return multiply(rounded(x, packed), packed, dtype)
