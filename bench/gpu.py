@@ -1,6 +1,6 @@
 """Kernels on a GPU: right first, then fast, each beside a peer and beside the device's own limits from the same run.
 
-python -m bench.gpu [PIECE ...] [--out FILE] [--dry]
+python -m bench.gpu [PIECE ...] [--out FILE] [--alone] [--dry]
 
 Pieces: see --help; all when none is named. Times are of a replayed CUDA graph over inputs that no cache holds; the least of some replays.
 `--dry` runs everything small on the CPU, in Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
@@ -65,10 +65,10 @@ class Row:
 
 
 class Bench:
-    """dry: small shapes on the CPU, nothing timed."""
+    """dry: small shapes on the CPU, nothing timed. alone: without other packages."""
 
-    def __init__(self, dry: bool) -> None:
-        self.dry = dry
+    def __init__(self, dry: bool, alone: bool = False) -> None:
+        self.dry, self.alone = dry, alone or dry
         self.device = torch.device("cpu" if dry else "cuda")
         self.backend = "triton"
         self.read_gbs: float | None = None
@@ -125,7 +125,7 @@ def limits(b: Bench) -> Iterator[Row]:
         b.read_gbs = n / took / 1e3
     yield Row("read 1 GiB", 0, 0, took, read=n)
     y = torch.empty_like(x)
-    yield Row("copy 1 GiB", 0, 0, b.time(lambda i: y.copy_(x)), read=2 * n)
+    yield Row("copy 1 GiB", 0, 0, b.time(lambda i: torch.mul(x, 1.0, out=y)), read=2 * n)
     k = b.size(8192, 64)
     a = b.random(k, k, dtype=torch.bfloat16)
     yield Row(f"bfloat16 product {k}³", 0, 0, b.time(lambda i: a @ a))
@@ -418,12 +418,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", choices=[*PIECES, []], help="all when left out")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--alone", action="store_true", help="without other packages' kernels")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU (TRITON_INTERPRET=1), nothing timed")
     given = parser.parse_args()
     if not given.dry and not torch.cuda.is_available():
         print("there is no CUDA device; `TRITON_INTERPRET=1 python -m bench.gpu --dry` checks the kernels without one", file=sys.stderr)
         return 2
-    b = Bench(given.dry)
+    b = Bench(given.dry, given.alone)
     device = "the CPU, Triton's interpreter" if given.dry else torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []

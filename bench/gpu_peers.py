@@ -140,8 +140,8 @@ def found(kind: str) -> tuple[Figure, ...]:
 
 
 def times(b: Bench, kind: str, n: int, k: int, m: int, bits: int) -> dict[str, float]:
-    """Peer ▸ microseconds, of those that were right. None in a dry run."""
-    if b.dry:
+    """Peer ▸ microseconds, of those that were right. None where ours are timed alone."""
+    if b.alone:
         return {}
     return {f.peer: f.us for f in found(kind) if f.case == Case(n, k, m, bits) and f.right and f.us is not None}
 
