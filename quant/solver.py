@@ -98,14 +98,32 @@ def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if int(info) == 0:
             upper = lower.flip(0, 1)
-            identity = torch.eye(upper.shape[0], dtype=upper.dtype, device=upper.device)
-            inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
+            inverse = _inverse(upper)
             if bool(torch.isfinite(inverse).all()):
                 return inverse, fraction
     tried = ", ".join(f"{d:g}" for d in ladder)
     raise SingularHessianError(
         f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
     )
+
+
+MOST_SOLVED = 1024
+"""Columns of a triangle that a GPU's library inverts well; it takes twice as long as products of matrices for larger ones."""
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangle `[K, K]`; below its diagonal are zeros."""
+    k = upper.shape[0]
+    if upper.is_cuda and k > MOST_SOLVED:
+        # [A B; 0 C]⁻¹ = [A⁻¹, -A⁻¹ B C⁻¹; 0, C⁻¹].
+        h = k // 2 // 128 * 128
+        made = torch.zeros_like(upper)
+        made[:h, :h], made[h:, h:] = _inverse(upper[:h, :h]), _inverse(upper[h:, h:])
+        torch.matmul(made[:h, :h] @ upper[:h, h:], made[h:, h:], out=made[:h, h:]).neg_()
+        return made
+    identity = torch.eye(k, dtype=upper.dtype, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
 
 
 Ranges = Callable[[int, int, Tensor], tuple[Affine, list[int]]]

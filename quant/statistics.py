@@ -82,19 +82,36 @@ def _sequences(x: Tensor) -> Tensor:
 
 
 class HessianSum:
-    """The raw sum of x xᵀ in float32, scaled by 2 / sequences once at the end. Inputs nobody reached have H = 0."""
+    """The raw sum of x xᵀ in float32, scaled by 2 / sequences once at the end. Inputs nobody reached have H = 0.
+
+    Where the kernel is faster with many tokens at once (its `CHUNK`), sequences wait until there are as many, counted from the first:
+    how they were batched changes nothing."""
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(channels, channels, device=device)
         self.sequences = 0
         self._syrk = kernel("hessian_syrk", device=device).run
+        self._chunk: int = getattr(self._syrk, "CHUNK", 0)
+        self._waiting: list[Tensor] = []
 
     def update(self, x: Tensor) -> None:
         sequences = _sequences(x)
-        self._syrk.add(self.total, sequences)
         self.sequences += sequences.shape[0]
+        if not self._chunk:
+            self._syrk.add(self.total, sequences)
+            return
+        for sequence in sequences:
+            self._waiting.append(sequence)
+            if sum(len(s) for s in self._waiting) >= self._chunk:
+                self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            self._syrk.add(self.total, torch.cat(self._waiting)[None])
+            self._waiting = []
 
     def value(self) -> Tensor:
+        self._add_waiting()
         found: Tensor = self._syrk.finished(self.total)
         return found * (2 / max(self.sequences, 1))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -92,8 +93,12 @@ class AffineTensor(Coded):
         weight = affine.decode(self.codes.float())
         return self.unscaled(weight)
 
+    @cached_property
+    def _stream(self) -> Tensor:
+        return pack_bits(self.codes, self.bits) if self.stream is None else self.stream
+
     def pack(self) -> dict[str, Tensor]:
-        payload = {"codes": pack_bits(self.codes, self.bits) if self.stream is None else self.stream, "scale": self.scale}
+        payload = {"codes": self._stream, "scale": self.scale}
         if self.kind is ZeroKind.CODE:
             payload["zero"] = pack_bits(self.zero, self.bits)
         elif self.kind is not ZeroKind.CONSTANT:

@@ -12,6 +12,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return flat.clone()
     length = (flat.numel() * bits + 7) // 8
+    if 8 % bits == 0:  # no code lies in two bytes
+        each = 8 // bits
+        flat = torch.nn.functional.pad(flat, (0, -flat.numel() % each)).view(-1, each)
+        byte = flat[:, 0].clone()
+        for i in range(1, each):
+            byte |= flat[:, i] << (bits * i)
+        return byte
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     # At most 7 · 8 = 56 bits: no sign trouble in int64.
     word = torch.zeros(flat.shape[0], dtype=torch.int64, device=flat.device)
@@ -27,9 +34,11 @@ def unpack_bits(stream: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(f"{count} codes of {bits} bits take {length} bytes; got {stream.numel()} values of {stream.dtype}")
     if bits == 8:
         return stream.clone()
+    mask = 2**bits - 1
+    if 8 % bits == 0:
+        return torch.stack([stream >> (bits * i) & mask for i in range(8 // bits)], dim=1).reshape(-1)[:count].clone()
     rows = torch.nn.functional.pad(stream, (0, -length % bits)).view(-1, bits)
     word = torch.zeros(rows.shape[0], dtype=torch.int64, device=stream.device)
     for i in range(bits):
         word |= rows[:, i].long() << (8 * i)
-    mask = 2**bits - 1
     return torch.stack([(word >> (bits * i) & mask).to(torch.uint8) for i in range(8)], dim=1).reshape(-1)[:count].clone()

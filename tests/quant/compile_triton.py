@@ -71,7 +71,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        tile = tile_for(dtype, architecture // 10)
+        tile = tile_for(dtype, 11008, architecture // 10)
         shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": PROMOTE // tile.step}
         blocks = {f"{side}_tiles": f"tensordesc<{name}[1, {tile.step}, {n}]>" for side, n in (("left", tile.rows), ("right", tile.columns))}
         types = {"total": "*fp32", "x": f"*{name}", "tiles": "*i32", "sequences": "i32", "length": "i32", "k": "i32"}
