@@ -109,7 +109,7 @@ def test_times_are_of_right_peers_alone(monkeypatch: pytest.MonkeyPatch) -> None
     )
     monkeypatch.setattr(gpu_peers, "found", lambda kind: made)
     assert times(b, "products", 8, 128, 1, 4) == {}
-    b.dry = False
+    b.dry = b.alone = False
     assert times(b, "products", 8, 128, 1, 4) == {"a": 1.0}
 
 
