@@ -20,7 +20,7 @@ MOST_ROWS = 8
 MANY_ROWS = {"cpu": 512, "cuda": 32}
 """Type of device ▸ rows of x above which it is faster to make the weight and multiply dense matrices than to go through the packed one for
 every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 ms a row with codes, codebooks and signs, a dense product
-1.3, and making the weight 100 ms. The other number is not measured yet."""
+1.3, and making the weight 100 ms. On an H200 (8192 x 8192, 4 bits) 8 rows take 21 us, making the weight 54 and a product with it 37."""
 
 
 TENSOR_CORE_ROWS = (MOST_ROWS + 1, 256)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from bench.gpu import PIECES, Bench
+from bench.gpu import PIECES
+from bench.on_gpu.clock import Bench
 from quant.kernels.on_triton import interpreted
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu_peers
-from bench.gpu import Bench
-from bench.gpu_peer_kernels import PEERS, Case, Peer, Ready, alone, streamed
-from bench.gpu_peers import Figure, figures, supervised, times
+from bench.on_gpu import peers as gpu_peers
+from bench.on_gpu.clock import Bench
+from bench.on_gpu.peer_kernels import PEERS, Case, Peer, Ready, alone, streamed
+from bench.on_gpu.peers import Figure, figures, supervised, times
 
 CASE, OTHER = Case(8, 128, 1, 4), Case(16, 128, 1, 4)
 

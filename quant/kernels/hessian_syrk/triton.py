@@ -41,7 +41,7 @@ def tile_for(dtype: torch.dtype, k: int, capability: int) -> Tile:
     if capability < 9:
         return Tile(64, 64, 64, 4, 3)
     # Of few channels large tiles would leave multiprocessors without one.
-    return Tile(256, 128, 64, 8, 4, True) if k > LARGE else Tile(128, 128, 64, 8, 4, True)
+    return Tile(256, 128, 64, 8, 4, True) if k > LARGE else Tile(128, 128, 64, 4, 3, True)
 
 
 def add(total: Tensor, x: Tensor, tile: Tile | None = None) -> None:

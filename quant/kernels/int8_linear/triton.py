@@ -52,7 +52,7 @@ HOPPER = (
     Tile(32, 32, 256, 4, 4, 0.15, gluon=False),
     Tile(16, 32, 256, 4, 4, 0.1, gluon=False),
 )
-"""For compute capability 9.0. Speeds are guesses from the traffic of shared memory until `bench.gpu_tiles` has run."""
+"""For compute capability 9.0. Speeds are guesses from the traffic of shared memory until `bench.on_gpu.integer_tiles` has run."""
 PLAIN = (
     Tile(128, 128, 128, 8, 3, 1.0, gluon=False, descriptors=False),
     Tile(64, 64, 128, 4, 4, 0.6, gluon=False, descriptors=False),

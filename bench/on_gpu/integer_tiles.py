@@ -1,6 +1,6 @@
 """Tiles that sums of integers may be made with on a GPU: each right first, then timed, beside torch's; the table `HOPPER` is made from it.
 
-python -m bench.gpu_tiles [--quick]
+python -m bench.on_gpu.integer_tiles [--quick]
 
 Compiles in threads. Ends with 1 where a product is wrong; a tile that fails is told and left out.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.gpu import Bench
+from bench.on_gpu.clock import Bench
 from quant.kernels import kernel
 from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.int8_linear import Packed, eager, triton

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bench.gpu_peer_kernels import PEERS, Case, Peer
+from bench.on_gpu.peer_kernels import PEERS, Case, Peer
 
 if TYPE_CHECKING:
-    from bench.gpu import Bench
+    from bench.on_gpu.clock import Bench
 
 SECONDS = 90
 """For all peers of a kind together; those not reached by then are not run."""
@@ -128,7 +128,7 @@ def found(kind: str) -> tuple[Figure, ...]:
     """Measures all peers of a kind, once, and prints what it finds."""
     torch.cuda.empty_cache()
     began = time.perf_counter()
-    here = [sys.executable, "-m", "bench.gpu_peers"]
+    here = [sys.executable, "-m", "bench.on_gpu.peers"]
     made: list[Figure] = []
     for figure in supervised([n for n, p in PEERS.items() if p.kind == kind], lambda left, out: [*here, str(out), *left], SECONDS):
         print(figure.line(), flush=True)
@@ -147,7 +147,7 @@ def times(b: Bench, kind: str, n: int, k: int, m: int, bits: int) -> dict[str, f
 
 
 def main(out: str, *names: str) -> int:
-    from bench.gpu import Bench
+    from bench.on_gpu.clock import Bench
 
     b = Bench(dry=False)
     with Path(out).open("a", buffering=1) as file:

@@ -1,6 +1,6 @@
 """`wq_gemm` on a GPU: beside dense products, and every shape of its programs that is worth trying.
 
-python -m bench.wq_gemm [--rows 16 64] [--bits 4] [--workers 12]
+python -m bench.on_gpu.skinny [--rows 16 64] [--bits 4] [--workers 12]
 
 Compiles all candidates of `quant.kernels.wq_gemm.triton`, times them, and prints the table's choice and the best for each product: the
 winners belong into `TILES` there. `python -m bench.gpu skinny` shows what is in the table beside cuBLAS and the made weight.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.gpu import COLD, GROUP, Bench, Row, _affine, beside_dense, known
+from bench.on_gpu.clock import COLD, Bench, Row, beside_dense, known
+from bench.on_gpu.weights import GROUP, affine
 from quant.kernels import kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemm import Packed
@@ -45,7 +46,7 @@ def skinny(b: Bench) -> Iterator[Row]:
     for bits, m, n, k in products(b):
         if dense is None or dense.shape != (n, k):
             dense = b.random(n, k, dtype=torch.float16 if b.dry else torch.bfloat16)
-        tensor = _affine(b, n, k, bits)
+        tensor = affine(b, n, k, bits)
         packed, x = run.prepare(tensor), b.random(m, k, dtype=dense.dtype)
         weight = tensor.dequantize()
         want = x.double() @ weight.double().T
@@ -66,7 +67,7 @@ def skinny(b: Bench) -> Iterator[Row]:
 def prompts(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(8192, 256)
     run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
-    tensor = _affine(b, n, k, 4)
+    tensor = affine(b, n, k, 4)
     packed, weight = run.prepare(tensor), tensor.dequantize()
     for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
         x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
@@ -105,7 +106,7 @@ def _warm(given: tuple[int, int, int, int, Shape]) -> None:
 
 
 def timed(b: Bench, run: Any, bits: int, m: int, n: int, k: int, found: list[Shape]) -> None:
-    tensor = _affine(b, n, k, bits)
+    tensor = affine(b, n, k, bits)
     copies = cold(b, run.prepare(tensor))
     x = b.random(m, k, dtype=torch.bfloat16)
     want = linear(x.float(), tensor.dequantize())
@@ -126,7 +127,7 @@ def timed(b: Bench, run: Any, bits: int, m: int, n: int, k: int, found: list[Sha
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.wq_gemm", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.on_gpu.skinny", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--bits", type=int, nargs="+", default=(2, 3, 4, 8))
     parser.add_argument("--workers", type=int, default=12)

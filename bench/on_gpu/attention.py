@@ -1,4 +1,4 @@
-"""What `bench.gpu` measures of attention to a cache: quantized, beside torch's on bfloat16 and our own on bfloat16."""
+"""Attention to a cache: quantized, beside torch's on bfloat16 and our own on bfloat16."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bench.on_gpu.clock import COLD, Bench, Row, known
 from quant.kernels import kernel
 from quant.kernels.kv_attention import Packed, Plain, append, prepare, triton
 
-Figures = tuple[str, float, float, "float | None", "dict[str, float | None]", int, str]
 
-
-def figures(b: Any, cold: int) -> Iterator[Figures]:
-    """b: the bench; cold: bytes that are read before a cache's turn comes again."""
+def attention(b: Bench) -> Iterator[Row]:
+    cold = b.size(int(COLD), 0)
     s, n, h, d = b.size(16, 1), b.size(4096, 70), b.size(32, 2), b.size(128, 16)
     forms = ((4, 64, 64, 1, "100 us"), (4, 64, 128, 1, ""), (2, 32, 128, 1, ""), (8, 64, 64, 1, ""), (4, 64, 64, 4, ""))
     for bits, group, residual, rows, goal in forms if not b.dry else ((4, 16, 16, 1, ""),):
@@ -40,7 +39,7 @@ def figures(b: Any, cold: int) -> Iterator[Figures]:
             # Of the call that is timed, all sequences at a time.
             error = float((run(q, cache)[:some].double() - want).norm() / want.norm())
             if name:
-                yield f"{said}, not quantized", error, allowed, b.time(lambda i: run(q, plain)), {}, cache.bytes, ""  # noqa: B023
+                yield Row(f"{said}, not quantized", error, allowed, b.time(lambda i: run(q, plain)), {}, cache.bytes)  # noqa: B023
                 continue
             took = b.time(lambda i: run(q, caches[i]), len(caches))  # noqa: B023
             peers = {"torch_bfloat16": b.time(lambda i: peer(q[:, :, None], keys, values))}  # noqa: B023
@@ -52,7 +51,7 @@ def figures(b: Any, cold: int) -> Iterator[Figures]:
                 for parts in (2, 3, 6, 8):
                     peers[f"registers_168_splits_{parts}"] = b.time(lambda i: run(q, caches[i], splits=parts), len(caches))  # noqa: B023
                 triton.REGISTERS = before
-            yield f"{said}, {bits} bits, G={group}, R={residual}", error, allowed, took, peers, cache.bytes, goal
+            yield Row(f"{said}, {bits} bits, G={group}, R={residual}", error, allowed, took, known(**peers), cache.bytes, goal)
 
 
 def _cache(keys: Tensor, values: Tensor, bits: int, group: int, residual: int) -> Packed:

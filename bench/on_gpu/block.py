@@ -1,29 +1,25 @@
-"""The piece `block` of bench.gpu: a block of the GPTQ solver on a GPU, one configuration and many stacked along rows."""
+"""A block of the GPTQ solver on a GPU, one configuration and many stacked along rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
-from typing import TYPE_CHECKING
 
+from bench.on_gpu import peers
+from bench.on_gpu.clock import COLD, Bench, Row, known
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import Kernel, kernel
 from quant.kernels.gptq_block import SolvedBlock
 from quant.solver import inverse_factor
 
-if TYPE_CHECKING:
-    from bench.gpu import Bench
-
 GOALS = {4096: "15 us", 8192: "15 us", 12288: "15 us", 16384: "15 us", 8 * 4096: "2 x one of 4096", 8 * 12288: "5 x one of 12288"}
 """Rows of a block ▸ goal."""
-COLD = 512e6
-"""Bytes that are read and written before memory's turn comes again."""
 
 
-def figures(b: Bench) -> Iterator[tuple[str, int, float, float | None, dict[str, float | None], str]]:
-    """Name, rows where all columns are one group (else 0), share of wrong numbers, microseconds, those of peers, goal."""
+def block(b: Bench) -> Iterator[Row]:
+    """The error is the share of wrong numbers."""
     ours, triton = (kernel("gptq_block", name, b.device) for name in (b.backend if b.dry else "auto", "triton"))
     columns = b.size(128, 16)
     x = b.random(4 * columns, columns)
@@ -51,14 +47,15 @@ def figures(b: Bench) -> Iterator[tuple[str, int, float, float | None, dict[str,
         pairs = ((got.codes, want.codes), (got.values, want.values), (got.errors, want.errors))
         wrong = max(float((mine[:, some].cpu() != plain).double().mean()) for mine, plain in pairs)
 
-        peers: dict[str, float | None] = {}
+        beside: dict[str, float | None] = {}
         if not b.dry:
-            peers["triton"] = b.once(partial(work, 0, triton))
+            beside["triton"] = b.once(partial(work, 0, triton))
         if not b.dry and rows == 4096:
-            peers["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
+            beside["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
         if ours.backend == "cuda" and rows <= 16384:
-            peers |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
+            beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
         # Triton's twin copies the groups to the device, which no graph holds.
         took = b.time(partial(work, backend=ours), len(copies)) if ours.backend == "cuda" else b.once(partial(work, 0, ours))
         name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
-        yield name, rows if width == columns else 0, wrong, took, peers, "" if b.dry else GOALS[rows]
+        others = peers.times(b, "block", rows if width == columns else 0, 128, 0, 4)
+        yield Row(name, wrong, 0.0, took, known(**beside) | others, goal="" if b.dry else GOALS[rows])

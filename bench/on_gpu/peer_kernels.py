@@ -1,4 +1,4 @@
-"""Calls of other packages' kernels for `bench.gpu_peers`: what each needs, and what its weight stands for.
+"""Calls of other packages' kernels for `bench.on_gpu.peers`: what each needs, and what its weight stands for.
 
 A peer's packages are imported when it is started. Inputs of products are as many as no cache holds together.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bench.gpu import Bench
+    from bench.on_gpu.clock import Bench
 
 SHAPES = ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
 BLOCKS = (4096, 12288, 16384, 8 * 4096)

@@ -1,20 +1,19 @@
-"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, and a block's salient columns and threshold. See bench/gpu.py."""
+"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, and a block's salient columns and threshold."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 
+from bench.on_gpu.clock import Bench, Row, known
 from quant.kernels import kernel
 from quant.methods.billm import Billm
 from quant.methods.billm import _reference as billm_masks
 from quant.methods.binary_search import reference_quantiles
 
 
-def measured(b: Any) -> Iterator[tuple[str, float, float, float | None, dict[str, float | None], str]]:
-    """Name, error, what is allowed, microseconds, those of others, goal."""
+def searches(b: Bench) -> Iterator[Row]:
     name = "auto" if b.dry else "cuda"
     run, twin = (kernel("kmeans_columns", backend, b.device).run for backend in (name, "torch"))
     for count, n, start, goal in (
@@ -37,7 +36,7 @@ def measured(b: Any) -> Iterator[tuple[str, float, float, float | None, dict[str
             codes=b.time(lambda i: run.nearest(x, fitted)),  # noqa: B023
         )
         worse = float((errors[0] / errors[1]).max()) - 1
-        yield f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, peers, goal
+        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, known(**peers), goal=goal)
     search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
     counts = range(1, 50)
     for n in (4096, 11008) if not b.dry else (40,):
@@ -56,7 +55,7 @@ def measured(b: Any) -> Iterator[tuple[str, float, float, float | None, dict[str
         )
         allowed = 2 * (128 + 20) * 2.0**-24
         goal = "0.25 ms" if n == 4096 else ""
-        yield f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, peers, goal
+        yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), goal=goal)
 
 
 def _squares(x: Tensor, centres: Tensor) -> Tensor:
