@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from tests.orchestrator.sweeping import SMALL, bitgrid, committed, overrides, sc
 from tests.orchestrator.tracked_mlflow import client_of, dump, runs_of
 from workers.request import ErrorClass, Failure, Outcome, Request, StageRequest
 
+pytestmark = pytest.mark.mlflow
 Meddle = Callable[[StageRequest], "Failure | None"]
 
 
@@ -95,8 +97,11 @@ def reconcile(store: Path, *given: str) -> tuple[int, str]:
 # --- MLflow from the store ----------------------------------------------------------------------------------------------
 
 
-def test_deleted_ledger_and_database_are_rebuilt_with_the_failed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleted_ledger_and_database_are_rebuilt_with_the_failed_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     store = tmp_path / "store"
     meddle(monkeypatch, gptq_fails)
     assert sweep(store, "method=rtn,gptq", "tracking=mlflow").exit_code == 1
@@ -106,6 +111,7 @@ def test_deleted_ledger_and_database_are_rebuilt_with_the_failed_runs(tmp_path: 
     # MLflow keeps a deleted database open in this process; in another folder there is none either.
     empty = tmp_path / "empty"
     empty.mkdir()
+    shutil.copy(empty_mlflow, empty / "mlflow.db")
     monkeypatch.chdir(empty)
     for _ in range(2):
         assert reconcile(store)[0] == 0
@@ -113,8 +119,11 @@ def test_deleted_ledger_and_database_are_rebuilt_with_the_failed_runs(tmp_path: 
     assert read_durations(store / "ledger.sqlite") == history
 
 
-def test_a_failed_variant_that_is_mended_becomes_finished_without_a_second_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_variant_that_is_mended_becomes_finished_without_a_second_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     store, given = tmp_path / "store", ("method=rtn,gptq", "tracking=mlflow")
     with monkeypatch.context() as broken:
         meddle(broken, gptq_fails)
@@ -144,12 +153,15 @@ def test_credentials_in_the_address_of_the_server_reach_no_file(tmp_path: Path, 
 # --- stopped and resumed --------------------------------------------------------------------------------------------------
 
 
-def test_ctrl_c_ends_with_130_and_resume_goes_on_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_with_130_and_resume_goes_on_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
     home, away = tmp_path / "home", tmp_path / "away"
     home.mkdir()
     away.mkdir()
     (home / "text.txt").write_text("Once upon a time there was a quantizer. " * 200)
     monkeypatch.chdir(home)
+    shutil.copy(empty_mlflow, home / "mlflow.db")
     store = home / "store"
 
     def interrupt(stage: StageRequest) -> None:
@@ -243,8 +255,9 @@ class VanishingExecutor(InProcessExecutor):
         return [SlotLost(0, "its node is gone", self.last)] if self.requests > 1 else super().poll(timeout_s)
 
 
-def test_what_a_lost_cluster_finished_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_lost_cluster_finished_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     store = tmp_path / "store"
     with monkeypatch.context() as losing:
         losing.setattr(run, "open_executor", lambda settings: VanishingExecutor())
@@ -309,8 +322,11 @@ def test_a_report_that_cannot_be_written_is_told_below_the_table(tmp_path: Path)
     assert "rtn · w4a16_g64" in said.getvalue()
 
 
-def test_a_report_that_cannot_be_written_holds_up_neither_sweep_nor_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_written_holds_up_neither_sweep_nor_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
     page = sweep(tmp_path / "store", "method=rtn").report
     assert page is not None
     (page.parent / "table.csv").unlink()
