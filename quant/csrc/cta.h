@@ -3,11 +3,15 @@
 
 #pragma once
 
+// Static shared memory that a kernel may have; the emulation lets the dynamic one have the rest of the 227 KB of compute capability 9.0.
+#define MOST_STATIC (24 * 1024)
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <tuple>
 
 #define DEVICE __device__ __forceinline__
 #define GLOBAL __global__
@@ -17,15 +21,35 @@
 
 namespace {
 
-// A cudaError_t. More than 48 KB of shared memory have to be asked for.
+// A cudaError_t. Without asking, a block gets 48 KB of shared memory, static and dynamic together. What is asked for is all that the device
+// has, the same in every call: threads of the host do not take it from each other.
 template <class... Parameters, class... Values>
 int bitgrid_launched(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, int64_t bytes, int64_t stream, const Values&... values) {
-    if (bytes > 48 * 1024) {
-        const cudaError_t refused = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
-        if (refused != cudaSuccess) return cudaGetLastError(), int(refused);
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    cudaError_t e = cudaSuccess;
+    if (bytes > 0) {
+        cudaFuncAttributes own;
+        e = cudaFuncGetAttributes(&own, function);
+        const int64_t fixed = e == cudaSuccess ? int64_t(own.sharedSizeBytes) : 0;
+        if (e == cudaSuccess && fixed + bytes > 48 * 1024) {
+            int device = 0, most = 0;
+            e = cudaGetDevice(&device);
+            if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+            if (e == cudaSuccess) e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most - fixed));
+        }
     }
-    kernel<<<blocks, threads, size_t(bytes), reinterpret_cast<cudaStream_t>(stream)>>>(values...);
-    return int(cudaGetLastError());
+    if (e == cudaSuccess) {
+        // The error of this very launch, where cudaGetLastError would say an earlier one's as well.
+        std::tuple<Parameters...> given(values...);
+        e = std::apply(
+            [&](Parameters&... each) {
+                void* addresses[] = {&each...};
+                return cudaLaunchKernel(function, blocks, dim3(threads), addresses, size_t(bytes), reinterpret_cast<cudaStream_t>(stream));
+            },
+            given);
+    }
+    if (e != cudaSuccess) cudaGetLastError();  // returned, and not said again by a later call
+    return int(e);
 }
 
 }  // namespace

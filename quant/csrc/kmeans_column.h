@@ -29,6 +29,7 @@ struct Small {
     int at[MOST + 1], cuts[MOST + 1], where[TRIALS], place[TRIALS];
     uint8_t from[TABLE_CENTRES][SIDE];
 };
+static_assert(sizeof(Small) <= MOST_STATIC);
 
 // The greatest value of the type that is not above: x <= limit says the same of both for every x of the type.
 template <typename T>

@@ -40,6 +40,20 @@ def call(name: str, function: str, *values: Tensor | int) -> None:
     assert failed == 0, f"{function} would not start"
 
 
+def asked(name: str, function: str, *values: Tensor | int) -> tuple[int, int, int, int]:
+    """What the call would launch: blocks (x, y), threads, and bytes of dynamic shared memory, which are within the limits of compute
+    capability 9.0."""
+    said = (ctypes.c_int64 * 4)()
+    emulated(name).emulated_ask(said)
+    try:
+        call(name, function, *values)
+    finally:
+        emulated(name).emulated_ask(None)
+    x, y, threads, shared = said
+    assert threads % 32 == 0
+    return x, y, threads, shared
+
+
 def compiled(name: str, architecture: str, folder: Path) -> dict[str, tuple[int, ...]]:
     """Kernel ▸ bytes of stack, of spill stores and of spill loads, as nvcc says. Skips the test where there is none."""
     nvcc = compiler()

@@ -5,6 +5,7 @@ Tolerances: those of test_braq_search.py.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from quant.kernels.braq_search import MOST_COLUMNS, batched, cuda
 from quant.methods import binary_search as search
 from quant.methods.billm import Billm, _reference
 from quant.methods.binary_search import first_least, reference_quantiles
-from tests.quant.cuda_on_host import call, compiled, emulated
+from tests.quant.cuda_on_host import asked, call, compiled, emulated
 from tests.quant.test_braq_search import bound, values
 
 SHAPES = [(1, 1), (7, 3), (33, 128), (65, 50), (40, 129), (3, MOST_COLUMNS)]
@@ -60,6 +61,19 @@ def test_what_is_refused(host: Any) -> None:
         host.split_errors(values(2, 4), torch.arange(1025.0))
 
 
+def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(on_cuda, "call", lambda *given: launches.append(asked(*given)))
+    for n, c in [*SHAPES, (4096, 128), (11008, 128)]:
+        for number in (1, 25, 26, 50, 199, cuda.MOST_THRESHOLDS):
+            x = torch.zeros(n, c)
+            launches.clear()
+            host.order_two_errors(x, [0] * number)
+            host.split_errors(x, torch.zeros(number))
+            assert [launch[:2] for launch in launches] == [(-(-n // 32), 1), (-(-n // 16), 1)]
+
+
+@pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 3 s")
 def test_nothing_is_spilled(tmp_path: Path) -> None:
     found = compiled("braq_search", "90a", tmp_path)
     assert len(found) == 2

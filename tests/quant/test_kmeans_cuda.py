@@ -6,6 +6,7 @@ below 1e-9, and float32 centres come out equal but for one rounding.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import Tensor
 from quant.kernels import kernel, on_cuda
 from quant.kernels.kmeans_columns import STARTS, batched, cuda
 from quant.methods.claq import Columns
-from tests.quant.cuda_on_host import call, compiled, emulated
+from tests.quant.cuda_on_host import asked, call, compiled, emulated
 from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_error
 
+GPU_SIZES, GPU_CENTRES = (1, 31, 300, 4096, 4609, 11008, 14336), (2, 4, 16, 64)
 CLOSE = {torch.float32: 2.0**-22, torch.float64: 1e-9}
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -81,6 +83,27 @@ def test_no_columns(host: Any) -> None:
     assert host.kmeans(torch.empty(0, 9), 4).shape == (0, 4)
 
 
+def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grids, threads and shared memory, with what CUB takes for sorting; among them what a device starts only if it is asked to."""
+    launches = []
+    monkeypatch.setattr(on_cuda, "call", lambda *given: launches.append(asked(*given)))
+    for n in (*GPU_SIZES, cuda.MOST_ROWS):
+        for k in {1, *GPU_CENTRES, 5, 8, 31, 32, 33, 256}:
+            for dtype in CLOSE:
+                x = torch.zeros(5, n, dtype=dtype)
+                for start in STARTS:
+                    launches.clear()
+                    host.kmeans(x, k, start)
+                    host.nearest(x, torch.zeros(5, k, dtype=dtype))
+                    assert [launch[:3] for launch in launches] == [(5, 1, cuda.THREADS), (5, -(-n // 1024), 256)]
+    launches.clear()
+    host.kmeans(torch.zeros(1, 1), 2, "plus_plus")
+    host.kmeans(torch.zeros(1, 500, dtype=torch.float64), 8, "partition")
+    static = 20 * 1024
+    assert all(shared < 48 * 1024 < shared + static for *_, shared in launches)
+
+
+@pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 15 s")
 def test_nothing_is_spilled(tmp_path: Path) -> None:
     found = compiled("kmeans_columns", "90a", tmp_path)
     assert len(found) == 7
@@ -94,8 +117,8 @@ def test_on_a_gpu(shape: str, start: str) -> None:
     """Centres equal but where a tie of sums went the other way (among rounded values that is nothing rare): such a column must be about as
     good, a tenth being what starts differ by."""
     run = kernel("kmeans_columns", "cuda", "cuda").run
-    for n in (1, 31, 300, 4096, 4609, 11008, 14336):
-        for k in (2, 4, 16, 64):
+    for n in GPU_SIZES:
+        for k in GPU_CENTRES:
             x = columns(shape, n, seed=n + k, count=5)
             got, want = run.kmeans(x.cuda(), k, start).cpu(), batched.kmeans(x, k, start)
             far = (got - want).abs().amax(1) > CLOSE[torch.float32] * x.abs().amax(1)
