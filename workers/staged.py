@@ -60,8 +60,8 @@ class StagedForward:
 
     def _of(self, name: str, inputs: Iterable[Tensor]) -> BlockStatistics:
         collector = Collector(self._kinds, self._widths[name], self._hidden[0].device, self._kept, routed=False)
-        for x in inputs:
-            collector.add_sequences(x)
+        for x, h in zip(inputs, self._hidden, strict=True):
+            collector.add_sequences(x.reshape(*h.shape[:2], -1))
         return gathered({name: collector})
 
 

@@ -20,7 +20,7 @@ from workers.stream import Call
 SEQUENTIAL = quantize_spec("gptq", propagation="quantized", true_sequential=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "falcon_old", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "falcon_old", "gpt2", "opt"])
 def test_artifacts_equal_those_of_a_forward_for_every_site(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = tiny_context(family, tmp_path)
     staged, _ = quantized(ctx, tmp_path / "staged", SEQUENTIAL, {})
