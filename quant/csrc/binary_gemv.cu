@@ -102,7 +102,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (failed != cudaSuccess) return failed;
     const bool clusters = major >= 9;
-    plan(a, clusters ? processors / CLUSTER : processors, clusters ? CLUSTER : 1);
+    plan(a, clusters ? clusters_at_once(processors, CLUSTER) : processors, clusters ? CLUSTER : 1);
     const int m = block % UNIT == 0 ? rows_at_a_time(a, limit) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, clusters, on);

@@ -17,7 +17,7 @@ namespace {
 constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128, STEPS = 4;  // rows of a tile and of a matrix; columns; matrices of a unit
 constexpr int SLICES = 4, SLOTS = 4;                             // warps that share a pair of tiles; pairs at a time
 constexpr int THREADS = 32 * SLICES * SLOTS;
-constexpr int MOST_PAIRS = 32;
+constexpr int MOST_PAIRS = 40;
 constexpr int DIGITS = 4, KINDS = 2;
 
 #if defined(__CUDA_ARCH__)

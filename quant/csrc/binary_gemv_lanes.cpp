@@ -1,5 +1,10 @@
 // The phases of binary_gemv.cu on the host, one thread after another and a warp's lanes together, for tests without a GPU.
 
+// Compiled in a fraction of the time.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+
 #include "binary_gemv_cuda.h"
 
 #include <vector>

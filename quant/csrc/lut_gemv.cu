@@ -93,7 +93,7 @@ extern "C" int bitgrid_lut_gemv(
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (failed != cudaSuccess) return failed;
     const bool clusters = major >= 9;
-    a.group = group_of(a.tiles, clusters ? processors / CLUSTER : processors);
+    a.group = group_of(a.tiles, clusters ? clusters_at_once(processors, CLUSTER) : processors);
     const int m = rows_at_a_time(rows_of_x, a.group, limit);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, limit, clusters, on);

@@ -19,7 +19,7 @@ constexpr int SLICES = 4, SLOTS = 4;       // warps that share a tile; tiles at 
 constexpr int THREADS = 32 * SLICES * SLOTS;
 constexpr int RUN = 8;                     // words that a lane loads before it uses the first
 constexpr int PERIOD = RUN * SLICES;       // words after which a slice's turn comes again
-constexpr int MOST_TILES = 16, MOST_PARTS = 4;
+constexpr int MOST_TILES = 20, MOST_PARTS = 4;
 constexpr int HELPERS = 8;                 // threads that share a row's kept weights
 
 struct Part {

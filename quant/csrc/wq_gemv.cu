@@ -184,7 +184,10 @@ cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t str
         prepared.fetch_or(uint64_t(1) << device.number);
     }
     // Two blocks on a multiprocessor; the device keeps 1 kB for each.
-    const int bytes = arranged(call, BITS, FLUSHES, device.shared_each / 2 - 1024);
+    int bytes = arranged(call, BITS, FLUSHES, device.shared_each / 2 - 1024);
+    // And no third, for which there would be room where x is short: blocks of the next product, which begin early, would take it on some
+    // multiprocessors, and these would have more to do than others.
+    if (R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((call.tiles + R - 1) / R, (call.count + call.together - 1) / call.together);
     config.blockDim = dim3(WARPS * LANES);

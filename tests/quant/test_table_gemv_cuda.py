@@ -3,6 +3,7 @@ where there is a GPU, the kernels themselves. Tolerances: test_table_gemv.py."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -75,6 +76,16 @@ def test_more_rows_than_one_wave(operation: str) -> None:
     check(on_the_host(operation, x, PREPARE[operation](tensor), clusters=1, ranks=3), x, tensor)
 
 
+@pytest.mark.parametrize("operation", HOST)
+def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
+    """15 clusters of 8 have as many rows as they may, or few; what a row comes to is the same, bit for bit, with as many as there are tiles."""
+    tensor: Any = codebook(15 * 20 * 32 - 7, 72, (3,)) if operation == "lut_gemv" else signs(9600 - 7, 72, 128)
+    packed, x = PREPARE[operation](tensor), inputs(1, 72)
+    got = on_the_host(operation, x, packed, clusters=15)
+    check(got, x, tensor)
+    assert torch.equal(got, on_the_host(operation, x, packed, clusters=300))
+
+
 @pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
 def test_inputs_of_very_different_sizes_and_none() -> None:
     """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
@@ -91,6 +102,7 @@ def test_inputs_of_very_different_sizes_and_none() -> None:
     assert not got[[0, 1, 3]].isnan().any()
 
 
+@pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling for two GPUs takes a minute")
 @pytest.mark.parametrize("operation", sorted(SOURCES))
 def test_the_compiler_spills_nothing(operation: str, tmp_path: Path) -> None:
     nvcc = on_cuda.compiler()
