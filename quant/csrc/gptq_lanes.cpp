@@ -3,7 +3,7 @@
 
 // Compiled in a fraction of the time.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O1")
+#pragma GCC optimize("Og")
 #endif
 
 #include "gptq_lanes.h"

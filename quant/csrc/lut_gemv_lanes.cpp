@@ -2,7 +2,7 @@
 
 // Compiled in a fraction of the time.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("O1")
+#pragma GCC optimize("Og")
 #endif
 
 #include "lut_gemv_cuda.h"

@@ -17,8 +17,8 @@ from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
-from tests.quant.test_table_gemv import PREPARE, cases, check, codebook, signs
-from tests.quant.test_wq_gemv import inputs
+from tests.quant.products_affine import inputs
+from tests.quant.products_tables import PREPARE, cases, check, codebook, signs
 
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
@@ -78,7 +78,7 @@ def test_more_rows_than_one_wave(operation: str) -> None:
 
 @pytest.mark.parametrize("operation", HOST)
 def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
-    """15 clusters of 8 have as many rows as they may, or few; what a row comes to is the same, bit for bit, with as many as there are tiles."""
+    """Clusters of the most rows, or of one tile each: what a row comes to is the same bit for bit."""
     tensor: Any = codebook(15 * 20 * 32 - 7, 72, (3,)) if operation == "lut_gemv" else signs(9600 - 7, 72, 128)
     packed, x = PREPARE[operation](tensor), inputs(1, 72)
     got = on_the_host(operation, x, packed, clusters=15)

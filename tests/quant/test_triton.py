@@ -18,9 +18,9 @@ from quant.kernels.on_triton import interpreted
 from quant.kernels.wq_gemv import BITS, prepare
 from quant.statistics import HessianSum
 from tests.quant import test_table_gemv as table_gemv
+from tests.quant.products_affine import check, inputs, stored
 from tests.quant.test_fake_quantize import ODD, agree
 from tests.quant.test_gptq_block import problem
-from tests.quant.test_wq_gemv import check, inputs, stored
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")

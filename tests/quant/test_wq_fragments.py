@@ -26,7 +26,7 @@ from quant.kernels.wq_gemv import cuda as twin
 from quant.kernels.wq_gemv import prepare as tiles_of_eight
 from quant.kernels.wq_gemv.fragments import Fragments, laid_out, prepare
 from quant.tensors.affine import AffineTensor
-from tests.quant.test_wq_gemv import U, check, inputs, stored
+from tests.quant.products_affine import U, check, inputs, stored
 
 HOST = native.unavailable("wq_fragments", torch.device("cpu"))
 needs_host = pytest.mark.skipif(HOST is not None, reason=str(HOST))

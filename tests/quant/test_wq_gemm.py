@@ -19,7 +19,7 @@ from quant.kernels.on_triton import interpreted
 from quant.kernels.wq_gemm import BITS, Packed, prepare, reference
 from quant.kernels.wq_gemm.triton import SPLITS, Shape, candidates, constants, shape
 from quant.tensors.affine import AffineTensor
-from tests.quant.test_wq_gemv import exact, stored
+from tests.quant.products_affine import exact, stored
 
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")

@@ -17,7 +17,7 @@ from quant.kernels import TABLE, kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
-from tests.quant.test_wq_gemv import stored
+from tests.quant.products_affine import stored
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families, packed
 from workers.context import Context
