@@ -27,7 +27,7 @@ from orchestrator.command import Command
 from orchestrator.errors import ConfigError, PlanError, StoreError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
 from orchestrator.executors.in_process import InProcessExecutor
-from orchestrator.ledger import Ledger, read_durations
+from orchestrator.ledger import read_durations
 from orchestrator.run import SweepRun, run_grid
 from orchestrator.stage import Status
 from tests.orchestrator.sweeping import SMALL, bitgrid, committed, overrides, scores, sweep
@@ -383,19 +383,6 @@ def test_verbs_that_look_need_no_lease(tmp_path: Path, monkeypatch: pytest.Monke
     assert "PENDING" in status
     assert "report:" in report
     assert "quantize" in plan
-
-
-def test_a_ledger_in_use_is_read_and_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.sqlite"
-    with Ledger(path) as ledger:
-        ledger.add_duration("key", "evaluate", "model", "task", 3.0)
-        ledger._connection.execute("BEGIN IMMEDIATE")
-        assert read_durations(path) == {("evaluate", "model", "task"): 3.0}
-        ledger._connection.rollback()
-    path.write_bytes(b"no database" * 100)
-    assert read_durations(path) == {}
-    assert path.read_bytes() == b"no database" * 100
-    assert read_durations(tmp_path / "absent") == {}
 
 
 def quiet(command: Command) -> SweepRun:
