@@ -31,7 +31,7 @@ class Node:
 
 
 class Graph:
-    """Nodes by key. A node's `missing` and `dependants` are kept by `add` and `expect`; statuses by the scheduler."""
+    """Nodes by key. A node's `missing` and `dependants` are kept by `add`, `await_inputs` and `expect`; statuses by the scheduler."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -55,6 +55,10 @@ class Graph:
         node = self.nodes[stage.key] = Node(stage, len(self.nodes), Status.CACHED)
         self._connect(node)
         return node
+
+    def await_inputs(self, node: Node) -> None:
+        """Make a stage that runs again wait for those of its inputs that do, too: it was finished when they were set aside."""
+        self._connect(node)
 
     def expect(self, node: Node) -> list[Node]:
         """Make all unfinished dependants of a stage that runs again wait for it; returns them."""

@@ -146,6 +146,36 @@ def test_corrupt_input_is_made_again_first() -> None:
     assert hooks.commits.count("q") == 2
 
 
+def test_two_corrupt_artifacts_of_which_one_needs_the_other() -> None:
+    """`b` is set aside while its input is made again: it was finished when that was set aside, and waits for it all the same."""
+    stages = plan(
+        calibrate("c"), quantize("a", inputs=["c"], seconds=2.5), quantize("b", inputs=["c"]), quantize("d", inputs=["b"], seconds=1.6)
+    )
+    first = {"a": failure(ErrorClass.CORRUPT, corrupt_key="c"), "d": failure(ErrorClass.CORRUPT, corrupt_key="b")}
+
+    def verdict(key: str, attempt: int) -> Verdict:
+        now = {k: status for k, status, _ in hooks.transitions}
+        assert all(now[i] is OK for i in stages[key].inputs.values()), f"{key} started before its inputs"
+        return first.get(key) if attempt == 1 else None
+
+    hooks = VirtualHooks(stages)
+    statuses = run(stages, verdict, slots=3, hooks=hooks)[0]
+    assert set(statuses.values()) == {OK}
+    assert hooks.set_aside == ["c", "b"]
+
+
+def test_what_an_input_that_cannot_be_made_again_leaves_behind() -> None:
+    """`c` is set aside and fails; `b`, which needs it, is then set aside too and can not be made again."""
+    stages = plan(
+        calibrate("c"), quantize("a", inputs=["c"], seconds=2.5), quantize("b", inputs=["c"]), quantize("d", inputs=["b"], seconds=5.0)
+    )
+    first = {"a": failure(ErrorClass.CORRUPT, corrupt_key="c"), "d": failure(ErrorClass.CORRUPT, corrupt_key="b")}
+    again = {"c": failure(ErrorClass.USER)}
+    statuses, hooks, _ = run(stages, lambda key, attempt: first.get(key) if attempt == 1 else again.get(key), slots=3)
+    assert statuses == {"c": FAILED, "a": BLOCKED, "b": BLOCKED, "d": BLOCKED}
+    assert hooks.set_aside == ["c", "b"]
+
+
 def test_corrupt_artifact_of_an_earlier_run() -> None:
     corrupt = failure(ErrorClass.CORRUPT, corrupt_key="old")
     stages = plan(evaluate("e", variant="old"))
