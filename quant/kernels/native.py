@@ -11,10 +11,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -55,8 +56,7 @@ def library(name: str) -> ctypes.CDLL | NoLibrary:
 def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str], tries: Sequence[Sequence[str]]) -> Path:
     """The library that `compiler` makes of the source, which is made where it is not kept; `tries` are further flags, each tried where
     the ones before fail. Raises RuntimeError with the compiler's message."""
-    headers = (h.read_text() for h in sorted(source.parent.glob("*.h")))
-    identity = "\n".join((platform.machine(), version, *flags, source.read_text(), *headers))
+    identity = "\n".join((platform.machine(), version, *flags, *_texts(source, set())))
     folder = cache_folder() / "kernels"
     path = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
     if path.exists():
@@ -71,6 +71,17 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
                 os.replace(made, path)
                 return path
     raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")
+
+
+def _texts(source: Path, seen: set[Path]) -> Iterator[str]:
+    """Of the source and of what it includes from its own folder, each once: what the library depends on, and no other header."""
+    seen.add(source)
+    text = source.read_text()
+    yield text
+    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', text, re.MULTILINE):
+        header = source.parent / name
+        if header not in seen and header.is_file():
+            yield from _texts(header, seen)
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
