@@ -31,7 +31,7 @@ class Node:
 
 
 class Graph:
-    """Nodes by key. A node's `missing` and `dependants` are kept by `add`, `await_inputs` and `expect`; statuses by the scheduler."""
+    """Nodes by key. A node's `missing` and `dependants` are kept by `add` and `expect`; statuses by the scheduler."""
 
     def __init__(self) -> None:
         self.nodes: dict[str, Node] = {}
@@ -56,12 +56,10 @@ class Graph:
         self._connect(node)
         return node
 
-    def await_inputs(self, node: Node) -> None:
-        """Make a stage that runs again wait for those of its inputs that do, too: it was finished when they were set aside."""
-        self._connect(node)
-
     def expect(self, node: Node) -> list[Node]:
-        """Make all unfinished dependants of a stage that runs again wait for it; returns them."""
+        """Make a stage that runs again wait for those of its inputs that do, too (it was finished when they were set aside), and all its
+        unfinished dependants for it; returns these."""
+        self._connect(node)
         waiting = [n for n in self.nodes.values() if node.stage.key in n.stage.inputs.values() and not n.status.finished]
         for other in waiting:
             node.dependants.add(other.stage.key)

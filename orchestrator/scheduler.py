@@ -207,7 +207,6 @@ class Scheduler:
             self._unfinished += 1
             self._work_left_s += producer.resources.seconds
             self._set(node, Status.PENDING)
-            self._graph.await_inputs(node)
             for other in self._graph.expect(node):
                 self._unqueue(other)  # until it is there again
             if self._can_run(node):

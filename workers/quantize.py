@@ -192,12 +192,21 @@ class _Run:
 
     def _stages(self, b: int) -> bool:
         """Whether one forward of the block serves all its sites: nothing but rounding, in true-sequential order, on fed text."""
-        source, structure = self.source, self.model.structure
-        if not isinstance(source, FedStatistics) or not source.kinds or self.rotator is not None or structure.experts is not None:
+        source = self.source
+        if not isinstance(source, FedStatistics) or self.rotator is not None or self._structure.experts is not None:
             return False
-        methods = [m for n in structure.linear_names() if (m := method_for(self.made, structure.path(b, n))) is not None]
+        methods = self._methods(b).values()
         alone = all(m.tuner is None and not m.transforms for m in methods) and any(m.sequential for m in methods)
         return alone and source.stages(static=self._static)
+
+    @property
+    def _structure(self) -> families.Structure:
+        return self.model.structure if self.rotator is None else self.rotator.structure
+
+    def _methods(self, b: int) -> dict[str, Method]:
+        """Of the block's linears that a rule names."""
+        named = {n: method_for(self.made, self._structure.path(b, n)) for n in self._structure.linear_names()}
+        return {n: m for n, m in named.items() if m is not None}
 
     @property
     def _static(self) -> bool:
@@ -224,10 +233,8 @@ class _Run:
         self._write(worker, [r for name in sites for r in rounded[name]], {})
 
     def _transformed(self, b: int) -> BlockQuantizer:
-        structure = self.model.structure if self.rotator is None else self.rotator.structure
         with self.context.phase("forward"):
-            self.model.load(b)
-            statistics, tokens = merge(self.source.collect(b, structure, None))
+            statistics, tokens = merge(self.source.collect(b, self._structure, None))
         worker = self._worker(b, statistics, tokens)
         with self.context.phase("search"):
             worker.transform()
@@ -235,18 +242,15 @@ class _Run:
         return worker
 
     def _worker(self, b: int, statistics: dict[str, Statistics], tokens: dict[str, int]) -> BlockQuantizer:
-        context, model = self.context, self.model
-        structure = model.structure if self.rotator is None else self.rotator.structure
+        context, model, structure = self.context, self.model, self._structure
         block = model.load(b)
-        named = {n: method_for(self.made, structure.path(b, n)) for n in structure.linear_names()}
-        chosen = {n: m for n, m in named.items() if m is not None}
         weights = BlockWeights(block, structure)
         forward = GroupForward(block, weights, lambda s, t: model.block_calls(s, t)[b], context.batch_tokens, structure.sites[0].cols)
         return BlockQuantizer(
             b,
             block,
             structure,
-            chosen,
+            self._methods(b),
             weights,
             statistics,
             tokens,

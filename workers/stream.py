@@ -189,13 +189,15 @@ class BlockModel:
             block.register_forward_hook(lambda _m, _a, _o, i=i: self.release(i))
 
     def _read(self, names: list[str], ahead: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-        """ahead: tensors that were read before."""
+        """ahead: those of them that were read before."""
         by_file: dict[str, list[tuple[str, str]]] = {}
-        for n in (n for n in names if n not in ahead):
+        for n in names:
+            if n in ahead:
+                continue
             entry = self.checkpoint.tensors[n]
             by_file.setdefault(str(entry.file), []).append((n, entry.name))
         with ExitStack() as stack, _silent():
-            slices: dict[str, Any] = {n: ahead[n] for n in names if n in ahead}
+            slices: dict[str, Any] = dict(ahead)
             for file, wanted in by_file.items():
                 handle = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
                 slices.update({n: handle.get_slice(stored) for n, stored in wanted})

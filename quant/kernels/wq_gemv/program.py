@@ -37,6 +37,13 @@ def code_of(one, two, three, V: tl.constexpr, BITS: tl.constexpr, WORDS: tl.cons
 
 
 @triton.jit
+def value_of(one, two, three, ranges, tile, column, groups, width, V: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """What number V of a lane stands for, in each of a tile's eight rows; column: where its unit's codes of that number begin."""
+    own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + tl.arange(0, 8)[None, :, None]
+    return code_of(one, two, three, V, BITS, WORDS).to(tl.float32) * tl.load(own) + tl.load(own + 8)
+
+
+@triton.jit
 def gemv(
     words,  # int32 [T, units, WORDS, 8, 8]
     ranges,  # float32 [T, G, 2, 8]
@@ -63,11 +70,9 @@ def gemv(
         here = words + (tile * units + unit) * (WORDS * 64) + lines * 8 + lanes
         one, two, three = words_at(here, alive, WORDS)
         for v in tl.static_range(CODES):
-            code = code_of(one, two, three, v, BITS, WORDS)
             column = unit * (CODES * 8) + v * 8
-            own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + lines
             given = tl.load(x + row * k + column + lanes, mask=column + lanes < k, other=0.0)
-            total += (code.to(tl.float32) * tl.load(own) + tl.load(own + 8)) * given
+            total += value_of(one, two, three, ranges, tile, column, groups, width, v, BITS, WORDS) * given
     made = tl.sum(tl.sum(total, 2), 0)
     tl.store(out + row * n + tile * 8 + eight, made, mask=tile * 8 + eight < n)
 
@@ -99,6 +104,5 @@ def weight(
     to = out + row.to(tl.int64) * k
     for v in tl.static_range(CODES):
         column = unit * (CODES * 8) + v * 8
-        own = ranges + (tile * groups + tl.minimum(column // width, groups - 1)) * 16 + lines
-        value = code_of(one, two, three, v, BITS, WORDS).to(tl.float32) * tl.load(own) + tl.load(own + 8)
+        value = value_of(one, two, three, ranges, tile, column, groups, width, v, BITS, WORDS)
         tl.store(to + column + lanes, value, mask=(row < n) & (column + lanes < k))
