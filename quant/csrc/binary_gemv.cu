@@ -8,10 +8,9 @@
 #include <cuda_runtime.h>
 
 #include "binary_gemv_cuda.h"
+#include "clusters.h"
 
 namespace {
-
-constexpr int CLUSTER = 8;
 
 extern __shared__ __align__(1024) char memory[];
 
@@ -54,20 +53,9 @@ __global__ void product_of_rows(const __grid_constant__ Signs a) {
 }
 
 template <int M>
-cudaError_t launch(const Signs& a, bool clusters, cudaStream_t stream) {
-    const int64_t shared = shared_bytes(M, a.share, a.group), ranks = clusters ? CLUSTER : 1;
-    const cudaError_t failed = cudaFuncSetAttribute(product<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (failed != cudaSuccess) return failed;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(((a.tiles + 1) / 2 + a.group - 1) / a.group * ranks), unsigned((a.given.count + M - 1) / M));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = size_t(shared);
-    config.stream = stream;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(ranks), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute, config.numAttrs = clusters ? 1 : 0;
-    return cudaLaunchKernelEx(&config, product<M>, a);
+cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
+    const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared_bytes(M, a.share, a.group), stream);
 }
 
 template <class T>
@@ -95,19 +83,15 @@ Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t
 extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t scale, int64_t out, int64_t rows,
                                    int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
     Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
-    int device, limit, processors, major;
-    cudaError_t failed = cudaGetDevice(&device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    Device device;
+    const cudaError_t failed = find(device);
     if (failed != cudaSuccess) return failed;
-    const bool clusters = major >= 9;
-    plan(a, clusters ? clusters_at_once(processors, CLUSTER) : processors, clusters ? CLUSTER : 1);
-    const int m = block % UNIT == 0 ? rows_at_a_time(a, limit) : 0;
+    plan(a, device.at_once(), device.ranks());
+    const int m = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    if (m == 1) return launch<1>(a, clusters, on);
-    if (m == 2) return launch<2>(a, clusters, on);
-    if (m == 4) return launch<4>(a, clusters, on);
+    if (m == 1) return launch<1>(a, device, on);
+    if (m == 2) return launch<2>(a, device, on);
+    if (m == 4) return launch<4>(a, device, on);
     product_of_rows<<<dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on>>>(a);
     return cudaGetLastError();
 }

@@ -8,11 +8,10 @@
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
+#include "clusters.h"
 #include "lut_gemv_cuda.h"
 
 namespace {
-
-constexpr int CLUSTER = 8;
 
 extern __shared__ __align__(1024) char memory[];
 
@@ -37,25 +36,13 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
 }
 
 template <int M>
-cudaError_t launch(Lut a, int64_t limit, bool clusters, cudaStream_t stream) {
-    a.tables = (limit - int64_t(4) * M * SLICES * a.group * ROWS) / 1024 * 1024;
-    const int64_t shared = a.tables + int64_t(4) * M * SLICES * a.group * ROWS;
-    const cudaError_t failed = cudaFuncSetAttribute(product<M>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (failed != cudaSuccess) return failed;
-    const int64_t ranks = clusters ? CLUSTER : 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned((a.tiles + a.group - 1) / a.group * ranks), unsigned((a.given.count + M - 1) / M));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = size_t(shared);
-    config.stream = stream;
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = unsigned(ranks), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    config.attrs = &attribute, config.numAttrs = clusters ? 1 : 0;
-    return cudaLaunchKernelEx(&config, product<M>, a);
+cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
+    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS;
+    a.tables = (device.shared - sums) / 1024 * 1024;
+    const int64_t wide = (a.tiles + a.group - 1) / a.group;
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, a.tables + sums, stream);
 }
 
-// The columns of one part: a thread has a word, 32 neighbours as many rows.
 template <class T>
 __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x % ROWS, at = int64_t(blockIdx.y) * (blockDim.x / ROWS) + threadIdx.x / ROWS;
@@ -86,19 +73,15 @@ extern "C" int bitgrid_lut_gemv(
     const int64_t three[] = {starts, kept, differences};
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
                    rows, k, rows_of_x, bfloat16 != 0);
-    int device, limit, processors, major;
-    cudaError_t failed = cudaGetDevice(&device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    Device device;
+    const cudaError_t failed = find(device);
     if (failed != cudaSuccess) return failed;
-    const bool clusters = major >= 9;
-    a.group = group_of(a.tiles, clusters ? clusters_at_once(processors, CLUSTER) : processors);
-    const int m = rows_at_a_time(rows_of_x, a.group, limit);
+    a.group = group_of(a.tiles, device.at_once());
+    const int m = rows_at_a_time(rows_of_x, a.group, device.shared);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    if (m == 1) return launch<1>(a, limit, clusters, on);
-    if (m == 2) return launch<2>(a, limit, clusters, on);
-    return launch<4>(a, limit, clusters, on);
+    if (m == 1) return launch<1>(a, device, on);
+    if (m == 2) return launch<2>(a, device, on);
+    return launch<4>(a, device, on);
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.
