@@ -209,13 +209,15 @@ class _Ranges:
     def _search(self, grid: Grid, w: Tensor, bits: int, importance: Tensor | None) -> Affine:
         low, high = grid.limits(w)
         best, least = affine_of(grid, low, high, bits, self.scale_dtype), w.new_full((w.shape[0], 1), float("inf"))
-        for p in SHRINKS:
-            trial = affine_of(grid, p * low, p * high, bits, self.scale_dtype)
+        shares = torch.tensor(SHRINKS, dtype=w.dtype, device=w.device)[:, None, None]
+        trials = affine_of(grid, shares * low, shares * high, bits, self.scale_dtype)
+        for scale, zero in zip(trials.scale, trials.zero, strict=True):
+            trial = Affine(scale, zero, bits, trials.kind)
             error = (trial.round(w) - w).abs().pow(MSE_POWER)
             error = (error if importance is None else error * importance).sum(-1, keepdim=True)
             better = error < least
             least = torch.where(better, error, least)
-            best = replace(best, scale=torch.where(better, trial.scale, best.scale), zero=torch.where(better, trial.zero, best.zero))
+            best = Affine(torch.where(better, scale, best.scale), torch.where(better, zero, best.zero), bits, best.kind)
         return best
 
     def tensor(self, codes: Tensor) -> MixedTensor:

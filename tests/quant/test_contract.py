@@ -13,18 +13,18 @@ from quant import quantize_linear
 from quant.methods.base import StoredTensor
 from quant.methods.registry import METHODS, ROUNDINGS, TUNERS
 from quant.tensors import unpack
+from tests.quick import QUICK
 
 N, K, GROUP = 24, 64, 16
-SPECIAL: dict[str, dict[str, Any]] = {}
-"""Arguments that a method needs besides bits and group size."""
 
 
 def arguments(method: str) -> dict[str, Any]:
-    """Four bits where the method makes them, else the most it makes; groups where it needs them."""
-    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    """Four bits where the method makes them, else the most it makes; groups where it needs them; short searches."""
+    rounding = METHODS[method].rounding
+    supports = {**ROUNDINGS, **TUNERS}[rounding].supports
     bits = 4 if 4 in supports.bits else max(supports.bits)
     group = None if "channel" in supports.granularity else GROUP
-    return {"method": method, "bits": bits, "group_size": group, **SPECIAL.get(method, {})}
+    return {"method": method, "bits": bits, "group_size": group, **(QUICK.get(rounding, {}) if rounding in TUNERS else {})}
 
 
 def data(n: int = N, k: int = K, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from quant.errors import QuantizationWarning
 from quant.methods.registry import METHODS, MODEL_METHODS, MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS, Recipe
 from quant.scheme import NUMBERS, ActivationScheme, Granularity, Scheme, Supports
 from quant.tensors.affine import AffineTensor
+from tests.quick import QUICK
 from workers.specs import from_json
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -112,6 +113,11 @@ def widest(method: str, most: int) -> int:
     return max((b for b in supported(method).bits if b <= most), default=min(supported(method).bits))
 
 
+def quick(method: str) -> dict[str, Any]:
+    rounding = METHODS[method].rounding
+    return QUICK.get(rounding, {}) if rounding in TUNERS else {}
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -119,7 +125,7 @@ def test_every_method_approximates_the_given_weight(method: str, group_size: int
     w, x = data()
     before, bits = w.clone(), max(supported(method).bits)
     # Half the columns kept would leave groups of one weight, which g_sym clips to half its size where it is positive.
-    params = {"outlier_columns": 4} if method == "quik" else {}
+    params = {"outlier_columns": 4} if method == "quik" else quick(method)
     if ("channel" if group_size is None else "group") not in supported(method).granularity:
         with pytest.raises(ValueError, match="granularity="):
             quantize_linear(w, method=method, bits=bits, group_size=group_size, symmetric=symmetric, inputs=x, **params)
@@ -181,7 +187,7 @@ def test_symmetric_is_the_grid_g_sym() -> None:
 def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype) -> None:
     w, x = data()
     size = None if "channel" in supported(method).granularity else 8
-    stored = {"bits": widest(method, 4), "group_size": size, "scale_dtype": "float16"}
+    stored = {"bits": widest(method, 4), "group_size": size, "scale_dtype": "float16", **quick(method)}
     tensor = quantize_linear(w.to(dtype), method=method, inputs=x.to(dtype), **stored)
     assert torch.isfinite(tensor.dequantize()).all()
     assert tensor.dequantize().dtype is torch.float32

@@ -23,6 +23,7 @@ from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TUNERS, Re
 from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
 from quant.statistics import KINDS
 from tests.live_bytes import LiveBytes
+from tests.quick import QUICK
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import CALIBRATION, calibrated, component, context, quantize_spec, quantized
 from workers import families, kv_capture, site_moments
@@ -42,19 +43,6 @@ BLOCKS = {"few": 2, "many": 3}
 """Numbers of blocks that are compared, in units of those that the method holds. With one unit nothing would come before it."""
 LEFT = 1024
 """Bytes that may outlast a stage: tables that the process keeps. One linear of these models has 2048 at least."""
-QUICK: dict[str, dict[str, Any]] = {
-    "omniquant": {"epochs": 1},
-    "learned_rounding": {"iters": 1, "checks": 1},
-    "slim_llm_plus": {"epochs": 1},
-    "qllm_correction": {"epochs": 1, "blocks": 2},
-    "quip_sharp": {"tune_iters": 1},
-    "hqq": {"iters": 2},
-    "awq": {"scale_grid": 2, "clip_grid": 4},
-    "os_plus": {"steps": 2},
-    "qllm_reassembly": {"ratio": 0.05},
-    "learned_rotation": {"steps": 1, "checked": 1},
-}
-"""Parameters that make searches short; what they hold stays the same."""
 
 
 def bit_per_weight(ctx: Context, pattern: str = "*") -> float:
