@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
 from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.further import further
 from bench.on_gpu.hessian import hessian
 from bench.on_gpu.products import batches, products, tables
 from bench.on_gpu.rounding import rounding
@@ -100,7 +101,23 @@ def scoring(b: Bench) -> Iterator[Row]:
     yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
 
 
-_ALL = (limits, hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
+_ALL = (
+    limits,
+    hessian,
+    block,
+    further,
+    rounding,
+    products,
+    batches,
+    skinny,
+    prompts,
+    tables,
+    integers,
+    attention,
+    hadamard,
+    scoring,
+    searches,
+)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in _ALL}
 
 

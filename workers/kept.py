@@ -22,9 +22,10 @@ from torch import Tensor
 from quant.solver import provided_factors
 from workers.memory import free_bytes
 
-SHARE = 4
-"""Where no budget is given: one part in four of the free memory, what is kept counted as free. The rest holds a model that is loaded later,
-and on a GPU the Hessians and factors of all blocks of a model with 7e9 weights (43e9 bytes) fit only if it has more than they."""
+HOST_SHARE, DEVICE_SHARE = 4, 2
+"""Where no budget is given: one part in so many of the free memory, with what is kept counted as free. n workers of a host together keep at
+most n / (n + 3) of it. A GPU is mostly a worker's own, and has a use for more: Hessians and factors of all blocks of a model with 7e9
+weights are 44e9 bytes, a third of what the largest GPUs have beside the model."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Kept:
         """Entered around every change of `bytes`."""
 
     def begin(self, device: torch.device, budget: int | None) -> None:
-        """A stage starts. budget: bytes, 0 for none; None for what `SHARE` says, anew whenever something comes in."""
+        """A stage starts. budget: bytes, 0 for none; None for a share of what is free, anew whenever something comes in."""
         if device != self._device:
             self.clear()
         self._device, self._given = device, budget
@@ -78,7 +79,9 @@ class Kept:
 
     def budget(self) -> int:
         """Bytes."""
-        return (self._free(self._device) + self.bytes) // SHARE if self._given is None else self._given
+        if self._given is not None:
+            return self._given
+        return (self._free(self._device) + self.bytes) // (HOST_SHARE if self._device.type == "cpu" else DEVICE_SHARE)
 
     def told(self) -> dict[str, int]:
         """Of the running stage, for its record; empty where it asked for nothing."""

@@ -86,7 +86,7 @@ class Hints:
     """Quantized models a worker keeps resident beside the unquantized one."""
     kept_bytes: int | None = None
     """Budget of a worker for statistics and factors of Hessians that it keeps between stages, on its device; 0 keeps none, None is a
-    quarter of what is free there (`workers.kept`)."""
+    quarter of what is free on a host, half on a GPU (`workers.kept`)."""
 
 
 @dataclass(frozen=True)
