@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,13 +127,13 @@ def _run_group(group: list[StageRequest], request: Request, runners: Runners) ->
 
 
 def _with_all_memory(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
-    """Again, where memory ran out while the process kept statistics for later stages: they are gone by then."""
+    """Again, where memory ran out while the process kept statistics for later stages: they are gone by then, and none are kept."""
     outcomes = _try_group(group, request, runners)
     given_back = sum(_give_up_kept() for o in outcomes if o.failure is not None and o.failure.error_class is ErrorClass.MEMORY)
     if not given_back:
         return outcomes
     _remove_payloads(group)
-    again = _try_group(group, request, runners)
+    again = _try_group(group, replace(request, hints=replace(request.hints, kept_bytes=0)), runners)
     for outcome in again:
         if outcome.record is not None:
             outcome.record["notes"].append(

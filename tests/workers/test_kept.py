@@ -59,11 +59,13 @@ def stored(artifact: Path) -> dict[str, str]:
 @pytest.mark.parametrize("rounding", ["gptq", "claq", "spqr", "slim_llm"])
 def test_a_further_stage_reads_all_and_gives_the_same_bits(rounding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = tiny_context("llama", tmp_path)
-    inputs = calibrated(plain, tmp_path, *(("hessian", "samples") if rounding == "slim_llm" else ("hessian",)))
+    more = {"slim_llm": ["samples"], "claq": ["absmax"]}
+    inputs = calibrated(plain, tmp_path, "hessian", *more.get(rounding, []))
+    transforms = ["smoothquant"] if rounding == "claq" else []  # whose scales are the same for all bits
     grouped = rounding in ("spqr", "slim_llm")
     parts = {"granularity": Granularity.GROUP, "group_size": 8} if grouped else {}
-    pattern, sites = ("*.1.self_attn.o_proj", 1) if rounding == "slim_llm" else ("*.self_attn.*", 4)  # its searches are long
-    first, further = (quantize_spec(rounding, weight=WeightScheme(bits, **parts), pattern=pattern) for bits in (2, 3))
+    pattern, sites = ("*.1.self_attn.o_proj", 1) if rounding == "slim_llm" else ("*.1.self_attn.*", 2)  # its searches are long
+    first, further = (quantize_spec(rounding, *transforms, weight=WeightScheme(bits, **parts), pattern=pattern) for bits in (2, 3))
     want, _ = quantized(plain, tmp_path / "plain", further, inputs)
 
     made: list[int] = []
@@ -149,7 +151,7 @@ def test_the_digest_of_a_matrix_tells_one_bit_and_one_order_from_another(dtype: 
 # --- the budget -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 40), st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 12)), max_size=8)), max_size=6))
 def test_the_budget_holds_and_the_least_recently_used_goes_first(stages: list[Stage]) -> None:
     """Against a list of (name, bytes, stage), least recently used first."""
@@ -231,14 +233,14 @@ def test_a_stage_that_lacks_memory_runs_again_without_what_is_kept(tmp_path: Pat
     held: list[int] = []
 
     def act() -> None:
+        entry(kept.process_kept(), "a", 60)
         held.append(kept.process_kept().bytes)
         if held[-1]:
             raise MemoryError
 
-    entry(kept.process_kept(), "a", 60)
     fake = FakeRunners(act=act)
     record = outcomes(request(tmp_path, {"e": EVALUATE}, kept_bytes=100), fake)["e"].record
-    assert held == [60, 0]
+    assert held == [60, 0], "nor is anything kept anew, which would take the memory again"
     assert record is not None
     assert any("60 bytes that the worker kept" in note for note in record["notes"])
 
