@@ -166,13 +166,17 @@ HASHED = 2**23
 
 
 def matrix_digest(matrix: Tensor) -> bytes:
-    """Of the bits of a matrix `[K, K]` on any device, in a fraction of the time of factoring it: SHA-256 of one 64-bit sum per row, of
-    its numbers' bits times random odd numbers. A row with one other number has another sum for certain, any other row but for one case
-    in about 2³²; matrices of one site differ in many rows."""
+    """SHA-256 of a matrix `[K, K]`, or where it is not on the host of its `row_sums`: a fraction of the time of factoring it."""
+    told = matrix if matrix.device.type == "cpu" else row_sums(matrix)
+    return hashlib.sha256(told.contiguous().cpu().numpy()).digest()
+
+
+def row_sums(matrix: Tensor) -> Tensor:
+    """`[K]` int64 of a matrix `[K, *]`: of each row the sum, modulo 2⁶⁴, of its numbers' bits times random odd ones. A row with one other
+    number has another sum for certain, any other row but for one case in about 2³²; matrices of one site differ in many rows."""
     bits = matrix.contiguous().view(torch.int32)
     odd = _odd(bits.shape[1], bits.device)
-    sums = torch.cat([(rows * odd).sum(1) for rows in bits.split(max(1, HASHED // bits.shape[1]))])
-    return hashlib.sha256(sums.cpu().numpy().tobytes()).digest()
+    return torch.cat([(rows * odd).sum(1) for rows in bits.split(max(1, HASHED // bits.shape[1]))])
 
 
 @lru_cache(maxsize=16)

@@ -21,7 +21,7 @@ from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_
 from tests.workers.test_run_stage import EVALUATE, FakeRunners, outcomes, request
 from workers import feeding, kept
 from workers.feeding import FedStatistics
-from workers.kept import HOST_SHARE, Kept, matrix_digest
+from workers.kept import HOST_SHARE, Kept, matrix_digest, row_sums
 from workers.memory import PeakMemory
 from workers.rebuild import load_model
 from workers.request import ErrorClass
@@ -132,20 +132,27 @@ def test_another_matrix_damping_site_or_file_is_another_factor() -> None:
     assert [other() for other in others] == first
 
 
+def summed(h: Tensor) -> bytes:
+    return row_sums(h).numpy().tobytes()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_digest_of_a_matrix_tells_one_bit_and_one_order_from_another(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("told", [matrix_digest, summed])
+def test_the_digest_of_a_matrix_tells_one_bit_and_one_order_from_another(
+    told: Callable[[Tensor], bytes], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     h = torch.randn(9, 9, generator=torch.Generator().manual_seed(0), dtype=dtype)
     h = h + h.T
     order = torch.tensor([1, 0, *range(2, 9)])
-    whole = matrix_digest(h)
-    assert matrix_digest(h.T.contiguous().T) == whole, "strides do not matter"
-    assert matrix_digest(h[order][:, order]) != whole
+    whole = told(h)
+    assert told(h.T.contiguous().T) == whole, "strides do not matter"
+    assert told(h[order][:, order]) != whole
     for i in (0, 8):
         bits = h.clone().view(torch.int32)
         bits[i, i] ^= 1
-        assert matrix_digest(bits.view(dtype)) != whole
+        assert told(bits.view(dtype)) != whole
     monkeypatch.setattr(kept, "HASHED", 20)
-    assert matrix_digest(h) == whole, "nor does how many rows are read at a time"
+    assert told(h) == whole, "nor does how many rows are read at a time"
 
 
 # --- the budget -----------------------------------------------------------------------------------------------------
