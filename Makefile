@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer: the first call makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench bench-gpu test-auto-gptq test-toolkits clean
+.PHONY: help setup demo test check fix bench bench-launcher bench-gpu test-auto-gptq test-toolkits clean
 SHELL := /bin/bash
 
 PYTHON ?=
@@ -12,6 +12,9 @@ BENCH_PEER := .venv-bench-peer
 TOOLKITS := .venv-toolkits
 # Toolkits for test-toolkits: make test-toolkits NAMES=hqq
 NAMES ?= hqq llm_compressor auto_round
+# Folders of models and texts for bench-launcher, by the names conf/ has for them
+MODELS ?=
+DATA ?=
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 
@@ -50,7 +53,12 @@ bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure b
 	@$(BIN)/python bench/gptq_block.py
 	@$(BIN)/python bench/wq_gemv.py
 	@$(BIN)/python bench/int8_linear.py
+	@$(BIN)/python bench/demo.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
+
+bench-launcher: $(STAMP) $(BENCH_PEER)/.installed ## the real grid beside the other launcher: MODELS=folder DATA=folder (an hour or two)
+	@test -n "$(MODELS)" -a -n "$(DATA)" || { echo "give the folders of models and texts: make bench-launcher MODELS=... DATA=..."; exit 2; }
+	@$(BIN)/python bench/launcher.py --models "$(MODELS)" --data "$(DATA)" --peer-python $(BENCH_PEER)/bin/python
 
 bench-gpu: $(STAMP) ## kernels on a GPU, each beside a peer and the device's limits
 	@$(BIN)/python -m bench.gpu
