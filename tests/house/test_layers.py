@@ -20,7 +20,10 @@ SHARED = (
     "workers.artifact",
     "workers.errors",
     "workers.failures",
+    "workers.kv_rules",
+    "workers.machine",
     "workers.model_files",
+    "workers.structure",
     "workers.toolkits.environments",
     "quant.scheme",
 )
