@@ -19,7 +19,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
 from tests.tiny_models import tiny_model
-from workers.specs import EvaluateSpec, QuantizeSpec, StageKind
+from workers.specs import CalibrateSpec, EvaluateSpec, QuantizeSpec, StageKind
 
 
 @pytest.fixture
@@ -43,6 +43,22 @@ def test_known_grid_has_exactly_these_stages(plan_of) -> None:
     assert kinds(plan) == {"calibrate": 3, "quantize": 9, "evaluate": 20}
     assert len(plan.cells) == 18
     assert sum(v.is_baseline for v in plan.variants.values()) == 1
+
+
+def test_two_models_and_two_calibrations_multiply_only_what_depends_on_them(plan_of, tmp_path: Path) -> None:
+    for name, family in (("wikitext_llama", "llama"), ("stories260k", "opt")):
+        shutil.copytree(tiny_model(family), tmp_path / "models" / name)
+    plan = plan_of(
+        *("model=wikitext_llama,stories260k", "calibration.samples=16,32", "method=rtn,gptq,awq"),
+        *("scheme=w4a16_channel,w3a16_g16", "task=self_perplexity", "task.params.window=64", "calibration.sequence_length=64"),
+        models_dir=tmp_path / "models",
+    )
+    # Per model and calibration one Hessian for GPTQ, absmean and samples for AWQ; GPTQ and AWQ per calibration, RTN once; then baselines.
+    assert kinds(plan) == {"calibrate": 2 * 2 * 3, "quantize": 2 * (2 * 2 + 1) * 2, "evaluate": 2 * (2 * 2 + 1) * 2 + 2}
+    assert len(plan.cells) == 2 * 2 * 3 * 2
+    assert sum(v.is_baseline for v in plan.variants.values()) == 2
+    of_calibrate = Counter(s.spec.statistic for s in plan.stages.values() if isinstance(s.spec, CalibrateSpec))
+    assert of_calibrate == dict.fromkeys(("hessian", "absmean", "samples"), 4)
 
 
 def test_run_time_parts_share_one_quantize(plan_of) -> None:
