@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from orchestrator.cell import Option
 from orchestrator.command import Command
+from orchestrator.errors import SourceError
 from orchestrator.preview import print_explanations, print_plan
 from orchestrator.sources import Sources
 from orchestrator.store import Store
 from tests.orchestrator.sweeping import overrides
+
+ASSET = Path(__file__).resolve().parents[2] / "workers" / "assets" / "wikitext_llama"
 
 
 def text(path: Path) -> Option:
@@ -55,3 +60,29 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
         found = Sources(None, None, tmp_path / place / "digests.json").text(text(file))
         assert found == Sources(None, None, None).text(text(file))
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["digests.json"]
+
+
+def test_a_preview_says_what_is_left_out_and_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and text are found by the folders of the environment, unless the command line names others."""
+    models, data = tmp_path / "models", tmp_path / "data"
+    shutil.copytree(ASSET, models / "stories260k")
+    config = json.loads((ASSET / "config.json").read_text())
+    (models / "stories260k" / "config.json").write_text(json.dumps({**config, "intermediate_size": 172}))
+    (data / "web_text").mkdir(parents=True)
+    (data / "web_text" / "tinystories_sample.txt").write_text("a story<|endoftext|>another story")
+    monkeypatch.setenv("BITGRID_MODELS", str(models))
+    monkeypatch.setenv("BITGRID_DATA", str(data))
+    given = (
+        *("model=stories260k", "method=rtn,gptq", "scheme=w4a16_g64,w4a16_channel,w3a16_channel", "task=tinystories"),
+        *("task.params.window=64", "+sweep.exclude=[{method: rtn, scheme: w3a16_channel}]"),
+    )
+    said = io.StringIO()
+    print_plan(Command(tuple(overrides(tmp_path / "store", *given)), True), Console(file=said, width=200))
+    lines = said.getvalue().splitlines()
+    skipped, excluded = (next(x for x in lines if x.startswith(word)) for word in ("skipped: ", "excluded: "))
+    assert "group size 64 does not divide 172 inputs" in skipped
+    assert "(2: stories260k rtn w4a16_g64 self_text tinystories r0, …)" in skipped
+    assert excluded.endswith("{method: rtn, scheme: w3a16_channel} (1: stories260k rtn w3a16_channel self_text tinystories r0)")
+    other = Command(tuple(overrides(tmp_path / "store", *given, f"models_dir={data}")), True)
+    with pytest.raises(SourceError, match=f"looked for {data}"):
+        print_plan(other, Console(file=io.StringIO()))
