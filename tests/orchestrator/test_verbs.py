@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -30,30 +25,13 @@ from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import read_durations
 from orchestrator.run import SweepRun, run_grid
 from orchestrator.stage import Status
+from tests.orchestrator.small_stages import small_stage
 from tests.orchestrator.sweeping import SMALL, bitgrid, committed, overrides, scores, sweep
 from tests.orchestrator.tracked_mlflow import client_of, dump, runs_of
 from workers.request import ErrorClass, Failure, Outcome, Request, StageRequest
 
 pytestmark = pytest.mark.mlflow
 Meddle = Callable[[StageRequest], "Failure | None"]
-
-
-def small_stage(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
-    """Stages that read and compute nothing; scores follow from the key, so that the same stage gives the same result."""
-    for stage in request.stages:
-        if should_stop():
-            return
-        started, payload = time.time(), Path(stage.staging) / "payload"
-        draws = random.Random(stage.key)
-        summary: dict[str, Any] = {"bits_nominal": 4, "bits_stored": 4.5, "model_bytes": 1000}
-        if stage.kind == "evaluate":
-            nll = [1 + draws.random() for _ in range(20)]
-            items = {"id": [str(i) for i in range(20)], "weight": [1.0] * 20, "nll": nll}
-            pq.write_table(pa.table(items), payload / "items.parquet")
-            summary = {"scores": {"ppl": math.exp(sum(nll) / 20)}}
-        else:
-            (payload / "values.txt").write_text(str(draws.random()))
-        on_outcome(Outcome(stage.key, record={"started": started, "ended": time.time(), "notes": [], "summary": summary}))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,29 @@
+"""Cells under Hydra's own sweeper and launcher: one after the other, each a sweep of one cell, all in this process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator import run
+from orchestrator.cli import main
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.store import Store
+from tests.orchestrator.small_stages import small_stage
+from tests.orchestrator.sweeping import committed, overrides
+
+BASIC = ("hydra/sweeper=basic", "hydra/launcher=basic")
+
+
+@pytest.mark.usefixtures("hydra_restore_singletons")
+def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+    monkeypatch.setattr(sys, "argv", sys.argv)  # Hydra's application reads it, so the verb sets it
+    monkeypatch.chdir(tmp_path)
+    store = tmp_path / "store"
+    assert main(["run", "-m", *BASIC, *overrides(store, "method=rtn,gptq")]) == 0
+    assert len(Store(store).sweep_keys()) == 2
+    # The baseline is of both cells: one Hessian, two quantizations, three evaluations.
+    assert len(committed(store)) == 6
