@@ -24,7 +24,9 @@ def _run(stage: StageRequest, request: Request) -> Outcome:
         return Outcome(stage.key, failure=Failure(ErrorClass.NUMERICAL, "FakeError", does["fail"]))
     if does.get("raise"):
         raise RuntimeError(does["raise"])
-    if does.get("exit"):
+    if does.get("exit") and not (does.get("unless") and Path(does["unless"]).exists()):
+        if does.get("unless"):
+            Path(does["unless"]).touch()
         os._exit(does["exit"])
     if does.get("started"):
         Path(does["started"]).write_text(str(os.getpid()))
@@ -36,6 +38,6 @@ def _run(stage: StageRequest, request: Request) -> Outcome:
 
 
 def fake_request(request_id: str, **stages: dict[str, Any]) -> Request:
-    """Stages by key, each with what it does: fail, raise, exit, started, wait_for."""
+    """Stages by key, each with what it does: fail, raise, exit (unless a file exists; makes it), started, wait_for."""
     wanted = tuple(StageRequest(key, "fake", does, {}, "") for key, does in stages.items())
     return Request(request_id, wanted, {}, {}, Hints())

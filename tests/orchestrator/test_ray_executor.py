@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from orchestrator.signals import StopRequest
 from orchestrator.stage import Status
 from tests.orchestrator.executor_contract import LIMIT_S, ExecutorContract, events_until_end, stage_ends, wait_until_exists
 from tests.orchestrator.fake_runner import fake_request, run_fake
-from tests.orchestrator.virtual_time import VirtualHooks, plan, quantize
+from tests.orchestrator.virtual_time import VirtualHooks, evaluate, plan, quantize
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.ray
@@ -96,21 +100,21 @@ class TestRay(ExecutorContract):
         assert self.pid(executor, 0) != killed
         assert capsys.readouterr().out == "", "Ray's own account of it would break the display"
 
-    def test_the_scheduler_retries_what_a_killed_worker_left(self, executor: Executor) -> None:
-        stages = plan(quantize("q"), quantize("poison"))
+    def test_the_scheduler_retries_what_a_killed_worker_left(self, executor: Executor, tmp_path: Path) -> None:
+        stages = plan(quantize("q"), quantize("poison"), quantize("unlucky"), evaluate("e", variant="unlucky"))
+        does = {"poison": {"exit": 9}, "unlucky": {"exit": 9, "unless": str(tmp_path / "died")}}
 
         class Hooks(VirtualHooks):
             def request(self, *arguments):  # type: ignore[no-untyped-def]
                 request = super().request(*arguments)
                 for stage in request.stages:
-                    if stage.key == "poison":
-                        stage.spec["exit"] = 9
+                    stage.spec.update(does.get(stage.key, {}))
                 return request
 
         hooks = Hooks(stages)
         statuses = run_stages(stages, executor, hooks, Policy(max_retries=1, backoff_s=0), StopRequest())
-        assert statuses == {"q": Status.SUCCEEDED, "poison": Status.FAILED}
-        assert [a[0] for a in hooks.attempts] == ["poison", "poison"]
+        assert statuses == {**dict.fromkeys(stages, Status.SUCCEEDED), "poison": Status.FAILED}
+        assert sorted(a[0] for a in hooks.attempts) == ["poison", "poison", "unlucky"]
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,7 @@ from orchestrator.executors.ray.executor import RayExecutor
 from orchestrator.executors.settings import ClusterSettings
 from tests.orchestrator.executor_contract import events_until_end, stage_ends
 from tests.orchestrator.fake_runner import fake_request, run_fake
+from tests.orchestrator.sweeping import SMALL
 
 address, token = sys.argv[1:]
 host, port = address.split(":")
@@ -164,6 +169,15 @@ def attempt(token, address=address, **settings):
     finally:
         executor.stop()
 
+def sweep(token):
+    # Real stages, from the command line to MLflow.
+    from orchestrator.cli import main
+
+    os.environ["RAY_AUTH_TOKEN"] = token
+    small = [o for o in SMALL if not o.startswith(("cluster", "tracking"))]
+    cluster = ["cluster=ray_existing", f"cluster.address={address}", "cluster.auth=token", "cluster.slots=1", "cluster.threads=1"]
+    return main(["run", "-m", "method=gptq", *small, *cluster, "store=store"])
+
 until = time.monotonic() + 60
 while time.monotonic() < until:
     try:
@@ -180,17 +194,18 @@ results = {
     "disabled": attempt(None, auth="disabled"),
     "dead": attempt(token, address=dead),
     "too much": attempt(token, gpus_per_worker=1),
-    "good": attempt(token),
+    "sweep": sweep(token),
     "found token": attempt(token, slots=1),
 }
 print(json.dumps(results))
 """
 
 
+@pytest.mark.timeout(600)
 def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if k not in AUTH} | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", JOIN, head.address, head.token], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", JOIN, head.address, head.token], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
@@ -200,7 +215,15 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     assert "RAY_AUTH_TOKEN" in results["disabled"]
     assert "nothing answers" in results["dead"]
     assert "has 0 GPUs" in results["too much"]
-    assert results["good"] == ["a"]
+    assert results["sweep"] == 0, done.stdout
+    records = [json.loads(p.read_text()) for p in (tmp_path / "store" / "objects").glob("*/*/*/record.json")]
+    assert Counter(r["kind"] for r in records) == {"calibrate": 1, "quantize": 1, "evaluate": 2}
+    (report,) = re.findall(r"^report: (.+)$", done.stdout, re.MULTILINE)
+    assert Path(report).is_file()
+    assert re.search(r"^dashboard: .*bitgrid.* ui$", done.stdout, re.MULTILINE)
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        runs = database.execute("select status, count(*) from runs group by status").fetchall()
+    assert runs == [("FINISHED", 3)], "the sweep, its variant and the baseline"
     assert results["found token"] == ["a"], "the cluster outlives its guests"
     assert head.process.poll() is None
 
