@@ -42,9 +42,9 @@ def told(store: Path, *more: str) -> tuple[SweepRun, str]:
     return run_grid(command.compose(), command, Console(file=said, width=200)), said.getvalue()
 
 
-def command(store: Path, *more: str) -> subprocess.Popen[str]:
-    """`bitgrid run -m` in a process of its own."""
-    arguments = [sys.executable, "-m", "orchestrator.cli", "run", "-m", *overrides(store, *more)]
+def command(store: Path, *more: str, program: str) -> subprocess.Popen[str]:
+    """`bitgrid run -m` in a process of its own, by a program that takes the command line."""
+    arguments = [sys.executable, "-c", program, "run", "-m", *overrides(store, *more)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(arguments, cwd=store.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

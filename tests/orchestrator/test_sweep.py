@@ -7,16 +7,24 @@ import random
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from orchestrator import verbs
+from orchestrator.cli import main
 from orchestrator.stage import Status
+from orchestrator.store import Store
+from orchestrator.sweeps import find_sweep
 from tests.orchestrator.sweeping import ROOT, bitgrid, command, committed, overrides, scores, sweep
 from workers.artifact import RECORD
+from workers.export.__main__ import main as export
 from workers.residency import process_residency
 
 
@@ -98,28 +106,63 @@ def test_corrupt_artifact_is_set_aside_and_recomputed_with_the_same_result(store
     assert [p.name.split("-")[1] for p in (store / "corrupt").iterdir()] == [quantize.name]
 
 
+TRACKED = """
+import sys
+from orchestrator import projection
+from orchestrator.cli import main
+
+projection.INTERVAL_S = 0.1  # runs are there early
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def runs_in(database: Path) -> list[tuple[str, str]]:
+    """Names and states of the MLflow runs, without MLflow."""
+    with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        return sorted(connection.execute("select name, status from runs").fetchall())
+
+
 @pytest.mark.timeout(280)
-def test_driver_killed_at_random_moments_is_resumed_to_the_same_table(finished: Path, tmp_path: Path) -> None:
-    store = tmp_path / "store"
-    moments = random.Random(7)
-    seen: dict[str, float] = {}
-    for _ in range(2):
-        process = command(store, *BOTH)
-        start = len(list(store.glob("objects/*/*/*/record.json")))
-        # Somewhere in the work, not in the imports before it: after one more commit, at a random moment.
-        while process.poll() is None and len(list(store.glob("objects/*/*/*/record.json"))) == start:
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        now = committed(store)
-        assert {k: now[k] for k in seen} == seen
-        seen = now
-    run = sweep(store, *BOTH)
+def test_driver_killed_at_a_random_moment_is_resumed_to_the_same_table_and_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_mlflow: Path
+) -> None:
+    store, database = tmp_path / "store", Path(shutil.copy(empty_mlflow, tmp_path / "mlflow.db"))
+    grid = ("method=gptq", "task=self_perplexity,self_divergence", "tracking=mlflow")
+    process = command(store, *grid, program=TRACKED)
+    # Somewhere in the work, not in the imports before it: once something is committed and MLflow has a run, at a random moment.
+    while process.poll() is None and not (committed(store) and runs_in(database)):
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.5))
+    process.send_signal(signal.SIGKILL)
+    said, _ = process.communicate()
+    seen = committed(store)
+    assert process.returncode in (0, -signal.SIGKILL), said
+    assert seen
+    assert runs_in(database)
+    monkeypatch.chdir(tmp_path)
+    run = sweep(store, *grid)
     final = committed(store)
     assert {k: final[k] for k in seen} == seen
-    assert scores(run) == pytest.approx(scores(sweep(finished, *BOTH)), rel=1e-6)
+    wanted, found = scores(sweep(finished, *BOTH)), scores(run)
+    assert found == pytest.approx({k: wanted[k] for k in found}, rel=1e-6)
     assert list((store / "staging").iterdir()) == []
+    runs = runs_in(database)
+    assert len({name for name, _ in runs}) == len(runs) == 1 + len(run.result.variants)
+    assert {status for _, status in runs} == {"FINISHED"}
+
+
+def test_a_finished_variant_is_exported(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_this_process(arguments: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert arguments[:3] == [sys.executable, "-m", "workers.export"]
+        return subprocess.CompletedProcess(arguments, export(arguments[3:]))
+
+    monkeypatch.setattr(verbs.subprocess, "run", in_this_process)
+    key, out = find_sweep(Store(finished), None), tmp_path / "out"
+    assert main(["export", key[:8], "gptq w4a16_g64", "--store", str(finished), "--format", "dense", "--out", str(out)]) == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    groups = weight.detach().float().view(len(weight), -1, 64)
+    assert max(len(g.unique()) for g in groups.flatten(0, 1)) <= 16
 
 
 def test_explain_names_the_field_that_made_a_stage_miss(store: Path) -> None:
