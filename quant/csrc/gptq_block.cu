@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, 3) solve(const __grid_constant__ Prob
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * (32 / L) + lane % (32 / L);
     warp.lane.begin(p, blockIdx.x * ROWS + row, lane / (32 / L), errors + row);
     for (uint32_t j = threadIdx.x; j < MOST; j += THREADS)
-        memory.pivots[j] = j < p.columns ? pivot(p.upper[j * (p.upper_stride + 1)]) : Pivot{1.0f, 1.0f};
+        memory.pivots[j] = j < p.columns ? pivot(p.upper[j * (p.upper_stride + 1)]) : Pivot{1.0f, 0.0f};
 
     const Shared shared{memory.factor, memory.pivots};
     sweep(warp, p, shared, [](int panel) {

@@ -33,7 +33,7 @@ template <int L, bool PLAIN>
 void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
-    std::vector<Pivot> pivots(MOST, Pivot{1.0f, 1.0f});
+    std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
     std::vector<float> errors(KEPT, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)

@@ -169,7 +169,7 @@ constexpr int FACTOR = PANEL * PANEL * ((MOST / PANEL) * (MOST / PANEL + 1) / 2)
 
 struct Shared {
     const float* factor;  // [FACTOR], 16 bytes aligned; 0 beyond B
-    const Pivot* pivots;  // [MOST], 1 beyond B
+    const Pivot* pivots;  // [MOST]; beyond B with inverse 0, so that errors are 0 there
 };
 
 struct Range {
