@@ -64,8 +64,9 @@ void solve(const Problem& p, int64_t lanes) {
 
 extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, const float* scale, const float* zero, const int32_t* group,
                                    int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
-                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, int64_t lanes) {
-    Problem p{block,        upper,        scale,       zero,   codes, values, errors, loss, upper_stride,
+                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
+                                   int64_t lanes) {
+    Problem p{block,        upper,        scale,       zero, codes, values, errors, loss, tops, upper_stride,
               scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
     std::copy(group, group + columns, p.group);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);

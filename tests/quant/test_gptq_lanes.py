@@ -20,7 +20,7 @@ from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
 from quant.kernels import kernel, native, on_cuda
 from quant.kernels.gptq_block import SolvedBlock, cuda
-from tests.quant.test_gptq_block import problem
+from tests.quant.test_gptq_block import STACKS, problem, rows_need_no_others
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
@@ -52,8 +52,8 @@ def emulated(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lan
 
 def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int) -> SolvedBlock:
     block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
-    out = poisoned(block, loss=True)
-    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind), group, out, lanes)
+    out, tops = poisoned(block, loss=True), None if affine.tops is None else affine.tops.cuda()
+    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes)
     assert out.loss is not None
     return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
 
@@ -80,6 +80,13 @@ def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
     for rows, columns, bits in SHAPES:
         given = problem(rows, columns, grid, bits, torch.float32)
         agrees(run(*given, lanes), *given)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_stacked_configurations_are_solved_as_apart(run: Any, lanes: int) -> None:
+    for grid, widths in STACKS:
+        rows_need_no_others(lambda *given: run(*given, lanes), grid, widths)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -113,13 +120,14 @@ def test_numbers_that_the_fast_division_cannot_take(run: Any, kind: ZeroKind, la
     g = torch.Generator().manual_seed(3)
     rows = 3 * len(odd) + 1
     w, _, _, group = problem(rows, 48, "g_asym", 3, torch.float32)
+    tops = torch.tensor([3.0, 7.0, 255.0]).repeat(rows)[:rows]
     _, upper, _, _ = problem(4, 48, "g_asym", 3, torch.float32)
     scale, zero = torch.rand(3, rows, generator=g) + 0.1, torch.randint(0, 8, (3, rows), generator=g).float()
     for i, x in enumerate(odd):
         w[5 + i % 3, i] = x
         scale[1, len(odd) + i] = x
         zero[1, 2 * len(odd) + i] = x
-    affine = Affine(scale, zero, 3, kind)
+    affine = Affine(scale, zero, 8, kind, tops)
     for many in (group, [j // 32 for j in range(48)]):
         agrees(run(w, upper, affine, many, lanes), w, upper, affine, many)
     for factor in (1e-35, 1e-12, 1e12, 1e35, torch.nan, 0.0):

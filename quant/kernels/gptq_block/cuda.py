@@ -66,7 +66,8 @@ def arguments(block: Tensor, upper: Tensor, affine: Affine, group: list[int], ou
         )
     # A view's rows may lie apart; only their floats must lie together.
     u, scale, zero = (t if t.stride(-1) == 1 and t.dtype == w.dtype else t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
+    tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     kind = KINDS.get(affine.kind, 0)
     plain = kind == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
-    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss], rows
+    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops], rows
