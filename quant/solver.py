@@ -160,8 +160,8 @@ def solve_affine(
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum."""
-    block_kernel = kernel("gptq_block", backend, weight.device)
     w = weight.clone()
+    block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     parts = torch.split(w, list(stack or w.shape[1:]), dim=1)
     k = w.shape[0]
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])

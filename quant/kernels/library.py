@@ -60,7 +60,7 @@ def _gptq_block(
     block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str, tops: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     affine = Affine(scale, zero, bits, ZeroKind(zero_kind), tops)
-    solved = kernel("gptq_block", device=block.device).run.solve_block(block, upper, affine, group)
+    solved = kernel("gptq_block", device=block.device, block=block).run.solve_block(block, upper, affine, group)
     return solved.codes, solved.values, solved.errors
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
-from quant.kernels import kernel, native, on_cuda
-from quant.kernels.gptq_block import SolvedBlock, cuda
+from quant.kernels import kernel, native, on_cuda, recorded
+from quant.kernels.gptq_block import SolvedBlock, cuda, triton
 from tests.quant.test_gptq_block import STACKS, problem, rows_need_no_others
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -191,11 +191,22 @@ def test_compiles_without_spills(architecture: tuple[int, int], most: int, tmp_p
         assert not re.search(r"\b(LDL|STL)\b", said)
 
 
-def test_what_goes_to_a_twin() -> None:
-    float32, float64 = (torch.zeros(4, 4, dtype=t) for t in (torch.float32, torch.float64))
-    assert cuda.twin(float32) is None
-    for other in (float64, torch.zeros(129, 4)):
-        assert cuda.twin(other).__name__.rpartition(".")[2] in ("triton", "eager")
+def test_what_another_twin_solves_is_said_and_recorded_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where both work, or this one alone."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    w = torch.zeros(4, 4, dtype=torch.float64)
+    for reason, other in ((None, "triton"), ("there is no Triton", "torch")):
+        monkeypatch.setattr(triton, "unavailable", lambda device, reason=reason: reason)
+        for block, why in ((w, "takes float32, not torch.float64"), (torch.zeros(129, 4), "at most 128 columns"), (w.float(), "")):
+            with recorded() as kernels:
+                chosen = kernel("gptq_block", device="cuda", block=block)
+            assert kernels == {"gptq_block": [chosen.backend]}
+            assert chosen.backend == (other if why else "cuda")
+            assert why in " ".join(chosen.notes)
+    with pytest.raises(RuntimeError, match="takes float32"):
+        kernel("gptq_block", "cuda", "cuda", block=w)
+    with pytest.raises(ValueError, match="takes float32"):
+        cuda.solve_block(w, w, Affine(w, w, 4, ZeroKind.CODE), [0] * 4)
 
 
 def test_what_does_not_fit_is_said() -> None:

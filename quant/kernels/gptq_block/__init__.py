@@ -3,7 +3,7 @@
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`; scale and zero are `[G, N]` and
 `group[j]` is the row of column j. Every twin has `solve_block(block, upper, affine, group, out=None) -> SolvedBlock`; the block is
 not changed, and scale, zero and upper may be views. `out` is written to and returned: fresh memory for each block costs a CPU more than
-the block itself.
+the block itself. `kernel` is to be told of the block: `block=...`, any of its shape and type.
 
 Rows need no others: linears and configurations with one factor and one order are solved together, one after another along rows, with the
 results that they have apart, bit for bit. Bits may differ from row to row (`Affine.tops`), groups in width (`stacked`); the kind of zero
