@@ -90,8 +90,8 @@ struct Lanes {
 
     INLINE Lanes(const Block<T>& b, const T* turned, int64_t first, int64_t count, T* own)
         : b(b), turned(turned), first(first), count(count), own(own) {
+        for (Vector<T>& top : tops) top = b.top - Vector<T>{};
         if (b.tops) fetch(b.tops + first, T(0), tops);
-        else for (Vector<T>& top : tops) top = b.top - Vector<T>{};
     }
 
     // `count` numbers from `from`, `otherwise` after them.

@@ -50,6 +50,20 @@ def test_each_is_what_it_is_alone(schemes: list[WeightScheme], static_groups: bo
         assert all(torch.equal(mine[name], alone[name]) for name in mine)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme]) -> None:
+    """Rows as queries, keys and values of a grouped model have them, columns of several blocks."""
+    g = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(n, 1056, generator=g, device="cuda") for n in (2048, 256, 256)]
+    x = torch.randn(2000, 1056, generator=g, device="cuda")
+    method, statistics = Gptq(act_order=True), Statistics(hessian=x.T @ x)
+    assert method.stacks(weights, schemes)
+    for weight, scheme, got in zip(weights, schemes, method.quantize_stacked(weights, statistics, schemes), strict=True):
+        mine, alone = got.tensor.pack(), method.quantize(weight, statistics, scheme).tensor.pack()
+        assert all(torch.equal(mine[name], alone[name]) for name in alone)
+
+
 def test_every_block_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = kernel("gptq_block").run
     solve, seen = run.solve_block, []
