@@ -55,7 +55,7 @@ def test_block_equals_the_plain_loop(grid: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("grid", ["g_asym", "kivi"])
 def test_stacked_configurations_are_solved_as_apart(grid: str) -> None:
-    rows_need_no_others(kernel("gptq_block", "triton").run.solve_block, grid, (8, 16, 4), columns=16)
+    rows_need_no_others(kernel("gptq_block", "triton").run.solve_block, grid, (8, 16, 4), columns=16, rows=(5, 6, 7))
 
 
 @pytest.mark.parametrize("bits", BITS)
