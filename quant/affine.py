@@ -37,6 +37,8 @@ class Affine:
     zero: Tensor
     bits: int
     kind: ZeroKind
+    tops: Tensor | None = None
+    """Largest code of every row, as scales broadcast, where rows have bits of their own; `bits` is then the most of theirs."""
 
     @property
     def top(self) -> int:
@@ -47,11 +49,17 @@ class Affine:
         if self.kind is ZeroKind.MINIMUM:
             # A group of equal values has scale 0; its minimum alone is exact.
             steps = torch.where(self.scale == 0, 0.0, (w - self.zero) / torch.where(self.scale == 0, 1.0, self.scale))
-            return steps.clamp(0, self.top).round()
+            return self._limited(steps).round()
         if self.kind is ZeroKind.FLOAT:
-            return (w / self.scale).add_(self.zero).round_().clamp_(0, self.top)
+            return self._limited((w / self.scale).add_(self.zero).round_())
         # In place: on a CPU the memory of five temporaries costs more than the arithmetic.
-        return (w / self.scale).round_().add_(self.zero).clamp_(0, self.top)
+        return self._limited((w / self.scale).round_().add_(self.zero))
+
+    def _limited(self, codes: Tensor) -> Tensor:
+        """The codes may be changed in place."""
+        if self.tops is None:
+            return codes.clamp_(0, self.top)
+        return codes.clamp_(min=0).minimum(self.tops.to(codes))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of float codes."""

@@ -10,7 +10,7 @@ contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -153,10 +153,16 @@ Ranges = Callable[[int, int, Tensor], tuple[Affine, list[int]]]
 updates of all finished blocks."""
 
 
-def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges, backend: str = "auto") -> tuple[Solved, list[str]]:
-    """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`; and the kernel's notes."""
-    block_kernel = kernel("gptq_block", backend, weight.device)
+def solve_affine(
+    weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges, backend: str = "auto", stack: Sequence[int] | None = None
+) -> tuple[Solved, list[str]]:
+    """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`; and the kernel's notes.
+
+    stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
+    bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum."""
     w = weight.clone()
+    block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
+    parts = torch.split(w, list(stack or w.shape[1:]), dim=1)
     k = w.shape[0]
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
     errors = torch.empty_like(w[:block_size])
@@ -169,8 +175,19 @@ def solve_affine(weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges,
         if not adds_loss:
             loss += out.errors.square().sum(0)
         if end < k:
-            w[end:].addmm_(upper[start:end, end:].T, out.errors, alpha=-1)
+            for part, own in zip(parts, torch.split(out.errors, [p.shape[1] for p in parts], dim=1), strict=True):
+                part[end:].addmm_(upper[start:end, end:].T, own, alpha=-1)
     return Solved(codes, values, loss), block_kernel.notes
+
+
+def stacks(weights: Sequence[Tensor]) -> bool:
+    """Whether `solve_affine` gives weights `[N_i, K]` that are stacked the bits that they have alone: their rows fill whole vectors of 64
+    bytes, so that libraries see them as aligned as alone, and no loop of torch on a CPU solves the blocks, where a number's rounding
+    depends on its place in memory."""
+    first = weights[0]
+    if any(w.dtype is not first.dtype or w.shape[0] * w.element_size() % 64 for w in weights):
+        return False
+    return first.device.type != "cpu" or kernel("gptq_block", device=first.device).backend != "torch"
 
 
 def block_within(group: int, most: int = 128) -> int:

@@ -52,6 +52,7 @@ from workers.scaling import GroupForward
 from workers.sensitivity import note_budget, with_chosen_bits
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
+from workers.together import round_together
 from workers.toolkits.launch import made_by_toolkit, without_toolkit
 from workers.tuning import Tuning, tuner_of
 
@@ -319,7 +320,7 @@ def _round_site(worker: BlockQuantizer, site: families.Site, origin: str | None,
     own = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
     kept = nullcontext() if context.kept is None else context.kept.factors(origin, site.linears[0])
     with context.phase("round"), kept, shared_factors() if len(own) > 1 else nullcontext():
-        return [worker.round(n) for n in own]
+        return round_together(worker, own)
 
 
 def _check_coverage(

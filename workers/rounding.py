@@ -292,27 +292,33 @@ class BlockQuantizer:
             self.weights.current[name] = changed
             self.worked.add(transform.name)
 
-    def round(self, name: str) -> LinearResult:
-        """Quantize one linear; the block then holds the dequantized weight."""
+    def round(self, name: str, rounded: Rounded | None = None, seconds: float = 0.0) -> LinearResult:
+        """Quantize one linear; the block then holds the dequantized weight. rounded: what `workers.together` has made in `seconds`."""
         method = self.methods[name]
-        site = self.site(name)
-        start = time.perf_counter()
+        start = time.perf_counter() - seconds
         notes = list(self.linear_notes.get(name, ()))
-        statistics = self._of(site)
-        hessian = statistics.hessian
-        if hessian is not None and self.tokens.get(site, 1) == 0:
-            # A zero Hessian would make every column dead and the weight zero; without knowledge all inputs count alike.
-            statistics = Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device))
+        statistics, unreached = self.statistics_to_round(name)
+        if unreached:
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
-        with translated(self.path(name)):
-            rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self.linear(name))
+        if rounded is None:
+            with translated(self.path(name)):
+                rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self.linear(name))
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
-        output_error = self._output_error(name, stored, hessian)
+        output_error = self._output_error(name, stored, self.statistics_of(name).hessian)
         self.weights.current[name] = stored
         self.weights.views[name].write(stored)
         return LinearResult(
             self.path(name), rounded, self.weight_error(name), output_error, time.perf_counter() - start, [*notes, *rounded.notes]
         )
+
+    def statistics_to_round(self, name: str) -> tuple[Statistics, bool]:
+        """And whether no token reached the input of the linear: a zero Hessian would make every column dead and the weight zero; without
+        knowledge all inputs count alike."""
+        statistics = self.statistics_of(name)
+        hessian = statistics.hessian
+        if hessian is None or self.tokens.get(self.site(name), 1) != 0:
+            return statistics, False
+        return Statistics(hessian=torch.eye(hessian.shape[0], device=hessian.device)), True
 
     def linear(self, name: str) -> Linear:
         """What a rounding or tuner may know of it."""

@@ -2,7 +2,8 @@
 // The twin of quant/kernels/gptq_block/reference.py.
 //
 // Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B], scale and
-// zero are [G, N], group is [B] (row of scale and zero of each column). kind: how codes and values belong together, see `Kind`.
+// zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the largest code of each row, or null: then it is top
+// in all. kind: how codes and values belong together, see `Kind`.
 // block is not changed. threads >= 1: rows are independent of each other.
 
 #include <algorithm>
@@ -58,9 +59,9 @@ INLINE Vector<T> nearest(Vector<T> x) {
 }
 
 template <typename T>
-INLINE Vector<T> limited(Vector<T> x, T top) {
+INLINE Vector<T> limited(Vector<T> x, Vector<T> top) {
     x = x < T(0) ? Vector<T>{} : x;
-    return x > top ? top - Vector<T>{} : x;
+    return x > top ? top : x;
 }
 
 constexpr int64_t AHEAD = 8;  // columns that are fetched before their turn
@@ -68,7 +69,7 @@ constexpr int64_t RUN = 4;    // neighbouring LANES that one thread takes togeth
 
 template <typename T>
 struct Block {
-    const T *block, *upper, *scale, *zero;
+    const T *block, *upper, *scale, *zero, *tops;
     const int64_t* group;
     int64_t columns, rows;
     T top;
@@ -85,6 +86,13 @@ struct Lanes {
     const T* turned;  // upper transposed: what column j needs lies together
     const int64_t first, count;
     T* own;  // errors of these rows, [B, LANES], zero beyond `count`
+    Sums tops;
+
+    INLINE Lanes(const Block<T>& b, const T* turned, int64_t first, int64_t count, T* own)
+        : b(b), turned(turned), first(first), count(count), own(own) {
+        for (Vector<T>& top : tops) top = b.top - Vector<T>{};
+        if (b.tops) fetch(b.tops + first, T(0), tops);
+    }
 
     // `count` numbers from `from`, `otherwise` after them.
     INLINE void fetch(const T* from, T otherwise, Sums& to) const {
@@ -135,16 +143,16 @@ struct Lanes {
         fetch(b.scale + grid, T(1), scales);
         fetch(b.zero + grid, T(0), zeros);
         for (int part = 0; part < 4; part++) {
-            const Vector<T> w = sum[part], scale = scales[part], zero = zeros[part];
+            const Vector<T> w = sum[part], scale = scales[part], zero = zeros[part], top = tops[part];
             Vector<T> code, value;
             if (b.kind == MINIMUM) {
                 // A group of equal values has scale 0; its minimum alone is exact.
                 const Vector<T> steps = scale == T(0) ? Vector<T>{} : (w - zero) / (scale == T(0) ? T(1) - Vector<T>{} : scale);
-                code = nearest<T>(limited<T>(steps, b.top));
+                code = nearest<T>(limited<T>(steps, top));
                 value = code * scale + zero;
             } else {
                 code = b.kind == REAL_ZERO ? nearest<T>(w / scale + zero) : nearest<T>(w / scale) + zero;
-                code = limited<T>(code, b.top);
+                code = limited<T>(code, top);
                 value = (code - zero) * scale;
             }
             codes[part] = code, values[part] = value, errors[part] = (w - value) / diagonal;
@@ -160,7 +168,7 @@ struct Lanes {
 // Two columns at a time: each error is loaded once for both, and eight sums hide the time an addition takes.
 template <typename T>
 INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64_t count, T* own) {
-    const Lanes<T> rows{b, turned, first, count, own};
+    const Lanes<T> rows(b, turned, first, count, own);
     typename Lanes<T>::Sums one, two;
     int64_t j = 0;
     for (; j + 1 < b.columns; j += 2) {
@@ -215,9 +223,9 @@ void solve(const Block<T>& b, int64_t threads) {
 }  // namespace
 
 #define ENTRY(NAME, T)                                                                                                                       \
-    extern "C" void NAME(const T* block, const T* upper, const T* scale, const T* zero, const int64_t* group, int64_t columns, int64_t rows, \
-                         int64_t top, int64_t kind, T* codes, T* values, T* errors, int64_t threads) {                                       \
-        solve(Block<T>{block, upper, scale, zero, group, columns, rows, T(top), kind, codes, values, errors}, threads);                      \
+    extern "C" void NAME(const T* block, const T* upper, const T* scale, const T* zero, const T* tops, const int64_t* group,                 \
+                         int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors, int64_t threads) {        \
+        solve(Block<T>{block, upper, scale, zero, tops, group, columns, rows, T(top), kind, codes, values, errors}, threads);                \
     }
 
 ENTRY(bitgrid_gptq_block_f32, float)

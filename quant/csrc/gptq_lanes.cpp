@@ -33,7 +33,7 @@ template <int L, bool PLAIN>
 void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
-    std::vector<Pivot> pivots(MOST, Pivot{1.0f, 1.0f});
+    std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
     std::vector<float> errors(KEPT, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)
@@ -64,8 +64,9 @@ void solve(const Problem& p, int64_t lanes) {
 
 extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, const float* scale, const float* zero, const int32_t* group,
                                    int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
-                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, int64_t lanes) {
-    Problem p{block,        upper,        scale,       zero,   codes, values, errors, loss, upper_stride,
+                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
+                                   int64_t lanes) {
+    Problem p{block,        upper,        scale,       zero, codes, values, errors, loss, tops, upper_stride,
               scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
     std::copy(group, group + columns, p.group);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);

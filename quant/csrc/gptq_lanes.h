@@ -41,6 +41,7 @@ struct Problem {
     const float *block, *upper, *scale, *zero;       // [B, N], [B, B], [G, N], [G, N]
     float *codes, *values, *errors;                  // [B, N]
     float* loss;                                     // [N], added to; may be null
+    const float* tops;                               // [N], largest code of each row; null: top in all
     int64_t upper_stride, scale_stride, zero_stride;  // floats between rows
     uint32_t columns, rows;                          // B, N; B * N < 2^30
     float top;
@@ -169,7 +170,7 @@ constexpr int FACTOR = PANEL * PANEL * ((MOST / PANEL) * (MOST / PANEL + 1) / 2)
 
 struct Shared {
     const float* factor;  // [FACTOR], 16 bytes aligned; 0 beyond B
-    const Pivot* pivots;  // [MOST], 1 beyond B
+    const Pivot* pivots;  // [MOST]; beyond B with inverse 0, so that errors are 0 there
 };
 
 struct Range {
@@ -182,7 +183,7 @@ struct Lane {
     static constexpr int OWN = PANEL / L;
     float x[PANEL], own[OWN], next[OWN];
     float scales[PLAIN ? 1 : PANEL], zeros[PLAIN ? 1 : PANEL];
-    float loss;
+    float loss, top;
     uint32_t low;  // least |w - q| but 0, as the float's bits without the sign, less 1
     uint32_t row, part;
     bool alive;     // false beyond the last row: such lanes do what the last row's do, and store nothing
@@ -193,6 +194,7 @@ struct Lane {
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
         loss = 0.0f, low = 0xffffffffu;
+        top = p.tops ? p.tops[row] : p.top;
         fetch(p, 0);
     }
 
@@ -244,10 +246,10 @@ struct Lane {
         const uint32_t step = opaque(4 * p.rows);
         uint32_t at = opaque(4 * (first * p.rows + row));
         Range own_range{};
-        float least = 0.0f, most = p.top;
+        float least = 0.0f, most = top;
         if (PLAIN) {
             own_range = range(scales[0], zeros[0], WHOLE);
-            least = -own_range.zero, most = p.top - own_range.zero;
+            least = -own_range.zero, most = top - own_range.zero;
         }
         UNROLLED for (int c = 0; c < PANEL; c++, at += step, u += PANEL) {
             const Pivot pivot = s.pivots[first + c];
@@ -263,7 +265,7 @@ struct Lane {
                 const float whole_zero = p.kind == WHOLE ? r.zero : 0.0f, real_zero = p.kind == REAL_ZERO ? r.zero : 0.0f;
                 const float minimum = p.kind == MINIMUM ? r.zero : 0.0f;
                 const float steps = plus(divided(minus(x[c], minimum), r.scale, r.inverse), real_zero);
-                const float whole = nearest(limited(steps, -whole_zero, p.top - whole_zero));
+                const float whole = nearest(limited(steps, -whole_zero, top - whole_zero));
                 code = plus(whole, whole_zero);
                 value = plus(times(minus(whole, real_zero), r.scale), minimum);
             }
@@ -316,12 +318,12 @@ struct Lane {
             float code, value;
             if (p.kind == MINIMUM) {
                 code = scale == 0.0f ? 0.0f : over(minus(w, zero), scale);
-                code = rintf(code < 0.0f ? 0.0f : code > p.top ? p.top : code);
+                code = rintf(code < 0.0f ? 0.0f : code > top ? top : code);
                 value = plus(times(code, scale), zero);
             } else {
                 code = over(w, scale);
                 code = p.kind == REAL_ZERO ? rintf(plus(code, zero)) : plus(rintf(code), zero);
-                code = code < 0.0f ? 0.0f : code > p.top ? p.top : code;
+                code = code < 0.0f ? 0.0f : code > top ? top : code;
                 value = times(minus(code, zero), scale);
             }
             const float error = over(minus(w, value), p.upper[j * p.upper_stride + j]);

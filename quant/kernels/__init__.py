@@ -1,7 +1,8 @@
 """Kernels: each operation has a plain reference and faster twins; this table is the only place that chooses.
 
 backend: auto takes the first of the operation's row that works on the device; a name of the row insists on that one.
-Each twin is a module with the operation's functions and `unavailable(device)`: None, or the reason why it does not work.
+Each twin is a module with the operation's functions and `unavailable(device)`: None, or the reason why it does not work. One that does not
+take all that its operation is for has `refuses(...)` too: None, or the reason; a caller says what it has, and none hands over to another.
 """
 
 from __future__ import annotations
@@ -118,8 +119,10 @@ class Kernel:
     """Why a faster twin for this device was passed over."""
 
 
-def kernel(operation: str, backend: str = "auto", device: torch.device | str = "cpu") -> Kernel:
-    """Raises ValueError for an unknown operation or backend, RuntimeError where the backend asked for does not work."""
+def kernel(operation: str, backend: str = "auto", device: torch.device | str = "cpu", **given: Any) -> Kernel:
+    """given: what it is for, as the operation's twins with `refuses` have it.
+
+    Raises ValueError for an unknown operation or backend, RuntimeError where the backend asked for does not work."""
     if operation not in TABLE:
         raise ValueError(f"kernel {operation!r} is unknown; choose one of {', '.join(TABLE)}")
     row = TABLE[operation]
@@ -130,6 +133,8 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
     for name in [b for b in row if DEVICES.get(b, place.type) == place.type] if backend == "auto" else [backend]:
         module = import_module(row[name])
         reason = module.unavailable(place)
+        if reason is None and given and hasattr(module, "refuses"):
+            reason = module.refuses(**given)
         if reason is None:
             found = _chosen.get()
             if found is not None and name not in found.setdefault(operation, []):

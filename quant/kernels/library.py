@@ -57,14 +57,15 @@ def _wq_gemm_shape(x: Tensor, *given: Any) -> Tensor:
 
 
 def _gptq_block(
-    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str
+    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str, tops: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    solved = kernel("gptq_block", device=block.device).run.solve_block(block, upper, Affine(scale, zero, bits, ZeroKind(zero_kind)), group)
+    affine = Affine(scale, zero, bits, ZeroKind(zero_kind), tops)
+    solved = kernel("gptq_block", device=block.device, block=block).run.solve_block(block, upper, affine, group)
     return solved.codes, solved.values, solved.errors
 
 
 def _gptq_block_shapes(
-    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str
+    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str, tops: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = block.shape
     return block.new_empty(n, k), block.new_empty(n, k), block.new_empty(n, k)
@@ -198,7 +199,8 @@ _define(
     _wq_gemm_shape,
 )
 _define(
-    "gptq_block(Tensor block, Tensor upper, Tensor scale, Tensor zero, int[] group, int bits, str zero_kind) -> (Tensor, Tensor, Tensor)",
+    "gptq_block(Tensor block, Tensor upper, Tensor scale, Tensor zero, int[] group, int bits, str zero_kind, Tensor? tops=None)"
+    " -> (Tensor, Tensor, Tensor)",
     _gptq_block,
     _gptq_block_shapes,
 )

@@ -7,7 +7,7 @@ Shapes: weight `[N, K]` (out, in), statistics of the input with K channels, samp
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -100,6 +100,18 @@ class Rounding(Declared, Protocol):
     """weight, statistics, scheme ▸ stored tensor. The weight is never changed."""
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded: ...
+
+
+@runtime_checkable
+class Stacks(Protocol):
+    """A rounding that takes linears which read one input in one call, along rows, with the results that `quantize` has, bit for bit."""
+
+    def stacks(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme]) -> bool:
+        """Whether it takes these weights `[N_i, K]` together."""
+
+    def quantize_stacked(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme]) -> list[Rounded]:
+        """Of weights that `stacks` takes. Raises as `quantize` does, and ScaleDtypeError where one needs wider scales than its scheme's:
+        alone, the first says which linear it is, and the second is a note."""
 
 
 @dataclass

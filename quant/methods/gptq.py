@@ -15,7 +15,7 @@ steps (the same U). Float64 weights are computed in float64, all others in float
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,17 +23,36 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, grouped
-from quant.grids import Grid, choose_grid, fit, grid, with_stored_scales, without_grid
+from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
+from quant.kernels.gptq_block import KINDS, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked
 from quant.number_formats import encode, number_format
 from quant.outliers import METRICS, outlier_columns, without_columns
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
-from quant.solver import inverse_factor, revive_dead, solve_affine, solve_columns
+from quant.solver import Solved, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.columns import ColumnsTensor
 from quant.tensors.floating import FloatingTensor
+
+
+@dataclass
+class _Given:
+    """Weights of one scheme, one after another along rows."""
+
+    weight: Tensor
+    """`[N, K]`, dead inputs' columns 0."""
+    rows: list[int]
+    """Of each of the weights."""
+    groups: Tensor
+    """`[N, G, g]` of the weights as given: ranges of whole rows are taken before dead inputs are zeroed."""
+    scheme: WeightScheme
+    chosen: Grid
+    notes: list[str]
+
+    def groups_to_fit(self) -> Tensor:
+        return grouped(self.weight, self.scheme) if self.scheme.granularity is Granularity.GROUP else self.groups
 
 
 @dataclass(frozen=True)
@@ -83,62 +102,112 @@ class Gptq:
 
         Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
         w, hessian = checked("gptq", weight, statistics)
-        k = weight.shape[1]
-        chosen, notes = choose_grid(self.grid, scheme)
-        if scheme.number != "int":
-            notes = without_grid(self.grid, self.mse, scheme)
-        groups = grouped(w, scheme)
-
-        h, dead = revive_dead(hessian.to(w))
-        zeroed = int(dead.sum())
-        if zeroed == k:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
-            w = w.masked_fill(dead, 0)
+        h, dead = revive_dead(hessian)
+        given = self._given([w], scheme, dead)
         if self.outlier_columns and scheme.number != "int":
             raise ValueError(
                 f"outlier_columns={self.outlier_columns} works with integer codes; weight.number={scheme.number} has none: use 0"
             )
-        kept = self._kept_columns(chosen, groups, w, hessian.to(w).diagonal(), scheme)
-        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
-        # Last, so that they take up the errors of all others and add none but that of float16.
-        order = torch.cat([order[~torch.isin(order, kept)], kept])
-        plain_order = not self.act_order and not kept.numel()
-        upper, damp = inverse_factor(h if plain_order else h[order][:, order], self.damp)
-        if damp != self.damp:
-            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        kept = self._kept_columns(given, hessian.diagonal())
+        order, upper, damp = self._factor(h, kept, [given])
 
         def run(scale_dtype: torch.dtype) -> StoredTensor:
-            source = grouped(w, scheme) if scheme.granularity is Granularity.GROUP else groups
-            ranges = _Ranges(self, chosen, scheme, scale_dtype, source, order, kept.numel())
-            columns, coded = w.T[order], k - kept.numel()
-            solved, kernel_notes = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, ranges.block)
-            notes.extend(n for n in kernel_notes if n not in notes)
-            plain = torch.zeros_like(columns)
-            plain[order[:coded]] = solved.codes
-            rest = AffineTensor.build(plain.T, ranges.affine(), scale_dtype, g_idx=ranges.group_of_column())
-            if coded == k:
+            columns = given.weight.T[order]
+            solved, [rest] = self._solve([given], columns, upper, order, kept.numel(), [scale_dtype])
+            if not kept.numel():
                 return rest
             return ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper), exact_inputs=self.outlier_metric == "quik")
 
         def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
-            return _solve_floating(w, groups, upper, order, scheme, scale_dtype, self.block_size)
+            return _solve_floating(given.weight, given.groups, upper, order, scheme, scale_dtype, self.block_size)
 
         make: Callable[[torch.dtype], StoredTensor] = run if scheme.number == "int" else run_floating
         tensor, dtype_notes = with_stored_scales(scheme, make)
         details = {"kept_columns": kept.tolist()} if kept.numel() else {}
         if isinstance(tensor, ColumnsTensor) and tensor.kept_values.dtype is torch.float32:
-            notes.append("float16 does not hold the kept columns: they are stored in float32")
-        return Rounded(tensor, damp=damp, notes=notes + dtype_notes, details=details)
+            given.notes.append("float16 does not hold the kept columns: they are stored in float32")
+        return Rounded(tensor, damp=damp, notes=given.notes + dtype_notes, details=details)
 
-    def _kept_columns(self, chosen: Grid, groups: Tensor, w: Tensor, diagonal: Tensor, scheme: WeightScheme) -> Tensor:
+    def stacks(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme]) -> bool:
+        """Where all have integer codes, one order (which columns are kept differs from weight to weight) and one kind of zero. Bits and
+        groups may differ."""
+        kinds = {KINDS.get(choose_grid(self.grid, s)[0].zero, 0) for s in schemes}
+        return not self.outlier_columns and all(s.number == "int" for s in schemes) and len(kinds) == 1 and stacks(weights)
+
+    def quantize_stacked(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme]) -> list[Rounded]:
+        """As `quantize` has it for each; raises ScaleDtypeError too."""
+        ready = [checked("gptq", weight, statistics) for weight in weights]
+        h, dead = revive_dead(ready[0][1])
+        # Ranges of neighbours with one scheme are found together.
+        runs: list[tuple[WeightScheme, list[Tensor]]] = []
+        for (w, _), scheme in zip(ready, schemes, strict=True):
+            if runs and runs[-1][0] == scheme and scheme.granularity is not Granularity.TENSOR:
+                runs[-1][1].append(w)
+            else:
+                runs.append((scheme, [w]))
+        givens = [self._given(own, scheme, dead) for scheme, own in runs]
+        order, upper, damp = self._factor(h, torch.empty(0, dtype=torch.int64, device=h.device), givens)
+        columns = torch.cat([g.weight.T[order] for g in givens], dim=1)
+        _, tensors = self._solve(givens, columns, upper, order, 0, [DTYPES[g.scheme.scale_dtype] for g in givens])
+        notes = [g.notes for g in givens for _ in g.rows]
+        return [Rounded(t, damp=damp, notes=list(own)) for t, own in zip(tensors, notes, strict=True)]
+
+    def _given(self, weights: list[Tensor], scheme: WeightScheme, dead: Tensor) -> _Given:
+        w = torch.cat(weights) if len(weights) > 1 else weights[0]
+        chosen, notes = choose_grid(self.grid, scheme)
+        if scheme.number != "int":
+            notes = without_grid(self.grid, self.mse, scheme)
+        groups, k, zeroed = grouped(w, scheme), w.shape[1], int(dead.sum())
+        if zeroed == k:
+            notes.append("no calibration token reached this input: the Hessian counts as the identity")
+        elif zeroed:
+            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+            w = w.masked_fill(dead, 0)
+        return _Given(w, [len(own) for own in weights], groups, scheme, chosen, notes)
+
+    def _factor(self, h: Tensor, kept: Tensor, givens: list[_Given]) -> tuple[Tensor, Tensor, float]:
+        """Order of the columns, U in it, and the damping."""
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(len(h), device=h.device)
+        # Last, so that they take up the errors of all others and add none but that of float16.
+        order = torch.cat([order[~torch.isin(order, kept)], kept])
+        plain_order = not self.act_order and not kept.numel()
+        upper, damp = inverse_factor(h if plain_order else h[order][:, order], self.damp)
+        if damp != self.damp:
+            for given in givens:
+                given.notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        return order, upper, damp
+
+    def _solve(
+        self, givens: list[_Given], columns: Tensor, upper: Tensor, order: Tensor, kept: int, scale_dtypes: list[torch.dtype]
+    ) -> tuple[Solved, list[AffineTensor]]:
+        """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight."""
+        coded = len(columns) - kept
+        ranges = [
+            _Ranges(self, g.chosen, g.scheme, dtype, g.groups_to_fit(), order, kept) for g, dtype in zip(givens, scale_dtypes, strict=True)
+        ]
+        block = ranges[0].block if len(ranges) == 1 else _StackedRanges(ranges, [len(g.weight) for g in givens]).block
+        stack = [n for g in givens for n in g.rows]
+        solved, notes = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, block, stack=stack)
+        plain = torch.zeros_like(columns)
+        plain[order[:coded]] = solved.codes
+        tensors = []
+        codes = iter(torch.split(plain.T, stack))
+        for given, own, dtype in zip(givens, ranges, scale_dtypes, strict=True):
+            given.notes.extend(n for n in notes if n not in given.notes)
+            affine, index = own.affine(), own.group_of_column()
+            scales, zeros = (torch.split(t, given.rows) if len(given.rows) > 1 else (t,) for t in (affine.scale, affine.zero))
+            for scale, zero in zip(scales, zeros, strict=True):
+                tensors.append(AffineTensor.build(next(codes), Affine(scale, zero, affine.bits, affine.kind), dtype, g_idx=index))
+        return solved, tensors
+
+    def _kept_columns(self, given: _Given, diagonal: Tensor) -> Tensor:
+        w, groups, scheme = given.weight, given.groups, given.scheme
         if not self.outlier_columns:
             return torch.empty(0, dtype=torch.int64, device=w.device)
         width = groups.shape[2] if scheme.granularity is Granularity.GROUP else w.shape[1]
 
         def rounded(source: Tensor) -> Tensor:
-            affine = fit(chosen, source.view(groups.shape), scheme.bits, torch.float32)
+            affine = fit(given.chosen, source.view(groups.shape), scheme.bits, torch.float32)
             return affine.round(groups).view(w.shape)
 
         return outlier_columns(self.outlier_metric, w, diagonal, self.outlier_columns, width, rounded)
@@ -234,6 +303,24 @@ class _Ranges:
         index = torch.empty_like(self.order)
         index[self.order] = torch.arange(self.order.numel(), device=self.order.device) // self.width
         return index
+
+
+class _StackedRanges:
+    """Of weights `[K, N_i]` with schemes of their own, one after another along rows."""
+
+    def __init__(self, ranges: list[_Ranges], rows: list[int]) -> None:
+        self.ranges, self.rows = ranges, rows
+        self.all: tuple[Affine, list[int]] | None = None
+        """Of all columns, where they are known from the start."""
+
+    def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        parts = list(zip(self.ranges, torch.split(weights, self.rows, dim=1), strict=True))
+        if any(own.dynamic for own in self.ranges):
+            return stacked([own.block(start, end, w) for own, w in parts])
+        if self.all is None:
+            self.all = stacked([own.block(0, len(w), w) for own, w in parts])
+        affine, group = self.all
+        return affine, group[start:end]
 
 
 def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:

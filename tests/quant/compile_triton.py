@@ -49,10 +49,10 @@ from quant.kernels.wq_gemv.program import weight as codes_weight
 def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Kernel, of what, types of its arguments, constants, options."""
     found = []
-    block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "codes", "values", "errors")}
+    block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "tops", "codes", "values", "errors")}
     block |= {"group": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
     for kind in (1, 2):
-        constants = {"KIND": kind, "ROWS": 32, "COLUMNS": 128}
+        constants = {"EACH": True, "KIND": kind, "ROWS": 32, "COLUMNS": 128}
         found.append((solve, f"kind {kind}", block, constants, {"num_warps": 4, "enable_fp_fusion": False}))
     product = {"words": "*i32", "ranges": "*fp32", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(
         ("n", "k", "units", "groups", "width"), "i32"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from quant.affine import Affine
 from quant.grids import GRIDS, fit
 from quant.kernels import TABLE, kernel
-from quant.kernels.gptq_block import SolvedBlock
+from quant.kernels.gptq_block import SolvedBlock, stacked
 from quant.solver import inverse_factor, solve_affine
 
 TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
@@ -25,6 +27,63 @@ def problem(rows: int, columns: int, grid: str, bits: int, dtype: torch.dtype) -
     ranges = fit(GRIDS[grid], w.T.reshape(rows, columns // 16, 16), bits, torch.float32)
     affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), bits, GRIDS[grid].zero)
     return w, upper, affine, [j // 16 for j in range(columns)]
+
+
+SolveBlock = Callable[[Tensor, Tensor, Affine, list[int]], SolvedBlock]
+STACKS = [
+    ("g_asym", (32, 32, 32)),
+    ("g_asym", (64, 32, 64)),
+    ("g_asym", (16, 64, 8)),
+    ("hqq", (64, 32, 64)),
+    ("kivi", (16, 64, 8)),
+]
+"""Grid, and columns of a group in each of three configurations. The first two have one form in CUDA C++, the others another."""
+
+
+def rows_need_no_others(
+    solve: SolveBlock, grid: str, widths: tuple[int, ...], columns: int = 64, rows: tuple[int, int, int] = (11, 12, 13)
+) -> None:
+    """Configurations of 2, 8 and 3 bits in one call, in the order of rows and in another: each row as it is apart, bit for bit."""
+    parts, apart = [], []
+    _, upper, _, _ = problem(1, columns, grid, 4, torch.float32)
+    for width, bits, n in zip(widths, (2, 8, 3), rows, strict=True):
+        w = torch.randn(columns, n, generator=torch.Generator().manual_seed(bits))
+        ranges = fit(GRIDS[grid], w.T.reshape(n, columns // width, width), bits, torch.float32)
+        affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), bits, GRIDS[grid].zero)
+        parts.append((w, affine, [j // width for j in range(columns)]))
+        apart.append(solve(w, upper, affine, parts[-1][2]))
+    block = torch.cat([w for w, _, _ in parts], 1)
+    affine, group = stacked([(affine, group) for _, affine, group in parts])
+    assert affine.tops is not None
+    assert len(affine.scale) == columns // min(widths)
+    order = torch.randperm(block.shape[1], generator=torch.Generator().manual_seed(9))
+    moved = Affine(affine.scale[:, order], affine.zero[:, order], affine.bits, affine.kind, affine.tops[order])
+    together, permuted = solve(block, upper, affine, group), solve(block[:, order].contiguous(), upper, moved, group)
+    for name in ("codes", "values", "errors"):
+        want = torch.cat([getattr(solved, name) for solved in apart], 1)
+        assert torch.equal(getattr(together, name), want), name
+        assert torch.equal(getattr(permuted, name), want[:, order]), name
+    # What would not be seen if tops were left out.
+    assert {int(solved.codes.max()) for solved in apart} == {3, 255, 7}
+
+
+@pytest.mark.parametrize("backend", ["reference", *TWINS])
+@pytest.mark.parametrize(("grid", "widths"), STACKS)
+def test_stacked_configurations_are_solved_as_apart(backend: str, grid: str, widths: tuple[int, ...]) -> None:
+    reason = _unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    # torch rounds the numbers that a vector does not fill otherwise: there it is so for multiples of 64 bytes.
+    rows = (16, 32, 16) if backend == "torch" else (11, 12, 13)
+    rows_need_no_others(kernel("gptq_block", backend).run.solve_block, grid, widths, rows=rows)
+
+
+def test_equal_bits_and_groups_are_stacked_as_they_are() -> None:
+    _, _, affine, group = problem(5, 48, "g_asym", 3, torch.float32)
+    both, groups = stacked([(affine, group), (affine, group)])
+    assert both.tops is None
+    assert groups == group
+    assert torch.equal(both.scale, affine.scale.repeat(1, 2))
 
 
 @pytest.mark.parametrize("backend", TWINS)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
-from quant.kernels import kernel, native, on_cuda
-from quant.kernels.gptq_block import SolvedBlock, cuda
-from tests.quant.test_gptq_block import problem
+from quant.kernels import kernel, native, on_cuda, recorded
+from quant.kernels.gptq_block import SolvedBlock, cuda, triton
+from tests.quant.test_gptq_block import STACKS, problem, rows_need_no_others
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
@@ -52,8 +52,8 @@ def emulated(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lan
 
 def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int) -> SolvedBlock:
     block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
-    out = poisoned(block, loss=True)
-    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind), group, out, lanes)
+    out, tops = poisoned(block, loss=True), None if affine.tops is None else affine.tops.cuda()
+    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes)
     assert out.loss is not None
     return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
 
@@ -80,6 +80,13 @@ def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
     for rows, columns, bits in SHAPES:
         given = problem(rows, columns, grid, bits, torch.float32)
         agrees(run(*given, lanes), *given)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_stacked_configurations_are_solved_as_apart(run: Any, lanes: int) -> None:
+    for grid, widths in STACKS:
+        rows_need_no_others(lambda *given: run(*given, lanes), grid, widths)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -113,13 +120,14 @@ def test_numbers_that_the_fast_division_cannot_take(run: Any, kind: ZeroKind, la
     g = torch.Generator().manual_seed(3)
     rows = 3 * len(odd) + 1
     w, _, _, group = problem(rows, 48, "g_asym", 3, torch.float32)
+    tops = torch.tensor([3.0, 7.0, 255.0]).repeat(rows)[:rows]
     _, upper, _, _ = problem(4, 48, "g_asym", 3, torch.float32)
     scale, zero = torch.rand(3, rows, generator=g) + 0.1, torch.randint(0, 8, (3, rows), generator=g).float()
     for i, x in enumerate(odd):
         w[5 + i % 3, i] = x
         scale[1, len(odd) + i] = x
         zero[1, 2 * len(odd) + i] = x
-    affine = Affine(scale, zero, 3, kind)
+    affine = Affine(scale, zero, 8, kind, tops)
     for many in (group, [j // 32 for j in range(48)]):
         agrees(run(w, upper, affine, many, lanes), w, upper, affine, many)
     for factor in (1e-35, 1e-12, 1e12, 1e35, torch.nan, 0.0):
@@ -183,11 +191,22 @@ def test_compiles_without_spills(architecture: tuple[int, int], most: int, tmp_p
         assert not re.search(r"\b(LDL|STL)\b", said)
 
 
-def test_what_goes_to_a_twin() -> None:
-    float32, float64 = (torch.zeros(4, 4, dtype=t) for t in (torch.float32, torch.float64))
-    assert cuda.twin(float32) is None
-    for other in (float64, torch.zeros(129, 4)):
-        assert cuda.twin(other).__name__.rpartition(".")[2] in ("triton", "eager")
+def test_what_another_twin_solves_is_said_and_recorded_as_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU where both work, or this one alone."""
+    monkeypatch.setattr(cuda, "unavailable", lambda device: None)
+    w = torch.zeros(4, 4, dtype=torch.float64)
+    for reason, other in ((None, "triton"), ("there is no Triton", "torch")):
+        monkeypatch.setattr(triton, "unavailable", lambda device, reason=reason: reason)
+        for block, why in ((w, "takes float32, not torch.float64"), (torch.zeros(129, 4), "at most 128 columns"), (w.float(), "")):
+            with recorded() as kernels:
+                chosen = kernel("gptq_block", device="cuda", block=block)
+            assert kernels == {"gptq_block": [chosen.backend]}
+            assert chosen.backend == (other if why else "cuda")
+            assert why in " ".join(chosen.notes)
+    with pytest.raises(RuntimeError, match="takes float32"):
+        kernel("gptq_block", "cuda", "cuda", block=w)
+    with pytest.raises(ValueError, match="takes float32"):
+        cuda.solve_block(w, w, Affine(w, w, 4, ZeroKind.CODE), [0] * 4)
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -20,7 +20,7 @@ from quant.statistics import HessianSum
 from tests.quant import test_table_gemv as table_gemv
 from tests.quant.products_affine import check, inputs, stored
 from tests.quant.test_fake_quantize import ODD, agree
-from tests.quant.test_gptq_block import problem
+from tests.quant.test_gptq_block import problem, rows_need_no_others
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")
@@ -53,16 +53,9 @@ def test_block_equals_the_plain_loop(grid: str, dtype: torch.dtype) -> None:
         assert torch.equal(getattr(got, name), getattr(want, name)), name
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_stacked_configurations_are_solved_as_apart(bits: int) -> None:
-    solve = kernel("gptq_block", "triton").run.solve_block
-    w, upper, affine, group = problem(33, 16, "g_asym", bits, torch.float32)
-    twice = type(affine)(torch.cat([affine.scale, 2 * affine.scale], 1), torch.cat([affine.zero] * 2, 1), bits, affine.kind)
-    both = solve(torch.cat([w, w], 1), upper, twice, group)
-    for half, scale in ((slice(0, 33), affine.scale), (slice(33, 66), 2 * affine.scale)):
-        alone = solve(w, upper, type(affine)(scale, affine.zero, bits, affine.kind), group)
-        assert torch.equal(both.codes[:, half], alone.codes)
-        assert torch.equal(both.errors[:, half], alone.errors)
+@pytest.mark.parametrize("grid", ["g_asym", "kivi"])
+def test_stacked_configurations_are_solved_as_apart(grid: str) -> None:
+    rows_need_no_others(kernel("gptq_block", "triton").run.solve_block, grid, (8, 16, 4), columns=16, rows=(5, 6, 7))
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -230,7 +230,8 @@ def test_operators_keep_to_their_schemas() -> None:
         torch.library.opcheck(torch.ops.bitgrid.wq_gemv.default, (inputs(2, 96, dtype), *operands(packed)))
     block, upper = torch.randn(4, 6), torch.eye(4)
     arguments = (block, upper, torch.full((2, 6), 0.5), torch.full((2, 6), 4.0), [0, 0, 1, 1], 3, "code")
-    torch.library.opcheck(torch.ops.bitgrid.gptq_block.default, arguments)
+    for more in ((), (torch.full((6,), 3.0),)):
+        torch.library.opcheck(torch.ops.bitgrid.gptq_block.default, (*arguments, *more))
     columns = torch.randn(2, 40)
     torch.library.opcheck(torch.ops.bitgrid.kmeans_columns.default, (columns, 4, "partition"))
     torch.library.opcheck(torch.ops.bitgrid.nearest_centre.default, (columns, torch.randn(2, 4).sort(1).values))

@@ -20,6 +20,7 @@ unavailable = partial(native.unavailable, "gptq_block")
 def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None) -> SolvedBlock:
     w = block.contiguous()
     u, scale, zero = (t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
+    tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     rows = torch.tensor(group, dtype=torch.int64)
     out = SolvedBlock.like(w) if out is None else out
     made = [out.codes, out.values, out.errors]
@@ -27,5 +28,5 @@ def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], 
         got = [(tuple(t.shape), t.dtype) for t in made]
         raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
     numbers = (*w.shape, affine.top, KINDS.get(affine.kind, 0))
-    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, rows, *numbers, *made, torch.get_num_threads())
+    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, tops, rows, *numbers, *made, torch.get_num_threads())
     return out

@@ -1,21 +1,19 @@
 """The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns. Results equal those of the reference bit for bit.
 
-Float64 blocks and wider ones go to the Triton twin, or the torch loop where Triton does not work: `twin` says which. A call copies nothing
-from the host and waits for nothing, so that a CUDA graph can hold it.
+It refuses float64 blocks and wider ones. A call copies nothing from the host and waits for nothing, so that a CUDA graph can hold it.
 """
 
 from __future__ import annotations
 
 from array import array
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.affine import Affine
 from quant.kernels import on_cuda
-from quant.kernels.gptq_block import KINDS, SolvedBlock, eager, triton
+from quant.kernels.gptq_block import KINDS, SolvedBlock
 
 ADDS_LOSS = True
 """`out.loss` is added to here."""
@@ -25,23 +23,22 @@ COLUMNS, PANEL, MOST = 128, 32, 2**30
 unavailable = partial(on_cuda.unavailable, "gptq_block")
 
 
-def twin(block: Tensor) -> Any:
-    """The module that solves a block which this one does not, or None."""
-    if block.dtype is torch.float32 and block.shape[0] <= COLUMNS and block.numel() < MOST:
-        return None
-    return triton if triton.unavailable(block.device) is None else eager
+def refuses(block: Tensor) -> str | None:
+    """None, or why it does not solve blocks like this one."""
+    if block.dtype is not torch.float32:
+        return f"the CUDA library takes float32, not {block.dtype}"
+    if block.shape[0] > COLUMNS or block.numel() >= MOST:
+        return f"the CUDA library takes blocks of at most {COLUMNS} columns and {MOST - 1} weights, not {' x '.join(map(str, block.shape))}"
+    return None
 
 
 def solve_block(
     block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, lanes: int = 0
 ) -> SolvedBlock:
     """lanes: of a warp that share a row, 1, 2 or 4; 0 chooses by the number of rows."""
-    other = twin(block)
-    if other is not None:
-        solved: SolvedBlock = other.solve_block(block, upper, affine, group, out)
-        if solved.loss is not None:
-            solved.loss.add_(solved.errors.square().sum(0))
-        return solved
+    reason = refuses(block)
+    if reason is not None:
+        raise ValueError(f"{reason}; kernel(..., block=block) chooses a backend that takes it")
     out = SolvedBlock.like(block) if out is None else out
     if block.numel():
         values, kept = arguments(block, upper, affine, group, out)
@@ -66,7 +63,8 @@ def arguments(block: Tensor, upper: Tensor, affine: Affine, group: list[int], ou
         )
     # A view's rows may lie apart; only their floats must lie together.
     u, scale, zero = (t if t.stride(-1) == 1 and t.dtype == w.dtype else t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
+    tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     kind = KINDS.get(affine.kind, 0)
     plain = kind == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
-    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss], rows
+    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops], rows

@@ -17,7 +17,7 @@ def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], 
     w = block.clone()
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors
-    by_group = {g: Affine(affine.scale[g], affine.zero[g], affine.bits, affine.kind) for g in set(group)}
+    by_group = {g: Affine(affine.scale[g], affine.zero[g], affine.bits, affine.kind, affine.tops) for g in set(group)}
     # One transfer instead of one per column, where the factor lies on a GPU.
     diagonal: list[float] = upper.diagonal().tolist()
     for j in range(w.shape[0]):

@@ -35,13 +35,15 @@ def solve(
     upper,  # [B, B]
     scale,  # [G, N]
     zero,  # [G, N]
+    tops,  # [N], read where EACH: largest code of each row
     group,  # int32 [B]
     codes,  # [B, N]
     values,
     errors,
     n,
     b,
-    top,
+    top,  # of all rows, where not EACH
+    EACH: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -49,6 +51,7 @@ def solve(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     alive = rows < n
+    most = tl.load(tops + rows, mask=alive, other=0.0) if EACH else top
     tile = tl.load(block + columns[None, :] * n + rows[:, None], mask=alive[:, None] & (columns < b)[None, :], other=0.0)
     for j in range(0, b):
         # A tile in registers has no columns to index: the others are masked out of a sum.
@@ -59,11 +62,11 @@ def solve(
         if KIND == MINIMUM:
             flat = s == 0.0
             steps = tl.where(flat, 0.0, divided(x - z, tl.where(flat, 1.0, s)))
-            code = nearest_whole(tl.minimum(tl.maximum(steps, 0.0), top))
+            code = nearest_whole(tl.minimum(tl.maximum(steps, 0.0), most))
             q = code * s + z
         else:
             code = nearest_whole(divided(x, s) + z) if KIND == FLOAT else nearest_whole(divided(x, s)) + z
-            code = tl.minimum(tl.maximum(code, 0.0), top)
+            code = tl.minimum(tl.maximum(code, 0.0), most)
             q = (code - z) * s
         error = divided(x - q, tl.load(upper + j * b + j))
         at = j * n + rows

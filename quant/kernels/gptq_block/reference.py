@@ -18,7 +18,7 @@ def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], 
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors
     for j in range(w.shape[0]):
-        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind)
+        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
         codes[j] = own.encode(w[j])
         values[j] = own.decode(codes[j])
         errors[j] = (w[j] - values[j]) / upper[j, j]

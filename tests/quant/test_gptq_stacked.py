@@ -1,0 +1,92 @@
+"""Linears that read one input, rounded in one call: what each has alone, bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant.grids import ScaleDtypeError
+from quant.kernels import TABLE, kernel
+from quant.methods.gptq import Gptq
+from quant.scheme import Granularity, WeightScheme
+from quant.statistics import Statistics
+
+K = 96
+CHANNEL = WeightScheme(4)
+G16, G32 = (WeightScheme(4, granularity=Granularity.GROUP, group_size=size) for size in (16, 32))
+NF4 = replace(G32, number="nf4", symmetric=True)
+SCHEMES = {
+    "one": [G16, G16, G16],
+    "bits": [replace(G32, bits=2), replace(G32, bits=8), replace(G32, bits=3)],
+    "widths": [replace(G16, bits=3), G32, replace(CHANNEL, bits=2)],
+    "others": [WeightScheme(3, granularity=Granularity.TENSOR), replace(G16, symmetric=True), replace(G16, scale_dtype="float32")],
+}
+
+
+def given(rows: tuple[int, ...] = (32, 16, 48), dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Statistics]:
+    g = torch.Generator().manual_seed(K)
+    x = torch.randn(300, K, generator=g) @ (torch.eye(K) + 0.1 * torch.randn(K, K, generator=g))
+    x[:, 7] = 0  # an input that never fires
+    return [torch.randn(n, K, generator=g).to(dtype) for n in rows], Statistics(hessian=x.T @ x)
+
+
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("static_groups", [False, True])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_each_is_what_it_is_alone(schemes: list[WeightScheme], static_groups: bool, act_order: bool) -> None:
+    method = Gptq(static_groups=static_groups, act_order=act_order, block_size=32)
+    weights, statistics = given()
+    assert method.stacks(weights, schemes)
+    together = method.quantize_stacked(weights, statistics, schemes)
+    for weight, scheme, got in zip(weights, schemes, together, strict=True):
+        want = method.quantize(weight, statistics, scheme)
+        assert (got.damp, got.notes, got.details) == (want.damp, want.notes, want.details)
+        assert got.tensor.meta() == want.tensor.meta()
+        mine, alone = got.tensor.pack(), want.tensor.pack()
+        assert mine.keys() == alone.keys()
+        assert all(torch.equal(mine[name], alone[name]) for name in mine)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme]) -> None:
+    """Rows as queries, keys and values of a grouped model have them, columns of several blocks."""
+    g = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(n, 1056, generator=g, device="cuda") for n in (2048, 256, 256)]
+    x = torch.randn(2000, 1056, generator=g, device="cuda")
+    method, statistics = Gptq(act_order=True), Statistics(hessian=x.T @ x)
+    assert method.stacks(weights, schemes)
+    for weight, scheme, got in zip(weights, schemes, method.quantize_stacked(weights, statistics, schemes), strict=True):
+        mine, alone = got.tensor.pack(), method.quantize(weight, statistics, scheme).tensor.pack()
+        assert all(torch.equal(mine[name], alone[name]) for name in alone)
+
+
+def test_every_block_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = kernel("gptq_block").run
+    solve, seen = run.solve_block, []
+    monkeypatch.setattr(run, "solve_block", lambda block, *more: (seen.append(tuple(block.shape)), solve(block, *more))[1])
+    weights, statistics = given()
+    Gptq(block_size=32).quantize_stacked(weights, statistics, SCHEMES["bits"])
+    assert seen == [(32, 96)] * 3
+
+
+def test_what_is_not_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, _ = given()
+    three = [G16] * 3
+    assert not Gptq(outlier_columns=2).stacks(weights, three), "each keeps columns of its own"
+    assert not Gptq().stacks(weights, [G16, G16, NF4]), "that is not rounded in blocks"
+    assert not Gptq(grid="hqq").stacks(weights, [G16, G16, replace(G16, symmetric=True)]), "zeros are of two kinds"
+    assert not Gptq().stacks(given((32, 16, 5))[0], three), "rows do not fill vectors"
+    assert not Gptq().stacks([*weights[:2], weights[2].double()], three)
+    monkeypatch.setitem(TABLE, "gptq_block", {"torch": TABLE["gptq_block"]["torch"]})
+    assert not Gptq().stacks(weights, three), "torch rounds by where a number lies"
+
+
+def test_scales_that_one_of_them_does_not_hold_are_said() -> None:
+    weights, statistics = given()
+    weights[1] *= 1e7
+    with pytest.raises(ScaleDtypeError):
+        Gptq().quantize_stacked(weights, statistics, [G16] * 3)

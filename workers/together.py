@@ -1,0 +1,50 @@
+"""Linears that read one input are rounded in one call where their methods take them together: one Hessian, one order, fewer launches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from quant.errors import NonFiniteError
+from quant.grids import ScaleDtypeError
+from quant.methods.base import Rounded, Stacks
+from workers.rounding import BlockQuantizer, LinearResult, translated
+
+
+def round_together(worker: BlockQuantizer, names: Sequence[str]) -> list[LinearResult]:
+    """Quantize linears that read one input, with the results that each has alone. Their seconds are shares by rows of the call."""
+    made: dict[str, tuple[Rounded, float]] = {}
+    for alike in _alike(worker, names):
+        start = time.perf_counter()
+        rounded = _rounded(worker, alike)
+        a_row = (time.perf_counter() - start) / sum(worker.weights.current[n].shape[0] for n in alike)
+        made |= {n: (r, a_row * worker.weights.current[n].shape[0]) for n, r in rounded.items()}
+    return [worker.round(n, *made.get(n, ())) for n in names]
+
+
+def _alike(worker: BlockQuantizer, names: Sequence[str]) -> list[list[str]]:
+    """Linears of one method that takes several, two or more each."""
+    found: list[list[str]] = []
+    for name in names:
+        rounding = worker.methods[name].rounding
+        if isinstance(rounding, Stacks):
+            own = next((f for f in found if worker.methods[f[0]].rounding == rounding), None)
+            if own is None:
+                found.append([name])
+            else:
+                own.append(name)
+    return [f for f in found if len(f) > 1]
+
+
+def _rounded(worker: BlockQuantizer, names: list[str]) -> dict[str, Rounded]:
+    """Nothing where they are not taken together, or one of them is to be rounded alone, which says in its own name what it has."""
+    rounding = worker.methods[names[0]].rounding
+    weights, schemes = [worker.weights.current[n] for n in names], [worker.methods[n].scheme for n in names]
+    if not isinstance(rounding, Stacks) or not rounding.stacks(weights, schemes):
+        return {}
+    with translated(worker.path(names[0])):
+        try:
+            rounded = rounding.quantize_stacked(weights, worker.statistics_to_round(names[0])[0], schemes)
+        except (NonFiniteError, ScaleDtypeError):
+            return {}
+    return dict(zip(names, rounded, strict=True))
