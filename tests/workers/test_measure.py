@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.stats import binom
 from torch import Tensor
 
@@ -18,10 +19,13 @@ from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.quant.products_affine import stored
+from tests.tiny_models import tiny_model
+from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
-from workers import families, packed
+from workers import families, generation, nvml, packed
 from workers.context import Context
 from workers.errors import InputError, NumericalError
+from workers.generation import NoGraph
 from workers.machine import cpu_model
 from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
 from workers.packed import pack_linears
@@ -60,7 +64,46 @@ def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_pat
     assert found["check_error"] <= TOLERANCE["float32"]
     assert 0 < found["packed_bytes"] < found["weights_bytes"] < base["weights_bytes"]
     assert (base["backends"], base["packed_bytes"], base["check_error"]) == ({}, 0, None)
+    assert base["disk_bytes"] == sum(t.nbytes for t in load_file(tiny_model(family) / "model.safetensors").values())
     assert found["threads"] == 1
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_a_gpu_has_besides(counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step as one launch, joules and clocks: the same path as on a GPU, whose parts are stood in for."""
+
+    def gpu(device: str) -> nvml.Gpu:
+        if not counted:
+            raise nvml.NotTold("nobody counts")
+        return nvml.Gpu(FakeNvml(), "1234")
+
+    monkeypatch.setattr(nvml, "gpu", gpu)
+    monkeypatch.setattr(nvml, "LEAST_S", 0.01)
+    monkeypatch.setattr(generation, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generation, "captured", fake_capture if counted else cannot_capture)
+    context = tiny_context("llama", tmp_path)
+    artifact, summary = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    record = artifact / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "summary": summary}))
+    found = measured(context, tmp_path / "m", artifact)
+    assert found["graph"] is counted
+    assert any("not as a CUDA graph: no such thing" in n for n in context.notes) is not counted
+    assert found["run_energy_j"] == (pytest.approx(12.0 / found["runs"]) if counted else None)
+    assert found["token_energy_j"] == (pytest.approx(found["run_energy_j"] / (2 * SMALL.tokens)) if counted else None)
+    assert (found["disk_bytes"], found["bits_stored"]) == (summary["model_bytes"], summary["bits_stored"])
+    assert found["peak_reserved_bytes"] is None
+
+
+def cannot_capture(step: Any, device: torch.device) -> Any:
+    raise NoGraph("no such thing")
+
+
+def test_replayed_logits_that_depart_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generation, "captured", lambda step, device: (lambda: None, torch.zeros_like(step())))
+    context = tiny_context("llama", tmp_path)
+    assert measured(context, tmp_path / "m", None)["graph"] is False
+    assert any("its logits differ from those of steps that are not captured" in n for n in context.notes)
 
 
 def test_every_time_is_kept_and_summed_up(tmp_path: Path) -> None:
