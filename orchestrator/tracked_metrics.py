@@ -62,6 +62,7 @@ MEASURE_FACTS = {
     "run_energy_j": "perf/run_energy_j",
     "token_energy_j": "perf/token_energy_j",
     "disk_bytes": "size/disk_bytes",
+    "kv_bytes": "mem/kv_bytes",
 }
 LAYER_COLUMNS = ("weight_error", "output_error")
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from workers import generation
+from workers import generation, kv_runs
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
 from workers.context import Context
@@ -30,6 +30,7 @@ from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, gen
 from workers.memory import PeakMemory
 from workers.nvml import EnergyMeter
 from workers.packed import DENSE, SIMULATED, Packed, pack_linears
+from workers.packed_cache import PackedCaches
 from workers.recipe import Recipe
 from workers.residency import Residency
 from workers.specs import MeasureSpec, Workload
@@ -53,23 +54,26 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     packed model departs from the simulated one.
     """
     _check_device(spec, context)
-    artifact, steps = inputs.get("quantize"), spec.workload.tokens
-    with _threads(spec.workload.threads):
+    artifact, steps, length = inputs.get("quantize"), spec.workload.tokens, spec.workload.prompt + spec.workload.tokens
+    with _threads(spec.workload.threads), ExitStack() as stack:
         packed, expected, noise = None, None, 0.0
-        if artifact is None:
-            model = residency.unquantized(context, spec.model)
-        else:
-            model = residency.variant(context, spec.model, artifact)
-            expected, noise = _simulated(spec, model, artifact, context, residency)
+        model = residency.unquantized(context, spec.model) if artifact is None else residency.variant(context, spec.model, artifact)
+        prompt = _prompt(model, spec.workload, context.device)
+        if artifact is not None or spec.kv is not None:
+            expected, noise = _simulated(spec, model, artifact, prompt, context, residency)
+        if artifact is not None:
+            del model
             residency.clear()  # or its memory would count as the packed model's
             with context.phase("rebuild"):
                 model = residency.builder.rebuild(context, spec.model, artifact).eval()
                 packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
-        prompt = _prompt(model, spec.workload, context.device)
-        decoder: Decoder = Eager(model)
+        caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload.backend, context.device, length)
+        if caches is not None:
+            stack.enter_context(caches.attached())
+        decoder: Decoder = Eager(model, caches)
         found = generate(decoder, prompt, steps, None if expected is None else expected.tokens)
         error = None if expected is None else _check(found.logits, expected.logits, spec.model.dtype, noise)
-        decoder = _fastest(decoder, model, prompt, found, _allowed(spec.model.dtype, noise), context)
+        decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise), context)
         if context.device.type == "cuda":
             torch.cuda.empty_cache()  # what checking left would count as reserved
         peak, meter = PeakMemory(context.device, context.kept), EnergyMeter(context.device)
@@ -84,6 +88,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         **_speeds(runs, spec.workload, context),
         **_stored(spec, artifact, context),
         **_memory(model, packed),
+        **_cache(caches, context),
         "peak_memory_bytes": peak.bytes(),
         "peak_reserved_bytes": peak.reserved(),
         **_energy(meter, len(runs), spec.workload, context),
@@ -96,21 +101,27 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     }
 
 
-def _simulated(spec: MeasureSpec, model: nn.Module, artifact: Path, context: Context, residency: Residency) -> tuple[Generation, float]:
+def _simulated(
+    spec: MeasureSpec, model: nn.Module, artifact: Path | None, prompt: Tensor, context: Context, residency: Residency
+) -> tuple[Generation, float]:
     """The variant as evaluated, and how far its logits are from those on the same tokens without anything rounded while it runs."""
-    prompt, decoder = _prompt(model, spec.workload, context.device), Eager(model)
+    steps = spec.workload.tokens
     with residency.runtime(model, artifact, spec.activation, None):
-        expected = generate(decoder, prompt, spec.workload.tokens)
-    if spec.activation is None:
+        expected = generate(Eager(model, None if spec.kv is None else kv_runs.empty_caches(model, spec.kv, context)), prompt, steps)
+    if spec.activation is None and spec.kv is None:
         return expected, 0.0
-    return expected, _distance(generate(decoder, prompt, spec.workload.tokens, expected.tokens).logits, expected.logits)
+    return expected, _distance(generate(Eager(model), prompt, steps, expected.tokens).logits, expected.logits)
 
 
-def _fastest(decoder: Decoder, model: nn.Module, prompt: Tensor, found: Generation, allowed: float, context: Context) -> Decoder:
+def _fastest(
+    decoder: Decoder, model: nn.Module, prompt: Tensor, found: Generation, caches: PackedCaches | None, allowed: float, context: Context
+) -> Decoder:
     """Steps as one launch where the device has that, the model can be captured, and the replayed logits are those of `found`."""
     if not generation.has_graphs(context.device):
         return decoder
     try:
+        if caches is not None:
+            raise NoGraph("the host counts what a cache in fewer bits holds, and appends to it")
         graphed = Graphed(model, prompt, found.tokens.shape[1])
         error = _distance(generate(graphed, prompt, found.tokens.shape[1], found.tokens).logits, found.logits)
         if not error <= allowed:
@@ -222,6 +233,16 @@ def _stored(spec: MeasureSpec, artifact: Path | None, context: Context) -> dict[
         return {"disk_bytes": open_checkpoint(context.model_location(spec.model)).bytes, "bits_stored": None}
     summary = read_record(artifact).get("summary", {})
     return {"disk_bytes": summary.get("model_bytes"), "bits_stored": summary.get("bits_stored")}
+
+
+def _cache(caches: PackedCaches | None, context: Context) -> dict[str, Any]:
+    """Which kernel attended, and bytes that the last step read of keys and values; nothing where these are not quantized."""
+    if caches is None:
+        return {}
+    context.notes += caches.chosen.notes
+    if caches.chosen.backend == "reference":
+        context.notes.append("kv_attention ran as its reference, whose time says nothing of the format's speed")
+    return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes}
 
 
 def _energy(meter: EnergyMeter, runs: int, workload: Workload, context: Context) -> dict[str, Any]:

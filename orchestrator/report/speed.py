@@ -50,9 +50,11 @@ class Speed:
 
     @property
     def kernels(self) -> str:
-        """Which ran how many quantized linears, and whether a step was one launch."""
-        linears = [f"{n} {backend}" for backend, n in sorted(self.stage.summary.get("backends", {}).items())]
-        return ", ".join(linears + (["CUDA graph"] if self.stage.summary.get("graph") else [])) or NONE
+        """Which ran how many quantized linears, which read the cache where that is quantized, and whether a step was one launch."""
+        s = self.stage.summary
+        parts = [f"{n} {backend}" for backend, n in sorted(s.get("backends", {}).items())]
+        parts += [f"cache {s['kv_backend']}"] if s.get("kv_backend") else []
+        return ", ".join(parts + (["CUDA graph"] if s.get("graph") else [])) or NONE
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ COLUMNS = (
     _figure("bits stored", "bits_stored", numbers.bits),
     _figure("weights on disk", "disk_bytes", numbers.size),
     _figure("weights", "weights_bytes", numbers.size, True),
+    _figure("cache", "kv_bytes", numbers.size),
     _figure("peak memory", "peak_memory_bytes", numbers.size, True),
     _figure("peak reserved", "peak_reserved_bytes", numbers.size),
     Column("quantized in", lambda s: numbers.duration(s.quantize_s), lambda s: s.quantize_s),

@@ -54,7 +54,20 @@ def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
     }
 
 
+def test_a_cache_is_measured_in_its_format_however_it_is_evaluated(plan_of: Any) -> None:
+    """One measurement for both ways of simulating it, and no other key changes."""
+    grid = ("method=rtn", "scheme=w16a16kv2_kivi,w16a16kv2_kivi_decode,w4a16kv2_kivi_g64,w16a16kv4", "task=self_perplexity")
+    old, new = plan_of(*grid), plan_of(*grid, *ON)
+    assert [k for k in new.stages if k not in new.wanted] == list(old.stages)
+    specs = {new.stages[k].label: new.stages[k].spec for k in new.wanted}
+    caches = {label: spec.kv for label, spec in specs.items() if isinstance(spec, MeasureSpec)}
+    kivi = KVScheme(2, kind="kivi", group_size=32, residual_length=128)
+    assert list(caches.values()) == [None, kivi, kivi]
+    assert [v.label for v in new.variants.values() if any("not measured: kv.kind=per_token" in f for f in v.flags)] != []
+
+
 W8, A8 = WeightScheme(8), ActivationScheme(8)
+KIVI = KVScheme(4, kind="kivi", group_size=32, residual_length=128, mode="decode", prefill=64)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +76,9 @@ W8, A8 = WeightScheme(8), ActivationScheme(8)
         (Scheme(W8, A8), None),
         (Scheme(WeightScheme(4, granularity=Granularity.TENSOR), ActivationScheme(4, symmetric=False, clip=0.9)), None),
         (Scheme(W8), None),
-        (Scheme(W8, A8, KVScheme(8)), "cache"),
+        (Scheme(W8, A8, KVScheme(8)), "kv.kind=kivi"),
+        (Scheme(W8, A8, KIVI), None),
+        (Scheme(None, None, KIVI), None),
         (Scheme(W8, ActivationScheme(8, granularity=Granularity.TENSOR)), "per token"),
         (Scheme(W8, ActivationScheme(8, number="fp8_e4m3")), "integers"),
         (Scheme(W8, ActivationScheme(8, outlier_threshold=6.0)), "outlier_threshold"),
@@ -73,7 +88,7 @@ W8, A8 = WeightScheme(8), ActivationScheme(8)
     ],
 )
 def test_what_kernels_compute_in_is_measured(scheme: Scheme, reason: str | None) -> None:
-    found = unmeasured(scheme)
+    found = unmeasured(scheme, {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}, 160)
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 

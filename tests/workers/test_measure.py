@@ -17,7 +17,7 @@ from torch import Tensor
 from quant.kernels import TABLE, kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
-from quant.scheme import ActivationScheme, Granularity, WeightScheme
+from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.quant.products_affine import stored
 from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import FakeNvml, fake_capture
@@ -43,10 +43,11 @@ def measured(
     artifact: Path | None,
     device: str | None = None,
     activation: ActivationScheme | None = None,
+    kv: KVScheme | None = None,
     **workload: Any,
 ) -> dict[str, Any]:
     (folder / "payload").mkdir(parents=True)
-    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model(), activation)
+    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model(), activation, kv)
     return run_measure(spec, {"quantize": artifact} if artifact else {}, folder / "payload", context, Residency())
 
 
@@ -66,6 +67,24 @@ def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_pat
     assert (base["backends"], base["packed_bytes"], base["check_error"]) == ({}, 0, None)
     assert base["disk_bytes"] == sum(t.nbytes for t in load_file(tiny_model(family) / "model.safetensors").values())
     assert found["threads"] == 1
+
+
+def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With packed weights; float32, in which codes of the cache are those of the simulation."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    context = tiny_context("gemma", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    kv = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
+    found = measured(context, tmp_path / "m", artifact, kv=kv, prompt=20, tokens=4)
+    assert (found["kv_backend"], found["graph"]) == ("reference", False)
+    assert found["check_error"] <= TOLERANCE["float32"]
+    # The last step reads the cache before it ages: of 24 tokens 16 keys and 23 - 16 values are codes, of 2 bits with 4 bytes for 16 of
+    # them; the others are float32.
+    coded, rest = 16 + 7, 48 - (16 + 7)
+    assert found["kv_bytes"] == 2 * 2 * 16 * (coded * (2 / 8 + 4 / 16) + rest * 4)
+    assert any("kv_attention ran as its reference" in n for n in context.notes)
+    with pytest.raises(InputError, match=r"kv\.kind=kivi"):
+        measured(context, tmp_path / "r", artifact, kv=KVScheme(4))
 
 
 @pytest.mark.parametrize("counted", [True, False])
