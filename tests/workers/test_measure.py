@@ -228,6 +228,40 @@ def test_linears_that_no_sum_of_integers_has_are_simulated(tmp_path: Path) -> No
     assert (list(dense["backends"]), dense["check_error"]) == (["simulated"], 0)
 
 
+def test_weights_in_act_order_run_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's fc2 has two groups, whose columns lie apart; of the others' one group nothing has to be gathered."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    context = tiny_context("opt", tmp_path)
+    statistics = calibrated(context, tmp_path / "s", "hessian")
+    weight = WeightScheme(4, granularity=Granularity.GROUP, group_size=32)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("gptq", weight=weight, act_order=True), statistics)
+    recipe, orders = Recipe(artifact), packed._Shared()
+    gathered = []
+    for op in recipe.replaced():
+        stored_tensor = recipe.stored(op)
+        made, order = packed._in_order(stored_tensor, orders)
+        if order is not None:
+            gathered.append(op["module"].rpartition(".")[2])
+            assert torch.equal(made.dequantize(), stored_tensor.dequantize()[:, order.columns.long()])
+            assert packed._in_order(stored_tensor, orders)[1] is order
+    assert set(gathered) == {"fc2"}
+    found = measured(context, tmp_path / "m", artifact)
+    assert list(found["backends"]) == [kernel("wq_gemv").backend]
+    assert found["check_error"] <= TOLERANCE["float32"]
+
+
+def test_what_an_input_is_divided_by_moves_with_its_column() -> None:
+    tensor = replace(stored(5, 64, 4, 32, scaled=True), g_idx=torch.tensor([0, 1] * 32))
+    made, order = packed._in_order(tensor, packed._Shared())
+    assert order is not None
+    assert torch.equal(made.dequantize(), tensor.dequantize()[:, order.columns])
+
+
+def test_groups_of_unlike_size_stay_where_they_are() -> None:
+    tensor = replace(stored(5, 64, 4, 32), g_idx=torch.tensor([0] * 33 + [1] * 31))
+    assert packed._in_order(tensor, packed._Shared()) == (tensor, None)
+
+
 def made_by(method: str, context: Context, folder: Path) -> Path:
     statistics = calibrated(context, folder / "s", "hessian")
     weight = WeightScheme(2) if method == "claq" else WeightScheme(1)
