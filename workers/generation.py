@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -101,37 +102,65 @@ class Eager:
         return logits
 
 
-class Graphed:
-    """A step is one launch: it was captured with a cache of fixed size, whose unused places are masked, and is replayed.
+class FixedCache(Cache):
+    """A cache whose memory stays where it is from prompt to prompt, and whose tokens the device counts."""
 
-    Raises NoGraph for a model whose cache changes shape or place, and where the step cannot be captured."""
+    def on_device(self) -> AbstractContextManager[None]:
+        """While it lasts a step asks nothing of the host."""
+        return nullcontext()
+
+    def by_host(self) -> bool:
+        """Whether the next step is another one than was captured."""
+        return False
+
+    def replayed(self) -> None:
+        """A step was replayed, of which the host has not seen anything."""
+
+
+class Graphed:
+    """A step is one launch: it was captured with a cache of fixed size, and is replayed.
+
+    cache: with room for what `room` says; None: one in full precision, whose unused places are masked. Raises NoGraph for a model whose
+    cache changes shape or place, and where the step cannot be captured."""
 
     @torch.inference_mode()
-    def __init__(self, model: nn.Module, prompt: Tensor, steps: int) -> None:
+    def __init__(self, model: nn.Module, prompt: Tensor, steps: int, cache: FixedCache | None = None) -> None:
         """prompt `[B, P]` int64, and the steps that a generation has."""
         if any(p.device != prompt.device for p in model.parameters()):
             raise NoGraph("its weights are read anew in every forward pass")
         self._model, self._last = model, _last_logits(model)
-        self._cache = _fixed_cache(model, prompt.shape[1] + max(steps, WARM + 1))
+        self._cache = cache or _fixed_cache(model, room(prompt.shape[1], steps))
         self._tokens = prompt[:, :1].clone()
         try:
             self.prompt(prompt)
         except (RuntimeError, TypeError, ValueError) as e:
             raise NoGraph(f"it does not run with a cache of fixed size: {_line(e)}") from e
-        self._replay, self._logits = captured(lambda: self._forward(self._tokens), prompt.device)
+        self._replay, self._logits = captured(self._on_device, prompt.device)
 
     def prompt(self, tokens: Tensor) -> Tensor:
         self._cache.reset()
         return self._forward(tokens)
 
     def step(self, tokens: Tensor) -> Tensor:
+        if self._cache.by_host():
+            return self._forward(tokens)
         self._tokens.copy_(tokens)
         self._replay()
+        self._cache.replayed()
         return self._logits
+
+    def _on_device(self) -> Tensor:
+        with self._cache.on_device():
+            return self._forward(self._tokens)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         logits: Tensor = self._model(input_ids=tokens, use_cache=True, past_key_values=self._cache, **self._last).logits[:, -1]
         return logits
+
+
+def room(prompt: int, steps: int) -> int:
+    """Tokens of a generation, and of what comes before a capture."""
+    return prompt + max(steps, WARM + 1)
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -164,12 +193,12 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     return graph.replay, out
 
 
-def _fixed_cache(model: nn.Module, length: int) -> Cache:
+def _fixed_cache(model: nn.Module, length: int) -> FixedCache:
     config: Any = model.config
     structure = families.structure(config.to_dict())
     if not structure.cache_argument:
         raise NoGraph(f"a {config.model_type} model keeps no keys and values")
-    return Cache(layers=[_FixedLayer(length) for _ in range(structure.count)])
+    return FixedCache(layers=[_FixedLayer(length) for _ in range(structure.count)])
 
 
 class _FixedLayer(CacheLayerMixin):

@@ -54,7 +54,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     packed model departs from the simulated one.
     """
     _check_device(spec, context)
-    artifact, steps, length = inputs.get("quantize"), spec.workload.tokens, spec.workload.prompt + spec.workload.tokens
+    artifact, steps = inputs.get("quantize"), spec.workload.tokens
     with _threads(spec.workload.threads), ExitStack() as stack:
         packed, expected, noise = None, None, 0.0
         model = residency.unquantized(context, spec.model) if artifact is None else residency.variant(context, spec.model, artifact)
@@ -67,7 +67,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             with context.phase("rebuild"):
                 model = residency.builder.rebuild(context, spec.model, artifact).eval()
                 packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
-        caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload.backend, context.device, length)
+        caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload, context.device)
         if caches is not None:
             stack.enter_context(caches.attached())
         decoder: Decoder = Eager(model, caches)
@@ -120,9 +120,7 @@ def _fastest(
     if not generation.has_graphs(context.device):
         return decoder
     try:
-        if caches is not None:
-            raise NoGraph("the host counts what a cache in fewer bits holds, and appends to it")
-        graphed = Graphed(model, prompt, found.tokens.shape[1])
+        graphed = Graphed(model, prompt, found.tokens.shape[1], None if caches is None else caches())
         error = _distance(generate(graphed, prompt, found.tokens.shape[1], found.tokens).logits, found.logits)
         if not error <= allowed:
             raise NoGraph(f"its logits differ from those of steps that are not captured by {error:.2g} of their norm, above {allowed:.2g}")

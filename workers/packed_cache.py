@@ -12,16 +12,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from quant.kernels import TABLE, Kernel, kernel
-from quant.kernels.kv_attention import Packed
+from quant.kernels.kv_attention import Packed, ages, hold, told_one
 from quant.kv import Kivi, make
 from quant.scheme import KVScheme
 from workers import families, kv_rules
 from workers.errors import InputError
+from workers.generation import FixedCache, room
+from workers.specs import Workload
 
 OPERATION = "kv_attention"
 ATTENTION = "bitgrid_kv_attention"
@@ -31,32 +33,32 @@ _layers: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
 
 
 class PackedCaches:
-    """Makes empty caches for a model. backend: auto or a name of the kernel; names of others' kernels are auto here.
+    """Makes empty caches for a model and a workload, whose backend is auto here where it is one of other kernels' alone.
 
     Raises InputError for a scheme, model or length that the kernel does not read."""
 
-    def __init__(self, model: nn.Module, kv: KVScheme, backend: str, device: torch.device, length: int) -> None:
+    def __init__(self, model: nn.Module, kv: KVScheme, workload: Workload, device: torch.device) -> None:
         config: Any = model.config
-        reason = kv_rules.not_packed(kv, config.to_dict(), length)
+        reason = kv_rules.not_packed(kv, config.to_dict(), workload.prompt + workload.tokens)
         if reason is not None:
             raise InputError(reason)
         try:
             rule = make(kv)
-            self.chosen: Kernel = kernel(OPERATION, backend if backend in TABLE[OPERATION] else "auto", device)
+            self.chosen: Kernel = kernel(OPERATION, workload.backend if workload.backend in TABLE[OPERATION] else "auto", device)
         except (ValueError, RuntimeError) as e:
             raise InputError(str(e)) from e
         assert isinstance(rule, Kivi)
-        self._rule, self._length, self._model = rule, length, model
+        self._rule, self._length, self._model = rule, room(workload.prompt, workload.tokens), model
         structure = families.structure(config.to_dict())
         blocks: Any = model.get_submodule(structure.blocks)
         self._attention = [block.get_submodule(structure.attention) for block in blocks]
         self.last: list[_Layer] = []
         """Layers of the cache that was made last."""
 
-    def __call__(self) -> Cache:
+    def __call__(self) -> PackedCache:
         self.last = [_Layer(self._rule, self.chosen.run, self._length) for _ in self._attention]
         _layers.update(zip(self._attention, self.last, strict=True))
-        return Cache(layers=list(self.last))
+        return PackedCache(self.last)
 
     @property
     def bytes(self) -> int:
@@ -78,6 +80,33 @@ class PackedCaches:
                 _layers.pop(module, None)
 
 
+class PackedCache(FixedCache):
+    """A step in which keys age is another than the others: they do so once in a window's length, all tokens of it together."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        super().__init__(layers=list(layers))
+        self._layers = layers
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        for layer in self._layers:
+            layer.on_device = True
+        try:
+            yield
+        finally:
+            for layer in self._layers:
+                layer.on_device = False
+
+    def by_host(self) -> bool:
+        held = self._layers[0].packed
+        return held is not None and ages(held)
+
+    def replayed(self) -> None:
+        for layer in self._layers:
+            assert layer.packed is not None
+            told_one(layer.packed)
+
+
 class _Layer(CacheLayerMixin):
     is_sliding = False
 
@@ -85,23 +114,32 @@ class _Layer(CacheLayerMixin):
         super().__init__()
         self._rule, self._run, self._length = rule, run, length
         self.packed: Packed | None = None
-        self._reads_itself = True
+        self.on_device = False
+        """Whether tokens are appended where the device, not the host, says."""
+        self._reads_itself = self._empty = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rule = self._rule
-        self.packed = self._run.prepare(
+        made = self._run.prepare(
             key_states, value_states, rule.key_bits, rule.value_bits, rule.group_size, rule.residual_length, self._length
         )
-        self.is_initialized = True
+        if self.packed is None:
+            self.packed = made
+        else:
+            hold(self.packed, made)
+        self.is_initialized, self._empty = True, False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`[B, H, T, D]` of the new tokens, returned as they are: attention finds the others here."""
-        self._reads_itself = self.packed is None
-        if self.packed is None:
+        self._reads_itself = self._empty
+        if self._empty:
             self.lazy_initialization(key_states, value_states)
         else:
-            self._run.append(self.packed, key_states, value_states)
+            (self._run.append_one if self.on_device else self._run.append)(self.packed, key_states, value_states)
         return key_states, value_states
+
+    def reset(self) -> None:
+        self._empty = True
 
     def attend(self, query: Tensor, scale: float | None) -> Tensor | None:
         """query `[B, H, 1, D]` ▸ `[B, 1, H, D]`; None where the tokens read only each other."""
@@ -113,10 +151,12 @@ class _Layer(CacheLayerMixin):
         return out[:, None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self._length, 0  # masks are not made for this attention
 
-    def get_seq_length(self) -> int:
-        return 0 if self.packed is None else self.packed.length
+    def get_seq_length(self) -> int | Tensor:
+        if self.packed is None or self._empty:
+            return 0
+        return self.packed.counts[0, 2].long() if self.on_device else self.packed.length
 
     def get_max_length(self) -> int:
         return self._length

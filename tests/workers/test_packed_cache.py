@@ -19,16 +19,19 @@ from quant.kernels.kv_attention import GROUPS, WIDTHS
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.scheme import KVScheme
 from tests.tiny_models import tiny_model
+from tests.workers.fake_devices import fake_capture
 from tests.workers.stage_runs import tiny_context
-from workers import kv_rules
+from workers import generation, kv_rules
 from workers.errors import InputError
-from workers.generation import Eager, generate
+from workers.generation import Eager, Graphed, generate
 from workers.kv_runs import empty_caches
 from workers.packed_cache import PackedCaches
+from workers.specs import Workload
 
 CPU = torch.device("cpu")
 PROMPT, STEPS = 20, 13
 """With groups and a window of 16, keys age twice and values at every step."""
+SHORT = Workload(prompt=PROMPT, tokens=2)
 KIVI = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
 
 
@@ -45,7 +48,7 @@ def tokens(count: int) -> torch.Tensor:
 def distance(model: Any, kv: KVScheme, backend: str, tmp_path: Path, steps: int = STEPS, read: KVScheme | None = None) -> float:
     """Of the packed cache's logits to the simulated one's, relative. read: another scheme for the packed cache."""
     want = generate(Eager(model, empty_caches(model, kv, tiny_context("gemma", tmp_path))), tokens(PROMPT), steps)
-    caches = PackedCaches(model, read or kv, backend, CPU, PROMPT + steps)
+    caches = PackedCaches(model, read or kv, Workload(prompt=PROMPT, tokens=steps, backend=backend), CPU)
     with caches.attached():
         got = generate(Eager(model, caches), tokens(PROMPT), steps, want.tokens)
     assert 0 < caches.bytes
@@ -56,6 +59,27 @@ def distance(model: Any, kv: KVScheme, backend: str, tmp_path: Path, steps: int 
 def test_logits_are_those_of_the_simulated_cache(values: int, gemma: Any, tmp_path: Path) -> None:
     kv = KVScheme(4, kind="kivi", group_size=16, residual_length=16, value_bits=values)
     assert distance(gemma, kv, "auto", tmp_path) <= 1e-5
+
+
+def test_replayed_steps_read_what_was_appended_since(gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in one memory, through a step in which keys age: that one is not replayed."""
+    monkeypatch.setattr(generation, "captured", fake_capture)
+    want = generate(Eager(gemma, empty_caches(gemma, KIVI, tiny_context("gemma", tmp_path))), tokens(PROMPT), STEPS)
+    caches = PackedCaches(gemma, KIVI, Workload(prompt=PROMPT, tokens=STEPS), CPU)
+    with caches.attached():
+        graphed = Graphed(gemma, tokens(PROMPT), STEPS, caches())
+        for _ in range(2):
+            got = generate(graphed, tokens(PROMPT), STEPS, want.tokens)
+            assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
+
+
+def test_such_a_step_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device no value can be read."""
+    monkeypatch.setattr(generation, "captured", lambda step, device: (step, step()))
+    model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().to("meta"), tokens(PROMPT).to("meta")
+    caches = PackedCaches(model, KIVI, SHORT, prompt.device)
+    with caches.attached():
+        Graphed(model, prompt, 2, caches())
 
 
 def test_another_cache_is_found_out(gemma: Any, tmp_path: Path) -> None:
@@ -71,7 +95,7 @@ def test_a_fast_kernel_reads_it_too(gemma: Any, tmp_path: Path) -> None:
 
 def test_attention_is_the_models_own_afterwards(gemma: Any) -> None:
     before, own = gemma.config._attn_implementation, generate(Eager(gemma), tokens(PROMPT), 2)
-    caches = PackedCaches(gemma, KIVI, "auto", CPU, PROMPT + 2)
+    caches = PackedCaches(gemma, KIVI, SHORT, CPU)
     with caches.attached():
         generate(Eager(gemma, caches), tokens(PROMPT), 2)
     assert gemma.config._attn_implementation == before
@@ -109,4 +133,19 @@ def test_what_no_kernel_reads_is_refused_with_a_reason(kv: KVScheme, config: dic
 
 def test_a_worker_refuses_too(gemma: Any) -> None:
     with pytest.raises(InputError, match=r"which is kv\.kind=kivi"):
-        PackedCaches(gemma, KVScheme(4), "auto", CPU, 8)
+        PackedCaches(gemma, KVScheme(4), SHORT, CPU)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton interprets (TRITON_INTERPRET)"
+)
+def test_graphs_of_a_gpu() -> None:
+    """Replayed and launched steps run the same kernels: what differs is where they find their places."""
+    model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().cuda(), tokens(PROMPT).cuda()
+    caches = PackedCaches(model, KIVI, Workload(prompt=PROMPT, tokens=STEPS), prompt.device)
+    with caches.attached():
+        want = generate(Eager(model, caches), prompt, STEPS)
+        graphed = Graphed(model, prompt, STEPS, caches())
+        for _ in range(2):
+            got = generate(graphed, prompt, STEPS, want.tokens)
+            assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
