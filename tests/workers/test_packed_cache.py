@@ -136,9 +136,7 @@ def test_a_worker_refuses_too(gemma: Any) -> None:
         PackedCaches(gemma, KVScheme(4), SHORT, CPU)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton interprets (TRITON_INTERPRET)"
-)
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton only interprets")
 def test_graphs_of_a_gpu() -> None:
     """Replayed and launched steps run the same kernels: what differs is where they find their places."""
     model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().cuda(), tokens(PROMPT).cuda()

@@ -5,9 +5,10 @@ Letters: S sequences, H query heads, KV heads of keys and values (H a multiple),
 code · step + low, step and low float16; the latest tokens wait in full precision. Values decode to what `quant.kv` reads before that rounds
 it to the model's type. `Plain` is a cache that is not quantized.
 
-Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured) and `kv_attention(q, packed, scale=None, out=None) ▸ out`:
-q `[S, H, D]` float16, bfloat16 or float32; out in its type; scores are multiplied by scale, D^-½ where None. What is held in the cache of a
-sequence stands on the device, in `counts`: a call waits for nothing, and a captured graph of it reads what has been appended since.
+Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured) and
+`kv_attention(q, packed, scale=None, out=None) ▸ out`: q `[S, H, D]` float16, bfloat16 or float32; out in its type; scores are multiplied by
+scale, D^-½ where None. What is held in the cache of a sequence stands on the device, in `counts`: a call waits for nothing, and a captured
+graph of it reads what has been appended since.
 """
 
 from __future__ import annotations
