@@ -18,6 +18,8 @@ from workers.errors import InputError
 
 CACHES = ("past_key_values", "state")
 """Names under which models return, and take, what they keep of earlier tokens."""
+TOLD_POSITIONS = ("opt",)
+"""Families that read the number of tokens held back from the device, unless they are told which places count and where a token stands."""
 WARM = 3
 """Steps before a capture: kernels are compiled and libraries loaded by then."""
 T = TypeVar("T")
@@ -129,7 +131,8 @@ class Graphed:
         if any(p.device != prompt.device for p in model.parameters()):
             raise NoGraph("its weights are read anew in every forward pass")
         self._model, self._last = model, _last_logits(model)
-        self._cache = cache or _fixed_cache(model, room(prompt.shape[1], steps))
+        self._room = room(prompt.shape[1], steps)
+        self._cache = cache or _fixed_cache(model, self._room)
         self._tokens = prompt[:, :1].clone()
         try:
             self.prompt(prompt)
@@ -151,10 +154,19 @@ class Graphed:
 
     def _on_device(self) -> Tensor:
         with self._cache.on_device():
-            return self._forward(self._tokens)
+            return self._forward(self._tokens, **self._told())
 
-    def _forward(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=tokens, use_cache=True, past_key_values=self._cache, **self._last).logits[:, -1]
+    def _told(self) -> dict[str, Tensor]:
+        config: Any = self._model.config
+        if config.model_type not in TOLD_POSITIONS:
+            return {}
+        at: Any = self._cache.get_seq_length()
+        places = torch.ones(len(self._tokens), self._room, dtype=torch.int64, device=self._tokens.device)
+        return {"attention_mask": places, "position_ids": at.view(1, 1)}
+
+    def _forward(self, tokens: Tensor, **more: Tensor) -> Tensor:
+        out = self._model(input_ids=tokens, use_cache=True, past_key_values=self._cache, **self._last, **more)
+        logits: Tensor = out.logits[:, -1]
         return logits
 
 

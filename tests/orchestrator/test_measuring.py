@@ -55,10 +55,9 @@ def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
 
 
 def test_a_cache_is_measured_in_its_format_however_it_is_evaluated(plan_of: Any) -> None:
-    """One measurement for both ways of simulating it, and no other key changes."""
+    """One measurement for both ways of simulating it."""
     grid = ("method=rtn", "scheme=w16a16kv2_kivi,w16a16kv2_kivi_decode,w4a16kv2_kivi_g64,w16a16kv4", "task=self_perplexity")
-    old, new = plan_of(*grid), plan_of(*grid, *ON)
-    assert [k for k in new.stages if k not in new.wanted] == list(old.stages)
+    new = plan_of(*grid, *ON)
     specs = {new.stages[k].label: new.stages[k].spec for k in new.wanted}
     caches = {label: spec.kv for label, spec in specs.items() if isinstance(spec, MeasureSpec)}
     kivi = KVScheme(2, kind="kivi", group_size=32, residual_length=128)

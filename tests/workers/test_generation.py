@@ -18,7 +18,7 @@ def model(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize("family", ["mistral", "opt"])
 def test_replayed_steps_are_the_models(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice, since a prompt begins anew. float32: sums of some hundred in another order. Mistral's tokens see 8 others here, not all."""
     monkeypatch.setattr(generation, "captured", fake_capture)
@@ -31,7 +31,7 @@ def test_replayed_steps_are_the_models(family: str, monkeypatch: pytest.MonkeyPa
         assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
 def test_a_step_can_be_captured(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device no value can be read, so that whatever runs there waits for nothing."""
     monkeypatch.setattr(generation, "captured", lambda step, device: (step, step()))

@@ -96,6 +96,7 @@ def test_what_a_gpu_has_besides(counted: bool, tmp_path: Path, monkeypatch: pyte
             raise nvml.NotTold("nobody counts")
         return nvml.Gpu(FakeNvml(), "1234")
 
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     monkeypatch.setattr(nvml, "gpu", gpu)
     monkeypatch.setattr(nvml, "LEAST_S", 0.01)
     monkeypatch.setattr(generation, "has_graphs", lambda device: True)
@@ -118,6 +119,7 @@ def cannot_capture(step: Any, device: torch.device) -> Any:
 
 
 def test_replayed_logits_that_depart_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     monkeypatch.setattr(generation, "has_graphs", lambda device: True)
     monkeypatch.setattr(generation, "captured", lambda step, device: (lambda: None, torch.zeros_like(step())))
     context = tiny_context("llama", tmp_path)

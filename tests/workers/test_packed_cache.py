@@ -55,7 +55,7 @@ def distance(model: Any, kv: KVScheme, backend: str, tmp_path: Path, steps: int 
     return float((got.logits - want.logits).norm() / want.logits.norm())
 
 
-@pytest.mark.parametrize("values", [2, 4, 8])
+@pytest.mark.parametrize("values", [2, 8])
 def test_logits_are_those_of_the_simulated_cache(values: int, gemma: Any, tmp_path: Path) -> None:
     kv = KVScheme(4, kind="kivi", group_size=16, residual_length=16, value_bits=values)
     assert distance(gemma, kv, "auto", tmp_path) <= 1e-5
