@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from orchestrator.stage import Resources
+from quant.scheme import KVScheme
 from workers.errors import WorkerError
 from workers.families import linear_shapes
 from workers.specs import CalibrateSpec, EvaluateSpec, MeasureSpec, MethodSpec, PrepareSpec, QuantizeSpec, Spec, StageKind
@@ -76,9 +77,12 @@ def what(spec: Spec) -> str:
     if isinstance(spec, QuantizeSpec):
         return " ".join(_method_name(rule.method) for rule in spec.rules)
     if isinstance(spec, MeasureSpec):
-        return f"{spec.device} {spec.workload}"
-    cache = f" kv {spec.kv.kind} {spec.kv.mode}" if spec.kv is not None else ""
-    return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}{cache}"
+        return f"{spec.device} {spec.workload}{_cache(spec.kv)}"
+    return f"{spec.task.kind} {spec.task.text.digest[:12]} {spec.task.params}{_cache(spec.kv)}"
+
+
+def _cache(kv: KVScheme | None) -> str:
+    return "" if kv is None else f" kv {kv.kind} {kv.mode}"
 
 
 def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:

@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from orchestrator.config import check_whole
 from orchestrator.errors import ConfigError
-from quant.scheme import Granularity, Scheme
+from quant.scheme import Granularity, KVScheme, Scheme
+from workers import kv_rules
 from workers.machine import cpu_model
 from workers.specs import Workload
 
@@ -46,11 +48,18 @@ def measuring(settings: Mapping[str, Any]) -> Measuring | None:
     return Measuring(Workload(**given), device)
 
 
-def unmeasured(scheme: Scheme) -> str | None:
-    """None, or why no kernel computes in the scheme's numbers, so that there is but a simulation to time."""
+def measured_cache(kv: KVScheme | None) -> KVScheme | None:
+    """The format alone: the prompt is the workload's, and a cache is decoded through however an evaluation simulates it."""
+    return None if kv is None else replace(kv, mode="simulate", prefill=1)
+
+
+def unmeasured(scheme: Scheme, config: Mapping[str, Any], length: int) -> str | None:
+    """None, or why no kernel computes in the scheme's numbers, so that there is but a simulation to time.
+
+    config: the model's, empty where it is not known yet; length: tokens of prompt and decoding together."""
     weight, activation = scheme.weight, scheme.activation
-    if scheme.kv is not None:
-        return "no kernel here reads a cache in fewer bits"
+    if scheme.kv is not None and (reason := kv_rules.not_packed(scheme.kv, config, length)) is not None:
+        return reason
     if activation is None:
         return None
     if activation.number != "int" or not activation.dynamic or activation.granularity is not Granularity.TOKEN:

@@ -22,7 +22,7 @@ from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.measuring import measuring, unmeasured
+from orchestrator.measuring import measured_cache, measuring, unmeasured
 from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
@@ -268,12 +268,13 @@ class _Planner:
                 f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {cell.model.name} "
                 f"has {limit}; lower one of them"
             )
-        reason = None if variant.is_baseline else unmeasured(scheme)
+        reason = None if variant.is_baseline else unmeasured(scheme, source.config, length)
         if reason is not None:
             variant.flags += (f"not measured: {reason}",)
             return
         inputs = {"quantize": variant.quantize} if variant.quantize else {}
-        spec = MeasureSpec(model, workload, device, None if variant.is_baseline else scheme.activation)
+        runtime = () if variant.is_baseline else (scheme.activation, measured_cache(scheme.kv))
+        spec = MeasureSpec(model, workload, device, *runtime)
         variant.measure = self._stage(StageKind.MEASURE, spec, inputs, f"measure {_label(variant)}")
         self._plan.wanted.append(variant.measure)
 

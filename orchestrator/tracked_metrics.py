@@ -58,6 +58,11 @@ MEASURE_FACTS = {
     "prefill_p95_s": "perf/prefill_p95_s",
     "weights_bytes": "mem/weights_bytes",
     "peak_memory_bytes": "mem/measure_peak_bytes",
+    "peak_reserved_bytes": "mem/measure_reserved_bytes",
+    "run_energy_j": "perf/run_energy_j",
+    "token_energy_j": "perf/token_energy_j",
+    "disk_bytes": "size/disk_bytes",
+    "kv_bytes": "mem/kv_bytes",
 }
 LAYER_COLUMNS = ("weight_error", "output_error")
 

@@ -12,6 +12,11 @@ from workers.families import structure
 SEPARATE_ROTARY_KEYS = ("gemma", "llama", "mistral", "mixtral", "qwen2")
 """Families whose keys are a linear of their own (`k_proj`), then rotated by halves of a head."""
 
+PACKED_FAMILIES = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
+"""Families whose attention is a function of queries, keys and values alone, which another may stand in for."""
+PACKED_WIDTHS, PACKED_GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
+"""Channels of a head and sizes of a group that `quant.kernels.kv_attention` takes."""
+
 
 def head_width(config: Mapping[str, Any]) -> int | None:
     """Channels of a head; None where the configuration does not say."""
@@ -39,6 +44,31 @@ def refuses(kv: KVScheme, config: Mapping[str, Any]) -> str | None:
             f"kv.kind=kvquant quantizes keys before the rotary embedding, which is known for {', '.join(SEPARATE_ROTARY_KEYS)}; "
             f"a {kind} model has no rotary embedding or a fused projection"
         )
+    return None
+
+
+def not_packed(kv: KVScheme, config: Mapping[str, Any], length: int) -> str | None:
+    """Why no kernel attends to a cache of `length` tokens as `kv` stores it; None where one does."""
+    if kv.kind != "kivi":
+        return (
+            f"kv.kind={kv.kind}: the kernel kv_attention reads keys per channel, values per token and the latest tokens in full precision, "
+            "which is kv.kind=kivi"
+        )
+    if kv.group_size not in PACKED_GROUPS:
+        return f"kv.group_size={kv.group_size}: the kernel kv_attention has groups of {', '.join(map(str, PACKED_GROUPS))}"
+    if not config:  # of a model that is not known before it is fetched
+        return None
+    kind, width = config.get("model_type"), head_width(config)
+    if kind not in PACKED_FAMILIES:
+        return f"attention of a {kind} model is not a function that kv_attention could stand in for; it is of {', '.join(PACKED_FAMILIES)}"
+    if width not in PACKED_WIDTHS or width % kv.group_size:
+        return (
+            f"heads of {width} channels in groups of {kv.group_size}: the kernel kv_attention has heads of "
+            f"{', '.join(map(str, PACKED_WIDTHS))}, which a group must divide"
+        )
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window and length > window:
+        return f"a token sees {window} tokens at most, and kv_attention reads all {length}: lower workload.prompt or workload.tokens"
     return None
 
 

@@ -21,7 +21,7 @@ from workers.context import Context
 from workers.decoding import decoded_logits
 from workers.errors import InputError
 from workers.kv_aging import aging_logits
-from workers.kv_cache import QuantizedCache
+from workers.kv_cache import MakeCache, QuantizedCache
 from workers.recipe import Recipe
 from workers.steps import key_rotation
 from workers.tasks import base
@@ -52,6 +52,12 @@ def logits(
     window = kv.mode == "simulate"
     prefill = 10**9 if window else kv.prefill
     return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)
+
+
+def empty_caches(model: nn.Module, kv: KVScheme, context: Context) -> MakeCache:
+    """What makes caches that decoding fills, of a scheme that is not calibrated. Raises InputError as `logits` does."""
+    quantizers = _with_key_rotations(model, _quantizers(model, kv, {}), context)
+    return lambda: QuantizedCache(quantizers)
 
 
 def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context: Context) -> list[KVQuantizer]:

@@ -2,30 +2,35 @@
 
 Input: `quantize`, the artifact of the variant (none: the unquantized model). A prompt of random tokens fills the cache, then
 tokens are decoded one at a time. The packed model is first checked against the simulated one (weights dequantized, as evaluated)
-on the same tokens; then the same generation is repeated until the medians are known well enough. Payload: times.json with every time.
+on the same tokens; then the same generation is repeated until the medians are known well enough, on a GPU with a step captured as a
+graph where it can be. Payload: times.json with every time.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from workers import generation, kv_runs
+from workers.artifact import read_record
+from workers.checkpoint import open_checkpoint
 from workers.context import Context
-from workers.environment import environment
+from workers.environment import clocks_mhz, environment
 from workers.errors import InputError, NumericalError
+from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate
 from workers.memory import PeakMemory
+from workers.nvml import EnergyMeter
 from workers.packed import DENSE, SIMULATED, Packed, pack_linears
+from workers.packed_cache import PackedCaches
 from workers.recipe import Recipe
 from workers.residency import Residency
 from workers.specs import MeasureSpec, Workload
@@ -39,58 +44,90 @@ TIGHT = 0.05
 """Half the width of the 95 % interval of a median, relative to it, that is good enough."""
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 """Relative error of logits, over all of them. A product's rounding error passes some tens of layers, and sums are in another order."""
-CACHES = ("past_key_values", "state")
-"""Names under which models return, and take, what they keep of earlier tokens."""
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Generation:
-    tokens: Tensor
-    """`[B, steps]`, what went in after the prompt."""
-    logits: Tensor
-    """`[B, steps + 1, V]`: after the prompt, and after each step."""
-    seconds: list[float]
-    """Of the prompt, and of each step."""
 
 
 def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
-    """Write times.json into `payload`; return the figures, seconds per pass and tokens per second over all sequences.
+    """Write times.json into `payload`; return the figures: seconds per pass and tokens per second over all sequences, bytes, joules of a
+    generation and of a decoded token (its share of the prompt included), None where the device does not count them.
 
     Raises InputError (another device than the spec's, a backend that does not take the weights, no cache), NumericalError where the
     packed model departs from the simulated one.
     """
     _check_device(spec, context)
     artifact, steps = inputs.get("quantize"), spec.workload.tokens
-    with _threads(spec.workload.threads):
-        if artifact is None:
-            model, packed, error = residency.unquantized(context, spec.model), None, None
-            prompt = _prompt(model, spec.workload, context.device)
-        else:
-            model = residency.variant(context, spec.model, artifact)
-            prompt = _prompt(model, spec.workload, context.device)
-            with residency.runtime(model, artifact, spec.activation, None):
-                simulated = _generate(model, prompt, steps, context.device)
-            noise = 0.0
-            if spec.activation is not None:
-                noise = _distance(_generate(model, prompt, steps, context.device, simulated.tokens).logits, simulated.logits)
+    with _threads(spec.workload.threads), ExitStack() as stack:
+        packed, expected, noise = None, None, 0.0
+        model = residency.unquantized(context, spec.model) if artifact is None else residency.variant(context, spec.model, artifact)
+        prompt = _prompt(model, spec.workload, context.device)
+        if artifact is not None or spec.kv is not None:
+            expected, noise = _simulated(spec, model, artifact, prompt, context, residency)
+        if artifact is not None:
+            del model
             residency.clear()  # or its memory would count as the packed model's
             with context.phase("rebuild"):
                 model = residency.builder.rebuild(context, spec.model, artifact).eval()
                 packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
-            found = _generate(model, prompt, steps, context.device, simulated.tokens)
-            error = _check(found.logits, simulated.logits, spec.model.dtype, noise)
-        peak = PeakMemory(context.device, context.kept)
+        caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload, context.device)
+        if caches is not None:
+            stack.enter_context(caches.attached())
+        decoder: Decoder = Eager(model, caches)
+        found = generate(decoder, prompt, steps, None if expected is None else expected.tokens)
+        error = None if expected is None else _check(found.logits, expected.logits, spec.model.dtype, noise)
+        decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise), context)
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()  # what checking left would count as reserved
+        peak, meter = PeakMemory(context.device, context.kept), EnergyMeter(context.device)
         with context.phase("time"):
-            runs = _repeat(lambda: _generate(model, prompt, steps, context.device).seconds)
-        summary = {**_speeds(runs, spec.workload, context), **_memory(model, packed), "peak_memory_bytes": peak.bytes()}
-        device = environment(str(context.device))
+            runs = _repeat(lambda: generate(decoder, prompt, steps).seconds, meter)
+        clocks, device = clocks_mhz(str(context.device)), environment(str(context.device))
     (payload / TIMES).write_text(json.dumps({"prefill": [r[0] for r in runs], "decode": [r[1:] for r in runs]}))
     if packed is not None:
         name = DENSE if spec.activation is None else SIMULATED
         context.notes += [f"{n} linears ran {name}: {reason}" for reason, n in packed.reasons.items()] + sorted(packed.notes)
-    backends = {} if packed is None else dict(packed.backends)
-    return {**summary, "check_error": error, "backends": backends, "device": device["device_name"], "threads": device["threads"]}
+    return {
+        **_speeds(runs, spec.workload, context),
+        **_stored(spec, artifact, context),
+        **_memory(model, packed),
+        **_cache(caches, context),
+        "peak_memory_bytes": peak.bytes(),
+        "peak_reserved_bytes": peak.reserved(),
+        **_energy(meter, len(runs), spec.workload, context),
+        "check_error": error,
+        "backends": {} if packed is None else dict(packed.backends),
+        "graph": isinstance(decoder, Graphed),
+        "device": device["device_name"],
+        "threads": device["threads"],
+        "clocks_mhz": clocks,
+    }
+
+
+def _simulated(
+    spec: MeasureSpec, model: nn.Module, artifact: Path | None, prompt: Tensor, context: Context, residency: Residency
+) -> tuple[Generation, float]:
+    """The variant as evaluated, and how far its logits are from those on the same tokens without anything rounded while it runs."""
+    steps = spec.workload.tokens
+    with residency.runtime(model, artifact, spec.activation, None):
+        expected = generate(Eager(model, None if spec.kv is None else kv_runs.empty_caches(model, spec.kv, context)), prompt, steps)
+    if spec.activation is None and spec.kv is None:
+        return expected, 0.0
+    return expected, _distance(generate(Eager(model), prompt, steps, expected.tokens).logits, expected.logits)
+
+
+def _fastest(
+    decoder: Decoder, model: nn.Module, prompt: Tensor, found: Generation, caches: PackedCaches | None, allowed: float, context: Context
+) -> Decoder:
+    """Steps as one launch where the device has that, the model can be captured, and the replayed logits are those of `found`."""
+    if not generation.has_graphs(context.device):
+        return decoder
+    try:
+        graphed = Graphed(model, prompt, found.tokens.shape[1], None if caches is None else caches())
+        error = _distance(generate(graphed, prompt, found.tokens.shape[1], found.tokens).logits, found.logits)
+        if not error <= allowed:
+            raise NoGraph(f"its logits differ from those of steps that are not captured by {error:.2g} of their norm, above {allowed:.2g}")
+    except NoGraph as e:
+        context.notes.append(f"steps were launched kernel by kernel, not as a CUDA graph: {e}")
+        return decoder
+    return graphed
 
 
 def _check_device(spec: MeasureSpec, context: Context) -> None:
@@ -119,53 +156,14 @@ def _prompt(model: nn.Module, workload: Workload, device: torch.device) -> Tenso
     return torch.randint(int(config.vocab_size), (workload.batch, workload.prompt), generator=random).to(device)
 
 
-@torch.inference_mode()
-def _generate(model: nn.Module, prompt: Tensor, steps: int, device: torch.device, given: Tensor | None = None) -> Generation:
-    """The most likely tokens after the prompt, or `given` `[B, steps]`, one at a time."""
-    # The head's product for a whole prompt is thrown away by all who generate.
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    tokens: list[Tensor] = []
-    logits: list[Tensor] = []
-    seconds: list[float] = []
-    kept: dict[str, Any] = {}
-    x = prompt
-    for step in range(steps + 1):
-        out, took = _timed(lambda: model(input_ids=x, use_cache=True, **last, **kept), device)  # noqa: B023
-        name = next((n for n in CACHES if getattr(out, n, None) is not None), None)
-        if name is None:
-            raise InputError(f"a {type(model).__name__} returns none of {', '.join(CACHES)}, so that it cannot decode token by token")
-        kept = {name: getattr(out, name)}
-        seconds.append(took)
-        logits.append(out.logits[:, -1].float())
-        if step < steps:
-            x = logits[-1].argmax(-1, keepdim=True) if given is None else given[:, step : step + 1]
-            tokens.append(x)
-    return Generation(torch.cat(tokens, 1), torch.stack(logits, 1), seconds)
-
-
-def _timed(run: Callable[[], T], device: torch.device) -> tuple[T, float]:
-    if device.type != "cuda":
-        start = time.perf_counter()
-        return run(), time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    out = run()
-    end.record()
-    end.synchronize()
-    return out, begin.elapsed_time(end) / 1000
-
-
 def _distance(found: Tensor, expected: Tensor) -> float:
     """Relative, over all."""
     return float((found - expected).double().norm() / expected.double().norm())
 
 
 def _check(found: Tensor, expected: Tensor, dtype: str, noise: float = 0.0) -> float:
-    """Relative error of the packed model's logits; raises NumericalError where it is above the tolerance, or not a number.
-
-    noise: what rounding activations changes. A sum in another order may put one value on the other side of a boundary between two codes;
-    in later layers many follow, until packed and simulated model are two roundings of the same, √2 noise apart."""
-    error, allowed = _distance(found, expected), TOLERANCE[dtype] + 2 * noise
+    """Relative error of the packed model's logits; raises NumericalError where it is above the tolerance, or not a number."""
+    error, allowed = _distance(found, expected), _allowed(dtype, noise)
     if not error <= allowed:
         raise NumericalError(
             f"logits with packed weights differ from the simulated ones by {error:.2g} of their norm, above {allowed:.2g}; "
@@ -174,13 +172,24 @@ def _check(found: Tensor, expected: Tensor, dtype: str, noise: float = 0.0) -> f
     return error
 
 
-def _repeat(run: Callable[[], list[float]]) -> list[list[float]]:
-    """Seconds of each generation, once warm, until prompt and steps are known well enough."""
+def _allowed(dtype: str, noise: float) -> float:
+    """noise: what rounding while the model runs changes. A sum in another order may put one value on the other side of a boundary between
+    two codes; in later layers many follow, until packed and simulated model are two roundings of the same, √2 noise apart."""
+    return TOLERANCE[dtype] + 2 * noise
+
+
+def _repeat(run: Callable[[], list[float]], meter: EnergyMeter) -> list[list[float]]:
+    """Seconds of each generation, once warm, until prompt and steps are known well enough and the meter has run long enough."""
     run()
     runs: list[list[float]] = []
     start = time.perf_counter()
-    while len(runs) < FEWEST or (len(runs) < MOST and time.perf_counter() - start < LONGEST_S and not _tight(runs)):
+    meter.start()
+    while True:
         runs.append(run())
+        took = time.perf_counter() - start
+        if len(runs) >= FEWEST and (len(runs) >= MOST or took >= LONGEST_S or (took >= meter.least_s and _tight(runs))):
+            break
+    meter.stop()
     return runs
 
 
@@ -214,6 +223,33 @@ def _speeds(runs: Sequence[Sequence[float]], workload: Workload, context: Contex
     out["prefill_tokens_per_s"] = workload.batch * workload.prompt / out["prefill_p50_s"]
     out["decode_tokens_per_s"] = workload.batch / out["decode_p50_s"]
     return out
+
+
+def _stored(spec: MeasureSpec, artifact: Path | None, context: Context) -> dict[str, Any]:
+    """Bytes of all weights on disk, and bits per weight of the quantized linears as the quantize stage counted them."""
+    if artifact is None:
+        return {"disk_bytes": open_checkpoint(context.model_location(spec.model)).bytes, "bits_stored": None}
+    summary = read_record(artifact).get("summary", {})
+    return {"disk_bytes": summary.get("model_bytes"), "bits_stored": summary.get("bits_stored")}
+
+
+def _cache(caches: PackedCaches | None, context: Context) -> dict[str, Any]:
+    """Which kernel attended, and bytes that the last step read of keys and values; nothing where these are not quantized."""
+    if caches is None:
+        return {}
+    context.notes += caches.chosen.notes
+    if caches.chosen.backend == "reference":
+        context.notes.append("kv_attention ran as its reference, whose time says nothing of the format's speed")
+    return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes}
+
+
+def _energy(meter: EnergyMeter, runs: int, workload: Workload, context: Context) -> dict[str, Any]:
+    if meter.joules is None:
+        if context.device.type == "cuda":
+            context.notes.append(f"energy was not measured: {meter.reason}")
+        return {"run_energy_j": None, "token_energy_j": None}
+    each = meter.joules / runs
+    return {"run_energy_j": each, "token_energy_j": each / (workload.batch * workload.tokens)}
 
 
 def _memory(model: nn.Module, packed: Packed | None) -> dict[str, int]:

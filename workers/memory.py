@@ -45,6 +45,12 @@ class PeakMemory:
         """Highest use since construction (where the system cannot reset it: since the process started)."""
         return max(self._own, self._gauge.peak() - (0 if self._keeps is None else self._keeps.bytes))
 
+    def reserved(self) -> int | None:
+        """Highest that torch's allocator held of the device since construction, used or for reuse, without what the process keeps now; None
+        on a CPU, where it has no part. For stages that change nothing of what is kept."""
+        held = self._gauge.reserved()
+        return None if held is None else held - (0 if self._keeps is None else self._keeps.bytes)
+
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """So many bytes were kept since the last change, and others are afterwards."""
@@ -60,6 +66,9 @@ class Gauge(Protocol):
     def peak(self) -> int:
         """Most bytes since the last reset."""
 
+    def reserved(self) -> int | None:
+        """Likewise, with what an allocator holds for reuse; None where there is none."""
+
     def reset(self) -> None: ...
 
 
@@ -72,6 +81,9 @@ class CudaGauge:
     def peak(self) -> int:
         return int(torch.cuda.max_memory_allocated(self._device))
 
+    def reserved(self) -> int:
+        return int(torch.cuda.max_memory_reserved(self._device))
+
     def reset(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -82,6 +94,9 @@ class ResidentGauge:
 
     def peak(self) -> int:
         return _resident_peak()
+
+    def reserved(self) -> None:
+        return None
 
     def reset(self) -> None:
         _reset_resident_peak()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -103,6 +103,9 @@ def _pack(
         operation = INTEGER if isinstance(stored, AffineTensor) and recipe.exact_inputs(op) is None else None
     if operation is None:
         return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
+    order: _Order | None = None
+    if activation is None and isinstance(stored, AffineTensor) and stored.g_idx is not None:
+        stored, order = _in_order(stored, shared)
     try:
         chosen = kernel(operation, backend, device)
         packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
@@ -110,13 +113,27 @@ def _pack(
         return str(e)
     if activation is None:
         cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
-        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside)
+        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside, order)
     else:
         _multiply_codes(view.module, chosen.run, packed, shared)
     made.backends[chosen.backend] += 1
     made.notes.update(chosen.notes)
     made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
+    made.bytes += 0 if order is None else order.columns.nbytes
     return None
+
+
+def _in_order(stored: AffineTensor, shared: _Shared) -> tuple[AffineTensor, _Order | None]:
+    """The tensor with the columns of a group side by side, and the order of its inputs; as it was where groups differ in size."""
+    assert stored.g_idx is not None
+    groups = torch.bincount(stored.g_idx.long(), minlength=stored.scale.shape[1])
+    if bool((groups != groups[0]).any()):
+        return stored, None
+    columns = torch.argsort(stored.g_idx.long(), stable=True)
+    scale = None if stored.input_scale is None else stored.input_scale[columns]
+    made = replace(stored, codes=stored.codes[:, columns].contiguous(), g_idx=None, stream=None, input_scale=scale)
+    in_place = torch.equal(columns, torch.arange(len(columns), device=columns.device))
+    return made, None if in_place else shared.order(columns)
 
 
 def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made: Packed) -> tuple[Any, Any]:
@@ -136,11 +153,13 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
     return chosen.run, packed
 
 
-def _multiply_rows(linear: nn.Linear, run: Any, operation: str, packed: Any, cores: Any = None, beside: Any = None) -> None:
+def _multiply_rows(
+    linear: nn.Linear, run: Any, operation: str, packed: Any, cores: Any = None, beside: Any = None, order: _Order | None = None
+) -> None:
     width, bias, product = linear.in_features, linear.bias, getattr(run, operation)
 
     def forward(x: Tensor) -> Tensor:
-        rows = x.reshape(-1, width)
+        rows = (x if order is None else order.of(x)).reshape(-1, width)
         if cores is not None and TENSOR_CORE_ROWS[0] <= len(rows) <= TENSOR_CORE_ROWS[1] and x.dtype is not torch.float32:
             out = cores.wq_gemm(rows, beside)
         elif len(rows) > MANY_ROWS[x.device.type]:
@@ -161,11 +180,32 @@ class _Shared:
     def __init__(self) -> None:
         self._x: Tensor | None = None
         self._made: Any = None
+        self._orders: list[_Order] = []
+
+    def order(self, columns: Tensor) -> _Order:
+        """One for all linears whose inputs come in the same order: those with one input share its Hessian."""
+        known = next((o for o in self._orders if torch.equal(o.columns, columns.int())), None)
+        if known is None:
+            known = _Order(columns.int())
+            self._orders.append(known)
+        return known
 
     def of(self, x: Tensor, make: Callable[[], Any]) -> Any:
         if self._x is not x:
             self._x, self._made = x, make()
         return self._made
+
+
+class _Order:
+    """In which a linear's inputs come, int32 `[K]`; an input is gathered once."""
+
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns
+        self._shared = _Shared()
+
+    def of(self, x: Tensor) -> Tensor:
+        found: Tensor = self._shared.of(x, lambda: x.index_select(-1, self.columns))
+        return found
 
 
 def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -> None:

@@ -196,6 +196,8 @@ class MeasureSpec:
     """Name that the device must have."""
     activation: ActivationScheme | None = None
     """As evaluated; a kernel rounds and multiplies in as few bits."""
+    kv: KVScheme | None = None
+    """Format of the cache, which a kernel reads packed. How an evaluation gets there (mode, prefill) is at its default here."""
 
 
 Spec = CalibrateSpec | PrepareSpec | QuantizeSpec | EvaluateSpec | MeasureSpec

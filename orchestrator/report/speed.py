@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
@@ -11,12 +11,11 @@ from rich.text import Text
 from orchestrator.report import numbers
 from orchestrator.report.markup import Markup, Td, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
-from orchestrator.report.tables import spec_of
+from orchestrator.report.tables import spec_of, stage_seconds
 from orchestrator.results import StageResult
 from workers.specs import MeasureSpec, from_json
 
 NONE = "–"
-HEADINGS = ("variant", "ms per token", "tokens per s", "prompt, ms", "weights", "peak memory", "linears")
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,76 @@ class Speed:
     def known(self) -> bool:
         return bool(self.stage.summary)
 
-    @property
-    def linears(self) -> str:
-        """Which kernel ran how many quantized linears."""
-        return ", ".join(f"{n} {backend}" for backend, n in sorted(self.stage.summary.get("backends", {}).items())) or NONE
+    def of(self, name: str) -> float | None:
+        """A figure of the measurement; None where the device does not tell, or an older record does not have it."""
+        found = self.stage.summary.get(name)
+        return None if found is None else float(found)
 
-    def cells(self, intervals: bool) -> tuple[str, ...]:
-        """Below `HEADINGS`, without the variant's name."""
+    @property
+    def per_token(self) -> str:
+        low, high = (_ms(self.of(f"decode_{end}_s")) for end in ("low", "high"))
+        return f"{_ms(self.of('decode_p50_s'))} [{low}, {high}]"
+
+    @property
+    def quantize_s(self) -> float | None:
+        return stage_seconds(self.line.variant.quantize)
+
+    @property
+    def quantize_bytes(self) -> float | None:
+        stage = self.line.variant.quantize
+        return None if stage is None else stage.summary.get("peak_memory_bytes")
+
+    @property
+    def kernels(self) -> str:
+        """Which ran how many quantized linears, which read the cache where that is quantized, and whether a step was one launch."""
         s = self.stage.summary
-        per_token = _ms(s["decode_p50_s"]) + (f" [{_ms(s['decode_low_s'])}, {_ms(s['decode_high_s'])}]" if intervals else "")
-        rate, prompt = numbers.number(s["decode_tokens_per_s"]), _ms(s["prefill_p50_s"])
-        return per_token, rate, prompt, numbers.size(s["weights_bytes"]), numbers.size(s["peak_memory_bytes"]), self.linears
+        parts = [f"{n} {backend}" for backend, n in sorted(s.get("backends", {}).items())]
+        parts += [f"cache {s['kv_backend']}"] if s.get("kv_backend") else []
+        return ", ".join(parts + (["CUDA graph"] if s.get("graph") else [])) or NONE
+
+
+@dataclass(frozen=True)
+class Column:
+    heading: str
+    text: Callable[[Speed], str]
+    sort: Callable[[Speed], object]
+    narrow: bool = False
+    """Shown in the terminal too, which has room for some columns."""
+
+
+def _figure(heading: str, name: str, written: Callable[[float | None], str], narrow: bool = False) -> Column:
+    return Column(heading, lambda s: written(s.of(name)), lambda s: s.of(name), narrow)
+
+
+def _ms(seconds: float | None) -> str:
+    return NONE if seconds is None else numbers.number(1000 * seconds)
+
+
+COLUMNS = (
+    Column("ms per token", lambda s: s.per_token, lambda s: s.of("decode_p50_s")),
+    _figure("p95", "decode_p95_s", _ms, True),
+    _figure("tokens per s", "decode_tokens_per_s", numbers.number, True),
+    _figure("prompt, ms", "prefill_p50_s", _ms, True),
+    _figure("prompt, p95", "prefill_p95_s", _ms),
+    _figure("J per token", "token_energy_j", numbers.number, True),
+    _figure("J in all", "run_energy_j", numbers.number),
+    _figure("bits stored", "bits_stored", numbers.bits),
+    _figure("weights on disk", "disk_bytes", numbers.size),
+    _figure("weights", "weights_bytes", numbers.size, True),
+    _figure("cache", "kv_bytes", numbers.size),
+    _figure("peak memory", "peak_memory_bytes", numbers.size, True),
+    _figure("peak reserved", "peak_reserved_bytes", numbers.size),
+    Column("quantized in", lambda s: numbers.duration(s.quantize_s), lambda s: s.quantize_s),
+    Column("with at most", lambda s: numbers.size(s.quantize_bytes), lambda s: s.quantize_bytes),
+    Column("kernels", lambda s: s.kernels, lambda s: s.kernels, True),
+)
+SHORT = Column("ms per token", lambda s: _ms(s.of("decode_p50_s")), lambda s: None, True)
+"""Without its interval, for the terminal."""
+
+
+def columns(found: Sequence[Speed]) -> list[Column]:
+    """Those in which a measurement has something; all where there is none yet."""
+    return [c for c in COLUMNS if any(s.known and c.text(s) != NONE for s in found)] or list(COLUMNS)
 
 
 def speeds(model: ModelTable) -> list[Speed]:
@@ -66,13 +124,17 @@ def speed_section(model: ModelTable) -> Markup:
         "p",
         f"On {conditions(found)}. Each with the weights that it stores, by the kernel named on the right; dense: its linears were "
         "dequantized first, so that the time is that of the unquantized format; simulated: and their inputs rounded as in the evaluation, "
-        "whose time says nothing of the format's speed. Medians, with the 95 % interval of the median over generations. Peak memory of a "
-        "CPU is that of the whole process.",
+        "whose time says nothing of the format's speed. Medians, with the 95 % interval of the median over generations; p95: 95 in 100 "
+        "steps, or prompts, took no longer. Energy is that of the whole device, a token's with its share of the prompt. Peak memory of a "
+        "CPU is that of the whole process; reserved: with what torch keeps for reuse. Quantized in: time and peak memory of the quantize "
+        "stage.",
         class_="caption",
     )
-    rows = [[Td(s.line.name), *(_cells(s) if s.known else _missing(s))] for s in found]
+    shown = columns(found)
+    rows = [[Td(s.line.name), *(_cells(s, shown) if s.known else _missing(s, len(shown)))] for s in found]
     classes = ["baseline" if s.line.variant.is_baseline else "" for s in found]
-    return join((tag("h3", "Speed and memory"), caption, table(list(HEADINGS), rows, label=f"{model.model}: speed", row_classes=classes)))
+    headings = ["variant", *(c.heading for c in shown)]
+    return join((tag("h3", "Speed and memory"), caption, table(headings, rows, label=f"{model.model}: speed", row_classes=classes)))
 
 
 def speed_table(model: ModelTable) -> Table | None:
@@ -81,25 +143,20 @@ def speed_table(model: ModelTable) -> Table | None:
     if not found:
         return None
     out = Table(title=f"{model.model}: speed on {conditions(found)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for i, heading in enumerate(HEADINGS):
+    shown = [SHORT, *(c for c in columns(found) if c.narrow)]
+    for i, heading in enumerate(("variant", *(c.heading for c in shown))):
         out.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for s in found:
-        cells = s.cells(intervals=False) if s.known else (s.stage.status.value.lower(), *[""] * (len(HEADINGS) - 2))
+        cells = [c.text(s) for c in shown] if s.known else [s.stage.status.value.lower(), *[""] * (len(shown) - 1)]
         out.add_row(Text(s.line.name), *map(Text, cells))
     return out
 
 
-def _cells(speed: Speed) -> list[Td]:
-    s = speed.stage.summary
-    sorts = [s[k] for k in ("decode_p50_s", "decode_tokens_per_s", "prefill_p50_s", "weights_bytes", "peak_memory_bytes")]
-    return [Td(text, sort=repr(sort)) for text, sort in zip(speed.cells(intervals=True), [*sorts, speed.linears], strict=True)]
+def _cells(speed: Speed, shown: Sequence[Column]) -> list[Td]:
+    return [Td(c.text(speed), sort="" if (sort := c.sort(speed)) is None else repr(sort)) for c in shown]
 
 
-def _missing(speed: Speed) -> list[Td]:
+def _missing(speed: Speed, count: int) -> list[Td]:
     state = speed.stage.status.value
     first = Td("FAILED" if state in FAILED_STATES else state.lower(), sort="", class_="bad" if state in FAILED_STATES else "state")
-    return [first, *(Td("–", sort="") for _ in HEADINGS[2:])]
-
-
-def _ms(seconds: float) -> str:
-    return numbers.number(1000 * seconds)
+    return [first, *(Td(NONE, sort="") for _ in range(count - 1))]

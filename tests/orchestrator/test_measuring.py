@@ -11,11 +11,13 @@ import pytest
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
 from orchestrator.measuring import measuring, unmeasured
+from orchestrator.report.numbers import duration, size
 from orchestrator.report.overview import model_tables
-from orchestrator.report.speed import speeds
-from orchestrator.report.tables import long_table
-from orchestrator.stage import Stage
-from orchestrator.tracked_metrics import variant_points
+from orchestrator.report.speed import Speed, columns, speeds
+from orchestrator.report.tables import long_table, stage_seconds
+from orchestrator.results import StageResult
+from orchestrator.stage import Stage, Status
+from orchestrator.tracked_metrics import MEASURE_FACTS, _facts, variant_points
 from quant.scheme import ActivationScheme, Granularity, KVScheme, Scheme, WeightScheme
 from tests.orchestrator import synthetic
 from tests.orchestrator.sweeping import committed, sweep
@@ -52,7 +54,19 @@ def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
     }
 
 
+def test_a_cache_is_measured_in_its_format_however_it_is_evaluated(plan_of: Any) -> None:
+    """One measurement for both ways of simulating it."""
+    grid = ("method=rtn", "scheme=w16a16kv2_kivi,w16a16kv2_kivi_decode,w4a16kv2_kivi_g64,w16a16kv4", "task=self_perplexity")
+    new = plan_of(*grid, *ON)
+    specs = {new.stages[k].label: new.stages[k].spec for k in new.wanted}
+    caches = {label: spec.kv for label, spec in specs.items() if isinstance(spec, MeasureSpec)}
+    kivi = KVScheme(2, kind="kivi", group_size=32, residual_length=128)
+    assert list(caches.values()) == [None, kivi, kivi]
+    assert [v.label for v in new.variants.values() if any("not measured: kv.kind=per_token" in f for f in v.flags)] != []
+
+
 W8, A8 = WeightScheme(8), ActivationScheme(8)
+KIVI = KVScheme(4, kind="kivi", group_size=32, residual_length=128, mode="decode", prefill=64)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,9 @@ W8, A8 = WeightScheme(8), ActivationScheme(8)
         (Scheme(W8, A8), None),
         (Scheme(WeightScheme(4, granularity=Granularity.TENSOR), ActivationScheme(4, symmetric=False, clip=0.9)), None),
         (Scheme(W8), None),
-        (Scheme(W8, A8, KVScheme(8)), "cache"),
+        (Scheme(W8, A8, KVScheme(8)), "kv.kind=kivi"),
+        (Scheme(W8, A8, KIVI), None),
+        (Scheme(None, None, KIVI), None),
         (Scheme(W8, ActivationScheme(8, granularity=Granularity.TENSOR)), "per token"),
         (Scheme(W8, ActivationScheme(8, number="fp8_e4m3")), "integers"),
         (Scheme(W8, ActivationScheme(8, outlier_threshold=6.0)), "outlier_threshold"),
@@ -71,7 +87,7 @@ W8, A8 = WeightScheme(8), ActivationScheme(8)
     ],
 )
 def test_what_kernels_compute_in_is_measured(scheme: Scheme, reason: str | None) -> None:
-    found = unmeasured(scheme)
+    found = unmeasured(scheme, {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}, 160)
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
@@ -141,3 +157,38 @@ def test_a_sweep_is_measured_and_told(tmp_path: Path) -> None:
 def test_variants_without_a_measurement_have_no_table(tmp_path: Path) -> None:
     result = synthetic.sweep(tmp_path)
     assert all(speeds(m) == [] for m in model_tables(result, long_table(result)))
+
+
+def figures(**more: Any) -> dict[str, Any]:
+    """What a worker on a GPU tells."""
+    known = {"decode_p50_s": 0.0123, "decode_low_s": 0.0121, "decode_high_s": 0.0126, "decode_p95_s": 0.0205, "decode_tokens_per_s": 81.3}
+    stored = {"disk_bytes": 4.1e9, "bits_stored": 4.25, "weights_bytes": 4.2e9, "peak_memory_bytes": 5.2e9, "threads": 8}
+    return {**known, "prefill_p50_s": 0.1, "prefill_p95_s": 0.2, **stored, "backends": {"cuda": 224}, **more}
+
+
+def test_the_table_shows_what_was_measured_and_what_quantizing_took(tmp_path: Path) -> None:
+    """A column in which nothing was measured is left out; a record of an older worker has fewer."""
+    result = synthetic.sweep(tmp_path)
+    model = model_tables(result, long_table(result))[0]
+    line = next(x for x in model.lines if x.variant.quantize is not None and x.variant.quantize.record is not None)
+    gpu = {"peak_reserved_bytes": 6e9, "run_energy_j": 220.0, "token_energy_j": 6.9, "graph": True}
+
+    def shown(summary: dict[str, Any]) -> dict[str, str]:
+        record = {"started": 0.0, "ended": 1.0, "summary": summary}
+        stage = StageResult("k", "measure", "measure", Status.SUCCEEDED, record)
+        found = Speed(line, stage)
+        return {c.heading: c.text(found) for c in columns([found])}
+
+    cpu = shown(figures())
+    assert cpu["ms per token"] == "12.3 [12.1, 12.6]"
+    assert (cpu["p95"], cpu["prompt, p95"], cpu["weights on disk"], cpu["kernels"]) == ("20.5", "200", "4.10 GB", "224 cuda")
+    assert line.variant.quantize is not None
+    assert cpu["quantized in"] == duration(stage_seconds(line.variant.quantize))
+    assert cpu["with at most"] == size(line.variant.quantize.summary["peak_memory_bytes"])
+    more = shown(figures(**gpu))
+    assert set(more) - set(cpu) == {"J per token", "J in all", "peak reserved"}
+    assert (more["J per token"], more["peak reserved"], more["kernels"]) == ("6.90", "6.00 GB", "224 cuda, CUDA graph")
+    stage = StageResult("k", "measure", "measure", Status.SUCCEEDED, {"ended": 1.0, "summary": figures(**gpu)})
+    points = {p.name: p.value for p in _facts(stage, MEASURE_FACTS)}
+    assert points["perf/token_energy_j"] == 6.9
+    assert points["mem/measure_reserved_bytes"] == 6e9

@@ -8,14 +8,14 @@ In float32 it would be 2^-24 for each of some hundred sums: much below. `bound` 
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.kernels.kv_attention import Packed, Plain, append, packed, prepare, reference, unpacked
+from quant.kernels.kv_attention import Packed, Plain, ages, append, append_one, packed, prepare, reference, told_one, unpacked
 from quant.kernels.library import operands
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.kv import Kivi
@@ -85,6 +85,27 @@ def test_the_cache_holds_what_kivi_reads(bits: tuple[int, int], d: int, group: i
         for got, want in zip(ours.decoded(torch.float32), state.read(), strict=True):
             assert torch.equal(got[:, :, : t + 1], want)
             assert not got[:, :, t + 1 :].any()
+
+
+def test_the_device_appends_as_the_host_does() -> None:
+    """Bit for bit in every step between those in which keys age, after prompts that leave values due and not; float16 and float32 alike."""
+    for prompt, dtype, steps_by_host in ((3, torch.float16, 1), (16, torch.float32, 2), (41, torch.float16, 2)):
+        keys, values = random(2, 1, prompt + 60, 16, dtype=dtype), random(2, 1, prompt + 60, 16, dtype=dtype, seed=1)
+        host, device = (prepare(keys[:, :, :prompt], values[:, :, :prompt], 4, 3, 16, 32, prompt + 60) for _ in range(2))
+        by_host = 0
+        for t in range(prompt, prompt + 60):
+            new = keys[:, :, t : t + 1], values[:, :, t : t + 1]
+            append(host, *new)
+            if ages(device):
+                append(device, *new)
+                by_host += 1
+            else:
+                append_one(device, *new)
+                told_one(device)
+            for f in fields(Packed):
+                got, want = getattr(device, f.name), getattr(host, f.name)
+                assert torch.equal(got, want) if isinstance(want, Tensor) else got == want, (t, f.name)
+        assert by_host == steps_by_host
 
 
 def test_several_tokens_at_once_read_as_one_by_one_where_nothing_ages() -> None:

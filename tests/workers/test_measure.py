@@ -10,18 +10,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.stats import binom
 from torch import Tensor
 
 from quant.kernels import TABLE, kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
-from quant.scheme import ActivationScheme, Granularity, WeightScheme
+from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.quant.products_affine import stored
+from tests.tiny_models import tiny_model
+from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
-from workers import families, packed
+from workers import families, generation, nvml, packed
 from workers.context import Context
 from workers.errors import InputError, NumericalError
+from workers.generation import NoGraph
 from workers.machine import cpu_model
 from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
 from workers.packed import pack_linears
@@ -39,10 +43,11 @@ def measured(
     artifact: Path | None,
     device: str | None = None,
     activation: ActivationScheme | None = None,
+    kv: KVScheme | None = None,
     **workload: Any,
 ) -> dict[str, Any]:
     (folder / "payload").mkdir(parents=True)
-    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model(), activation)
+    spec = MeasureSpec(ModelSpec("model"), replace(SMALL, **workload), device or cpu_model(), activation, kv)
     return run_measure(spec, {"quantize": artifact} if artifact else {}, folder / "payload", context, Residency())
 
 
@@ -60,7 +65,66 @@ def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_pat
     assert found["check_error"] <= TOLERANCE["float32"]
     assert 0 < found["packed_bytes"] < found["weights_bytes"] < base["weights_bytes"]
     assert (base["backends"], base["packed_bytes"], base["check_error"]) == ({}, 0, None)
+    assert base["disk_bytes"] == sum(t.nbytes for t in load_file(tiny_model(family) / "model.safetensors").values())
     assert found["threads"] == 1
+
+
+def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With packed weights; float32, in which codes of the cache are those of the simulation."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    context = tiny_context("gemma", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    kv = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
+    found = measured(context, tmp_path / "m", artifact, kv=kv, prompt=20, tokens=4)
+    assert (found["kv_backend"], found["graph"]) == ("reference", False)
+    assert found["check_error"] <= TOLERANCE["float32"]
+    # The last step reads the cache before it ages: of 24 tokens 16 keys and 23 - 16 values are codes, of 2 bits with 4 bytes for 16 of
+    # them; the others are float32.
+    coded, rest = 16 + 7, 48 - (16 + 7)
+    assert found["kv_bytes"] == 2 * 2 * 16 * (coded * (2 / 8 + 4 / 16) + rest * 4)
+    assert any("kv_attention ran as its reference" in n for n in context.notes)
+    with pytest.raises(InputError, match=r"kv\.kind=kivi"):
+        measured(context, tmp_path / "r", artifact, kv=KVScheme(4))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_what_a_gpu_has_besides(counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step as one launch, joules and clocks: the same path as on a GPU, whose parts are stood in for."""
+
+    def gpu(device: str) -> nvml.Gpu:
+        if not counted:
+            raise nvml.NotTold("nobody counts")
+        return nvml.Gpu(FakeNvml(), "1234")
+
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    monkeypatch.setattr(nvml, "gpu", gpu)
+    monkeypatch.setattr(nvml, "LEAST_S", 0.01)
+    monkeypatch.setattr(generation, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generation, "captured", fake_capture if counted else cannot_capture)
+    context = tiny_context("llama", tmp_path)
+    artifact, summary = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    record = artifact / "record.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "summary": summary}))
+    found = measured(context, tmp_path / "m", artifact)
+    assert found["graph"] is counted
+    assert any("not as a CUDA graph: no such thing" in n for n in context.notes) is not counted
+    assert found["run_energy_j"] == (pytest.approx(12.0 / found["runs"]) if counted else None)
+    assert found["token_energy_j"] == (pytest.approx(found["run_energy_j"] / (2 * SMALL.tokens)) if counted else None)
+    assert (found["disk_bytes"], found["bits_stored"]) == (summary["model_bytes"], summary["bits_stored"])
+    assert found["peak_reserved_bytes"] is None
+
+
+def cannot_capture(step: Any, device: torch.device) -> Any:
+    raise NoGraph("no such thing")
+
+
+def test_replayed_logits_that_depart_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    monkeypatch.setattr(generation, "has_graphs", lambda device: True)
+    monkeypatch.setattr(generation, "captured", lambda step, device: (lambda: None, torch.zeros_like(step())))
+    context = tiny_context("llama", tmp_path)
+    assert measured(context, tmp_path / "m", None)["graph"] is False
+    assert any("its logits differ from those of steps that are not captured" in n for n in context.notes)
 
 
 def test_every_time_is_kept_and_summed_up(tmp_path: Path) -> None:
@@ -164,6 +228,40 @@ def test_linears_that_no_sum_of_integers_has_are_simulated(tmp_path: Path) -> No
     assert any("ran simulated:" in n and "groups a row" in n for n in context.notes)
     dense = measured(context, tmp_path / "d", artifact, activation=ActivationScheme(8), backend="dense")
     assert (list(dense["backends"]), dense["check_error"]) == (["simulated"], 0)
+
+
+def test_weights_in_act_order_run_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OPT's fc2 has two groups, whose columns lie apart; of the others' one group nothing has to be gathered."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    context = tiny_context("opt", tmp_path)
+    statistics = calibrated(context, tmp_path / "s", "hessian")
+    weight = WeightScheme(4, granularity=Granularity.GROUP, group_size=32)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec("gptq", weight=weight, act_order=True), statistics)
+    recipe, orders = Recipe(artifact), packed._Shared()
+    gathered = []
+    for op in recipe.replaced():
+        stored_tensor = recipe.stored(op)
+        made, order = packed._in_order(stored_tensor, orders)
+        if order is not None:
+            gathered.append(op["module"].rpartition(".")[2])
+            assert torch.equal(made.dequantize(), stored_tensor.dequantize()[:, order.columns.long()])
+            assert packed._in_order(stored_tensor, orders)[1] is order
+    assert set(gathered) == {"fc2"}
+    found = measured(context, tmp_path / "m", artifact)
+    assert list(found["backends"]) == [kernel("wq_gemv").backend]
+    assert found["check_error"] <= TOLERANCE["float32"]
+
+
+def test_what_an_input_is_divided_by_moves_with_its_column() -> None:
+    tensor = replace(stored(5, 64, 4, 32, scaled=True), g_idx=torch.tensor([0, 1] * 32))
+    made, order = packed._in_order(tensor, packed._Shared())
+    assert order is not None
+    assert torch.equal(made.dequantize(), tensor.dequantize()[:, order.columns])
+
+
+def test_groups_of_unlike_size_stay_where_they_are() -> None:
+    tensor = replace(stored(5, 64, 4, 32), g_idx=torch.tensor([0] * 33 + [1] * 31))
+    assert packed._in_order(tensor, packed._Shared()) == (tensor, None)
 
 
 def made_by(method: str, context: Context, folder: Path) -> Path:

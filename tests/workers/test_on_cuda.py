@@ -1,4 +1,4 @@
-"""Every method on a GPU: the quantized model is as good as the CPU's, and is rebuilt bit for bit.
+"""Every method on a GPU: the quantized model is as good as the CPU's, and is rebuilt bit for bit; and what it is measured by there.
 
 Codes are not compared: sums in another order move a weight across the middle between two codes now and then, and then later ones.
 """
@@ -11,12 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant.scheme import ActivationScheme, WeightScheme
+from quant.kernels import kernel
+from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from tests.workers.test_matrix import MATRIX, METHODS, PARTS, TOKENS, transform
 from workers.context import Context
+from workers.measure import run_measure
 from workers.rebuild import attach_runtime, rebuild
-from workers.specs import ModelSpec, QuantizeSpec, from_json
+from workers.residency import Residency
+from workers.specs import MeasureSpec, ModelSpec, QuantizeSpec, Workload, from_json
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
@@ -65,3 +68,19 @@ def test_methods_work_on_a_gpu(name: str, places: dict[str, tuple[Context, dict[
     exact = want.norm()
     # Random weights of some dozens of channels: a code that flips is felt, a wrong scale is worse by far.
     assert float((got - want).norm() / exact) < 0.3, f"{name}: {float((got - want).norm() / exact):.3f}"
+
+
+@pytest.mark.parametrize("kv", [None, KVScheme(4, kind="kivi", group_size=16, residual_length=16)])
+def test_a_variant_is_measured_on_a_gpu(kv: KVScheme | None, tmp_path: Path) -> None:
+    """Its step is captured, and its memory is the allocator's; energy is counted or has a reason."""
+    ctx = tiny_context("gemma", tmp_path)
+    ctx = replace(ctx, device=torch.device("cuda"), hints=replace(ctx.hints, device="cuda"))
+    artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
+    (tmp_path / "payload").mkdir()
+    device = torch.cuda.get_device_name()
+    spec = MeasureSpec(ModelSpec("model"), Workload(batch=2, prompt=20, tokens=16), device, kv=kv)
+    found = run_measure(spec, {"quantize": artifact}, tmp_path / "payload", ctx, Residency())
+    assert found["graph"], ctx.notes
+    assert 0 < found["weights_bytes"] <= found["peak_memory_bytes"] <= found["peak_reserved_bytes"]
+    assert (found["run_energy_j"] or 0) > 0 or any("energy was not measured" in n for n in ctx.notes)
+    assert found.get("kv_backend") == (None if kv is None else kernel("kv_attention", device="cuda").backend)

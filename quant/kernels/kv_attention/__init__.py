@@ -5,14 +5,15 @@ Letters: S sequences, H query heads, KV heads of keys and values (H a multiple),
 code · step + low, step and low float16; the latest tokens wait in full precision. Values decode to what `quant.kv` reads before that rounds
 it to the model's type. `Plain` is a cache that is not quantized.
 
-Every backend has `prepare`, `append` and `kv_attention(q, packed, scale=None, out=None) ▸ out`: q `[S, H, D]` float16, bfloat16 or float32;
-out in its type; scores are multiplied by scale, D^-½ where None. What is held in the cache of a sequence stands on the device, in `counts`:
-a call waits for nothing, and a captured graph of it reads what has been appended since.
+Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured) and
+`kv_attention(q, packed, scale=None, out=None) ▸ out`: q `[S, H, D]` float16, bfloat16 or float32; out in its type; scores are multiplied by
+scale, D^-½ where None. What is held in the cache of a sequence stands on the device, in `counts`: a call waits for nothing, and a captured
+graph of it reads what has been appended since.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
@@ -201,7 +202,7 @@ def prepare(
     )
     coded = _coded(n, r)
     _write_keys(made, 0, keys[:, :, : coded[0]])
-    _write_values(made, 0, values[:, :, : coded[1]])
+    _write_values(made, torch.arange(coded[1], device=values.device), values[:, :, : coded[1]])
     for held, x, start in ((made.window_keys, keys, coded[0]), (made.window_values, values, coded[1])):
         held[:, :, torch.arange(start, n, device=keys.device) % made.window] = x[:, :, start:]
     _told(made, n, coded)
@@ -217,14 +218,48 @@ def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
             f"room for {cache.capacity - n}: prepare it with a greater capacity"
         )
     coded = _coded(n, cache.residual)
-    for i, (held, write) in enumerate(((cache.window_keys, _write_keys), (cache.window_values, _write_values))):
-        old, new = cache.coded[i], coded[i]
-        if new > old:
-            write(cache, old, held[:, :, torch.arange(old, new, device=held.device) % cache.window])
+    old_keys, old_values = (torch.arange(*bounds, device=keys.device) for bounds in zip(cache.coded, coded, strict=True))
+    if len(old_keys):
+        _write_keys(cache, cache.coded[0], cache.window_keys[:, :, old_keys % cache.window])
+    if len(old_values):
+        _write_values(cache, old_values, cache.window_values[:, :, old_values % cache.window])
     at = torch.arange(n, n + t, device=keys.device) % cache.window
     cache.window_keys[:, :, at] = keys.to(cache.window_keys.dtype)
     cache.window_values[:, :, at] = values.to(cache.window_values.dtype)
     _told(cache, n + t, coded)
+
+
+def hold(cache: Packed, other: Packed) -> None:
+    """What `other` holds, of the same shape, in the memory of `cache`."""
+    for f in fields(Packed):
+        value = getattr(other, f.name)
+        if isinstance(value, Tensor):
+            getattr(cache, f.name).copy_(value)
+    cache.length, cache.coded = other.length, other.coded
+
+
+def ages(cache: Packed) -> bool:
+    """Whether the next token turns keys that waited into codes, a whole window of them: `append` alone does that."""
+    return _coded(cache.length, cache.residual)[0] > cache.coded[0]
+
+
+def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
+    """As `append`, for one token `[S, KV, 1, D]` and where nothing `ages`, but from what stands on the device alone: a captured graph of it
+    finds its place in every replay. The host is told by `told_one`."""
+    n = cache.counts[0, 2].long()
+    due = n - cache.residual - 1
+    at = due.clamp(min=0)[None]
+    _write_values(cache, at, cache.window_values.index_select(2, at % cache.window), due >= cache.counts[0, 1])
+    for held, x in ((cache.window_keys, keys), (cache.window_values, values)):
+        held.index_copy_(2, n[None] % cache.window, x.to(held.dtype))
+    cache.counts[:, 1] = cache.counts[:, 1].maximum(due + 1)
+    cache.counts[:, 2] += 1
+
+
+def told_one(cache: Packed) -> None:
+    """What the host has to know of an `append_one` that the device did."""
+    cache.coded = (cache.coded[0], _coded(cache.length, cache.residual)[1])
+    cache.length += 1
 
 
 def _coded(n: int, r: int) -> tuple[int, int]:
@@ -257,15 +292,14 @@ def _write_keys(cache: Packed, start: int, keys: Tensor) -> None:
     cache.key_ranges[:, :, here] = ranges
 
 
-def _write_values(cache: Packed, start: int, values: Tensor) -> None:
-    codes, ranges = _rounded(
-        values.reshape(*values.shape[:3], cache.width // cache.block, cache.block), cache.value_bits
-    )  # [S, KV, T, D / G, G]
-    at = torch.arange(start, start + values.shape[2], device=values.device)
+def _write_values(cache: Packed, at: Tensor, values: Tensor, wanted: Tensor | None = None) -> None:
+    """Tokens `at` int64 `[T]`. wanted: a bool on the device; where it is false all stays as it is."""
+    codes, ranges = _rounded(values.reshape(*values.shape[:3], cache.width // cache.block, cache.block), cache.value_bits)
     block, inside = at // cache.block, at % cache.block
     # Indices of the tokens come first: [T, S, KV, ...].
-    cache.values[:, :, block, :, inside] = packed(codes.flatten(3), cache.value_bits).permute(2, 0, 1, 3)
-    cache.value_ranges[:, :, block, :, inside] = ranges.permute(2, 0, 1, 3, 4)
+    made = packed(codes.flatten(3), cache.value_bits).permute(2, 0, 1, 3), ranges.permute(2, 0, 1, 3, 4)
+    for held, new in zip((cache.values, cache.value_ranges), made, strict=True):
+        held[:, :, block, :, inside] = new if wanted is None else torch.where(wanted, new, held[:, :, block, :, inside])
 
 
 def checked(q: Tensor, cache: Packed | Plain, scale: Scale, out: Tensor | None) -> tuple[Tensor, float]:

@@ -8,10 +8,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Packed, Plain, Scale, append, checked, field, prepare
+from quant.kernels.kv_attention import Packed, Plain, Scale, append, append_one, checked, field, prepare
 from quant.kernels.on_triton import interpreted, unavailable
 
-__all__ = ["append", "kv_attention", "prepare", "unavailable"]
+__all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
 
 SHARED, RESIDENT = 228 * 1024, 9
 """Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for."""

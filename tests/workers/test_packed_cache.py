@@ -1,0 +1,149 @@
+"""Decoding on KIVI's cache as it is stored: the logits of the simulated cache, which is decoded into values that attention reads.
+
+Tolerances. In float32 the reference differs from the model's attention by the order of sums of some hundred values, a few times 2^-24 of
+each; two blocks, so that 1e-5 of the norm is far above. Triton's kernel rounds q · step and p · step to float16: 4 · 2^-11 of an output
+(tests/quant/test_kv_attention), twice, and what a block makes of it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quant.kernels.kv_attention import GROUPS, WIDTHS
+from quant.kernels.on_triton import interpreted, unavailable
+from quant.scheme import KVScheme
+from tests.tiny_models import tiny_model
+from tests.workers.fake_devices import fake_capture
+from tests.workers.stage_runs import tiny_context
+from workers import generation, kv_rules
+from workers.errors import InputError
+from workers.generation import Eager, Graphed, generate
+from workers.kv_runs import empty_caches
+from workers.packed_cache import PackedCaches
+from workers.specs import Workload
+
+CPU = torch.device("cpu")
+PROMPT, STEPS = 20, 13
+"""With groups and a window of 16, keys age twice and values at every step."""
+SHORT = Workload(prompt=PROMPT, tokens=2)
+KIVI = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Any:
+    """Four query heads of 16 channels on one of keys and values."""
+    return AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval()
+
+
+def tokens(count: int) -> torch.Tensor:
+    return torch.randint(2, 90, (2, count), generator=torch.Generator().manual_seed(0))
+
+
+def distance(model: Any, kv: KVScheme, backend: str, tmp_path: Path, steps: int = STEPS, read: KVScheme | None = None) -> float:
+    """Of the packed cache's logits to the simulated one's, relative. read: another scheme for the packed cache."""
+    want = generate(Eager(model, empty_caches(model, kv, tiny_context("gemma", tmp_path))), tokens(PROMPT), steps)
+    caches = PackedCaches(model, read or kv, Workload(prompt=PROMPT, tokens=steps, backend=backend), CPU)
+    with caches.attached():
+        got = generate(Eager(model, caches), tokens(PROMPT), steps, want.tokens)
+    assert 0 < caches.bytes
+    return float((got.logits - want.logits).norm() / want.logits.norm())
+
+
+@pytest.mark.parametrize("values", [2, 8])
+def test_logits_are_those_of_the_simulated_cache(values: int, gemma: Any, tmp_path: Path) -> None:
+    kv = KVScheme(4, kind="kivi", group_size=16, residual_length=16, value_bits=values)
+    assert distance(gemma, kv, "auto", tmp_path) <= 1e-5
+
+
+def test_replayed_steps_read_what_was_appended_since(gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in one memory, through a step in which keys age: that one is not replayed."""
+    monkeypatch.setattr(generation, "captured", fake_capture)
+    want = generate(Eager(gemma, empty_caches(gemma, KIVI, tiny_context("gemma", tmp_path))), tokens(PROMPT), STEPS)
+    caches = PackedCaches(gemma, KIVI, Workload(prompt=PROMPT, tokens=STEPS), CPU)
+    with caches.attached():
+        graphed = Graphed(gemma, tokens(PROMPT), STEPS, caches())
+        for _ in range(2):
+            got = generate(graphed, tokens(PROMPT), STEPS, want.tokens)
+            assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
+
+
+def test_such_a_step_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device no value can be read."""
+    monkeypatch.setattr(generation, "captured", lambda step, device: (step, step()))
+    model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().to("meta"), tokens(PROMPT).to("meta")
+    caches = PackedCaches(model, KIVI, SHORT, prompt.device)
+    with caches.attached():
+        Graphed(model, prompt, 2, caches())
+
+
+def test_another_cache_is_found_out(gemma: Any, tmp_path: Path) -> None:
+    """By far more than the tolerance: one bit of the values, or a window of another length."""
+    for other in (KVScheme(3, kind="kivi", group_size=16, residual_length=16), KVScheme(2, kind="kivi", group_size=16, residual_length=32)):
+        assert distance(gemma, KIVI, "auto", tmp_path, read=other) > 1e-3
+
+
+@pytest.mark.skipif(unavailable(CPU) is not None or not interpreted(), reason="Triton's interpreter is not on (TRITON_INTERPRET=1)")
+def test_a_fast_kernel_reads_it_too(gemma: Any, tmp_path: Path) -> None:
+    assert distance(gemma, KIVI, "triton", tmp_path, steps=1) <= 1e-2
+
+
+def test_attention_is_the_models_own_afterwards(gemma: Any) -> None:
+    before, own = gemma.config._attn_implementation, generate(Eager(gemma), tokens(PROMPT), 2)
+    caches = PackedCaches(gemma, KIVI, SHORT, CPU)
+    with caches.attached():
+        generate(Eager(gemma, caches), tokens(PROMPT), 2)
+    assert gemma.config._attn_implementation == before
+    assert torch.equal(generate(Eager(gemma), tokens(PROMPT), 2).logits, own.logits)
+
+
+def test_planning_knows_what_the_kernel_takes() -> None:
+    assert (kv_rules.PACKED_WIDTHS, kv_rules.PACKED_GROUPS) == (WIDTHS, GROUPS)
+
+
+CONFIG = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}
+G64 = KVScheme(4, kind="kivi", group_size=64, residual_length=64)
+
+
+@pytest.mark.parametrize(
+    ("kv", "config", "reason"),
+    [
+        (G64, CONFIG, None),
+        (G64, {}, None),
+        (G64, {**CONFIG, "sliding_window": 160}, None),
+        (G64, {**CONFIG, "sliding_window": 100, "use_sliding_window": False}, None),
+        (KVScheme(4), CONFIG, "kv.kind=per_token.*which is kv.kind=kivi"),
+        (KVScheme(4, kind="kvquant"), CONFIG, "kv.kind=kvquant"),
+        (KVScheme(4, kind="kivi", group_size=8, residual_length=64), CONFIG, "groups of 16, 32, 64, 128"),
+        (G64, {**CONFIG, "hidden_size": 256}, "heads of 32 channels in groups of 64"),
+        (G64, {**CONFIG, "hidden_size": 640}, "heads of 80 channels"),
+        (G64, {**CONFIG, "model_type": "bloom"}, "a bloom model"),
+        (G64, {**CONFIG, "sliding_window": 159}, "sees 159 tokens at most"),
+    ],
+)
+def test_what_no_kernel_reads_is_refused_with_a_reason(kv: KVScheme, config: dict[str, Any], reason: str | None) -> None:
+    found = kv_rules.not_packed(kv, config, 160)
+    assert (found is None) if reason is None else (found is not None and re.search(reason, found) is not None)
+
+
+def test_a_worker_refuses_too(gemma: Any) -> None:
+    with pytest.raises(InputError, match=r"which is kv\.kind=kivi"):
+        PackedCaches(gemma, KVScheme(4), SHORT, CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton only interprets")
+def test_graphs_of_a_gpu() -> None:
+    """Replayed and launched steps run the same kernels: what differs is where they find their places."""
+    model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().cuda(), tokens(PROMPT).cuda()
+    caches = PackedCaches(model, KIVI, Workload(prompt=PROMPT, tokens=STEPS), prompt.device)
+    with caches.attached():
+        want = generate(Eager(model, caches), prompt, STEPS)
+        graphed = Graphed(model, prompt, STEPS, caches())
+        for _ in range(2):
+            got = generate(graphed, prompt, STEPS, want.tokens)
+            assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
