@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +22,9 @@ from torch.nn.functional import linear
 
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
-from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known
 from bench.on_gpu.hessian import hessian
+from bench.on_gpu.limits import limits
 from bench.on_gpu.products import batches, products, tables
 from bench.on_gpu.rounding import rounding
 from bench.on_gpu.searches import searches
@@ -33,24 +33,6 @@ from quant.affine import ZeroKind
 from quant.kernels import kernel
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
-
-
-def limits(b: Bench) -> Iterator[Row]:
-    n = b.size(1 << 30, 1 << 10)
-    x = b.random(n // 4)
-    took = b.time(lambda i: x.sum())
-    if took is not None:
-        b.read_gbs = n / took / 1e3
-    yield Row("read 1 GiB", 0, 0, took, read=n)
-    y = torch.empty_like(x)
-    yield Row("copy 1 GiB", 0, 0, b.time(lambda i: torch.mul(x, 1.0, out=y)), read=2 * n)
-    k = b.size(8192, 64)
-    a = b.random(k, k, dtype=torch.bfloat16)
-    yield Row(f"bfloat16 product {k}³", 0, 0, b.time(lambda i: a @ a))
-    for k in (4096, 11008) if not b.dry else (64,):
-        a = b.random(k, k)
-        h = a @ a.T + k * torch.eye(k, device=b.device)
-        yield Row(f"Cholesky {k}", 0, 0, b.once(partial(torch.linalg.cholesky, h)))
 
 
 def integers(b: Bench) -> Iterator[Row]:
@@ -74,7 +56,8 @@ def integers(b: Bench) -> Iterator[Row]:
                 bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))),  # noqa: B023
                 rounding_alone=b.time(lambda i: run.rounded(x, packed)),  # noqa: B023
             )
-            yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal="1.4 x bfloat16")
+            goal, work = Goal(1.4, "speed", ("bfloat16",)), {"int8": 2.0 * m * n * k}
+            yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal=goal, work=work, launches=2)
 
 
 def hadamard(b: Bench) -> Iterator[Row]:
@@ -87,7 +70,7 @@ def hadamard(b: Bench) -> Iterator[Row]:
         error = float((run(few, n**-0.5).double() - want).norm() / want.norm())
         allowed = 2 * float((plain(few, n**-0.5).double() - want).norm() / want.norm())
         took = b.time(lambda i: run(x, n**-0.5))  # noqa: B023
-        yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal="80 % of a copy")
+        yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal=Goal(0.8, "copy"))
 
 
 def scoring(b: Bench) -> Iterator[Row]:
@@ -119,19 +102,22 @@ def main() -> int:
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []
     failed: list[str] = []
-    for name in given.pieces or PIECES:
+    # Every row is compared with what the device can do in the same run.
+    for name in dict.fromkeys(["limits", *(given.pieces or PIECES)]):
         began = time.perf_counter()
         try:
             for row in PIECES[name](b):
                 rows.append(row)
-                print(row.line(b.read_gbs) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
+                print(row.line(b.ceilings) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
         except Exception:  # the other pieces are measured all the same
             failed.append(name)
             traceback.print_exc()
         print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
     if given.out:
         told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d")}
-        given.out.write_text(json.dumps(told | {"read_gbs": b.read_gbs, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps(told | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]}, indent=1) + "\n"
+        )
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
     return 0 if not failed and all(r.error <= r.allowed for r in rows) else 1
