@@ -12,6 +12,8 @@ BENCH_PEER := .venv-bench-peer
 TOOLKITS := .venv-toolkits
 # Toolkits for test-toolkits: make test-toolkits NAMES=hqq
 NAMES ?= hqq llm_compressor auto_round
+# Pieces of bench-gpu, each under 10 minutes: python -m bench.gpu --help
+PIECES ?=
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 
@@ -52,8 +54,8 @@ bench: $(STAMP) $(BENCH_PEER)/.installed ## benchmarks; each prints our figure b
 	@$(BIN)/python bench/int8_linear.py
 	@$(BIN)/python bench/launcher.py --demo --peer-python $(BENCH_PEER)/bin/python
 
-bench-gpu: $(STAMP) ## kernels on a GPU, each beside a peer and the device's limits
-	@$(BIN)/python -m bench.gpu
+bench-gpu: $(STAMP) ## kernels and whole models on a GPU, beside peers and the device's limits (PIECES="hessian block" for some)
+	@$(BIN)/python -m bench.gpu $(PIECES)
 
 $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)
 	@echo "making $(BENCH_PEER), the environment of the other launcher"

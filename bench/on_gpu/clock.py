@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,7 +103,7 @@ class Row:
         for kind, count in self.work.items():
             if kind in ceilings.tflops:
                 found[f"{kind} operations"] = count / ceilings.tflops[kind] / 1e6
-        if ceilings.launch_us:
+        if self.launches and ceilings.launch_us:
             found["launches"] = self.launches * ceilings.launch_us
         return {name: us / self.ours_us for name, us in (found | self.more).items()}
 
@@ -154,6 +155,8 @@ class Bench:
     """dry: small shapes on the CPU, nothing timed. alone: without other packages."""
 
     def __init__(self, dry: bool, alone: bool = False) -> None:
+        # As stages have it: cuBLAS reads it when its first handle is made, which may be long before a stage runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.dry, self.alone = dry, alone or dry
         self.device = torch.device("cpu" if dry else "cuda")
         self.backend = "triton"

@@ -39,7 +39,7 @@ Program = Callable[[Path, Tensor, Path, torch.device], Iterator[tuple[str, Tenso
 def llm_compressor(folder: Path, tokens: Tensor, out: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """GPTQ as it comes, in the plain order of columns, 4 bits in groups of 128; it places the model on devices itself."""
     from llmcompressor import oneshot
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quant.methods.toolkits import LlmCompressor
     from quant.scheme import Granularity, WeightScheme
@@ -49,7 +49,8 @@ def llm_compressor(folder: Path, tokens: Tensor, out: Path, device: torch.device
     scheme = WeightScheme(4, granularity=Granularity.GROUP, group_size=128)
     linears = {name: scheme for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name.startswith("model.layers.")}
     recipe = [modifier(LlmCompressor(act_order=False), linears)]
-    oneshot(model=model, dataset=batches(tokens), recipe=recipe, propagate_error=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    oneshot(model=model, tokenizer=tokenizer, dataset=batches(tokens), recipe=recipe, propagate_error=True)
     yield QUERY, model.get_submodule(QUERY).weight.detach().clone()
     model.save_pretrained(out, save_compressed=True)
 

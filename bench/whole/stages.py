@@ -1,4 +1,4 @@
-"""A quantize stage on a folder, committed as a store commits it."""
+"""A stage of a sweep without a sweep, committed as a store commits it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from orchestrator.store import write_json
 from quant.methods.registry import ROUNDINGS
 from quant.scheme import Granularity, WeightScheme
 from workers.artifact import PAYLOAD, RECORD, payload_files, rename_flushed
-from workers.request import Hints, Location, Outcome, Request, StageRequest
+from workers.request import Hints, Input, Location, Outcome, Request, StageRequest
 from workers.run_stage import RUNNERS, Runners, run_request
-from workers.specs import CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, StageKind, TextSpec, to_json
+from workers.specs import CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, Spec, StageKind, TextSpec, to_json
 
 SCHEMES = {"billm": WeightScheme(1), "claq": WeightScheme(2)}
 """Method ▸ the scheme where 4 bits in groups of 128 is not what it is for."""
@@ -50,14 +50,28 @@ def spec_of(method: str, samples: int, length: int, params: dict[str, Any], prop
 
 def quantize(spec: QuantizeSpec, model: Path, store: Path, hints: Hints, runners: Runners = RUNNERS) -> Made:
     """From the files of `model` to a renamed, flushed artifact in `store`. Raises RuntimeError for a failed stage."""
+    return committed(StageKind.QUANTIZE, spec, {}, model, {"text": text_of(model)}, store, hints, runners)
+
+
+def committed(
+    kind: StageKind,
+    spec: Spec,
+    inputs: dict[str, Path],
+    model: Path,
+    texts: dict[str, Location],
+    store: Path,
+    hints: Hints,
+    runners: Runners = RUNNERS,
+) -> Made:
+    """inputs: role ▸ artifact; texts: digest ▸ location."""
     key = f"{time.time_ns():064x}"
     staging = store / "staging" / key
     (staging / PAYLOAD).mkdir(parents=True)
     request = Request(
         id="bench",
-        stages=(StageRequest(key, StageKind.QUANTIZE.value, to_json(spec), {}, str(staging)),),
+        stages=(StageRequest(key, kind.value, to_json(spec), {n: Input(p.name, str(p)) for n, p in inputs.items()}, str(staging)),),
         models={spec.model.digest: Location("folder", str(model))},
-        texts={"text": text_of(model)},
+        texts=texts,
         hints=hints,
     )
     outcomes: list[Outcome] = []

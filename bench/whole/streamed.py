@@ -122,7 +122,9 @@ def run_streamed(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, 
     model, dropped = open_checked(context, spec.model, checkpoint), Dropped(payload)
     entries = {e for n, e in checkpoint.tensors.items() if n.startswith(FIRST)}
     (path,), size = {e.file for e in entries}, sum(e.bytes for e in entries)
+    began = time.perf_counter()
     told = {"layers": model.structure.count, "layer_bytes": size, "disk_gbs": read_rate(path), "loader_gbs": loader_rate(model, path, size)}
+    told["apart_s"] = time.perf_counter() - began
     opened, before = context.seconds["read"], bytes_from_disk()
 
     def done(i: int) -> None:
