@@ -3,12 +3,14 @@
 python -m bench.whole.peers NAME MODEL TOKENS OUT
 
 Each runs in a process of its own, twice: loading libraries and compiling kernels is not counted, as it is not in ours. One that is not
-installed, or fails, costs a line that says why. `bitgrid toolkit install llm_compressor` makes an environment that has llm-compressor.
+installed, or fails, costs a line that says why. llm-compressor is looked for in the environment that `bitgrid toolkit install
+llm_compressor` makes, where BITGRID_TOOLKITS names the folder that holds it, and else beside this program. All damp by 0.01.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from bench.on_gpu.peers import last_said, run_apart
 from bench.whole import torch_loop
 from bench.whole.check import LAYER, QUERY, Yardstick, weight_of
 from bench.whole.shapes import Shape
+from workers.toolkits.environments import python_of
 
 SECONDS = 150.0
 """For one."""
@@ -58,6 +61,12 @@ def llm_compressor(folder: Path, tokens: Tensor, out: Path, device: torch.device
 PROGRAMS: dict[str, Program] = {"llm_compressor": llm_compressor, "torch_loop": torch_loop.run}
 
 
+def python_for(program: str) -> Path:
+    """Of the program's own environment, if it has one."""
+    own = python_of(Path(os.environ.get("BITGRID_TOOLKITS", "")) / program)
+    return own if own.is_file() else Path(sys.executable)
+
+
 def beside(model: Path, tokens: Tensor, yardstick: Yardstick, times: float, seconds: float = SECONDS) -> dict[str, float]:
     """Program ▸ microseconds of the model's layers, times `times`, of those that are better than round to nearest."""
     found: dict[str, float] = {}
@@ -67,7 +76,7 @@ def beside(model: Path, tokens: Tensor, yardstick: Yardstick, times: float, seco
         for program in PROGRAMS:
             out, log = folder / program, folder / f"{program}.log"
             out.mkdir()
-            command = [sys.executable, "-m", "bench.whole.peers", program, str(model), str(folder / "tokens"), str(out)]
+            command = [str(python_for(program)), "-m", "bench.whole.peers", program, str(model), str(folder / "tokens"), str(out)]
             code = run_apart(command, log, seconds)
             if code != 0:
                 why = f"{seconds:.0f} s were spent" if code is None else f"its process ended with {code}"
