@@ -25,6 +25,7 @@ from torch.nn.functional import linear
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
 from bench.on_gpu.clock import Bench, Goal, Row, known
+from bench.on_gpu.further import further
 from bench.on_gpu.hessian import hessian
 from bench.on_gpu.limits import limits
 from bench.on_gpu.products import batches, products, tables
@@ -87,7 +88,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 _KERNELS = (hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
-_MODELS = (whole, whole_searches, streamed)
+_MODELS = (further, whole, whole_searches, streamed)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, *_KERNELS, *_MODELS)}
 
 

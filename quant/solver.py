@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,11 +65,11 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     Raises SingularHessianError when the whole ladder fails."""
     kept = _factors.get()
     if kept is None:
-        return _factored(hessian, damp)
+        return _provided(hessian, damp)
     for matrix, with_damp, upper, used in kept:
         if with_damp == damp and matrix.dtype is hessian.dtype and matrix.device == hessian.device and torch.equal(matrix, hessian):
             return upper, used
-    upper, used = _factored(hessian, damp)
+    upper, used = _provided(hessian, damp)
     kept[:] = [*kept[1 - FACTORS :], (hessian, damp, upper, used)]
     return upper, used
 
@@ -87,6 +88,27 @@ def shared_factors() -> Iterator[None]:
         yield
     finally:
         _factors.reset(token)
+
+
+FactorProvider = Callable[[str, Tensor, float, Callable[[], tuple[Tensor, float]]], tuple[Tensor, float]]
+"""(form, matrix `[K, K]`, damping, how to make its factor) ▸ what making it gives, or gave before. The form names the function that
+makes it."""
+_provider: ContextVar[FactorProvider | None] = ContextVar("provider", default=None)
+
+
+@contextmanager
+def provided_factors(provider: FactorProvider) -> Iterator[None]:
+    """While it lasts, factors are asked for from `provider`, in this thread."""
+    token = _provider.set(provider)
+    try:
+        yield
+    finally:
+        _provider.reset(token)
+
+
+def _provided(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    provider, make = _provider.get(), partial(_factored, hessian, damp)
+    return make() if provider is None else provider("inverse_factor", hessian, damp, make)
 
 
 def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:

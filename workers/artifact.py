@@ -85,6 +85,14 @@ def payload_path(folder: Path, name: str) -> Path:
     return path
 
 
+def payload_digest(folder: Path, name: str) -> str:
+    """SHA-256 of a payload file as its record has it; the file is not read. Raises CorruptArtifactError."""
+    expected = read_record(folder)["files"].get(name)
+    if expected is None:
+        raise CorruptArtifactError(folder.name, f"payload file {name} is not in its record")
+    return str(expected["sha256"])
+
+
 @lru_cache(maxsize=4096)
 def _check(folder: Path, name: str, size: int, mtime_ns: int) -> None:
     expected = read_record(folder)["files"].get(name)

@@ -51,7 +51,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
             check_kind(spec.statistic)
         if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
             raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
-    peak = PeakMemory(context.device)
+    peak = PeakMemory(context.device, context.kept)
     model = open_blocks(context, specs[0].model)
     tokens = calibration_tokens(context, model, specs[0].calibration)
     sequences, length = tokens.shape

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from workers.kept import Kept
 from workers.request import BATCH_TOKENS, Hints, Location
 from workers.specs import ModelSpec, TextSpec
 
@@ -25,6 +26,8 @@ class Context:
     """Wall time per phase: load, forward, search, round, write, ..."""
     toolkits: Mapping[str, str] = field(default_factory=dict)
     """Toolkit ▸ folder of its environment."""
+    kept: Kept | None = None
+    """Statistics and factors that the process keeps between stages."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

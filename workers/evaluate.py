@@ -40,7 +40,7 @@ def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, 
     CorruptArtifactError.
     """
     check_task(spec.task)
-    peak = PeakMemory(context.device)
+    peak = PeakMemory(context.device, context.kept)
     stage = _Stage(spec, inputs, payload, context, residency)
     result = stage.perplexity() if spec.task.kind == perplexity.KIND else stage.divergence()
     with context.phase("write"):

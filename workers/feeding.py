@@ -15,11 +15,12 @@ from torch import Tensor
 
 from quant.statistics import Statistics
 from workers import families
-from workers.artifact import payload_path
+from workers.artifact import payload_digest, payload_path
 from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
+from workers.kept import Kept
 from workers.memory import free_bytes
 from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
@@ -34,19 +35,34 @@ class StoredStatistics:
     kinds: frozenset[str] = frozenset()
     """Collected from fed text: none."""
 
-    def __init__(self, indices: Mapping[str, tuple[Path, dict[str, Any]]], device: torch.device) -> None:
+    def __init__(self, indices: Mapping[str, tuple[Path, dict[str, Any]]], device: torch.device, keeps: Kept | None = None) -> None:
+        """keeps: what holds statistics between stages; None reads them all."""
         self._indices = indices
         self._device = device
+        self._keeps = keeps
 
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         prefix = f"{structure.blocks}.{block}."
         parts = []
         for kind, (folder, index) in self._indices.items():
             described = index["blocks"][block]
-            tensors = load_file(payload_path(folder, described["file"]), device=str(self._device))
+            tensors = self._tensors(folder, described["file"])
             sites = {n.removeprefix(prefix): Statistics(**{kind: t}) for n, t in tensors.items()}
             parts.append(BlockStatistics(sites, {n.removeprefix(prefix): s["tokens"] for n, s in described["sites"].items()}))
         return parts
+
+    def _tensors(self, folder: Path, name: str) -> Mapping[str, Tensor]:
+        def read() -> dict[str, Tensor]:
+            return load_file(payload_path(folder, name), device=str(self._device))
+
+        return read() if self._keeps is None else self._keeps.statistics(payload_digest(folder, name), read)
+
+    def origin(self, block: int) -> str | None:
+        """Digest of the file that the block's Hessians come from; None where they are not from one."""
+        if "hessian" not in self._indices:
+            return None
+        folder, index = self._indices["hessian"]
+        return payload_digest(folder, index["blocks"][block]["file"])
 
     def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
@@ -62,6 +78,9 @@ class MappedStatistics:
 
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         return [self._rotator.mapped(block, part) for part in self._stored.collect(block, structure, only)]
+
+    def origin(self, block: int) -> str | None:
+        return self._stored.origin(block)
 
     def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
@@ -84,6 +103,9 @@ class RecollectedStatistics:
         found, self.hidden = collect(self.model.blocks[block], structure, self.wanted, calls, self.hidden, self.kept, only)
         return [found]
 
+    def origin(self, block: int) -> str | None:
+        return None
+
     def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         return {}
 
@@ -105,6 +127,11 @@ class FedStatistics:
     notes: list[str]
     """Told of fallbacks."""
     stored: OriginalStatistics | None = None
+    keeps: Kept | None = None
+    """What gives memory back where it is wanted."""
+
+    def origin(self, block: int) -> str | None:
+        return None if self.stored is None else self.stored.origin(block)
 
     def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         if self.stored is not None:
@@ -120,6 +147,8 @@ class FedStatistics:
             return False
         device, structure = self.hidden[0].device, self.model.structure
         needed = waiting_bytes(structure, sum(h.shape[0] * h.shape[1] for h in self.hidden), self.hidden[0].dtype)
+        if self.keeps is not None:
+            self.keeps.make_room(2 * needed)
         free = free_bytes(device)
         if needed <= free // 2:
             return True
@@ -192,7 +221,9 @@ def statistics_source(
         stored = RecollectedStatistics(model, prepared.calls, list(prepared.hidden), needs, kept)
         if not static:
             return stored
-    return FedStatistics(model, prepared.calls, prepared.hidden, needs if quantized else frozenset(), kept, context.notes, stored)
+    return FedStatistics(
+        model, prepared.calls, prepared.hidden, needs if quantized else frozenset(), kept, context.notes, stored, context.kept
+    )
 
 
 def _stored(made: tuple[Method, ...], inputs: Mapping[str, Path], context: Context, model: BlockModel) -> StoredStatistics:
@@ -200,7 +231,7 @@ def _stored(made: tuple[Method, ...], inputs: Mapping[str, Path], context: Conte
     if missing:
         raise InputError(f"the methods need the statistics {', '.join(missing)}; given: {', '.join(sorted(inputs)) or 'none'}")
     indices = {check_kind(kind): (folder, json.loads(payload_path(folder, SITES).read_text())) for kind, folder in inputs.items()}
-    stored = StoredStatistics(indices, context.device)
+    stored = StoredStatistics(indices, context.device, context.kept)
     _check_sites(stored, model)
     return stored
 

@@ -80,7 +80,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
                 packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
             found = _generate(model, prompt, steps, context.device, simulated.tokens)
             error = _check(found.logits, simulated.logits, spec.model.dtype, noise)
-        peak = PeakMemory(context.device)
+        peak = PeakMemory(context.device, context.kept)
         with context.phase("time"):
             runs = _repeat(lambda: _generate(model, prompt, steps, context.device).seconds)
         summary = {**_speeds(runs, spec.workload, context), **_memory(model, packed), "peak_memory_bytes": peak.bytes()}

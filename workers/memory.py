@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import torch
@@ -18,21 +21,70 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-class PeakMemory:
-    """Device memory on CUDA; on the CPU the process's resident set, which other work in the process shares."""
+class Keeps(Protocol):
+    """What a process keeps between stages (`workers.kept`)."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        else:
-            _reset_resident_peak()
+    bytes: int
+    changing: Callable[[], AbstractContextManager[None]]
+    """Entered around every change of `bytes`."""
+
+
+class PeakMemory:
+    """Device memory on CUDA, without what the process keeps for other stages; on the CPU the process's resident set, which other work in
+    the process, and what it keeps, share."""
+
+    def __init__(self, device: torch.device, keeps: Keeps | None = None, gauge: Gauge | None = None) -> None:
+        """gauge: what tells the memory in use, the device's own when left out."""
+        self._gauge = gauge or (CudaGauge(device) if device.type == "cuda" else ResidentGauge())
+        self._keeps, self._own = keeps if self._gauge.counts_tensors else None, 0
+        if self._keeps is not None:
+            self._keeps.changing = self._changing
+        self._gauge.reset()
 
     def bytes(self) -> int:
         """Highest use since construction (where the system cannot reset it: since the process started)."""
-        if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device))
+        return max(self._own, self._gauge.peak() - (0 if self._keeps is None else self._keeps.bytes))
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """So many bytes were kept since the last change, and others are afterwards."""
+        self._own = self.bytes()
+        yield
+        self._gauge.reset()
+
+
+class Gauge(Protocol):
+    counts_tensors: bool
+    """Of what is kept it counts every byte."""
+
+    def peak(self) -> int:
+        """Most bytes since the last reset."""
+
+    def reset(self) -> None: ...
+
+
+class CudaGauge:
+    counts_tensors = True
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def peak(self) -> int:
+        return int(torch.cuda.max_memory_allocated(self._device))
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+class ResidentGauge:
+    counts_tensors = False
+    """Pages of a file that a tensor maps come and go."""
+
+    def peak(self) -> int:
         return _resident_peak()
+
+    def reset(self) -> None:
+        _reset_resident_peak()
 
 
 def _reset_resident_peak() -> None:

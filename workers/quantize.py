@@ -14,7 +14,7 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +101,7 @@ def quantize_blocks(
 ) -> dict[str, Any]:
     """As `run_quantize`, on an opened model; `done(i)` is called when block i is written and no longer needed. `made`: the methods of
     the rules, where they are not to be made from the spec."""
-    peak = PeakMemory(context.device)
+    peak = PeakMemory(context.device, context.kept)
     if spec.seed is not None:
         torch.manual_seed(spec.seed)
     made = made or make_methods(spec.rules)
@@ -228,7 +228,7 @@ class _Run:
             statistics, tokens = merge([found])
             worker.statistics = statistics  # one Hessian at a time is in memory
             worker.tokens.update(tokens)
-            rounded[site] = _round_site(worker, sites[site].linears, context)
+            rounded[site] = _round_site(worker, sites[site], None, context)
         self.source.hidden = forward.outputs
         self._write(worker, [r for name in sites for r in rounded[name]], {})
 
@@ -302,6 +302,7 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
     """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
     sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
     results: list[LinearResult] = []
+    origin = source.origin(worker.index)
     for position, site in enumerate(worker.structure.sites):
         names = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
         if sequential and position > 0 and names:
@@ -309,14 +310,15 @@ def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, c
                 fresh, tokens = merge(source.collect(worker.index, worker.structure, (site.linears[0],)))
             worker.statistics.update(fresh)
             worker.tokens.update(tokens)
-        results += _round_site(worker, names, context)
+        results += _round_site(worker, site, origin, context)
     return results
 
 
-def _round_site(worker: BlockQuantizer, names: Sequence[str], context: Context) -> list[LinearResult]:
-    """Linears that read one input."""
-    own = [n for n in names if n in worker.methods]
-    with context.phase("round"), shared_factors() if len(own) > 1 else nullcontext():
+def _round_site(worker: BlockQuantizer, site: families.Site, origin: str | None, context: Context) -> list[LinearResult]:
+    """Linears that read one input. origin: digest of the file of their Hessian, where it is of an artifact."""
+    own = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
+    kept = nullcontext() if context.kept is None else context.kept.factors(origin, site.linears[0])
+    with context.phase("round"), kept, shared_factors() if len(own) > 1 else nullcontext():
         return [worker.round(n) for n in own]
 
 

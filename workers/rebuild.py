@@ -51,6 +51,8 @@ def _finish(opened: BlockModel, context: Context) -> nn.Module:
         context.notes.append(f"streamed block by block: {whole} bytes of weights, {limit if limit is not None else 'any'} allowed")
         opened.stream_in_forward()
     else:
+        if context.kept is not None:
+            context.kept.make_room(2 * whole)  # for weights, and as much again to run
         with context.phase("read"):
             for i in range(opened.structure.count):
                 opened.load(i)

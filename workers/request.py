@@ -84,6 +84,9 @@ class Hints:
     """Budget for stored reference log-probabilities (divergence); above it both models are walked side by side."""
     quantized_cache: int = 1
     """Quantized models a worker keeps resident beside the unquantized one."""
+    kept_bytes: int | None = None
+    """Budget of a worker for statistics and factors of Hessians that it keeps between stages, on its device; 0 keeps none, None is a
+    quarter of what is free on a host, half on a GPU (`workers.kept`)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,19 +112,39 @@ def _groups(stages: Sequence[StageRequest]) -> list[list[StageRequest]]:
 
 
 def _run_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
-    outcomes = _try_group(group, request, runners)
+    outcomes = _with_all_memory(group, request, runners)
     failures = [o.failure for o in outcomes if o.failure is not None]
     if len(group) == 1 or not failures or any(f.error_class is ErrorClass.MEMORY for f in failures):
         return outcomes  # what lacks memory is tried again by the driver, with other settings
     # What one of them cannot do must not fail the others.
-    for stage in group:
-        shutil.rmtree(Path(stage.staging) / PAYLOAD, ignore_errors=True)
+    _remove_payloads(group)
     alone = [outcome for stage in group for outcome in _try_group([stage], request, runners)]
     why = f"the pass shared with {len(group) - 1} other calibrate stages failed ({failures[0].type}: {failures[0].message})"
     for outcome in alone:
         if outcome.record is not None:
             outcome.record["notes"].append(f"ran again alone: {why}")
     return alone
+
+
+def _with_all_memory(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
+    """Again, where memory ran out while the process kept statistics for later stages: they are gone by then, and none are kept."""
+    outcomes = _try_group(group, request, runners)
+    given_back = sum(_give_up_kept() for o in outcomes if o.failure is not None and o.failure.error_class is ErrorClass.MEMORY)
+    if not given_back:
+        return outcomes
+    _remove_payloads(group)
+    again = _try_group(group, replace(request, hints=replace(request.hints, kept_bytes=0)), runners)
+    for outcome in again:
+        if outcome.record is not None:
+            outcome.record["notes"].append(
+                f"ran again: memory ran out, and {given_back} bytes that the worker kept for later stages were given back"
+            )
+    return again
+
+
+def _remove_payloads(group: list[StageRequest]) -> None:
+    for stage in group:
+        shutil.rmtree(Path(stage.staging) / PAYLOAD, ignore_errors=True)
 
 
 def _try_group(group: list[StageRequest], request: Request, runners: Runners) -> list[Outcome]:
@@ -186,6 +206,16 @@ def _give_up_models() -> None:
         residency.process_residency().clear()
 
 
+def _give_up_kept() -> int:
+    """Bytes of statistics and factors that were kept until now."""
+    kept = sys.modules.get("workers.kept")
+    if kept is None:
+        return 0
+    given_back: int = kept.process_kept().bytes
+    kept.process_kept().clear()
+    return given_back
+
+
 def _spec(stage: StageRequest) -> Spec:
     spec: Spec = from_json(SPEC_TYPES[StageKind(stage.kind)], stage.spec)
     return spec
@@ -203,6 +233,7 @@ def _records(
     times add up over stages."""
     from workers.environment import environment
 
+    kept = context.kept.told() if context.kept is not None else {}
     share = (interval[1] - interval[0]) / len(group)
     notes = list(context.notes)
     if len(group) > 1:
@@ -218,6 +249,7 @@ def _records(
                 "environment": environment(str(context.device)),
                 "hints": asdict(request.hints),
                 "kernels": kernels,
+                **({"kept": kept} if kept else {}),
                 "notes": notes,
                 "summary": summaries[stage.key],
             },
@@ -228,9 +260,11 @@ def _records(
 
 def _context(request: Request) -> Context:
     from workers.context import Context
+    from workers.kept import process_kept
 
-    device = pick_device(request.hints)
-    return Context(models=request.models, texts=request.texts, hints=request.hints, device=device, toolkits=request.toolkits)
+    device, kept = pick_device(request.hints), process_kept()
+    kept.begin(device, request.hints.kept_bytes)
+    return Context(models=request.models, texts=request.texts, hints=request.hints, device=device, toolkits=request.toolkits, kept=kept)
 
 
 def main(argv: Sequence[str] | None = None, runners: Runners = RUNNERS) -> int:

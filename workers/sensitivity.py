@@ -46,7 +46,7 @@ def run(spec: PrepareSpec, inputs: Mapping[str, Path], payload: Path, context: C
     params = Params(**dict(spec.params))
     if spec.calibration is None or not inputs:
         raise InputError("a sensitivity table needs a calibration set and one quantize artifact per candidate width")
-    peak = PeakMemory(context.device)
+    peak = PeakMemory(context.device, context.kept)
     model = open_blocks(context, spec.model)
     recipes = {name: Recipe(path) for name, path in inputs.items()}
     for name, recipe in recipes.items():

@@ -24,7 +24,7 @@ from quant.scheme import WeightScheme
 from tests.tiny_models import tiny_model
 from tests.workers.fake_models import CountingBuilder, bare_context
 from tests.workers.stage_runs import text_file
-from workers import residency, run_stage
+from workers import kept, residency, run_stage
 from workers.artifact import CorruptArtifactError
 from workers.context import Context
 from workers.errors import InputError, NumericalError, Unreachable, UnsupportedModel
@@ -50,6 +50,12 @@ M = ModelSpec("model")
 TEXT = TextSpec("text", join="")
 EVALUATE = EvaluateSpec(M, TaskSpec("perplexity", 1, TEXT, (("limit", 4), ("window", 16))))
 QUANTIZE = QuantizeSpec(M, (Rule("*", MethodSpec(Component("rtn", 1)), WeightScheme(4)),))
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of other tests' stages."""
+    monkeypatch.setattr(kept, "_process", None)
 
 
 def calibrate(statistic: str, samples: int = 4) -> CalibrateSpec:
