@@ -15,6 +15,8 @@ NAMES ?= hqq llm_compressor auto_round
 # Folders of models and texts for bench-launcher, by the names conf/ has for them
 MODELS ?=
 DATA ?=
+# Pieces of bench-gpu, each under 10 minutes: python -m bench.gpu --help
+PIECES ?=
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
 
@@ -60,8 +62,8 @@ bench-launcher: $(STAMP) $(BENCH_PEER)/.installed ## the real grid beside the ot
 	@test -n "$(MODELS)" -a -n "$(DATA)" || { echo "give the folders of models and texts: make bench-launcher MODELS=... DATA=..."; exit 2; }
 	@$(BIN)/python bench/launcher.py --models "$(MODELS)" --data "$(DATA)" --peer-python $(BENCH_PEER)/bin/python
 
-bench-gpu: $(STAMP) ## kernels on a GPU, each beside a peer and the device's limits
-	@$(BIN)/python -m bench.gpu
+bench-gpu: $(STAMP) ## kernels and whole models on a GPU, beside peers and the device's limits (PIECES="hessian block" for some)
+	@$(BIN)/python -m bench.gpu $(PIECES)
 
 $(BENCH_PEER)/.installed: requirements/bench-peer.txt | $(STAMP)
 	@echo "making $(BENCH_PEER), the environment of the other launcher"

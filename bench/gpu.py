@@ -2,8 +2,10 @@
 
 python -m bench.gpu [PIECE ...] [--out FILE] [--alone] [--dry]
 
-Pieces: see --help; all when none is named. Times are of a replayed CUDA graph over inputs that no cache holds; the least of some replays.
-`--dry` runs everything small on the CPU, in Triton's interpreter, and times nothing. Ends with 1 where a result is wrong.
+Pieces: see --help; all when none is named, and `limits` always: goals are judged, and what limits a row that misses its goal is reckoned,
+by what the device does in the same run. Times are of a replayed CUDA graph over inputs that no cache holds, the least of some replays;
+those of whole models are of one run, by the clock on the wall. `--dry` runs everything small on the CPU, in Triton's interpreter, and
+times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,35 +24,19 @@ from torch.nn.functional import linear
 
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
-from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known
 from bench.on_gpu.further import further
 from bench.on_gpu.hessian import hessian
+from bench.on_gpu.limits import limits
 from bench.on_gpu.products import batches, products, tables
 from bench.on_gpu.rounding import rounding
 from bench.on_gpu.searches import searches
 from bench.on_gpu.skinny import prompts, skinny
+from bench.whole.pieces import streamed, whole, whole_searches
 from quant.affine import ZeroKind
 from quant.kernels import kernel
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
-
-
-def limits(b: Bench) -> Iterator[Row]:
-    n = b.size(1 << 30, 1 << 10)
-    x = b.random(n // 4)
-    took = b.time(lambda i: x.sum())
-    if took is not None:
-        b.read_gbs = n / took / 1e3
-    yield Row("read 1 GiB", 0, 0, took, read=n)
-    y = torch.empty_like(x)
-    yield Row("copy 1 GiB", 0, 0, b.time(lambda i: torch.mul(x, 1.0, out=y)), read=2 * n)
-    k = b.size(8192, 64)
-    a = b.random(k, k, dtype=torch.bfloat16)
-    yield Row(f"bfloat16 product {k}³", 0, 0, b.time(lambda i: a @ a))
-    for k in (4096, 11008) if not b.dry else (64,):
-        a = b.random(k, k)
-        h = a @ a.T + k * torch.eye(k, device=b.device)
-        yield Row(f"Cholesky {k}", 0, 0, b.once(partial(torch.linalg.cholesky, h)))
 
 
 def integers(b: Bench) -> Iterator[Row]:
@@ -75,7 +60,8 @@ def integers(b: Bench) -> Iterator[Row]:
                 bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))),  # noqa: B023
                 rounding_alone=b.time(lambda i: run.rounded(x, packed)),  # noqa: B023
             )
-            yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal="1.4 x bfloat16")
+            goal, work = Goal(1.4, "speed", ("bfloat16",)), {"int8": 2.0 * m * n * k}
+            yield Row(f"int8_linear {n} x {k}, M={m}", error, 1e-5, took, peers, goal=goal, work=work, launches=2)
 
 
 def hadamard(b: Bench) -> Iterator[Row]:
@@ -88,7 +74,7 @@ def hadamard(b: Bench) -> Iterator[Row]:
         error = float((run(few, n**-0.5).double() - want).norm() / want.norm())
         allowed = 2 * float((plain(few, n**-0.5).double() - want).norm() / want.norm())
         took = b.time(lambda i: run(x, n**-0.5))  # noqa: B023
-        yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal="80 % of a copy")
+        yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal=Goal(0.8, "copy"))
 
 
 def scoring(b: Bench) -> Iterator[Row]:
@@ -101,24 +87,9 @@ def scoring(b: Bench) -> Iterator[Row]:
     yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
 
 
-_ALL = (
-    limits,
-    hessian,
-    block,
-    further,
-    rounding,
-    products,
-    batches,
-    skinny,
-    prompts,
-    tables,
-    integers,
-    attention,
-    hadamard,
-    scoring,
-    searches,
-)
-PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in _ALL}
+_KERNELS = (hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
+_MODELS = (further, whole, whole_searches, streamed)
+PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, *_KERNELS, *_MODELS)}
 
 
 def main() -> int:
@@ -136,19 +107,22 @@ def main() -> int:
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []
     failed: list[str] = []
-    for name in given.pieces or PIECES:
+    # Every row is compared with what the device can do in the same run.
+    for name in dict.fromkeys(["limits", *(given.pieces or PIECES)]):
         began = time.perf_counter()
         try:
             for row in PIECES[name](b):
                 rows.append(row)
-                print(row.line(b.read_gbs) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
+                print(row.line(b.ceilings) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
         except Exception:  # the other pieces are measured all the same
             failed.append(name)
             traceback.print_exc()
         print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
     if given.out:
         told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d")}
-        given.out.write_text(json.dumps(told | {"read_gbs": b.read_gbs, "rows": [asdict(r) for r in rows]}, indent=1) + "\n")
+        given.out.write_text(
+            json.dumps(told | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]}, indent=1) + "\n"
+        )
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
     return 0 if not failed and all(r.error <= r.allowed for r in rows) else 1

@@ -222,6 +222,11 @@ def open_blocks(context: Context, spec: ModelSpec) -> BlockModel:
     """
     with context.phase("read"):
         checkpoint = open_checkpoint(context.model_location(spec))
+    return open_checked(context, spec, checkpoint)
+
+
+def open_checked(context: Context, spec: ModelSpec, checkpoint: Checkpoint) -> BlockModel:
+    """As `open_blocks`, of a checkpoint whose headers were read already."""
     context.notes += checkpoint.notes
     structure = families.structure(checkpoint.config)
     dtype = DTYPES[spec.dtype]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from bench.on_gpu.clock import COLD, Bench, Row, known
+from bench.on_gpu.clock import COLD, Bench, Goal, Row, known
 from quant.kernels import kernel
 from quant.kernels.kv_attention import Packed, Plain, append, prepare, triton
 
@@ -19,8 +19,8 @@ from quant.kernels.kv_attention import Packed, Plain, append, prepare, triton
 def attention(b: Bench) -> Iterator[Row]:
     cold = b.size(int(COLD), 0)
     s, n, h, d = b.size(16, 1), b.size(4096, 70), b.size(32, 2), b.size(128, 16)
-    forms = ((4, 64, 64, 1, "100 us"), (4, 64, 128, 1, ""), (2, 32, 128, 1, ""), (8, 64, 64, 1, ""), (4, 64, 64, 4, ""))
-    for bits, group, residual, rows, goal in forms if not b.dry else ((4, 16, 16, 1, ""),):
+    forms = ((4, 64, 64, 1, Goal(100.0)), (4, 64, 128, 1, None), (2, 32, 128, 1, None), (8, 64, 64, 1, None), (4, 64, 64, 4, None))
+    for bits, group, residual, rows, goal in forms if not b.dry else ((4, 16, 16, 1, None),):
         kv, dtype = h // rows, torch.float16 if b.dry else torch.bfloat16
         keys, values, q = (b.random(*size, dtype=dtype) for size in ((s, kv, n, d), (s, kv, n, d + 1), (s, h, d)))
         values = values[..., :d].contiguous()
@@ -51,7 +51,8 @@ def attention(b: Bench) -> Iterator[Row]:
                 for parts in (2, 3, 6, 8):
                     peers[f"registers_168_splits_{parts}"] = b.time(lambda i: run(q, caches[i], splits=parts), len(caches))  # noqa: B023
                 triton.REGISTERS = before
-            yield Row(f"{said}, {bits} bits, G={group}, R={residual}", error, allowed, took, known(**peers), cache.bytes, goal)
+            named, work = f"{said}, {bits} bits, G={group}, R={residual}", {"bfloat16": 4.0 * s * h * n * d}
+            yield Row(named, error, allowed, took, known(**peers), cache.bytes, goal, work, launches=2)
 
 
 def _cache(keys: Tensor, values: Tensor, bits: int, group: int, residual: int) -> Packed:

@@ -7,14 +7,15 @@ from functools import partial
 from itertools import product
 
 from bench.on_gpu import peers
-from bench.on_gpu.clock import COLD, Bench, Row, known
+from bench.on_gpu.clock import COLD, Bench, Goal, Row, known
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import Kernel, kernel
 from quant.kernels.gptq_block import SolvedBlock
 from quant.solver import inverse_factor
 
-GOALS = {4096: "15 us", 8192: "15 us", 12288: "15 us", 16384: "15 us", 8 * 4096: "2 x one of 4096", 8 * 12288: "5 x one of 12288"}
+GOALS = dict.fromkeys((4096, 8192, 12288, 16384), Goal(15.0))
+GOALS |= {8 * one: Goal(times, "time", (f"one_of_{one}",)) for one, times in ((4096, 2.0), (12288, 5.0))}
 """Rows of a block ▸ goal."""
 
 
@@ -24,6 +25,7 @@ def block(b: Bench) -> Iterator[Row]:
     columns = b.size(128, 16)
     x = b.random(4 * columns, columns)
     upper, _ = inverse_factor(x.T @ x, 0.01)
+    single: dict[int, float | None] = {}
     forms = {"one group": columns} if b.dry else {"one group": columns, "groups of 16": 16}
     for rows, (form, width) in product((40,) if b.dry else GOALS, forms.items()):
         if width != columns and rows not in (4096, 16384):
@@ -56,6 +58,10 @@ def block(b: Bench) -> Iterator[Row]:
             beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
         # Triton's twin copies the groups to the device, which no graph holds.
         took = b.time(partial(work, backend=ours), len(copies)) if ours.backend == "cuda" else b.once(partial(work, 0, ours))
+        single.setdefault(rows, took)
+        one = {f"one_of_{rows // 8}": single.get(rows // 8)}
+        moved = sum(t.nbytes for t in (w, upper, got.codes, got.values, got.errors))
+        work = {"float32": float(columns * columns * rows)}
         name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
         others = peers.times(b, "block", rows if width == columns else 0, 128, 0, 4)
-        yield Row(name, wrong, 0.0, took, known(**beside) | others, goal="" if b.dry else GOALS[rows])
+        yield Row(name, wrong, 0.0, took, known(**beside, **one) | others, moved, None if b.dry else GOALS[rows], work)

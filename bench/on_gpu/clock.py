@@ -1,9 +1,11 @@
-"""A figure of a benchmark on a GPU, and the clock that all of them share."""
+"""A figure of a benchmark on a GPU, its goal, and the clock that all of them share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,66 @@ COLD, REPLAYS = 512e6, 20
 
 
 @dataclass
+class Ceilings:
+    """What the device can do, as measured by the piece `limits` of the same run; None and empty where that was not run."""
+
+    read_gbs: float | None = None
+    copy_gbs: float | None = None
+    """Bytes read and bytes written both count."""
+    launch_us: float | None = None
+    """Of a kernel with nothing to do, one after another in a graph."""
+    tflops: dict[str, float] = field(default_factory=dict)
+    """Operands' type ▸ 10¹² operations a second of a large product."""
+    cholesky_us: dict[int, float] = field(default_factory=dict)
+    """Order ▸ microseconds of a float32 factorization."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound of a figure, and on which side of it the figure is to be."""
+
+    bound: float
+    of: str = "us"
+    """us: microseconds · read, copy: share of the device's speed · speed: times that of the fastest of `over` · time: over the least of
+    `over`."""
+    over: tuple[str, ...] = ()
+    """Names among a row's peers."""
+
+    @property
+    def at_most(self) -> bool:
+        return self.of in ("us", "time")
+
+    def figure(self, row: Row, ceilings: Ceilings) -> float | None:
+        """None where the row, or what it is compared with, was not timed."""
+        if row.ours_us is None:
+            return None
+        if self.of == "us":
+            return row.ours_us
+        if self.of in ("read", "copy"):
+            most = ceilings.read_gbs if self.of == "read" else ceilings.copy_gbs
+            return None if most is None else row.read / row.ours_us / 1e3 / most
+        there = [row.peers_us[name] for name in self.over if name in row.peers_us]
+        if not there:
+            return None
+        return min(there) / row.ours_us if self.of == "speed" else row.ours_us / min(there)
+
+    def missed_by(self, row: Row, ceilings: Ceilings) -> float | None:
+        """What lacks, as a share of the bound; 0 or less: the goal is met."""
+        figure = self.figure(row, ceilings)
+        if figure is None:
+            return None
+        return figure / self.bound - 1 if self.at_most else 1 - figure / self.bound
+
+    def __str__(self) -> str:
+        side = "at most" if self.at_most else "at least"
+        if self.of == "us":
+            return f"{side} {shown(self.bound)}"
+        if self.of in ("read", "copy"):
+            return f"{side} {100 * self.bound:g} % of {'what can be read' if self.of == 'read' else 'a copy'}"
+        return f"{side} {self.bound:g} x the {self.of} of {' and '.join(self.over)}"
+
+
+@dataclass
 class Row:
     name: str
     error: float
@@ -21,29 +83,84 @@ class Row:
     ours_us: float | None = None
     peers_us: dict[str, float] = field(default_factory=dict)
     read: int = 0
-    """Bytes that a call has to read."""
-    goal: str = ""
+    """Bytes that a call has to read (and write, where that is as much)."""
+    goal: Goal | None = None
+    work: dict[str, float] = field(default_factory=dict)
+    """Operands' type ▸ operations of a call."""
+    launches: int = 1
+    more: dict[str, float] = field(default_factory=dict)
+    """Other limits by name ▸ the least microseconds that they allow."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """Of a run of many parts, for a file of results."""
 
-    def line(self, read_gbs: float | None) -> str:
+    def least(self, ceilings: Ceilings) -> dict[str, float]:
+        """What may limit it ▸ the share of its time that this would take alone at the device's own speed."""
+        if self.ours_us is None:
+            return {}
+        found: dict[str, float] = {}
+        if self.read and ceilings.read_gbs:
+            found["bytes"] = self.read / ceilings.read_gbs / 1e3
+        for kind, count in self.work.items():
+            if kind in ceilings.tflops:
+                found[f"{kind} operations"] = count / ceilings.tflops[kind] / 1e6
+        if self.launches and ceilings.launch_us:
+            found["launches"] = self.launches * ceilings.launch_us
+        return {name: us / self.ours_us for name, us in (found | self.more).items()}
+
+    def line(self, ceilings: Ceilings) -> str:
         said = f"{self.name}: error {self.error:.1e} (allowed {self.allowed:.1e})"
         if self.ours_us is None:
             return said
-        said += f", {self.ours_us:.1f} us"
+        said += f", {shown(self.ours_us)}"
         if self.read:
-            speed = self.read / self.ours_us / 1e3
-            said += f", {speed:.0f} GB/s" + (f" ({100 * speed / read_gbs:.0f} % of what can be read)" if read_gbs else "")
-        said += "".join(f", {name} {us:.1f} us" for name, us in self.peers_us.items())
-        return said + (f"; goal {self.goal}" if self.goal else "")
+            speed, most = self.read / self.ours_us / 1e3, ceilings.read_gbs
+            said += f", {speed:.0f} GB/s" + (f" ({100 * speed / most:.0f} % of what can be read)" if most else "")
+        said += "".join(f", {name} {shown(us)}" for name, us in self.peers_us.items())
+        return said + ("" if self.goal is None else f"; goal {self.goal}: {self._judged(self.goal, ceilings)}")
+
+    def _judged(self, goal: Goal, ceilings: Ceilings) -> str:
+        missed = goal.missed_by(self, ceilings)
+        absent = [name for name in goal.over if name not in self.peers_us]
+        without = f" ({', '.join(absent)} not measured)" if absent else ""
+        if missed is None:
+            return f"not judged, nothing to compare with{without}"
+        if missed <= 0:
+            return f"met{without}"
+        least = self.least(ceilings)
+        shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in least.items())
+        name = max(least, key=lambda n: least[n], default="")
+        # Where no limit of the device takes half of the time, something else does: instructions, waiting, an uneven last wave.
+        why = f"{name} limit it" if name and least[name] >= 0.5 else "latency or instructions, none of these, limit it"
+        return f"missed by {100 * missed:.0f} %{without}; {why if least else 'no limits were measured'}" + (
+            f" (of its time need {shares})" if shares else ""
+        )
+
+    def told(self, ceilings: Ceilings) -> dict[str, Any]:
+        """For a file of results."""
+        missed = None if self.goal is None else self.goal.missed_by(self, ceilings)
+        return {
+            "name": self.name,
+            "error": self.error,
+            "allowed": self.allowed,
+            "ours_us": self.ours_us,
+            "peers_us": self.peers_us,
+            "read": self.read,
+            "goal": "" if self.goal is None else str(self.goal),
+            "missed_by": None if missed is None else round(missed, 4),
+            "limits": {name: round(share, 4) for name, share in self.least(ceilings).items()},
+        } | ({"details": self.details} if self.details else {})
 
 
 class Bench:
     """dry: small shapes on the CPU, nothing timed. alone: without other packages."""
 
     def __init__(self, dry: bool, alone: bool = False) -> None:
+        # As stages have it: cuBLAS reads it when its first handle is made, which may be long before a stage runs.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self.dry, self.alone = dry, alone or dry
         self.device = torch.device("cpu" if dry else "cuda")
         self.backend = "triton"
-        self.read_gbs: float | None = None
+        self.ceilings = Ceilings()
 
     def size(self, real: int, small: int) -> int:
         return small if self.dry else real
@@ -83,6 +200,11 @@ class Bench:
             end.synchronize()
             best = min(best, 1e3 * start.elapsed_time(end))
         return best
+
+
+def shown(us: float) -> str:
+    """With a unit in which it is short."""
+    return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us:.1f} us"
 
 
 def known(**times: float | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.methods.gptq import Gptq
 from quant.scheme import Granularity, WeightScheme
 from quant.solver import shared_factors
@@ -76,7 +76,7 @@ def further(b: Bench) -> Iterator[Row]:
             raise RuntimeError(f"a further configuration factored: {holder.counts}, of {factors} factors")
         name = f"gptq W{scheme.bits} g{scheme.group_size}, static groups, factors kept, {said}"
         peers = {k: scale * us for k, us in known(first_with_factors=first, finding_the_factors_alone=digests).items()}
-        yield Row(name, wrong, SHARE, None if took is None else scale * took, peers, goal="1 s")
+        yield Row(name, wrong, SHARE, None if took is None else scale * took, peers, goal=Goal(1e6))
 
 
 def made_blocks(b: Bench, hidden: int, inner: int, layers: int) -> Iterator[list[Site]]:

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant import quantize_linear
 from quant.kernels import kernel
 from quant.tensors.affine import AffineTensor
@@ -18,7 +18,7 @@ from quant.tensors.affine import AffineTensor
 def hessian(b: Bench) -> Iterator[Row]:
     run = kernel("hessian_syrk", "auto" if not b.dry else b.backend, b.device).run
     length = b.size(2048, 32)
-    for k, goal in ((4096, "8 ms"), (11008, "58 ms")) if not b.dry else ((48, ""),):
+    for k, goal in ((4096, Goal(8e3)), (11008, Goal(58e3))) if not b.dry else ((48, None),):
         x = b.random(b.size(128, 2), length, k, dtype=torch.float16 if b.dry else torch.bfloat16)
         some = slice(0, min(k, 64))
         flat = x.view(-1, k)
@@ -36,7 +36,9 @@ def hessian(b: Bench) -> Iterator[Row]:
             got = run.finished(total)[some].double()  # noqa: B023
             error = float((got - want).norm() / want.norm())  # noqa: B023
             took = b.once(lambda: add(total, x))  # noqa: B023
-            return Row(f"{name}, {x.shape[0] * x.shape[1]} tokens x {x.shape[2]}", error, allowed, took, peers, goal=goal)  # noqa: B023
+            tokens, width = x.shape[0] * x.shape[1], x.shape[2]
+            work = {"bfloat16": tokens * width * (width + 1.0)}
+            return Row(f"{name}, {tokens} tokens x {width}", error, allowed, took, peers, x.nbytes, goal, work)  # noqa: B023
 
         peers = known(
             addmm_out_dtype=None if b.dry else b.once(lambda: [torch.mm(c.T, c, out_dtype=torch.float32) for c in chunks]),  # noqa: B023

@@ -273,6 +273,12 @@ def bitsandbytes(b: Bench, cases: list[Case]) -> Callable[[Case], Ready]:
     return make
 
 
+def marlin(b: Bench, cases: list[Case]) -> Callable[[Case], Ready]:
+    from bench.on_gpu.marlin import start
+
+    return start(b, cases)
+
+
 def llm_compressor(b: Bench, cases: list[Case]) -> Callable[[Case], Ready]:
     """Its Triton kernel for a block of GPTQ columns, out of its one file: what the file imports beside that is stood in for. Scales and
     zeros are given as views, fewer bytes than in its own use. It writes over its input, so that is written anew before each call."""
@@ -336,13 +342,14 @@ def alone(package: str, path: str) -> ModuleType:
     return module
 
 
-def cases(*bits: int) -> tuple[Case, ...]:
-    return tuple(Case(n, k, m, width) for m in (1, 16) for n, k in SHAPES for width in bits)
+def cases(*bits: int, rows: tuple[int, ...] = (1, 16)) -> tuple[Case, ...]:
+    return tuple(Case(n, k, m, width) for m in rows for n, k in SHAPES for width in bits)
 
 
 PEERS = {
     "tinygemm": Peer(tinygemm, cases(4), 15),
     "humming": Peer(humming, cases(2, 3, 4, 8), 45),
+    "marlin": Peer(marlin, cases(4, rows=(16,)), 60),
     "bitsandbytes_nf4": Peer(bitsandbytes, cases(4), 15),
     "gemlite": Peer(gemlite, cases(4, 2), 20),
     "llm_compressor": Peer(llm_compressor, tuple(Case(n, COLUMNS, 0, 4) for n in BLOCKS), 20, "block"),

@@ -1,9 +1,9 @@
 """Other packages' kernels, for `bench.gpu`: each peer's time beside ours, by the same clock, over inputs that no cache holds.
 
 A peer is there where its package can be imported; nothing depends on one, and what the packages depend on need not be there:
-`pip install --no-deps humming-kernels gemlite bitsandbytes llmcompressor`. What a peer returns is compared with float64 arithmetic on
-its own dequantized weight. Peers run in a process of their own, which is started again without the one that ended it: whatever a peer
-does, it costs a line that says why it was not run.
+`pip install --no-deps humming-kernels gemlite bitsandbytes llmcompressor optimum-quanto`. What a peer returns is compared with float64
+arithmetic on its own dequantized weight. Peers run in a process of their own, which is started again without the one that ended it:
+whatever a peer does, it costs a line that says why it was not run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bench.on_gpu.peer_kernels import PEERS, Case, Peer
 if TYPE_CHECKING:
     from bench.on_gpu.clock import Bench
 
-SECONDS = 90
+SECONDS = 150
 """For all peers of a kind together; those not reached by then are not run."""
 
 
@@ -103,14 +103,8 @@ def supervised(names: Iterable[str], command: Callable[[list[str], Path], list[s
         while left:
             out, log = Path(folder) / "figures", Path(folder) / "log"
             out.write_text("")
-            with log.open("w") as file:
-                process = subprocess.Popen(command(left, out), stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-                try:
-                    reason = f"its process ended with {process.wait(max(1, end - time.monotonic()))}"
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    reason = f"{seconds:.0f} s for all peers were spent"
+            code = run_apart(command(left, out), log, max(1, end - time.monotonic()))
+            reason = f"{seconds:.0f} s for all peers were spent" if code is None else f"its process ended with {code}"
             for line in out.read_text().splitlines():
                 told = json.loads(line)
                 if "done" in told:
@@ -119,8 +113,25 @@ def supervised(names: Iterable[str], command: Callable[[list[str], Path], list[s
                     case = told.pop("case")
                     yield Figure(case=Case(**case) if case else None, **told)
             if left:
-                said = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                yield Figure(left.pop(0), reason=": ".join([reason, *(line[:200] for line in said[-1:])]))
+                yield Figure(left.pop(0), reason=": ".join([reason, *last_said(log)]))
+
+
+def run_apart(command: list[str], log: Path, seconds: float) -> int | None:
+    """The exit status of a command in a process group of its own, its output in `log`; None where it took too long and was ended."""
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+
+def last_said(log: Path) -> list[str]:
+    """Its last line, shortened; none where it said nothing."""
+    said = [" ".join(line.split()) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return [line[:200] for line in said[-1:]]
 
 
 @cache

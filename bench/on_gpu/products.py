@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from bench.copies import copied
 from bench.on_gpu import peers
-from bench.on_gpu.clock import COLD, Bench, Row, beside_dense, known
+from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
 from bench.on_gpu.peer_kernels import SHAPES
 from bench.on_gpu.weights import affine, codebook, signs
 from quant.kernels import kernel
@@ -21,8 +21,9 @@ from quant.tensors.base import Stored
 
 
 def products(b: Bench) -> Iterator[Row]:
-    goals = {(8192, 28672, 4): "85 %", (8192, 8192, 4): "70 %", (4096, 11008, 4): "65 %", (4096, 4096, 4): "45 %"}
-    goals |= {(8192, 8192, 2): "60 %", (8192, 8192, 3): "60 %"}
+    shares = {(8192, 28672, 4): 0.85, (8192, 8192, 4): 0.7, (4096, 11008, 4): 0.65, (4096, 4096, 4): 0.45}
+    shares |= {(8192, 8192, 2): 0.6, (8192, 8192, 3): 0.6}
+    goals = {product: Goal(share, "read") for product, share in shares.items()}
     for n, k in ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672)) if not b.dry else ((16, 256),):
         yield from multiplied(b, n, k, ((f"{bits} bits", "wq_gemv", partial(affine, bits=bits)) for bits in (2, 3, 4, 8)), goals)
 
@@ -65,11 +66,12 @@ def tables(b: Bench) -> Iterator[Row]:
             peers = {"bfloat16": beside_dense(b, x, dense)} if m in (1, 4) else {}
             if m in (1, 4):
                 peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies[i]), len(copies))  # noqa: B023
-            goal = "60 % of what can be read" if m == 1 else ""
-            yield Row(f"{operation} {n} x {k}, {name}, M={m}", error, allowed, took, known(**peers), packed.bytes, goal)
+            goal = Goal(0.6, "read") if m == 1 else None
+            named, work = f"{operation} {n} x {k}, {name}, M={m}", {"float32": 2.0 * m * n * k}
+            yield Row(named, error, allowed, took, known(**peers), packed.bytes, goal, work)
 
 
-def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], str]) -> Iterator[Row]:
+def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], Goal]) -> Iterator[Row]:
     """With one row of x and four, and 4-bit codes with two and eight too: the best backend, and Triton's beside it."""
     dense = b.random(n, k, dtype=torch.bfloat16)
     xs = {m: b.random(m, k, dtype=torch.bfloat16) for m in ((1, 2, 4, 8) if not b.dry else (1, 2))}
@@ -94,8 +96,9 @@ def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int
                 others |= known(triton=b.time(lambda i: getattr(other.run, operation)(x, copies_other[i]), len(copies_other)))  # noqa: B023
             if operation == "wq_gemv":
                 others |= peers.times(b, "products", n, k, m, bits)
-            goal = goals.get((n, k, bits), "") if m == 1 else ""
-            yield Row(f"{operation} {n} x {k}, {name}, M={m}, {chosen.backend}", error, allowed, took, others, packed.bytes, goal)
+            goal = goals.get((n, k, bits)) if m == 1 else None
+            named = f"{operation} {n} x {k}, {name}, M={m}, {chosen.backend}"
+            yield Row(named, error, allowed, took, others, packed.bytes, goal, {"float32": 2.0 * m * n * k})
 
 
 def cold_copies(b: Bench, packed: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from bench.on_gpu.clock import Bench, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.kernels import kernel
 from quant.methods.billm import Billm
 from quant.methods.billm import _reference as billm_masks
@@ -17,13 +17,13 @@ def searches(b: Bench) -> Iterator[Row]:
     name = "auto" if b.dry else "cuda"
     run, twin = (kernel("kmeans_columns", backend, b.device).run for backend in (name, "torch"))
     for count, n, start, goal in (
-        (4096, 4096, "plus_plus", "10 ms"),
-        (4096, 4096, "partition", "10 ms"),
-        (128, 4096, "plus_plus", ""),
-        (1, 4096, "plus_plus", "40 us"),
-        (1, 4096, "partition", "40 us"),
-        (1, 11008, "plus_plus", "40 us"),
-        (1, 11008, "partition", "40 us"),
+        (4096, 4096, "plus_plus", Goal(1e4)),
+        (4096, 4096, "partition", Goal(1e4)),
+        (128, 4096, "plus_plus", None),
+        (1, 4096, "plus_plus", Goal(40.0)),
+        (1, 4096, "partition", Goal(40.0)),
+        (1, 11008, "plus_plus", Goal(40.0)),
+        (1, 11008, "partition", Goal(40.0)),
     ):
         x = b.random(b.size(count, 2), b.size(n, 100))
         fitted = run.kmeans(x, 16, start)
@@ -36,7 +36,7 @@ def searches(b: Bench) -> Iterator[Row]:
             codes=b.time(lambda i: run.nearest(x, fitted)),  # noqa: B023
         )
         worse = float((errors[0] / errors[1]).max()) - 1
-        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, known(**peers), goal=goal)
+        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, known(**peers), x.nbytes, goal)
     search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
     counts = range(1, 50)
     for n in (4096, 11008) if not b.dry else (40,):
@@ -54,8 +54,8 @@ def searches(b: Bench) -> Iterator[Row]:
             torch=b.once(lambda: (plain.order_two_errors(x, counts), plain.split_errors(x, thresholds))),  # noqa: B023
         )
         allowed = 2 * (128 + 20) * 2.0**-24
-        goal = "0.25 ms" if n == 4096 else ""
-        yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), goal=goal)
+        goal = Goal(250.0) if n == 4096 else None
+        yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), x.nbytes, goal)
 
 
 def _squares(x: Tensor, centres: Tensor) -> Tensor:

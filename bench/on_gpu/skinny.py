@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.on_gpu.clock import COLD, Bench, Row, beside_dense, known
+from bench.on_gpu import peers as other_packages
+from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
 from bench.on_gpu.weights import GROUP, affine
 from quant.kernels import kernel
 from quant.kernels.products import with_many_rows
@@ -29,7 +30,8 @@ from quant.kernels.wq_gemm.triton import Shape, candidates, warm
 
 SHAPES = ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
 ROWS = (16, 32, 64, 128, 256)
-GOALS = {16: "2.2 x bfloat16's speed at 8192²", 64: "1.5 x", 256: "0.5 x"}
+GOALS = {16: Goal(1.0, "speed", ("marlin", "humming")), 64: Goal(1.5, "speed", ("bfloat16",)), 256: Goal(0.5, "speed", ("bfloat16",))}
+"""Rows ▸ goal of 4-bit codes."""
 
 
 def products(b: Bench, rows: tuple[int, ...] = ROWS, bits: tuple[int, ...] = (2, 3, 4, 8)) -> list[tuple[int, int, int, int]]:
@@ -59,9 +61,9 @@ def skinny(b: Bench) -> Iterator[Row]:
         took = b.time(lambda i: run.wq_gemm(x, copies[i]), len(copies))  # noqa: B023
         others = gemv.prepare(tensor)
         peers = known(bfloat16=beside_dense(b, x, dense), made=b.time(lambda i: with_many_rows(x, others, gemv)))  # noqa: B023
-        yield Row(
-            f"wq_gemm {n} x {k}, {bits} bits, M={m}", error, allowed, took, peers, packed.bytes, GOALS.get(m, "") if bits == 4 else ""
-        )
+        peers |= other_packages.times(b, "products", n, k, m, bits)
+        goal, work = GOALS.get(m) if bits == 4 else None, {"bfloat16": 2.0 * m * n * k}
+        yield Row(f"wq_gemm {n} x {k}, {bits} bits, M={m}", error, allowed, took, peers, packed.bytes, goal, work)
 
 
 def prompts(b: Bench) -> Iterator[Row]:
@@ -69,16 +71,16 @@ def prompts(b: Bench) -> Iterator[Row]:
     run, dense = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, b.random(n, k, dtype=torch.bfloat16)
     tensor = affine(b, n, k, 4)
     packed, weight = run.prepare(tensor), tensor.dequantize()
-    for m, goal in ((64, ""), (256, "0.5"), (512, "0.65"), (1024, "0.75"), (2304, "0.9")) if not b.dry else ((40, ""),):
+    for m, speed in ((64, 0.0), (256, 0.5), (512, 0.65), (1024, 0.75), (2304, 0.9)) if not b.dry else ((40, 0.0),):
         x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
         want = x[:64].double() @ weight.double().T
         allowed = float((2 * (linear(x[:64].float(), weight).double() - want).norm() + 2.0**-7 * want.norm()) / want.norm())
         error = float((with_many_rows(x, packed, run)[:64].double() - want).norm() / want.norm())
         took = b.time(lambda i: with_many_rows(x, packed, run))  # noqa: B023
         peers = known(bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))), weight_alone=b.time(lambda i: run.values(packed, x.dtype)))  # noqa: B023
-        yield Row(
-            f"4 bits {n} x {k}, the weight made, M={m}", error, allowed, took, peers, goal=f"{goal} x bfloat16's speed" if goal else ""
-        )
+        goal, work = Goal(speed, "speed", ("bfloat16",)) if speed else None, {"bfloat16": 2.0 * m * n * k}
+        moved = packed.bytes + 2 * 2 * n * k  # the made weight is written, and read by the product
+        yield Row(f"4 bits {n} x {k}, the weight made, M={m}", error, allowed, took, peers, moved, goal, work, launches=2)
 
 
 def cold(b: Bench, packed: Packed) -> list[Packed]:

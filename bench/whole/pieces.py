@@ -1,0 +1,52 @@
+"""Pieces of `bench.gpu` that quantize whole models."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from bench.on_gpu.clock import Bench, Goal, Row
+from bench.whole.runs import Work, measured
+from workers.request import Hints
+
+GPTQ = {"static_groups": True, "true_sequential": True}
+WHOLE = (Work("gptq", "7b", GPTQ, goal=Goal(20e6)),)
+SEARCHES = (
+    Work("billm", "7b", goal=Goal(25e6), published="0.5 h on one GPU (arXiv 2402.04291)"),
+    Work("claq", "7b", goal=Goal(40e6)),
+)
+STREAMED = (Work("gptq", "70b", GPTQ, streamed=True, goal=Goal(300e6), published="hours: 4 GPU hours for 175B (arXiv 2210.17323)"),)
+
+
+@cache
+def _root() -> Path:
+    """Models that pieces share; removed at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="bitgrid-bench-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _rows(works: tuple[Work, ...], b: Bench) -> Iterator[Row]:
+    for work in works:
+        made = replace(work, shape="dry", samples=2, length=32) if b.dry else work
+        yield measured(made, _root(), b, Hints(device=b.device.type, threads=1 if b.dry else None))
+
+
+def whole(b: Bench) -> Iterator[Row]:
+    """GPTQ of a model of 7 billion weights."""
+    yield from _rows(WHOLE, b)
+
+
+def whole_searches(b: Bench) -> Iterator[Row]:
+    """BiLLM and CLAQ of it."""
+    yield from _rows(SEARCHES, b)
+
+
+def streamed(b: Bench) -> Iterator[Row]:
+    """GPTQ of a model of 70 billion weights, through one layer's file."""
+    yield from _rows(STREAMED, b)

@@ -1,0 +1,166 @@
+"""A whole model: checked on two layers, then timed from its files to a committed artifact, beside other programs and what limits it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.on_gpu.clock import Bench, Goal, Row
+from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
+from bench.whole.peers import beside, sampled_kmeans
+from bench.whole.shapes import SHAPES, Shape, make_model
+from bench.whole.stages import Made, quantize, spec_of
+from bench.whole.streamed import STREAMED
+from workers.request import Hints
+from workers.rounding import make_methods
+from workers.run_stage import RUNNERS
+from workers.specs import QuantizeSpec
+
+GB = 1e9
+FEW = 2
+"""Layers that are quantized first."""
+LONGEST = 420.0
+"""Seconds that a timed run may take; a streamed model that needs more is cut to fewer layers."""
+
+
+@dataclass(frozen=True)
+class Work:
+    method: str
+    shape: str
+    params: dict[str, Any] = field(default_factory=dict)
+    layers: int | None = None
+    """All of the shape where it is None."""
+    samples: int = 128
+    length: int = 2048
+    propagation: str = "quantized"
+    streamed: bool = False
+    """One layer's file stands for all."""
+    goal: Goal | None = None
+    """Of all layers of the shape."""
+    published: str = ""
+
+    @property
+    def spec(self) -> QuantizeSpec:
+        return spec_of(self.method, self.samples, self.length, self.params, self.propagation)
+
+    @property
+    def damp(self) -> float | None:
+        """None where the method has none."""
+        damp: float | None = getattr(make_methods(self.spec.rules)[0].by, "damp", None)
+        return damp
+
+
+def model_in(root: Path, work: Work, layers: int, device: str, *, one: bool = False) -> Path:
+    """Made where it is not there. one: a single layer has a file."""
+    folder = root / f"{work.shape}-{f'one-of-{layers}' if one else layers}"
+    if not folder.exists():
+        began = time.perf_counter()
+        make_model(folder, SHAPES[work.shape], layers, device, 1 if one else None)
+        print(f"made {folder.name} in {time.perf_counter() - began:.1f} s", flush=True)
+    return folder
+
+
+def measured(work: Work, root: Path, b: Bench, hints: Hints) -> Row:
+    """Not timed where its check failed."""
+    shape, spec, cuda = SHAPES[work.shape], work.spec, b.device.type == "cuda"
+    layers, few = work.layers or shape.layers, min(FEW, shape.layers)
+    small = model_in(root, work, few, b.device.type)
+    tokens = None if spec.calibration is None else tokens_of(spec, small)
+    yardstick = None if tokens is None else Yardstick(tokens, small, spec.rules[0].weight, b.device)
+    first = quantize(spec, small, root, hints)
+    checked = check(first, small, spec, yardstick, b.device)
+    print(f"{work.method}, {work.shape}, {few} layers: {first.seconds:.2f} s the first time; {checked}", flush=True)
+    if checked.error > ALLOWED:
+        return Row(_name(work, layers), checked.error, ALLOWED)
+    if cuda:
+        again = quantize(spec, small, root, hints)
+        print(f"{work.method}, {work.shape}, {few} layers: {again.seconds:.2f} s the second time", flush=True)
+        if work.streamed and again.seconds / few * layers > LONGEST:
+            layers = int(LONGEST / again.seconds * few)
+            print(f"cut to {layers} layers: all would take longer than {LONGEST:.0f} s", flush=True)
+    peers: dict[str, float] = {}
+    if not b.alone:
+        torch.cuda.empty_cache()  # for their processes
+        if work.method == "gptq" and tokens is not None and yardstick is not None:
+            peers |= beside(small, tokens, yardstick, layers / few)
+        if work.method == "claq":
+            peers |= sampled_kmeans(small, shape, layers, 2 ** spec.rules[0].weight.bits, min(8, os.cpu_count() or 1))
+    del yardstick
+    if b.dry and layers == few and not work.streamed:
+        made = first  # nothing is timed
+    else:
+        model = model_in(root, work, layers, b.device.type, one=work.streamed)
+        made = quantize(spec, model, root, hints, STREAMED if work.streamed else RUNNERS)
+    streamed = made.record["summary"].get("streamed")
+    return Row(
+        _name(work, layers), checked.error, ALLOWED, None if b.dry else 1e6 * seconds_of(made), peers,
+        goal=work.goal if layers == shape.layers else None, work={"bfloat16": operations(shape, layers, work)}, launches=0,
+        more=_more(shape, layers, b, streamed), details=told(work, layers, made),
+    )  # fmt: skip
+
+
+def seconds_of(made: Made) -> float:
+    """Of the work: what a streamed run measures of its disk first is none of it."""
+    return made.seconds - float(made.record["summary"].get("streamed", {}).get("apart_s", 0))
+
+
+def _name(work: Work, layers: int) -> str:
+    fed = f"{work.samples} x {work.length} tokens, propagation={work.propagation}, damp={work.damp}"
+    streamed = ", streamed" if work.streamed else ""
+    return f"{work.method} of {layers} of {SHAPES[work.shape].layers} layers, {work.shape}-shaped{streamed}, {fed}, {work.params}"
+
+
+def operations(shape: Shape, layers: int, work: Work) -> float:
+    """Of one forward and of half of each Hessian: multiplications and additions both count."""
+    tokens, heads = work.samples * work.length, shape.hidden * work.length
+    weights = sum(n * k for n, k in shape.linears().values())
+    hessians = 3 * shape.hidden**2 + shape.inner**2
+    return float(layers * tokens * (2 * weights + 2 * heads + hessians))
+
+
+def _more(shape: Shape, layers: int, b: Bench, streamed: dict[str, Any] | None) -> dict[str, float]:
+    found, known = {}, b.ceilings.cholesky_us
+    if shape.hidden in known and shape.inner in known:
+        found["factorizations"] = layers * (3 * known[shape.hidden] + known[shape.inner])
+    if streamed is not None:
+        found["reading the disk"] = 1e6 * layers * streamed["layer_bytes"] / GB / streamed["disk_gbs"]
+    return found
+
+
+def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
+    shape, record, summary = SHAPES[work.shape], made.record, made.record["summary"]
+    streamed = summary.get("streamed")
+    size = sum(f["bytes"] for f in record["files"].values()) + (streamed["written_bytes"] if streamed else 0)
+    phases = ", ".join(f"{k} {v:.2f}" for k, v in record["seconds"].items())
+    apart = f", less {streamed['apart_s']:.2f} of measuring the disk" if streamed else ""
+    print(_name(work, layers))
+    print(f"  {seconds_of(made):.2f} s: stage {made.stage_s:.2f} ({phases}), commit {made.commit_s:.2f}{apart}; {size / GB:.2f} GB packed")
+    print(f"  peak {summary['peak_memory_bytes'] / GB:.1f} GB, {summary['bits_stored']:.3f} bits stored, kernels {record['kernels']}")
+    if streamed:
+        print(f"  {_streamed(streamed)}")
+    if work.published:
+        print(f"  published: {work.published}")
+    if layers != shape.layers:
+        print(f"  all {shape.layers} layers at this rate: {seconds_of(made) * shape.layers / layers:.1f} s (scaled, not measured)")
+    for note in record["notes"]:
+        print(f"  note: {note}", flush=True)
+    return {
+        "method": work.method, "params": [f"{k}={json.dumps(v)}" for k, v in work.params.items()], "shape": work.shape, "layers": layers,
+        "of": shape.layers, "samples": work.samples, "length": work.length, "propagation": work.propagation, "damp": work.damp,
+        "stage_s": made.stage_s, "commit_s": made.commit_s, "seconds": record["seconds"], "bytes": size,
+        "bits_stored": summary["bits_stored"], "peak_memory_bytes": summary["peak_memory_bytes"], "kernels": record["kernels"],
+        "environment": record["environment"], "notes": record["notes"], **({"streamed": streamed} if streamed else {}),
+    }  # fmt: skip
+
+
+def _streamed(s: dict[str, Any]) -> str:
+    real = "the system does not tell what came from the disk" if s["from_disk"] is None else f"{100 * s['from_disk']:.0f} % from the disk"
+    waiting = f"{s['waited_s']:.1f} s of waiting for {s['layers']} x {s['layer_bytes'] / GB:.2f} GB ({real})"
+    rates = f"{s['read_gbs']:.2f} GB/s over the run; alone the loader reads {s['loader_gbs']:.2f} GB/s, threads {s['disk_gbs']:.2f}"
+    return f"load-bound share {100 * s['load_bound']:.0f} %: {waiting}, {rates}; host peak {s['host_peak_bytes'] / GB:.1f} GB"

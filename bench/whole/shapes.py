@@ -1,0 +1,81 @@
+"""LLaMA checkpoints of random weights in the shapes of published models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+VOCABULARY = 32000
+TEXT = "text.jsonl"
+"""Of calibration, in the folder of a model."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    documents: int | None = None
+    """Of the shipped text; all where it is None."""
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name in a decoder layer ▸ rows and columns."""
+        h, i, kv = self.hidden, self.inner, self.hidden // self.heads * self.kv_heads
+        attention = {"q_proj": (h, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, h)}
+        mlp = {"gate_proj": (i, h), "up_proj": (i, h), "down_proj": (h, i)}
+        return {f"self_attn.{k}": s for k, s in attention.items()} | {f"mlp.{k}": s for k, s in mlp.items()}
+
+
+SHAPES = {
+    "dry": Shape(128, 128, 1, 2, 1, 12),
+    "tiny": Shape(256, 768, 4, 4, 4),
+    "7b": Shape(4096, 11008, 32, 32, 32),
+    "13b": Shape(5120, 13824, 40, 40, 40),
+    "70b": Shape(8192, 28672, 80, 64, 8),
+}
+
+
+def make_model(folder: Path, shape: Shape, layers: int, device: str, files_of: int | None = None) -> None:
+    """A LLaMA checkpoint of bfloat16 weights drawn from N(0, 0.02²), one file a layer, with the shipped model's tokenizer and text.
+    files_of: layers that have a file; all when left out."""
+    shipped = files("workers.assets") / "wikitext_llama"
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((shipped / name).read_bytes())
+    documents = (files("workers.assets") / "self_text" / "calibration.jsonl").read_text().splitlines(keepends=True)
+    (folder / TEXT).write_text("".join(documents[: shape.documents]))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "dtype": "bfloat16",
+        "hidden_act": "silu", "hidden_size": shape.hidden, "intermediate_size": shape.inner, "num_hidden_layers": layers,
+        "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return (torch.randn(size, generator=g, device=device, dtype=torch.float32) * 0.02).to(torch.bfloat16).cpu()
+
+    where: dict[str, str] = {}
+
+    def save(tensors: dict[str, torch.Tensor], name: str) -> None:
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, name))
+
+    ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
+    outer = {"model.embed_tokens.weight": normal(VOCABULARY, shape.hidden), "lm_head.weight": normal(VOCABULARY, shape.hidden)}
+    save({**outer, "model.norm.weight": ones}, "outer.safetensors")
+    for n in range(layers if files_of is None else files_of):
+        at = f"model.layers.{n}."
+        norms = {f"{at}{k}.weight": ones.clone() for k in ("input_layernorm", "post_attention_layernorm")}
+        save({f"{at}{k}.weight": normal(*s) for k, s in shape.linears().items()} | norms, f"layer_{n:03d}.safetensors")
+    total = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))

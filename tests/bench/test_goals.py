@@ -1,0 +1,54 @@
+"""What the benchmark says of a figure and its goal."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.on_gpu.clock import Ceilings, Goal, Row
+
+HERE = Ceilings(read_gbs=4000, copy_gbs=3000, launch_us=2, tflops={"bfloat16": 500})
+
+
+def row(us: float | None = 100.0, goal: Goal | None = None, **more: object) -> Row:
+    return Row("a product", 0, 0, us, {"fast": 80.0, "slow": 400.0}, 200_000_000, goal, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("goal", "missed"),
+    [
+        (Goal(125.0), -0.2),
+        (Goal(80.0), 0.25),
+        (Goal(0.4, "read"), -0.25),  # 2000 of 4000 GB/s
+        (Goal(0.625, "read"), 0.2),
+        (Goal(0.8, "copy"), 1 - 2 / 3 / 0.8),
+        (Goal(1.0, "speed", ("slow", "fast")), 0.2),  # of the fastest
+        (Goal(2.0, "speed", ("slow",)), -1.0),
+        (Goal(2.0, "time", ("fast",)), -0.375),
+        (Goal(0.2, "time", ("slow",)), 0.25),
+    ],
+)
+def test_by_how_much_a_goal_is_missed(goal: Goal, missed: float) -> None:
+    made = row(goal=goal)
+    assert goal.missed_by(made, HERE) == pytest.approx(missed)
+    line = made.line(HERE)
+    assert ("missed by" in line) == (missed > 0)
+    assert (f"missed by {100 * missed:.0f} %" if missed > 0 else ": met") in line
+    assert made.told(HERE)["missed_by"] == pytest.approx(missed, abs=1e-4)
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    for made in (row(None, Goal(1.0)), row(goal=Goal(1.0, "speed", ("gone",)))):
+        assert made.told(HERE)["missed_by"] is None
+    assert "not judged, nothing to compare with (gone not measured)" in row(goal=Goal(1.0, "speed", ("gone",))).line(HERE)
+    assert "missed by 20 % (gone not measured)" in row(goal=Goal(1.0, "speed", ("gone", "fast"))).line(HERE)
+    assert Goal(0.5, "read").missed_by(row(), Ceilings()) is None
+
+
+def test_the_limit_that_takes_most_of_the_time_is_named() -> None:
+    goal = Goal(10.0)
+    bound = row(goal=goal, work={"bfloat16": 10e9, "float32": 1e9}, launches=3, more={"factorizations": 1.0})
+    assert bound.least(HERE) == pytest.approx({"bytes": 0.5, "bfloat16 operations": 0.2, "launches": 0.06, "factorizations": 0.01})
+    assert "bytes limit it (of its time need bytes 50 %, bfloat16 operations 20 %" in bound.line(HERE)
+    assert "none of these, limit it" in row(150.0, goal).line(HERE)
+    assert "no limits were measured" in row(goal=goal).line(Ceilings())
+    assert "limit" not in row(5.0, goal).line(HERE)

@@ -1,0 +1,99 @@
+"""Whole models of random weights: what is streamed through one layer's file, what a run is checked by, and the plain loop beside it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bench.whole import torch_loop
+from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
+from bench.whole.runs import Work
+from bench.whole.shapes import SHAPES, make_model
+from bench.whole.stages import Made, quantize, spec_of
+from bench.whole.streamed import FIRST, STREAMED, bytes_from_disk, read_rate
+from quant import quantize_linear
+from quant.tensors.affine import AffineTensor
+from workers.request import Hints
+
+SHAPE = replace(SHAPES["dry"], layers=2)
+SPEC = spec_of("gptq", 2, 32, {"static_groups": True, "true_sequential": True})
+HINTS = Hints(device="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "one"
+    make_model(folder, SHAPE, SHAPE.layers, "cpu", files_of=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Made]:
+    """Layers with files of their own, of the same weights."""
+    folder = tmp_path_factory.mktemp("models") / "whole"
+    make_model(folder, SHAPE, SHAPE.layers, "cpu")
+    layer = load_file(one_layer / "layer_000.safetensors")
+    for i in range(SHAPE.layers):
+        tensors = {n.replace(FIRST, f"model.layers.{i}."): t for n, t in layer.items()}
+        save_file(tensors, folder / f"layer_{i:03d}.safetensors", metadata={"format": "pt"})
+    return folder, quantize(SPEC, folder, tmp_path_factory.mktemp("store"), HINTS)
+
+
+def test_layers_read_from_one_file_give_what_layers_with_files_of_their_own_give(
+    one_layer: Path, whole: tuple[Path, Made], tmp_path: Path
+) -> None:
+    streamed = quantize(SPEC, one_layer, tmp_path, HINTS, STREAMED)
+    told = streamed.record["summary"]["streamed"]
+    blocks = {n: f for n, f in whole[1].record["files"].items() if n.startswith("tensors_")}
+    assert not list(streamed.folder.rglob("tensors_*"))
+    assert told["digests"] == {n: f["sha256"] for n, f in blocks.items()}
+    assert told["written_bytes"] == sum(f["bytes"] for f in blocks.values())
+    assert told["layers"] == len(blocks) == SHAPE.layers
+    assert told["layer_bytes"] == sum(t.nbytes for t in load_file(one_layer / "layer_000.safetensors").values())
+    assert 0 < told["load_bound"] < 1
+
+
+def test_a_file_is_read_from_the_disk_again(one_layer: Path) -> None:
+    shard = one_layer / "outer.safetensors"
+    read_rate(shard)
+    before = bytes_from_disk()
+    read_rate(shard)
+    after = bytes_from_disk()
+    if before is None or after is None or after == before:
+        pytest.skip("the system does not tell what it reads, or these files are on no disk")
+    assert after - before >= 0.9 * shard.stat().st_size
+
+
+def test_a_run_is_checked_against_its_files_and_round_to_nearest(whole: tuple[Path, Made], one_layer: Path) -> None:
+    model, made = whole
+    cpu = torch.device("cpu")
+    yardstick = Yardstick(tokens_of(SPEC, model), model, SPEC.rules[0].weight, cpu)
+    right = check(made, model, SPEC, yardstick, cpu)
+    assert right.error <= ALLOWED
+    assert right.output_error is not None
+    assert yardstick.rtn is not None
+    assert right.output_error < yardstick.rtn
+    yardstick.rtn = right.output_error
+    assert check(made, model, SPEC, yardstick, cpu).error == math.inf
+
+
+def test_what_a_run_says_of_damping_is_the_methods() -> None:
+    assert Work("gptq", "dry").damp == 0.01
+    assert Work("gptq", "dry", {"damp": 0.05}).damp == 0.05
+    assert Work("rtn", "dry").damp is None
+
+
+def test_the_plain_loop_makes_our_codes() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(16, 256, generator=g), torch.randn(512, 256, generator=g)
+    hessian = x.T @ x / len(x)
+    ours = quantize_linear(weight, method="gptq", bits=4, group_size=128, hessian=hessian)
+    assert isinstance(ours, AffineTensor)
+    tensor, values = torch_loop.solve(weight, hessian.clone())
+    assert float((tensor.codes == ours.codes).double().mean()) >= 0.999
+    assert torch.equal(values, tensor.dequantize())
