@@ -2,11 +2,11 @@
 
     python -m bench.evidence --store STORE [--sweep methods] [--out bench/results]
 
-Reads a sweep of conf/sweep/methods.yaml, as far as it has come, and writes evidence.md and evidence.csv. It is evidence, not a gate. Per
-variant: bits as the paper counts them, as stored, and as the same format takes at 4096 x 4096; NLL minus the unquantized model's on the
-same windows, and KL against it, with intervals over articles and draws. Per ordering that a paper claims: the difference of NLL, and of KL
-as the more sensitive measure, with verdicts after Holm's correction over all rows. Statistics: bench/evidence_stats.py; orderings:
-bench/evidence_claims.py.
+Reads a sweep of conf/sweep/methods.yaml, as far as it has come, and writes evidence.md, evidence.csv and, window by window, evidence-
+items.parquet. It is evidence, not a gate. Per variant: bits as the paper counts them, as stored, and as the same format takes at 4096 x
+4096; NLL minus the unquantized model's on the same windows, and KL against it, with intervals over articles and draws. Per ordering that
+a paper claims: the difference of NLL, and of KL as the more sensitive measure, with verdicts after Holm's correction over all rows.
+Statistics: bench/evidence_stats.py; orderings: bench/evidence_claims.py.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.evidence_bits import LARGE, bits_at
@@ -42,6 +43,8 @@ class Row:
     nominal: list[float] = field(default_factory=list)
     stored: list[float] = field(default_factory=list)
     large: list[float] = field(default_factory=list)
+    cache: list[float] = field(default_factory=list)
+    """Bits a value of a whole window's KV cache."""
     nll: dict[str, Floats] = field(default_factory=dict)
     """Draw ▸ `[n]`, minus the unquantized model's."""
     kl: dict[str, Floats] = field(default_factory=dict)
@@ -59,6 +62,7 @@ class Verdict:
     model: str
     claim: Claim
     bits: tuple[float, float]
+    """Stored bits of both: of weights, or of the cache where only that is quantized."""
     nll: Effect
     kl: Effect
 
@@ -109,6 +113,9 @@ def collect(result: SweepResult) -> tuple[dict[Key, Row], list[str]]:
         ours, theirs = items(stage), items(base)
         row.nll[draw], row.kl[draw] = ours["nll"] - theirs["nll"], ours["kl"]
         row.documents = ours.get("document", theirs.get("document"))
+        cache = stage.summary.get("kv") or {}
+        if cache.get("bits_stored") is not None:
+            row.cache.append(cache["bits_stored"])
         quantize = variant.quantize
         if quantize is not None and quantize.payload is not None and quantize.summary.get("bits_stored") is not None:
             row.nominal.append(quantize.summary["bits_nominal"])
@@ -128,7 +135,7 @@ def judge(rows: Mapping[Key, Row], claims: Sequence[Claim] = CLAIMS) -> tuple[li
     ]
     effects = {m: adjusted([effect(_paired(a, b, m), _documents(a, b)) for *_, a, b in pairs]) for m in ("nll", "kl")}
     found = [
-        Verdict(model, claim, (_mean(a.stored), _mean(b.stored)), nll, kl)
+        Verdict(model, claim, (_mean(a.stored or a.cache), _mean(b.stored or b.cache)), nll, kl)
         for (model, claim, a, b), nll, kl in zip(pairs, effects["nll"], effects["kl"], strict=True)
     ]
     judged = {v.claim for v in found}
@@ -160,13 +167,13 @@ def _interval(e: Effect) -> str:
 
 def variant_lines(rows: Mapping[Key, Row], model: str) -> list[str]:
     lines = [
-        "| variant | draws | bits nominal | bits stored | at 4096² | ΔNLL, nats per token | KL, nats per token |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        "| variant | draws | bits nominal | bits stored | at 4096² | KV stored | ΔNLL, nats per token | KL, nats per token |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     mine = {name: row for (m, name), row in rows.items() if m == model}
     for name, row in sorted(mine.items(), key=lambda x: (x[0].split()[1], row_mean(x[1]))):
         nll, kl = effect(row.values("nll"), row.documents), effect(row.values("kl"), row.documents)
-        bits = " | ".join(_bits(_mean(b)) for b in (row.nominal, row.stored, row.large))
+        bits = " | ".join(_bits(_mean(b)) for b in (row.nominal, row.stored, row.large, row.cache))
         lines.append(f"| {name} | {nll.draws} | {bits} | {_interval(nll)} | {_interval(kl)} |")
     return lines
 
@@ -187,10 +194,25 @@ def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
     return lines
 
 
+def write_items(path: Path, rows: Mapping[Key, Row]) -> None:
+    """What the table is made of, as Parquet: `nll` and `kl` minus the unquantized model's, of every window, draw, variant and model."""
+    columns: dict[str, list[object]] = {n: [] for n in ("model", "variant", "draw", "window", "document", "nll", "kl")}
+    for (model, name), row in rows.items():
+        for draw, nll in row.nll.items():
+            documents = [None] * len(nll) if row.documents is None else row.documents.astype(int)
+            parts = ([model] * len(nll), [name] * len(nll), [draw] * len(nll), range(len(nll)), documents, nll, row.kl[draw])
+            for column, part in zip(columns.values(), parts, strict=True):
+                column.extend(part)
+    table = pa.table(columns)
+    for name in ("nll", "kl"):
+        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(pa.float32()))
+    pq.write_table(table, path, compression="zstd")
+
+
 def write_csv(path: Path, rows: Mapping[Key, Row], verdicts: Sequence[Verdict]) -> None:
     """Both tables in one file; `kind` is variant or ordering."""
     head = ["kind", "model", "variant", "than", "source", "draws", "clusters", "clusters_are"]
-    head += ["bits_nominal", "bits_stored", "bits_4096", "bits_stored_than"]
+    head += ["bits_nominal", "bits_stored", "bits_4096", "bits_kv_stored", "bits_stored_than"]
     ends = [f"{m}_{part}" for m in ("nll", "kl") for part in ("mean", "low", "high", "p", "p_holm", "verdict")]
 
     def numbers(e: Effect, judged: bool) -> list[object]:
@@ -201,11 +223,11 @@ def write_csv(path: Path, rows: Mapping[Key, Row], verdicts: Sequence[Verdict]) 
         out.writerow([*head, *ends])
         for (model, name), row in rows.items():
             nll, kl = effect(row.values("nll"), row.documents), effect(row.values("kl"), row.documents)
-            bits = [f"{_mean(b):.5f}" for b in (row.nominal, row.stored, row.large)]
+            bits = [f"{_mean(b):.5f}" for b in (row.nominal, row.stored, row.large, row.cache)]
             start = ["variant", model, name, "", "", nll.draws, nll.clusters, nll.clusters_are]
             out.writerow([*start, *bits, "", *numbers(nll, False), *numbers(kl, False)])
         for v in verdicts:
-            bits = ["", f"{v.bits[0]:.5f}", "", f"{v.bits[1]:.5f}"]
+            bits = ["", f"{v.bits[0]:.5f}", "", "", f"{v.bits[1]:.5f}"]
             start = ["ordering", v.model, v.claim.better, v.claim.worse, v.claim.source, v.nll.draws, v.nll.clusters, v.nll.clusters_are]
             out.writerow([*start, *bits, *numbers(v.nll, True), *numbers(v.kl, True)])
 
@@ -262,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "evidence.md").write_text("\n".join(lines) + "\n")
     write_csv(given.out / "evidence.csv", rows, verdicts)
+    write_items(given.out / "evidence-items.parquet", rows)
     print(f"{given.out}/evidence.md: {len(rows)} variants, {len(verdicts)} orderings ({', '.join(f'{n} {w}' for w, n in counts.items())})")
 
 
@@ -272,10 +295,11 @@ say nothing certain about large ones, and no default was chosen by it.
   draws of the calibration text together; a variant with one draw reads no such text. Windows are spread over the text, so that most are
   of different ones. With fewer than {FEWEST_DOCUMENTS} documents, or where evaluations of before do not tell them, clusters are blocks of
   {BLOCK} windows instead; the lines above say so, and the column clusters_are of the CSV.
-- Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a count
-  weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is quantized,
-  in one forward pass; KIVI keeps the latest 128 tokens in full precision, half of a window here. Tables of channels that QLLM takes apart
-  and joins are counted in stored bits, not in those at 4096 x 4096.
+- Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a
+  count weigh far more than at 4096 x 4096; compare methods at equal stored bits, not at equal names. Of w16a16kv* only the cache is
+  quantized, in one forward pass but for *_decode; its stored bits are those of a whole window, and orderings between such variants give
+  them. KIVI keeps the latest 128 tokens in full precision, half of a window here. Tables of channels that QLLM takes apart and joins are
+  counted in stored bits, not in those at 4096 x 4096.
 - The verdict is by NLL, which is what perplexities in papers measure; KL against the unquantized model is more sensitive. p values are
   two-sided and adjusted by Holm over all rows of the table, for each measure.
 - On wikitext_llama ΔNLL lies well below KL (for a model that predicts its text as well as it thinks they would be about equal). Why was not
@@ -286,7 +310,7 @@ say nothing certain about large ones, and no default was chosen by it.
   clipping), learned rotations 40, learned rounding 40, the last on stories260k alone; QuIP# one sweep of descent. Calibration is 32
   sequences of 256 tokens.
 - ZeroQuant is without its distillation. OS+ has nothing to shift in models with RMS norms, it only scales.
-- Left out for time: act-order and sequential GPTQ, CLAQ-AP alone, other number formats."""
+- Left out for time: sequential GPTQ and CLAQ, QLLM's and OmniQuant's tuning on wikitext_llama, automatic bits."""
 
 
 if __name__ == "__main__":
