@@ -10,63 +10,15 @@
 #include <thread>
 #include <vector>
 
-// Versions for wider vectors, chosen when the library is loaded. They compute the same bits.
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTOR
-#endif
+#include "sorted_column.h"
 
 namespace {
 
-struct Workspace {
-    std::vector<double> x, sum, square, measure, cost, least, next, from;
-    std::vector<uint32_t> keys, other;
+struct Workspace : Sorting {
+    std::vector<double> sum, square, measure, cost, least, next, from;
     std::vector<int64_t> at, cuts;
     std::vector<double> centres, before;
 };
-
-// Ascending float64 values. Float32 keys are sorted by three passes of 11 bits.
-void sorted(const float* column, int64_t n, Workspace& w) {
-    w.keys.resize(n);
-    w.other.resize(n);
-    uint32_t counts[3][2048] = {};
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t u;
-        std::memcpy(&u, column + i, 4);
-        u ^= (u >> 31) ? 0xffffffffu : 0x80000000u;
-        w.keys[i] = u;
-        counts[0][u & 2047]++;
-        counts[1][(u >> 11) & 2047]++;
-        counts[2][u >> 22]++;
-    }
-    for (int pass = 0; pass < 3; pass++) {
-        uint32_t at = 0;
-        for (uint32_t& c : counts[pass]) {
-            const uint32_t here = c;
-            c = at;
-            at += here;
-        }
-        const int shift = 11 * pass;
-        for (int64_t i = 0; i < n; i++) {
-            const uint32_t u = w.keys[i];
-            w.other[counts[pass][(u >> shift) & 2047]++] = u;
-        }
-        std::swap(w.keys, w.other);
-    }
-    for (int64_t i = 0; i < n; i++) {
-        uint32_t u = w.keys[i];
-        u ^= (u >> 31) ? 0x80000000u : 0xffffffffu;
-        float f;
-        std::memcpy(&f, &u, 4);
-        w.x[i] = f;
-    }
-}
-
-void sorted(const double* column, int64_t n, Workspace& w) {
-    std::copy(column, column + n, w.x.begin());
-    std::sort(w.x.begin(), w.x.end());
-}
 
 VECTOR void add_above(const float* x, int64_t n, float middle, uint8_t* codes) {
     for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
@@ -76,26 +28,49 @@ VECTOR void add_above(const double* x, int64_t n, double middle, uint8_t* codes)
     for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
 }
 
-// One more run: next[b] = min over a of least[a] + cost[a, b], from[b] = the first such a, not before that of one run less, which
-// `earlier` holds (cuts never move back when a run is added). Indices are doubles, so that compilers use vector instructions.
-VECTOR void one_more_run(const double* least, const double* cost, int64_t side, const double* earlier, double* next, double* from,
-                         int64_t* until) {
-    for (int64_t b = 0; b < side; b++) {
-        next[b] = INFINITY;
-        from[b] = 0;
-        until[b] = b;
+using Four __attribute__((vector_size(32))) = double;
+using Loose __attribute__((vector_size(32), aligned(8), may_alias)) = double;
+
+INLINE Loose& at(double* place) { return *reinterpret_cast<Loose*>(place); }
+INLINE const Loose& at(const double* place) { return *reinterpret_cast<const Loose*>(place); }
+
+// The best beginning so far of four ends.
+struct Ends {
+    Four before, best, origin;
+    INLINE void begin(const double* earlier) {
+        before = at(earlier);
+        best = Four{} + INFINITY;
+        origin = Four{};
     }
-    for (int64_t b = 0; b < side; b++) until[int64_t(earlier[b])] = std::max(until[int64_t(earlier[b])], b);
-    for (int64_t a = 0, last = 0; a < side; a++) {
-        const double before = least[a], index = double(a);
-        const double* row = cost + a * side;
-        last = std::max(last, until[a]);
-        for (int64_t b = a; b <= last; b++) {
-            const double trial = before + row[b];
-            const bool better = (trial < next[b]) & (earlier[b] <= index);
-            next[b] = better ? trial : next[b];
-            from[b] = better ? index : from[b];
+    INLINE void consider(double least, const double* cost, const Four& index) {
+        const Four trial = least + at(cost);
+        const auto better = (trial < best) & (before <= index);
+        best = better ? trial : best;
+        origin = better ? index : origin;
+    }
+    INLINE void end(double* next, double* from) const {
+        at(next) = best;
+        at(from) = origin;
+    }
+};
+
+// One more run: next[b] = min over a of least[a] + cost[a, b], from[b] = the first such a, not before that of one run less, which
+// `earlier` holds (cuts never move back when a run is added). Ends b from `first` on, a multiple of 8, go eight at a time; indices are
+// doubles, as what is compared.
+VECTOR void one_more_run(const double* least, const double* cost, int64_t side, int64_t stride, int64_t first, const double* earlier,
+                         double* next, double* from) {
+    for (int64_t b = first; b < side; b += 8) {
+        const int64_t end = std::min(side, b + 8);
+        Ends low, high;
+        low.begin(earlier + b);
+        high.begin(earlier + b + 4);
+        int64_t a = int64_t(*std::min_element(earlier + b, earlier + end));
+        for (Four index = Four{} + double(a); a < end; a++, index += 1.0) {
+            low.consider(least[a], cost + a * stride + b, index);
+            high.consider(least[a], cost + a * stride + b + 4, index);
         }
+        low.end(next + b, from + b);
+        high.end(next + b + 4, from + b + 4);
     }
 }
 
@@ -137,6 +112,7 @@ VECTOR void take_centre(const double* values, double* closest, double centre, in
 }
 
 VECTOR void roots_of_gaps(const double* x, double* roots, int64_t n) {
+    roots[0] = 0;
     for (int64_t i = 1; i < n; i++) roots[i] = std::sqrt(x[i] - x[i - 1]);
 }
 
@@ -144,66 +120,88 @@ VECTOR void at_most(double* values, double most, int64_t n) {
     for (int64_t i = 0; i < n; i++) values[i] = values[i] < most ? values[i] : most;
 }
 
-// Squared error of bins a .. b - 1 as one cluster.
-VECTOR void costs_of(const double* count, const double* sum, const double* square, int64_t side, double* cost) {
-    for (int64_t a = 0; a < side; a++)
+// sums * scale + index.
+VECTOR void with_index(double* sums, double scale, int64_t n) {
+    for (int64_t i = 0; i < n; i++) sums[i] = sums[i] * scale + double(i);
+}
+
+// Squared error of bins a .. b - 1 as one cluster; infinite beyond `side` and, in a's group of eight, before a.
+VECTOR void costs_of(const double* count, const double* sum, const double* square, int64_t side, int64_t stride, double* cost) {
+    for (int64_t a = 0; a < side; a++) {
+        double* row = cost + a * stride;
+        for (int64_t b = a / 8 * 8; b < a; b++) row[b] = INFINITY;
         for (int64_t b = a; b < side; b++) {
             const double s = sum[b] - sum[a], q = square[b] - square[a], m = count[b] - count[a];
-            cost[a * side + b] = q - s * s / (m < 1 ? 1 : m);
+            row[b] = q - s * s / (m < 1 ? 1 : m);
         }
+        for (int64_t b = side; b < stride; b++) row[b] = INFINITY;
+    }
+}
+
+// Prefix sums of values and squares; and, for a partition, `measure`: those of the square roots of gaps. Three chains of additions take
+// as long as one.
+template <bool GAPS>
+void sums_of(int64_t n, int64_t bins, Workspace& w) {
+    double *roots = w.measure.data(), *sum = w.sum.data(), *square = w.square.data(), s = 0, q = 0, g = 0;
+    const double* x = w.x.data();
+    if (GAPS) {
+        roots_of_gaps(x, roots, n);
+        // One cut in a gap is enough: no gap counts for more than two shares.
+        for (int pass = 0; pass < 2; pass++) at_most(roots, 2 * lane_sum(roots + 1, n - 1) / double(bins), n);
+    }
+    sum[0] = square[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        s += x[i];
+        q += x[i] * x[i];
+        sum[i + 1] = s;
+        square[i + 1] = q;
+        if (GAPS) roots[i] = g += roots[i];
+    }
 }
 
 // Candidate cuts at[0] = 0 <= ... <= at[bins] = n: equal shares of the sum of square roots of gaps (16 parts) and of count (1 part).
 void candidates(int64_t n, int64_t bins, Workspace& w) {
-    double total = 0;
-    w.measure[0] = 0;
-    roots_of_gaps(w.x.data(), w.measure.data(), n);
-    // One cut in a gap is enough: no gap counts for more than two shares.
-    for (int pass = 0; pass < 2; pass++) at_most(w.measure.data(), 2 * lane_sum(w.measure.data() + 1, n - 1) / double(bins), n);
-    for (int64_t i = 1; i < n; i++) {
-        total += w.measure[i];
-        w.measure[i] = total;
-    }
-    const double scale = 16 * double(n - 1) / total;
+    with_index(w.measure.data(), 16 * double(n - 1) / w.measure[n - 1], n);
     w.at.resize(bins + 1);
     w.at[0] = 0;
     w.at[bins] = n;
-    const double all = w.measure[n - 1] * scale + double(n - 1);
+    const double *measure = w.measure.data(), all = measure[n - 1];
     int64_t i = 0;
     for (int64_t b = 1; b < bins; b++) {
         const double wanted = all * (double(b) / double(bins));
-        while (i < n && w.measure[i] * scale + double(i) < wanted) i++;
+        while (i < n && measure[i] < wanted) i++;
         w.at[b] = i;
     }
 }
 
 // The best k consecutive runs of bins, by dynamic programming.
 void best_runs(int64_t bins, int64_t k, Workspace& w) {
-    const int64_t side = bins + 1;
-    w.cost.resize(side * side);
-    w.least.resize(3 * side);
-    w.next.resize(side);
-    w.from.assign(k * side, 0.0);
+    const int64_t side = bins + 1, stride = (side + 7) / 8 * 8;
+    w.cost.resize(side * stride);
+    w.least.resize(3 * stride);
+    w.next.resize(stride);
+    w.from.assign(k * stride, 0.0);
     double *count = w.least.data(), *sum = count + side, *square = sum + side;
     for (int64_t b = 0; b < side; b++) {
         count[b] = double(w.at[b]);
         sum[b] = w.sum[w.at[b]];
         square[b] = w.square[w.at[b]];
     }
-    w.cuts.resize(std::max(side, k + 1));
-    costs_of(count, sum, square, side, w.cost.data());
-    w.least.assign(w.cost.begin(), w.cost.begin() + side);
+    costs_of(count, sum, square, side, stride, w.cost.data());
+    w.least.assign(w.cost.begin(), w.cost.begin() + stride);
     for (int64_t c = 1; c < k; c++) {
-        double* from = w.from.data() + c * side;
-        one_more_run(w.least.data(), w.cost.data(), side, from - side, w.next.data(), from, w.cuts.data());
+        double* from = w.from.data() + c * stride;
+        // Of the last run only the end of all matters.
+        const int64_t first = c + 1 < k ? 0 : bins / 8 * 8;
+        one_more_run(w.least.data(), w.cost.data(), side, stride, first, from - stride, w.next.data(), from);
         w.least.swap(w.next);
-        w.next.resize(side);
+        w.next.resize(stride);
     }
     w.cuts.resize(k + 1);
     w.cuts[k] = w.at[bins];
     int64_t b = bins;
     for (int64_t c = k - 1; c > 0; c--) {
-        b = int64_t(w.from[c * side + b]);
+        b = int64_t(w.from[c * stride + b]);
         w.cuts[c] = w.at[b];
     }
     w.cuts[0] = 0;
@@ -304,21 +302,16 @@ void one_column(const T* column, int64_t n, int64_t k, int64_t bins, int64_t ste
         for (int64_t c = distinct; c < k; c++) out[c] = out[distinct - 1];
         return;
     }
-    double s = 0, q = 0;
-    w.sum[0] = w.square[0] = 0;
-    for (int64_t i = 0; i < n; i++) {
-        s += w.x[i];
-        q += w.x[i] * w.x[i];
-        w.sum[i + 1] = s;
-        w.square[i + 1] = q;
-    }
     double tolerance = 0;
     if (draws) {
-        tolerance = 1e-4 * (q / double(n) - (s / double(n)) * (s / double(n)));
+        sums_of<false>(n, bins, w);
+        const double mean = w.sum[n] / double(n);
+        tolerance = 1e-4 * (w.square[n] / double(n) - mean * mean);
         plus_plus(column, n, k, draws, w);
         w.cuts.assign(k + 1, 0);
         w.cuts[k] = n;
     } else {
+        sums_of<true>(n, bins, w);
         candidates(n, bins, w);
         if (bins > k)
             best_runs(bins, k, w);

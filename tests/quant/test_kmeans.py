@@ -111,6 +111,22 @@ def test_the_cpp_and_torch_twins_give_equal_bits(shape: str, n: int, k: int, sta
     assert torch.equal(cpp.nearest(x, centres), twin.nearest(x, centres))
 
 
+def test_the_twins_agree_where_values_crowd_in_a_small_part_of_the_range() -> None:
+    """Which the C++ sorts another way than values that spread over it; and zeros of both signs, denormals and a range beyond float32."""
+    if "cpu" not in BACKENDS:
+        pytest.skip(str(library("kmeans_columns")))
+    cpp, twin = (kernel("kmeans_columns", b).run for b in ("cpu", "torch"))
+    x = columns("normal", 2000, count=6)
+    x[1, 0], x[2] = 1e9, (8 * x[2]).exp()
+    x[3, ::2], x[3, ::3] = 0.0, -0.0
+    x[4] *= 1e-41
+    x[5, :2] = torch.tensor([3e38, -3e38])
+    for start in STARTS:
+        assert torch.equal(cpp.kmeans(x, 8, start), twin.kmeans(x, 8, start))
+    few = torch.tensor([0.0, -0.0, 1.0]).repeat(30)[None]
+    assert cpp.kmeans(few, 2).tolist() == [[0.0, 1.0]]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_plus_plus_equals_the_plain_loop(backend: str) -> None:
     run, plain = kernel("kmeans_columns", backend).run, kernel("kmeans_columns", "reference").run
