@@ -198,19 +198,29 @@ def block_within(group: int, most: int = 128) -> int:
 def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:
     """Rounds the columns of `[K, N]` in order. The weight is not changed. `block_size` only says how late the columns
     of later blocks are updated."""
+
+    def solve_block(start: int, w: Tensor, u: Tensor, out: SolvedBlock) -> None:
+        block = w[start : start + len(u)].clone()
+        diagonal: list[float] = u.diagonal().tolist()
+        for i in range(len(block)):
+            out.codes[i], q = round_column(start + i, block[i], w)
+            out.values[i] = q
+            torch.sub(block[i], q, out=out.errors[i]).div_(diagonal[i])
+            block[i + 1 :].addr_(u[i, i + 1 :], out.errors[i], alpha=-1)
+
+    return solve_blocks(weight, upper, block_size, solve_block)
+
+
+def solve_blocks(weight: Tensor, upper: Tensor, block_size: int, solve_block: Callable[[int, Tensor, Tensor, SolvedBlock], None]) -> Solved:
+    """Rounds the blocks of columns of `[K, N]` in order by `solve_block(start, weights, factor [B, B], out)`. The weights hold the updates
+    of all finished blocks; it may change those of its own block. The weight given is not changed."""
     w = weight.clone()
     k = w.shape[0]
-    codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
+    codes, values, loss, errors = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), torch.empty_like(w[:block_size])
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
-        block, errors = w[start:end].clone(), torch.empty_like(w[start:end])
-        u = upper[start:end, start:end]
-        diagonal: list[float] = u.diagonal().tolist()
-        for i in range(end - start):
-            codes[start + i], q = round_column(start + i, block[i], w)
-            values[start + i] = q
-            torch.sub(block[i], q, out=errors[i]).div_(diagonal[i])
-            block[i + 1 :].addr_(u[i, i + 1 :], errors[i], alpha=-1)
-        loss += errors.square().sum(0)
-        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start])
+        solve_block(start, w, upper[start:end, start:end], out)
+        loss += out.errors.square().sum(0)
+        w[end:].addmm_(upper[start:end, end:].T, out.errors, alpha=-1)
     return Solved(codes, values, loss)

@@ -30,6 +30,10 @@ TABLE: dict[str, dict[str, str]] = {
         "torch": "quant.kernels.kmeans_columns.batched",
         "reference": "quant.kernels.kmeans_columns.reference",
     },
+    "claq_block": {
+        "cpu": "quant.kernels.claq_block.cpu",
+        "torch": "quant.kernels.claq_block.eager",
+    },
     "braq_search": {
         "cuda": "quant.kernels.braq_search.cuda",
         "cpu": "quant.kernels.braq_search.cpu",

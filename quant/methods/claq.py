@@ -27,13 +27,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError, with_stored_scales
+from quant.grids import with_stored_scales
 from quant.kernels import Kernel, kernel
+from quant.kernels.claq_block import Found, SolvedBlock, Wanted, refuse
 from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, inverse_factor, revive_dead, solve_columns
+from quant.solver import Solved, inverse_factor, revive_dead, solve_blocks
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor, Outliers
 
@@ -48,7 +49,7 @@ LABEL_OR = 0.005
 @dataclass(frozen=True)
 class Claq:
     name: ClassVar[str] = "claq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
@@ -120,15 +121,15 @@ class Claq:
             fractions = self._fractions(ranked(columns, upper, "magnitude") if by_size else ranks)
         if fractions is not None and tails(n, FEW)[1] == 0:
             notes.append(f"outlier reservation: {n} rows are too few for the fraction {FEW}, whose lower tail is empty")
-        kmeans = kernel("kmeans_columns", device=w.device)
+        block = kernel("claq_block", device=w.device)
 
         def run(dtype: torch.dtype) -> CodebookTensor:
-            fitted = Columns(widths, fractions, dtype, kmeans, self.kmeans_start)
-            solved = solve_columns(columns, upper, self.block_size, fitted.round_column)
+            fitted = Codebooks(widths, fractions, dtype, block, self.kmeans_start)
+            solved = solve_blocks(columns, upper, self.block_size, fitted.solve_block)
             return fitted.tensor(solved, order, label_of(target, fractions is not None))
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, damp=damp, notes=[*notes, *kmeans.notes, *dtype_notes], details=details_of(tensor))
+        return Rounded(tensor, damp=damp, notes=[*notes, *block.notes, *dtype_notes], details=details_of(tensor))
 
     def _target(self, scheme: WeightScheme, linear: Linear) -> float:
         """Bits per weight of this linear's codes."""
@@ -204,71 +205,35 @@ def details_of(tensor: CodebookTensor) -> dict[str, Any]:
     }
 
 
-class Columns:
-    """Codebooks and outliers of the columns rounded so far, in the order of work. On a GPU the host waits for none of them."""
+class Codebooks:
+    """Codebooks and kept weights of the blocks rounded so far, in the order of work. On a GPU the host waits for none of them."""
 
-    def __init__(self, widths: list[int], fractions: list[float] | None, dtype: torch.dtype, kmeans: Kernel, start: str) -> None:
-        self.widths, self.fractions, self.dtype, self.kmeans, self.start = widths, fractions, dtype, kmeans.run, start
-        self.tables: list[Tensor] = []
-        self.kept: list[Tensor] = []
-        """Masks `[N]`."""
-        self.wrong: dict[str, list[Tensor]] = {}
-        """What must not be ▸ whether it is, bool `[]`; for a GPU only."""
+    def __init__(self, widths: list[int], fractions: list[float] | None, dtype: torch.dtype, block: Kernel, start: str) -> None:
+        self.widths, self.fractions, self.dtype, self.block, self.start = widths, fractions, dtype, block.run, start
+        self.found: list[Found] = []
 
-    def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        centres = self.kmeans.kmeans(column[None], 2 ** self.widths[j], self.start)
-        table = centres.to(self.dtype)
-        self._check(centres, table)
-        stored = table.to(column)
-        codes = self.kmeans.nearest(column[None], stored)[0]
-        values = stored[0][codes.long()]
-        self.tables.append(table[0])
-        return codes, values if self.fractions is None else self._with_kept(column, values, self.fractions[j])
-
-    def _with_kept(self, column: Tensor, values: Tensor, fraction: float) -> Tensor:
-        """The values, those at both ends as they are, in the stored type."""
-        top, bottom = tails(len(column), fraction)
-        mask = column >= column.topk(top).values[-1]
-        if bottom:
-            mask |= column <= column.topk(bottom, largest=False).values[-1]
-        exact = column.to(self.dtype).to(values)
-        self._refuse("reserved weights do not fit float16", ~torch.isfinite(exact).all())
-        same = exact == values
-        # Equal weights, or as few as the table holds, need no reserving.
-        mask &= ~(same & (same.all() | (mask.sum() > top + bottom)))
-        self.kept.append(mask)
-        return torch.where(mask, exact, values)
-
-    def _check(self, centres: Tensor, table: Tensor) -> None:
-        """Tables may be off by a 256th of their range; one of equal values by a 1024th."""
-        if self.dtype is torch.float32:
-            return
-        width = centres[0, -1] - centres[0, 0]
-        allowed = torch.where(width > 0, width / 256, centres[0].abs().amax() / 1024)
-        self._refuse("a codebook does not fit float16", ~((table.to(centres) - centres).abs() <= allowed).all())
-
-    def _refuse(self, what: str, wrong: Tensor) -> None:
-        """At once on a CPU; on a GPU at the end, since asking waits for all that was started."""
-        if wrong.device.type != "cpu":
-            self.wrong.setdefault(what, []).append(wrong)
-        elif bool(wrong):
-            raise ScaleDtypeError(what)
+    def solve_block(self, start: int, weights: Tensor, upper: Tensor, out: SolvedBlock) -> None:
+        own, n = slice(start, start + len(upper)), weights.shape[1]
+        ends = None if self.fractions is None else [tails(n, fraction) for fraction in self.fractions[own]]
+        wanted = Wanted(self.widths[own], ends, self.dtype, self.start)
+        self.found.append(self.block.solve_block(weights[own], upper, wanted, out))
 
     def tensor(self, solved: Solved, order: Tensor, label: float) -> CodebookTensor:
         """From codes and values in the order of work."""
-        for what, wrong in self.wrong.items():
-            if bool(torch.stack(wrong).any()):
-                raise ScaleDtypeError(what)
+        wrong = [found.wrong for found in self.found if found.wrong is not None]
+        if wrong:
+            refuse(torch.stack(wrong).any(0))
         codes, k, device = solved.codes, len(order), solved.codes.device
         position = torch.empty_like(order)
         position[order] = torch.arange(k, device=device)
         widths = torch.tensor(self.widths, device=device)
         tables = torch.zeros(k, 2 ** int(widths.max()), dtype=self.dtype, device=device)
-        for bits in set(self.widths):
-            at = torch.tensor([j for j, b in enumerate(self.widths) if b == bits], device=device)
-            tables[at, : 2**bits] = torch.stack([table for table in self.tables if len(table) == 2**bits])
+        done = 0
+        for found in self.found:
+            tables[done : done + len(found.tables), : found.tables.shape[1]] = found.tables
+            done += len(found.tables)
         outliers = None
-        if self.kept:
-            mask = torch.stack(self.kept)[position]
+        if self.fractions is not None:
+            mask = torch.cat([found.kept for found in self.found if found.kept is not None])[position]
             outliers = Outliers(mask.sum(1), mask.nonzero()[:, 1], solved.values[position][mask].to(self.dtype))
         return CodebookTensor(codes[position].T.to(torch.uint8).contiguous(), widths[position], tables[position], label, outliers)

@@ -13,9 +13,9 @@ from torch import Tensor
 from quant import methods, quantize_linear
 from quant.kernels import kernel
 from quant.methods.base import Linear, Rounded
-from quant.methods.claq import Claq, Columns, ranked, tails, widths_of
+from quant.methods.claq import Claq, Codebooks, ranked, tails, widths_of
 from quant.scheme import WeightScheme
-from quant.solver import inverse_factor, solve_columns
+from quant.solver import inverse_factor, solve_blocks
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor
 
@@ -59,8 +59,8 @@ def test_summed_errors_are_the_output_error(start: str, reserve: bool, block: in
     w, h = problem(140, 24)
     upper, _ = inverse_factor(h, 0.0)
     fractions = [0.014 if j % 5 == 0 else 0.004 for j in range(24)] if reserve else None
-    fitted = Columns([2, 3, 4] * 8, fractions, torch.float32, kernel("kmeans_columns"), start)
-    solved = solve_columns(w.T.contiguous(), upper, block, fitted.round_column)
+    fitted = Codebooks([2, 3, 4] * 8, fractions, torch.float32, kernel("claq_block"), start)
+    solved = solve_blocks(w.T.contiguous(), upper, block, fitted.solve_block)
     tensor = fitted.tensor(solved, torch.arange(24), 3.0)
     d = w - tensor.dequantize().double()
     torch.testing.assert_close(solved.loss.sum(), ((d @ h) * d).sum(), rtol=1e-10, atol=0)

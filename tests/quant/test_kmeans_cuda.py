@@ -16,7 +16,6 @@ from torch import Tensor
 
 from quant.kernels import kernel, on_cuda
 from quant.kernels.kmeans_columns import STARTS, batched, cuda
-from quant.methods.claq import Columns
 from tests.quant.cuda_on_host import asked, call, compiled, emulated
 from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_error
 
@@ -144,19 +143,3 @@ def test_on_a_gpu_alone_and_together_and_in_a_graph() -> None:
         if start == "partition":
             wide = x[:, :500].double()
             is_fixed_point(wide.cpu(), run.kmeans(wide, 8, start).cpu())
-
-
-@on_a_gpu
-@pytest.mark.parametrize("reserved", [False, True])
-def test_on_a_gpu_a_column_of_claq_is_rounded_without_the_host(reserved: bool) -> None:
-    x = columns("normal", 4096, count=2).cuda()
-    fitted = Columns([4, 4], [0.004] * 2 if reserved else None, torch.float16, kernel("kmeans_columns", "cuda", "cuda"), "plus_plus")
-    fitted.round_column(0, x[0], x)  # what is kept from call to call
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        codes, values = fitted.round_column(1, x[1], x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    table = fitted.tables[1].float()
-    assert bool(((x[1, :, None] - table).abs().amin(1) + 1e-6 >= (x[1] - table[codes.long()]).abs()).all())
-    assert int((values != table[codes.long()]).sum()) <= (2 * 18 if reserved else 0)

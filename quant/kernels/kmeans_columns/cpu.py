@@ -21,7 +21,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
     check(k, start)
     x = _known(columns)
     centres = x.new_empty(x.shape[0], k)
-    given = _numbers(k) if start == "plus_plus" else 0
+    given = numbers(k) if start == "plus_plus" else 0
     _call("kmeans", x, *x.shape, k, bins(k), STEPS, _threads(x), given, centres)
     return centres.to(columns.dtype)
 
@@ -36,7 +36,7 @@ def nearest(columns: Tensor, centres: Tensor) -> Tensor:
 
 
 @cache
-def _numbers(k: int) -> Tensor:
+def numbers(k: int) -> Tensor:
     return torch.tensor(draws(k), dtype=torch.float64)
 
 

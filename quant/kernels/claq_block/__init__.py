@@ -1,0 +1,51 @@
+"""`claq_block`: one block of CLAQ's columns (Wang et al. 2024). Each, with all earlier errors fed back, is replaced by the nearest of its
+own k-means centres; weights at its ends may be kept as they are; its error is fed into the columns after it.
+
+Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`. Every twin has
+`solve_block(block, upper, wanted, out) -> Found`. The block may be changed; `out` is written to. Twins for a CPU agree bit for bit. Twins
+for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal where torch multiplies by its inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.grids import ScaleDtypeError
+from quant.kernels.gptq_block import SolvedBlock
+
+__all__ = ["REASONS", "Found", "SolvedBlock", "Wanted", "refuse"]
+
+REASONS = ("a codebook does not fit float16", "reserved weights do not fit float16")
+"""What a narrow stored type may not hold."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    widths: list[int]
+    """Bits of each column's codes."""
+    tails: list[tuple[int, int]] | None
+    """Weights to keep at the top and at the bottom of each column, ties not counted; None: nothing is kept."""
+    dtype: torch.dtype
+    """Of tables and kept weights: float32, float16 or bfloat16."""
+    start: str
+    """Of k-means."""
+
+
+@dataclass(frozen=True)
+class Found:
+    tables: Tensor
+    """`[B, 2^b]`, of the wanted type; b is the largest width, and narrower columns have zeros at the end."""
+    kept: Tensor | None
+    """bool `[B, N]`."""
+    wrong: Tensor | None
+    """bool `[2]`, which of REASONS hold; given by twins on a GPU, where asking waits for all that was started. Others raise."""
+
+
+def refuse(wrong: Tensor) -> None:
+    """Raises ScaleDtypeError where one of the two holds."""
+    for reason, holds in zip(REASONS, wrong.tolist(), strict=True):
+        if holds:
+            raise ScaleDtypeError(reason)
