@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.kernels import kernel
+from quant.kernels.claq_block import SolvedBlock, Wanted
 from quant.methods.billm import Billm
 from quant.methods.billm import _reference as billm_masks
 from quant.methods.binary_search import reference_quantiles
@@ -37,6 +39,19 @@ def searches(b: Bench) -> Iterator[Row]:
         )
         worse = float((errors[0] / errors[1]).max()) - 1
         yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, known(**peers), x.nbytes, goal)
+    block, loop = (kernel("claq_block", backend, b.device).run for backend in (name, "torch"))
+    for n, bits in ((4096, 2), (4096, 4), (11008, 2)) if not b.dry else ((40, 2),):
+        x = b.random(b.size(128, 5), n)
+        upper = (b.random(len(x), len(x)).triu(1) * 0.03 + torch.eye(len(x), device=b.device)).contiguous()
+        wanted, out = Wanted([bits] * len(x), None, torch.float16, "plus_plus"), SolvedBlock.like(x)
+        loop.solve_block(x.clone(), upper, wanted, out)
+        errors = [float(out.errors.double().square().sum())]
+        block.solve_block(x.clone(), upper, wanted, out)
+        errors.append(float(out.errors.double().square().sum()))
+        took = b.time(lambda i: block.solve_block(x.clone(), upper, wanted, out))  # noqa: B023
+        peers = known(torch=b.once(lambda: loop.solve_block(x.clone(), upper, wanted, out)))  # noqa: B023
+        # A tie of sums that went the other way changes a column by a few percent, one of 128.
+        yield Row(f"claq_block, a block of {len(x)} columns of {n}, {bits} bits", abs(errors[1] / errors[0] - 1), 1e-3, took, peers)
     search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
     counts = range(1, 50)
     for n in (4096, 11008) if not b.dry else (40,):

@@ -31,6 +31,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.kmeans_columns.reference",
     },
     "claq_block": {
+        "cuda": "quant.kernels.claq_block.cuda",
         "cpu": "quant.kernels.claq_block.cpu",
         "torch": "quant.kernels.claq_block.eager",
     },

@@ -26,10 +26,12 @@
 #define BOUNDS(threads, blocks)
 #define __shared__ static
 #define __restrict__
+#define __grid_constant__
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulated::memory
 #define LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
     emulated::launch(blocks, int(threads), bytes, [&] { (kernel)(__VA_ARGS__); })
 
+using std::isfinite;
 using std::max;
 using std::min;
 
@@ -218,6 +220,9 @@ inline float __double2float_rd(double v) {
     const float f = float(v);
     return double(f) > v ? std::nextafter(f, -INFINITY) : f;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __double2float_ru(double v) { return -__double2float_rd(-v); }
 
 // What CUB's BlockRadixSort of CUDA 13 takes; next to nothing where the kernel runs, so that reading past the end is found out.

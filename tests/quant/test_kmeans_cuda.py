@@ -29,9 +29,9 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
     emulated("kmeans_columns")
     monkeypatch.setattr(on_cuda, "call", call)
-    cuda._numbers.cache_clear()
+    cuda.numbers.cache_clear()
     yield cuda
-    cuda._numbers.cache_clear()
+    cuda.numbers.cache_clear()
 
 
 def same(run: Any, x: Tensor, k: int, start: str) -> None:

@@ -8,6 +8,7 @@ for a GPU sum in another order for k-means, and the one in CUDA C++ divides erro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from quant.grids import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
+from quant.kernels.kmeans_columns import bins
 
-__all__ = ["REASONS", "Found", "SolvedBlock", "Wanted", "refuse"]
+__all__ = ["REASONS", "TYPES", "Found", "SolvedBlock", "Wanted", "planned", "refuse"]
 
 REASONS = ("a codebook does not fit float16", "reserved weights do not fit float16")
 """What a narrow stored type may not hold."""
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""Numbers that compiled twins know stored types by."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +53,15 @@ def refuse(wrong: Tensor) -> None:
     for reason, holds in zip(REASONS, wrong.tolist(), strict=True):
         if holds:
             raise ScaleDtypeError(reason)
+
+
+def planned(block: Tensor, wanted: Wanted, out: SolvedBlock, numbers: Callable[[int], Tensor]) -> Tensor:
+    """int64 `[B, 5]`, on the host: what compiled twins are told of each column. `numbers(k)` are k-means++'s, which stay alive. Raises
+    ValueError for what is not contiguous or not like the block."""
+    made = [out.codes, out.values, out.errors]
+    if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape for t in (block, *made)):
+        got = [(tuple(t.shape), t.dtype, t.stride()) for t in (block, *made)]
+        raise ValueError(f"block and out are {got}; they must be contiguous and alike")
+    draws = {w: numbers(2**w).data_ptr() if wanted.start == "plus_plus" else 0 for w in set(wanted.widths)}
+    ends = wanted.tails or [(0, 0)] * len(block)
+    return torch.tensor([(2**w, bins(2**w), draws[w], *ends[j]) for j, w in enumerate(wanted.widths)], dtype=torch.int64)

@@ -27,7 +27,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
     x = _known(columns)
     n = x.shape[1]
     centres = x.new_empty(x.shape[0], k)
-    given = _numbers(k, x.device) if start == "plus_plus" else 0
+    given = numbers(k, x.device) if start == "plus_plus" else 0
     if x.dtype is torch.float32 and n <= MOST_ROWS:
         _fit(x, 0, k, given, 0, 0, centres)
     else:
@@ -54,7 +54,7 @@ def _fit(x: Tensor, ordered: Tensor | int, k: int, given: Tensor | int, scratch:
 
 
 @cache
-def _numbers(k: int, device: torch.device) -> Tensor:
+def numbers(k: int, device: torch.device) -> Tensor:
     return torch.tensor(draws(k), dtype=torch.float64, device=device)
 
 

@@ -1,0 +1,195 @@
+// k-means of one column by a thread block, from its values to its centres: what kmeans_columns.cu and claq_block.cu share.
+
+#pragma once
+
+#include "kmeans_column.h"
+#if defined(__CUDACC__)
+#include <cub/block/block_radix_sort.cuh>
+#endif
+
+namespace {
+
+// The compiler widens values to float64 once, for all rounds. For the longest columns the registers do not suffice for that.
+#if defined(__CUDACC__)
+template <typename T>
+DEVICE void forgotten(T& value) {
+    asm volatile("" : "+f"(value));
+}
+#else
+template <typename T>
+void forgotten(T&) {}
+#endif
+
+// A thread's values, in the column's own order, and their squared distances to the nearest centre: in registers, or in scratch.
+template <typename T, int ITEMS>
+struct Own {
+    T value[ITEMS];
+    double closest[ITEMS];
+    DEVICE Own(double*, int) {}
+    template <class F>
+    DEVICE void each(const F& f) {
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) {
+            if (ITEMS > 17) forgotten(value[j]);
+            f(j, value[j], closest[j]);
+        }
+    }
+};
+
+template <typename T>
+struct Own<T, 0> {
+    double* closest;
+    T* value;
+    int per;
+    DEVICE Own(double* scratch, int number) : closest(scratch), value(reinterpret_cast<T*>(scratch + THREADS * number)), per(number) {}
+    template <class F>
+    DEVICE void each(const F& f) {
+        for (int j = 0; j < per; j++) f(j, value[j * THREADS + threadIdx.x], closest[j * THREADS + threadIdx.x]);
+    }
+};
+
+// Greedy k-means++. Which of the two lists in `s` holds the ascending centres.
+template <typename T, int ITEMS>
+DEVICE int plus_plus(Column<T>& c, const Problem<T>& p, const T* values, double* scratch) {
+    Small& s = c.s;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, from = threadIdx.x * c.per, n = c.n;
+    Own<T, ITEMS> own(scratch, c.per);
+    own.each([&](int j, T& value, double& closest) {
+        const bool inside = from + j < n;
+        value = inside ? values[from + j] : T(0);
+        closest = inside ? INFINITY : 0.0;
+    });
+    double pick = double(values[min(int64_t(n - 1), int64_t(p.draws[0] * double(n)))]);
+    if (threadIdx.x == 0) s.list[0][0] = pick;
+    if (threadIdx.x < p.trials && p.k > 1) s.draw[threadIdx.x] = p.draws[1 + threadIdx.x], s.where[threadIdx.x] = n - 1;
+    for (int number = 1; number < p.k; number++) {
+        const double* list = s.list[(number - 1) % 2];
+        double mine = 0, end, all;
+        own.each([&](int, T& value, double& closest) {
+            const double d = double(value) - pick, q = d * d;
+            closest = q < closest ? q : closest;
+            mine += closest;
+        });
+        const double base = scan(mine, s.totals, end, all);
+        // Where the running sum reaches each draw. Bases rise but for rounding: the first thread counts.
+        for (int t = 0; t < p.trials; t++) {
+            const double wanted = s.draw[t] * all;
+            if (wanted > end || (wanted <= base && threadIdx.x)) continue;
+            double running = base;
+            int found = -1, last = 0;
+            own.each([&](int j, T&, double& closest) {
+                running += closest;
+                if (found < 0 && running >= wanted) found = j;
+                if (closest > 0) last = j;
+            });
+            atomicMin(&s.where[t], from + (found < 0 ? last : found));
+        }
+        __syncthreads();
+        if (warp < p.trials) {
+            const double t = double(values[min(s.where[warp], n - 1)]);
+            int below = 0;  // centres that are not above
+            for (int i = lane; i < number + lane; i += 32) below += __popc(__ballot_sync(ALL, i < number && list[min(i, number - 1)] <= t));
+            const bool left = below > 0, right = below < number;
+            const double l = left ? list[below - 1] : t, r = right ? list[below] : t;
+            // Values of [a, b) come from the left neighbour, of [b, e) from the right one.
+            const T limit[3] = {down<T>((l + t) / 2), down<T>((l + r) / 2), down<T>((t + r) / 2)};
+            int at[3];
+            c.reached(limit, at);
+            const int b = !left ? 0 : !right ? n : at[1], a = left ? at[0] : 0, e = right ? at[2] : n;
+            const double from_left = (t - l) * (2 * (c.wide[b] - c.wide[a]) - (l + t) * double(b - a));
+            const double from_right = (r - t) * ((r + t) * double(e - b) - 2 * (c.wide[e] - c.wide[b]));
+            if (lane == 0) {
+                s.potential[warp] = all - from_left - from_right;
+                s.tried[warp] = t;
+                s.place[warp] = below;
+            }
+        }
+        __syncthreads();
+        double least = INFINITY;
+        for (int t = 0; t < p.trials; t++) least = fmin(least, s.potential[t]);
+        // Two values that are each other's only gain leave the same sum but for rounding: the first counts.
+        int best = 0;
+        const double most = least > 0 ? least * (1 + 1e-12) : least;
+        while (best + 1 < p.trials && s.potential[best] > most) best++;
+        pick = s.tried[best];
+        const int place = s.place[best], i = threadIdx.x;
+        if (i <= number) s.list[number % 2][i] = i < place ? list[i] : i == place ? pick : list[i - 1];
+        if (i < p.trials && number + 1 < p.k) s.draw[i] = p.draws[1 + number * p.trials + i], s.where[i] = n - 1;
+    }
+    __syncthreads();
+    return (p.k - 1) % 2;
+}
+
+#if defined(__CUDACC__)
+template <int ITEMS>
+using Sorting = cub::BlockRadixSort<float, THREADS, ITEMS>;
+
+template <int ITEMS>
+DEVICE void sort_block(float (&keys)[ITEMS], void* room) {
+    Sorting<ITEMS>(*reinterpret_cast<typename Sorting<ITEMS>::TempStorage*>(room)).Sort(keys);
+}
+
+template <int ITEMS>
+constexpr int64_t sort_room() {
+    return sizeof(typename Sorting<ITEMS>::TempStorage);
+}
+#endif
+
+// Centres of `values` into `out`, by all threads; `memory`: shared, `shared_bytes` of it. With ITEMS, the sorted values are left at its
+// beginning. Ends without a barrier.
+template <typename T, int ITEMS>
+DEVICE void fit_column(const Problem<T>& p, const T* values, const T* ordered, double* scratch, T* out, Small& s,
+                           unsigned char* memory) {
+    int first = 1;
+    while (33 * first <= p.n) first *= 33;
+    const T* x;
+    double *wide, *table;
+    if constexpr (ITEMS > 0) {
+        T* kept = reinterpret_cast<T*>(memory);
+        wide = table = reinterpret_cast<double*>(memory + THREADS * ITEMS * sizeof(T));
+        T keys[ITEMS];
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) keys[j] = j * THREADS + threadIdx.x < p.n ? values[j * THREADS + threadIdx.x] : T(INFINITY);
+        sort_block(keys, wide);
+#pragma unroll
+        for (int j = 0; j < ITEMS; j++) kept[threadIdx.x * ITEMS + j] = keys[j];
+        __syncthreads();
+        x = kept;
+    } else {
+        x = ordered;
+        wide = scratch;
+        table = reinterpret_cast<double*>(memory);
+    }
+    const int per = ITEMS > 0 ? ITEMS : (p.n + THREADS - 1) / THREADS;
+    Column<T> c{x, wide, table, s, p.n, per, first};
+    if (c.few(p.k, out)) return;
+    double* centres = s.list[0];
+    double tolerance = 0;
+    if (p.draws != nullptr) {
+        const double square = c.total([&](int i) { return double(x[i]) * double(x[i]); });
+        const double mean = c.prefix([&](int i) { return double(x[i]); }) / double(p.n);
+        tolerance = 1e-4 * (square / double(p.n) - mean * mean);
+        centres = s.list[plus_plus<T, ITEMS>(c, p, values, scratch + p.n + 1)];
+        for (int i = threadIdx.x; i <= p.k; i += THREADS) s.cuts[i] = i < p.k ? 0 : p.n;
+        __syncthreads();
+    } else {
+        c.partition(p, centres);
+    }
+    c.lloyd(p.k, p.steps, tolerance, centres);
+    for (int i = threadIdx.x; i < p.k; i += THREADS) out[i] = T(centres[i]);
+}
+
+// Of dynamic shared memory.
+template <typename T, int ITEMS>
+int64_t shared_bytes(const Problem<T>& p) {
+    const int64_t side = p.bins + 1, table = p.draws == nullptr && p.bins > p.k ? side * (side + 1) / 2 * 8 : 0;
+    if constexpr (ITEMS > 0) {
+        const int64_t wide = 8 * (int64_t(p.n) + 1), room = sort_room<ITEMS>();
+        const int64_t more = wide > room ? wide : room;
+        return THREADS * ITEMS * int64_t(sizeof(T)) + (table > more ? table : more);
+    } else {
+        return table;
+    }
+}
+
+}  // namespace

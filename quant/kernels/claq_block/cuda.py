@@ -1,0 +1,34 @@
+"""The block in CUDA C++ (`quant/csrc/claq_block.cu`): float32, up to MOST_ROWS rows; a launch for each column, none of them from
+Python, and nothing for the host to wait for.
+
+Float64 and longer columns are rounded one by one in torch operations, with the kernel for k-means.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from quant.kernels import on_cuda
+from quant.kernels.claq_block import TYPES, Found, SolvedBlock, Wanted, eager, planned
+from quant.kernels.kmeans_columns import STEPS
+from quant.kernels.kmeans_columns.cuda import MOST_ROWS, numbers
+
+unavailable = partial(on_cuda.unavailable, "claq_block")
+
+
+def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) -> Found:
+    if block.dtype is not torch.float32 or block.shape[1] > MOST_ROWS:
+        return eager.solve_block(block, upper, wanted, out)
+    u = upper if upper.stride(1) == 1 else upper.contiguous()
+    plan = planned(block, wanted, out, lambda k: numbers(k, block.device))
+    most = 2 ** max(wanted.widths)
+    tables = block.new_empty(len(block), most)
+    kept = None if wanted.tails is None else torch.empty(block.shape, dtype=torch.bool, device=block.device)
+    wrong = torch.zeros(2, dtype=torch.bool, device=block.device)
+    sizes = (u.stride(0), plan.data_ptr(), *block.shape, STEPS, TYPES[wanted.dtype], most)
+    made = (out.codes, out.values, out.errors, tables, 0 if kept is None else kept, wrong)
+    on_cuda.call("claq_block", "bitgrid_claq_block", block, u, *sizes, *made)
+    return Found(tables.to(wanted.dtype), kept, wrong)
