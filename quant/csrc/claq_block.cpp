@@ -110,7 +110,7 @@ int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int6
         const Wanted& wanted = plan[j];
         const T diagonal = upper[j * stride + j];
         fed_back(x, errors, upper + j, stride, n, j);
-        one_column(x, n, wanted.k, wanted.bins, steps, wanted.draws, centres.data(), w);
+        one_column(x, nullptr, n, wanted.k, wanted.bins, steps, wanted.draws, centres.data(), w);
         for (int64_t c = 0; c < wanted.k; c++) table[c] = stored(centres[c], type);
         if (type != FLOAT32 && !fits(centres.data(), table, wanted.k)) return 1;
         nearest_of(x, n, table, wanted.k, named.data());

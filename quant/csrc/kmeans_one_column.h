@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "sorted_column.h"
@@ -14,10 +15,37 @@
 namespace {
 
 struct Workspace : Sorting {
+    const double* weights = nullptr;  // of the values, in the column's order; null: all are 1
+    std::vector<double> weight, mass;  // of sorted values, and their prefix sums
     std::vector<double> sum, square, measure, cost, least, next, from;
     std::vector<int64_t> at, cuts;
     std::vector<double> centres, before;
+
+    double mass_to(int64_t i) const { return weights ? mass[i] : double(i); }
 };
+
+// Ascending values with their weights; equal values in the column's order.
+template <typename T>
+void sorted_with_weights(const T* column, int64_t n, Workspace& w) {
+    std::vector<std::pair<double, double>> pairs(n);
+    for (int64_t i = 0; i < n; i++) pairs[i] = {double(column[i]), w.weights[i]};
+    std::stable_sort(pairs.begin(), pairs.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    w.weight.resize(n);
+    for (int64_t i = 0; i < n; i++) w.x[i] = pairs[i].first, w.weight[i] = pairs[i].second;
+}
+
+// Prefix sums of weights, weighted values and weighted squares.
+inline void weigh(int64_t n, Workspace& w) {
+    w.mass.resize(n + 1);
+    double m = 0, s = 0, q = 0;
+    w.mass[0] = w.sum[0] = w.square[0] = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const double value = w.weight[i] * w.x[i];
+        w.mass[i + 1] = m += w.weight[i];
+        w.sum[i + 1] = s += value;
+        w.square[i + 1] = q += value * w.x[i];
+    }
+}
 
 VECTOR void add_above(const float* x, int64_t n, float middle, uint8_t* codes) {
     for (int64_t i = 0; i < n; i++) codes[i] += x[i] > middle;
@@ -103,6 +131,18 @@ VECTOR double left_over(const double* values, const double* closest, double cent
     return total;
 }
 
+// The same, each distance times its weight.
+VECTOR double left_over(const double* values, const double* closest, const double* weights, double centre, int64_t n) {
+    double lane[8] = {};
+    for (int64_t i = 0; i < n; i++) {
+        const double d = values[i] - centre, q = d * d;
+        lane[i % 8] += weights[i] * (q < closest[i] ? q : closest[i]);
+    }
+    double total = lane[0];
+    for (int j = 1; j < 8; j++) total += lane[j];
+    return total;
+}
+
 VECTOR void take_centre(const double* values, double* closest, double centre, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         const double d = values[i] - centre, q = d * d;
@@ -131,7 +171,7 @@ VECTOR void costs_of(const double* count, const double* sum, const double* squar
         for (int64_t b = a / 8 * 8; b < a; b++) row[b] = INFINITY;
         for (int64_t b = a; b < side; b++) {
             const double s = sum[b] - sum[a], q = square[b] - square[a], m = count[b] - count[a];
-            row[b] = q - s * s / (m < 1 ? 1 : m);
+            row[b] = q - s * s / (m > 0 ? m : 1);
         }
         for (int64_t b = side; b < stride; b++) row[b] = INFINITY;
     }
@@ -182,7 +222,7 @@ void best_runs(int64_t bins, int64_t k, Workspace& w) {
     w.from.assign(k * stride, 0.0);
     double *count = w.least.data(), *sum = count + side, *square = sum + side;
     for (int64_t b = 0; b < side; b++) {
-        count[b] = double(w.at[b]);
+        count[b] = w.mass_to(w.at[b]);
         sum[b] = w.sum[w.at[b]];
         square[b] = w.square[w.at[b]];
     }
@@ -226,8 +266,9 @@ int64_t count_up_to(const double* x, int64_t n, double limit, int64_t guess) {
 void means_of_cuts(int64_t k, Workspace& w) {
     for (int64_t c = 0; c < k; c++) {
         const int64_t a = w.cuts[c], b = w.cuts[c + 1];
-        if (b == a) continue;  // a cluster without members keeps its centre
-        const double mean = (w.sum[b] - w.sum[a]) / double(b - a);
+        const double mass = w.mass_to(b) - w.mass_to(a);
+        if (!(mass > 0)) continue;  // a cluster without members keeps its centre
+        const double mean = (w.sum[b] - w.sum[a]) / mass;
         w.centres[c] = std::min(std::max(mean, w.x[a]), w.x[b - 1]);
     }
 }
@@ -259,18 +300,25 @@ void plus_plus(const T* column, int64_t n, int64_t k, const double* draws, Works
     const int64_t trials = 2 + int64_t(std::log(double(k)));
     std::vector<double>&closest = w.next, &running = w.measure, &values = w.square;
     std::copy(column, column + n, values.begin());  // the squares are not needed any more
-    w.centres[0] = values[std::min(n - 1, int64_t(draws[0] * double(n)))];
+    int64_t first = int64_t(draws[0] * double(n));
+    if (w.weights) {
+        double total = 0;
+        for (int64_t i = 0; i < n; i++) running[i] = total += w.weights[i];
+        first = std::upper_bound(running.begin(), running.begin() + n, draws[0] * total) - running.begin();
+    }
+    w.centres[0] = values[std::min(n - 1, first)];
     closest.assign(n, INFINITY);
     take_centre(values.data(), closest.data(), w.centres[0], n);
     for (int64_t c = 1; c < k; c++) {
         double total = 0;
-        for (int64_t i = 0; i < n; i++) running[i] = total += closest[i];
+        for (int64_t i = 0; i < n; i++) running[i] = total += w.weights ? w.weights[i] * closest[i] : closest[i];
         double tried[16], potential[16], least = INFINITY;
         for (int64_t t = 0; t < trials; t++) {
             const double wanted = draws[1 + (c - 1) * trials + t] * total;
             const int64_t at = std::lower_bound(running.begin(), running.begin() + n, wanted) - running.begin();
             tried[t] = values[std::min(n - 1, at)];
-            potential[t] = left_over(values.data(), closest.data(), tried[t], n);
+            potential[t] = w.weights ? left_over(values.data(), closest.data(), w.weights, tried[t], n)
+                                     : left_over(values.data(), closest.data(), tried[t], n);
             least = std::min(least, potential[t]);
         }
         // Two values that are each other's only gain leave the same sum but for rounding: the first counts.
@@ -282,14 +330,17 @@ void plus_plus(const T* column, int64_t n, int64_t k, const double* draws, Works
     std::sort(w.centres.begin(), w.centres.end());
 }
 
+// `weights` [n], or null: all are 1.
 template <typename T>
-void one_column(const T* column, int64_t n, int64_t k, int64_t bins, int64_t steps, const double* draws, T* out, Workspace& w) {
+void one_column(const T* column, const double* weights, int64_t n, int64_t k, int64_t bins, int64_t steps, const double* draws, T* out,
+                Workspace& w) {
+    w.weights = weights;
     w.x.resize(n);
     w.measure.resize(n);
     w.sum.resize(n + 1);
     w.square.resize(n + 1);
     w.centres.resize(k);
-    sorted(column, n, w);
+    weights ? sorted_with_weights(column, n, w) : sorted(column, n, w);
     int64_t distinct = 1;
     out[0] = T(w.x[0]);
     for (int64_t i = 1; i < n && distinct <= k; i++)
@@ -304,13 +355,15 @@ void one_column(const T* column, int64_t n, int64_t k, int64_t bins, int64_t ste
     double tolerance = 0;
     if (draws) {
         sums_of<false>(n, bins, w);
-        const double mean = w.sum[n] / double(n);
-        tolerance = 1e-4 * (w.square[n] / double(n) - mean * mean);
+        if (weights) weigh(n, w);
+        const double mass = w.mass_to(n), mean = w.sum[n] / mass;
+        tolerance = 1e-4 * (w.square[n] / mass - mean * mean);
         plus_plus(column, n, k, draws, w);
         w.cuts.assign(k + 1, 0);
         w.cuts[k] = n;
     } else {
         sums_of<true>(n, bins, w);
+        if (weights) weigh(n, w);
         candidates(n, bins, w);
         if (bins > k)
             best_runs(bins, k, w);

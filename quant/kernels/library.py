@@ -71,12 +71,12 @@ def _gptq_block_shapes(
     return block.new_empty(n, k), block.new_empty(n, k), block.new_empty(n, k)
 
 
-def _kmeans_columns(columns: Tensor, k: int, start: str = "partition") -> Tensor:
-    centres: Tensor = kernel("kmeans_columns", device=columns.device).run.kmeans(columns, k, start)
+def _kmeans_columns(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
+    centres: Tensor = kernel("kmeans_columns", device=columns.device).run.kmeans(columns, k, start, weights)
     return centres
 
 
-def _kmeans_columns_shape(columns: Tensor, k: int, start: str = "partition") -> Tensor:
+def _kmeans_columns_shape(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
     return columns.new_empty(columns.shape[0], k)
 
 
@@ -204,7 +204,9 @@ _define(
     _gptq_block,
     _gptq_block_shapes,
 )
-_define('kmeans_columns(Tensor columns, int k, str start="partition") -> Tensor', _kmeans_columns, _kmeans_columns_shape)
+_define(
+    'kmeans_columns(Tensor columns, int k, str start="partition", Tensor? weights=None) -> Tensor', _kmeans_columns, _kmeans_columns_shape
+)
 _define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_centre, _nearest_centre_shape)
 _define(
     "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"

@@ -40,16 +40,18 @@ def squared_error(x: Tensor, centres: Tensor) -> Tensor:
     return (x.double()[:, :, None] - centres.double()[:, None, :]).square().amin(2).sum(1)
 
 
-def exact(x: Tensor, k: int) -> float:
-    """Least squared error of one column with k centres: dynamic programming over all cuts of the sorted values. Optimal clusters are
-    runs of sorted values (Fisher 1958)."""
-    v = np.sort(x.double().numpy())
+def exact(x: Tensor, k: int, weights: Tensor | None = None) -> float:
+    """Least (weighted) squared error of one column with k centres: dynamic programming over all cuts of the sorted values. Optimal
+    clusters are runs of sorted values (Fisher 1958)."""
+    order = np.argsort(x.double().numpy(), kind="stable")
+    v = x.double().numpy()[order]
+    w = np.ones(len(v)) if weights is None else weights.double().numpy()[order]
     v = v - v.mean()
     n = len(v)
-    s, q = np.concatenate([[0], v.cumsum()]), np.concatenate([[0], (v * v).cumsum()])
+    m, s, q = (np.concatenate([[0], t.cumsum()]) for t in (w, w * v, w * v * v))
     a, b = np.arange(n + 1)[:, None], np.arange(n + 1)[None, :]
     with np.errstate(divide="ignore", invalid="ignore"):
-        cost = np.where(b > a, (q[b] - q[a]) - (s[b] - s[a]) ** 2 / (b - a), np.where(a == b, 0.0, np.inf))
+        cost = np.where(b > a, (q[b] - q[a]) - (s[b] - s[a]) ** 2 / (m[b] - m[a]), np.where(a == b, 0.0, np.inf))
     least = cost[0]
     for _ in range(k - 1):
         least = (least[:, None] + cost).min(0)
@@ -99,16 +101,62 @@ def test_partitions_end_at_a_fixed_point_and_both_starts_below_their_first_error
     start=st.sampled_from(STARTS),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.float16]),
     seed=st.integers(0, 99),
+    weighted=st.sampled_from([None, "all", "each"]),
 )
-def test_the_cpp_and_torch_twins_give_equal_bits(shape: str, n: int, k: int, start: str, dtype: torch.dtype, seed: int) -> None:
+def test_the_cpp_and_torch_twins_give_equal_bits(
+    shape: str, n: int, k: int, start: str, dtype: torch.dtype, seed: int, weighted: str | None
+) -> None:
     if "cpu" not in BACKENDS:
         pytest.skip(str(library("kmeans_columns")))
     x = columns(shape, n, seed, dtype=dtype)
     cpp, twin = (kernel("kmeans_columns", b).run for b in ("cpu", "torch"))
-    centres = cpp.kmeans(x, k, start)
-    assert torch.equal(centres, twin.kmeans(x, k, start))
+    weights = None
+    if weighted is not None:
+        # A fifth of them nothing.
+        weights = columns("uniform", n, seed, 1 if weighted == "all" else len(x)).sub(0.2).clamp(min=0)
+        weights = weights[0] if weighted == "all" else weights
+    centres = cpp.kmeans(x, k, start, weights)
+    assert torch.equal(centres, twin.kmeans(x, k, start, weights))
     assert centres.dtype is dtype
     assert torch.equal(cpp.nearest(x, centres), twin.nearest(x, centres))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("k", [2, 8])
+def test_weighted_centres_are_close_to_the_exact_optimum(backend: str, k: int) -> None:
+    """Weights over three powers of ten, as diagonals of Hessians."""
+    run = kernel("kmeans_columns", backend).run
+    for shape in ("normal", "heavy", "two"):
+        x = columns(shape, 300, seed=k)
+        w = 10 ** torch.from_numpy(np.random.RandomState(k).uniform(-1.5, 1.5, (4, 300)))
+        centres = run.kmeans(x, k, "partition", w).double()
+        found = (w * (x.double()[:, :, None] - centres[:, None, :]).square().amin(2)).sum(1)
+        assert bool((found < (w * (x.double()[:, :, None] - run.kmeans(x, k).double()[:, None, :]).square().amin(2)).sum(1)).all())
+        for column, own, error in zip(x, w, found, strict=True):
+            # Candidate cuts do not know of weights: some percent above the optimum, which weights shift.
+            assert exact(column, k, own) * (1 - 1e-6) <= float(error) <= 1.06 * exact(column, k, own)
+    with pytest.raises(ValueError, match=r"weights have shape \(7,\); give \(4, 300\), or \(300,\) for all"):
+        run.kmeans(x, k, "partition", torch.ones(7))
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_weights_of_two_change_nothing_and_whole_ones_are_repetitions(start: str) -> None:
+    """Twice every sum is exact, so that all comparisons come out the same."""
+    x = columns("normal", 200, dtype=torch.float64)
+    for backend in BACKENDS:
+        run = kernel("kmeans_columns", backend).run
+        assert torch.equal(run.kmeans(x, 8, start, torch.full((200,), 2.0)), run.kmeans(x, 8, start))
+        times = torch.arange(200) % 4
+        many = x[:1].repeat_interleave(times, dim=1)
+        centres = run.kmeans(x[:1], 8, "partition", times)
+        # A fixed point of repeated values: each centre is the mean of those nearest to it.
+        is_fixed_point(many, centres)
+    plain = kernel("kmeans_columns", "reference").run
+    w = torch.rand(4, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for backend in BACKENDS:
+        # Sums in another order: 200 additions in float64.
+        made = kernel("kmeans_columns", backend).run.kmeans(x, 4, "plus_plus", w)
+        torch.testing.assert_close(made, plain.kmeans(x, 4, "plus_plus", w), rtol=1e-9, atol=1e-9)
 
 
 def test_the_twins_agree_where_values_crowd_in_a_small_part_of_the_range() -> None:

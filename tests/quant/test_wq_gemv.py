@@ -233,6 +233,6 @@ def test_operators_keep_to_their_schemas() -> None:
     for more in ((), (torch.full((6,), 3.0),)):
         torch.library.opcheck(torch.ops.bitgrid.gptq_block.default, (*arguments, *more))
     columns = torch.randn(2, 40)
-    torch.library.opcheck(torch.ops.bitgrid.kmeans_columns.default, (columns, 4, "partition"))
+    torch.library.opcheck(torch.ops.bitgrid.kmeans_columns.default, (columns, 4, "partition", columns.abs()))
     torch.library.opcheck(torch.ops.bitgrid.nearest_centre.default, (columns, torch.randn(2, 4).sort(1).values))
     assert torch.equal(torch.ops.bitgrid.kmeans_columns(columns, 4), kernel("kmeans_columns").run.kmeans(columns, 4))

@@ -1,8 +1,10 @@
 """k-means of columns: `C` independent one-dimensional problems of `N` values and `k` centres each (CLAQ's codebooks).
 
 Every backend has
-- `kmeans(columns [C, N], k, start) ▸ centres [C, k]`, ascending, of the columns' float type: a local minimum of the sum of squared
-  distances, by Lloyd's steps. With k or fewer distinct values the centres are these values, and the last one is repeated.
+- `kmeans(columns [C, N], k, start, weights=None) ▸ centres [C, k]`, ascending, of the columns' float type: a local minimum of the sum of
+  squared distances, by Lloyd's steps. With k or fewer distinct values the centres are these values, and the last one is repeated.
+  `weights`, 0 or more, `[N]` or `[C, N]`: of the squared distances, as the diagonal of the Hessian is for a row of a linear (Kim et al.
+  2023, arXiv 2306.07629); in CLAQ all values of a column have one. A cluster that weighs nothing keeps its centre.
 - `nearest(columns [C, N], centres [C, k]) ▸ codes` uint8 `[C, N]`; a value halfway between two centres goes to the lower.
 
 start
@@ -10,9 +12,10 @@ start
   programming, then steps until no value changes its cluster. Close to the exact optimum.
 - `plus_plus`: what scikit-learn's `KMeans(k, n_init=1, random_state=10)` does: greedy k-means++ (Arthur & Vassilvitskii 2007) with
   2 + ln k candidates per centre and NumPy's stream of that seed, then steps until the centres move less than 1e-4 of the variance.
+  Weights count in all draws, and in the variance.
 
 Everything is deterministic. `cpu` and `torch` work on sorted values and prefix sums in float64 and give equal bits; `cuda` takes the same
-steps with sums in another order; `reference` is plus_plus the plain way.
+steps with sums in another order, and leaves weights to `torch`; `reference` is plus_plus the plain way.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from __future__ import annotations
 import math
 from functools import cache
 from random import Random
+
+import torch
+from torch import Tensor
 
 STARTS = ("partition", "plus_plus")
 MOST_CENTRES = 256
@@ -41,6 +47,13 @@ def check(k: int, start: str) -> None:
         raise ValueError(f"k={k} centres; give 1 to {MOST_CENTRES}, what a code of 8 bits can name")
     if start not in STARTS:
         raise ValueError(f"start={start!r} is unknown; choose {' or '.join(STARTS)}")
+
+
+def weights_of(columns: Tensor, weights: Tensor) -> Tensor:
+    """float64 `[C, N]`, a view where that does. Raises ValueError for another shape."""
+    if weights.shape not in (columns.shape, columns.shape[1:]):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}; give {tuple(columns.shape)}, or {tuple(columns.shape[1:])} for all")
+    return weights.detach().to(columns.device, torch.float64).expand(columns.shape)
 
 
 def trials(k: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import native
-from quant.kernels.kmeans_columns import STEPS, bins, check, draws
+from quant.kernels.kmeans_columns import STEPS, bins, check, draws, weights_of
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -16,13 +16,16 @@ SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 unavailable = partial(native.unavailable, "kmeans_columns")
 
 
-def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
+def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`."""
     check(k, start)
     x = _known(columns)
     centres = x.new_empty(x.shape[0], k)
     given = numbers(k) if start == "plus_plus" else 0
-    _call("kmeans", x, *x.shape, k, bins(k), STEPS, _threads(x), given, centres)
+    w = None if weights is None else weights_of(x, weights)
+    w = w if w is None or w.stride(1) == 1 else w.contiguous()
+    weighing = (0, 0) if w is None else (w, w.stride(0))
+    _call("kmeans", x, *weighing, *x.shape, k, bins(k), STEPS, _threads(x), given, centres)
     return centres.to(columns.dtype)
 
 

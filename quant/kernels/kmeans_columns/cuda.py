@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.kmeans_columns import STEPS, bins, check, draws, trials
+from quant.kernels.kmeans_columns import STEPS, batched, bins, check, draws, trials
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 THREADS, MOST_ROWS = 512, 23 * 512
@@ -21,9 +21,11 @@ TOGETHER = 528
 unavailable = partial(on_cuda.unavailable, "kmeans_columns")
 
 
-def kmeans(columns: Tensor, k: int, start: str = "partition") -> Tensor:
-    """`[C, N]` ▸ centres `[C, k]`."""
+def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
+    """`[C, N]` ▸ centres `[C, k]`; with weights by the torch twin, on the same device."""
     check(k, start)
+    if weights is not None:
+        return batched.kmeans(columns, k, start, weights)
     x = _known(columns)
     n = x.shape[1]
     centres = x.new_empty(x.shape[0], k)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels.kmeans_columns import STEPS, TOLERANCE, check, draws, trials
+from quant.kernels.kmeans_columns import STEPS, TOLERANCE, check, draws, trials, weights_of
 
 
 def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def kmeans(columns: Tensor, k: int, start: str = "plus_plus") -> Tensor:
+def kmeans(columns: Tensor, k: int, start: str = "plus_plus", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`. Raises ValueError for start=partition, which is the fast backends' own."""
     check(k, start)
     if start != "plus_plus":
         raise ValueError(f"start={start!r}: the reference starts by plus_plus only; choose another backend")
-    return torch.stack([one_column(column.double(), k) for column in columns]).to(columns)
+    each = weights_of(columns, torch.ones_like(columns) if weights is None else weights)
+    return torch.stack([one_column(column.double(), w, k) for column, w in zip(columns, each, strict=True)]).to(columns)
 
 
 def nearest(columns: Tensor, centres: Tensor) -> Tensor:
@@ -30,33 +31,37 @@ def closest(x: Tensor, centres: Tensor) -> Tensor:
     return (x[:, None] - centres[None, :]).abs().argmin(1)
 
 
-def one_column(x: Tensor, k: int) -> Tensor:
+def one_column(x: Tensor, weights: Tensor, k: int) -> Tensor:
     distinct = torch.unique(x)
     if distinct.numel() <= k:
         return torch.cat([distinct, distinct[-1:].expand(k - distinct.numel())])
-    centres = plus_plus(x, k).sort().values
+    centres = plus_plus(x, weights, k).sort().values
     codes = torch.full_like(x, -1)
+    mean = (weights * x).sum() / weights.sum()
+    variance = float((weights * (x - mean).square()).sum() / weights.sum())
     for _ in range(STEPS):
         before, codes = codes, closest(x, centres)
         if torch.equal(before, codes):
             break
         # A cluster without members keeps its centre.
-        moved = torch.stack([x[codes == c].mean() if bool((codes == c).any()) else centres[c] for c in range(k)])
+        mass = torch.stack([weights[codes == c].sum() for c in range(k)])
+        moved = torch.stack([(weights * x)[codes == c].sum() / mass[c] if mass[c] > 0 else centres[c] for c in range(k)])
         shift = float((moved - centres).square().sum())
         centres = moved
-        if shift <= TOLERANCE * float(x.var(correction=0)):
+        if shift <= TOLERANCE * variance:
             break
     return centres
 
 
-def plus_plus(x: Tensor, k: int) -> Tensor:
-    """The first centre at random; then candidates drawn in proportion to the squared distance to the nearest centre, of which the one
-    that leaves the least sum of these is taken."""
+def plus_plus(x: Tensor, weights: Tensor, k: int) -> Tensor:
+    """The first centre at random, in proportion to weights; then candidates drawn in proportion to the weighted squared distance to the
+    nearest centre, of which the one that leaves the least sum of these is taken."""
     numbers = iter(draws(k))
-    centres = x[int(next(numbers) * x.numel())].view(1)
+    running = weights.cumsum(0)
+    centres = x[min(int(torch.searchsorted(running, next(numbers) * running[-1], right=True)), x.numel() - 1)].view(1)
 
     def left(chosen: Tensor) -> Tensor:
-        return (x[:, None] - chosen[None, :]).square().amin(1)
+        return weights * (x[:, None] - chosen[None, :]).square().amin(1)
 
     while centres.numel() < k:
         running = left(centres).cumsum(0)
