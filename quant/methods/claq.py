@@ -13,7 +13,7 @@ Departures: k-means is scikit-learn's algorithm with its random numbers, in floa
 they are; tables are rounded to the stored type before codes are chosen; a column of at most 2^b values is kept exactly; ties of scores
 keep the order of columns (the reference sorts unstably); a column that its table holds exactly, or with equal weights at its tails, does
 not store outliers that the table gives already; below 1 / (2 p) rows, where the reference stops, the lower tail is empty.
-Each error's product and difference are rounded apart, so that neither threads nor the CPU's vectors change codes (version 2).
+Inside a block, products of errors and differences are rounded apart, whatever a CPU's vectors and threads (version 2).
 What GPTQ does with dead inputs, ties of the order and damping holds here too.
 Float64 weights are computed in float64, all others in float32.
 """

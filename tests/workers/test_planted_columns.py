@@ -71,7 +71,7 @@ def test_spqr_keeps_the_large_columns(large_weights: Case) -> None:
 
 def test_claq_gives_the_large_columns_bits_and_reserve(large_weights: Case) -> None:
     params = {"adaptive_bits": 2 + 2 * 3 / 256, "outlier_reservation": True, "variant": "corrected"}
-    for name, tensor in first_block(large_weights, Component("claq", 1, tuple(sorted(params.items()))), WeightScheme(2)).items():
+    for name, tensor in first_block(large_weights, Component("claq", 2, tuple(sorted(params.items()))), WeightScheme(2)).items():
         assert isinstance(tensor, CodebookTensor)
         assert (tensor.widths == 4).nonzero()[:, 0].tolist() == COLUMNS, name
         assert tensor.outliers is not None
