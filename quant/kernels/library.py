@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels import binary_gemv, braq_search, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -129,13 +129,43 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-def _hadamard(x: Tensor, factor: float = 1.0) -> Tensor:
-    made: Tensor = kernel("hadamard", device=x.device).run.transform(x, factor)
+def _hadamard(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
+    made: Tensor = kernel("hadamard", device=x.device).run.transform(x, factor, transpose)
     return made
 
 
-def _hadamard_shape(x: Tensor, factor: float = 1.0) -> Tensor:
-    return torch.empty_like(x)
+def _hadamard_shape(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _hadamard_codes(
+    x: Tensor, bits: int, symmetric: bool, clip: float = 1.0, factor: float = 1.0, transpose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = kernel("hadamard", device=x.device).run.encode(x, bits, symmetric, clip, factor, transpose)
+    return made.codes, made.scale, made.zero
+
+
+def _hadamard_codes_shapes(x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero = (x.new_empty(x.shape[0], 1, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.int8), scale, zero
+
+
+def _braq_counts(m: Tensor, counts: list[int]) -> Tensor:
+    errors: Tensor = braq_search.chosen(m).run.order_two_errors(m, counts)
+    return errors
+
+
+def _braq_counts_shape(m: Tensor, counts: list[int]) -> Tensor:
+    return m.new_empty(len(counts), dtype=torch.float64)
+
+
+def _braq_splits(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
+    errors: Tensor = braq_search.chosen(x).run.split_errors(x, thresholds, skip)
+    return errors
+
+
+def _braq_splits_shape(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
+    return x.new_empty(thresholds.shape, dtype=torch.float64)
 
 
 def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
@@ -144,7 +174,7 @@ def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> 
 
 
 def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +248,15 @@ _define(
     _binary_gemv_shape,
 )
 _define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
-_define("hadamard(Tensor x, float factor=1.0) -> Tensor", _hadamard, _hadamard_shape)
+_define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape)
+_define(
+    "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
+    " -> (Tensor, Tensor, Tensor)",
+    _hadamard_codes,
+    _hadamard_codes_shapes,
+)
+_define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape)
+_define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape)
 _define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
 _define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",

@@ -27,7 +27,10 @@ from quant.kernels.binary_gemv.program import signs
 from quant.kernels.binary_gemv.program import weight as signs_weight
 from quant.kernels.fake_quantize.program import round_rows
 from quant.kernels.gptq_block.program import solve
+from quant.kernels.hadamard.matrices import factors
 from quant.kernels.hadamard.program import transform
+from quant.kernels.hadamard.triton import held
+from quant.kernels.hadamard.triton import shape as transform_shape
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
 from quant.kernels.int8_linear.program import multiply as product_of_codes
@@ -80,11 +83,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         found.append((add_lower, name, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
-    for n in (512, 16384):
-        together = max(1, 2048 // n)
-        types = {"x": "*bf16", "out": "*bf16", "rows": "i32", "factor": "fp32"}
-        constants = {"N": n, "LOG": n.bit_length() - 1, "ROWS": together}
-        found.append((transform, str(n), types, constants, {"num_warps": min(16, n * together // 512)}))
+    found += transforms()
     types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
     for codes in (False, True):
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
@@ -102,6 +101,19 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return [*found, *products(architecture), *attention()]
+
+
+def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Rows of models' widths: values, and codes of them. Those that need the most; all where CUDA C++ is compiled too."""
+    wanted = [(512, False), (16384, False), (11008, True), (28672, False)]
+    if os.environ.get("BITGRID_COMPILE") == "1":
+        wanted = [(n, codes) for n in (512, 16384, 11008, 13824, 14336, 28672) for codes in (False, True) if held(*factors(n), codes)]
+    types = {"x": "*bf16", "small": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "rows": "i32", "m": "i32"}
+    types |= dict.fromkeys(("factor", "clip", "top", "half"), "fp32")
+    for n, codes in wanted:
+        constants = transform_shape(*factors(n), codes) | {"CODES": codes, "SYMMETRIC": False, "FMA": True}
+        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
+        yield transform, f"{n}{', codes' * codes}", types | {"out": "*i8" if codes else "*bf16"}, constants, options
 
 
 def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quant.affine import Affine
 from quant.errors import NonFiniteError
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
-from quant.kernels import TABLE, kernel, library, on_triton
+from quant.kernels import TABLE, kernel, on_triton
 from quant.kernels.rtn_pack import Packed, reference, shape_of
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
@@ -178,9 +178,3 @@ def test_the_reference_is_the_same_on_a_gpu() -> None:
     for grid in GRIDS:
         ours, plain = (reference.rtn_pack(w.to(place), grid, 4, 128, WHOLE) for place in (GPU or "cpu", "cpu"))
         same(ours, plain, 4)
-
-
-def test_the_operator_knows_its_shapes() -> None:
-    assert library.LIBRARY is not None
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.bitgrid.rtn_pack.default, (weight(6, 32), "omni", 3, 32, HALF), test_utils=tests)
