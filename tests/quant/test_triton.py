@@ -115,7 +115,7 @@ def test_hadamard_transform(n: int, dtype: torch.dtype) -> None:
     got = kernel("hadamard", "triton").run.transform(x, n**-0.5, turned)
     want = kernel("hadamard", "reference").run.transform(x, n**-0.5, turned)
     assert got.dtype == dtype
-    # The same sums in another order: for n = m 2^k m + k roundings of at most the sum of all |x|, in float32 or wider, and the result's own.
+    # The same sums in another order: for n = m 2^k m + k roundings of the sum of all |x| at most, in float32 or wider, and the result's.
     unit = {torch.float64: 2.0**-53}.get(dtype, 2.0**-24)
     h = hadamard_matrix(n)
     exact = x.double() @ (h.T if turned else h)
