@@ -72,6 +72,7 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.fake_quantize.reference",
     },
     "rtn_pack": {
+        "cpu": "quant.kernels.rtn_pack.cpu",
         "triton": "quant.kernels.rtn_pack.triton",
         "reference": "quant.kernels.rtn_pack.reference",
     },

@@ -23,8 +23,8 @@ def rtn_pack(
     codes: bool = True,
     stream: bool = True,
     mse: bool = False,
+    error: bool = False,
 ) -> Packed:
-    """mse: the ranges of least error (`quant.grids`), which this twin alone searches."""
     shape = shape_of(weight, width)
     groups = weight.detach().float().reshape(*shape, width)
     affine = fit_unchecked(GRIDS[grid], groups, bits, scale_dtype, mse)
@@ -33,4 +33,5 @@ def rtn_pack(
     told = torch.stack([broken.sum(), unfit.sum()]).to(torch.int32)
     whole = affine.encode(groups).to(torch.uint8).view(weight.shape)
     scale, zero = affine.scale[..., 0].to(scale_dtype), affine.zero[..., 0].to(zero_dtype(grid, scale_dtype))
-    return Packed(whole if codes else None, pack_bits(whole, bits) if stream else None, scale.contiguous(), zero.contiguous(), told)
+    off = (affine.round(groups) - groups).double().square().sum(-1) if error else None
+    return Packed(whole if codes else None, pack_bits(whole, bits) if stream else None, scale.contiguous(), zero.contiguous(), told, off)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.kernels import kernel
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
 from quant.tensors.packing import pack_bits
@@ -20,7 +21,23 @@ HELD, HELD_WITH_CODES = 32, 64
 """Weights of one group that a thread holds at most."""
 
 
-def rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, codes: bool = True, stream: bool = True) -> Packed:
+def rtn_pack(
+    weight: Tensor,
+    grid: str,
+    bits: int,
+    width: int,
+    scale_dtype: torch.dtype,
+    codes: bool = True,
+    stream: bool = True,
+    mse: bool = False,
+    error: bool = False,
+) -> Packed:
+    if mse or error:
+        # Torch searches, and adds up errors: the record says so.
+        plain: Packed = kernel("rtn_pack", "reference", weight.device).run.rtn_pack(
+            weight, grid, bits, width, scale_dtype, codes, stream, mse, error
+        )
+        return plain
     from quant.kernels.rtn_pack.program import long_groups, whole_groups
 
     shape = shape_of(weight, width)
