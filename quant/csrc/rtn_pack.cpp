@@ -151,3 +151,31 @@ extern "C" void bitgrid_rtn_pack(const float* x, float* scale, float* zero, uint
         if (encode && stream != nullptr) pack(to, count, bits, stream + start * width / 8 * bits);
     });
 }
+
+namespace {
+
+// One half-quadratic step of HQQ, where no error is left over when it is shrunk: `large` says of a group that one may be.
+VECTOR void hqq_step(const float* x, Affine own, float* moved, float* size, uint8_t* large, float known, int64_t bits, int64_t width) {
+    const Lanes<REAL> lanes(own, bits);
+    Ints over{};
+    for (int64_t i = 0; i < width; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, width - i);
+        const Floats v = count == LANES ? load(x + i) : tail(x + i, count, x[i]), code = lanes.code(v);
+        const Floats error = magnitude(v - lanes.value(code)), move = code - v / lanes.scale;
+        over |= error > all(known);
+        std::memcpy(moved + i, &move, count * sizeof(float)), std::memcpy(size + i, &error, count * sizeof(float));
+    }
+    bool any = false;
+    for (int l = 0; l < LANES; l++) any |= over[l] != 0;
+    *large = any;
+}
+
+}  // namespace
+
+// Groups x, with scale and zero [G] ▸ codes less x / scale, and |x - x̂|, both like x. known: errors up to it are shrunk to 0.
+extern "C" void bitgrid_hqq_step(const float* x, const float* scale, const float* zero, float* moved, float* size, uint8_t* large,
+                                 const float* known, int64_t bits, int64_t width, int64_t groups, int64_t threads) {
+    each(groups, std::max<int64_t>(1, AT_ONCE / width), threads, [&](int64_t g) {
+        hqq_step(x + g * width, {scale[g], zero[g]}, moved + g * width, size + g * width, large + g, *known, bits, width);
+    });
+}

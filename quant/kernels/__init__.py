@@ -76,6 +76,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.rtn_pack.triton",
         "reference": "quant.kernels.rtn_pack.reference",
     },
+    "hqq_pack": {
+        "cpu": "quant.kernels.hqq_pack.cpu",
+        "reference": "quant.kernels.hqq_pack.reference",
+    },
     "int8_linear": {
         "triton": "quant.kernels.int8_linear.triton",
         "torch": "quant.kernels.int8_linear.eager",

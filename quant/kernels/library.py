@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, braq_search, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels import binary_gemv, braq_search, hqq_pack, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -177,15 +177,35 @@ def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.
     return x.new_empty(x.shape)
 
 
-def _rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = kernel("rtn_pack", device=weight.device).run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False)
+def _rtn_pack(
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    made = kernel("rtn_pack", device=weight.device).run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False, mse=mse)
     return made.stream, made.scale, made.zero, made.told
 
 
-def _rtn_pack_shapes(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rtn_pack_shapes(
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
     stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
     return stream, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero), weight.new_empty(2, dtype=torch.int32)
+
+
+def _hqq_pack(
+    weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, round_zero: bool,
+    iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    run, search = kernel("hqq_pack", device=weight.device).run, hqq_pack.Search(iters, p, beta, kappa)
+    made, _ = run.hqq_pack(weight, bits, width, scale_dtype, search, round_zero, codes=False)
+    return made.stream, made.scale, made.zero, made.told
+
+
+def _hqq_pack_shapes(
+    weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, round_zero: bool,
+    iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_rtn_pack_shapes(weight, "hqq", bits, width, scale_dtype)[:3], weight.new_empty(3, dtype=torch.int32)
 
 
 def _int8_linear(
@@ -264,9 +284,15 @@ _define(
     _int8_linear_shape,
 )
 _define(
-    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False) -> (Tensor, Tensor, Tensor, Tensor)",
     _rtn_pack,
     _rtn_pack_shapes,
+)
+_define(
+    "hqq_pack(Tensor weight, int bits, SymInt width, ScalarType scale_dtype, bool round_zero, int iters=20, float p=0.7, float beta=10.0,"
+    " float kappa=1.01) -> (Tensor, Tensor, Tensor, Tensor)",
+    _hqq_pack,
+    _hqq_pack_shapes,
 )
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 

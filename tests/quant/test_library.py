@@ -47,8 +47,8 @@ CASES: dict[str, Callable[[], Any]] = dict(
     (
         _packed("wq_gemv", wq_gemv.prepare, stored(5, 96, 3, 32, scaled=True)),
         _packed("wq_gemm", wq_gemm.prepare, stored(5, 96, 3, 32, scaled=True), rows=9, dtype=HALF),
-        _packed("lut_gemv", PREPARE["lut_gemv"], *cases("lut_gemv")[2]),
-        _packed("binary_gemv", PREPARE["binary_gemv"], *cases("binary_gemv")[2]),
+        _packed("lut_gemv", PREPARE["lut_gemv"], cases("lut_gemv")[2]),
+        _packed("binary_gemv", PREPARE["binary_gemv"], cases("binary_gemv")[2]),
     )
 )
 CASES |= {
@@ -60,7 +60,8 @@ CASES |= {
     "hadamard_codes": lambda: [(torch.randn(24, 3).T, 8, True, 0.9)],
     "fake_quantize": lambda: [(torch.randn(5, 12), 8, True, 0.9), (torch.randn(12, 5).T, 8, False)],
     "int8_linear": _int8_linear,
-    "rtn_pack": lambda: [(torch.randn(6, 128), "omni", 3, 32, HALF)],
+    "rtn_pack": lambda: [(torch.randn(6, 128), "omni", 3, 32, HALF), (torch.randn(3, 40), "g_asym", 4, 20, HALF, True)],
+    "hqq_pack": lambda: [(torch.randn(6, 64) / 50, 3, 32, HALF, False)],
     "token_log_probs": lambda: [(torch.randn(2, 3, 7), torch.randint(7, (2, 3)))],
     "braq_counts": lambda: [(torch.randn(3, 9), [0, 2, 9])],
     "braq_splits": lambda: [(torch.randn(3, 9), torch.tensor([0.0, 0.5])), (torch.randn(3, 9), torch.ones(2), torch.tensor(2))],
