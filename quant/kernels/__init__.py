@@ -78,6 +78,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "hqq_pack": {
         "cpu": "quant.kernels.hqq_pack.cpu",
+        "triton": "quant.kernels.hqq_pack.triton",
         "reference": "quant.kernels.hqq_pack.reference",
     },
     "int8_linear": {

@@ -33,6 +33,7 @@ from quant.kernels.hadamard.triton import held
 from quant.kernels.hadamard.triton import shape as transform_shape
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
+from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
@@ -98,6 +99,9 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
+    types = dict.fromkeys(("x", "scales", "zeros", "moved", "size"), "*fp32") | {"large": "*i32", "count": "i32", "width": "i32"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return [*found, *products(architecture), *attention()]
