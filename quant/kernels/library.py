@@ -178,18 +178,21 @@ def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.
 
 
 def _rtn_pack(
-    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = kernel("rtn_pack", device=weight.device).run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False, mse=mse)
-    return made.stream, made.scale, made.zero, made.told
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = kernel("rtn_pack", device=weight.device).run
+    made = run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False, mse=mse, error=error)
+    return made.stream, made.scale, made.zero, made.told, weight.new_empty(0, dtype=torch.float64) if made.error is None else made.error
 
 
 def _rtn_pack_shapes(
-    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
     stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
-    return stream, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero), weight.new_empty(2, dtype=torch.int32)
+    stored = weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero)
+    off = weight.new_empty(shape if error else 0, dtype=torch.float64)
+    return stream, *stored, weight.new_empty(2, dtype=torch.int32), off
 
 
 def _hqq_pack(
@@ -284,7 +287,8 @@ _define(
     _int8_linear_shape,
 )
 _define(
-    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False, bool error=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rtn_pack,
     _rtn_pack_shapes,
 )

@@ -90,10 +90,12 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
-    types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "groups": "i32", "top": "fp32", "steps": "fp32"}
+    types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "errors": "*fp32", "groups": "i32"}
+    types |= {"top": "fp32", "steps": "fp32"}
     for grid, bits, codes in (("g_asym", 4, False), ("g_asym", 4, True), ("omni", 3, False), ("hqq", 4, True)):
         each = 16 if codes else 8
         fixed = {"GRID": grid, "BITS": bits, "HALF": True, "CODES": codes, "STREAM": True, "FAST": True, "FMA": True}
+        fixed["ERROR"] = grid == "omni"
         given = types | {"scales": "*fp16", "zeros": {"omni": "*i16", "hqq": "*fp16"}.get(grid, "*u8")}
         name, options = f"{grid}, {bits} bits{' and codes' * codes}", {"num_warps": 4, "enable_fp_fusion": False}
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}

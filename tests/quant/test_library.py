@@ -60,7 +60,7 @@ CASES |= {
     "hadamard_codes": lambda: [(torch.randn(24, 3).T, 8, True, 0.9)],
     "fake_quantize": lambda: [(torch.randn(5, 12), 8, True, 0.9), (torch.randn(12, 5).T, 8, False)],
     "int8_linear": _int8_linear,
-    "rtn_pack": lambda: [(torch.randn(6, 128), "omni", 3, 32, HALF), (torch.randn(3, 40), "g_asym", 4, 20, HALF, True)],
+    "rtn_pack": lambda: [(torch.randn(6, 128), "omni", 3, 32, HALF), (torch.randn(3, 40), "g_asym", 4, 20, HALF, True, True)],
     "hqq_pack": lambda: [(torch.randn(6, 64) / 50, 3, 32, HALF, False)],
     "token_log_probs": lambda: [(torch.randn(2, 3, 7), torch.randint(7, (2, 3)))],
     "braq_counts": lambda: [(torch.randn(3, 9), [0, 2, 9])],

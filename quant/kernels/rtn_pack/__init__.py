@@ -37,7 +37,7 @@ class Packed:
     """int32 `[2]`, on the weight's device: groups whose sum is not finite, which NaN and infinities make so; and groups whose scale or zero
     float16 cannot hold closely enough, counted with float16 only. Codes, scales and zeros of those groups mean nothing."""
     error: Tensor | None = None
-    """float64 `[R, G]`: Σ (w − ŵ)² of a group, by what is stored; twins differ by rounding."""
+    """float64 `[R, G]`: Σ (w − ŵ)² of a group, by what is stored; twins differ by rounding, of float32 at most."""
 
 
 def shape_of(weight: Tensor, width: int) -> tuple[int, int]:
