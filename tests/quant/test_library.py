@@ -24,7 +24,8 @@ def _packed(operation: str, prepare: Callable[[Any], Any], *tensors: Any, rows: 
 
 
 def _gptq_block() -> Any:
-    return [(torch.randn(4, 6), torch.eye(4), torch.full((2, 6), 0.5), torch.full((2, 6), 4.0), [0, 0, 1, 1], 3, "code")]
+    given = (torch.randn(4, 6), torch.eye(4), torch.full((2, 6), 0.5), torch.full((2, 6), 4.0), [0, 0, 1, 1], 3, "code")
+    return [given, (*given, torch.full((6,), 3.0))]
 
 
 def _int8_linear() -> Any:

@@ -223,18 +223,6 @@ def test_without_a_compiler_the_reference_runs_and_says_so(monkeypatch: pytest.M
         library.cache_clear()
 
 
-<<<<<<< HEAD
-def test_operators_keep_to_their_schemas() -> None:
-    """Schema, fake kernel, autograd registration and ahead-of-time dispatch with other sizes."""
-    for tensor, dtype in ((stored(5, 96, 3, 32, scaled=True), torch.float32), (stored(5, 96, 4, 96), torch.bfloat16)):
-        packed: Packed = prepare(tensor)
-        torch.library.opcheck(torch.ops.bitgrid.wq_gemv.default, (inputs(2, 96, dtype), *operands(packed)))
-    block, upper = torch.randn(4, 6), torch.eye(4)
-    arguments = (block, upper, torch.full((2, 6), 0.5), torch.full((2, 6), 4.0), [0, 0, 1, 1], 3, "code")
-    for more in ((), (torch.full((6,), 3.0),)):
-        torch.library.opcheck(torch.ops.bitgrid.gptq_block.default, (*arguments, *more))
-=======
 def test_an_operator_is_the_kernel() -> None:
->>>>>>> ebd7092 (Take Hadamard orders m 2^k in the operator, with codes of the result; check every operator by opcheck; make BiLLM's searches operators)
     columns = torch.randn(2, 40)
     assert torch.equal(torch.ops.bitgrid.kmeans_columns(columns, 4), kernel("kmeans_columns").run.kmeans(columns, 4))
