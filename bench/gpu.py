@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,8 +66,9 @@ def integers(b: Bench) -> Iterator[Row]:
 
 
 def hadamard(b: Bench) -> Iterator[Row]:
-    run, plain = (kernel("hadamard", name, b.device).run.transform for name in (b.backend, "reference"))
-    for n in (4096, 16384) if not b.dry else (64,):
+    fast, slow = (kernel("hadamard", name, b.device).run for name in (b.backend, "reference"))
+    rows, run, plain = kernel("fake_quantize", b.backend, b.device).run, fast.transform, slow.transform
+    for n in (4096, 11008, 14336, 16384, 28672) if not b.dry else (64, 96):
         # The interpreter does not round to bfloat16, it cuts off.
         x = b.random(b.size((1 << 30) // n, 5), n, dtype=torch.float16 if b.dry else torch.bfloat16)
         few = x[:64]
@@ -75,6 +77,11 @@ def hadamard(b: Bench) -> Iterator[Row]:
         allowed = 2 * float((plain(few, n**-0.5).double() - want).norm() / want.norm())
         took = b.time(lambda i: run(x, n**-0.5))  # noqa: B023
         yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal=Goal(0.8, "copy"))
+        own = partial(fast.encode, bits=8, symmetric=True, factor=n**-0.5)
+        two = rows.encode(run(few, n**-0.5), 8, True)
+        peers = known(apart=b.time(lambda i: rows.encode(run(x, n**-0.5), 8, True)))  # noqa: B023
+        differ, took = float((own(few).codes != two.codes).sum()), b.time(lambda i: own(x))  # noqa: B023
+        yield Row(f"hadamard and int8 {x.shape[0]} x {n}", differ, 0, took, peers, read=x.nbytes + x.numel())
 
 
 def scoring(b: Bench) -> Iterator[Row]:

@@ -77,8 +77,14 @@ TABLE: dict[str, dict[str, str]] = {
         "reference": "quant.kernels.fake_quantize.reference",
     },
     "rtn_pack": {
+        "cpu": "quant.kernels.rtn_pack.cpu",
         "triton": "quant.kernels.rtn_pack.triton",
         "reference": "quant.kernels.rtn_pack.reference",
+    },
+    "hqq_pack": {
+        "cpu": "quant.kernels.hqq_pack.cpu",
+        "triton": "quant.kernels.hqq_pack.triton",
+        "reference": "quant.kernels.hqq_pack.reference",
     },
     "int8_linear": {
         "triton": "quant.kernels.int8_linear.triton",

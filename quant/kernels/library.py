@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kernels import binary_gemv, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels import binary_gemv, braq_search, hqq_pack, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -129,13 +129,43 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-def _hadamard(x: Tensor, factor: float = 1.0) -> Tensor:
-    made: Tensor = kernel("hadamard", device=x.device).run.transform(x, factor)
+def _hadamard(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
+    made: Tensor = kernel("hadamard", device=x.device).run.transform(x, factor, transpose)
     return made
 
 
-def _hadamard_shape(x: Tensor, factor: float = 1.0) -> Tensor:
-    return torch.empty_like(x)
+def _hadamard_shape(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _hadamard_codes(
+    x: Tensor, bits: int, symmetric: bool, clip: float = 1.0, factor: float = 1.0, transpose: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = kernel("hadamard", device=x.device).run.encode(x, bits, symmetric, clip, factor, transpose)
+    return made.codes, made.scale, made.zero
+
+
+def _hadamard_codes_shapes(x: Tensor, *given: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scale, zero = (x.new_empty(x.shape[0], 1, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=torch.int8), scale, zero
+
+
+def _braq_counts(m: Tensor, counts: list[int]) -> Tensor:
+    errors: Tensor = braq_search.chosen(m).run.order_two_errors(m, counts)
+    return errors
+
+
+def _braq_counts_shape(m: Tensor, counts: list[int]) -> Tensor:
+    return m.new_empty(len(counts), dtype=torch.float64)
+
+
+def _braq_splits(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
+    errors: Tensor = braq_search.chosen(x).run.split_errors(x, thresholds, skip)
+    return errors
+
+
+def _braq_splits_shape(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
+    return x.new_empty(thresholds.shape, dtype=torch.float64)
 
 
 def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
@@ -144,18 +174,41 @@ def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> 
 
 
 def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
-def _rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = kernel("rtn_pack", device=weight.device).run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False)
+def _rtn_pack(
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    run = kernel("rtn_pack", device=weight.device).run
+    made = run.rtn_pack(weight, grid, bits, width, scale_dtype, codes=False, mse=mse, error=error)
+    return made.stream, made.scale, made.zero, made.told, weight.new_empty(0, dtype=torch.float64) if made.error is None else made.error
+
+
+def _rtn_pack_shapes(
+    weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
+    stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
+    stored = weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero)
+    off = weight.new_empty(shape if error else 0, dtype=torch.float64)
+    return stream, *stored, weight.new_empty(2, dtype=torch.int32), off
+
+
+def _hqq_pack(
+    weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, round_zero: bool,
+    iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    run, search = kernel("hqq_pack", device=weight.device).run, hqq_pack.Search(iters, p, beta, kappa)
+    made, _ = run.hqq_pack(weight, bits, width, scale_dtype, search, round_zero, codes=False)
     return made.stream, made.scale, made.zero, made.told
 
 
-def _rtn_pack_shapes(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
-    stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
-    return stream, weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero), weight.new_empty(2, dtype=torch.int32)
+def _hqq_pack_shapes(
+    weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, round_zero: bool,
+    iters: int = 20, p: float = 0.7, beta: float = 10.0, kappa: float = 1.01,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return *_rtn_pack_shapes(weight, "hqq", bits, width, scale_dtype)[:3], weight.new_empty(3, dtype=torch.int32)
 
 
 def _int8_linear(
@@ -220,7 +273,15 @@ _define(
     _binary_gemv_shape,
 )
 _define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
-_define("hadamard(Tensor x, float factor=1.0) -> Tensor", _hadamard, _hadamard_shape)
+_define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape)
+_define(
+    "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
+    " -> (Tensor, Tensor, Tensor)",
+    _hadamard_codes,
+    _hadamard_codes_shapes,
+)
+_define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape)
+_define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape)
 _define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
 _define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
@@ -228,9 +289,16 @@ _define(
     _int8_linear_shape,
 )
 _define(
-    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False, bool error=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rtn_pack,
     _rtn_pack_shapes,
+)
+_define(
+    "hqq_pack(Tensor weight, int bits, SymInt width, ScalarType scale_dtype, bool round_zero, int iters=20, float p=0.7, float beta=10.0,"
+    " float kappa=1.01) -> (Tensor, Tensor, Tensor, Tensor)",
+    _hqq_pack,
+    _hqq_pack_shapes,
 )
 _define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 

@@ -9,13 +9,11 @@ threshold are intervals of a sorted row, or its two ends (prefix sums). Rows go 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.kernels import kernel
-from quant.kernels.braq_search import MOST_COLUMNS
+from quant.kernels.braq_search import chosen
 from quant.kernels.braq_search.batched import chunks
 
 SPLITS = 81
@@ -44,18 +42,12 @@ def first_least(errors: Tensor) -> Tensor:
     return torch.where(flat == flat.min(), index, flat.numel()).min()
 
 
-def _twin(x: Tensor) -> Any:
-    # The compiled twins have no float64, and that for GPUs no wide blocks.
-    known = x.dtype is torch.float32 and (x.device.type == "cpu" or x.shape[1] <= MOST_COLUMNS)
-    return kernel("braq_search", "auto" if known else "torch", x.device).run
-
-
 # --- counts of salient columns --------------------------------------------------------------------------------------
 
 
 def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
     """By the kernel `braq_search`: step b of the reference."""
-    found: Tensor = _twin(m).order_two_errors(m, counts)
+    found: Tensor = chosen(m).run.order_two_errors(m, counts)
     return found
 
 
@@ -79,7 +71,7 @@ def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
 
 def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
     """By the kernel `braq_search`: step c of the reference."""
-    found: Tensor = _twin(x).split_errors(x, thresholds, skip)
+    found: Tensor = chosen(x).run.split_errors(x, thresholds, skip)
     return found
 
 

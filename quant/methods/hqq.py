@@ -25,7 +25,9 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
 from quant.errors import require_finite
-from quant.grids import GRIDS, ScaleDtypeError, fit, with_stored_scales
+from quant.grids import GRIDS, ScaleDtypeError, fit, refuse_unfit, with_stored_scales
+from quant.kernels import kernel
+from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
@@ -33,8 +35,6 @@ from quant.tensors.affine import AffineTensor
 from quant.tensors.strided import StridedTensor
 
 BITS_OF_ROUNDED_ZEROS = 4
-MAX_HALF_ZERO = 512
-"""Float16 zeros up to here are off by a quarter of a code at most."""
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,30 @@ class Hqq:
         w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
         groups = self._groups(w, scheme)
         notes = ["the scheme is symmetric; hqq has a real zero per group all the same"] if scheme.symmetric else []
+        # The fast twins have no float64.
+        found = kernel("hqq_pack", "reference" if w.dtype is torch.float64 else "auto", weight.device)
+        search = Search(self.iters, self.p, self.beta, self.kappa) if self.optimize else None
+        rounded = self.round_zero or (self.round_zero is None and scheme.bits == BITS_OF_ROUNDED_ZEROS)
         steps = 0
+
+        def in_rows(scale_dtype: torch.dtype) -> StoredTensor:
+            nonlocal steps
+            wanted = {"stream": found.backend == "cpu"}
+            made, steps = found.run.hqq_pack(w, scheme.bits, groups.shape[-1], scale_dtype, search, rounded, **wanted)
+            _, unfit, wrong = made.told.tolist()
+            refuse_unfit(unfit, made.scale.numel())
+            _refuse_zeros(wrong, made.zero.numel())
+            return AffineTensor(made.codes, made.scale, made.zero, scheme.bits, ZeroKind.FLOAT, stream=made.stream)
 
         def run(scale_dtype: torch.dtype) -> StoredTensor:
             nonlocal steps
             affine = fit(GRIDS["hqq"], groups, scheme.bits, scale_dtype)
-            zero = affine.zero
-            if self.round_zero or (self.round_zero is None and scheme.bits == BITS_OF_ROUNDED_ZEROS):
-                zero = zero.round()
-            if self.optimize:
-                zero, steps = self._optimized(groups, affine.scale, zero, scheme.bits)
+            zero = affine.zero.round() if rounded else affine.zero
+            if search is not None:
+                zero, steps = found.run.zeros(groups, affine.scale, zero, scheme.bits, search)
             zero = zero.to(scale_dtype).to(w)
-            if scale_dtype is torch.float16 and not bool((zero.abs() <= MAX_HALF_ZERO).all()):
-                raise ScaleDtypeError(f"{int((~(zero.abs() <= MAX_HALF_ZERO)).sum())} of {zero.numel()} zeros do not fit float16")
+            if scale_dtype is torch.float16:
+                _refuse_zeros(int((~(zero.abs() <= MAX_HALF_ZERO)).sum()), zero.numel())
             final = Affine(affine.scale, zero, scheme.bits, ZeroKind.FLOAT)
             codes = final.encode(groups)
             if self.axis == 0:
@@ -97,8 +108,8 @@ class Hqq:
             per_group = Affine(final.scale[..., 0], final.zero[..., 0], scheme.bits, ZeroKind.FLOAT)
             return AffineTensor.build(codes.view(weight.shape), per_group, scale_dtype)
 
-        tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, notes=notes + dtype_notes, details={"steps": steps})
+        tensor, dtype_notes = with_stored_scales(scheme, run if self.axis == 0 or w.dtype is torch.float64 else in_rows)
+        return Rounded(tensor, notes=notes + found.notes + dtype_notes, details={"steps": steps})
 
     def _groups(self, w: Tensor, scheme: WeightScheme) -> Tensor:
         """`[N, K]` ▸ `[R, G, g]`, R = 1 for axis 0."""
@@ -112,18 +123,7 @@ class Hqq:
             raise ValueError(f"group_size={size} does not divide the {n * k} weights of shape {(n, k)}, as axis=0 needs; choose a divisor")
         return w.reshape(size, n * k // size).T.contiguous()[None]
 
-    def _optimized(self, w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, int]:
-        """Zeros `[R, G, 1]` after the half-quadratic steps, and how many were taken."""
-        best, beta = float("inf"), self.beta
-        for step in range(1, self.iters + 1):
-            codes = Affine(scale, zero, bits, ZeroKind.FLOAT).encode(w)
-            error = w - (codes - zero) * scale
-            size = error.abs()
-            # 0 ^ (p - 1) is infinite for p < 1, and the shrunk error 0.
-            shrunk = error.sign() * (size - size.pow(self.p - 1) / beta).clamp(min=0)
-            zero = (codes - (w - shrunk) / scale).mean(-1, keepdim=True)
-            mean = float(size.mean())
-            if mean >= best:
-                return zero, step
-            best, beta = mean, beta * self.kappa
-        return zero, self.iters
+
+def _refuse_zeros(wrong: int, of: int) -> None:
+    if wrong:
+        raise ScaleDtypeError(f"{wrong} of {of} zeros do not fit float16")

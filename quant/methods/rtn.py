@@ -52,11 +52,11 @@ class Rtn:
             return floating
         chosen, notes = choose_grid(self.grid, scheme)
         width = group_width(scheme, *weight.shape)
-        # One group in all would be the work of one program; and the search is the reference's alone.
-        alone = self.mse or scheme.granularity is Granularity.TENSOR
+        # One group in all would be the work of one program.
+        alone = scheme.granularity is Granularity.TENSOR
         found = kernel("rtn_pack", "reference" if alone else "auto", weight.device)
         # The reference packs in a step of its own, which not every caller needs.
-        more = {"stream": found.backend != "reference", **({"mse": True} if self.mse else {})}
+        more = {"stream": found.backend != "reference", "mse": self.mse}
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
             made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **more)

@@ -27,9 +27,13 @@ from quant.kernels.binary_gemv.program import signs
 from quant.kernels.binary_gemv.program import weight as signs_weight
 from quant.kernels.fake_quantize.program import round_rows
 from quant.kernels.gptq_block.program import solve
+from quant.kernels.hadamard.matrices import factors
 from quant.kernels.hadamard.program import transform
+from quant.kernels.hadamard.triton import held
+from quant.kernels.hadamard.triton import shape as transform_shape
 from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
+from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
@@ -51,7 +55,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found = []
     block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "tops", "codes", "values", "errors")}
     block |= {"group": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
-    for kind in (1, 2):
+    for kind in (0, 1, 2):
         constants = {"EACH": True, "KIND": kind, "ROWS": 32, "COLUMNS": 128}
         found.append((solve, f"kind {kind}", block, constants, {"num_warps": 4, "enable_fp_fusion": False}))
     product = {"words": "*i32", "ranges": "*fp32", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(
@@ -80,28 +84,42 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         found.append((add_lower, name, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
-    for n in (512, 16384):
-        together = max(1, 2048 // n)
-        types = {"x": "*bf16", "out": "*bf16", "rows": "i32", "factor": "fp32"}
-        constants = {"N": n, "LOG": n.bit_length() - 1, "ROWS": together}
-        found.append((transform, str(n), types, constants, {"num_warps": min(16, n * together // 512)}))
+    found += transforms()
     types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
     for codes in (False, True):
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
-    types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "groups": "i32", "top": "fp32", "steps": "fp32"}
+    types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "errors": "*fp32", "groups": "i32"}
+    types |= {"top": "fp32", "steps": "fp32"}
     for grid, bits, codes in (("g_asym", 4, False), ("g_asym", 4, True), ("omni", 3, False), ("hqq", 4, True)):
         each = 16 if codes else 8
         fixed = {"GRID": grid, "BITS": bits, "HALF": True, "CODES": codes, "STREAM": True, "FAST": True, "FMA": True}
+        fixed["ERROR"] = grid == "omni"
         given = types | {"scales": "*fp16", "zeros": {"omni": "*i16", "hqq": "*fp16"}.get(grid, "*u8")}
         name, options = f"{grid}, {bits} bits{' and codes' * codes}", {"num_warps": 4, "enable_fp_fusion": False}
         short = {"WIDTH": 128, "PARTS": 4, "PART": 32, "ROWS": 4 * each}
         found.append((whole_groups, name, given, fixed | short, options))
         found.append((long_groups, name, given, fixed | {"WIDTH": 11008, "PART": 4096}, options | {"num_warps": 8}))
+    types = dict.fromkeys(("x", "scales", "zeros", "moved", "size"), "*fp32") | {"large": "*i32", "count": "i32", "width": "i32"}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return [*found, *products(architecture), *attention()]
+
+
+def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Rows of models' widths: values, and codes of them. Those that need the most; all where CUDA C++ is compiled too."""
+    wanted = [(512, False), (16384, False), (11008, True), (28672, False)]
+    if os.environ.get("BITGRID_COMPILE") == "1":
+        wanted = [(n, codes) for n in (512, 16384, 11008, 13824, 14336, 28672) for codes in (False, True) if held(*factors(n), codes)]
+    types = {"x": "*bf16", "small": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "rows": "i32", "m": "i32"}
+    types |= dict.fromkeys(("factor", "clip", "top", "half"), "fp32")
+    for n, codes in wanted:
+        constants = transform_shape(*factors(n), codes) | {"CODES": codes, "SYMMETRIC": False, "FMA": True}
+        options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": False}
+        yield transform, f"{n}{', codes' * codes}", types | {"out": "*i8" if codes else "*bf16"}, constants, options
 
 
 def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

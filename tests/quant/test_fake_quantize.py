@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.activation import fake_quantize
-from quant.kernels import kernel, library, native
+from quant.kernels import kernel, native
 
 INF, NAN = float("inf"), float("nan")
 
@@ -105,8 +105,3 @@ def test_threads_change_nothing(threads: int) -> None:
         same(fake_quantize(x, 8, False), want)
     finally:
         torch.set_num_threads(before)
-
-
-def test_the_operator_knows_its_shape() -> None:
-    assert library.LIBRARY is not None
-    torch.library.opcheck(torch.ops.bitgrid.fake_quantize.default, (torch.randn(5, 12), 8, True, 0.9))

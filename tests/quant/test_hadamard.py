@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant.hadamard import SMALL, apply_hadamard, hadamard_block, hadamard_matrix, small_factor
+from quant.hadamard import apply_hadamard, hadamard_block, hadamard_matrix, small_factor
+from quant.kernels import kernel
+from quant.kernels.hadamard.matrices import SMALL
 from tests.quant.golden_inputs import weight
 
 ORDERS = sorted({1, 2, 4, 8, 64, *SMALL, *(2 * m for m in SMALL), 8 * 12, 16 * 28})
@@ -31,6 +33,18 @@ def test_the_transform_is_the_product_with_the_matrix(n: int, dtype: torch.dtype
     torch.testing.assert_close(back, x, rtol=2 * eps, atol=2 * eps)
     assert torch.equal(x, before)
     assert apply_hadamard(x).dtype is dtype
+
+
+@pytest.mark.parametrize("n", [1, 8, 96])
+def test_the_kernel_takes_every_order(n: int) -> None:
+    """By the reference it is what rotates weights, bit for bit, and its codes those of fake quantization."""
+    run = kernel("hadamard", "reference").run
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    for transpose in (False, True):
+        assert torch.equal(run.transform(x, 1.0, transpose), apply_hadamard(x, transpose=transpose, normalize=False))
+    got, want = run.encode(x, 4, False, factor=0.5), kernel("fake_quantize").run.encode(run.transform(x, 0.5), 4, False)
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scale, want.scale)
 
 
 def test_the_small_factor_is_the_slow_index() -> None:

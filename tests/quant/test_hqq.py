@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from quant import quantize_linear
 from quant.accounting import bits_formula
 from quant.affine import ZeroKind
 from quant.errors import NonFiniteError
+from quant.kernels import TABLE, kernel, recorded
+from quant.kernels.hqq_pack import Search
 from quant.methods.hqq import Hqq
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
@@ -23,6 +26,7 @@ from quant.tensors import unpack
 from quant.tensors.strided import StridedTensor
 from tests.quant.golden_inputs import output_error, relative_error, weight
 
+CPU = torch.device("cpu")
 GOLDEN = [
     (3, 0, False, 0.235201, 135520, -130.335, None),
     (3, 0, True, 0.226609, 123367, -136.295, (1.83894, 0.37854, 1.13401, 2.4782)),
@@ -98,6 +102,25 @@ def test_steps_are_those_of_a_loop_over_scalars(bits: int, axis: int, seed: int,
     # Scales and zeros (below 2^6 here) are stored in float32: 2^-24 relative each, of values up to 2^7 steps.
     limit = float((w.amax() - w.amin()) / (2**bits - 1)) * 2**7 * 2**-23 + float(w.abs().max()) * 2**-22
     assert float((result.tensor.dequantize().double() - want).abs().max()) <= limit
+
+
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "triton") if import_module(TABLE["hqq_pack"][b]).unavailable(CPU) is None])
+@pytest.mark.parametrize(("scale_dtype", "width", "bits"), [(torch.float16, 32, 3), (torch.float32, 24, 4), (torch.float16, 43, 1)])
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_the_kernel_takes_the_steps_of_torch(scale_dtype: torch.dtype, width: int, bits: int, size: float, backend: str) -> None:
+    """Bit for bit. Errors beyond 10^(-1/1.3) = 0.17 are not shrunk to 0: torch takes such a step, and the record says so."""
+    w = size * torch.randn(9, 5 * width, generator=torch.Generator().manual_seed(width))
+    w[3, :width], w[4, :width] = 0, size
+    search = Search(20, 0.7, 10.0, 1.01)
+    want, steps = kernel("hqq_pack", "reference").run.hqq_pack(w, bits, width, scale_dtype, search, bits == 4, error=True)
+    with recorded() as chosen:
+        got, taken = kernel("hqq_pack", backend).run.hqq_pack(w, bits, width, scale_dtype, search, bits == 4, error=True)
+    assert chosen == {"hqq_pack": [backend] if size < 1 else [backend, "reference"]}
+    assert taken == steps
+    for name in ("codes", "stream", "scale", "zero", "told"):
+        assert torch.equal(getattr(got, name), getattr(want, name)), name
+    # Values are off by 2^-24 of 2^bits steps, errors by as much.
+    torch.testing.assert_close(got.error, want.error, rtol=2.0**-16, atol=1e-12)
 
 
 def test_axis_zero_of_a_column_is_axis_one_of_its_groups_of_rows() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from quant.affine import ZeroKind
 from quant.grids import GRIDS, fit
-from quant.kernels import TABLE, kernel, library
+from quant.kernels import TABLE, kernel
 from quant.kernels.fake_quantize import reference as rows
-from quant.kernels.int8_linear import MOST_COLUMNS, Packed, eager, prepare
+from quant.kernels.int8_linear import MOST_COLUMNS, eager, prepare
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 
@@ -149,14 +149,6 @@ def test_threads_change_nothing(threads: int) -> None:
         assert torch.equal(kernel("int8_linear").run.int8_linear(x, packed), want)
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_the_operator_knows_its_shape(symmetric: bool) -> None:
-    assert library.LIBRARY is not None
-    packed: Packed = prepare(weight(8, 16, 4, "g_sym" if symmetric else "g_asym"), ActivationScheme(8, symmetric))
-    operands = (packed.codes, packed.scale, packed.zero, packed.sums, packed.bits, packed.symmetric, packed.clip)
-    torch.library.opcheck(torch.ops.bitgrid.int8_linear.default, (inputs(3, 16), *operands))
 
 
 def test_zeros_of_symmetric_grids_are_left_out() -> None:

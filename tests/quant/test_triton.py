@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quant.grids import GRIDS
-from quant.hadamard import hadamard_matrix
-from quant.kernels import TABLE, kernel
+from quant.hadamard import hadamard_matrix, small_factor
+from quant.kernels import TABLE, kernel, recorded
 from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.int8_linear import Packed
 from quant.kernels.on_triton import interpreted
@@ -107,27 +107,64 @@ def test_partial_sums_are_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(total.tril(), torch.full((4, 4), 600.0).tril())
 
 
-@pytest.mark.parametrize("n", [1, 2, 16, 256])
+@pytest.mark.parametrize("n", [1, 2, 16, 256, 12, 40, 172 * 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_hadamard_transform(n: int, dtype: torch.dtype) -> None:
-    x = torch.randn(67, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
-    got = kernel("hadamard", "triton").run.transform(x, n**-0.5)
-    want = kernel("hadamard", "reference").run.transform(x, n**-0.5)
+    x = torch.randn(67 if n < 300 else 3, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64).to(dtype)
+    turned = n % 4 == 0 and n & (n - 1) > 0
+    got = kernel("hadamard", "triton").run.transform(x, n**-0.5, turned)
+    want = kernel("hadamard", "reference").run.transform(x, n**-0.5, turned)
     assert got.dtype == dtype
-    # The same sums in another order: log2 n roundings of at most the sum of all |x|, in float32 or wider, and the result's own.
+    # The same sums in another order: for n = m 2^k m + k roundings of the sum of all |x| at most, in float32 or wider, and the result's.
     unit = {torch.float64: 2.0**-53}.get(dtype, 2.0**-24)
-    exact = x.double() @ hadamard_matrix(n)
-    bound = (max(n.bit_length(), 1) + 1) * unit * x.double().abs().sum(1, keepdim=True) + torch.finfo(dtype).eps * exact.abs()
+    h = hadamard_matrix(n)
+    exact = x.double() @ (h.T if turned else h)
+    m = small_factor(n)
+    assert m is not None
+    bound = (m + n.bit_length()) * unit * x.double().abs().sum(1, keepdim=True) + torch.finfo(dtype).eps * exact.abs()
     assert ((got.double() - exact).abs() <= bound).all()
     assert ((want.double() - exact).abs() <= bound).all()
 
 
-def test_longer_rows_are_transformed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("n", [64, 96])
+def test_longer_rows_are_transformed_in_parts(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quant.kernels.hadamard import triton
 
     monkeypatch.setattr(triton, "MOST", 8)
-    x = torch.randint(-9, 9, (5, 64), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(triton.transform(x, 1.0), kernel("hadamard", "reference").run.transform(x, 1.0))
+    monkeypatch.setattr(triton, "MOST_PRODUCT", 16)
+    x = torch.randint(-9, 9, (5, n), generator=torch.Generator().manual_seed(0)).half()
+    with recorded() as chosen:
+        assert torch.equal(triton.transform(x, 0.25), kernel("hadamard", "reference").run.transform(x, 0.25))
+    assert chosen == {"hadamard": ["reference"]}  # asked for here, and nowhere in the kernel
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # a row of NaN has no range, and its values no codes
+@pytest.mark.parametrize(("n", "dtype"), [(2, torch.float32), (64, torch.float16), (24, torch.float16), (172, torch.float32)])
+def test_codes_of_transformed_rows(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what the transform gives, by the reference, bit for bit; also where a row is in no program as a whole."""
+    from quant.kernels.hadamard import triton
+
+    x = (torch.randn(5, n, generator=torch.Generator().manual_seed(n)) * torch.logspace(-2, 2, 5)[:, None]).to(dtype)
+    x[1], x[2, 0] = 0, torch.nan
+    given = (8, n % 3 > 0, 0.9, n**-0.5, True)
+    want = kernel("fake_quantize", "reference").run.encode(triton.transform(x, *given[3:]), *given[:3])
+    got = [triton.encode(x, *given)]
+    monkeypatch.setattr(triton, "MOST", 0)
+    with recorded() as chosen:
+        got.append(triton.encode(x, *given) if n & (n - 1) else got[0])
+    assert ("fake_quantize" in chosen) is (n & (n - 1) > 0)
+    numbers = torch.arange(5) != 2
+    for made in got:
+        assert made.scale.isnan()[:, 0].tolist() == (~numbers).tolist()
+        assert all(torch.equal(getattr(made, part)[numbers], getattr(want, part)[numbers]) for part in ("codes", "scale", "zero"))
+        assert made.sums is None or torch.equal(made.sums, made.codes.sum(1, dtype=torch.int32))
+
+
+def test_products_that_torch_makes_are_recorded() -> None:
+    x = torch.randn(2, 24, dtype=torch.float64)
+    with recorded() as chosen:
+        kernel("hadamard", "triton").run.transform(x)
+    assert chosen == {"hadamard": ["triton", "reference"]}
 
 
 @pytest.mark.parametrize("vocabulary", [7, 4096, 5000])

@@ -6,8 +6,22 @@ Every twin has
   rest are each binarized twice
 - `split_errors(x, thresholds, skip=None) ▸ [T]`: x `[N, C]`. For each threshold, 0 or more, that when values with |x| ≥ t and the rest
   are each binarized once. `skip` int64 `[]` on the device of x: so many columns at the front count for nothing.
-Means are used; errors are float64 sums over all rows. Twins differ by rounding: of float32 sums along a row.
+Means are used; errors are float64 sums over all rows. Twins differ by rounding: of float32 sums along a row. As operators of torch they
+are `braq_counts` and `braq_splits`.
 """
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant import kernels
 
 MOST_COLUMNS = 384
 """Of the CUDA twin: what shared memory holds for 32 rows."""
+
+
+def chosen(x: Tensor) -> kernels.Kernel:
+    """The twin for x `[N, C]`: the compiled ones have no float64, and that for GPUs no wide blocks."""
+    known = x.dtype is torch.float32 and (x.device.type == "cpu" or x.shape[1] <= MOST_COLUMNS)
+    return kernels.kernel("braq_search", "auto" if known else "torch", x.device)

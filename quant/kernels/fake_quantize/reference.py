@@ -15,7 +15,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    values = x.float()
+    values = x.float().contiguous()
     return _ranges(values, bits, symmetric, clip).round(values).to(x.dtype)
 
 

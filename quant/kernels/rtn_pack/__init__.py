@@ -4,10 +4,10 @@ A group is `width` neighbours of the row-major order: so many columns, a row, or
 the stored type, and the codes are those of `quant.grids` and `quant.affine` in float32 arithmetic. Every twin has, with the same results
 bit for bit,
 
-    rtn_pack(weight, grid, bits, width, scale_dtype, codes=True, stream=True) ▸ Packed
+    rtn_pack(weight, grid, bits, width, scale_dtype, codes=True, stream=True, mse=False, error=False) ▸ Packed
 
-weight: any float type (float64 is rounded to float32 first). `width` divides N K, and K unless it is N K. `codes` and `stream` say what is
-wanted of the two; nothing waits for the device.
+weight: any float type (float64 is rounded to float32 first). `width` divides N K, and K unless it is N K. `codes`, `stream` and `error` say
+what is wanted of them. With `mse` ranges are those of least error (`quant.grids`). Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class Packed:
     told: Tensor
     """int32 `[2]`, on the weight's device: groups whose sum is not finite, which NaN and infinities make so; and groups whose scale or zero
     float16 cannot hold closely enough, counted with float16 only. Codes, scales and zeros of those groups mean nothing."""
+    error: Tensor | None = None
+    """float64 `[R, G]`: Σ (w − ŵ)² of a group, by what is stored; twins differ by rounding, of float32 at most."""
 
 
 def shape_of(weight: Tensor, width: int) -> tuple[int, int]:

@@ -124,6 +124,15 @@ def base(zero, GRID: tl.constexpr):
 
 
 @triton.jit
+def squares(lift, below, v, inside, scale, zero, GRID: tl.constexpr):
+    """[ROWS]: Σ (w − ŵ)² of a tile."""
+    code = (lift - below[:, None]).to(tl.float32)
+    value = code * scale[:, None] + zero[:, None] if GRID == "kivi" else (code - zero[:, None]) * scale[:, None]
+    off = tl.where(inside, value - v, 0.0)
+    return tl.sum(off * off, 1)
+
+
+@triton.jit
 def put(
     lift,  # int32 [ROWS, PART]
     below,  # int32 [ROWS]
@@ -201,6 +210,7 @@ def whole_groups(
     scales,  # [G]
     zeros,  # [G]
     told,  # int32 [2]
+    errors,  # [G], with ERROR
     groups,
     top,
     steps,
@@ -215,6 +225,7 @@ def whole_groups(
     STREAM: tl.constexpr,  # WIDTH is a multiple of 32
     FAST: tl.constexpr,
     FMA: tl.constexpr,
+    ERROR: tl.constexpr,
 ):
     # Of more weights than 2^31 the addresses before a program are large.
     group = tl.program_id(0).to(tl.int64) * ROWS
@@ -237,9 +248,15 @@ def whole_groups(
     s, z, inverse = finished(
         tl.min(low, 1), tl.max(high, 1), tl.sum(total, 1), scales, zeros, told, group + row, alive, top, steps, GRID, HALF
     )
+    if ERROR:
+        off = tl.zeros([ROWS], tl.float32)
     for p in tl.static_range(PARTS):
         lift = lifted(held[p], s, z, inverse, top, GRID, FAST, FMA)
+        if ERROR:
+            off += squares(lift, base(z, GRID), held[p], column < WIDTH - p * PART, s, z, GRID)
         put(lift, base(z, GRID), codes, stream, start, p * PART, alive, ROWS, PART, WIDTH, whole, BITS, CODES, STREAM)
+    if ERROR:
+        tl.store(errors + group + row, off, mask=alive)
 
 
 @triton.jit
@@ -250,6 +267,7 @@ def long_groups(
     scales,
     zeros,
     told,
+    errors,
     top,
     steps,
     GRID: tl.constexpr,
@@ -261,6 +279,7 @@ def long_groups(
     STREAM: tl.constexpr,
     FAST: tl.constexpr,
     FMA: tl.constexpr,
+    ERROR: tl.constexpr,
 ):
     group = tl.program_id(0).to(tl.int64)
     start = group * WIDTH
@@ -278,7 +297,12 @@ def long_groups(
     s, z, inverse = finished(
         tl.min(low, 1), tl.max(high, 1), tl.sum(total, 1), scales, zeros, told, group + one, one == 0, top, steps, GRID, HALF
     )
+    off = tl.zeros([1], tl.float32)
     for first in range(0, WIDTH, PART):
         v = tl.load(x + start + first + column, mask=column < WIDTH - first, other=0.0).to(tl.float32)
         lift = lifted(v, s, z, inverse, top, GRID, FAST, FMA)
+        if ERROR:
+            off += squares(lift, base(z, GRID), v, column < WIDTH - first, s, z, GRID)
         put(lift, base(z, GRID), codes, stream, start, first, one == 0, 1, PART, WIDTH, False, BITS, CODES, STREAM)
+    if ERROR:
+        tl.store(errors + group + one, off)
