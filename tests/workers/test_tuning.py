@@ -86,6 +86,28 @@ def test_every_equivalent_transform_keeps_the_block(family: str, tmp_path: Path)
     assert names >= {"llama": {"qkv", "gate_up", "scores"}, "opt": {"qkv", "output", "fc1", "scores"}}.get(family, set())
 
 
+def test_an_equivalent_transform_of_all_blocks_keeps_the_logits(tmp_path: Path) -> None:
+    """OPT, whose norms are computed in float64 as the rest: what it changes of one block passes through the next."""
+    changed: dict[str, Tensor] = {}
+    for b in (0, 1):
+        _, blocks, _, _ = opened("opt", tmp_path, b)
+        let = EquivalentTransform(blocks, blocks.places, 0.5, shift=True)
+        with torch.no_grad():
+            for i, p in enumerate(let.parameters()):
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64))
+            let.hold()
+            t = let.apply()
+        changed |= {**{f"{n}.weight": w for n, w in t.weights.items()}, **t.parameters}
+    model, tokens = original("opt", torch.float64), torch.arange(2, 26).view(2, 12)
+    assert sum(bool((model.get_parameter(n) != p).any()) for n, p in changed.items()) > len(changed) / 2
+    with torch.no_grad():
+        want = model(tokens, use_cache=False).logits
+        for n, p in changed.items():
+            model.get_parameter(n).copy_(p)
+        got = model(tokens, use_cache=False).logits
+    assert float((got - want).abs().max()) < 1e-10 * float(want.abs().max())
+
+
 def test_gradients_of_every_place_against_finite_differences(tmp_path: Path) -> None:
     """A norm, a linear and scores. Noise on the changed weights: without it the block does not depend on scales and shifts."""
     _, blocks, _, _ = opened("opt", tmp_path)
