@@ -28,7 +28,7 @@ from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.scheme import Supports, WeightScheme
-from quant.solver import solve_columns
+from quant.solver import Solved, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.partially_binary import PartiallyBinaryTensor
 
@@ -79,9 +79,9 @@ class PbLlm:
         ready = prepare(self.name, weight, statistics, self.damp)
         group = min(scheme.group_size or weight.shape[1], weight.shape[1])
         low = self._low(ready, group)
-        tensor, notes = with_stored_scales(scheme, lambda dtype: self._run(ready, low, group, dtype))
-        share = float(low.double().mean())
-        return Rounded(tensor, ready.damp, ready.notes + notes, {"low_share": share})
+        (tensor, solved), notes = with_stored_scales(scheme, lambda dtype: self._run(ready, low, group, dtype))
+        details = {"low_share": float(low.double().mean()), "solver_loss": float(solved.loss.sum())}
+        return Rounded(tensor, ready.damp, ready.notes + notes, details)
 
     @property
     def _corrected(self) -> bool:
@@ -106,7 +106,7 @@ class PbLlm:
             parts.append(low.view(part.shape))
         return torch.cat(parts, dim=1)
 
-    def _run(self, ready: Prepared, low: Tensor, group: int, scale_dtype: torch.dtype) -> PartiallyBinaryTensor:
+    def _run(self, ready: Prepared, low: Tensor, group: int, scale_dtype: torch.dtype) -> tuple[PartiallyBinaryTensor, Solved]:
         high = fit(GRIDS["g_asym"], ready.weight if self._corrected else ready.given, self.high_bits, scale_dtype)
         scales, means = [], []
         masked = self.masked_stats or self._corrected
@@ -127,9 +127,9 @@ class PbLlm:
             value = torch.where(low[:, j], torch.where(plus, a, -a) + m, one.decode(codes))
             return torch.where(low[:, j], plus.to(codes), codes), value
 
-        codes = solve_columns(ready.weight.T, ready.upper, self.block_size, round_column).codes.T
-        return PartiallyBinaryTensor(
-            codes.to(torch.uint8).contiguous(),
+        solved = solve_columns(ready.weight.T, ready.upper, self.block_size, round_column)
+        tensor = PartiallyBinaryTensor(
+            solved.codes.T.to(torch.uint8).contiguous(),
             ~low,
             high.scale.to(scale_dtype),
             high.zero.to(torch.uint8),
@@ -139,3 +139,4 @@ class PbLlm:
             group,
             self.low_fraction,
         )
+        return tensor, solved

@@ -59,13 +59,16 @@ class PartiallyBinaryTensor(Coded):
     def scale_dtype(self) -> torch.dtype:
         return self.scale.dtype
 
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[N, K]` in a float type of your choice; float64 shows what a float64 solver worked with."""
+        codes = self.codes.to(dtype)
+        high = Affine(self.high_scale.to(dtype), self.high_zero.to(dtype), self.high_bits, ZeroKind.CODE).decode(codes)
+        scale, mean = (t.to(dtype).repeat_interleave(self.group, dim=1)[:, : codes.shape[1]] for t in (self.scale, self.mean))
+        return self.unscaled(torch.where(self.mask, high, torch.where(codes > 0, scale, -scale) + mean))
+
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
-        codes = self.codes.float()
-        high = Affine(self.high_scale.float(), self.high_zero.float(), self.high_bits, ZeroKind.CODE).decode(codes)
-        scale, mean = (t.float().repeat_interleave(self.group, dim=1)[:, : codes.shape[1]] for t in (self.scale, self.mean))
-        weight = torch.where(self.mask, high, torch.where(codes > 0, scale, -scale) + mean)
-        return self.unscaled(weight)
+        return self.values()
 
     def pack(self) -> dict[str, Tensor]:
         payload = {

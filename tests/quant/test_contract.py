@@ -82,6 +82,23 @@ def test_one_group_for_all_inputs_is_one_for_every_row(method: str) -> None:
         assert stored.bits_stored == quantized(method, *data(), group_size=None).bits_stored
 
 
+def test_a_group_size_that_does_not_divide_is_refused_or_padded_as_the_method_says(method: str) -> None:
+    """172 = 128 + 44 inputs. QuIP has groups only without its random transforms, else one grid for the whole matrix."""
+    more = {"incoherence": False} if method == "quip" else {}
+    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    w, x = data(k=172)
+    if "group" not in supports.granularity:
+        return  # refused above
+    if not supports.ragged_groups:
+        with pytest.raises(ValueError, match="group_size=128 does not divide in_features=172"):
+            quantized(method, w, x, group_size=128, **more)
+        return
+    stored = quantized(method, w, x, group_size=128)
+    assert stored.shape == w.shape
+    assert torch.isfinite(stored.dequantize()).all()
+    assert torch.equal(unpack(stored.format, stored.pack(), stored.meta()).dequantize(), stored.dequantize())
+
+
 def test_pack_and_unpack_are_exact_inverses(method: str) -> None:
     stored = quantized(method, *data())
     meta = json.loads(json.dumps(stored.meta()))

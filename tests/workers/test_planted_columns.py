@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quant.methods.base import StoredTensor
+from quant.methods.claq import FEW, MANY, tails
 from quant.scheme import Granularity, KVScheme, WeightScheme
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.columns import ColumnsTensor
@@ -59,30 +60,47 @@ def large_inputs(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case_of(tmp_path_factory.mktemp("inputs"), made)
 
 
-def test_spqr_keeps_the_large_columns(large_weights: Case) -> None:
+def test_spqr_keeps_the_large_columns_and_nothing_outside_their_group(large_weights: Case) -> None:
+    """Their inputs are the smallest, so that all three come last, into one group. Its other columns, whose range they stretch, have
+    outliers too, but fewer."""
     weight = WeightScheme(3, granularity=Granularity.GROUP, group_size=16)
     stored = first_block(large_weights, Component("spqr", 1), weight)
     assert set(stored) == set(READERS)
     for name, tensor in stored.items():
         assert isinstance(tensor, SparseTensor)
+        assert tensor.g_idx is not None
         found = torch.bincount(tensor.outlier_columns.long(), minlength=256)
-        assert sorted(found.topk(3).indices.tolist()) == COLUMNS, name
+        together = tensor.g_idx == tensor.g_idx[COLUMNS[0]]
+        assert together[COLUMNS].all()
+        assert not found[~together].any(), name
+        assert int(found[COLUMNS].min()) > 1.15 * int(found.index_fill(0, torch.tensor(COLUMNS), 0).max()), name
 
 
 def test_claq_gives_the_large_columns_bits_and_reserve(large_weights: Case) -> None:
+    """OR reserves more in a tenth of the columns, whatever is planted: in 26 of 256, and the planted are three of them. They rank first
+    in it, since the three columns to which AP gives bits rank by the same score. With a tenth planted, see test_claq.py."""
     params = {"adaptive_bits": 2 + 2 * 3 / 256, "outlier_reservation": True, "variant": "corrected"}
     for name, tensor in first_block(large_weights, Component("claq", 2, tuple(sorted(params.items()))), WeightScheme(2)).items():
         assert isinstance(tensor, CodebookTensor)
         assert (tensor.widths == 4).nonzero()[:, 0].tolist() == COLUMNS, name
         assert tensor.outliers is not None
         counts = tensor.outliers.counts
-        assert int(counts[COLUMNS].min()) > int(counts.median()), name
+        few, many = (sum(tails(tensor.shape[0], fraction)) for fraction in (FEW, MANY))
+        assert (counts[COLUMNS] == many).all(), name
+        assert int((counts > few).sum()) == 26, name
 
 
-def test_owq_keeps_the_columns_of_large_inputs(large_inputs: Case) -> None:
-    """Their rounding errors, which no row's range sees, weigh a thousand times the others'."""
+@pytest.mark.parametrize("case", ["large_weights", "large_inputs"])
+def test_owq_keeps_the_planted_columns(case: str, request: pytest.FixtureRequest) -> None:
+    """The rounding errors of columns with large inputs, which no row's range sees, weigh a thousand times the others'. Large weights
+    stretch it; on a range without them they are clipped, which costs most.
+
+    At 3 bits large weights are found before attention only: two inputs of the feed-forward module, 140 and 246, are so large (15 times
+    the median mean square) that plain rounding of their columns costs more than clipping two of the planted ones, whose inputs are half
+    of the median. A step is twice as wide as at 4 bits, its error four times as large."""
     gptq = component("gptq", outlier_columns=3, outlier_metric="owq")
-    for name, tensor in first_block(large_inputs, gptq, WeightScheme(6)).items():
+    bits = 4 if case == "large_weights" else 6
+    for name, tensor in first_block(request.getfixturevalue(case), gptq, WeightScheme(bits)).items():
         assert isinstance(tensor, ColumnsTensor)
         assert tensor.kept.tolist() == COLUMNS, name
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from quant.reassembly import Reassembly
 from quant.scheme import ActivationScheme
 from tests.workers.stage_runs import W4, calibrated, component, quantize_spec, quantized, tiny_context
+from tests.workers.test_rotate import loaded, logits
 from workers.errors import InputError
 from workers.fold import BlockWeights
 from workers.quantize import quantize_blocks
@@ -87,6 +89,30 @@ def test_weights_steps_and_errors_follow_the_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="reassembled already"):
         weights.reassemble(names, made)
     assert block.mlp.gate_proj.weight.shape[1] == width
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_splitting_alone_keeps_the_logits(family: str, tmp_path: Path) -> None:
+    """QLLM's disassembly without its assembly, of every input in the model, in float64."""
+    ctx = tiny_context(family, tmp_path)
+    want, model = logits(loaded(ctx).model), loaded(ctx)
+
+    def split(linear: Any, made: Reassembly) -> None:
+        wide = made.widen(linear.weight)
+        assert wide.shape[1] == linear.weight.shape[1] + 3
+        linear.forward = lambda x: F.linear(made.disassemble(x), wide, linear.bias)
+
+    for block in model.blocks:
+        for site in model.structure.sites:
+            splits = torch.ones(site.cols, dtype=torch.uint8)
+            splits[5], splits[7] = 3, 2
+            made = Reassembly.__new__(Reassembly)  # without merges, which it asks for otherwise
+            object.__setattr__(made, "splits", splits)
+            for n in site.linears:
+                split(block.get_submodule(n), made)
+    got = logits(model.model)
+    assert not torch.equal(got, want)
+    assert float((got - want).abs().max()) < 1e-10 * float(want.abs().max())
 
 
 def run(spec: QuantizeSpec, folder: Path, family: str = "llama") -> tuple[Recipe, dict[str, Any], list[str]]:

@@ -177,8 +177,10 @@ save_file({n: logits(rebuild(ctx, MODEL, Path(folder) / n)) for n in names}, Pat
 def test_rebuilt_logits_are_the_same_in_a_fresh_process(tmp_path: Path) -> None:
     ctx = tiny_context("llama_mha", tmp_path)
     inputs = calibrated(ctx, tmp_path, *KINDS)
-    # Of what the two tests above rebuild, one of each: they store no format of their own.
-    specs = {**SPECS, "quarot_static": ROTATED["quarot_static"], "qllm": REASSEMBLED["qllm"]}
+    # Of what the two tests above rebuild, one of each kind: they store no format of their own.
+    more = {**ROTATED, **REASSEMBLED}
+    alone = ("quarot_static", "learned_rotation", "qllm", "qllm_reassembly", "qllm_correction")
+    specs = {**SPECS, **{name: more[name] for name in alone}}
     want = {name: in_memory(spec, inputs, tmp_path / name, ctx) for name, spec in specs.items()}
     command = [sys.executable, "-c", FRESH, str(tiny_model("llama_mha")), str(tmp_path), *specs]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quant.activation import fake_quantize_kv
-from quant.methods.base import Linear
+from quant.methods.base import Linear, Rotation, RotationLoss
+from quant.methods.learned_rotation import LearnedRotation
 from quant.methods.quarot import Quarot
 from quant.scheme import KVScheme
 from quant.statistics import Statistics
@@ -69,10 +70,10 @@ def loaded(ctx: Any, spec: ModelSpec = DOUBLE) -> BlockModel:
     return opened
 
 
-def rotated(ctx: Any, method: Quarot, spec: ModelSpec = DOUBLE) -> Rotator:
+def rotated(ctx: Any, method: Quarot | LearnedRotation, spec: ModelSpec = DOUBLE, loss: RotationLoss | None = None) -> Rotator:
     opened = open_blocks(ctx, spec)
     sites = sites_of(opened)
-    rotation = method.rotation(model_shape(sites, opened.structure.count), Linear(seed=3).generator())
+    rotation = method.rotation(model_shape(sites, opened.structure.count), Linear(seed=3).generator(), loss)
     rotator = Rotator(opened, sites, rotation, method.maps)
     rotator.install()
     for i in range(opened.structure.count):
@@ -90,6 +91,25 @@ def test_a_rotated_model_has_the_logits_of_the_original(name: str, online: bool,
     assert float((got - want).abs().max()) < 1e-10 * float(want.abs().max())
     weight = loaded(ctx).blocks[0].get_submodule(rotator.sites.down).weight
     assert float((rotator.model.blocks[0].get_submodule(rotator.sites.down).weight - weight).detach().abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_a_learned_rotation_keeps_the_logits_after_its_steps(name: str, tmp_path: Path) -> None:
+    """Steps away from a Hadamard matrix, of the residual stream and of every head's values."""
+    ctx = context(saved(name, tmp_path), tmp_path)
+    want = logits(loaded(ctx).model)
+    seen: list[Rotation] = []
+
+    def loss(rotation: Rotation, i: int) -> Tensor:
+        seen.append(rotation)
+        return rotation.residual[0, 0] + sum(v[0, 0] for v in rotation.values)
+
+    rotator = rotated(ctx, LearnedRotation(steps=3, checked=1, check_every=1), loss=loss)
+    assert rotator.rotation.details["best"] > 0
+    for learned, start in zip((rotator.rotation.residual, *rotator.rotation.values), (seen[0].residual, *seen[0].values), strict=True):
+        assert float((learned - start).abs().max()) > 1e-2
+    got = logits(rotator.model.model)
+    assert float((got - want).abs().max()) < 1e-10 * float(want.abs().max())
 
 
 @pytest.mark.parametrize("name", ["llama", "llama wide heads", "opt"])

@@ -86,6 +86,56 @@ def test_every_equivalent_transform_keeps_the_block(family: str, tmp_path: Path)
     assert names >= {"llama": {"qkv", "gate_up", "scores"}, "opt": {"qkv", "output", "fc1", "scores"}}.get(family, set())
 
 
+def test_an_equivalent_transform_of_all_blocks_keeps_the_logits(tmp_path: Path) -> None:
+    """OPT, whose norms are computed in float64 as the rest: what it changes of one block passes through the next."""
+    changed: dict[str, Tensor] = {}
+    for b in (0, 1):
+        _, blocks, _, _ = opened("opt", tmp_path, b)
+        let = EquivalentTransform(blocks, blocks.places, 0.5, shift=True)
+        with torch.no_grad():
+            for i, p in enumerate(let.parameters()):
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64))
+            let.hold()
+            t = let.apply()
+        changed |= {**{f"{n}.weight": w for n, w in t.weights.items()}, **t.parameters}
+    model, tokens = original("opt", torch.float64), torch.arange(2, 26).view(2, 12)
+    assert sum(bool((model.get_parameter(n) != p).any()) for n, p in changed.items()) > len(changed) / 2
+    with torch.no_grad():
+        want = model(tokens, use_cache=False).logits
+        for n, p in changed.items():
+            model.get_parameter(n).copy_(p)
+        got = model(tokens, use_cache=False).logits
+    assert float((got - want).abs().max()) < 1e-10 * float(want.abs().max())
+
+
+def test_gradients_of_every_place_against_finite_differences(tmp_path: Path) -> None:
+    """A norm, a linear and scores. Noise on the changed weights: without it the block does not depend on scales and shifts."""
+    _, blocks, _, _ = opened("opt", tmp_path)
+    let = EquivalentTransform(blocks, blocks.places, 0.5, shift=True)
+    g = torch.Generator().manual_seed(0)
+    noise = {n: 0.1 * torch.randn(x.weight.shape, generator=g, dtype=torch.float64) for n, x in blocks.linears.items()}
+    assert {p.kind for p in blocks.places} == {"norm", "linear", "scores"}
+
+    def loss() -> Tensor:
+        t = let.apply()
+        changed = {**{f"{n}.weight": w + noise[n] for n, w in t.weights.items()}, **t.parameters}
+        return (blocks.forward(changed, blocks.quantized[:1]) - blocks.targets[:1]).square().mean()
+
+    loss().backward()
+    for p in let.parameters():
+        assert p.grad is not None
+        direction = torch.randn(p.shape, generator=g, dtype=torch.float64)
+        ends = []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6):
+                p.add_(step * direction)
+                ends.append(float(loss()))
+            p.add_(1e-6 * direction)
+        slope = float((p.grad * direction).sum())
+        assert abs(slope) > 1e-5
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-5, abs=1e-9)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral"])
 def test_a_block_is_a_function_of_named_weights(family: str, tmp_path: Path) -> None:
     """Given weights act as if they were written; gradients reach every linear that a token reaches."""
