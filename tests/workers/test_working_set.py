@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -26,7 +27,7 @@ from tests.live_bytes import LiveBytes
 from tests.quick import QUICK
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import CALIBRATION, calibrated, component, context, quantize_spec, quantized
-from workers import families, kv_capture, site_moments
+from workers import families, kv_capture, recipe, site_moments
 from workers.context import Context
 from workers.quantize import quantize_blocks, run_quantize
 from workers.rebuild import load_model, rebuild
@@ -76,6 +77,24 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Made]:
         return Made(ctx, {kind: statistics[kind] for kind in KINDS}, live.peak)
 
     return of
+
+
+class AtOnce:
+    """In place of the thread that writes a block while the next is worked on: how long it takes would decide what is in memory."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(work(*arguments))
+        return done
+
+    def shutdown(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "ThreadPoolExecutor", AtOnce)
 
 
 @contextmanager
