@@ -1,8 +1,10 @@
 """RTN: round every weight to the nearest value of its grid; no data.
 
-Objective: min |w - ŵ| per weight. Repositories mean different grids by "RTN" (`quant.grids`): GPTQ's is g_asym per
-row, AWQ's awq_asym in groups, QuaRot's q_sym per row. Number formats of the scheme other than integers have values and
-scales of their own (`quant.number_formats`): `grid` and `mse` then say nothing, which is noted.
+Objective: min |w - ŵ| per weight. Repositories mean different grids by "RTN" (`quant.grids`): GPTQ's is g_asym per row, AWQ's awq_asym in
+groups, QuaRot's q_sym per row. Number formats of the scheme other than integers have values and scales of their own
+(`quant.number_formats`): `grid` and `mse` then say nothing, which is noted. Shapes: weight `[N, K]`, scale and zero `[N, G]`. Defaults:
+the scheme's own grid over its whole range. Departure: codes are chosen with the scale as it is stored (float16 or float32), where
+reference code rounds with float32 scales whatever it stores.
 """
 
 from __future__ import annotations

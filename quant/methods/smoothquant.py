@@ -4,7 +4,9 @@ Objective: s_j = max|x_j|^α / max|w_j|^(1-α), clamped at 1e-5; columns of the 
 them divided, so that per-token activations quantize well. Shapes: absmax `[K]`, weights `[N, K]` with max over all rows of all
 readers of the input, a router included.
 Only inputs that come from a norm are smoothed, as in the reference code (attention output and down projections are not).
-Default alpha 0.5; published runs tune it per model (0.6 to 0.9).
+Default alpha 0.5; published runs tune it per model (0.6 to 0.9). Departures: an input that no norm feeds, or a norm whose readers are
+partly left alone, stays unscaled with a note; an input's scale may be kept with the stored weight (`quantize_linear`) where the reference
+folds it into the norm.
 """
 
 from __future__ import annotations

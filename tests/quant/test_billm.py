@@ -301,3 +301,13 @@ def test_wrong_parameters_say_what_is_allowed(params: dict[str, Any], message: s
         quantize_linear(torch.ones(2, 24), method="billm", **{"bits": 1, "hessian": torch.eye(24), **params})
     with pytest.raises(NonFiniteError):
         quantize_linear(torch.full((2, 24), float("nan")), method="billm", bits=1, hessian=torch.eye(24))
+
+
+def test_an_indefinite_hessian_climbs_the_ladder_and_reports_the_damping() -> None:
+    w, statistics = layer(4, 12, 0)
+    statistics.hessian = torch.diag(torch.arange(1.0, 13.0))
+    statistics.hessian[0, 1] = statistics.hessian[1, 0] = 1.9  # 1 · 2 < 1.9²; the mean of the diagonal is 6.5
+    result = Billm(damp=0.001, block_size=6).quantize(w, statistics, W1)
+    assert result.damp == pytest.approx(0.1)
+    assert any("0.1 was used" in note for note in result.notes)
+    assert torch.isfinite(result.tensor.dequantize()).all()

@@ -147,19 +147,19 @@ def test_bit_lists_that_do_not_fit_are_refused(lists: Any, says: str) -> None:
 # --- ranges and solver ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lam", [1.0, 3.0])
-def test_the_first_groups_range_is_the_best_of_101(lam: float) -> None:
+@pytest.mark.parametrize(("lam", "sigma"), [(1.0, 2.0), (3.0, 2.0), (3.0, 3.0)])
+def test_the_first_groups_range_is_the_best_of_101(lam: float, sigma: float) -> None:
     """The first group holds no updates yet, so brute force over the factors gives its scale and zero."""
     w, s = problem(7, 32, 4, torch.float64)
     w[2, 3] = 9.0
-    tensor = mixed(SlimLlm(lam=lam, variant="corrected", bit_lists=(("weight", [3] * 4),)).quantize(w, s, scheme(3, 8)))
+    tensor = mixed(SlimLlm(lam=lam, sigma=sigma, variant="corrected", bit_lists=(("weight", [3] * 4),)).quantize(w, s, scheme(3, 8)))
     assert s.hessian is not None
     h = damped(s.hessian, "corrected")
     u2 = torch.tensor([float(torch.linalg.inv(h[j:, j:])[0, 0]) for j in range(8)], dtype=torch.float64)
     block = w[:, :8]
     share = block.square() / u2
     z = (share - share.mean()) / share.std()
-    salient = share >= share[z.abs() > 2].min()
+    salient = share >= share[z.abs() > sigma].min()
     for i in range(7):
         best = (float("inf"), 0.0, 0)
         for p in [1 + 0.002 * t for t in range(51)] + [1 - 0.002 * t for t in range(1, 51)]:
@@ -277,3 +277,13 @@ def test_parameters_and_schemes_that_do_not_fit_are_refused() -> None:
             SlimLlm().quantize(w, s, wrong)
     with pytest.raises(ValueError, match="needs data"):
         quantize_linear(w, method="slim_llm", bits=2, group_size=4)
+
+
+def test_an_indefinite_hessian_climbs_the_ladder_and_reports_the_damping() -> None:
+    w, s = problem(4, 16)
+    s.hessian = torch.diag(torch.arange(1.0, 17.0))
+    s.hessian[0, 1] = s.hessian[1, 0] = 1.9  # 1 · 2 < 1.9²; the mean of the diagonal is 8.5
+    result = SlimLlm(damp=0.001, variant="corrected").quantize(w, s, scheme(3, 8))
+    assert result.damp == pytest.approx(0.1)
+    assert any("0.1 was used" in note for note in result.notes)
+    assert torch.isfinite(result.tensor.dequantize()).all()
