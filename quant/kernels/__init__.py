@@ -2,7 +2,8 @@
 
 backend: auto takes the first of the operation's row that works on the device; a name of the row insists on that one.
 Each twin is a module with the operation's functions and `unavailable(device)`: None, or the reason why it does not work. One that does not
-take all that its operation is for has `refuses(...)` too: None, or the reason; a caller says what it has, and none hands over to another.
+take all that its operation is for has `refuses(...)` too: None, or the reason; a caller says what it has. Where
+one hands a call over nevertheless, it asks `kernel` for the other, so that records name both.
 """
 
 from __future__ import annotations

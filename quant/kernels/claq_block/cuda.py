@@ -1,7 +1,7 @@
 """The block in CUDA C++ (`quant/csrc/claq_block.cu`): float32, up to MOST_ROWS rows; a launch for each column, none of them from
 Python, and nothing for the host to wait for.
 
-Float64 and longer columns are rounded one by one in torch operations, with the kernel for k-means.
+Float64 and longer columns are rounded one by one in torch operations, with the kernel for k-means, and the record says so.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant.kernels import on_cuda
-from quant.kernels.claq_block import TYPES, Found, SolvedBlock, Wanted, eager, planned
+from quant.kernels import kernel, on_cuda
+from quant.kernels.claq_block import TYPES, Found, SolvedBlock, Wanted, planned
 from quant.kernels.kmeans_columns import STEPS
 from quant.kernels.kmeans_columns.cuda import MOST_ROWS, numbers
 
@@ -21,7 +21,8 @@ unavailable = partial(on_cuda.unavailable, "claq_block")
 
 def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) -> Found:
     if block.dtype is not torch.float32 or block.shape[1] > MOST_ROWS:
-        return eager.solve_block(block, upper, wanted, out)
+        found: Found = kernel("claq_block", "torch", block.device).run.solve_block(block, upper, wanted, out)
+        return found
     u = upper if upper.stride(1) == 1 else upper.contiguous()
     plan = planned(block, wanted, out, lambda k: numbers(k, block.device))
     most = 2 ** max(wanted.widths)
