@@ -87,16 +87,18 @@ def payload_path(folder: Path, name: str) -> Path:
 
 def payload_digest(folder: Path, name: str) -> str:
     """SHA-256 of a payload file as its record has it; the file is not read. Raises CorruptArtifactError."""
-    expected = read_record(folder)["files"].get(name)
-    if expected is None:
+    return str(_recorded(folder, name)["sha256"])
+
+
+def _recorded(folder: Path, name: str) -> dict[str, Any]:
+    recorded: dict[str, Any] | None = read_record(folder)["files"].get(name)
+    if recorded is None:
         raise CorruptArtifactError(folder.name, f"payload file {name} is not in its record")
-    return str(expected["sha256"])
+    return recorded
 
 
 @lru_cache(maxsize=4096)
 def _check(folder: Path, name: str, size: int, mtime_ns: int) -> None:
-    expected = read_record(folder)["files"].get(name)
-    if expected is None:
-        raise CorruptArtifactError(folder.name, f"payload file {name} is not in its record")
+    expected = _recorded(folder, name)
     if size != expected["bytes"] or file_digest(folder / PAYLOAD / name) != expected["sha256"]:
         raise CorruptArtifactError(folder.name, f"payload file {name} differs from its recorded digest")

@@ -1,28 +1,11 @@
 // Rows x [R, n], each rounded to a grid of its own: the twin of quant/kernels/fake_quantize/reference.py, bit for bit.
 // Plain C ABI. The operations of a value are those of quant/grids.py and quant/affine.py, in their order.
 
-#include "products.h"
-
-// Versions for wider vectors, chosen when the library is loaded: without multiply-add, since results are to be the same.
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define VECTOR __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR
-#endif
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#endif
+#include "exact.h"
 
 namespace {
 
-// Adding and taking away 1.5 · 2^23 rounds to a whole number, half to even. Beyond 2^22 it does not, where every code is clamped anyway.
-constexpr float ROUND = 12582912.0f;
 constexpr int64_t ROWS = 32;  // of a tile
-
-INLINE Floats all(float v) { return v - Floats{}; }
-// A NaN in `a` stays.
-INLINE Floats least(Floats a, Floats b) { return b < a ? b : a; }
-INLINE Floats greatest(Floats a, Floats b) { return b > a ? b : a; }
 
 struct Grid {
     float scale, zero, top, half;
@@ -49,13 +32,6 @@ INLINE Grid grid_of(float low, float high, const Rows& r) {
     const float scale = low == 0 && high == 0 ? 1.0f : std::clamp((high - low) / top, 1e-5f, 1e4f);
     const float ratio = std::clamp(-low / scale, -1e4f, 1e4f);
     return {scale, (ratio + ROUND) - ROUND, top, half};
-}
-
-// `count` values, fewer than a vector has, `otherwise` after them.
-INLINE Floats tail(const float* from, int64_t count, float otherwise) {
-    Floats v = all(otherwise);
-    std::memcpy(&v, from, count * sizeof(float));
-    return v;
 }
 
 INLINE Grid range(const Rows& r, const float* x) {

@@ -5,38 +5,15 @@
 #include <cmath>
 #include <limits>
 
-#include "products.h"
-
-// Versions for wider vectors, chosen when the library is loaded: without multiply-add, since results are to be the same.
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define VECTOR __attribute__((target_clones("avx2", "default")))
-#else
-#define VECTOR
-#endif
-#if defined(__clang__)
-#pragma clang fp contract(off)
-#endif
+#include "exact.h"
 
 namespace {
 
 using Bytes __attribute__((vector_size(8))) = uint8_t;
 
-// Adding and taking away 1.5 · 2^23 rounds to a whole number, half to even. Beyond 2^22 it does not, where every code is clamped anyway.
-constexpr float ROUND = 12582912.0f;
-
 enum Grid : int64_t { G_ASYM, G_SYM, AWQ_ASYM, OMNI, Q_SYM, HQQ, KIVI, ABSMAX };
 
-INLINE Floats all(float v) { return v - Floats{}; }
-INLINE Floats least(Floats a, Floats b) { return b < a ? b : a; }
-INLINE Floats greatest(Floats a, Floats b) { return b > a ? b : a; }
 INLINE Floats magnitude(Floats v) { return (Floats)((Ints)v & 0x7fffffff); }
-
-// `count` values, fewer than a vector has, `otherwise` after them.
-INLINE Floats tail(const float* from, int64_t count, float otherwise) {
-    Floats v = all(otherwise);
-    std::memcpy(&v, from, count * sizeof(float));
-    return v;
-}
 
 // The first `count` lanes, 0 after them.
 INLINE Floats first(Floats v, int64_t count) {

@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "versions.h"
+
 // A version for machines with multiply-add, chosen at run time; no clones, since none can be made for two extensions together. There the
 // compiler may fuse: no other twin is to be met bit for bit.
 #if !defined(BITGRID_PLAIN) && defined(__GNUC__) && defined(__x86_64__)
@@ -24,10 +26,8 @@
 #pragma clang fp contract(fast)
 #endif
 #if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 #else
-#define INLINE inline
 #define UNROLL
 #endif
 #if defined(FUSED)

@@ -8,18 +8,9 @@
 #include <cstring>
 #include <vector>
 
-// Versions for wider vectors, chosen when the library is loaded. They compute the same bits.
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define VECTOR __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define VECTOR
-#endif
-// Into every version, or it would be compiled once for the narrowest vectors.
-#if defined(__GNUC__)
-#define INLINE inline __attribute__((always_inline))
-#else
-#define INLINE inline
-#endif
+#include "versions.h"
+
+#define VECTOR VERSIONS("avx512f", "avx2")  // they compute the same bits
 
 namespace {
 

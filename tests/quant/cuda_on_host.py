@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from quant.kernels import on_cuda
 from quant.kernels.native import SOURCES, kept_library
 from quant.kernels.on_cuda import compiler
 
@@ -31,6 +32,12 @@ def emulated(name: str) -> ctypes.CDLL:
         pytest.skip("kernels are emulated on Linux on x86-64, with g++")
     # The emulation is part of what the library is made from.
     return ctypes.CDLL(str(kept_library(SOURCES / f"{name}.cu", found, HEADER.read_text(), FLAGS, ((),))))
+
+
+def on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls of a CUDA library run its host version, on CPU tensors."""
+    emulated(name)
+    monkeypatch.setattr(on_cuda, "call", call)
 
 
 def call(name: str, function: str, *values: Tensor | int) -> None:

@@ -17,7 +17,7 @@ from quant.kernels.braq_search import MOST_COLUMNS, batched, cuda
 from quant.methods import binary_search as search
 from quant.methods.billm import Billm, _reference
 from quant.methods.binary_search import first_least, reference_quantiles
-from tests.quant.cuda_on_host import asked, call, compiled, emulated
+from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.test_braq_search import bound, values
 
 SHAPES = [(1, 1), (7, 3), (33, 128), (65, 50), (40, 129), (3, MOST_COLUMNS)]
@@ -27,8 +27,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
-    emulated("braq_search")
-    monkeypatch.setattr(on_cuda, "call", call)
+    on_the_host("braq_search", monkeypatch)
     return cuda
 
 

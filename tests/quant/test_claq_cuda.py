@@ -20,7 +20,7 @@ from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.methods.claq import tails
-from tests.quant.cuda_on_host import asked, call, compiled, emulated
+from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.test_claq_block import factor, solved
 from tests.quant.test_kmeans import columns
 
@@ -31,8 +31,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
-    emulated("claq_block")
-    monkeypatch.setattr(on_cuda, "call", call)
+    on_the_host("claq_block", monkeypatch)
     kmeans_cuda.numbers.cache_clear()
     yield cuda
     kmeans_cuda.numbers.cache_clear()
