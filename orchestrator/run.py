@@ -39,7 +39,15 @@ from workers.failures import DISK_FULL
 from workers.request import Hints
 from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
-LEAST_HINTS = {"threads": 1, "batch_tokens": 1, "memory_bytes": 1, "reference_bytes": 0, "quantized_cache": 1, "kept_bytes": 0}
+LEAST_HINTS = {
+    "threads": 1,
+    "batch_tokens": 1,
+    "memory_bytes": 1,
+    "reference_bytes": 0,
+    "quantized_cache": 1,
+    "kept_bytes": 0,
+    "kept_host_bytes": 0,
+}
 DONE = (Status.SUCCEEDED, Status.CACHED)
 REPORT_MARKER = "report.digest"
 """Beside a report: the state that it tells."""

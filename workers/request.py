@@ -87,6 +87,9 @@ class Hints:
     kept_bytes: int | None = None
     """Budget of a worker for statistics and factors of Hessians that it keeps between stages, on its device; 0 keeps none, None is a
     quarter of what is free on a host, half on a GPU (`workers.kept`)."""
+    kept_host_bytes: int | None = None
+    """Budget of a GPU's worker for what of these has no room on it, in the host's memory; 0 keeps none there, None is a quarter of what
+    is free."""
 
 
 @dataclass(frozen=True)

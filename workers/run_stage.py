@@ -209,10 +209,7 @@ def _give_up_models() -> None:
 def _give_up_kept() -> int:
     """Bytes of statistics and factors that were kept until now."""
     kept = sys.modules.get("workers.kept")
-    if kept is None:
-        return 0
-    given_back: int = kept.process_kept().bytes
-    kept.process_kept().clear()
+    given_back: int = 0 if kept is None else kept.process_kept().clear()
     return given_back
 
 
@@ -263,7 +260,7 @@ def _context(request: Request) -> Context:
     from workers.kept import process_kept
 
     device, kept = pick_device(request.hints), process_kept()
-    kept.begin(device, request.hints.kept_bytes)
+    kept.begin(device, request.hints.kept_bytes, request.hints.kept_host_bytes)
     return Context(models=request.models, texts=request.texts, hints=request.hints, device=device, toolkits=request.toolkits, kept=kept)
 
 

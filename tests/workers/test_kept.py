@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from workers.request import ErrorClass
 from workers.specs import ModelSpec
 
 CPU = torch.device("cpu")
+NONE = {**asdict(kept.Counts()), "bytes": 0, "host_bytes": 0}
 Stage = tuple[int, list[tuple[str, int]]]
 """Budget, and what is asked for: name and bytes."""
 
@@ -79,14 +80,14 @@ def test_a_further_stage_reads_all_and_gives_the_same_bits(rounding: str, tmp_pa
     files = len(inputs) * blocks
     assert len(made) == each * sites
     assert holder.told() == {
-        "statistics_read": 0, "statistics_loaded": files, "factors_read": 0, "factors_made": each * sites, "bytes": holder.bytes
+        **NONE, "statistics_loaded": files, "factors_made": each * sites, "bytes": holder.bytes
     }  # fmt: skip
 
     holder.begin(CPU, None)
     got, _ = quantized(context, tmp_path / "got", further, inputs)
     assert len(made) == each * sites, "nothing more was factored"
     assert holder.told() == {
-        "statistics_read": files, "statistics_loaded": 0, "factors_read": each * sites, "factors_made": 0, "bytes": holder.bytes
+        **NONE, "statistics_read": files, "factors_read": each * sites, "bytes": holder.bytes
     }  # fmt: skip
     assert stored(got) == stored(want)
     for folder in inputs.values():
@@ -108,7 +109,7 @@ def test_a_budget_of_zero_keeps_nothing_and_counts_all_the_same(tmp_path: Path) 
     off = replace(context, kept=ample(0))
     quantized(off, tmp_path / "q", quantize_spec("gptq"), inputs)
     assert off.kept is not None
-    assert off.kept.told() == {"statistics_read": 0, "statistics_loaded": 2, "factors_read": 0, "factors_made": 8, "bytes": 0}
+    assert off.kept.told() == {**NONE, "statistics_loaded": 2, "factors_made": 8}
 
 
 def test_another_matrix_damping_site_or_file_is_another_factor() -> None:
@@ -297,7 +298,7 @@ def test_the_peak_of_a_stage_leaves_out_what_is_kept() -> None:
 
     def give_back(count: int) -> None:
         with holder.changing():
-            holder.bytes -= holder._entries.popitem(last=False)[1].bytes
+            holder._near.take("before")
             gauge.use(-count)
 
     keep("before", 100)
