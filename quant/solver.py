@@ -59,41 +59,18 @@ def damping_ladder(damp: float) -> list[float]:
 
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed. Not to be changed in place:
-    see `shared_factors`.
+    see `provided_factors`.
 
     One Cholesky factorization: reversing rows and columns of H gives H = R Rᵀ with R upper, and U = R⁻¹.
     Raises SingularHessianError when the whole ladder fails."""
-    kept = _factors.get()
-    if kept is None:
-        return _provided(hessian, damp)
-    for matrix, with_damp, upper, used in kept:
-        if with_damp == damp and matrix.dtype is hessian.dtype and matrix.device == hessian.device and torch.equal(matrix, hessian):
-            return upper, used
-    upper, used = _provided(hessian, damp)
-    kept[:] = [*kept[1 - FACTORS :], (hessian, damp, upper, used)]
-    return upper, used
+    return _provider.get()("inverse_factor", hessian, damp, partial(_factored, hessian, damp))
 
 
-FACTORS = 2
-"""That are kept: SLiM-LLM makes one to choose bits and another to round."""
-_factors: ContextVar[list[tuple[Tensor, float, Tensor, float]] | None] = ContextVar("factors", default=None)
-
-
-@contextmanager
-def shared_factors() -> Iterator[None]:
-    """While it lasts, `inverse_factor` keeps its last results, in this thread: linears that read one input have one Hessian, whose
-    factor takes as long as rounding them. Comparing two matrices takes next to nothing."""
-    token = _factors.set([])
-    try:
-        yield
-    finally:
-        _factors.reset(token)
-
-
-FactorProvider = Callable[[str, Tensor, float, Callable[[], tuple[Tensor, float]]], tuple[Tensor, float]]
+Make = Callable[[], tuple[Tensor, float]]
+FactorProvider = Callable[[str, Tensor, float, Make], tuple[Tensor, float]]
 """(form, matrix `[K, K]`, damping, how to make its factor) ▸ what making it gives, or gave before. The form names the function that
 makes it."""
-_provider: ContextVar[FactorProvider | None] = ContextVar("provider", default=None)
+_provider: ContextVar[FactorProvider] = ContextVar("provider", default=lambda form, hessian, damp, make: make())
 
 
 @contextmanager
@@ -106,9 +83,27 @@ def provided_factors(provider: FactorProvider) -> Iterator[None]:
         _provider.reset(token)
 
 
-def _provided(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    provider, make = _provider.get(), partial(_factored, hessian, damp)
-    return make() if provider is None else provider("inverse_factor", hessian, damp, make)
+FACTORS = 2
+"""That are shared: SLiM-LLM makes one to choose bits and another to round."""
+
+
+@contextmanager
+def shared_factors() -> Iterator[None]:
+    """While it lasts, the last factors are at hand, and others are asked for as before: linears that read one input have one Hessian, whose
+    factor takes as long as rounding them. Comparing two matrices takes next to nothing."""
+    before, last = _provider.get(), list[tuple[object, Tensor, tuple[Tensor, float]]]()
+
+    def provide(form: str, hessian: Tensor, damp: float, make: Make) -> tuple[Tensor, float]:
+        asked = (form, damp, hessian.dtype, hessian.device)
+        for known, matrix, found in last:
+            if known == asked and torch.equal(matrix, hessian):
+                return found
+        found = before(form, hessian, damp, make)
+        last[:] = [*last[1 - FACTORS :], (asked, hessian, found)]
+        return found
+
+    with provided_factors(provide):
+        yield
 
 
 def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
