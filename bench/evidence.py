@@ -292,7 +292,7 @@ NOTES = f"""Made by `bench/evidence.py` from `conf/sweep/methods.yaml`. Evidence
 say nothing certain about large ones, and no default was chosen by it.
 
 - Intervals are 95 %, paired by window, over articles or stories (a window counts to the one that most of its tokens are of) and over the
-  draws of the calibration text together; a variant with one draw reads no such text. Windows are spread over the text, so that most are
+  draws of the calibration text together; a variant with one draw does not depend on it. Windows are spread over the text, so that most are
   of different ones. With fewer than {FEWEST_DOCUMENTS} documents, or where evaluations of before do not tell them, clusters are blocks of
   {BLOCK} windows instead; the lines above say so, and the column clusters_are of the CSV.
 - Stored bits count quantized linears alone. They are small here (64 to 768 wide), so that scales, tables, flags and columns kept as a
@@ -309,7 +309,7 @@ say nothing certain about large ones, and no default was chosen by it.
 - Tuners get few steps: OmniQuant, with AWQ too, SliM-LLM+ and QLLM's correction 2 epochs (64 steps of Adam, which can hardly move a
   clipping), learned rotations 40, learned rounding 40, the last on stories260k alone; QuIP# one sweep of descent. Calibration is 32
   sequences of 256 tokens.
-- ZeroQuant is without its distillation. OS+ has nothing to shift in models with RMS norms, it only scales.
+- ZeroQuant is without its distillation (iters=0). OS+ has nothing to shift in models with RMS norms, it only scales.
 - Left out for time: sequential GPTQ and CLAQ, QLLM's and OmniQuant's tuning on wikitext_llama, automatic bits."""
 
 

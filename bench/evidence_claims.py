@@ -25,7 +25,7 @@ OS_PLUS, QUIK, LLMC, BILLM = "OS+ 2304.09145", "QUIK 2310.09259", "LLMC 2405.060
 _SHARP, _OMNI, _ROUND = "quip_sharp[tune_iters=1]", "omniquant[epochs=2]", "learned_rounding[iters=40]"
 _LET, _AWQ_OMNI, _SLIM = "omniquant[epochs=2,let=true]", "awq_omniquant[epochs=2]", "slim_llm_plus[epochs=2]"
 _QLLM, _CORRECTION, _ROTATION = "qllm[epochs=2]", "qllm_correction[epochs=2]", "learned_rotation[steps=40]"
-_AP, _PB_LLM = "claq[adaptive_bits=2.2]", "pb_llm[low_fraction=0.88]"
+_AP, _PB_LLM, _ZERO = "claq[adaptive_bits=2.2]", "pb_llm[low_fraction=0.88]", "zeroquant[iters=0]"
 _AP_OR = "claq[adaptive_bits=2.2,outlier_reservation=true]"
 
 CLAIMS: tuple[Claim, ...] = (
@@ -50,12 +50,12 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("billm w1a16_channel", "gptq w2a16_channel", BILLM),
     Claim("nf4 w4nfa16_g64", "rtn w4a16_g64", "QLoRA 2305.14314"),
     *_same("w8a8_static", ("smoothquant", "rtn", SMOOTH), ("os_plus", "rtn", OS_PLUS), ("os_plus", "smoothquant", OS_PLUS)),
-    *_same("w8a8", ("smoothquant", "zeroquant", SMOOTH), ("smoothquant", "rtn", SMOOTH)),
+    *_same("w8a8", ("smoothquant", _ZERO, SMOOTH), ("smoothquant", "rtn", SMOOTH)),
     Claim("rtn w8fpa16_channel", "rtn w8a16_channel", "FP8 2208.09225"),
     Claim("rtn w8fpa16_channel", "rtn w8e5m2a16_channel", "FP8 2209.05433"),
     Claim("rtn w4nva16_g16", "rtn w4mxa16_g32", "NVFP4 2509.25149"),
     Claim("rtn w4nva4nv_g16", "rtn w4mxa4mx_g32", "NVFP4 2509.25149"),
-    Claim("zeroquant w4a8_g64", "rtn w4a8_channel", "ZeroQuant 2206.01861"),
+    Claim(f"{_ZERO} w4a8_g64", "rtn w4a8_channel", "ZeroQuant 2206.01861"),
     Claim("llm_int8 w8a8_llm_int8", "rtn w8a8", "LLM.int8() 2208.07339"),
     *_same("w4a4_channel", ("smoothquant", "rtn", QUAROT), ("quarot", "smoothquant", QUAROT), ("quarot", "gptq", QUAROT)),
     *_same("w4a4_channel", ("smoothquant_gptq", "smoothquant", "MI-optimize 2406.12928")),

@@ -7,6 +7,7 @@ from typing import Any
 QUICK: dict[str, dict[str, Any]] = {
     "omniquant": {"epochs": 1},
     "learned_rounding": {"iters": 1, "checks": 1},
+    "zeroquant": {"iters": 1, "checks": 1},
     "slim_llm_plus": {"epochs": 1},
     "qllm_correction": {"epochs": 1, "blocks": 2},
     "quip_sharp": {"tune_iters": 1},

@@ -23,7 +23,7 @@ from quant.affine import Affine, ZeroKind, grouped
 from quant.errors import require_finite
 from quant.grids import DTYPES, GRIDS, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid, grid
 from quant.methods.base import Rounded
-from quant.methods.tuner import LOSS_TOKENS, Best, TunableLinear, Tuned, TuningBlocks, sequence_loss
+from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
 from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits
 from quant.tensors.affine import AffineTensor
@@ -93,20 +93,21 @@ class LearnedRounding:
             return Tuned({n: o.hard() for n, o in linears.items()})
 
         best, draw = Best(blocks, hard()), blocks.generator()
-        sequences, length = blocks.quantized.shape[:2]
+        sequences = blocks.quantized.shape[0]
         parameters = [p for o in linears.values() for p in o.parameters()]
         adam = Adam([(parameters, self.lr or 0.01)]) if self.rule == "adaround" else None
-        marks = {round(self.iters * (i + 1) / self.checks) for i in range(self.checks)}
+        marks = checkpoints(self.iters, self.checks)
+        times = blocks.targets.shape[-1] if adam is not None else 1
+
+        def soft() -> dict[str, Tensor]:
+            return {f"{n}.weight": o.soft() for n, o in linears.items()}
+
         for step in range(self.iters):
             for p in parameters:
                 p.grad = None
             picked = torch.randperm(sequences, generator=draw)[: self.batch_size].to(blocks.quantized.device)
-            for part in torch.split(picked, max(1, LOSS_TOKENS // length)):
-                loss = sequence_loss(blocks, {f"{n}.weight": o.soft() for n, o in linears.items()}, part)
-                if not torch.isfinite(loss):
-                    return best.result([f"the loss was not finite in step {step + 1}: training ended there"])
-                share = part.numel() / picked.numel() * (blocks.targets.shape[-1] if adam is not None else 1)
-                (share * loss).backward()  # type: ignore[no-untyped-call]
+            if not accumulate(blocks, soft, picked, times):
+                return best.result([f"the loss was not finite in step {step + 1}: training ended there"])
             if adam is not None:
                 self._regularize(linears, step)
                 adam.step()

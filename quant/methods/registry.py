@@ -30,6 +30,7 @@ from quant.methods.slim_llm_plus import SlimLlmPlus
 from quant.methods.smoothquant import SmoothQuant
 from quant.methods.spqr import Spqr
 from quant.methods.toolkits import AutoRound, HqqPackage, LlmCompressor
+from quant.methods.zeroquant import ZeroQuant
 
 _ROUNDINGS: tuple[type[Any], ...] = (
     Rtn,
@@ -62,6 +63,7 @@ _TUNERS: tuple[type[Any], ...] = (
     LearnedRounding,
     QllmCorrection,
     SlimLlmPlus,
+    ZeroQuant,
 )
 ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
 TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
@@ -110,7 +112,7 @@ METHODS: dict[str, Recipe] = {
     "llm_int8": Recipe("llm_int8"),
     "nf4": Recipe("nf4"),
     "os_plus": Recipe("rtn", {"grid": "absmax"}, ("os_plus",)),
-    "zeroquant": Recipe("rtn", {"grid": "q_sym"}),
+    "zeroquant": Recipe("zeroquant"),
 }
 
 MODEL_METHODS: dict[str, Recipe] = {

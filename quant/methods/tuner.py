@@ -162,6 +162,22 @@ def blocks_loss(blocks: TuningBlocks, changed: Mapping[str, Tensor]) -> float:
     return total / count
 
 
+def accumulate(blocks: TuningBlocks, soft: Callable[[], Mapping[str, Tensor]], picked: Tensor, times: float = 1.0) -> bool:
+    """Adds the gradients of `times` the mean of `sequence_loss` over the sequences picked, LOSS_TOKENS of them at once, each time with
+    weights anew from `soft`. False, and no more gradients, where a loss is not finite."""
+    for part in torch.split(picked, max(1, LOSS_TOKENS // blocks.quantized.shape[1])):
+        loss = sequence_loss(blocks, soft(), part)
+        if not torch.isfinite(loss):
+            return False
+        (part.numel() / picked.numel() * times * loss).backward()  # type: ignore[no-untyped-call]
+    return True
+
+
+def checkpoints(steps: int, checks: int) -> set[int]:
+    """After which of the steps 1, 2, ... an iterate is offered: `checks` at equal distances, the last among them."""
+    return {round(steps * (i + 1) / checks) for i in range(checks)}
+
+
 class Best:
     """Keeps the iterate of least loss; of equals the first."""
 

@@ -20,6 +20,7 @@ from quant.methods.learned_rounding import LearnedRounding, _Offsets
 from quant.methods.omniquant import OmniQuant
 from quant.methods.single import single_linear
 from quant.methods.tuner import Place, TunableLinear, TuningBlocks, blocks_loss
+from quant.methods.zeroquant import ZeroQuant
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 
 G8 = WeightScheme(3, granularity=Granularity.GROUP, group_size=8, scale_dtype="float32")
@@ -302,6 +303,8 @@ TUNERS = [
     LearnedRounding(iters=12, checks=4),
     LearnedRounding(iters=12, lr=0.7),
     LearnedRounding(rule="adaround", iters=12),
+    ZeroQuant(iters=6, lr=0.02, checks=3),
+    ZeroQuant(iters=3, lr=9.0, checks=3),
 ]
 
 

@@ -88,6 +88,7 @@ SPECS = {
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
     "learned_rounding": quantize_spec("learned_rounding", weight=W4, activation=STATIC, iters=2, lr=0.3),
+    "zeroquant": quantize_spec("zeroquant", weight=W4G16, activation=ActivationScheme(8), iters=1, lr=1e-3),
     "slim_llm_plus": quantize_spec("slim_llm_plus", weight=W2G8, epochs=1),
     "fp8": quantize_spec(weight=WeightScheme(8, True, number="fp8_e4m3")),
     "nvfp4_gptq": quantize_spec("gptq", weight=WeightScheme(4, True, Granularity.GROUP, 16, number="nvfp4")),
