@@ -1,18 +1,18 @@
 """ZeroQuant (Yao et al. 2022, arXiv 2206.01861): weights on a symmetric grid in groups, activations per token, and layer-by-layer
-knowledge distillation (LKD, section 4.3).
+knowledge distillation (LKD).
 
 Objective, block by block: min over W of MSE(block(x; Q(W)), block(x; W0)), W0 the unquantized weights, Q rounding to nearest, x what the
-already quantized blocks before make of the text: the teacher is the unquantized block on the student's own input, so that no second
-model is needed. Inputs of the student's linears are quantized as the scheme says (w4a8_g64, w8a8), the teacher's never are. Adam on
-master weights; the scale is that of the weights as they are now, and rounding passes gradients on unchanged. `iters: 0` is ZeroQuant
-without LKD: round to nearest, bit for bit RTN on the same grid.
+unquantized blocks before make of the text, so that teacher and student share all but one block. Inputs of the student's linears are
+quantized as the scheme says (w4a8_g64, w8a8), the teacher's never are. Adam on master weights; the scale is that of the weights as they
+are now, and rounding passes gradients on unchanged. `iters: 0` is ZeroQuant without LKD: round to nearest, bit for bit RTN on the same
+grid.
 Shapes: weights `[N, K]`, streams `[S, T, hidden]`, scales `[N, G]`. Losses are per value of the block's output.
-Defaults: 100 steps of 5e-6 on 32 sequences are those of the authors' script for BERT; the paper's learning rates, 5e-6 and 1e-6, come
-from a search, and its GPT models take batches of 32 x 2048 tokens. Ours: `checks`, and the seeded draw of batches.
+Defaults: 100 steps of 5e-6 on 32 sequences are those of the authors' script for BERT. Ours: `checks`, and the seeded draw of
+batches.
 Departures: the iterate of least loss over all sequences, measured on what is stored at `checks` equal distances, the start among them
-(the script keeps the last); the script feeds x of the unquantized blocks before, which is `stream: original`; only the weights of
-quantized linears are trained, without decay (the script: biases and norms too, decay 0.01 of weights); the grid is q_sym, whose step is
-max|w| / (2^(b-1) - 1) (DeepSpeed's quantizer divides by 2^(b-1) and cuts the largest weight off); float32.
+(the script keeps the last); `stream: quantized` is ours, x of the quantized blocks before, for student and teacher; only the weights
+of quantized linears are trained, without decay (the script: biases and norms too, decay 0.01 of weights); the grid is q_sym, whose step
+is max|w| / (2^(b-1) - 1) (DeepSpeed's quantizer divides by 2^(b-1) and cuts the largest weight off); float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quant.methods.tuner import Best, Tuned, TuningBlocks, accumulate, checkpoin
 from quant.scheme import Supports
 from quant.straight_through import through
 
-STREAMS = ("quantized", "original")
+STREAMS = ("original", "quantized")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class ZeroQuant:
     """Sequences a step, drawn without replacement; all where there are fewer."""
     checks: int = 8
     """Iterates whose stored form is compared, at equal distances, the last among them; the start always is."""
-    stream: str = "quantized"
-    """What student and teacher are fed: outputs of the quantized blocks before, or (original) of the unquantized ones."""
+    stream: str = "original"
+    """What student and teacher are fed: outputs of the unquantized blocks before, or of the quantized ones."""
     grid: str | None = "q_sym"
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
 

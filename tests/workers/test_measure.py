@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.generation import NoGraph
 from workers.machine import cpu_model
-from workers.measure import FEWEST, TOLERANCE, _check, interval, run_measure
+from workers.measure import FEWEST, MOST, TOLERANCE, _check, _repeat, interval, run_measure
 from workers.packed import pack_linears
 from workers.rebuild import rebuild
 from workers.recipe import Recipe
@@ -35,6 +36,12 @@ from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, Workload
 
 SMALL = Workload(batch=2, prompt=6, tokens=3, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as there may be."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
 
 
 def measured(
@@ -71,7 +78,6 @@ def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_pat
 
 def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With packed weights; float32, in which codes of the cache are those of the simulation."""
-    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     context = tiny_context("gemma", tmp_path)
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
     kv = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
@@ -96,7 +102,6 @@ def test_what_a_gpu_has_besides(counted: bool, tmp_path: Path, monkeypatch: pyte
             raise nvml.NotTold("nobody counts")
         return nvml.Gpu(FakeNvml(), "1234")
 
-    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     monkeypatch.setattr(nvml, "gpu", gpu)
     monkeypatch.setattr(nvml, "LEAST_S", 0.01)
     monkeypatch.setattr(generation, "has_graphs", lambda device: True)
@@ -119,7 +124,6 @@ def cannot_capture(step: Any, device: torch.device) -> Any:
 
 
 def test_replayed_logits_that_depart_are_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     monkeypatch.setattr(generation, "has_graphs", lambda device: True)
     monkeypatch.setattr(generation, "captured", lambda step, device: (lambda: None, torch.zeros_like(step())))
     context = tiny_context("llama", tmp_path)
@@ -232,7 +236,6 @@ def test_linears_that_no_sum_of_integers_has_are_simulated(tmp_path: Path) -> No
 
 def test_weights_in_act_order_run_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OPT's fc2 has two groups, whose columns lie apart; of the others' one group nothing has to be gathered."""
-    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
     context = tiny_context("opt", tmp_path)
     statistics = calibrated(context, tmp_path / "s", "hessian")
     weight = WeightScheme(4, granularity=Granularity.GROUP, group_size=32)
@@ -304,6 +307,19 @@ def test_logits_that_depart_are_no_measurement() -> None:
     for wrong in (logits * (1 + 2 * TOLERANCE["float32"]), logits * float("nan")):
         with pytest.raises(NumericalError, match="logits with packed weights differ"):
             _check(wrong, logits, "float32")
+
+
+@pytest.mark.parametrize(("prompts", "runs"), [((1.0, 1.0), FEWEST), ((1.0, 2.0), MOST)])
+def test_generations_are_timed_until_their_medians_are_known(
+    prompts: tuple[float, float], runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no more often than MOST, or once the time is up."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 1e9)
+    times = itertools.cycle([[p, 1.0] for p in prompts])
+    meter = nvml.EnergyMeter(torch.device("cpu"))
+    assert len(_repeat(lambda: next(times), meter)) == runs
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    assert len(_repeat(lambda: next(times), meter)) == FEWEST
 
 
 @pytest.mark.parametrize("count", range(FEWEST, 101))

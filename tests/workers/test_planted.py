@@ -32,7 +32,8 @@ CALIBRATION = CalibrationSpec(TEXT, samples=16, sequence_length=128)
 W8 = WeightScheme(8, symmetric=True)
 A8 = ActivationScheme(8)
 PLANTS: dict[str, Callable[[Planted], None]] = {
-    "activations": lambda p: p.activations((3, 97, 200), 5),
+    # One channel of 256: of the wide models that have such outliers they are a smaller share still.
+    "activations": lambda p: p.activations((97,), 6),
     "inner": lambda p: p.inner((5, 400), 4),
     "values": lambda p: p.values((0, 17), 4),
     "keys": lambda p: p.keys((2, 9), 3),
@@ -145,7 +146,8 @@ def test_activation_outliers_hurt_round_to_nearest(lost: tuple[float, float]) ->
     assert with_them > 10 * without
 
 
-REASSEMBLY = component("qllm_reassembly", variant="paper")
+# 3 % of 256 channels: seven more at most.
+REASSEMBLY = component("qllm_reassembly", variant="paper", ratio=0.03)
 
 
 RTN = Component("rtn", 1)
@@ -162,10 +164,10 @@ class Winner:
 
 
 WINNERS = {
-    # At 8 bits merging costs about what splitting wins: 0.51 of it was won back, and nothing with the reference's distance.
-    "qllm_reassembly": Winner(0.45, (REASSEMBLY,)),
+    # Merging costs the rest: 0.77 of it was won back, however many more channels may be split.
+    "qllm_reassembly": Winner(0.7, (REASSEMBLY,)),
     "smoothquant": Winner(0.9, (Component("smoothquant", 1),)),
-    "os_plus": Winner(0.9, (Component("os_plus", 1, (("steps", 10),)),)),
+    "os_plus": Winner(0.9, (Component("os_plus", 1, (("steps", 6),)),)),
     "quarot": Winner(0.9, (component("quarot"),), seed=0),
     "llm_int8": Winner(0.9, rounding=Component("llm_int8", 1), activation=ActivationScheme(8, outlier_threshold=6.0)),
 }
@@ -182,7 +184,7 @@ def test_methods_win_most_of_it_back(name: str, outliers: Case, lost: tuple[floa
 
 
 def test_reassembly_wins_nearly_all_of_it_back_at_four_bits(plain: Case, outliers: Case) -> None:
-    """0.97 of it; 0.94 with the reference's distance."""
+    """0.98 of it."""
     rtn, weight, activation = Component("rtn", 1, (("grid", "omni"),)), WeightScheme(4), ActivationScheme(4, symmetric=False)
     without, with_them = (case.kl(rtn, weight=weight, activation=activation) for case in (plain, outliers))
     got = outliers.kl(rtn, REASSEMBLY, weight=weight, activation=activation, reads=True)
