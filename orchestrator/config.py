@@ -80,7 +80,7 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 Words = dict[str, tuple[str, ...]]
 _BITS_PER_GROUP: Words = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
 _BACKEND: Words = {"backend": ("native", "bitsandbytes")}
-_BOUNDS: Words = {"kind": ("asymmetric", "symmetric")}
+_BOUNDS: Words = {"kind": ("none", "symmetric", "asymmetric", "learned")}
 WORDS: dict[str, Words] = {
     "gptq": {"outlier_metric": ("owq", "quik")},
     "claq": {"score": ("magnitude", "hessian"), "variant": ("reference", "corrected"), "kmeans_start": ("plus_plus", "partition")},
@@ -97,6 +97,12 @@ WORDS: dict[str, Words] = {
     "qllm_reassembly": {"variant": ("reference", "paper")},
 }
 """Kind of a method's component ▸ parameter ▸ its words. Tested against the classes."""
+
+IDLE: dict[str, tuple[str, Any]] = {"clip": ("kind", "none"), "clip_output": ("kind", "none")}
+"""Kind of a transform ▸ the parameter and the value with which it changes nothing: planning leaves it out, with the same stages."""
+_DESCENT = {"iters": ("kind", "learned"), "lr": ("kind", "learned")}
+READ_WITH: dict[str, dict[str, tuple[str, Any]]] = {"clip": _DESCENT, "clip_output": _DESCENT}
+"""Kind of a transform ▸ a parameter that is read only where another has this value. Elsewhere no key has it."""
 
 
 def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from orchestrator.cell import Option
+from orchestrator.config import IDLE, READ_WITH
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.param_files import with_files_read
 from orchestrator.planned import ToolkitNeed
@@ -93,7 +94,7 @@ class TaskPart:
 def method_part(option: Option) -> MethodPart:
     values = option.values
     rounding = values["rounding"]
-    transforms = [t for t in (values.get("transforms") or {}).values() if t is not None]
+    transforms = [t for t in (values.get("transforms") or {}).values() if t is not None and not _idle(t)]
     propagation = values.get("propagation", "original")
     if propagation not in PROPAGATIONS:
         raise ConfigError(f"method {option.name!r}: {unknown_name('propagation', str(propagation), PROPAGATIONS)}")
@@ -124,6 +125,11 @@ def method_part(option: Option) -> MethodPart:
     )
 
 
+def _idle(transform: Mapping[str, Any]) -> bool:
+    parameter, value = IDLE.get(transform["kind"], (None, None))
+    return parameter is not None and (transform.get("params") or {}).get(parameter) == value
+
+
 def supports_part(option: Option, component: Mapping[str, Any]) -> Supports:
     """What a component's yaml says it works on; what it leaves out is the usual."""
     return _checked(option, "supports", lambda: from_json(Supports, component.get("supports") or {}))
@@ -131,7 +137,10 @@ def supports_part(option: Option, component: Mapping[str, Any]) -> Supports:
 
 def _component(option: Option, values: Mapping[str, Any]) -> Component:
     def made() -> Component:
-        return Component(values["kind"], values["version"], freeze(with_files_read(values.get("params") or {})))
+        params = values.get("params") or {}
+        conditions = READ_WITH.get(values["kind"], {})
+        read = {n: v for n, v in params.items() if n not in conditions or params.get(conditions[n][0]) == conditions[n][1]}
+        return Component(values["kind"], values["version"], freeze(with_files_read(read)))
 
     return _checked(option, "params", made)
 

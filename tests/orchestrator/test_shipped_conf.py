@@ -7,6 +7,7 @@ import random
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from orchestrator.cell import AXES
-from orchestrator.config import CHOICES, WORDS
+from orchestrator.config import CHOICES, IDLE, READ_WITH, WORDS
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid, compose_with
 from orchestrator.hydra_bridge import Composer
+from orchestrator.parts import MethodPart, method_part
+from workers.specs import Component, freeze
 
 COMPOSER = Composer.at()
 OPTIONS = {axis: COMPOSER.options(axis) for axis in AXES}
@@ -77,6 +80,7 @@ def test_the_example_sweep_shows_every_rule_at_work() -> None:
         "self_text[samples=16,sequence_length=128]",
     }
     assert rows.count(("gptq[rounding.params.damp=0.1]", "w2a16_channel")) == 2
+    assert rows.count(("clip_gptq[transforms.clip.params.kind=learned]", "w2a16_channel")) == 2
     assert {rule.split(" ")[0] for _, rule in grid.excluded} == {"sweep.exclude", "sweep.only_if"}
     assert grid.notes == ()
 
@@ -118,8 +122,23 @@ def test_every_word_of_a_method_is_one_that_its_class_takes_and_says() -> None:
                 assert getattr(classes[kind](**{parameter: word}), parameter) == word
             with pytest.raises(ValueError, match=f"{parameter}=.?wrong.? is unknown; choose ") as refusal:
                 classes[kind](**{parameter: "wrong"})
-            listed = str(refusal.value).partition("; choose ")[2].removeprefix("one of ").partition(", or leave")[0]
+            listed = str(refusal.value).partition("; choose ")[2].removeprefix("one of ")
             assert set(re.split(", | or ", listed)) == set(words)
+
+
+def test_what_planning_leaves_out_exists_and_is_not_the_default() -> None:
+    """That it changes no result is tested beside each class."""
+    from quant.methods.registry import TRANSFORMS
+
+    for kind in IDLE.keys() | READ_WITH.keys():
+        default: Any = TRANSFORMS[kind]()
+        if kind in IDLE:
+            parameter, value = IDLE[kind]
+            assert getattr(default, parameter) != value
+            assert value in WORDS[kind][parameter]
+        for name, (parameter, value) in READ_WITH.get(kind, {}).items():
+            assert hasattr(default, name)
+            assert value in WORDS[kind][parameter]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +162,29 @@ def test_a_transform_can_be_put_in_front_of_a_rounding_and_the_usual_pairs_are_s
     pair = compose_with(COMPOSER, [f"method={transform}_gptq"], multirun=False).cells[0].method
     lines = ["method=gptq", f"+transform@method.transforms.{transform}={transform}", *changed]
     assert compose_with(COMPOSER, lines, multirun=False).cells[0].method.values == pair.values
+
+
+def method_parts(*lines: str) -> list[MethodPart]:
+    return [method_part(c.method) for c in compose_with(COMPOSER, lines, multirun=True).cells]
+
+
+def test_the_kinds_of_clipping_are_one_axis_and_none_is_the_method_without_it() -> None:
+    kind = "method.transforms.clip.params.kind=none,symmetric,asymmetric,learned"
+    made = method_parts("method=clip_gptq", kind, "method.transforms.clip.params.iters=50,20")
+    (plain,) = method_parts("method=gptq")
+    assert made[:2] == [plain, plain]
+    # Keys of the searches are those they had before there was anything to learn.
+    old = {"steps": 20, "max_shrink": 0.5, "grid": None}
+    params = [{**old, "kind": k} for k in ("symmetric", "symmetric", "asymmetric", "asymmetric")]
+    params += [{**old, "kind": "learned", "iters": i, "lr": 0.02} for i in (50, 20)]
+    assert [p.spec for p in made[2:]] == [replace(plain.spec, transforms=(Component("clip", 1, freeze(p)),)) for p in params]
+
+
+def test_clipping_that_is_off_needs_no_statistics_and_refuses_nothing() -> None:
+    lines = ("method=rtn", "+transform@method.transforms.c=clip_output", "method.transforms.c.params.kind=none,asymmetric")
+    off, on = method_parts(*lines)
+    assert off == replace(on, spec=replace(on.spec, transforms=()), calibrate=(), supports=on.supports[1:])
+    assert (on.calibrate, [name for name, _ in on.supports]) == (("hessian",), ["clip_output", "rtn"])
 
 
 def test_ten_thousand_cells_share_their_options() -> None:
