@@ -22,7 +22,7 @@ from torch import Tensor
 from quant.affine import Affine
 from quant.errors import SingularHessianError
 from quant.kernels import kernel
-from quant.kernels.gptq_block import SolvedBlock
+from quant.kernels.gptq_block import Fits, SolvedBlock
 
 RoundColumn = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, values `[N]`). The weights hold the updates of all finished
@@ -149,12 +149,19 @@ updates of all finished blocks."""
 
 
 def solve_affine(
-    weight: Tensor, upper: Tensor, block_size: int, ranges: Ranges, backend: str = "auto", stack: Sequence[int] | None = None
+    weight: Tensor,
+    upper: Tensor,
+    block_size: int,
+    ranges: Ranges,
+    backend: str = "auto",
+    stack: Sequence[int] | None = None,
+    fits: Fits | None = None,
 ) -> tuple[Solved, list[str]]:
     """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`; and the kernel's notes.
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
-    bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum."""
+    bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum.
+    fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives."""
     w = weight.clone()
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     parts = torch.split(w, list(stack or w.shape[1:]), dim=1)
@@ -166,7 +173,7 @@ def solve_affine(
         end = min(start + block_size, k)
         affine, group = ranges(start, end, w)
         out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start], loss if adds_loss else None)
-        block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out)
+        block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out, fits)
         if not adds_loss:
             loss += out.errors.square().sum(0)
         if end < k:

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import product
 
+import torch
+
 from bench.on_gpu import peers
 from bench.on_gpu.clock import COLD, Bench, Goal, Row, known
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import Kernel, kernel
-from quant.kernels.gptq_block import SolvedBlock
+from quant.kernels.gptq_block import Fit, Fits, SolvedBlock
 from quant.solver import inverse_factor
 
 GOALS = dict.fromkeys((4096, 8192, 12288, 16384), Goal(15.0))
@@ -20,48 +22,61 @@ GOALS |= {8 * one: Goal(times, "time", (f"one_of_{one}",)) for one, times in ((4
 
 
 def block(b: Bench) -> Iterator[Row]:
-    """The error is the share of wrong numbers."""
+    """The error is the share of wrong numbers. Where the launch finds the ranges, `torch_ranges` is the launch with them given, and torch
+    finding them before it, group by group."""
     ours, triton = (kernel("gptq_block", name, b.device) for name in (b.backend if b.dry else "auto", "triton"))
     columns = b.size(128, 16)
     x = b.random(4 * columns, columns)
     upper, _ = inverse_factor(x.T @ x, 0.01)
     single: dict[int, float | None] = {}
-    forms = {"one group": columns} if b.dry else {"one group": columns, "groups of 16": 16}
+    forms = {"one group": columns, "one group, found": columns, "groups of 32, found": 32, "groups of 16": 16}
     for rows, (form, width) in product((40,) if b.dry else GOALS, forms.items()):
-        if width != columns and rows not in (4096, 16384):
+        found = form.endswith("found")
+        if form != "one group" and (width > columns if b.dry else rows not in (4096, 16384)):
             continue
         w = b.random(columns, rows)
         ranges = fit(GRIDS["g_asym"], w.T.reshape(rows, columns // width, width), 4, w.dtype)
         affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), 4, ZeroKind.CODE)
         group = [j // width for j in range(columns)]
+        fits = Fits.of([Fit(rows, width, "g_asym", 4)], w.device) if found else None
+        here = Affine(*(torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)), 4, ZeroKind.CODE) if found else affine
         # Each call has memory of its own, as a solver's has: block and results, four times the block.
         copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (4 * w.nbytes)), 1))]
 
         def work(i: int, backend: Kernel, **more: int) -> SolvedBlock:
             given, out = copies[i]  # noqa: B023
-            solved: SolvedBlock = backend.run.solve_block(given, upper, affine, group, out, **more)  # noqa: B023
+            solved: SolvedBlock = backend.run.solve_block(given, upper, here, group, out, fits, **more)  # noqa: B023
             return solved
+
+        def torch_ranges() -> None:
+            for at in range(0, columns, width):  # noqa: B023
+                fit(GRIDS["g_asym"], w[at : at + width].T.contiguous(), 4, w.dtype)  # noqa: B023
+            ours.run.solve_block(w, upper, affine, group, copies[0][1])  # noqa: B023
 
         got = work(0, ours)
         some = slice(0, rows, max(1, rows // 1024))
         few = Affine(affine.scale[:, some].cpu(), affine.zero[:, some].cpu(), 4, ZeroKind.CODE)
         want = kernel("gptq_block", "reference").run.solve_block(w[:, some].cpu(), upper.cpu(), few, group)
         pairs = ((got.codes, want.codes), (got.values, want.values), (got.errors, want.errors))
+        pairs += ((here.scale, few.scale), (here.zero, few.zero))
         wrong = max(float((mine[:, some].cpu() != plain).double().mean()) for mine, plain in pairs)
 
         beside: dict[str, float | None] = {}
         if not b.dry:
             beside["triton"] = b.once(partial(work, 0, triton))
+        if not b.dry and found:
+            beside["torch_ranges"] = b.once(torch_ranges)
         if not b.dry and rows == 4096:
             beside["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
         if ours.backend == "cuda" and rows <= 16384:
             beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
         # Triton's twin copies the groups to the device, which no graph holds.
         took = b.time(partial(work, backend=ours), len(copies)) if ours.backend == "cuda" else b.once(partial(work, 0, ours))
-        single.setdefault(rows, took)
+        if form == "one group":
+            single[rows] = took
         one = {f"one_of_{rows // 8}": single.get(rows // 8)}
         moved = sum(t.nbytes for t in (w, upper, got.codes, got.values, got.errors))
         work = {"float32": float(columns * columns * rows)}
         name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
-        others = peers.times(b, "block", rows if width == columns else 0, 128, 0, 4)
+        others = peers.times(b, "block", rows if form == "one group" else 0, 128, 0, 4)
         yield Row(name, wrong, 0.0, took, known(**beside, **one) | others, moved, None if b.dry else GOALS[rows], work)

@@ -3,7 +3,8 @@
 //
 // Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B], scale and
 // zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the largest code of each row, or null: then it is top
-// in all. kind: how codes and values belong together, see `Kind`.
+// in all. kind: how codes and values belong together, see `Kind`. words is [N], or null: of each row how its ranges are found, see `Fit`;
+// scale and zero are written to then, and odd is added to. For float alone.
 // block is not changed. threads >= 1: rows are independent of each other.
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "ranges.h"
 #include "versions.h"
 
 #define VECTOR VERSIONS("avx512f", "avx2")
@@ -60,8 +62,12 @@ constexpr int64_t RUN = 4;    // neighbouring LANES that one thread takes togeth
 
 template <typename T>
 struct Block {
-    const T *block, *upper, *scale, *zero, *tops;
+    const T *block, *upper;
+    T *scale, *zero;
+    const T* tops;
     const int64_t* group;
+    const int32_t* words;
+    int32_t* odd;
     int64_t columns, rows;
     T top;
     int64_t kind;
@@ -94,6 +100,46 @@ struct Lanes {
         T padded[all];
         for (int64_t l = 0; l < all; l++) padded[l] = l < count ? from[l] : otherwise;
         std::memcpy(to, padded, sizeof to);
+    }
+
+    // Scale and zero of all groups that are found here: all rows of one kind at once.
+    INLINE void find() const {
+        const int32_t* words = b.words + first;
+        for (int64_t l = 0; l < count; l++) {
+            const ranges::Fit fit{words[l]};
+            if (fit.width() && std::find(words, words + l, words[l]) == words + l)
+                for (int64_t start = 0; start < b.columns; start += fit.width()) find(fit, words, l, start);
+        }
+    }
+
+    // Of one group in those rows from `from` on that have this word.
+    INLINE void find(ranges::Fit fit, const int32_t* words, int64_t from, int64_t start) const {
+        Sums low, high, seen{}, w;
+        load(start, low);
+        std::memcpy(high, low, sizeof high);
+        for (int64_t j = start; j < start + fit.width(); j++) {
+            load(j, w);
+            for (int part = 0; part < 4; part++) {
+                low[part] = w[part] < low[part] ? w[part] : low[part];
+                high[part] = w[part] > high[part] ? w[part] : high[part];
+                seen[part] += w[part] * T(0);
+            }
+        }
+        T lows[all], highs[all], sums[all];
+        std::memcpy(lows, low, sizeof lows), std::memcpy(highs, high, sizeof highs), std::memcpy(sums, seen, sizeof sums);
+        int32_t odds = 0;
+        for (int64_t l = from; l < count; l++) {
+            if (words[l] != fit.word) continue;
+            bool odd;
+            const ranges::Affine made = fit.found(lows[l], highs[l], sums[l], odd);
+            odds += odd;
+            for (int64_t j = start; j < start + fit.width(); j++) {
+                if (j != start && b.group[j] == b.group[j - 1]) continue;
+                const int64_t at = b.group[j] * b.rows + first + l;
+                b.scale[at] = made.scale, b.zero[at] = made.zero;
+            }
+        }
+        if (odds) __atomic_fetch_add(b.odd, odds, __ATOMIC_RELAXED);
     }
 
     INLINE void load(int64_t j, Sums& sum) const { fetch(b.block + j * b.rows + first, T(0), sum); }
@@ -181,6 +227,7 @@ INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64
 }
 
 VECTOR void lanes_f32(const Block<float>& b, const float* turned, int64_t first, int64_t count, float* own) {
+    if (b.words) Lanes<float>(b, turned, first, count, own).find();
     // The usual number is a constant to the compiler.
     count == LANES<float> ? lanes(b, turned, first, LANES<float>, own) : lanes(b, turned, first, count, own);
 }
@@ -214,9 +261,10 @@ void solve(const Block<T>& b, int64_t threads) {
 }  // namespace
 
 #define ENTRY(NAME, T)                                                                                                                       \
-    extern "C" void NAME(const T* block, const T* upper, const T* scale, const T* zero, const T* tops, const int64_t* group,                 \
-                         int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors, int64_t threads) {        \
-        solve(Block<T>{block, upper, scale, zero, tops, group, columns, rows, T(top), kind, codes, values, errors}, threads);                \
+    extern "C" void NAME(const T* block, const T* upper, T* scale, T* zero, const T* tops, const int64_t* group, const int32_t* words,       \
+                         int32_t* odd, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors,             \
+                         int64_t threads) {                                                                                                  \
+        solve(Block<T>{block, upper, scale, zero, tops, group, words, odd, columns, rows, T(top), kind, codes, values, errors}, threads);    \
     }
 
 ENTRY(bitgrid_gptq_block_f32, float)

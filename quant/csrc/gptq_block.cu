@@ -2,8 +2,9 @@
 //
 // Plain C ABI. Columns one after another: block, codes, values, errors are [B, N], contiguous; upper is [B, B], scale and zero are [G, N],
 // with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros and one group for each 32 columns.
-// loss [N] (or null) is added to; tops [N] is the largest code of each row (null: top in all). Nothing is allocated, copied from the host
-// or waited for.
+// loss [N] (or null) is added to; tops [N] is the largest code of each row (null: top in all). words [N] (or null) says of each row how its
+// ranges are found (`ranges::Fit`): scale and zero are written to then, and odd [1] is added to. Nothing is allocated, copied from the host or
+// waited for.
 
 #include "gptq_lanes.h"
 
@@ -75,6 +76,10 @@ __global__ void __launch_bounds__(THREADS, 3) solve(const __grid_constant__ Prob
 
     Warp<L, PLAIN> warp;
     const int lane = threadIdx.x % 32, row = threadIdx.x / 32 * (32 / L) + lane % (32 / L);
+    if (p.words) {
+        warp.lane.find(p, blockIdx.x * ROWS + row, lane / (32 / L));
+        __syncwarp();  // all lanes read what one of them found
+    }
     warp.lane.begin(p, blockIdx.x * ROWS + row, lane / (32 / L), errors + row);
     for (uint32_t j = threadIdx.x; j < MOST; j += THREADS)
         memory.pivots[j] = j < p.columns ? pivot(p.upper[j * (p.upper_stride + 1)]) : Pivot{1.0f, 0.0f};
@@ -112,12 +117,12 @@ cudaError_t launch(const Problem& p, bool plain, int64_t lanes, cudaStream_t str
 
 // lanes of a row: 1, 2, 4, or 0: as many as leave a block of threads to a multiprocessor. More shorten a row's time, and
 // repeat its rounding.
-extern "C" int bitgrid_gptq_block(const float* block, const float* upper, const float* scale, const float* zero, const int32_t* group,
+extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                   int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
-                                  int64_t lanes, cudaStream_t stream) {
-    Problem p{block,        upper,        scale,       zero, codes, values, errors, loss, tops, upper_stride,
-              scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
+                                  const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
+    Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     if (!lanes) {
         int device = 0, processors = 0;

@@ -49,6 +49,8 @@ void solve(const Problem& p) {
     for (uint32_t row = 0; row <= p.rows; row++) {
         Emulated<L, PLAIN> lanes;
         std::fill(errors.begin(), errors.end(), NAN);
+        if (p.words)
+            for (uint32_t part = 0; part < L; part++) Lane<L, PLAIN, 1>::find(p, row, part);
         uint32_t part = 0;
         lanes.each([&](auto& lane) { lane.begin(p, row, part++, errors.data()); });
         sweep(lanes, p, shared, [](int) {});
@@ -62,12 +64,12 @@ void solve(const Problem& p, int64_t lanes) {
 
 }  // namespace
 
-extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, const float* scale, const float* zero, const int32_t* group,
+extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                    int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
                                    int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
-                                   int64_t lanes) {
-    Problem p{block,        upper,        scale,       zero, codes, values, errors, loss, tops, upper_stride,
-              scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
+                                   const int32_t* words, int32_t* odd, int64_t lanes) {
+    Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
     std::copy(group, group + columns, p.group);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);
 }

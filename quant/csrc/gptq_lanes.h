@@ -10,21 +10,27 @@
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
 // where a's mantissa is below b's, by up to 1.5 units less 2^-23 of one, where what is left of the error is smaller than the distance
 // to the middle. Rows where a number is too small or too large for that are solved again with plain divisions (`redo`).
+//
+// Ranges that are found here (`Problem.words`) are found before all that, from the block as it is given: the loop reads them as if given.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "ranges.h"
+
 #ifdef __CUDACC__
 #define ON_LANES __device__ __forceinline__
 #define UNROLLED _Pragma("unroll")
 #define BY_FOUR _Pragma("unroll 4")
+#define BY_SIXTEEN _Pragma("unroll 16")
 #define ROLLED _Pragma("unroll 1")
 #else
 #define ON_LANES inline
 #define UNROLLED
 #define BY_FOUR
+#define BY_SIXTEEN
 #define ROLLED
 #endif
 
@@ -38,10 +44,13 @@ constexpr int STRETCH = 8;  // columns whose instructions the compiler may mix
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
 struct Problem {
-    const float *block, *upper, *scale, *zero;       // [B, N], [B, B], [G, N], [G, N]
+    const float *block, *upper;                      // [B, N], [B, B]
+    float *scale, *zero;                             // [G, N]; written to where ranges are found here
     float *codes, *values, *errors;                  // [B, N]
     float* loss;                                     // [N], added to; may be null
     const float* tops;                               // [N], largest code of each row; null: top in all
+    const int32_t* words;                            // [N], how each row's ranges are found (`ranges::Fit`); null: all are given
+    int32_t* odd;                                    // added to where words are there
     int64_t upper_stride, scale_stride, zero_stride;  // floats between rows
     uint32_t columns, rows;                          // B, N; B * N < 2^30
     float top;
@@ -133,6 +142,14 @@ ON_LANES float beyond(const float* base, uint32_t bytes) {
     return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes);
 }
 
+ON_LANES void count(int32_t* odd) {
+#ifdef __CUDACC__
+    atomicAdd(odd, 1);
+#else
+    ++*odd;
+#endif
+}
+
 // Without a branch: between branches the compiler orders instructions as it likes.
 ON_LANES void put(float* base, uint32_t bytes, float x, bool real) {
 #ifdef __CUDACC__
@@ -196,6 +213,31 @@ struct Lane {
         loss = 0.0f, low = 0xffffffffu;
         top = p.tops ? p.tops[row] : p.top;
         fetch(p, 0);
+    }
+
+    // Scales and zeros of a row's groups, which its lanes share. Another lane's may be read after they have met. Before `begin`, so that
+    // no registers hold columns meanwhile.
+    ON_LANES static void find(const Problem& p, uint32_t row, uint32_t part) {
+        const ranges::Fit fit{row < p.rows ? p.words[row] : 0};
+        const uint32_t width = fit.width();
+        if (!width) return;
+        ROLLED for (uint32_t first = part * width; first < p.columns; first += L * width) {
+            const float* from = p.block + (first * p.rows + row);
+            float low = INFINITY, high = -INFINITY, seen = 0.0f;
+            BY_SIXTEEN for (uint32_t c = 0; c < width; c++, from += p.rows) {
+                const float w = *from;
+                low = fminf(low, w), high = fmaxf(high, w);
+                seen = plus(seen, times(w, 0.0f));
+            }
+            bool odd;
+            const ranges::Affine made = fit.found(low, high, seen, odd);
+            if (odd) count(p.odd);
+            ROLLED for (uint32_t j = first; j < first + width; j++) {
+                const int32_t g = p.group[j];
+                if (j != first && g == p.group[j - 1]) continue;
+                p.scale[g * p.scale_stride + row] = made.scale, p.zero[g * p.zero_stride + row] = made.zero;
+            }
+        }
     }
 
     ON_LANES void fetch(const Problem& p, uint32_t first) {

@@ -121,6 +121,13 @@ def recorded() -> Iterator[dict[str, list[str]]]:
         _chosen.reset(token)
 
 
+def ran(operation: str, backend: str) -> None:
+    """Tells the record: of what `kernel` chooses, and of a part of an operation that its kernels leave to others."""
+    found = _chosen.get()
+    if found is not None and backend not in found.setdefault(operation, []):
+        found[operation].append(backend)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What was chosen: `run` is the module with the operation's functions."""
@@ -148,9 +155,7 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
         if reason is None and given and hasattr(module, "refuses"):
             reason = module.refuses(**given)
         if reason is None:
-            found = _chosen.get()
-            if found is not None and name not in found.setdefault(operation, []):
-                found[operation].append(name)
+            ran(operation, name)
             return Kernel(module, name, notes)
         notes.append(f"{operation} runs slower: {reason}")
     raise RuntimeError(f"backend {backend} of {operation} does not work on {place}: {'; '.join(notes)}; choose backend=auto")

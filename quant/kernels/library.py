@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
+from quant.grids import GRIDS
 from quant.kernels import binary_gemv, braq_search, hqq_pack, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels.gptq_block import Fit, Fits
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -69,6 +71,25 @@ def _gptq_block_shapes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, k = block.shape
     return block.new_empty(n, k), block.new_empty(n, k), block.new_empty(n, k)
+
+
+def _gptq_block_fitted(
+    block: Tensor, upper: Tensor, width: int, grid: str, bits: int, half: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fits = Fits.of([Fit(block.shape[1], width, grid, bits, half)], block.device)
+    scale, zero = (block.new_empty(len(block) // width, block.shape[1]) for _ in range(2))
+    group = [j // width for j in range(len(block))]
+    run = kernel("gptq_block", device=block.device, block=block).run
+    solved = run.solve_block(block, upper, Affine(scale, zero, bits, GRIDS[grid].zero), group, None, fits)
+    return solved.codes, solved.values, solved.errors, scale, zero, fits.odd
+
+
+def _gptq_block_fitted_shapes(
+    block: Tensor, upper: Tensor, width: int, grid: str, bits: int, half: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, n = block.shape
+    ranges, odd = [block.new_empty(b // width, n) for _ in range(2)], block.new_empty(1, dtype=torch.int32)
+    return block.new_empty(b, n), block.new_empty(b, n), block.new_empty(b, n), ranges[0], ranges[1], odd
 
 
 def _kmeans_columns(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
@@ -256,6 +277,12 @@ _define(
     " -> (Tensor, Tensor, Tensor)",
     _gptq_block,
     _gptq_block_shapes,
+)
+_define(
+    "gptq_block_fitted(Tensor block, Tensor upper, int width, str grid, int bits, bool half=True)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gptq_block_fitted,
+    _gptq_block_fitted_shapes,
 )
 _define(
     'kmeans_columns(Tensor columns, int k, str start="partition", Tensor? weights=None) -> Tensor', _kmeans_columns, _kmeans_columns_shape

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from quant.affine import Affine, grouped
 from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
-from quant.kernels.gptq_block import KINDS, stacked
+from quant.kernels import ran
+from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked
 from quant.number_formats import encode, number_format
@@ -182,12 +183,17 @@ class Gptq:
     ) -> tuple[Solved, list[AffineTensor]]:
         """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight."""
         coded = len(columns) - kept
-        ranges = [
-            _Ranges(self, g.chosen, g.scheme, dtype, g.groups_to_fit(), order, kept) for g, dtype in zip(givens, scale_dtypes, strict=True)
-        ]
-        block = ranges[0].block if len(ranges) == 1 else _StackedRanges(ranges, [len(g.weight) for g in givens]).block
         stack = [n for g in givens for n in g.rows]
-        solved, notes = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, block, stack=stack)
+
+        def solve(in_launch: bool) -> tuple[list[_Ranges], tuple[Solved, list[str]], bool]:
+            own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
+            rows = _StackedRanges(own)
+            made = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, rows.block, stack=stack, fits=rows.fits)
+            return own, made, rows.odd()
+
+        ranges, (solved, notes), odd = solve(in_launch=True)
+        if odd:  # as torch has it, which says so where scales do not fit their type
+            ranges, (solved, notes), _ = solve(in_launch=False)
         plain = torch.zeros_like(columns)
         plain[order[:coded]] = solved.codes
         tensors = []
@@ -234,66 +240,72 @@ def _solve_floating(
 
 
 class _Ranges:
-    """Scale and zero of every group, known before the solver starts (per row, per tensor, static) or fitted on the way."""
+    """Scale and zero of every group of some rows: known before the solver starts (per row, per tensor, static), or found on the way: by the
+    launch that solves a group's block where it can, elsewhere by torch before the block that the group begins in."""
 
-    def __init__(
-        self, method: Gptq, chosen: Grid, scheme: WeightScheme, scale_dtype: torch.dtype, groups: Tensor, order: Tensor, kept: int
-    ) -> None:
-        self.grid, self.bits, self.scale_dtype, self.mse = chosen, scheme.bits, scale_dtype, method.mse
+    def __init__(self, method: Gptq, given: _Given, scale_dtype: torch.dtype, order: Tensor, kept: int, in_launch: bool) -> None:
+        scheme, groups, w = given.scheme, given.groups_to_fit(), given.weight
+        self.grid, self.bits, self.scale_dtype, self.mse = given.chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
-        k = order.numel()
+        k, self.rows = order.numel(), len(w)
         self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else k
-        self.dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
-        self.permuted = self.dynamic and method.act_order
-        # Group of each position: of permuted columns, or of the plain order whatever the solver's.
-        self.plan: list[int] = (torch.arange(k) if self.permuted else order.cpu()).div(self.width, rounding_mode="floor").tolist()
+        dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
+        self.permuted = dynamic and method.act_order
         coded = k - kept  # positions before the columns that are kept in floating point
+        # Group of each position: of permuted columns, or of the plain order whatever the solver's.
+        plan: list[int] = (torch.arange(k) if self.permuted else order.cpu()).div(self.width, rounding_mode="floor").tolist()
+        self.plan = plan[:coded]
         self.members: list[list[int]] = [[] for _ in range(k // self.width)]
-        for j in range(coded):
-            self.members[self.plan[j]].append(j)
-        self.fitted: dict[int, Affine] = {}
-        self.all: Affine | None = None
-        """Of ranges known from the start: scale and zero `[G, N]`, so that no block has to put its own together."""
-        if not self.dynamic:
+        for j, g in enumerate(self.plan):
+            self.members[g].append(j)
+        self.known: Affine | None = None
+        """`[R, G]`."""
+        if not dynamic:
             if kept:
                 groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
-            all_groups = fit(chosen, groups, self.bits, scale_dtype, self.mse)
-            for g in range(groups.shape[1]):
-                self.fitted[g] = Affine(all_groups.scale[:, g, 0], all_groups.zero[:, g, 0], self.bits, chosen.zero)
+            self.known = self._fit(groups)
+        # Kept columns leave groups of any width, wide groups reach beyond a block, and a search is torch's.
+        within = method.block_size % self.width == 0 and not kept
+        self.in_launch = in_launch and dynamic and within and not self.mse and w.dtype is torch.float32
+        if dynamic and not self.in_launch:
+            ran("gptq_block, ranges", "torch")
+        self.fitted: set[int] = set()
+        self.scale, self.zero = (w.new_empty(len(self.members), self.rows) for _ in range(2))
+        """`[G, N]`."""
+        if self.known is not None:
+            self.scale.copy_(self.known.scale.T), self.zero.copy_(self.known.zero.T)
+        self.place: list[list[int]] = [[g] for g in range(len(self.members))]
+        """Rows of `scale` and `zero` that each group has."""
 
-    def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
-        """Scale and zero `[G, N]` of the columns start .. end - 1, and which is whose. Dynamic groups that begin here are fitted to
-        the weights as they are before the block."""
-        plan = self.plan[start:end]
-        n = weights.shape[1]
-        if not self.dynamic:
-            if self.all is None:
-                self.all = self._stacked(list(self.fitted), n)
-            return self.all, plan
-        rows = {g: row for row, g in enumerate(dict.fromkeys(plan))}
-        for g in rows:
+    def _fit(self, groups: Tensor) -> Affine:
+        """`[..., g]` ▸ `[...]`."""
+        new = fit(self.grid, groups, self.bits, self.scale_dtype, self.mse)
+        return Affine(new.scale[..., 0], new.zero[..., 0], self.bits, self.grid.zero)
+
+    def how(self) -> Fit:
+        width = self.width if self.in_launch else 0
+        return Fit(self.rows, width, self.grid.name, self.bits, self.scale_dtype is torch.float16)
+
+    def begin(self, start: int, end: int, weights: Tensor) -> None:
+        """Fits those groups of columns start .. end - 1 that nobody else does, to the weights `[K, N]` as they are before the block."""
+        if self.known is not None or self.in_launch:
+            return
+        for g in dict.fromkeys(self.plan[start:end]):
             if g not in self.fitted:
-                self.fitted[g] = self._fit(weights[self.members[g]].T.contiguous())
-        return self._stacked(list(rows), n), [rows[g] for g in plan]
-
-    def _stacked(self, groups: list[int], n: int) -> Affine:
-        if len(groups) == 1 and self.fitted[groups[0]].scale.shape == (n,):
-            scale, zero = (getattr(self.fitted[groups[0]], part)[None] for part in ("scale", "zero"))
-        else:
-            scale, zero = (torch.stack([getattr(self.fitted[g], part).expand(n) for g in groups]) for part in ("scale", "zero"))
-        return Affine(scale, zero, self.bits, self.grid.zero)
-
-    def _fit(self, w: Tensor) -> Affine:
-        new = fit(self.grid, w, self.bits, self.scale_dtype, self.mse)
-        return Affine(new.scale[:, 0], new.zero[:, 0], self.bits, self.grid.zero)
+                new = self._fit(weights[self.members[g]].T.contiguous())
+                self.scale[self.place[g]], self.zero[self.place[g]] = new.scale, new.zero
+                self.fitted.add(g)
 
     def affine(self) -> Affine:
         """Scale and zero `[R, G]`."""
-        for g, members in enumerate(self.members):
-            if g not in self.fitted and not members:  # all its columns are kept: any range will do
-                self.fitted[g] = self._fit(torch.zeros_like(next(iter(self.fitted.values())).scale[:, None]))
-        fitted = [self.fitted[g] for g in sorted(self.fitted)]
-        scale, zero = (torch.stack([getattr(a, part) for a in fitted], dim=1) for part in ("scale", "zero"))
+        if self.known is not None:
+            return self.known
+        first = [rows[0] if rows else 0 for rows in self.place]
+        scale, zero = self.scale[first].T, self.zero[first].T
+        empty = [g for g, members in enumerate(self.members) if not members]
+        if empty:  # all their columns are kept: any range will do
+            new = self._fit(scale.new_zeros(self.rows, 1, 1))
+            scale[:, empty], zero[:, empty] = new.scale, new.zero
         return Affine(scale, zero, self.bits, self.grid.zero)
 
     def group_of_column(self) -> Tensor | None:
@@ -308,19 +320,25 @@ class _Ranges:
 class _StackedRanges:
     """Of weights `[K, N_i]` with schemes of their own, one after another along rows."""
 
-    def __init__(self, ranges: list[_Ranges], rows: list[int]) -> None:
-        self.ranges, self.rows = ranges, rows
-        self.all: tuple[Affine, list[int]] | None = None
-        """Of all columns, where they are known from the start."""
+    def __init__(self, parts: list[_Ranges]) -> None:
+        self.parts, self.rows = parts, [own.rows for own in parts]
+        self.affine, self.group = stacked([(Affine(own.scale, own.zero, own.bits, own.grid.zero), own.plan) for own in parts])
+        split = (torch.split(t, self.rows, dim=1) for t in (self.affine.scale, self.affine.zero))
+        for own, scale, zero in zip(parts, *split, strict=True):
+            # What is found from now on is written where the solver reads it.
+            own.scale, own.zero = scale, zero
+            own.place = [sorted({self.group[j] for j in members}) for members in own.members]
+        ways = [own.how() for own in parts]
+        self.fits = Fits.of(ways, self.affine.scale.device) if any(way.width for way in ways) else None
 
     def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
-        parts = list(zip(self.ranges, torch.split(weights, self.rows, dim=1), strict=True))
-        if any(own.dynamic for own in self.ranges):
-            return stacked([own.block(start, end, w) for own, w in parts])
-        if self.all is None:
-            self.all = stacked([own.block(0, len(w), w) for own, w in parts])
-        affine, group = self.all
-        return affine, group[start:end]
+        for own, part in zip(self.parts, torch.split(weights, self.rows, dim=1), strict=True):
+            own.begin(start, end, part)
+        return self.affine, self.group[start:end]
+
+    def odd(self) -> bool:
+        """Whether a launch found ranges that are not to be used."""
+        return self.fits is not None and bool(self.fits.odd)
 
 
 def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:

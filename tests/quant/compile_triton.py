@@ -54,9 +54,10 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     """Kernel, of what, types of its arguments, constants, options."""
     found = []
     block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "tops", "codes", "values", "errors")}
-    block |= {"group": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
+    block |= {"group": "*i32", "words": "*i32", "odd": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
     for kind in (0, 1, 2):
-        constants = {"EACH": True, "KIND": kind, "ROWS": 32, "COLUMNS": 128}
+        # Ranges that are found, g_asym and g_sym in float16, and none.
+        constants = {"EACH": True, "KIND": kind, "GRIDS": (0b1010, 0, 0)[kind], "ROWS": 32, "COLUMNS": 128}
         found.append((solve, f"kind {kind}", block, constants, {"num_warps": 4, "enable_fp_fusion": False}))
     product = {"words": "*i32", "ranges": "*fp32", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(
         ("n", "k", "units", "groups", "width"), "i32"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine
-from quant.grids import GRIDS, fit
+from quant.grids import GRIDS, fit, fit_unchecked, unfit_float16
 from quant.kernels import TABLE, kernel
-from quant.kernels.gptq_block import SolvedBlock, stacked
+from quant.kernels.gptq_block import KINDS, NUMBERS, Fit, Fits, SolvedBlock, stacked
 from quant.solver import inverse_factor, solve_affine
 
 TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
@@ -84,6 +84,86 @@ def test_equal_bits_and_groups_are_stacked_as_they_are() -> None:
     assert both.tops is None
     assert groups == group
     assert torch.equal(both.scale, affine.scale.repeat(1, 2))
+
+
+SolveFound = Callable[[Tensor, Tensor, Affine, list[int], SolvedBlock | None, Fits | None], SolvedBlock]
+WHOLE = tuple(name for name in NUMBERS if GRIDS[name].zero not in KINDS)
+FOUND = [WHOLE, ("hqq",) * 3, ("kivi",) * 3]
+"""Grids of the parts that one launch takes: all with whole zeros, which have one kind."""
+
+
+def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 64, smallest: int = 16) -> None:
+    """Parts with grids, bits, types and widths of their own, and one with its ranges given, in one launch: scales and zeros are those of
+    `quant.grids`, and all else is what a launch gives with these, bit for bit. What is odd is counted."""
+    cases = [(grid, 2 + i % 7, i % 2 == 1, smallest << i % 3) for i, grid in enumerate(grids)]
+    cases.append((grids[0], 3, False, 0))
+    upper = problem(1, max(columns, 16), "g_asym", 4, torch.float32)[1][:columns, :columns]
+    g = torch.Generator().manual_seed(columns)
+    # One row of zeros, one of equal values, one without negative ones.
+    blocks = [torch.randn(columns, 6 + i, generator=g) / 4 for i in range(len(cases))]
+    if grids[0] in WHOLE:
+        for w in blocks:
+            w[:, 0], w[:, 1], w[:, 2] = 0, 0.3, w[:, 2].abs()
+    parts = []
+    for (grid, bits, half, width), w in zip(cases, blocks, strict=True):
+        size = width or columns
+        made = fit(GRIDS[grid], w.T.reshape(w.shape[1], columns // size, size), bits, torch.float16 if half else torch.float32)
+        affine = Affine(made.scale[..., 0].T.contiguous(), made.zero[..., 0].T.contiguous(), bits, GRIDS[grid].zero)
+        parts.append((affine, [j // size for j in range(columns)]))
+    block, (given, group) = torch.cat(blocks, 1), stacked(parts)
+    assert len(given.scale) == columns // smallest
+    fits = Fits.of([Fit(w.shape[1], width, grid, bits, half) for (grid, bits, half, width), w in zip(cases, blocks, strict=True)], w.device)
+
+    def found(block: Tensor) -> tuple[Affine, SolvedBlock, int]:
+        known = fits.words == 0
+        scale, zero = (torch.where(known, t, torch.nan) for t in (given.scale, given.zero))
+        affine = Affine(scale, zero, given.bits, given.kind, given.tops)
+        fits.odd.zero_()
+        solved = solve(block, upper, affine, group, SolvedBlock(*(torch.full_like(block, torch.nan) for _ in range(3))), fits)
+        return affine, solved, int(fits.odd)
+
+    want = solve(block, upper, given, group, None, None)
+    affine, solved, odd = found(block)
+    assert odd == 0
+    assert torch.equal(affine.scale, given.scale)
+    assert torch.equal(affine.zero, given.zero)
+    for name in ("codes", "values", "errors"):
+        assert torch.equal(getattr(solved, name), getattr(want, name)), name
+    # Not finite, of float32; too small and too large for float16; least value 0.
+    wrong = [w.clone() for w in blocks]
+    wrong[0][1, 3], wrong[0][2, 4], wrong[0][columns - 1, 4] = torch.nan, torch.inf, -torch.inf
+    wrong[1][:, 3:5] *= torch.tensor([1e-9, 1e9])
+    wrong[2][:, 3] = wrong[2][:, 3].abs() - wrong[2][:, 3].abs().amin()
+    odd = 0
+    for (grid, bits, half, width), w in zip(cases[:-1], wrong, strict=False):
+        groups = w.T.reshape(-1, width)
+        unfit = unfit_float16(fit_unchecked(GRIDS[grid], groups, bits, torch.float16), groups)[:, 0] if half else torch.tensor(False)
+        either = (groups.amin(1) == 0) if GRIDS[grid].zero in KINDS else torch.tensor(False)
+        odd += int((~torch.isfinite(groups).all(1) | unfit | either).sum())
+    assert odd > 3
+    assert found(torch.cat(wrong, 1))[2] == odd
+
+
+def test_ranges_that_do_not_fit_are_refused() -> None:
+    w, upper, affine, group = problem(4, 32, "g_asym", 4, torch.float32)
+    run = kernel("gptq_block").run.solve_block
+    for width, rows in ((12, 4), (16, 3)):
+        with pytest.raises(ValueError, match="do not fit a block"):
+            run(w, upper, affine, group, None, Fits.of([Fit(rows, width)], w.device))
+    fits = Fits.of([Fit(4, 16)], w.device)
+    with pytest.raises(ValueError, match="must be contiguous"):
+        run(w, upper, Affine(affine.scale.double(), affine.zero, 4, affine.kind), group, None, fits)
+    with pytest.raises(ValueError, match="float32 blocks"):
+        run(w.double(), upper.double(), affine, group, None, fits)
+
+
+@pytest.mark.parametrize("backend", ["reference", *TWINS])
+@pytest.mark.parametrize("grids", FOUND, ids=lambda grids: grids[-1])
+def test_ranges_are_found_in_the_launch(backend: str, grids: tuple[str, ...]) -> None:
+    reason = _unavailable(backend)
+    if reason is not None:
+        pytest.skip(reason)
+    ranges_are_found(kernel("gptq_block", backend).run.solve_block, grids)
 
 
 @pytest.mark.parametrize("backend", TWINS)

@@ -19,8 +19,8 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
 from quant.kernels import kernel, native, on_cuda, recorded
-from quant.kernels.gptq_block import SolvedBlock, cuda, triton
-from tests.quant.test_gptq_block import STACKS, problem, rows_need_no_others
+from quant.kernels.gptq_block import Fits, SolvedBlock, cuda, triton
+from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
@@ -53,7 +53,7 @@ def emulated(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lan
 def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int) -> SolvedBlock:
     block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
     out, tops = poisoned(block, loss=True), None if affine.tops is None else affine.tops.cuda()
-    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes)
+    cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes=lanes)
     assert out.loss is not None
     return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
 
@@ -87,6 +87,38 @@ def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
 def test_stacked_configurations_are_solved_as_apart(run: Any, lanes: int) -> None:
     for grid, widths in STACKS:
         rows_need_no_others(lambda *given: run(*given, lanes), grid, widths)
+
+
+def found_by_emulation(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None, fits: Fits | None, lanes: int
+) -> SolvedBlock:
+    out = SolvedBlock.like(block) if out is None else out
+    values, kept = cuda.arguments(block, upper, affine, group, out, fits)
+    native.call("gptq_lanes", "bitgrid_gptq_lanes", *values, lanes)
+    del kept
+    return out
+
+
+def found_on_gpu(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None, fits: Fits | None, lanes: int
+) -> SolvedBlock:
+    scale, zero = affine.scale.cuda(), affine.zero.cuda()
+    tops = None if affine.tops is None else affine.tops.cuda()
+    there = None if fits is None else Fits(fits.parts, fits.words.cuda(), fits.odd.cuda())
+    solved = cuda.solve_block(block.cuda(), upper.cuda(), Affine(scale, zero, affine.bits, affine.kind, tops), group, None, there, lanes)
+    if fits is not None and there is not None:
+        for here, made in ((affine.scale, scale), (affine.zero, zero), (fits.odd, there.odd)):
+            here.copy_(made)
+    return SolvedBlock(solved.codes.cpu(), solved.values.cpu(), solved.errors.cpu())
+
+
+@pytest.mark.parametrize("run", [pytest.param(found_by_emulation, id="host"), pytest.param(found_on_gpu, id="gpu", marks=GPU)])
+@pytest.mark.parametrize("lanes", [1, 2, 4])
+def test_ranges_are_found_in_the_launch(run: Any, lanes: int) -> None:
+    for grids in FOUND:
+        ranges_are_found(lambda *given: run(*given, lanes), grids)
+    # Groups as wide as panels: the form for whole zeros.
+    ranges_are_found(lambda *given: run(*given, lanes), FOUND[0][:3], columns=128, smallest=32)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -228,7 +260,7 @@ def test_many_rows_on_a_gpu_and_in_a_graph() -> None:
     want = kernel("gptq_block", "reference").run.solve_block(w, upper, affine, group)
     for lanes in (0, 1, 2, 4):
         out = poisoned(block, loss=False)
-        cuda.solve_block(block, u, wide, group, out, lanes)
+        cuda.solve_block(block, u, wide, group, out, lanes=lanes)
         for name in ("codes", "values", "errors"):
             assert torch.equal(getattr(out, name).cpu(), getattr(want, name).repeat(1, 60)), (lanes, name)
     graph, replayed = torch.cuda.CUDAGraph(), poisoned(block, loss=False)

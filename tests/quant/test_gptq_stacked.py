@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from quant.grids import ScaleDtypeError
-from quant.kernels import TABLE, kernel
+from quant.kernels import TABLE, kernel, recorded
+from quant.methods import gptq
 from quant.methods.gptq import Gptq
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
@@ -62,6 +63,34 @@ def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme]) -> None:
     for weight, scheme, got in zip(weights, schemes, method.quantize_stacked(weights, statistics, schemes), strict=True):
         mine, alone = got.tensor.pack(), method.quantize(weight, statistics, scheme).tensor.pack()
         assert all(torch.equal(mine[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("schemes", [SCHEMES["widths"], SCHEMES["others"]], ids=["widths", "others"])
+def test_ranges_that_launches_find_are_those_of_torch(schemes: list[WeightScheme], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored is the same, and the record says where torch finds them: of what a launch cannot, as if any range were odd here."""
+    weights, statistics = given()
+    method = Gptq(act_order=True, block_size=32)
+    with recorded() as kernels:
+        launched = method.quantize_stacked(weights, statistics, schemes)
+    assert set(kernels) == {"gptq_block"}
+    monkeypatch.setattr(gptq._StackedRanges, "odd", lambda self: self.fits is not None)
+    with recorded() as kernels:
+        by_torch = method.quantize_stacked(weights, statistics, schemes)
+    assert kernels["gptq_block, ranges"] == ["torch"]
+    for one, other in zip(launched, by_torch, strict=True):
+        mine, theirs = one.tensor.pack(), other.tensor.pack()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert one.notes == other.notes
+
+
+@pytest.mark.parametrize(
+    ("method", "size"), [(Gptq(mse=True), 16), (Gptq(block_size=32), 96), (Gptq(outlier_columns=1), 16)], ids=["search", "wide", "kept"]
+)
+def test_ranges_that_no_launch_finds_are_recorded(method: Gptq, size: int) -> None:
+    weights, statistics = given()
+    with recorded() as kernels:
+        method.quantize(weights[1], statistics, replace(G16, group_size=size))
+    assert kernels["gptq_block, ranges"] == ["torch"]
 
 
 def test_every_block_is_solved_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,8 @@ The interpreter multiplies no bfloat16 and finds no race; shapes are small, beca
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from quant.statistics import HessianSum
 from tests.quant import test_table_gemv as table_gemv
 from tests.quant.products_affine import check, inputs, stored
 from tests.quant.test_fake_quantize import ODD, agree
-from tests.quant.test_gptq_block import problem, rows_need_no_others
+from tests.quant.test_gptq_block import FOUND, problem, ranges_are_found, rows_need_no_others
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 pytestmark = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")
@@ -56,6 +58,16 @@ def test_block_equals_the_plain_loop(grid: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("grid", ["g_asym", "kivi"])
 def test_stacked_configurations_are_solved_as_apart(grid: str) -> None:
     rows_need_no_others(kernel("gptq_block", "triton").run.solve_block, grid, (8, 16, 4), columns=16, rows=(5, 6, 7))
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered")
+@pytest.mark.parametrize("grids", [FOUND[0], FOUND[2]], ids=lambda grids: grids[-1])
+def test_ranges_of_a_block_are_found_in_the_launch(grids: tuple[str, ...]) -> None:
+    def solve(block: Tensor, *given: Any) -> Any:
+        backend = "reference" if given[-1] is None else "triton"
+        return kernel("gptq_block", backend).run.solve_block(block, *given)
+
+    ranges_are_found(solve, grids, columns=8, smallest=2)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant.affine import Affine
 from quant.kernels import on_cuda
-from quant.kernels.gptq_block import KINDS, SolvedBlock
+from quant.kernels.gptq_block import KINDS, Fits, SolvedBlock
 
 ADDS_LOSS = True
 """`out.loss` is added to here."""
@@ -33,7 +33,7 @@ def refuses(block: Tensor) -> str | None:
 
 
 def solve_block(
-    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, lanes: int = 0
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, fits: Fits | None = None, lanes: int = 0
 ) -> SolvedBlock:
     """lanes: of a warp that share a row, 1, 2 or 4; 0 chooses by the number of rows."""
     reason = refuses(block)
@@ -41,14 +41,18 @@ def solve_block(
         raise ValueError(f"{reason}; kernel(..., block=block) chooses a backend that takes it")
     out = SolvedBlock.like(block) if out is None else out
     if block.numel():
-        values, kept = arguments(block, upper, affine, group, out)
+        values, kept = arguments(block, upper, affine, group, out, fits)
         on_cuda.call("gptq_block", "bitgrid_gptq_block", *values, lanes)
         del kept
     return out
 
 
-def arguments(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock) -> tuple[list[Tensor | int], array[int]]:
+def arguments(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock, fits: Fits | None = None
+) -> tuple[list[Tensor | int], array[int]]:
     """Of the C++ entry, but lanes; and the memory of `group`, to be kept until the call returns."""
+    if fits is not None:
+        fits.check(block, affine)
     w = block.contiguous()
     made = [out.codes, out.values, out.errors]
     if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape and t.device == w.device for t in made):
@@ -67,4 +71,5 @@ def arguments(block: Tensor, upper: Tensor, affine: Affine, group: list[int], ou
     kind = KINDS.get(affine.kind, 0)
     plain = kind == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
-    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops], rows
+    found = (0, 0) if fits is None else (fits.words, fits.odd)
+    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops, *found], rows

@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine
-from quant.kernels.gptq_block import SolvedBlock
+from quant.kernels.gptq_block import Fits, SolvedBlock, find_ranges
 
 
 def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def solve_block(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None) -> SolvedBlock:
+def solve_block(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, fits: Fits | None = None
+) -> SolvedBlock:
+    if fits is not None:
+        find_ranges(block, affine, group, fits)
     w = block.clone()
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors

@@ -9,13 +9,12 @@ from torch import Tensor
 
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
 from quant.kernels import native
+from quant.kernels.gptq_block import NUMBERS
 from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
 
 __all__ = ["encoded", "fitted", "rtn_pack", "unavailable"]
 
 unavailable = partial(native.unavailable, "rtn_pack")
-NUMBERS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax")
-"""Of the grids, as `quant/csrc/grids.h` counts them."""
 BROKEN, UNFIT, CLOSE = 1, 2, 4
 """What the library tells of a group."""
 

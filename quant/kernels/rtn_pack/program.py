@@ -9,74 +9,11 @@ multiply-adds, and divisions are rounded correctly or as if they were: results e
 import triton
 import triton.language as tl
 
-from quant.kernels.gptq_block.program import nearest_whole
+from quant.kernels.gptq_block.program import grid_of
 
 ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: sums with it have no bits for a fraction, and the last ones of their representation are the whole number."""
 ROUND_BITS = tl.constexpr(0x4B400000)
-
-
-@triton.jit
-def grid_of(low, high, top, steps, GRID: tl.constexpr, HALF: tl.constexpr):
-    """Least and greatest of groups ▸ scale, zero, and where float16 cannot hold them."""
-    if GRID == "g_asym":
-        a = tl.minimum(low, 0.0)
-        b = tl.maximum(high, 0.0)
-        empty = (a == 0.0) & (b == 0.0)
-        a = tl.where(empty, -1.0, a)
-        b = tl.where(empty, 1.0, b)
-    elif GRID == "g_sym":
-        most = tl.maximum(low * -1.0, high)
-        signed = (low < 0.0) | (most == 0.0)
-        b = tl.where(most == 0.0, 1.0, most)
-        a = tl.where(signed, b * -1.0, 0.0)
-    elif GRID == "q_sym" or GRID == "absmax":
-        b = tl.maximum(low * -1.0, high)
-        a = b * -1.0
-    elif GRID == "omni":
-        a = tl.where(low == high, tl.minimum(low, 0.0), low)
-        b = tl.where(low == high, tl.maximum(high, 0.0), high)
-    else:
-        a = low
-        b = high
-    if GRID == "q_sym":
-        step = tl.div_rn(b, steps)
-    elif GRID == "absmax":
-        step = tl.div_rn(tl.maximum(b, 1e-5), steps)
-    elif GRID == "awq_asym":
-        step = tl.div_rn(tl.maximum(b - a, 1e-5), steps)
-    elif GRID == "omni":
-        step = tl.minimum(tl.maximum(tl.div_rn(b - a, steps), 1e-5), 1e4)
-    elif GRID == "hqq":
-        flat = b - a <= 1e-4
-        one = tl.full(a.shape, 1.0, tl.float32)
-        inverse = tl.minimum(tl.div_rn(one, tl.where(flat, 1.0, b - a)) * steps, 2e4)
-        step = tl.div_rn(one, tl.where(flat, 1.0, inverse))
-    else:
-        step = tl.div_rn(b - a, steps)
-    scale = tl.where((a == 0.0) & (b == 0.0), 1.0, step)
-    if HALF:
-        scale = scale.to(tl.float16).to(tl.float32)
-    if GRID == "kivi":
-        zero = a
-    elif GRID == "hqq":
-        zero = tl.div_rn(a * -1.0, scale)
-    elif GRID == "omni":
-        zero = nearest_whole(tl.minimum(tl.maximum(tl.div_rn(a * -1.0, scale), -1e4), 1e4))
-    elif GRID == "g_asym" or GRID == "awq_asym":
-        zero = tl.minimum(tl.maximum(nearest_whole(tl.div_rn(a * -1.0, scale)), 0.0), top)
-    else:
-        zero = tl.full(a.shape, 0.0, tl.float32) + (top + 1.0) * 0.5
-    if HALF and (GRID == "kivi" or GRID == "hqq"):
-        zero = zero.to(tl.float16).to(tl.float32)
-    # 2^-24 (top + 1): `quant.grids.unfit_float16`.
-    right = (scale >= (top + 1.0) * 5.9604644775390625e-08) & (scale < float("inf"))
-    if GRID == "kivi":
-        right = right | ((scale == 0.0) & (low == high))
-        right = right & ((tl.abs(zero) <= 512.0 * scale) | (scale == 0.0)) & (tl.abs(zero) < float("inf"))
-    elif GRID == "hqq":
-        right = right & (tl.abs(zero) <= 512.0)
-    return scale, zero, right == 0
 
 
 @triton.jit
