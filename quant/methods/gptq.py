@@ -268,7 +268,7 @@ class _Ranges:
         within = method.block_size % self.width == 0 and not kept
         self.in_launch = in_launch and dynamic and within and not self.mse and w.dtype is torch.float32
         if dynamic and not self.in_launch:
-            ran("gptq_block, ranges", "torch")
+            ran("gptq_block_ranges", "torch")
         self.fitted: set[int] = set()
         self.scale, self.zero = (w.new_empty(len(self.members), self.rows) for _ in range(2))
         """`[G, N]`."""

@@ -145,16 +145,16 @@ def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 6
 
 
 def test_ranges_that_do_not_fit_are_refused() -> None:
-    w, upper, affine, group = problem(4, 32, "g_asym", 4, torch.float32)
-    run = kernel("gptq_block").run.solve_block
+    w, _, affine, _ = problem(4, 32, "g_asym", 4, torch.float32)
     for width, rows in ((12, 4), (16, 3)):
         with pytest.raises(ValueError, match="do not fit a block"):
-            run(w, upper, affine, group, None, Fits.of([Fit(rows, width)], w.device))
+            Fits.of([Fit(rows, width)], w.device).check(w, affine)
     fits = Fits.of([Fit(4, 16)], w.device)
-    with pytest.raises(ValueError, match="must be contiguous"):
-        run(w, upper, Affine(affine.scale.double(), affine.zero, 4, affine.kind), group, None, fits)
+    for views in ((affine.scale.double(), affine.zero), (affine.scale, affine.zero[:, ::2])):
+        with pytest.raises(ValueError, match="must be contiguous"):
+            fits.check(w, Affine(*views, 4, affine.kind))
     with pytest.raises(ValueError, match="float32 blocks"):
-        run(w.double(), upper.double(), affine, group, None, fits)
+        fits.check(w.double(), affine)
 
 
 @pytest.mark.parametrize("backend", ["reference", *TWINS])
