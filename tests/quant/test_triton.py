@@ -61,7 +61,7 @@ def test_stacked_configurations_are_solved_as_apart(grid: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered")
-@pytest.mark.parametrize("grids", [FOUND[0], FOUND[2]], ids=lambda grids: grids[-1])
+@pytest.mark.parametrize("grids", [("g_asym", "g_sym", "omni", "q_sym"), FOUND[2]], ids=lambda grids: grids[-1])
 def test_ranges_of_a_block_are_found_in_the_launch(grids: tuple[str, ...]) -> None:
     def solve(block: Tensor, *given: Any) -> Any:
         backend = "reference" if given[-1] is None else "triton"
