@@ -31,3 +31,5 @@ echo "installing $torch"
 "${pip[@]}" "$torch"
 echo "installing bitgrid and its dependencies"
 "${pip[@]}" --editable '.[dev]'
+echo "building the C++ libraries"
+"$venv/bin/python" scripts/build_libraries.py
