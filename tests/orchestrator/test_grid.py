@@ -155,7 +155,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return draw(st.permutations(lines))
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(line=command_lines())
 def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -> None:
     if any("${model.hub.id}2" in x for x in line):

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -176,22 +173,6 @@ def test_same_seed_same_bits_and_linears_differ() -> None:
     assert all(torch.equal(s, t) for s, t in zip(a.pack().values(), b.pack().values(), strict=True))
     assert not torch.equal(a.pack()["codes"], c.pack()["codes"])
     assert not torch.equal(a.pack()["codes"], d.pack()["codes"])
-
-
-FRESH = (
-    "import sys, torch; torch.set_num_threads(int(sys.argv[3])); from quant.tensors import unpack; d = torch.load(sys.argv[1]); "
-    "torch.save(unpack('incoherent', d['payload'], d['meta']).dequantize(), sys.argv[2])"
-)
-
-
-def test_values_are_bit_equal_in_a_fresh_process_with_other_threads(tmp_path: Path) -> None:
-    w, h = problem(96, 172, 1, torch.float32)
-    tensor = quantize_linear(w, method="quip", bits=3, hessian=h)
-    torch.save({"payload": tensor.pack(), "meta": tensor.meta()}, tmp_path / "t.pt")
-    root = Path(__file__).resolve().parents[2]
-    threads = "2" if torch.get_num_threads() == 1 else "1"
-    subprocess.run([sys.executable, "-c", FRESH, tmp_path / "t.pt", tmp_path / "w.pt", threads], check=True, cwd=root, timeout=120)
-    assert torch.equal(torch.load(tmp_path / "w.pt"), tensor.dequantize())
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(2, (7, 10)), (3, (16, 24)), (4, (1, 36))])

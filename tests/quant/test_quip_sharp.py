@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -122,20 +119,6 @@ def test_codes_of_another_shape_are_refused() -> None:
     t = stored(w, h, tune_iters=0)
     with pytest.raises(ValueError, match=r"codes of shapes \[\(4, 2\)\] do not belong to a weight of shape \(4, 24\)"):
         unpack("lattice", t.pack(), {"shape": [4, 24], "bits": 2})
-
-
-def test_values_are_bit_equal_in_a_fresh_process_with_other_threads(tmp_path: Path) -> None:
-    w, h = problem(60, 96, 1, torch.float32)
-    tensor = stored(w, h, 3, tune_iters=0)
-    torch.save({"payload": tensor.pack(), "meta": tensor.meta()}, tmp_path / "t.pt")
-    code = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[3])); from quant.tensors import unpack; d = torch.load(sys.argv[1]); "
-        "torch.save(unpack('lattice', d['payload'], d['meta']).dequantize(), sys.argv[2])"
-    )
-    threads = "2" if torch.get_num_threads() == 1 else "1"
-    command = [sys.executable, "-c", code, tmp_path / "t.pt", tmp_path / "w.pt", threads]
-    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[2], timeout=120)
-    assert torch.equal(torch.load(tmp_path / "w.pt"), tensor.dequantize())
 
 
 def test_same_seed_same_bits_and_linears_differ() -> None:
