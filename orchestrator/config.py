@@ -89,7 +89,7 @@ WORDS: dict[str, Words] = {
     "slim_llm": _BITS_PER_GROUP,
     "slim_llm_plus": _BITS_PER_GROUP,
     "learned_rounding": {"rule": ("autoround", "adaround")},
-    "zeroquant": {"stream": ("quantized", "original")},
+    "zeroquant": {"stream": ("original", "quantized")},
     "nf4": _BACKEND,
     "llm_int8": _BACKEND,
     "clip": _BOUNDS,

@@ -303,8 +303,8 @@ TUNERS = [
     LearnedRounding(iters=12, checks=4),
     LearnedRounding(iters=12, lr=0.7),
     LearnedRounding(rule="adaround", iters=12),
-    ZeroQuant(iters=6, lr=0.02, checks=3),
-    ZeroQuant(iters=3, lr=9.0, checks=3),
+    ZeroQuant(iters=6, lr=0.02, checks=3, stream="quantized"),
+    ZeroQuant(iters=3, lr=9.0, checks=3, stream="quantized"),
 ]
 
 

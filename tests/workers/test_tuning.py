@@ -176,32 +176,34 @@ def test_the_streams_are_those_of_the_two_models(family: str, tmp_path: Path) ->
     assert summary["peak_memory_bytes"] > 0
 
 
-def test_zeroquant_learns_from_the_unquantized_block_on_what_it_reads(tmp_path: Path) -> None:
-    """Reference: blocks of the rebuilt model with its run-time part, and the original's on the same inputs. Without distillation the
-    stage stores what RTN on the symmetric grid stores."""
+@pytest.mark.parametrize("stream", ["original", "quantized"])
+def test_zeroquant_learns_from_the_unquantized_block_on_what_it_reads(stream: str, tmp_path: Path) -> None:
+    """Reference: blocks of the rebuilt model with its run-time part, and the original's on the same inputs."""
     family = "llama_mha"
     ctx = tiny_context(family, tmp_path)
-    spec = quantize_spec("zeroquant", weight=W4G16, activation=A4, iters=3, lr=1e-3, checks=1)
+    spec = quantize_spec("zeroquant", weight=W4G16, activation=A4, iters=3, lr=1e-3, checks=1, stream=stream)
     artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
     student, teacher = rebuild(ctx, MODEL, artifact), original(family)
     attach_runtime(student, artifact, A4, None)
+    fed, other = (teacher, student) if stream == "original" else (student, teacher)
     found = []
 
     def compare(b: int, args: Any, kwargs: Any, out: Any) -> None:
-        taught = teacher.model.layers[b](*args, **kwargs)
-        found.append(float((first(out) - first(taught)).square().mean()))
+        found.append(float((first(out) - first(other.model.layers[b](*args, **kwargs))).square().mean()))
 
     def first(out: Any) -> Tensor:
         return out[0] if isinstance(out, tuple) else out
 
-    for b, block in enumerate(student.model.layers):
+    for b, block in enumerate(fed.model.layers):
         block.register_forward_hook(lambda _m, args, kwargs, out, b=b: compare(b, args, kwargs, out), with_kwargs=True)
     with torch.no_grad():
-        student(text_tokens(ctx), use_cache=False)
+        fed(text_tokens(ctx), use_cache=False)
     assert [e["loss"] for e in summary["tuning"]] == pytest.approx(found, rel=1e-3)
     assert all(e["loss"] < e["start"] for e in summary["tuning"])
 
-    stored = []
+
+def test_zeroquant_without_distillation_stores_what_rtn_stores_on_the_symmetric_grid(tmp_path: Path) -> None:
+    ctx, stored = tiny_context("llama_mha", tmp_path), []
     for name, params in (("zeroquant", {"iters": 0}), ("rtn", {"grid": "q_sym"})):
         artifact, _ = quantized(ctx, tmp_path / name, quantize_spec(name, weight=W4G16, **params), {})
         stored.append({p.name: load_file(p) for p in sorted((artifact / "payload").glob("tensors_*.safetensors"))})
