@@ -2,8 +2,9 @@
 own k-means centres; weights at its ends may be kept as they are; its error is fed into the columns after it.
 
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`. Every twin has
-`solve_block(block, upper, wanted, out) -> Found`. The block may be changed; `out` is written to. Twins for a CPU agree bit for bit. Twins
-for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal where torch multiplies by its inverse.
+`solve_block(block, upper, wanted, out) -> Found`. The block may be changed (the operator of torch leaves it as it is); `out` is written to.
+Twins for a CPU agree bit for bit. Twins for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal
+where torch multiplies by its inverse.
 """
 
 from __future__ import annotations
