@@ -135,6 +135,20 @@ constexpr int64_t sort_room() {
 }
 #endif
 
+// Ascending `values` at the beginning of `memory`, which has room for them and for sorting.
+template <typename T, int ITEMS>
+DEVICE const T* sort_column(const T* values, int n, unsigned char* memory) {
+    T* kept = reinterpret_cast<T*>(memory);
+    T keys[ITEMS];
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) keys[j] = j * THREADS + threadIdx.x < n ? values[j * THREADS + threadIdx.x] : T(INFINITY);
+    sort_block(keys, memory + THREADS * ITEMS * sizeof(T));
+#pragma unroll
+    for (int j = 0; j < ITEMS; j++) kept[threadIdx.x * ITEMS + j] = keys[j];
+    __syncthreads();
+    return kept;
+}
+
 // Centres of `values` into `out`, by all threads; `memory`: shared, `shared_bytes` of it. With ITEMS, the sorted values are left at its
 // beginning. Ends without a barrier.
 template <typename T, int ITEMS>
@@ -145,16 +159,8 @@ DEVICE void fit_column(const Problem<T>& p, const T* values, const T* ordered, d
     const T* x;
     double *wide, *table;
     if constexpr (ITEMS > 0) {
-        T* kept = reinterpret_cast<T*>(memory);
+        x = sort_column<T, ITEMS>(values, p.n, memory);
         wide = table = reinterpret_cast<double*>(memory + THREADS * ITEMS * sizeof(T));
-        T keys[ITEMS];
-#pragma unroll
-        for (int j = 0; j < ITEMS; j++) keys[j] = j * THREADS + threadIdx.x < p.n ? values[j * THREADS + threadIdx.x] : T(INFINITY);
-        sort_block(keys, wide);
-#pragma unroll
-        for (int j = 0; j < ITEMS; j++) kept[threadIdx.x * ITEMS + j] = keys[j];
-        __syncthreads();
-        x = kept;
     } else {
         x = ordered;
         wide = scratch;

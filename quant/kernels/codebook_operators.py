@@ -28,20 +28,22 @@ def _nearest_centre_shape(columns: Tensor, centres: Tensor) -> Tensor:
 
 
 def _claq_block(
-    block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "plus_plus", tails: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "plus_plus", tails: list[int] | None = None,
+    centres: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ends = None if tails is None else list(zip(tails[::2], tails[1::2], strict=True))
     given = block.clone(memory_format=torch.contiguous_format)
     out, run = claq_block.SolvedBlock.like(given), kernel("claq_block", device=block.device).run
-    found: claq_block.Found = run.solve_block(given, upper, claq_block.Wanted(widths, ends, dtype, start), out)
+    found: claq_block.Found = run.solve_block(given, upper, claq_block.Wanted(widths, ends, dtype, start, centres), out)
     kept = block.new_empty(0, dtype=torch.bool) if found.kept is None else found.kept
     wrong = block.new_zeros(2, dtype=torch.bool) if found.wrong is None else found.wrong
     return out.codes, out.values, out.errors, found.tables, kept, wrong
 
 
 def _claq_block_shapes(
-    block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "plus_plus", tails: list[int] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "plus_plus", tails: list[int] | None = None,
+    centres: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = [block.new_empty(block.shape) for _ in range(3)]
     tables = block.new_empty(len(block), 2 ** max(widths), dtype=dtype)
     kept = block.new_empty(0 if tails is None else block.shape, dtype=torch.bool)
@@ -55,7 +57,8 @@ define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_cent
 # tails: of each column how many weights are kept at the top, then at the bottom. The last of what is made says which of
 # `claq_block.REASONS` hold, on a GPU; on a CPU these raise.
 define(
-    'claq_block(Tensor block, Tensor upper, int[] widths, ScalarType dtype, str start="plus_plus", int[]? tails=None)'
+    'claq_block(Tensor block, Tensor upper, int[] widths, ScalarType dtype, str start="plus_plus", int[]? tails=None,'
+    " Tensor? centres=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _claq_block,
     _claq_block_shapes,

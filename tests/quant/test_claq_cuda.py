@@ -51,7 +51,10 @@ def is_right(x: Tensor, upper: Tensor, wanted: Wanted, made: tuple[SolvedBlock, 
         assert bool((table[k:] == 0).all())
         table, size = table[:k], float(column.abs().max())
         far = (2.0**-22 + ROUNDING[wanted.dtype]) * size
-        number_far += bool(((table - batched.kmeans(column[None], k, wanted.start)[0]).abs() > far).any())
+        if wanted.centres is None:
+            number_far += bool(((table - batched.kmeans(column[None], k, wanted.start)[0]).abs() > far).any())
+        else:
+            assert torch.equal(table, wanted.centres[j, :k].to(wanted.dtype).float())
         codes = batched.nearest(column[None], table[None])[0].long()
         assert torch.equal(out.codes[j], codes.float())
         values, mask = table[codes], torch.zeros(len(column), dtype=torch.bool)
@@ -84,6 +87,14 @@ def test_blocks(host: Any, start: str, shape: str, n: int, widths: list[int], fr
     x, upper = columns(shape, n, seed=n, count=len(widths)), factor(len(widths))
     ends = None if fraction is None else [tails(n, fraction)] * len(widths)
     wanted = Wanted(widths, ends, stored, start)
+    is_right(x, upper, wanted, solved(host, x, upper, wanted))
+
+
+@pytest.mark.parametrize("fraction", [None, 0.014])
+def test_centres_that_are_given(host: Any, fraction: float | None) -> None:
+    x, upper, widths = columns("heavy", 513, count=3), factor(3), [2, 4, 3]
+    centres = columns("normal", 16, 1, 3).sort(1).values
+    wanted = Wanted(widths, fraction and [tails(513, fraction)] * 3, torch.float16, "partition", centres)
     is_right(x, upper, wanted, solved(host, x, upper, wanted))
 
 
@@ -141,19 +152,21 @@ def test_nothing_is_spilled(tmp_path: Path) -> None:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [*STARTS, "given"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
 def test_on_a_gpu(start: str, stored: torch.dtype) -> None:
     """Blocks of 128 columns with mixed widths and kept weights; without the host between columns."""
     run = kernel("claq_block", "cuda", "cuda").run
     for n in (300, 4096, 11008):
         x, upper = columns("normal", n, count=128), factor(128) * 0.1 + 0.9 * torch.eye(128)
-        wanted = Wanted([2, 4] * 64, [tails(n, 0.004)] * 128, stored, start)
-        solved(run, x.cuda(), upper.cuda(), wanted)  # what is kept from call to call
+        centres = columns("normal", 16, 1, 128).sort(1).values if start == "given" else None
+        plan = [2, 4] * 64, [tails(n, 0.004)] * 128, stored, "partition" if start == "given" else start
+        wanted, given = Wanted(*plan, centres), Wanted(*plan, None if centres is None else centres.cuda())
+        solved(run, x.cuda(), upper.cuda(), given)  # what is kept from call to call
         there, factor_there, out = x.cuda(), upper.cuda(), SolvedBlock.like(x.cuda())
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = run.solve_block(there, factor_there, wanted, out)
+            found = run.solve_block(there, factor_there, given, out)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert found.kept is not None

@@ -30,7 +30,7 @@ def _gptq_block() -> Any:
 
 def _claq_block() -> Any:
     yield torch.randn(40, 3).T, torch.eye(5)[:3, :3], [2, 1, 3], HALF
-    yield torch.randn(3, 40), torch.eye(3), [2, 1, 2], torch.float32, "partition", [2, 1, 1, 0, 2, 1]
+    yield torch.randn(3, 40), torch.eye(3), [2, 1, 2], torch.float32, "partition", [2, 1, 1, 0, 2, 1], torch.randn(3, 4).sort(1).values
 
 
 def _int8_linear() -> Any:
