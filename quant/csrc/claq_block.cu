@@ -112,7 +112,7 @@ DEVICE void round_column(const Block& b, const Wanted& wanted, int j, const floa
     }
 }
 
-template <int ITEMS>
+template <int ITEMS, bool GIVEN>
 GLOBAL void BOUNDS(THREADS, 1)
 column(const __grid_constant__ Block b, const __grid_constant__ Wanted wanted, const __grid_constant__ Problem<float> p, int j) {
     DYNAMIC_SHARED(memory);
@@ -124,7 +124,7 @@ column(const __grid_constant__ Block b, const __grid_constant__ Wanted wanted, c
         for (int r = threadIdx.x; r < b.n; r += THREADS) x[r] = less(x[r], b.errors[int64_t(j - 1) * b.n + r], u);
         __syncthreads();
     }
-    if (b.given == nullptr) {
+    if constexpr (!GIVEN) {
         fit_column<float, ITEMS>(p, p.columns, nullptr, nullptr, p.centres, s, memory);
     } else {
         for (int c = threadIdx.x; c < p.k; c += THREADS) p.centres[c] = b.given[int64_t(j) * b.most + c];
@@ -133,18 +133,26 @@ column(const __grid_constant__ Block b, const __grid_constant__ Wanted wanted, c
     round_column(b, wanted, again(j), reinterpret_cast<const float*>(memory), reinterpret_cast<float*>(s.list));
 }
 
-template <int ITEMS>
+template <int ITEMS, bool GIVEN>
 int solve(const Block& b, const Wanted* plan, int64_t stream) {
     for (int j = 0; j < b.columns; j++) {
         const int rows = (b.n + THREADS - 1) / THREADS, later = j ? b.columns - j - 1 : 0, trials = 2 + int(std::log(double(plan[j].k)));
-        const int bins = int(b.given ? plan[j].k : plan[j].bins);  // where nothing is fitted, no table of costs takes room
+        const int bins = int(GIVEN ? plan[j].k : plan[j].bins);  // where nothing is fitted, no table of costs takes room
         const Problem<float> p{b.block + int64_t(j) * b.n, nullptr, plan[j].draws, nullptr, b.tables + int64_t(j) * b.most, 0,
                                b.n, int(plan[j].k), bins, b.steps, trials};
         const dim3 blocks(unsigned(1 + rows * ((later + WIDE - 1) / WIDE)));
-        const int failed = LAUNCH(column<ITEMS>, blocks, THREADS, (shared_bytes<float, ITEMS>(p)), stream, b, plan[j], p, j);
+        const int failed = LAUNCH((column<ITEMS, GIVEN>), blocks, THREADS, (shared_bytes<float, ITEMS>(p)), stream, b, plan[j], p, j);
         if (failed) return failed;
     }
     return 0;
+}
+
+template <bool GIVEN>
+int solve(const Block& b, const Wanted* plan, int64_t stream) {
+    // Odd counts: threads that read neighbouring runs of shared memory do not meet in its banks.
+    if (b.n <= 9 * THREADS) return solve<9, GIVEN>(b, plan, stream);
+    if (b.n <= 17 * THREADS) return solve<17, GIVEN>(b, plan, stream);
+    return solve<23, GIVEN>(b, plan, stream);
 }
 
 }  // namespace
@@ -155,8 +163,5 @@ extern "C" int bitgrid_claq_block(float* block, const float* upper, int64_t stri
     const Block b{block, upper, given, codes, values, errors, tables, kept, wrong, stride, int(columns), int(n), int(most), int(steps),
                   int(type)};
     const Wanted* const wanted = reinterpret_cast<const Wanted*>(plan);
-    // Odd counts: threads that read neighbouring runs of shared memory do not meet in its banks.
-    if (n <= 9 * THREADS) return solve<9>(b, wanted, stream);
-    if (n <= 17 * THREADS) return solve<17>(b, wanted, stream);
-    return solve<23>(b, wanted, stream);
+    return given == nullptr ? solve<false>(b, wanted, stream) : solve<true>(b, wanted, stream);
 }

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import kernel, on_cuda
+from quant.kernels import kernel, on_cuda, recorded
 from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
@@ -144,10 +144,29 @@ def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.Monk
     assert launches[0][3] == 4 * 512 * 9 + 8 * 4097
 
 
+def test_a_device_with_less_shared_memory_hands_over_what_finds_no_room(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(on_cuda, "call", lambda *given: launches.append(asked(*given)[3]))
+    for kilobytes, shorter in ((99, True), (163, False), (227, False)):
+        monkeypatch.setattr(on_cuda, "shared_memory", lambda device, k=kilobytes: 1024 * k)
+        for n, start, centres, fits in (
+            (4096, "plus_plus", None, True),
+            (4096, "partition", None, not shorter),
+            (4096, "partition", torch.zeros(2, 16), True),
+            (9000, "plus_plus", None, not shorter),
+        ):
+            launches.clear()
+            with recorded() as found:
+                solved(host, torch.zeros(2, n), torch.eye(2), Wanted([4] * 2, None, torch.float16, start, centres))
+            assert (found.get("claq_block"), bool(launches)) == (None if fits else ["torch"], fits)
+            assert all(shared + kmeans_cuda.STATIC <= 1024 * kilobytes for shared in launches)
+
+
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 30 s")
-def test_nothing_is_spilled(tmp_path: Path) -> None:
-    found = compiled("claq_block", "90a", tmp_path)
-    assert len(found) == 3
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_nothing_is_spilled(architecture: str, tmp_path: Path) -> None:
+    found = compiled("claq_block", architecture, tmp_path)
+    assert len(found) == 6
     assert set(found.values()) == {(0, 0, 0)}
 
 

@@ -69,8 +69,8 @@ def planned(block: Tensor, wanted: Wanted, out: SolvedBlock, numbers: Callable[[
     if wanted.centres is not None:
         shape, there = (len(block), 2 ** max(wanted.widths)), wanted.centres
         if there.shape != shape or there.dtype != block.dtype or there.device != block.device or not there.is_contiguous():
-            got = (tuple(there.shape), there.dtype, there.device, there.stride())
-            raise ValueError(f"centres are {got}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
+            given = (tuple(there.shape), there.dtype, there.device, there.stride())
+            raise ValueError(f"centres are {given}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
     fits = wanted.start == "plus_plus" and wanted.centres is None
     draws = {w: numbers(2**w).data_ptr() if fits else 0 for w in set(wanted.widths)}
     ends = wanted.tails or [(0, 0)] * len(block)
