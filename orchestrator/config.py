@@ -83,7 +83,12 @@ _BACKEND: Words = {"backend": ("native", "bitsandbytes")}
 _BOUNDS: Words = {"kind": ("none", "symmetric", "asymmetric", "learned")}
 WORDS: dict[str, Words] = {
     "gptq": {"outlier_metric": ("owq", "quik")},
-    "claq": {"score": ("magnitude", "hessian"), "variant": ("reference", "corrected"), "kmeans_start": ("plus_plus", "partition")},
+    "claq": {
+        "score": ("magnitude", "hessian"),
+        "variant": ("reference", "corrected"),
+        "kmeans_start": ("plus_plus", "partition"),
+        "codebooks": ("in_loop", "batched"),
+    },
     "billm": {"variant": ("reference", "paper", "joint"), "metric": ("hessian", "magnitude")},
     "pb_llm": {"variant": ("reference", "corrected"), "metric": ("magnitude", "hessian")},
     "slim_llm": _BITS_PER_GROUP,

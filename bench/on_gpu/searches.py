@@ -1,4 +1,5 @@
-"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, and a block's salient columns and threshold."""
+"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, plain and weighed, CLAQ's blocks and linears, and a block's salient columns
+and threshold."""
 
 from __future__ import annotations
 
@@ -13,32 +14,40 @@ from quant.kernels.claq_block import SolvedBlock, Wanted
 from quant.methods.billm import Billm
 from quant.methods.billm import _reference as billm_masks
 from quant.methods.binary_search import reference_quantiles
+from quant.methods.claq import Claq
+from quant.scheme import WeightScheme
+from quant.statistics import Statistics
 
 
 def searches(b: Bench) -> Iterator[Row]:
     name = "auto" if b.dry else "cuda"
     run, twin = (kernel("kmeans_columns", backend, b.device).run for backend in (name, "torch"))
-    for count, n, start, goal in (
-        (4096, 4096, "plus_plus", Goal(1e4)),
-        (4096, 4096, "partition", Goal(1e4)),
-        (128, 4096, "plus_plus", None),
-        (1, 4096, "plus_plus", Goal(40.0)),
-        (1, 4096, "partition", Goal(40.0)),
-        (1, 11008, "plus_plus", Goal(40.0)),
-        (1, 11008, "partition", Goal(40.0)),
+    for count, n, start, weighed, goal in (
+        (4096, 4096, "plus_plus", False, Goal(1e4)),
+        (4096, 4096, "partition", False, Goal(1e4)),
+        (4096, 4096, "plus_plus", True, None),
+        (4096, 4096, "partition", True, None),
+        (128, 4096, "plus_plus", False, None),
+        (128, 11008, "partition", True, None),  # in device memory
+        (1, 4096, "plus_plus", False, Goal(40.0)),
+        (1, 4096, "partition", False, Goal(40.0)),
+        (1, 11008, "plus_plus", False, Goal(40.0)),
+        (1, 11008, "partition", False, Goal(40.0)),
     ):
         x = b.random(b.size(count, 2), b.size(n, 100))
-        fitted = run.kmeans(x, 16, start)
+        w = b.random(x.shape[1]).double().exp() if weighed else None
+        fitted = run.kmeans(x, 16, start, w)
         # By what sums of squares are larger than those of the other twin, of some columns.
         some = slice(0, 8)
-        errors = [_squares(x[some], c) for c in (fitted[some], twin.kmeans(x[some], 16, start))]
-        took = b.time(lambda i: run.kmeans(x, 16, start))  # noqa: B023
+        errors = [_squares(x[some], c, w) for c in (fitted[some], twin.kmeans(x[some], 16, start, w))]
+        took = b.time(lambda i: run.kmeans(x, 16, start, w))  # noqa: B023
         peers = dict(
-            torch=b.once(lambda: twin.kmeans(x, 16, start)) if count < 4096 else None,  # noqa: B023
+            torch=b.once(lambda: twin.kmeans(x, 16, start, w)) if count < 4096 else None,  # noqa: B023
             codes=b.time(lambda i: run.nearest(x, fitted)),  # noqa: B023
         )
         worse = float((errors[0] / errors[1]).max()) - 1
-        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {start}", worse, 1e-6, took, known(**peers), x.nbytes, goal)
+        kind = f"{start}, weighed" if weighed else start
+        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {kind}", worse, 1e-6, took, known(**peers), x.nbytes, goal)
     block, loop = (kernel("claq_block", backend, b.device).run for backend in (name, "torch"))
     for n, bits in ((4096, 2), (4096, 4), (11008, 2)) if not b.dry else ((40, 2),):
         x = b.random(b.size(128, 5), n)
@@ -52,6 +61,7 @@ def searches(b: Bench) -> Iterator[Row]:
         peers = known(torch=b.once(lambda: loop.solve_block(x.clone(), upper, wanted, out)))  # noqa: B023
         # A tie of sums that went the other way changes a column by a few percent, one of 128.
         yield Row(f"claq_block, a block of {len(x)} columns of {n}, {bits} bits", abs(errors[1] / errors[0] - 1), 1e-3, took, peers)
+    yield from _linears(b)
     search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
     counts = range(1, 50)
     for n in (4096, 11008) if not b.dry else (40,):
@@ -73,5 +83,26 @@ def searches(b: Bench) -> Iterator[Row]:
         yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), x.nbytes, goal)
 
 
-def _squares(x: Tensor, centres: Tensor) -> Tensor:
-    return (x.double()[:, :, None] - centres.double()[:, None, :]).square().amin(2).sum(1)
+def _linears(b: Bench) -> Iterator[Row]:
+    """CLAQ of a linear with all codebooks from the weight as given, beside the published order, which fits in the loop."""
+    n, k = b.size(4096, 40), b.size(4096, 24)
+    weight, x = b.random(n, k), b.random(2 * k, k)
+    hessian = x.T @ x
+    for bits in (2, 4):
+        scheme, batched, in_loop = WeightScheme(bits), Claq(codebooks="batched"), Claq()
+        # Where nothing is fed back both fit the same columns; a tie of sums that went the other way changes one of them by a few percent.
+        diagonal = Statistics(hessian=torch.diag(hessian.diagonal()))
+        left = [float((m.quantize(weight, diagonal, scheme).tensor.dequantize() - weight).square().sum()) for m in (batched, in_loop)]
+        full = Statistics(hessian=hessian)
+        took = b.once(lambda: batched.quantize(weight, full, scheme))  # noqa: B023
+        peers = known(
+            in_loop=b.once(lambda: in_loop.quantize(weight, full, scheme)),  # noqa: B023
+            codebooks_alone=b.once(lambda: kernel("kmeans_columns", device=b.device).run.kmeans(weight.T, 2**bits, "plus_plus")),  # noqa: B023
+        )
+        name = f"CLAQ of a linear of {n} x {k}, {bits} bits, batched codebooks (not the published order), Hessian's factor included"
+        yield Row(name, abs(left[0] / left[1] - 1), 1e-3, took, peers, launches=0)
+
+
+def _squares(x: Tensor, centres: Tensor, weights: Tensor | None) -> Tensor:
+    squares = (x.double()[:, :, None] - centres.double()[:, None, :]).square().amin(2)
+    return (squares if weights is None else weights * squares).sum(1)

@@ -3,7 +3,8 @@
 //
 // Plain C ABI. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride between
 // rows; block is changed: it ends as the columns that were rounded. plan is [B] of `Wanted`. type: see `Stored`. tables [B, most] hold
-// numbers of the stored type, 0 beyond a column's centres; kept may be null where no plan reserves. Values are finite, N > 0.
+// numbers of the stored type, 0 beyond a column's centres; kept may be null where no plan reserves. given [B, most], or null: centres to
+// round to in place of a column's own. Values are finite, N > 0.
 //
 // Returns 0; 1 where a table, 2 where a reserved weight does not fit the stored type: then nothing after that column is done.
 
@@ -99,7 +100,7 @@ bool reserve(const T* x, const double* sorted, int64_t n, const Wanted& wanted, 
 
 template <typename T>
 int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int64_t columns, int64_t n, int64_t steps, int64_t type,
-              int64_t most, T* codes, T* values, T* errors, T* tables, uint8_t* kept) {
+              int64_t most, const T* given, T* codes, T* values, T* errors, T* tables, uint8_t* kept) {
     static thread_local Workspace w;  // kept from call to call
     static thread_local std::vector<uint8_t> named;
     std::vector<T> centres(most);
@@ -110,7 +111,13 @@ int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int6
         const Wanted& wanted = plan[j];
         const T diagonal = upper[j * stride + j];
         fed_back(x, errors, upper + j, stride, n, j);
-        one_column(x, nullptr, n, wanted.k, wanted.bins, steps, wanted.draws, centres.data(), w);
+        if (given) {
+            std::copy(given + j * most, given + j * most + wanted.k, centres.begin());
+            w.x.resize(n);
+            if (wanted.top) sorted(x, n, w);
+        } else {
+            one_column(x, nullptr, n, wanted.k, wanted.bins, steps, wanted.draws, centres.data(), w);
+        }
         for (int64_t c = 0; c < wanted.k; c++) table[c] = stored(centres[c], type);
         if (type != FLOAT32 && !fits(centres.data(), table, wanted.k)) return 1;
         nearest_of(x, n, table, wanted.k, named.data());
@@ -124,9 +131,10 @@ int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int6
 
 #define ENTRY(NAME, T)                                                                                                                   \
     extern "C" void NAME(T* block, const T* upper, int64_t stride, const int64_t* plan, int64_t columns, int64_t rows, int64_t steps,    \
-                         int64_t type, int64_t most, T* codes, T* values, T* errors, T* tables, uint8_t* kept, int64_t* wrong) {         \
-        *wrong = solve(block, upper, stride, reinterpret_cast<const Wanted*>(plan), columns, rows, steps, type, most, codes, values,     \
-                       errors, tables, kept);                                                                                            \
+                         int64_t type, int64_t most, const T* given, T* codes, T* values, T* errors, T* tables, uint8_t* kept,           \
+                         int64_t* wrong) {                                                                                               \
+        *wrong = solve(block, upper, stride, reinterpret_cast<const Wanted*>(plan), columns, rows, steps, type, most, given, codes,      \
+                       values, errors, tables, kept);                                                                                    \
     }
 
 ENTRY(bitgrid_claq_block_f32, float)

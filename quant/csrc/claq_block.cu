@@ -8,8 +8,8 @@
 //
 // Plain C ABI; returns a cudaError_t. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B],
 // with a stride between rows; block is changed. plan is [B] of `Wanted`, on the host, but draws are on the device. tables [B, most] hold
-// numbers of the stored type; kept may be null where no plan reserves; wrong is bool [2], set where a table and where a reserved weight
-// does not fit the type. 0 < N <= THREADS * 23.
+// numbers of the stored type; kept may be null where no plan reserves; given [B, most], or null: centres to round to in place of a column's
+// own; wrong is bool [2], set where a table and where a reserved weight does not fit the type. 0 < N <= THREADS * 23.
 
 #include "claq_block.h"
 #include "kmeans_fit.h"
@@ -20,7 +20,7 @@ constexpr int WIDE = 16;  // columns that a block of threads takes an error off
 
 struct Block {
     float* block;
-    const float* upper;
+    const float *upper, *given;
     float *codes, *values, *errors, *tables;
     uint8_t *kept, *wrong;
     int64_t stride;
@@ -112,7 +112,7 @@ DEVICE void round_column(const Block& b, const Wanted& wanted, int j, const floa
     }
 }
 
-template <int ITEMS>
+template <int ITEMS, bool GIVEN>
 GLOBAL void BOUNDS(THREADS, 1)
 column(const __grid_constant__ Block b, const __grid_constant__ Wanted wanted, const __grid_constant__ Problem<float> p, int j) {
     DYNAMIC_SHARED(memory);
@@ -124,32 +124,44 @@ column(const __grid_constant__ Block b, const __grid_constant__ Wanted wanted, c
         for (int r = threadIdx.x; r < b.n; r += THREADS) x[r] = less(x[r], b.errors[int64_t(j - 1) * b.n + r], u);
         __syncthreads();
     }
-    fit_column<float, ITEMS>(p, p.columns, nullptr, nullptr, p.centres, s, memory);
+    if constexpr (!GIVEN) {
+        fit_column<float, ITEMS>(p, p.columns, nullptr, nullptr, p.centres, s, memory);
+    } else {
+        for (int c = threadIdx.x; c < p.k; c += THREADS) p.centres[c] = b.given[int64_t(j) * b.most + c];
+        if (wanted.top) sort_column<float, ITEMS>(p.columns, p.n, memory);
+    }
     round_column(b, wanted, again(j), reinterpret_cast<const float*>(memory), reinterpret_cast<float*>(s.list));
 }
 
-template <int ITEMS>
+template <int ITEMS, bool GIVEN>
 int solve(const Block& b, const Wanted* plan, int64_t stream) {
     for (int j = 0; j < b.columns; j++) {
         const int rows = (b.n + THREADS - 1) / THREADS, later = j ? b.columns - j - 1 : 0, trials = 2 + int(std::log(double(plan[j].k)));
+        const int bins = int(GIVEN ? plan[j].k : plan[j].bins);  // where nothing is fitted, no table of costs takes room
         const Problem<float> p{b.block + int64_t(j) * b.n, nullptr, plan[j].draws, nullptr, b.tables + int64_t(j) * b.most, 0,
-                               b.n, int(plan[j].k), int(plan[j].bins), b.steps, trials};
+                               b.n, int(plan[j].k), bins, b.steps, trials};
         const dim3 blocks(unsigned(1 + rows * ((later + WIDE - 1) / WIDE)));
-        const int failed = LAUNCH(column<ITEMS>, blocks, THREADS, (shared_bytes<float, ITEMS>(p)), stream, b, plan[j], p, j);
+        const int failed = LAUNCH((column<ITEMS, GIVEN>), blocks, THREADS, (shared_bytes<float, ITEMS>(p)), stream, b, plan[j], p, j);
         if (failed) return failed;
     }
     return 0;
 }
 
+template <bool GIVEN>
+int solve(const Block& b, const Wanted* plan, int64_t stream) {
+    // Odd counts: threads that read neighbouring runs of shared memory do not meet in its banks.
+    if (b.n <= 9 * THREADS) return solve<9, GIVEN>(b, plan, stream);
+    if (b.n <= 17 * THREADS) return solve<17, GIVEN>(b, plan, stream);
+    return solve<23, GIVEN>(b, plan, stream);
+}
+
 }  // namespace
 
 extern "C" int bitgrid_claq_block(float* block, const float* upper, int64_t stride, const int64_t* plan, int64_t columns, int64_t n,
-                                  int64_t steps, int64_t type, int64_t most, float* codes, float* values, float* errors, float* tables,
-                                  uint8_t* kept, uint8_t* wrong, int64_t stream) {
-    const Block b{block, upper, codes, values, errors, tables, kept, wrong, stride, int(columns), int(n), int(most), int(steps), int(type)};
+                                  int64_t steps, int64_t type, int64_t most, const float* given, float* codes, float* values, float* errors,
+                                  float* tables, uint8_t* kept, uint8_t* wrong, int64_t stream) {
+    const Block b{block, upper, given, codes, values, errors, tables, kept, wrong, stride, int(columns), int(n), int(most), int(steps),
+                  int(type)};
     const Wanted* const wanted = reinterpret_cast<const Wanted*>(plan);
-    // Odd counts: threads that read neighbouring runs of shared memory do not meet in its banks.
-    if (n <= 9 * THREADS) return solve<9>(b, wanted, stream);
-    if (n <= 17 * THREADS) return solve<17>(b, wanted, stream);
-    return solve<23>(b, wanted, stream);
+    return given == nullptr ? solve<false>(b, wanted, stream) : solve<true>(b, wanted, stream);
 }

@@ -21,6 +21,8 @@ struct Problem {
     T* centres;
     int64_t stride;
     int n, k, bins, steps, trials;
+    const double *weights = nullptr, *ordered_weights = nullptr;  // of the values, as in `columns` and as in `ordered`; null: all are 1
+    int64_t apart = 0;                                            // numbers from a column's weights to the next one's
 };
 
 struct Small {
@@ -29,7 +31,7 @@ struct Small {
     int at[MOST + 1], cuts[MOST + 1], where[TRIALS], place[TRIALS];
     uint8_t from[TABLE_CENTRES][SIDE];
 };
-static_assert(sizeof(Small) <= MOST_STATIC);
+static_assert(sizeof(Small) <= 20 * 1024 && sizeof(Small) <= MOST_STATIC);  // as quant/kernels/kmeans_columns/cuda.py reckons
 
 // The greatest value of the type that is not above: x <= limit says the same of both for every x of the type.
 template <typename T>
@@ -67,26 +69,48 @@ DEVICE double scan(double mine, double* totals, double& end, double& all) {
 }
 
 // A column at work. `x`: its sorted values; each thread has `per` neighbours of them.
-template <typename T>
+template <typename T, bool WEIGHED>
 struct Column {
     const T* x;
     double* wide;  // [n + 1]
     double* table;
     Small& s;
     int n, per, first;  // first: stride of the first probes
+    double* mass;       // [n + 1], of weights: sums of the first ones; null where all are 1
 
-    // wide[i + 1]: sum of the first i + 1 numbers f(i). Returns the whole sum.
+    // What values [a, b) weigh.
+    DEVICE double count(int a, int b) const {
+        if constexpr (WEIGHED) return mass[b] - mass[a];
+        return double(b - a);
+    }
+    DEVICE double weighed(int i, double v) const {
+        if constexpr (WEIGHED) return count(i, i + 1) * v;
+        return v;
+    }
+    // Sums of threads are rounded: what weighs no more than this may weigh nothing.
+    DEVICE double nothing() const {
+        if constexpr (WEIGHED) return mass[n] / double(int64_t(1) << 44);
+        return 0;
+    }
+
+    // to[i + 1]: sum of the first i + 1 numbers f(i). Returns the whole sum.
     template <class F>
-    DEVICE double prefix(const F& f) {
-        const int from = threadIdx.x * per, to = min(n, from + per);
-        double mine = 0, end, all;
-        for (int i = from; i < to; i++) mine += f(i);
-        double running = scan(mine, s.totals, end, all);
-        if (threadIdx.x == 0) wide[0] = 0;
-        for (int i = from; i < to; i++) wide[i + 1] = running += f(i);
+    DEVICE double prefix(double* to, const F& f) {
+        const int from = threadIdx.x * per, end = min(n, from + per);
+        double mine = 0, upto, all;
+        for (int i = from; i < end; i++) mine += f(i);
+        double running = scan(mine, s.totals, upto, all);
+        if (threadIdx.x == 0) to[0] = 0;
+        for (int i = from; i < end; i++) to[i + 1] = running += f(i);
         __syncthreads();
         return all;
     }
+
+    // Of values and weights, into `wide`.
+    DEVICE double sums() {
+        return prefix(wide, [&](int i) { return weighed(i, double(x[i])); });
+    }
+    DEVICE double square(int i) const { return weighed(i, double(x[i]) * double(x[i])); }
 
     template <class F>
     DEVICE double total(const F& f) {
@@ -169,11 +193,12 @@ struct Column {
     DEVICE void best_runs(int bins, int k) {
         const int side = bins + 1, group = threadIdx.x / 4, part = threadIdx.x % 4;
         const auto cost = [&](int a, int b) -> double& { return table[a * side - a * (a - 1) / 2 + b - a]; };
+        const double none = nothing();
         for (int i = threadIdx.x; i < side * side; i += THREADS) {
             const int a = i / side, b = i % side;
             if (a > b) continue;
             const double sum = s.sum[b] - s.sum[a], square = s.square[b] - s.square[a], count = s.count[b] - s.count[a];
-            cost(a, b) = square - sum * sum / (count < 1 ? 1.0 : count);
+            cost(a, b) = square - sum * sum / (count > none ? count : 1.0);
         }
         __syncthreads();
         for (int b = threadIdx.x; b < side; b += THREADS) {
@@ -215,11 +240,11 @@ struct Column {
         __syncthreads();
     }
 
-    // Of cluster c of s.cuts; a cluster without members keeps its centre.
+    // Of cluster c of s.cuts; a cluster that weighs nothing keeps its centre.
     DEVICE double mean_of(int c, double centre) const {
         const int a = s.cuts[c], b = s.cuts[c + 1];
-        if (b <= a) return centre;
-        return fmin(fmax((wide[b] - wide[a]) / double(b - a), double(x[a])), double(x[b - 1]));
+        if (b <= a || (WEIGHED && !(count(a, b) > nothing()))) return centre;
+        return fmin(fmax((wide[b] - wide[a]) / count(a, b), double(x[a])), double(x[b - 1]));
     }
 
     // Ascending centres: `wide` is left with prefix sums.
@@ -227,16 +252,16 @@ struct Column {
         candidates(p.bins);
         const bool searched = p.bins > p.k;
         if (searched) {
-            prefix([&](int i) { return double(x[i]) * double(x[i]); });
+            prefix(wide, [&](int i) { return square(i); });
             for (int b = threadIdx.x; b <= p.bins; b += THREADS) s.square[b] = wide[s.at[b]];
             __syncthreads();
         }
-        prefix([&](int i) { return double(x[i]); });
+        sums();
         if (searched) {
-            for (int b = threadIdx.x; b <= p.bins; b += THREADS) s.sum[b] = wide[s.at[b]], s.count[b] = s.at[b];
+            for (int b = threadIdx.x; b <= p.bins; b += THREADS) s.sum[b] = wide[s.at[b]], s.count[b] = count(0, s.at[b]);
             __syncthreads();
             best_runs(p.bins, p.k);
-            prefix([&](int i) { return double(x[i]); });
+            sums();
         } else {
             for (int c = threadIdx.x; c <= p.k; c += THREADS) s.cuts[c] = s.at[c];
             __syncthreads();

@@ -18,8 +18,8 @@ namespace fragments {
 constexpr int ROWS = 16, COLUMNS = 128, SLICES = 4, WARPS = 8, LANES = 32, MOST = 8;
 // MOST: columns of a product. SLICES: of 32 columns in a step, the fewest that share a scale.
 
-// Stages of the ring: about 6 kB a warp.
-BOTH constexpr int depth(int bits) { return bits == 2 ? 12 : bits == 3 ? 8 : bits == 4 ? 6 : 4; }
+// Stages of the ring: about 6 kB a warp, and with four scales a step no more than leaves room for x on devices with 99 kB.
+BOTH constexpr int depth(int bits, int flushes) { return bits == 2 ? (flushes == 4 ? 10 : 12) : bits == 3 ? 8 : bits == 4 ? 6 : 4; }
 BOTH constexpr int code_bytes(int bits) { return 256 * bits; }  // of a step
 
 struct Call {
@@ -67,10 +67,17 @@ inline int flushes_of(const Call& c) {
     return c.groups == 1 || width % 128 == 0 ? 1 : width % 64 == 0 ? 2 : 4;
 }
 
+// The least that `arranged` asks for, for all columns of a product and float32 ranges, is what any device from 8.0 on gives a block.
+constexpr bool fits_anywhere(int bits, int flushes) {
+    const int slot = code_bytes(bits) + flushes * 8 * 16;
+    return WARPS * depth(bits, flushes) * slot + MOST * (WARPS * 2 * COLUMNS + 64) + WARPS * flushes * MOST * 4 <= 99 * 1024;
+}
+static_assert(fits_anywhere(2, 2) && fits_anywhere(2, 4) && fits_anywhere(3, 4) && fits_anywhere(4, 4) && fits_anywhere(8, 4));
+
 // Divides shared memory: returns the bytes of all, of which `most` are to be had; the panel is as large as there is room for.
 inline int arranged(Call& c, int bits, int flushes, int most) {
     c.slot = code_bytes(bits) + flushes * c.pieces() * 16;
-    const int ring = WARPS * depth(bits) * c.slot, columns = c.columns_of(c.together);
+    const int ring = WARPS * depth(bits, flushes) * c.slot, columns = c.columns_of(c.together);
     const int a_step = columns * 2 * COLUMNS + flushes * MOST * 4, turns = (c.steps + WARPS - 1) / WARPS;
     int fit = (most - ring - 64 * columns) / (WARPS * a_step);
     fit = fit < 1 ? 1 : fit;

@@ -129,7 +129,7 @@ struct Lanes32 {
 // The blocks of a grid one after another; in a block, all warps up to each barrier.
 template <int BITS, int R, int FLUSHES>
 void product(Call call, int most) {
-    const int bytes = arranged(call, BITS, FLUSHES, most), apart = depth(BITS) * call.slot;
+    const int bytes = arranged(call, BITS, FLUSHES, most), apart = depth(BITS, FLUSHES) * call.slot;
     using Work = Warp<Lanes32, BITS, R, FLUSHES>;
     std::vector<uint8_t> space(bytes + 128);
     uint8_t* memory = space.data() + (128 - reinterpret_cast<uintptr_t>(space.data()) % 128);

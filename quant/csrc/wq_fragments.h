@@ -105,7 +105,7 @@ BOTH void load_codes(uint32_t* w, const uint8_t* from, int lane) {
 // One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each.
 template <class P, int BITS, int R, int FLUSHES>
 struct Warp {
-    static constexpr int D = depth(BITS), EVERY = SLICES / FLUSHES;
+    static constexpr int D = depth(BITS, FLUSHES), EVERY = SLICES / FLUSHES;
     using S = State<BITS, R>;
 
     const Call& call;

@@ -128,7 +128,7 @@ template <int BITS, int R, int FLUSHES>
 __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * R;
-    const int apart = depth(BITS) * call.slot;
+    const int apart = depth(BITS, FLUSHES) * call.slot;
     Lane p;
     Warp<Lane, BITS, R, FLUSHES> work(call, memory, warp, tile);
     work.open(p);

@@ -1,13 +1,12 @@
 """Kernels as operators of torch, `torch.ops.bitgrid.*`, from when this module is imported.
 
 An operator takes tensors and numbers only, so that it can stand in a compiled graph, and knows its result's shape without running. It runs
-the backend that `kernel(name, device=...)` chooses, whose notes say where that is a slower one. Registered by `Library` itself: the
-decorator `custom_op` adds several microseconds to each call. Nothing here has a derivative.
+the backend that `kernel(name, device=...)` chooses, whose notes say where that is a slower one. Nothing here has a derivative.
+Those for codebooks stand in `codebook_operators`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +14,24 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
-from quant.kernels import binary_gemv, braq_search, hqq_pack, int8_linear, kernel, kv_attention, lut_gemv, rtn_pack, wq_gemm, wq_gemv
+from quant.kernels import (
+    binary_gemv,
+    braq_search,
+    codebook_operators,
+    hqq_pack,
+    int8_linear,
+    kernel,
+    kv_attention,
+    lut_gemv,
+    rtn_pack,
+    wq_gemm,
+    wq_gemv,
+)
 from quant.kernels.gptq_block import Fit, Fits
+from quant.kernels.operators import LIBRARY
+from quant.kernels.operators import define as _define
 
-LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
-
-
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"bitgrid::{name}", fake, lib=LIBRARY)
+__all__ = ["LIBRARY", "codebook_operators", "operands"]
 
 
 def _wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
@@ -90,24 +95,6 @@ def _gptq_block_fitted_shapes(
     b, n = block.shape
     ranges, odd = [block.new_empty(b // width, n) for _ in range(2)], block.new_empty(1, dtype=torch.int32)
     return block.new_empty(b, n), block.new_empty(b, n), block.new_empty(b, n), ranges[0], ranges[1], odd
-
-
-def _kmeans_columns(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
-    centres: Tensor = kernel("kmeans_columns", device=columns.device).run.kmeans(columns, k, start, weights)
-    return centres
-
-
-def _kmeans_columns_shape(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
-    return columns.new_empty(columns.shape[0], k)
-
-
-def _nearest_centre(columns: Tensor, centres: Tensor) -> Tensor:
-    codes: Tensor = kernel("kmeans_columns", device=columns.device).run.nearest(columns, centres)
-    return codes
-
-
-def _nearest_centre_shape(columns: Tensor, centres: Tensor) -> Tensor:
-    return columns.new_empty(columns.shape, dtype=torch.uint8)
 
 
 def _lut_gemv(
@@ -284,10 +271,6 @@ _define(
     _gptq_block_fitted,
     _gptq_block_fitted_shapes,
 )
-_define(
-    'kmeans_columns(Tensor columns, int k, str start="partition", Tensor? weights=None) -> Tensor', _kmeans_columns, _kmeans_columns_shape
-)
-_define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_centre, _nearest_centre_shape)
 _define(
     "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"
     " -> Tensor",

@@ -23,6 +23,8 @@ from quant.kernels.native import SOURCES, NoLibrary, kept_library
 
 FLAGS = ("-O3", "-std=c++17", "--shared", "-Xcompiler", "-fPIC", "-cudart", "static")
 LEAST_CAPABILITY = (8, 0)
+SHARED = {(8, 0): 163, (8, 7): 163, (9, 0): 227}
+"""Capability ▸ kilobytes of shared memory that a block may ask for, where torch (before 2.7) does not say; others are taken to have 99."""
 
 
 def compiler() -> str | None:
@@ -62,6 +64,13 @@ def unavailable(name: str, device: torch.device) -> str | None:
         return f"the CUDA library needs compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
     found = library(name, capability)
     return str(found) if isinstance(found, NoLibrary) else None
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may ask for, static and dynamic together."""
+    said: int | None = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+    return said or 1024 * SHARED.get(torch.cuda.get_device_capability(device), 99)
 
 
 def call(name: str, function: str, *values: Tensor | int) -> None:

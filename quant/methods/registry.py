@@ -88,6 +88,7 @@ METHODS: dict[str, Recipe] = {
     "rtn": Recipe("rtn"),
     "gptq": Recipe("gptq"),
     "claq": Recipe("claq"),
+    "claq_batched": Recipe("claq", {"codebooks": "batched"}),
     "awq": Recipe("rtn", {"grid": "awq_asym"}, ("awq",)),
     "smoothquant": Recipe("rtn", {"grid": "absmax"}, ("smoothquant",)),
     "awq_gptq": Recipe("gptq", {"grid": "awq_asym"}, ("awq",)),

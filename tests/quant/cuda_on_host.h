@@ -231,6 +231,20 @@ int64_t sort_room() {
     return emulated::asked ? max(18528, 4 * 512 * ITEMS) : 4 * ITEMS;
 }
 
+// With numbers that go with their keys.
+template <int ITEMS>
+void sort_block(float (&keys)[ITEMS], int (&numbers)[ITEMS], void*) {
+    static std::vector<std::pair<float, int>> all;
+    if (threadIdx.x == 0) all.resize(ITEMS * emulated::contexts.size());
+    __syncthreads();
+    for (int j = 0; j < ITEMS; j++) all[threadIdx.x * ITEMS + j] = {keys[j], numbers[j]};
+    __syncthreads();
+    if (threadIdx.x == 0) std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    __syncthreads();
+    for (int j = 0; j < ITEMS; j++) keys[j] = all[threadIdx.x * ITEMS + j].first, numbers[j] = all[threadIdx.x * ITEMS + j].second;
+    __syncthreads();
+}
+
 // Ascending: thread t has the ranks from t * ITEMS on.
 template <int ITEMS>
 void sort_block(float (&keys)[ITEMS], void*) {

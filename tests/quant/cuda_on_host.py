@@ -35,9 +35,10 @@ def emulated(name: str) -> ctypes.CDLL:
 
 
 def on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls of a CUDA library run its host version, on CPU tensors."""
+    """Calls of a CUDA library run its host version, on CPU tensors, as on a device of compute capability 9.0."""
     emulated(name)
     monkeypatch.setattr(on_cuda, "call", call)
+    monkeypatch.setattr(on_cuda, "shared_memory", lambda device: 227 * 1024)
 
 
 def call(name: str, function: str, *values: Tensor | int) -> None:

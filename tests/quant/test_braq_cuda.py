@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from quant.kernels import kernel, on_cuda
-from quant.kernels.braq_search import MOST_COLUMNS, batched, cuda
+from quant.kernels.braq_search import batched, cuda
+from quant.kernels.braq_search.cuda import MOST_COLUMNS
 from quant.methods import binary_search as search
 from quant.methods.billm import Billm, _reference
 from quant.methods.binary_search import first_least, reference_quantiles
@@ -54,7 +55,7 @@ def test_both_searches(host: Any, n: int, c: int, tied: bool) -> None:
 def test_what_is_refused(host: Any) -> None:
     with pytest.raises(ValueError, match=r"weights are torch.float64; the CUDA search takes torch.float32: use backend=torch"):
         host.split_errors(values(4, 4).double(), torch.tensor([1.0]))
-    with pytest.raises(ValueError, match=r"a block of 385 columns; the CUDA search takes up to 384: use backend=torch"):
+    with pytest.raises(ValueError, match=r"a block of 385 columns; the CUDA search takes up to 384 on this device: use backend=torch"):
         host.order_two_errors(values(2, MOST_COLUMNS + 1), [1])
     with pytest.raises(ValueError, match=r"1025 thresholds; the CUDA search takes up to 1024: use backend=torch"):
         host.split_errors(values(2, 4), torch.arange(1025.0))
@@ -70,6 +71,18 @@ def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.Monk
             host.order_two_errors(x, [0] * number)
             host.split_errors(x, torch.zeros(number))
             assert [launch[:2] for launch in launches] == [(-(-n // 32), 1), (-(-n // 16), 1)]
+
+
+def test_a_device_with_less_shared_memory_takes_narrower_blocks(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(on_cuda, "call", lambda *given: launches.append(asked(*given)[3]))
+    for kilobytes, most in ((99, 255), (163, 384), (227, 384)):
+        monkeypatch.setattr(on_cuda, "shared_memory", lambda device, k=kilobytes: 1024 * k)
+        assert host.refuses(torch.zeros(2, most)) is None
+        assert host.refuses(torch.zeros(2, most + 1)) == f"a block of {most + 1} columns; the CUDA search takes up to {most} on this device"
+        host.order_two_errors(torch.zeros(2, most), [1])
+        host.split_errors(torch.zeros(2, most), torch.zeros(cuda.MOST_THRESHOLDS))
+        assert max(launches) <= 1024 * kilobytes
 
 
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 3 s")

@@ -13,7 +13,7 @@ from torch import Tensor
 from quant import methods, quantize_linear
 from quant.kernels import kernel
 from quant.methods.base import Linear, Rounded
-from quant.methods.claq import Claq, Codebooks, ranked, tails, widths_of
+from quant.methods.claq import BATCHED, Claq, Codebooks, centres_of, ranked, tails, widths_of
 from quant.scheme import WeightScheme
 from quant.solver import inverse_factor, solve_blocks
 from quant.statistics import Statistics
@@ -54,13 +54,15 @@ def test_errors_equal_the_reference_code(bits: int, rel: float) -> None:
 
 @pytest.mark.parametrize("start", ["plus_plus", "partition"])
 @pytest.mark.parametrize("reserve", [False, True])
-@pytest.mark.parametrize("block", [5, 128])
-def test_summed_errors_are_the_output_error(start: str, reserve: bool, block: int) -> None:
+@pytest.mark.parametrize(("block", "together"), [(5, False), (128, False), (5, True)])
+def test_summed_errors_are_the_output_error(start: str, reserve: bool, block: int, together: bool) -> None:
     w, h = problem(140, 24)
     upper, _ = inverse_factor(h, 0.0)
     fractions = [0.014 if j % 5 == 0 else 0.004 for j in range(24)] if reserve else None
-    fitted = Codebooks([2, 3, 4] * 8, fractions, torch.float32, kernel("claq_block"), start)
-    solved = solve_blocks(w.T.contiguous(), upper, block, fitted.solve_block)
+    columns, widths = w.T.contiguous(), [2, 3, 4] * 8
+    centres = centres_of(columns, widths, kernel("kmeans_columns").run, start) if together else None
+    fitted = Codebooks(widths, fractions, torch.float32, kernel("claq_block"), start, centres)
+    solved = solve_blocks(columns, upper, block, fitted.solve_block)
     tensor = fitted.tensor(solved, torch.arange(24), 3.0)
     d = w - tensor.dequantize().double()
     torch.testing.assert_close(solved.loss.sum(), ((d @ h) * d).sum(), rtol=1e-10, atol=0)
@@ -84,6 +86,23 @@ def test_every_column_has_the_kmeans_table_of_the_weights_with_earlier_errors_fe
         assert torch.equal(tensor.codes[:, j], plain.nearest(column[None], centres[None])[0])
 
 
+@pytest.mark.parametrize("start", ["plus_plus", "partition"])
+def test_codebooks_of_the_weight_as_given_are_those_of_the_loop_where_nothing_is_fed_back(start: str) -> None:
+    w, h = problem(150, 20)
+    params = {"adaptive_bits": 2.3, "outlier_reservation": True, "kmeans_start": start}
+    for diagonal in (True, False):
+        own = torch.diag(h.diagonal()) if diagonal else h
+        (loop, plain), (batched, result) = (rounded(w, own, codebooks=c, **params) for c in ("in_loop", "batched"))
+        same = [torch.equal(a, b) for a, b in zip(loop.pack().values(), batched.pack().values(), strict=True)]
+        assert all(same) == diagonal
+        assert result.notes == [*plain.notes, BATCHED]
+    # Each table is the fit of a column alone, whatever is fed back.
+    for j, width in enumerate(batched.widths.tolist()):
+        assert torch.equal(
+            batched.tables[j, : 2**width].double(), kernel("kmeans_columns").run.kmeans(w.T[j][None], 2**width, start)[0].float()
+        )
+
+
 def test_better_starts_and_more_bits_have_less_error() -> None:
     w, x = golden()
 
@@ -92,6 +111,7 @@ def test_better_starts_and_more_bits_have_less_error() -> None:
 
     plain = error(bits=2)
     assert error(bits=2, kmeans_start="partition") < plain
+    assert plain < error(bits=2, codebooks="batched")
     assert error(bits=4) < error(bits=2, adaptive_bits=2.5) < error(bits=2, adaptive_bits=2.1) < plain
     assert error(bits=4) < error(bits=3, adaptive_bits=3.2) < error(bits=3) < plain
     assert error(bits=2, outlier_reservation=True) < plain

@@ -50,16 +50,26 @@ def equal(got: tuple[SolvedBlock, Found], want: tuple[SolvedBlock, Found]) -> bo
     start=st.sampled_from(STARTS),
     fraction=st.sampled_from([None, 0.004, 0.014]),
     scale=st.sampled_from([1e-6, 1.0, 1e5]),
+    given_centres=st.booleans(),
 )
 def test_the_cpp_and_torch_twins_give_equal_bits(
-    shape: str, n: int, widths: list[int], dtype: torch.dtype, stored: torch.dtype, start: str, fraction: float | None, scale: float
+    shape: str,
+    n: int,
+    widths: list[int],
+    dtype: torch.dtype,
+    stored: torch.dtype,
+    start: str,
+    fraction: float | None,
+    scale: float,
+    given_centres: bool,
 ) -> None:
     run, plain = kernel("claq_block"), kernel("claq_block", "torch").run
     if run.backend != "cpu":
         pytest.skip(run.notes[0])
     x = scale * columns(shape, n, seed=n, count=len(widths), dtype=dtype)
     ends = None if fraction is None else [tails(n, fraction * (1 + j % 3)) for j in range(len(widths))]
-    wanted, upper = Wanted(widths, ends, stored, start), factor(len(widths), dtype)
+    centres = scale * columns("normal", 2 ** max(widths), 1, len(widths), dtype).sort(1).values if given_centres else None
+    wanted, upper = Wanted(widths, ends, stored, start, centres), factor(len(widths), dtype)
     try:
         want = solved(plain, x, upper, wanted)
     except ScaleDtypeError as e:
@@ -89,6 +99,18 @@ def test_every_float16_and_what_lies_around_it_is_kept_as_torch_casts_it(stored:
     assert equal(solved(kernel("claq_block").run, x, torch.eye(1), wanted), want)
     assert want[1].kept is not None
     assert float(want[1].kept.float().mean()) > 0.9
+
+
+def test_centres_that_are_given_are_those_rounded_to_and_must_be_like_the_block() -> None:
+    x, centres = columns("normal", 30, count=2), torch.tensor([[-1.0, 0.0, 1.0, 2.0], [-2.0, 2.0, 9.0, 9.0]])
+    for backend in ("auto", "torch"):
+        out, found = solved(kernel("claq_block", backend).run, x, torch.eye(2), Wanted([2, 1], None, torch.float32, "partition", centres))
+        assert found.tables.tolist() == [[-1.0, 0.0, 1.0, 2.0], [-2.0, 2.0, 0.0, 0.0]]
+        assert torch.equal(out.values, torch.stack([x[0].round().clamp(-1, 2), x[1].sign() * 2]))
+    if kernel("claq_block").backend == "cpu":
+        for wrong in (centres[:, :2], centres.double(), centres.T.contiguous().T):
+            with pytest.raises(ValueError, match=r"centres are .*; they must be contiguous, \(2, 4\), torch.float32 and on cpu"):
+                solved(kernel("claq_block").run, x, torch.eye(2), Wanted([2, 1], None, torch.float32, "partition", wrong))
 
 
 def test_what_does_not_fit_is_refused() -> None:

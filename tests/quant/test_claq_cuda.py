@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import kernel, on_cuda
+from quant.kernels import kernel, on_cuda, recorded
 from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
@@ -51,7 +51,10 @@ def is_right(x: Tensor, upper: Tensor, wanted: Wanted, made: tuple[SolvedBlock, 
         assert bool((table[k:] == 0).all())
         table, size = table[:k], float(column.abs().max())
         far = (2.0**-22 + ROUNDING[wanted.dtype]) * size
-        number_far += bool(((table - batched.kmeans(column[None], k, wanted.start)[0]).abs() > far).any())
+        if wanted.centres is None:
+            number_far += bool(((table - batched.kmeans(column[None], k, wanted.start)[0]).abs() > far).any())
+        else:
+            assert torch.equal(table, wanted.centres[j, :k].to(wanted.dtype).float())
         codes = batched.nearest(column[None], table[None])[0].long()
         assert torch.equal(out.codes[j], codes.float())
         values, mask = table[codes], torch.zeros(len(column), dtype=torch.bool)
@@ -84,6 +87,14 @@ def test_blocks(host: Any, start: str, shape: str, n: int, widths: list[int], fr
     x, upper = columns(shape, n, seed=n, count=len(widths)), factor(len(widths))
     ends = None if fraction is None else [tails(n, fraction)] * len(widths)
     wanted = Wanted(widths, ends, stored, start)
+    is_right(x, upper, wanted, solved(host, x, upper, wanted))
+
+
+@pytest.mark.parametrize("fraction", [None, 0.014])
+def test_centres_that_are_given(host: Any, fraction: float | None) -> None:
+    x, upper, widths = columns("heavy", 513, count=3), factor(3), [2, 4, 3]
+    centres = columns("normal", 16, 1, 3).sort(1).values
+    wanted = Wanted(widths, fraction and [tails(513, fraction)] * 3, torch.float16, "partition", centres)
     is_right(x, upper, wanted, solved(host, x, upper, wanted))
 
 
@@ -133,27 +144,48 @@ def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.Monk
     assert launches[0][3] == 4 * 512 * 9 + 8 * 4097
 
 
+def test_a_device_with_less_shared_memory_hands_over_what_finds_no_room(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(on_cuda, "call", lambda *given: launches.append(asked(*given)[3]))
+    for kilobytes, shorter in ((99, True), (163, False), (227, False)):
+        monkeypatch.setattr(on_cuda, "shared_memory", lambda device, k=kilobytes: 1024 * k)
+        for n, start, centres, fits in (
+            (4096, "plus_plus", None, True),
+            (4096, "partition", None, not shorter),
+            (4096, "partition", torch.zeros(2, 16), True),
+            (9000, "plus_plus", None, not shorter),
+        ):
+            launches.clear()
+            with recorded() as found:
+                solved(host, torch.zeros(2, n), torch.eye(2), Wanted([4] * 2, None, torch.float16, start, centres))
+            assert (found.get("claq_block"), bool(launches)) == (None if fits else ["torch"], fits)
+            assert all(shared + kmeans_cuda.STATIC <= 1024 * kilobytes for shared in launches)
+
+
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 30 s")
-def test_nothing_is_spilled(tmp_path: Path) -> None:
-    found = compiled("claq_block", "90a", tmp_path)
-    assert len(found) == 3
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_nothing_is_spilled(architecture: str, tmp_path: Path) -> None:
+    found = compiled("claq_block", architecture, tmp_path)
+    assert len(found) == 6
     assert set(found.values()) == {(0, 0, 0)}
 
 
 @on_a_gpu
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", [*STARTS, "given"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
 def test_on_a_gpu(start: str, stored: torch.dtype) -> None:
     """Blocks of 128 columns with mixed widths and kept weights; without the host between columns."""
     run = kernel("claq_block", "cuda", "cuda").run
     for n in (300, 4096, 11008):
         x, upper = columns("normal", n, count=128), factor(128) * 0.1 + 0.9 * torch.eye(128)
-        wanted = Wanted([2, 4] * 64, [tails(n, 0.004)] * 128, stored, start)
-        solved(run, x.cuda(), upper.cuda(), wanted)  # what is kept from call to call
+        centres = columns("normal", 16, 1, 128).sort(1).values if start == "given" else None
+        plan = [2, 4] * 64, [tails(n, 0.004)] * 128, stored, "partition" if start == "given" else start
+        wanted, given = Wanted(*plan, centres), Wanted(*plan, None if centres is None else centres.cuda())
+        solved(run, x.cuda(), upper.cuda(), given)  # what is kept from call to call
         there, factor_there, out = x.cuda(), upper.cuda(), SolvedBlock.like(x.cuda())
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = run.solve_block(there, factor_there, wanted, out)
+            found = run.solve_block(there, factor_there, given, out)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert found.kept is not None

@@ -28,6 +28,11 @@ def _gptq_block() -> Any:
     return [given, (*given, torch.full((6,), 3.0))]
 
 
+def _claq_block() -> Any:
+    yield torch.randn(40, 3).T, torch.eye(5)[:3, :3], [2, 1, 3], HALF
+    yield torch.randn(3, 40), torch.eye(3), [2, 1, 2], torch.float32, "partition", [2, 1, 1, 0, 2, 1], torch.randn(3, 4).sort(1).values
+
+
 def _int8_linear() -> Any:
     for symmetric, kind in ((True, ZeroKind.CONSTANT), (False, ZeroKind.CODE)):
         p = int8_linear.prepare(stored(8, 16, 4, 16, kind), ActivationScheme(8, symmetric))
@@ -55,6 +60,7 @@ CASES: dict[str, Callable[[], Any]] = dict(
 CASES |= {
     "gptq_block": _gptq_block,
     "gptq_block_fitted": lambda: [(torch.randn(4, 6), torch.eye(4), 2, "g_asym", 3)],
+    "claq_block": _claq_block,
     "kmeans_columns": lambda: [(torch.randn(2, 40), 4, "partition"), (torch.randn(2, 40), 4, "plus_plus", torch.rand(2, 40))],
     "nearest_centre": lambda: [(torch.randn(40, 2).T, torch.randn(2, 4).sort(1).values)],
     "hessian_syrk_": lambda: [(torch.zeros(5, 5), torch.randn(2, 7, 5))],

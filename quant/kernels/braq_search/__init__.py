@@ -17,11 +17,7 @@ from torch import Tensor
 
 from quant import kernels
 
-MOST_COLUMNS = 384
-"""Of the CUDA twin: what shared memory holds for 32 rows."""
-
 
 def chosen(x: Tensor) -> kernels.Kernel:
     """The twin for x `[N, C]`: the compiled ones have no float64, and that for GPUs no wide blocks."""
-    known = x.dtype is torch.float32 and (x.device.type == "cpu" or x.shape[1] <= MOST_COLUMNS)
-    return kernels.kernel("braq_search", "auto" if known else "torch", x.device)
+    return kernels.kernel("braq_search", "auto" if x.dtype is torch.float32 else "torch", x.device, x=x)

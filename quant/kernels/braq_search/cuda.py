@@ -1,5 +1,5 @@
-"""The searches in CUDA C++ (`quant/csrc/braq_search.cu`); float32, up to MOST_COLUMNS columns and MOST_THRESHOLDS thresholds. Nothing for
-the host to wait for."""
+"""The searches in CUDA C++ (`quant/csrc/braq_search.cu`); float32, up to MOST_COLUMNS columns (255 where a block has 99 KB of shared
+memory) and MOST_THRESHOLDS thresholds. Nothing for the host to wait for."""
 
 from __future__ import annotations
 
@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.braq_search import MOST_COLUMNS
 
-__all__ = ["order_two_errors", "split_errors", "unavailable"]
+__all__ = ["order_two_errors", "refuses", "split_errors", "unavailable"]
 
 unavailable = partial(on_cuda.unavailable, "braq_search")
 COUNT_ROWS, SPLIT_ROWS = 32, 16
 """Of a tile."""
-MOST_THRESHOLDS = 1024
+MOST_COLUMNS, MOST_THRESHOLDS = 384, 1024
+
+
+def refuses(x: Tensor) -> str | None:
+    """None, or why it does not search blocks like this one."""
+    if x.dtype is not torch.float32:
+        return f"weights are {x.dtype}; the CUDA search takes torch.float32"
+    # A tile's values, and what the first and the last of them add up to. The thresholds take less.
+    most = min(MOST_COLUMNS, (on_cuda.shared_memory(x.device) // (4 * (COUNT_ROWS + 1)) - 2) // 3)
+    if x.shape[1] > most:
+        return f"a block of {x.shape[1]} columns; the CUDA search takes up to {most} on this device"
+    return None
 
 
 def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
@@ -37,10 +47,9 @@ def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> T
 
 
 def _known(x: Tensor) -> Tensor:
-    if x.dtype is not torch.float32:
-        raise ValueError(f"weights are {x.dtype}; the CUDA search takes torch.float32: use backend=torch")
-    if x.shape[1] > MOST_COLUMNS:
-        raise ValueError(f"a block of {x.shape[1]} columns; the CUDA search takes up to {MOST_COLUMNS}: use backend=torch")
+    reason = refuses(x)
+    if reason is not None:
+        raise ValueError(f"{reason}: use backend=torch")
     return x.contiguous()
 
 

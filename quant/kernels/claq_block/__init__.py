@@ -1,9 +1,10 @@
 """`claq_block`: one block of CLAQ's columns (Wang et al. 2024). Each, with all earlier errors fed back, is replaced by the nearest of its
-own k-means centres; weights at its ends may be kept as they are; its error is fed into the columns after it.
+own k-means centres, or of centres that are given; weights at its ends may be kept as they are; its error is fed into the columns after it.
 
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`. Every twin has
-`solve_block(block, upper, wanted, out) -> Found`. The block may be changed; `out` is written to. Twins for a CPU agree bit for bit. Twins
-for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal where torch multiplies by its inverse.
+`solve_block(block, upper, wanted, out) -> Found`. The block may be changed (the operator of torch leaves it as it is); `out` is written to.
+Twins for a CPU agree bit for bit. Twins for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal
+where torch multiplies by its inverse.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ class Wanted:
     """Of tables and kept weights: float32, float16 or bfloat16."""
     start: str
     """Of k-means."""
+    centres: Tensor | None = None
+    """`[B, 2^b]`, ascending, of the block's type, contiguous; b as in `Found.tables`, and of narrower columns the rest is not read. None: a
+    column's own, after the errors of the earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,12 @@ def planned(block: Tensor, wanted: Wanted, out: SolvedBlock, numbers: Callable[[
     if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape for t in (block, *made)):
         got = [(tuple(t.shape), t.dtype, t.stride()) for t in (block, *made)]
         raise ValueError(f"block and out are {got}; they must be contiguous and alike")
-    draws = {w: numbers(2**w).data_ptr() if wanted.start == "plus_plus" else 0 for w in set(wanted.widths)}
+    if wanted.centres is not None:
+        shape, there = (len(block), 2 ** max(wanted.widths)), wanted.centres
+        if there.shape != shape or there.dtype != block.dtype or there.device != block.device or not there.is_contiguous():
+            given = (tuple(there.shape), there.dtype, there.device, there.stride())
+            raise ValueError(f"centres are {given}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
+    fits = wanted.start == "plus_plus" and wanted.centres is None
+    draws = {w: numbers(2**w).data_ptr() if fits else 0 for w in set(wanted.widths)}
     ends = wanted.tails or [(0, 0)] * len(block)
     return torch.tensor([(2**w, bins(2**w), draws[w], *ends[j]) for j, w in enumerate(wanted.widths)], dtype=torch.int64)

@@ -25,7 +25,8 @@ def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) 
     wrong = torch.zeros(1, dtype=torch.int64)
     entry = f"bitgrid_claq_block_{SUFFIX[block.dtype]}"
     sizes = (u.stride(0), plan, *block.shape, STEPS, TYPES[wanted.dtype], most)
-    native.call("claq_block", entry, block, u, *sizes, out.codes, out.values, out.errors, tables, 0 if kept is None else kept, wrong)
+    given, kept_at = (0 if t is None else t for t in (wanted.centres, kept))
+    native.call("claq_block", entry, block, u, *sizes, given, out.codes, out.values, out.errors, tables, kept_at, wrong)
     if int(wrong):
         raise ScaleDtypeError(REASONS[int(wrong) - 1])
     return Found(tables.to(wanted.dtype), kept, None)

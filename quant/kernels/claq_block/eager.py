@@ -37,7 +37,8 @@ class _Block:
     def round_column(self, j: int, column: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and values `[N]`."""
         k = 2 ** self.wanted.widths[j]
-        centres = self.kmeans.kmeans(column[None], k, self.wanted.start)
+        given = self.wanted.centres
+        centres = self.kmeans.kmeans(column[None], k, self.wanted.start) if given is None else given[j : j + 1, :k]
         table = centres.to(self.wanted.dtype)
         self._check(centres, table)
         stored = table.to(column)

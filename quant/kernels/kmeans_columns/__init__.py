@@ -15,7 +15,8 @@ start
   Weights count in all draws, and in the variance.
 
 Everything is deterministic. `cpu` and `torch` work on sorted values and prefix sums in float64 and give equal bits; `cuda` takes the same
-steps with sums in another order, and leaves weights to `torch`; `reference` is plus_plus the plain way.
+steps with sums in another order, where a cluster that weighs less than 2^-44 of the column weighs nothing; `reference` is plus_plus the
+plain way.
 """
 
 from __future__ import annotations
