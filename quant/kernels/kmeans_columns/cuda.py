@@ -10,8 +10,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from quant.kernels import on_cuda
-from quant.kernels.kmeans_columns import STEPS, batched, bins, check, draws, trials
+from quant.kernels import kernel, on_cuda
+from quant.kernels.kmeans_columns import STEPS, bins, check, draws, trials
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 THREADS, MOST_ROWS = 512, 23 * 512
@@ -22,10 +22,11 @@ unavailable = partial(on_cuda.unavailable, "kmeans_columns")
 
 
 def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
-    """`[C, N]` ▸ centres `[C, k]`; with weights by the torch twin, on the same device."""
+    """`[C, N]` ▸ centres `[C, k]`; with weights by the torch twin, on the same device, and the record says so."""
     check(k, start)
     if weights is not None:
-        return batched.kmeans(columns, k, start, weights)
+        made: Tensor = kernel("kmeans_columns", "torch", columns.device).run.kmeans(columns, k, start, weights)
+        return made
     x = _known(columns)
     n = x.shape[1]
     centres = x.new_empty(x.shape[0], k)
