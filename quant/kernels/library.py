@@ -148,10 +148,6 @@ def _row_lut_gemv(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor 
     return made
 
 
-def _row_lut_gemv_shape(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
-
-
 def _binary_gemv(x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int) -> Tensor:
     packed = binary_gemv.Packed(words, tables, salient, input_scale, (rows, x.shape[1]), block)
     made: Tensor = kernel("binary_gemv", device=x.device).run.binary_gemv(x, packed)
@@ -319,7 +315,7 @@ _define(
 _define(
     "row_lut_gemv(Tensor x, Tensor words, Tensor tables, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _row_lut_gemv,
-    _row_lut_gemv_shape,
+    _wq_gemm_shape,
 )
 _define(
     "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor? input_scale, SymInt rows, int block) -> Tensor",
