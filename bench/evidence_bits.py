@@ -15,7 +15,7 @@ from torch import Tensor
 from quant import tensors
 from quant.accounting import zero_bits
 from quant.number_formats import SCALE_BLOCK, number_format
-from quant.tensors import codebook, columns, mixed, sparse
+from quant.tensors import codebook, columns, mixed, row_codebook, sparse
 from quant.tensors.lattice import lattice_bits
 
 LARGE = (4096, 4096)
@@ -83,6 +83,10 @@ def _codebook(t: tensors.CodebookTensor, n: int, k: int) -> float:
     return codebook.bits_formula(t.widths.tolist(), n, width, round(kept)) + (counts + widths) / n
 
 
+def _row_codebook(t: tensors.RowCodebookTensor, n: int, k: int) -> float:
+    return row_codebook.bits_formula(t.bits, k, _width(t.tables))
+
+
 def _mixed(t: tensors.MixedTensor, n: int, k: int) -> float:
     return mixed.bits_formula(t.widths, n, t.group_size, _width(t.scale))
 
@@ -110,6 +114,7 @@ _FORMULAS: dict[type[Any], Any] = {
     tensors.BinaryTensor: _binary,
     tensors.PartiallyBinaryTensor: _partially_binary,
     tensors.CodebookTensor: _codebook,
+    tensors.RowCodebookTensor: _row_codebook,
     tensors.MixedTensor: _mixed,
     tensors.SparseTensor: _sparse,
     tensors.IncoherentTensor: _incoherent,

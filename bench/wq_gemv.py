@@ -32,6 +32,7 @@ from quant.tensors.affine import AffineTensor  # noqa: E402
 from quant.tensors.base import Stored  # noqa: E402
 from quant.tensors.binary import BinaryTensor  # noqa: E402
 from quant.tensors.codebook import CodebookTensor, Outliers  # noqa: E402
+from quant.tensors.row_codebook import RowCodebookTensor  # noqa: E402
 
 SHAPES = ((4096, 11008), (11008, 4096))
 """(N, K)."""
@@ -44,7 +45,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    kernels = {operation: kernel(operation) for operation in ("wq_gemv", "lut_gemv", "binary_gemv")}
+    kernels = {operation: kernel(operation) for operation in ("wq_gemv", "lut_gemv", "row_lut_gemv", "binary_gemv")}
     backends = {operation: chosen.backend for operation, chosen in kernels.items()}
     said = ", ".join(f"{operation}: {name}" for operation, name in backends.items())
     print(f"{said}; 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}")
@@ -84,6 +85,7 @@ def formats(n: int, k: int) -> list[tuple[str, str, Stored]]:
     found: list[tuple[str, str, Stored]] = [(f"{bits} bits", "wq_gemv", affine(n, k, bits)) for bits in (2, 3, 4, 8)]
     found += [(f"codebooks of {bits} bits", "lut_gemv", codebook(n, k, bits)) for bits in (2, 3, 4)]
     found.append(("codebooks of 2 bits, 1 % of the weights kept", "lut_gemv", codebook(n, k, 2, n // 100)))
+    found += [(f"tables of rows of {bits} bits", "row_lut_gemv", row_codebook(n, k, bits)) for bits in (2, 3, 4)]
     return [*found, ("signs", "binary_gemv", signs(n, k))]
 
 
@@ -103,6 +105,12 @@ def codebook(n: int, k: int, bits: int, kept: int = 0) -> CodebookTensor:
         rows = torch.stack([torch.randperm(n, generator=g)[:kept].sort().values for _ in range(k)]).flatten()
         outliers = Outliers(torch.full((k,), kept), rows, torch.randn(len(rows), generator=g).half())
     return CodebookTensor(codes, torch.full((k,), bits), torch.randn(k, 2**bits, generator=g).half(), bits, outliers)
+
+
+def row_codebook(n: int, k: int, bits: int) -> RowCodebookTensor:
+    g = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8)
+    return RowCodebookTensor(codes, torch.randn(n, 2**bits, generator=g).half(), bits)
 
 
 def signs(n: int, k: int) -> BinaryTensor:

@@ -93,6 +93,7 @@ WORDS: dict[str, Words] = {
     "pb_llm": {"variant": ("reference", "corrected"), "metric": ("magnitude", "hessian")},
     "slim_llm": _BITS_PER_GROUP,
     "slim_llm_plus": _BITS_PER_GROUP,
+    "squeezellm": {"weighting": ("hessian", "none")},
     "learned_rounding": {"rule": ("autoround", "adaround")},
     "zeroquant": {"stream": ("original", "quantized")},
     "nf4": _BACKEND,

@@ -17,12 +17,18 @@ from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
+from quant.tensors.row_codebook import RowCodebookTensor
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.recipe import Operation, Recipe
 from workers.runtime import attach
 
-OPERATIONS: dict[type[Stored], str] = {AffineTensor: "wq_gemv", CodebookTensor: "lut_gemv", BinaryTensor: "binary_gemv"}
+OPERATIONS: dict[type[Stored], str] = {
+    AffineTensor: "wq_gemv",
+    CodebookTensor: "lut_gemv",
+    RowCodebookTensor: "row_lut_gemv",
+    BinaryTensor: "binary_gemv",
+}
 """Stored format ▸ the kernel that multiplies with it."""
 INTEGER = "int8_linear"
 """The kernel that does, of the first format, where activations are in fewer bits too."""

@@ -14,7 +14,7 @@ from bench.copies import copied
 from bench.on_gpu import peers
 from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
 from bench.on_gpu.peer_kernels import SHAPES
-from bench.on_gpu.weights import affine, codebook, signs
+from bench.on_gpu.weights import affine, codebook, row_codebook, signs
 from quant.kernels import kernel
 from quant.kernels.products import MOST_ROWS
 from quant.tensors.base import Stored
@@ -51,7 +51,8 @@ def batches(b: Bench) -> Iterator[Row]:
 def tables(b: Bench) -> Iterator[Row]:
     n, k = b.size(8192, 16), b.size(16384, 256)
     dense = b.random(n, k, dtype=torch.bfloat16)
-    makers = [(f"codebooks of {bits} bits", "lut_gemv", partial(codebook, bits=bits)) for bits in (2, 3, 4)]
+    makers: list[tuple[str, str, Any]] = [(f"codebooks of {bits} bits", "lut_gemv", partial(codebook, bits=bits)) for bits in (2, 3, 4)]
+    makers += [(f"tables of rows of {bits} bits", "row_lut_gemv", partial(row_codebook, bits=bits)) for bits in (2, 3, 4)]
     for name, operation, make in [*makers, ("signs", "binary_gemv", signs)]:
         tensor: Any = make(b, n, k)
         ours, other = (kernel(operation, backend, b.device).run for backend in ("auto", "triton"))
@@ -66,7 +67,7 @@ def tables(b: Bench) -> Iterator[Row]:
             peers = {"bfloat16": beside_dense(b, x, dense)} if m in (1, 4) else {}
             if m in (1, 4):
                 peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies[i]), len(copies))  # noqa: B023
-            goal = Goal(0.6, "read") if m == 1 else None
+            goal = Goal(0.6, "read") if m == 1 and operation != "row_lut_gemv" else None
             named, work = f"{operation} {n} x {k}, {name}, M={m}", {"float32": 2.0 * m * n * k}
             yield Row(named, error, allowed, took, known(**peers), packed.bytes, goal, work)
 

@@ -9,6 +9,7 @@ from quant.affine import ZeroKind
 from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
+from quant.tensors.row_codebook import RowCodebookTensor
 
 GROUP = 128
 """Columns that share a scale."""
@@ -26,6 +27,12 @@ def codebook(b: Bench, n: int, k: int, bits: int) -> CodebookTensor:
     g = torch.Generator(b.device).manual_seed(bits)
     codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8, device=b.device)
     return CodebookTensor(codes, torch.full((k,), bits, device=b.device), b.random(k, 2**bits).half(), bits)
+
+
+def row_codebook(b: Bench, n: int, k: int, bits: int) -> RowCodebookTensor:
+    g = torch.Generator(b.device).manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (n, k), generator=g, dtype=torch.uint8, device=b.device)
+    return RowCodebookTensor(codes, b.random(n, 2**bits).half(), bits)
 
 
 def signs(b: Bench, n: int, k: int) -> BinaryTensor:

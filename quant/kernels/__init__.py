@@ -57,6 +57,12 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.lut_gemv.triton",
         "reference": "quant.kernels.lut_gemv.reference",
     },
+    "row_lut_gemv": {
+        "cpu": "quant.kernels.row_lut_gemv.cpu",
+        "cuda": "quant.kernels.row_lut_gemv.cuda",
+        "triton": "quant.kernels.row_lut_gemv.triton",
+        "reference": "quant.kernels.row_lut_gemv.reference",
+    },
     "binary_gemv": {
         "cpu": "quant.kernels.binary_gemv.cpu",
         "cuda": "quant.kernels.binary_gemv.cuda",

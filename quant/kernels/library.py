@@ -23,6 +23,7 @@ from quant.kernels import (
     kernel,
     kv_attention,
     lut_gemv,
+    row_lut_gemv,
     rtn_pack,
     wq_gemm,
     wq_gemv,
@@ -115,6 +116,12 @@ def _lut_gemv(
 
 def _lut_gemv_shape(x: Tensor, *given: Any) -> Tensor:
     return x.new_empty(x.shape[0], given[-1])
+
+
+def _row_lut_gemv(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
+    packed = row_lut_gemv.Packed(words, tables, input_scale, (rows, x.shape[1]), bits)
+    made: Tensor = kernel("row_lut_gemv", device=x.device).run.row_lut_gemv(x, packed)
+    return made
 
 
 def _binary_gemv(x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int) -> Tensor:
@@ -278,6 +285,11 @@ _define(
     _lut_gemv_shape,
 )
 _define(
+    "row_lut_gemv(Tensor x, Tensor words, Tensor tables, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
+    _row_lut_gemv,
+    _wq_gemm_shape,
+)
+_define(
     "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor? input_scale, SymInt rows, int block) -> Tensor",
     _binary_gemv,
     _binary_gemv_shape,
@@ -320,7 +332,10 @@ _define(
 )
 
 
-def operands(packed: wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed) -> tuple[Any, ...]:
+Products = wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | row_lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed
+
+
+def operands(packed: Products) -> tuple[Any, ...]:
     """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`."""
     if isinstance(packed, kv_attention.Packed):
         held = (packed.keys, packed.key_ranges, packed.values, packed.value_ranges, packed.window_keys, packed.window_values)
@@ -330,6 +345,8 @@ def operands(packed: wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | binary_
         return packed.words, packed.ranges, packed.input_scale, n, packed.bits
     if isinstance(packed, wq_gemm.Packed):
         return packed.low, packed.high, packed.scale, packed.zero, packed.input_scale, n, packed.bits
+    if isinstance(packed, row_lut_gemv.Packed):
+        return packed.words, packed.tables, packed.input_scale, n, packed.bits
     if isinstance(packed, binary_gemv.Packed):
         return packed.words, packed.tables, packed.salient, packed.input_scale, n, packed.block
     parts, kept = packed.parts, packed.apart

@@ -1,4 +1,5 @@
-"""What products of a few rows of activations with a packed weight have in common: `wq_gemv`, `lut_gemv`, `binary_gemv`.
+"""What products of a few rows of activations with a packed weight have in common: `wq_gemv`, `lut_gemv`,
+`row_lut_gemv`, `binary_gemv`.
 
 out `[M, N]` = x `[M, K]` · weightᵀ, without making the weight. x: float32 or bfloat16, M = 1 to 8 rows; out has its type, sums are
 float32 or wider. Where the stored weight has an input scale, x is divided by that first. Every backend has

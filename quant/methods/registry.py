@@ -29,6 +29,7 @@ from quant.methods.slim_llm import SlimLlm
 from quant.methods.slim_llm_plus import SlimLlmPlus
 from quant.methods.smoothquant import SmoothQuant
 from quant.methods.spqr import Spqr
+from quant.methods.squeezellm import SqueezeLlm
 from quant.methods.toolkits import AutoRound, HqqPackage, LlmCompressor
 from quant.methods.zeroquant import ZeroQuant
 
@@ -45,6 +46,7 @@ _ROUNDINGS: tuple[type[Any], ...] = (
     PbLlm,
     Quip,
     QuipSharp,
+    SqueezeLlm,
 )
 _TRANSFORMS: tuple[type[Any], ...] = (
     Awq,
@@ -105,6 +107,7 @@ METHODS: dict[str, Recipe] = {
     "slim_llm": Recipe("slim_llm"),
     "slim_llm_corrected": Recipe("slim_llm", {"variant": "corrected"}),
     "spqr": Recipe("spqr"),
+    "squeezellm": Recipe("squeezellm"),
     "omniquant": Recipe("omniquant"),
     "learned_rounding": Recipe("learned_rounding"),
     "slim_llm_plus": Recipe("slim_llm_plus"),

@@ -17,6 +17,7 @@ from quant.tensors.incoherent import IncoherentTensor
 from quant.tensors.lattice import LatticeTensor
 from quant.tensors.mixed import MixedTensor
 from quant.tensors.partially_binary import PartiallyBinaryTensor
+from quant.tensors.row_codebook import RowCodebookTensor
 from quant.tensors.sparse import SparseTensor
 from quant.tensors.strided import StridedTensor
 
@@ -32,6 +33,7 @@ _FORMATS: tuple[type[Any], ...] = (
     PartiallyBinaryTensor,
     IncoherentTensor,
     LatticeTensor,
+    RowCodebookTensor,
 )
 FORMATS: dict[str, type[Any]] = {t.format: t for t in _FORMATS}
 

@@ -162,6 +162,7 @@ STORED = {
     "claq": {"bits": 2, "adaptive_bits": 2.5, "outlier_reservation": True},
     "slim_llm": {"bits": 2, "group_size": 32},
     "spqr": {"bits": 3, "group_size": 16},
+    "squeezellm": {"bits": 3},
     "quip": {"bits": 2},
     "quip_sharp": {"bits": 2, "tune_iters": 1},
 }

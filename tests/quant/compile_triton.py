@@ -41,6 +41,8 @@ from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
+from quant.kernels.row_lut_gemv.program import rows as tables_of_rows
+from quant.kernels.row_lut_gemv.program import weight as rows_weight
 from quant.kernels.rtn_pack.program import long_groups, whole_groups
 from quant.kernels.token_log_probs.program import pick
 from quant.kernels.wq_gemm.program import gemm
@@ -73,6 +75,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     for bits in (2, 4):
         constants = {"BITS": bits, "CODES": 32 // bits, "WORDS": 16}
         found += [(program, f"{bits} bits", types, constants, {"num_warps": 4}) for program in (entries, entries_weight)]
+    types = {"words": "*i32", "tables": "*fp16", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(("n", "k", "units"), "i32")
+    found += [(program, "3 bits", types, {"BITS": 3, "COLUMNS": 64}, {"num_warps": 4}) for program in (tables_of_rows, rows_weight)]
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.kernels import binary_gemv, lut_gemv
+from quant.kernels import binary_gemv, lut_gemv, row_lut_gemv
 from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor, Outliers
+from quant.tensors.row_codebook import RowCodebookTensor
 from tests.quant.products_affine import U_BFLOAT16, U
 
-PREPARE = {"lut_gemv": lut_gemv.prepare, "binary_gemv": binary_gemv.prepare}
+PREPARE = {"lut_gemv": lut_gemv.prepare, "row_lut_gemv": row_lut_gemv.prepare, "binary_gemv": binary_gemv.prepare}
 
 
 def generator(*of: int) -> torch.Generator:
@@ -38,6 +39,15 @@ def codebook(
         outliers = Outliers(counts, rows, (9 * torch.randn(len(rows), generator=g)).to(dtype))
     inputs_scale = (torch.rand(k, generator=g) + 0.5).to(dtype) if scaled else None
     return CodebookTensor(codes, width, tables, 2.0, outliers, input_scale=inputs_scale)
+
+
+def row_codebook(n: int, k: int, bits: int, dtype: torch.dtype = torch.float16, scaled: bool = False) -> RowCodebookTensor:
+    """The first row has the lowest codes, the last the highest."""
+    g = generator(n, k, bits)
+    codes = torch.randint(2**bits, (n, k), generator=g).to(torch.uint8)
+    codes[0], codes[-1] = 0, 2**bits - 1
+    inputs_scale = (torch.rand(k, generator=g) + 0.5).to(dtype) if scaled else None
+    return RowCodebookTensor(codes, torch.randn(n, 2**bits, generator=g).to(dtype), bits, input_scale=inputs_scale)
 
 
 def signs(n: int, k: int, block: int, means: bool = True, dtype: torch.dtype = torch.float16, scaled: bool = False) -> BinaryTensor:
@@ -64,6 +74,19 @@ def cases(operation: str) -> list[Any]:
                 (5, 129, 128, True, torch.float16, False),
             )
         ]
+    if operation == "row_lut_gemv":
+        return [
+            row_codebook(n, k, bits, dtype, scaled)
+            for n, k, bits, dtype, scaled in (
+                (33, 160, 2, torch.float16, False),
+                (1, 1, 3, torch.float32, True),
+                (40, 129, 3, torch.float16, True),
+                (32, 97, 4, torch.float32, False),
+                (70, 517, 4, torch.float16, False),
+                (31, 1031, 3, torch.float32, True),
+                (5, 2200, 2, torch.float32, False),
+            )
+        ]
     return [
         codebook(n, k, widths, kept, dtype, scaled)
         for n, k, widths, kept, dtype, scaled in (
@@ -82,6 +105,8 @@ def exact(x: Tensor, tensor: Stored) -> tuple[Tensor, Tensor, int]:
     plain = replace(tensor, input_scale=None)  # type: ignore[type-var]
     weight = plain.dequantize().double()
     size, roundings = weight.abs(), 2 * 16 + x.shape[1] // 8 + 8
+    if isinstance(plain, RowCodebookTensor):
+        roundings = 2 * 32 + x.shape[1] // 32 + 2 * 8 + 8
     if isinstance(plain, CodebookTensor):
         roundings = 256 + x.shape[1] // 64 + 8
         if plain.outliers is not None:

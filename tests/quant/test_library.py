@@ -54,6 +54,7 @@ CASES: dict[str, Callable[[], Any]] = dict(
         _packed("wq_gemv", wq_gemv.prepare, stored(5, 96, 3, 32, scaled=True)),
         _packed("wq_gemm", wq_gemm.prepare, stored(5, 96, 3, 32, scaled=True), rows=9, dtype=HALF),
         _packed("lut_gemv", PREPARE["lut_gemv"], cases("lut_gemv")[2]),
+        _packed("row_lut_gemv", PREPARE["row_lut_gemv"], cases("row_lut_gemv")[2]),
         _packed("binary_gemv", PREPARE["binary_gemv"], cases("binary_gemv")[2]),
     )
 )

@@ -1,4 +1,4 @@
-"""Products with codebooks per column and with signs, against float64 on the same values.
+"""Products with codebooks per column, codebooks per row and signs, against float64 on the same values.
 
 Tolerances. `size` is A = Σ |x| |weight|, with what a kept weight stands instead of counted too; u = 2^-24 (2^-8 for bfloat16, in which
 only the result is rounded). Between a product and the result lie: with codebooks at most 256 roundings of a part's sum (of 8 words), one
@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from quant.kernels import TABLE, binary_gemv, kernel, lut_gemv
+from quant.kernels import TABLE, binary_gemv, kernel, lut_gemv, row_lut_gemv
 from quant.kernels.library import operands
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from tests.quant.products_affine import U, inputs
-from tests.quant.products_tables import PREPARE, cases, check, codebook, exact, signs
+from tests.quant.products_tables import PREPARE, cases, check, codebook, exact, row_codebook, signs
 
-OPERATIONS = ("lut_gemv", "binary_gemv")
+OPERATIONS = ("lut_gemv", "row_lut_gemv", "binary_gemv")
 FAST = [op for op in OPERATIONS if kernel(op).backend == "cpu"]
 
 
@@ -61,8 +61,8 @@ def test_the_weight_is_made_again(operation: str) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_reference_takes_tensors_as_they_are(operation: str) -> None:
     run = kernel(operation, "reference").run
-    wide = codebook(5, 40, (6, 2), 2) if operation == "lut_gemv" else signs(5, 40, 20)
-    for tensor in (*cases(operation), wide):
+    wide = {"lut_gemv": [codebook(5, 40, (6, 2), 2)], "binary_gemv": [signs(5, 40, 20)]}.get(operation, [])
+    for tensor in (*cases(operation), *wide):
         x = inputs(2, tensor.shape[1])
         want, size, _ = exact(x, tensor)
         got = getattr(run, operation)(x, run.prepare(tensor))
@@ -73,8 +73,11 @@ def test_reference_takes_tensors_as_they_are(operation: str) -> None:
 def test_rows_of_the_weight_and_of_x_stand_alone(operation: str) -> None:
     """Bit for bit: a part of the rows of the weight, one row of x beside any others, and any number of threads."""
     run = getattr(kernel(operation).run, operation)
-    tensor: Any = codebook(1100, 512, (2, 4)) if operation == "lut_gemv" else signs(1100, 512, 128)
-    part: Any = replace(tensor, codes=tensor.codes[70:]) if operation == "lut_gemv" else rows_of(tensor, slice(70, None))
+    tensor: Any = some(operation, 1100, 512)
+    if operation == "row_lut_gemv":
+        part: Any = replace(tensor, codes=tensor.codes[70:], tables=tensor.tables[70:])
+    else:
+        part = replace(tensor, codes=tensor.codes[70:]) if operation == "lut_gemv" else rows_of(tensor, slice(70, None))
     x = inputs(8, 512)
     before = torch.get_num_threads()
     try:
@@ -89,6 +92,12 @@ def test_rows_of_the_weight_and_of_x_stand_alone(operation: str) -> None:
         assert torch.equal(run(x[:m], PREPARE[operation](tensor)), whole[:m])
 
 
+def some(operation: str, n: int, k: int) -> Any:
+    if operation == "row_lut_gemv":
+        return row_codebook(n, k, 3)
+    return codebook(n, k, (2, 4)) if operation == "lut_gemv" else signs(n, k, min(128, k // 3))
+
+
 def rows_of(tensor: BinaryTensor, rows: slice) -> BinaryTensor:
     assert tensor.mean is not None
     flags = (tensor.signs[rows], tensor.second[rows], tensor.split[rows])
@@ -99,6 +108,8 @@ def rows_of(tensor: BinaryTensor, rows: slice) -> BinaryTensor:
 def test_bytes_are_those_of_codes_and_tables(operation: str) -> None:
     if operation == "binary_gemv":
         assert binary_gemv.prepare(signs(16, 256, 128)).bytes == 16 * 256 // 4 + 16 * 2 * 8 * 4 + 256 * 4
+    elif operation == "row_lut_gemv":
+        assert row_lut_gemv.prepare(row_codebook(32, 128, 3)).bytes == 32 * 128 * 3 // 8 + 32 * 8 * 2
     else:
         assert lut_gemv.prepare(codebook(32, 128, (4,))).bytes == 32 * 128 // 2 + 128 * 16 * 4 + 128 * 8
 
@@ -116,7 +127,7 @@ def test_other_inputs_are_refused(operation: str, backend: str) -> None:
     if backend == "cpu" and operation not in FAST:
         pytest.skip("there is no C++ library")
     run = kernel(operation, backend).run
-    packed = run.prepare(codebook(4, 96, (2,)) if operation == "lut_gemv" else signs(4, 96, 32))
+    packed = run.prepare(some(operation, 4, 96))
     for x in (inputs(9, 96), inputs(1, 64), inputs(1, 96, torch.float16)):
         with pytest.raises(ValueError, match=r"it must be float32 or bfloat16 \[1 to 8, 96\]"):
             getattr(run, operation)(x, packed)

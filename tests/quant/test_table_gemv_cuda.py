@@ -13,17 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda
+from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
+from quant.kernels.row_lut_gemv import cuda as row_cuda
 from tests.quant.products_affine import inputs
-from tests.quant.products_tables import PREPARE, cases, check, codebook, signs
+from tests.quant.products_tables import PREPARE, cases, check, codebook, row_codebook, signs
 
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
-SOURCES = {"lut_gemv": "lut_gemv_lanes", "binary_gemv": "binary_gemv_lanes"}
+SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
 HOST = [op for op in SOURCES if not isinstance(native.library(SOURCES[op]), native.NoLibrary)]
+CLUSTERS = [op for op in HOST if op != "row_lut_gemv"]
+"""Those of which a row's sums are spread over clusters."""
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
@@ -31,6 +34,9 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     """What the kernel writes whose GPU runs as many clusters of as many blocks at once."""
     out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
     assert written_to(x, packed.shape, out) is out
+    if isinstance(packed, row_lut_gemv.Packed):
+        native.call("row_lut_gemv_lanes", "bitgrid_row_lut_lanes", *row_cuda.arguments(x, packed, out))
+        return out
     scale = 0 if packed.input_scale is None else packed.input_scale
     last = (*packed.shape, x.shape[0], int(x.dtype is torch.bfloat16), clusters, ranks, limit)
     if isinstance(packed, binary_gemv.Packed):
@@ -45,8 +51,17 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
 
 def taken(operation: str) -> list[Any]:
     """Tensors for the kernel that has phases: signs in blocks of whole units."""
-    some = [t for t in cases(operation) if operation == "lut_gemv" or t.block_size % binary_gemv.UNIT == 0]
-    return some if operation == "lut_gemv" else [*some, signs(21, 900, 256, True, torch.float32, True), signs(17, 512, 512, False)]
+    some = cases(operation)
+    if operation != "binary_gemv":
+        return some
+    some = [t for t in some if t.block_size % binary_gemv.UNIT == 0]
+    return [*some, signs(21, 900, 256, True, torch.float32, True), signs(17, 512, 512, False)]
+
+
+def large(operation: str, n: int, k: int, widths: tuple[int, ...], kept: int = 0) -> Any:
+    if operation == "row_lut_gemv":
+        return row_codebook(n, k, widths[-1])
+    return codebook(n, k, widths, kept) if operation == "lut_gemv" else signs(n, k, 128)
 
 
 @pytest.mark.parametrize("operation", HOST)
@@ -60,23 +75,23 @@ def test_error_is_that_of_rounding(operation: str) -> None:
 @pytest.mark.parametrize("operation", HOST)
 def test_rows_of_x_stand_alone(operation: str) -> None:
     """Bit for bit, where tables of more rows of x have to be made in more turns."""
-    tensor: Any = codebook(70, 1500, (2, 3), 2) if operation == "lut_gemv" else signs(70, 1500, 128)
+    tensor = large(operation, 70, 1500, (2, 3), 2)
     packed, x = PREPARE[operation](tensor), inputs(8, 1500)
-    for of in ({"ranks": 1, "limit": LIMITS[86]}, {}):
+    for of in ({"ranks": 1, "limit": LIMITS[86]}, {})[operation == "row_lut_gemv" :]:
         whole = on_the_host(operation, x, packed, **of)
         check(whole, x, tensor)
         for m in (1, 2, 3):
             assert torch.equal(on_the_host(operation, x[:m], packed, **of), whole[:m])
 
 
-@pytest.mark.parametrize("operation", HOST)
+@pytest.mark.parametrize("operation", CLUSTERS)
 def test_more_rows_than_one_wave(operation: str) -> None:
     tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 128)
     x = inputs(1, 40)
     check(on_the_host(operation, x, PREPARE[operation](tensor), clusters=1, ranks=3), x, tensor)
 
 
-@pytest.mark.parametrize("operation", HOST)
+@pytest.mark.parametrize("operation", CLUSTERS)
 def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
     """Clusters of the most rows, or of one tile each: what a row comes to is the same bit for bit."""
     tensor: Any = codebook(15 * 20 * 32 - 7, 72, (3,)) if operation == "lut_gemv" else signs(9600 - 7, 72, 128)
@@ -121,8 +136,7 @@ def test_the_compiler_spills_nothing(operation: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("operation", sorted(SOURCES))
 def test_kernel_on_a_gpu(operation: str) -> None:
     backend = kernel(operation, "cuda", "cuda").run
-    large: Any = codebook(2080, 4100, (2, 4), 2) if operation == "lut_gemv" else signs(2080, 4100, 128)
-    for tensor in (*cases(operation), large):
+    for tensor in (*cases(operation), large(operation, 2080, 4100, (2, 4), 2)):
         packed: Any = PREPARE[operation](tensor)
         there: Any = moved(packed)
         for x in (inputs(1, tensor.shape[1]), inputs(2, tensor.shape[1]), inputs(7, tensor.shape[1], torch.bfloat16)):
@@ -139,7 +153,7 @@ def test_kernel_on_a_gpu(operation: str) -> None:
 @GPU
 @pytest.mark.parametrize("operation", sorted(SOURCES))
 def test_a_graph_holds_the_call(operation: str) -> None:
-    tensor: Any = codebook(96, 512, (2,)) if operation == "lut_gemv" else signs(96, 512, 128)
+    tensor = large(operation, 96, 512, (2,))
     run, there = getattr(kernel(operation, "cuda", "cuda").run, operation), moved(PREPARE[operation](tensor))
     x, out = inputs(2, 512).cuda(), torch.empty(2, 96, device="cuda")
     run(x, there, out)
@@ -156,6 +170,8 @@ def moved(packed: Any) -> Any:
     scale = None if packed.input_scale is None else packed.input_scale.cuda()
     if isinstance(packed, binary_gemv.Packed):
         return binary_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), packed.salient.cuda(), scale, packed.shape, packed.block)
+    if isinstance(packed, row_lut_gemv.Packed):
+        return row_lut_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), scale, packed.shape, packed.bits)
     parts = tuple(lut_gemv.Part(p.words.cuda(), p.values.cuda(), p.columns.cuda(), p.bits) for p in packed.parts)
     kept = packed.apart
     apart = None if kept is None else lut_gemv.Apart(kept.starts.cuda(), kept.columns.cuda(), kept.differences.cuda())

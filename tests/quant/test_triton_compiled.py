@@ -27,7 +27,7 @@ def test_kernels_compile() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
-    wanted = {"solve", "gemv", "signs", "entries", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
+    wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
     wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "merge", "multiply"}
     assert {r["kernel"] for r in rows} == wanted
     for row in rows:

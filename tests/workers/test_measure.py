@@ -143,7 +143,7 @@ def test_every_time_is_kept_and_summed_up(tmp_path: Path) -> None:
     assert found["decode_low_s"] <= steps.median(1).values.median().item() <= found["decode_high_s"]
 
 
-@pytest.mark.parametrize(("method", "operation"), [("claq", "lut_gemv"), ("billm", "binary_gemv")])
+@pytest.mark.parametrize(("method", "operation"), [("claq", "lut_gemv"), ("squeezellm", "row_lut_gemv"), ("billm", "binary_gemv")])
 def test_codebooks_and_signs_are_multiplied_packed(method: str, operation: str, tmp_path: Path) -> None:
     context = tiny_context("llama", tmp_path)
     artifact = made_by(method, context, tmp_path)
@@ -269,7 +269,7 @@ def test_groups_of_unlike_size_stay_where_they_are() -> None:
 
 def made_by(method: str, context: Context, folder: Path) -> Path:
     statistics = calibrated(context, folder / "s", "hessian")
-    weight = WeightScheme(2) if method == "claq" else WeightScheme(1)
+    weight = WeightScheme(2) if method in ("claq", "squeezellm") else WeightScheme(1)
     artifact, _ = quantized(context, folder / "q", quantize_spec(method, weight=weight), {"hessian": statistics["hessian"]})
     return artifact
 

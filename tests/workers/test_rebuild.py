@@ -84,6 +84,7 @@ SPECS = {
     "slim_llm_corrected": quantize_spec("slim_llm", "awq", weight=W2G8, variant="corrected"),
     "spqr": quantize_spec("spqr", weight=W4G16),
     "spqr_awq": quantize_spec("spqr", "awq", weight=W4G16, round_zero=True),
+    "squeezellm": quantize_spec("squeezellm", "smoothquant", weight=WeightScheme(3)),
     "omniquant": quantize_spec("omniquant", weight=W4G16, epochs=1),
     "omniquant_let": quantize_spec("omniquant", weight=W4, activation=ActivationScheme(6, symmetric=False), epochs=1, let=True),
     "awq_omniquant": quantize_spec("omniquant", "awq", weight=W4G16, epochs=1),
