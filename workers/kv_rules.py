@@ -16,6 +16,8 @@ PACKED_FAMILIES = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "
 """Families whose attention is a function of queries, keys and values alone, which another may stand in for."""
 PACKED_WIDTHS, PACKED_GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
 """Channels of a head, and sizes of KIVI's groups, that `quant.kernels.kv_attention` takes; groups per token are of as many as a head."""
+MOST_GROUPS = 8
+"""Groups of a head per token that it takes."""
 
 
 def head_width(config: Mapping[str, Any]) -> int | None:
@@ -63,6 +65,10 @@ def not_packed(kv: KVScheme, config: Mapping[str, Any], length: int) -> str | No
         return (
             f"heads of {width} channels in groups of {kv.group_size or width}: the kernel kv_attention has heads of "
             f"{', '.join(map(str, PACKED_WIDTHS))}, which a group must divide"
+        )
+    if kv.kind == "per_token" and width // (kv.group_size or width) > MOST_GROUPS:
+        return (
+            f"kv.group_size={kv.group_size}: the kernel kv_attention has at most {MOST_GROUPS} groups to a head, here of {width} channels"
         )
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and length > window:

@@ -103,7 +103,8 @@ def test_w4a16kv4_is_decoded_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["runs"] >= FEWEST
     assert found["decode_p50_s"] > 0
     assert found["decode_tokens_per_s"] == pytest.approx(SMALL.batch / found["decode_p50_s"])
-    assert (found["kv_backend"], "dense" in found["backends"]) == ("reference", False)
+    assert found["kv_backend"] == "reference"
+    assert kernel("wq_gemv").backend in found["backends"]
     # 24 tokens of 16 channels of keys and of values, 4 bits each, and 48 bits of range for both.
     assert found["kv_bytes"] == 2 * 2 * 24 * 2 * (16 * 4 + 48) // 8
 

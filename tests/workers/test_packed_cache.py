@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quant.kernels.kv_attention import GROUPS, WIDTHS
+from quant.kernels.kv_attention.per_token import MOST_GROUPS
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.scheme import KVScheme
 from tests.tiny_models import tiny_model
@@ -127,7 +128,7 @@ def test_attention_is_the_models_own_afterwards(gemma: Any) -> None:
 
 
 def test_planning_knows_what_the_kernel_takes() -> None:
-    assert (kv_rules.PACKED_WIDTHS, kv_rules.PACKED_GROUPS) == (WIDTHS, GROUPS)
+    assert (kv_rules.PACKED_WIDTHS, kv_rules.PACKED_GROUPS, kv_rules.MOST_GROUPS) == (WIDTHS, GROUPS, MOST_GROUPS)
 
 
 CONFIG = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}
@@ -145,6 +146,7 @@ G64 = KVScheme(4, kind="kivi", group_size=64, residual_length=64)
         (KVScheme(3, True, 64), {**CONFIG, "hidden_size": 1024}, None),
         (KVScheme(4, group_size=8), CONFIG, "groups of 16, 32, 64, 128, 256 for kv.kind=per_token"),
         (KV4, {**CONFIG, "hidden_size": 640}, "heads of 80 channels in groups of 80"),
+        (KVScheme(4, group_size=16), {**CONFIG, "head_dim": 256}, "at most 8 groups to a head, here of 256"),
         (KVScheme(4, kind="kvquant"), CONFIG, "lacks a rotary embedding of keys .*; calibrated ranges"),
         (KVScheme(4, kind="kvquant", codebook="nuq", outliers=0.01), CONFIG, "kv.codebook=nuq.*kv.outliers=0.01"),
         (KVScheme(4, kind="kvquant", first_few_fp16=1), CONFIG, "kv.first_few_fp16=1"),

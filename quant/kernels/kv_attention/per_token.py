@@ -17,6 +17,8 @@ from quant.kernels.kv_attention import WIDTHS, field, packed, unpacked, words
 
 BLOCK = 64
 """T."""
+MOST_GROUPS = 8
+"""Of channels of a head: more do not fit the kernel's registers."""
 
 
 @dataclass
@@ -76,7 +78,8 @@ class PerTokenPacked:
         held = (torch.arange(self.capacity, device=self.keys.device) < self.counts[:, 2, None])[:, None, :, None]
         found = []
         for i, words_of in enumerate((self.keys, self.values.mT)):
-            codes = unpacked(words_of, self.bits, self.width).to(dtype).unflatten(-1, (-1, self.group))  # [S, KV, B, T, D / G, G]
+            codes = unpacked(words_of, self.bits, self.width).to(dtype)
+            codes = codes.view(*codes.shape[:-1], -1, self.group)  # [S, KV, B, T, D / G, G]
             planes = self.ranges.permute(4, 0, 1, 2, 5, 3)[..., None]
             step = planes[i].contiguous().view(torch.float32).to(dtype)
             zero = 2.0 ** (self.bits - 1) if self.symmetric else _half_word(planes[2], i).to(dtype)
@@ -96,9 +99,10 @@ def prepare(
     g = group_size or d
     if not 2 <= bits <= 8:
         raise ValueError(f"keys and values of {bits} bits; the packed cache has 2 to 8")
-    if d not in WIDTHS or g not in WIDTHS or d % g:
+    if d not in WIDTHS or g not in WIDTHS or d % g or d // g > MOST_GROUPS:
         raise ValueError(
-            f"heads of {d} channels in groups of {g}; the packed cache has heads of {WIDTHS} and groups of as many that divide them"
+            f"heads of {d} channels in groups of {g}; the packed cache has heads of {WIDTHS} and groups of as many that divide them, "
+            f"at most {MOST_GROUPS} to a head"
         )
     blocks = -(-max(capacity or n, n, 1) // block)
 

@@ -49,7 +49,7 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, STAGES=STAGES, PLAIN=plain, num_warps=WARPS_PLAIN,
         )  # fmt: skip
     elif isinstance(packed, PerTokenPacked):
-        warps, most = shape(d, packed.block, rows)
+        warps, most = shape(d, packed.block, rows, packed.ranges.shape[3])
         attend_per_token[grid](
             given, packed.keys, packed.values, packed.ranges, packed.counts, partial, weights, ends, packed.capacity // packed.block, parts,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.group, BITS=field(packed.bits), W=packed.keys.shape[4],
@@ -70,8 +70,10 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
     return made
 
 
-def shape(width: int, block: int, rows: int) -> tuple[int, int | None]:
-    """Warps, and the most registers of a thread, with which nothing is spilled."""
+def shape(width: int, block: int, rows: int, groups: int = 1) -> tuple[int, int | None]:
+    """Warps, and the most registers of a thread, with which nothing is spilled. groups: of channels, where ranges are per token."""
+    if groups > 4:
+        return 8 if rows > 8 else 2, None
     if rows == 1 and width <= 128 and block <= 64:
         return 1, REGISTERS
     return (4 if width * block > 128 * 128 or rows > 8 else 2), None
