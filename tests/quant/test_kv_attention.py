@@ -198,17 +198,20 @@ def test_attention(kv: int, rows: int, n: int, d: int, bits: tuple[int, int], gr
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("rows", "d", "bits", "symmetric", "group", "splits"),
+    ("s", "rows", "d", "bits", "symmetric", "group", "splits"),
     [
-        (1, 64, 4, False, None, 2),  # a lone query head; planes of two places in a register's half
-        (3, 32, 2, True, None, 1),
-        (2, 32, 8, False, 16, 3),  # pieces of a plane, and a group to each
-        (9, 64, 3, True, 32, 1),  # sixteen columns
+        (1, 1, 64, 4, False, 32, 2),  # a lone query head
+        (2, 3, 32, 2, True, None, 1),
+        (1, 2, 64, 8, False, 16, 1),  # pieces of a plane, and a group to each
+        (1, 9, 64, 3, True, 32, 1),  # sixteen columns
     ],
 )
-def test_attention_to_ranges_per_token(rows: int, d: int, bits: int, symmetric: bool, group: int | None, splits: int) -> None:
-    held = per_token.prepare(random(1, 1, 23, d), random(1, 1, 23, d, seed=1), bits, symmetric, group, block=16)
-    q = random(1, rows, d)
+def test_attention_to_ranges_per_token(s: int, rows: int, d: int, bits: int, symmetric: bool, group: int | None, splits: int) -> None:
+    """Of two sequences the last is shorter, and ends within its first block."""
+    kv = s
+    held = per_token.prepare(random(s, kv, 23, d), random(s, kv, 23, d, seed=1), bits, symmetric, group, block=16)
+    held.counts[1:] = 11
+    q = random(s, kv * rows, d)
     out = torch.full_like(q, torch.nan)
     assert kernel("kv_attention", "triton", DEVICE).run.kv_attention(q, held, splits=splits, out=out) is out
     check(out, q, held)
