@@ -15,7 +15,9 @@ SEPARATE_ROTARY_KEYS = ("gemma", "llama", "mistral", "mixtral", "qwen2")
 PACKED_FAMILIES = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "opt", "qwen2")
 """Families whose attention is a function of queries, keys and values alone, which another may stand in for."""
 PACKED_WIDTHS, PACKED_GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
-"""Channels of a head and sizes of a group that `quant.kernels.kv_attention` takes."""
+"""Channels of a head, and sizes of KIVI's groups, that `quant.kernels.kv_attention` takes; groups per token are of as many as a head."""
+MOST_GROUPS = 8
+"""Groups of a head per token that it takes."""
 
 
 def head_width(config: Mapping[str, Any]) -> int | None:
@@ -49,27 +51,42 @@ def refuses(kv: KVScheme, config: Mapping[str, Any]) -> str | None:
 
 def not_packed(kv: KVScheme, config: Mapping[str, Any], length: int) -> str | None:
     """Why no kernel attends to a cache of `length` tokens as `kv` stores it; None where one does."""
-    if kv.kind != "kivi":
-        return (
-            f"kv.kind={kv.kind}: the kernel kv_attention reads keys per channel, values per token and the latest tokens in full precision, "
-            "which is kv.kind=kivi"
-        )
-    if kv.group_size not in PACKED_GROUPS:
-        return f"kv.group_size={kv.group_size}: the kernel kv_attention has groups of {', '.join(map(str, PACKED_GROUPS))}"
+    if kv.kind == "kvquant":
+        return _unread(kv)
+    groups = PACKED_GROUPS if kv.kind == "kivi" else PACKED_WIDTHS
+    if kv.group_size is not None and kv.group_size not in groups:
+        return f"kv.group_size={kv.group_size}: the kernel kv_attention has groups of {', '.join(map(str, groups))} for kv.kind={kv.kind}"
     if not config:  # of a model that is not known before it is fetched
         return None
     kind, width = config.get("model_type"), head_width(config)
     if kind not in PACKED_FAMILIES:
         return f"attention of a {kind} model is not a function that kv_attention could stand in for; it is of {', '.join(PACKED_FAMILIES)}"
-    if width not in PACKED_WIDTHS or width % kv.group_size:
+    if width not in PACKED_WIDTHS or width % (kv.group_size or width):
         return (
-            f"heads of {width} channels in groups of {kv.group_size}: the kernel kv_attention has heads of "
+            f"heads of {width} channels in groups of {kv.group_size or width}: the kernel kv_attention has heads of "
             f"{', '.join(map(str, PACKED_WIDTHS))}, which a group must divide"
+        )
+    if kv.kind == "per_token" and width // (kv.group_size or width) > MOST_GROUPS:
+        return (
+            f"kv.group_size={kv.group_size}: the kernel kv_attention has at most {MOST_GROUPS} groups to a head, here of {width} channels"
         )
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and length > window:
         return f"a token sees {window} tokens at most, and kv_attention reads all {length}: lower workload.prompt or workload.tokens"
     return None
+
+
+def _unread(kv: KVScheme) -> str:
+    """What a KVQuant cache would need."""
+    lacks = ["a rotary embedding of keys as they are decoded (they are stored before it)"]
+    if kv.codebook == "nuq":
+        lacks.append("levels from a codebook (kv.codebook=nuq; codes are multiplied as they are)")
+    if kv.outliers:
+        lacks.append(f"values kept beside the codes, in each token another number of them (kv.outliers={kv.outliers:g})")
+    if kv.first_few_fp16:
+        lacks.append(f"first tokens in full precision (kv.first_few_fp16={kv.first_few_fp16})")
+    lacks.append("calibrated ranges of key channels, and ranges of values over all heads of a token (a measure stage has no calibration)")
+    return f"kv.kind=kvquant: to read its cache as it is stored, the kernel kv_attention lacks {'; '.join(lacks)}"
 
 
 def label(kv: KVScheme) -> str:

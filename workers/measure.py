@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quant.kernels.kv_attention import field
+from quant.scheme import KVScheme
 from workers import generation, kv_runs
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
@@ -88,7 +90,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         **_speeds(runs, spec.workload, context),
         **_stored(spec, artifact, context),
         **_memory(model, packed),
-        **_cache(caches, context),
+        **_cache(caches, spec.kv, context),
         "peak_memory_bytes": peak.bytes(),
         "peak_reserved_bytes": peak.reserved(),
         **_energy(meter, len(runs), spec.workload, context),
@@ -233,11 +235,13 @@ def _stored(spec: MeasureSpec, artifact: Path | None, context: Context) -> dict[
     return {"disk_bytes": summary.get("model_bytes"), "bits_stored": summary.get("bits_stored")}
 
 
-def _cache(caches: PackedCaches | None, context: Context) -> dict[str, Any]:
+def _cache(caches: PackedCaches | None, kv: KVScheme | None, context: Context) -> dict[str, Any]:
     """Which kernel attended, and bytes that the last step read of keys and values; nothing where these are not quantized."""
-    if caches is None:
+    if caches is None or kv is None:
         return {}
     context.notes += caches.chosen.notes
+    widths = sorted({kv.bits, kv.value_bits or kv.bits})
+    context.notes += [f"codes of {bits} bits were read from fields of {field(bits)}" for bits in widths if field(bits) != bits]
     if caches.chosen.backend == "reference":
         context.notes.append("kv_attention ran as its reference, whose time says nothing of the format's speed")
     return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes}

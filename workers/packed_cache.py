@@ -1,12 +1,15 @@
-"""A transformers cache in KIVI's packed layout, and attention that reads it as it is stored, through the kernel `kv_attention`.
+"""A transformers cache in a packed layout, and attention that reads it as it is stored, through the kernel `kv_attention`.
 
-A prompt reads itself in full precision, by the model's usual attention; a step appends its token and asks the kernel.
+A prompt reads itself by the model's usual attention: with KIVI in full precision, with ranges per token as it is stored. A step appends its
+token and asks the kernel.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,14 +19,17 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
+from quant.hadamard import mix
 from quant.kernels import TABLE, Kernel, kernel
-from quant.kernels.kv_attention import Packed, ages, hold, told_one
-from quant.kv import Kivi, make
+from quant.kernels.kv_attention import Packed, ages, hold, per_token, told_one
+from quant.kernels.kv_attention.per_token import PerTokenPacked
+from quant.kv import Kivi, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_rules
 from workers.errors import InputError
 from workers.generation import FixedCache, room
 from workers.specs import Workload
+from workers.steps import key_rotation
 
 OPERATION = "kv_attention"
 ATTENTION = "bitgrid_kv_attention"
@@ -47,7 +53,7 @@ class PackedCaches:
             self.chosen: Kernel = kernel(OPERATION, workload.backend if workload.backend in TABLE[OPERATION] else "auto", device)
         except (ValueError, RuntimeError) as e:
             raise InputError(str(e)) from e
-        assert isinstance(rule, Kivi)
+        assert isinstance(rule, Kivi | PerToken)
         self._rule, self._length, self._model = rule, room(workload.prompt, workload.tokens), model
         structure = families.structure(config.to_dict())
         blocks: Any = model.get_submodule(structure.blocks)
@@ -56,9 +62,14 @@ class PackedCaches:
         """Layers of the cache that was made last."""
 
     def __call__(self) -> PackedCache:
-        self.last = [_Layer(self._rule, self.chosen.run, self._length) for _ in self._attention]
+        self.last = [self._layer(module) for module in self._attention]
         _layers.update(zip(self._attention, self.last, strict=True))
         return PackedCache(self.last)
+
+    def _layer(self, attention: nn.Module) -> _Layer:
+        if isinstance(self._rule, Kivi):
+            return _KiviLayer(self._rule, self.chosen.run, self._length)
+        return _PerTokenLayer(replace(self._rule, mixed=key_rotation(attention)), self.chosen.run, self._length)
 
     @property
     def bytes(self) -> int:
@@ -81,7 +92,7 @@ class PackedCaches:
 
 
 class PackedCache(FixedCache):
-    """A step in which keys age is another than the others: they do so once in a window's length, all tokens of it together."""
+    """A step in which KIVI's keys age is another than the others: they do so once in a window's length, all tokens of it together."""
 
     def __init__(self, layers: list[_Layer]) -> None:
         super().__init__(layers=list(layers))
@@ -98,45 +109,51 @@ class PackedCache(FixedCache):
                 layer.on_device = False
 
     def by_host(self) -> bool:
-        held = self._layers[0].packed
-        return held is not None and ages(held)
+        return self._layers[0].ages()
 
     def replayed(self) -> None:
         for layer in self._layers:
-            assert layer.packed is not None
-            told_one(layer.packed)
+            layer.told_one()
 
 
 class _Layer(CacheLayerMixin):
     is_sliding = False
 
-    def __init__(self, rule: Kivi, run: Any, length: int) -> None:
+    def __init__(self, run: Any, length: int) -> None:
         super().__init__()
-        self._rule, self._run, self._length = rule, run, length
-        self.packed: Packed | None = None
+        self._run, self._length = run, length
+        self.packed: Packed | PerTokenPacked | None = None
         self.on_device = False
         """Whether tokens are appended where the device, not the host, says."""
         self._reads_itself = self._empty = True
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        rule = self._rule
-        made = self._run.prepare(
-            key_states, value_states, rule.key_bits, rule.value_bits, rule.group_size, rule.residual_length, self._length
-        )
-        if self.packed is None:
-            self.packed = made
-        else:
-            hold(self.packed, made)
-        self.is_initialized, self._empty = True, False
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """`[B, H, T, D]` of the new tokens, returned as they are: attention finds the others here."""
+        """`[B, H, T, D]` of the new tokens: what a prompt reads of itself; in a step attention finds all tokens here."""
         self._reads_itself = self._empty
-        if self._empty:
-            self.lazy_initialization(key_states, value_states)
-        else:
-            (self._run.append_one if self.on_device else self._run.append)(self.packed, key_states, value_states)
-        return key_states, value_states
+        if not self._empty:
+            self._append(key_states, value_states)
+            return key_states, value_states
+        self.lazy_initialization(key_states, value_states)
+        self.is_initialized, self._empty = True, False
+        return self._prompt_reads(key_states, value_states)
+
+    @abstractmethod
+    def _append(self, keys: Tensor, values: Tensor) -> None: ...
+
+    @abstractmethod
+    def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def _asks(self, query: Tensor) -> Tensor:
+        """The query for keys as they are stored."""
+        return query
+
+    def ages(self) -> bool:
+        """Whether the next token changes more than its own place."""
+        return False
+
+    @abstractmethod
+    def told_one(self) -> None:
+        """The device appended a token in a replay."""
 
     def reset(self) -> None:
         self._empty = True
@@ -147,7 +164,7 @@ class _Layer(CacheLayerMixin):
             return None
         if query.shape[2] != 1:
             raise InputError(f"{query.shape[2]} tokens in one step; a packed cache is read by one at a time")
-        out: Tensor = self._run.kv_attention(query[:, :, 0], self.packed, scale)
+        out: Tensor = self._run.kv_attention(self._asks(query[:, :, 0]), self.packed, scale)
         return out[:, None]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -160,6 +177,73 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self._length
+
+
+class _KiviLayer(_Layer):
+    packed: Packed | None
+
+    def __init__(self, rule: Kivi, run: Any, length: int) -> None:
+        super().__init__(run, length)
+        self._rule = rule
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rule = self._rule
+        made = self._run.prepare(
+            key_states, value_states, rule.key_bits, rule.value_bits, rule.group_size, rule.residual_length, self._length
+        )
+        if self.packed is None:
+            self.packed = made
+        else:
+            hold(self.packed, made)
+
+    def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        (self._run.append_one if self.on_device else self._run.append)(self.packed, keys, values)
+
+    def ages(self) -> bool:
+        return self.packed is not None and ages(self.packed)
+
+    def told_one(self) -> None:
+        assert self.packed is not None
+        told_one(self.packed)
+
+
+class _PerTokenLayer(_Layer):
+    packed: PerTokenPacked | None
+
+    def __init__(self, rule: PerToken, run: Any, length: int) -> None:
+        super().__init__(run, length)
+        self._rule = rule
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        if self.packed is None:
+            rule, none = self._rule, slice(0, 0)
+            self.packed = per_token.prepare(
+                key_states[:, :, none],
+                value_states[:, :, none],
+                rule.bits_per_value,
+                rule.symmetric,
+                rule.group_size,
+                rule.clip,
+                self._length,
+            )
+        self.packed.length = 0
+        per_token.append(self.packed, mix(key_states, self._rule.mixed), value_states)
+
+    def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rule.keys_rounded(keys), self._rule.values_rounded(values)
+
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        (per_token.append_one if self.on_device else per_token.append)(self.packed, mix(keys, self._rule.mixed), values)
+
+    def _asks(self, query: Tensor) -> Tensor:
+        return mix(query, self._rule.mixed)
+
+    def told_one(self) -> None:
+        assert self.packed is not None
+        self.packed.length += 1
 
 
 def _attention(

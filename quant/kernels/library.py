@@ -29,6 +29,7 @@ from quant.kernels import (
     wq_gemv,
 )
 from quant.kernels.gptq_block import Fit, Fits
+from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kernels.operators import LIBRARY
 from quant.kernels.operators import define as _define
 
@@ -256,6 +257,14 @@ def _kv_attention(
     return made
 
 
+def _kv_attention_per_token(
+    q: Tensor, keys: Tensor, values: Tensor, ranges: Tensor, counts: Tensor, bits: int, scale: float | None = None
+) -> Tensor:
+    cache = PerTokenPacked(keys, values, ranges, counts, bits, q.shape[-1])
+    made: Tensor = kernel("kv_attention", device=q.device).run.kv_attention(q, cache, scale)
+    return made
+
+
 def _kv_attention_shape(q: Tensor, *given: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
@@ -330,13 +339,23 @@ _define(
     _kv_attention,
     _kv_attention_shape,
 )
+_define(
+    "kv_attention_per_token(Tensor q, Tensor keys, Tensor values, Tensor ranges, Tensor counts, int bits, float? scale=None) -> Tensor",
+    _kv_attention_per_token,
+    _kv_attention_shape,
+)
 
 
-Products = wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | row_lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed
+Products = (
+    wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | row_lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed | PerTokenPacked
+)
 
 
 def operands(packed: Products) -> tuple[Any, ...]:
-    """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`."""
+    """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`; of a
+    `PerTokenPacked` it is `kv_attention_per_token`."""
+    if isinstance(packed, PerTokenPacked):
+        return packed.keys, packed.values, packed.ranges, packed.counts, packed.bits
     if isinstance(packed, kv_attention.Packed):
         held = (packed.keys, packed.key_ranges, packed.values, packed.value_ranges, packed.window_keys, packed.window_values)
         return *held, packed.counts, packed.key_bits, packed.value_bits

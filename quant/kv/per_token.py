@@ -57,21 +57,28 @@ class PerToken:
             return float(FULL)
         return self.bits_per_value + (32 if self.symmetric else 48) / (self.group_size or head_dim)
 
+    def keys_rounded(self, keys: Tensor) -> Tensor:
+        """`[B, H, T, D]`."""
+        # (q M) · Q(k M) = q · (Q(k M) Mᵀ): turned back here, queries may stay as they are.
+        return mix(self.values_rounded(mix(keys, self.mixed)), self.mixed, transpose=True)
+
+    def values_rounded(self, values: Tensor) -> Tensor:
+        """`[B, H, T, D]`."""
+        if self.bits_per_value == FULL:
+            return values
+        return fake_quantize_kv(values, KVScheme(self.bits_per_value, self.symmetric, self.group_size, clip=self.clip))
+
 
 class _State(KVState):
     def __init__(self, rule: PerToken, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(batch, heads, head_dim, dtype, device)
-        full = rule.bits_per_value == FULL
-        self._mixed = rule.mixed
-        self._scheme = None if full else KVScheme(rule.bits_per_value, rule.symmetric, rule.group_size, clip=rule.clip)
+        self._rule = rule
 
     def together(self) -> None:
         return None
 
     def _written(self, start: int) -> None:
-        if self._scheme is not None:
+        if self._rule.bits_per_value != FULL:
             new = slice(start, self.length)
-            # (q M) · Q(k M) = q · (Q(k M) Mᵀ): turned back here, queries may stay as they are.
-            keys = fake_quantize_kv(mix(self._keys[:, :, new], self._mixed), self._scheme)
-            self._keys[:, :, new] = mix(keys, self._mixed, transpose=True)
-            self._values[:, :, new] = fake_quantize_kv(self._values[:, :, new], self._scheme)
+            self._keys[:, :, new] = self._rule.keys_rounded(self._keys[:, :, new])
+            self._values[:, :, new] = self._rule.values_rounded(self._values[:, :, new])

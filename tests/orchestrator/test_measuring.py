@@ -56,13 +56,13 @@ def test_one_stage_for_each_variant_that_a_kernel_can_run(plan_of: Any) -> None:
 
 def test_a_cache_is_measured_in_its_format_however_it_is_evaluated(plan_of: Any) -> None:
     """One measurement for both ways of simulating it."""
-    grid = ("method=rtn", "scheme=w16a16kv2_kivi,w16a16kv2_kivi_decode,w4a16kv2_kivi_g64,w16a16kv4", "task=self_perplexity")
+    schemes = "w16a16kv2_kivi,w16a16kv2_kivi_decode,w4a16kv2_kivi_g64,w16a16kv4,w16a16kv4_decode"
+    grid = ("method=rtn", f"scheme={schemes}", "task=self_perplexity")
     new = plan_of(*grid, *ON)
     specs = {new.stages[k].label: new.stages[k].spec for k in new.wanted}
     caches = {label: spec.kv for label, spec in specs.items() if isinstance(spec, MeasureSpec)}
     kivi = KVScheme(2, kind="kivi", group_size=32, residual_length=128)
-    assert list(caches.values()) == [None, kivi, kivi]
-    assert [v.label for v in new.variants.values() if any("not measured: kv.kind=per_token" in f for f in v.flags)] != []
+    assert list(caches.values()) == [None, kivi, kivi, KVScheme(4)]
 
 
 W8, A8 = WeightScheme(8), ActivationScheme(8)
@@ -75,7 +75,8 @@ KIVI = KVScheme(4, kind="kivi", group_size=32, residual_length=128, mode="decode
         (Scheme(W8, A8), None),
         (Scheme(WeightScheme(4, granularity=Granularity.TENSOR), ActivationScheme(4, symmetric=False, clip=0.9)), None),
         (Scheme(W8), None),
-        (Scheme(W8, A8, KVScheme(8)), "kv.kind=kivi"),
+        (Scheme(W8, A8, KVScheme(8)), None),
+        (Scheme(W8, A8, KVScheme(4, kind="kvquant")), "kv.kind=kvquant: "),
         (Scheme(W8, A8, KIVI), None),
         (Scheme(None, None, KIVI), None),
         (Scheme(W8, ActivationScheme(8, granularity=Granularity.TENSOR)), "per token"),

@@ -37,6 +37,7 @@ from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
+from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lut_gemv.program import apart, entries
@@ -111,7 +112,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
-    return [*found, *products(architecture), *attention()]
+    return [*found, *products(architecture), *attention(architecture)]
 
 
 def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -137,7 +138,9 @@ def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict
         yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
-def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """Each takes the compiler seconds: on the older architecture what needs the most, all where CUDA C++ is compiled too."""
+    every = os.environ.get("BITGRID_COMPILE") == "1"
     split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
     given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
     constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
@@ -145,10 +148,15 @@ def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict
     yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
     given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
-    for bits, rows in ((4, 1), (2, 1), (8, 8)):
+    for bits, rows in ((4, 1), (2, 1), (8, 8)) if architecture == 90 or every else ((4, 1),):
         warps, most = attention_shape(128, 64, rows)
         own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
+    given |= {"ranges": "*i32"}
+    for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0))[: 4 if every else 1]:
+        warps, most = attention_shape(128, 64, rows, 128 // group)
+        own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
+        yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
 
 
 def _source(kernel: Any) -> Any:

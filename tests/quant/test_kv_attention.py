@@ -3,7 +3,8 @@
 Tolerances. The reference is float64 on the decoded cache. Kernels multiply codes, and round to float16 (u = 2^-11) two things, q · step and
 p · step; keys and values in the window are multiplied by q in its type and p in theirs (2^-8 for bfloat16). A score is off by
 e = u Σ_d |q_d| step_d code_d at most, which changes p by that share of itself, so that the output is off by 2 e max |v|, and by u max |v|.
-In float32 it would be 2^-24 for each of some hundred sums: much below. `bound` is twice this, with e of the largest |q| · |k|.
+In float32 it would be 2^-24 for each of some hundred sums: much below. `bound` is twice this, with e of the largest |q| · |k|. Where ranges
+of keys are per token, it is q alone that is rounded, before its product with codes: the same e.
 """
 
 from __future__ import annotations
@@ -15,10 +16,23 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.kernels.kv_attention import Packed, Plain, ages, append, append_one, packed, prepare, reference, told_one, unpacked
+from quant.kernels.kv_attention import (
+    Cache,
+    Packed,
+    Plain,
+    ages,
+    append,
+    append_one,
+    packed,
+    per_token,
+    prepare,
+    reference,
+    told_one,
+    unpacked,
+)
 from quant.kernels.library import operands
 from quant.kernels.on_triton import interpreted, unavailable
-from quant.kv import Kivi
+from quant.kv import Kivi, PerToken
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA and not interpreted() else "cpu"
@@ -47,7 +61,7 @@ def cache(
     return made
 
 
-def check(got: Tensor, q: Tensor, held: Packed | Plain) -> None:
+def check(got: Tensor, q: Tensor, held: Cache) -> None:
     want = reference.kv_attention(q.double(), held)
     keys, values = held.decoded(torch.float64)
     unit = 2.0**-8 if torch.bfloat16 in (q.dtype, getattr(held, "window_keys", held.keys).dtype) else 2.0**-11
@@ -108,6 +122,35 @@ def test_the_device_appends_as_the_host_does() -> None:
         assert by_host == steps_by_host
 
 
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group", "d", "clip"),
+    [(2, False, 16, 32, 1.0), (3, True, None, 16, 0.9), (4, False, None, 64, 0.95), (8, True, 32, 64, 1.0)],
+)
+def test_the_cache_holds_what_per_token_reads(bits: int, symmetric: bool, group: int | None, d: int, clip: float) -> None:
+    """At every step, bit for bit, whether the host says where a token goes or the device; blocks end within the prompt and after it."""
+    prompt, n = 19, 36
+    keys, values = random(2, 3, n, d, dtype=torch.float32).cpu(), random(2, 3, n, d, dtype=torch.float32, seed=1).cpu()
+    keys[0, 1, 20] = 0.75
+    values[1, 0, 21] = 0
+    state = PerToken(bits, symmetric, group, clip).new_state(2, 3, d)
+    state.append(keys[:, :, :prompt], values[:, :, :prompt])
+    host, device = (
+        per_token.prepare(keys[:, :, :prompt], values[:, :, :prompt], bits, symmetric, group, clip, n, block=16) for _ in range(2)
+    )
+    for t in range(prompt, n):
+        new = keys[:, :, t : t + 1], values[:, :, t : t + 1]
+        state.append(*new)
+        per_token.append(host, *new)
+        per_token.append_one(device, *new)
+        for got, want in zip(host.decoded(torch.float32), state.read(), strict=True):
+            assert torch.equal(got[:, :, : t + 1], want)
+            assert not got[:, :, t + 1 :].any()
+    for name in ("keys", "values", "ranges", "counts"):
+        assert torch.equal(getattr(device, name), getattr(host, name)), name
+    # What the format is said to store, but for fields that hold 3 bits in 4.
+    assert host.bytes * 8 == 2 * 2 * 3 * n * d * (PerToken(bits, symmetric, group).bits(n, 3, d) + (bits == 3))
+
+
 def test_several_tokens_at_once_read_as_one_by_one_where_nothing_ages() -> None:
     one, several = cache(1, 2, 43, 32, steps=0, room=60), cache(1, 2, 43, 32, steps=0, room=60)
     new = random(1, 2, 9, 32), random(1, 2, 9, 32, seed=1)
@@ -148,6 +191,27 @@ CASES = [
 def test_attention(kv: int, rows: int, n: int, d: int, bits: tuple[int, int], group: int, residual: int, steps: int, splits: int) -> None:
     held = cache(1, kv, n, d, bits, group, residual, steps=steps, room=group)
     q = random(1, kv * rows, d)
+    out = torch.full_like(q, torch.nan)
+    assert kernel("kv_attention", "triton", DEVICE).run.kv_attention(q, held, splits=splits, out=out) is out
+    check(out, q, held)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("s", "rows", "d", "bits", "symmetric", "group", "splits"),
+    [
+        (1, 1, 64, 4, False, 32, 2),  # a lone query head
+        (2, 3, 32, 2, True, None, 1),
+        (1, 2, 64, 8, False, 16, 1),  # pieces of a plane, and a group to each
+        (1, 9, 64, 3, True, 32, 1),  # sixteen columns
+    ],
+)
+def test_attention_to_ranges_per_token(s: int, rows: int, d: int, bits: int, symmetric: bool, group: int | None, splits: int) -> None:
+    """Of two sequences the last is shorter, and ends within its first block."""
+    kv = s
+    held = per_token.prepare(random(s, kv, 23, d), random(s, kv, 23, d, seed=1), bits, symmetric, group, block=16)
+    held.counts[1:] = 11
+    q = random(s, kv * rows, d)
     out = torch.full_like(q, torch.nan)
     assert kernel("kv_attention", "triton", DEVICE).run.kv_attention(q, held, splits=splits, out=out) is out
     check(out, q, held)
@@ -205,6 +269,11 @@ def test_what_is_refused() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             prepare(x, x, *arguments)
+    for bits, group, text in ((9, None, "2 to 8"), (4, 8, "groups of as many")):
+        with pytest.raises(ValueError, match=text):
+            per_token.prepare(x, x, bits, False, group)
+    with pytest.raises(ValueError, match="room for 32"):
+        per_token.append(per_token.prepare(x, x, 4, False, None), *[random(1, 1, 33, 32)] * 2)
     held = prepare(x, x, 4, 4, 32, 32, 40)
     with pytest.raises(ValueError, match="1 to 32 tokens"):
         append(held, *[random(1, 1, 33, 32)] * 2)
@@ -234,6 +303,32 @@ def test_shapes_of_models_on_a_gpu(bits: tuple[int, int], rows: int, d: int, gro
         q = random(2, 2 * rows, d, dtype=torch.bfloat16)
         for splits in (None, 1, 5):
             check(run.kv_attention(q, held, splits=splits), q, held)
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "rows", "d", "group"),
+    [(4, False, 1, 128, None), (2, True, 1, 128, 32), (8, False, 8, 128, 64), (3, False, 1, 256, None)],
+)
+def test_ranges_per_token_on_a_gpu(bits: int, symmetric: bool, rows: int, d: int, group: int | None) -> None:
+    """A captured step appends its token and attends, in every replay to one more."""
+    run = kernel("kv_attention", "triton", DEVICE).run
+    for n in (1, 64, 2049):
+        keys, values = (random(2, 2, n, d, dtype=torch.bfloat16, seed=i) for i in (0, 1))
+        held = per_token.prepare(keys, values, bits, symmetric, group, capacity=n + 70)
+        q = random(2, 2 * rows, d, dtype=torch.bfloat16)
+        for splits in (None, 1, 5):
+            check(run.kv_attention(q, held, splits=splits), q, held)
+    new = random(2, 2, 1, d, dtype=torch.bfloat16, seed=2), random(2, 2, 1, d, dtype=torch.bfloat16, seed=3)
+    out, graph = torch.empty_like(q), torch.cuda.CUDAGraph()
+    per_token.append_one(held, *new)
+    with torch.cuda.graph(graph):
+        per_token.append_one(held, *new)
+        run.kv_attention(q, held, out=out)
+    for _ in range(3):
+        graph.replay()
+        check(out, q, held)
+    assert int(held.counts[0, 2]) == n + 4
 
 
 @needs_gpu

@@ -11,6 +11,7 @@ import torch
 
 from quant.affine import ZeroKind
 from quant.kernels import int8_linear, kv_attention, library, wq_gemm, wq_gemv
+from quant.kernels.kv_attention import per_token
 from quant.kernels.library import operands
 from quant.scheme import ActivationScheme
 from tests.quant.products_affine import inputs, stored
@@ -44,6 +45,11 @@ def _kv_attention() -> Any:
     return [(q[:, :, 0], *operands(kv_attention.prepare(keys, values, 4, 2, 16, 16, 20)), 0.2)]
 
 
+def _kv_attention_per_token() -> Any:
+    keys, values, q = (torch.randn(1, heads, 5, 32, dtype=HALF) for heads in (1, 1, 2))
+    return [(q[:, :, 0], *operands(per_token.prepare(keys, values, 4, False, 16, block=16)))]
+
+
 def _hadamard() -> Any:
     # The output is another tensor than x, and lies as the fake kernel says however x does.
     return [(torch.randn(1, 3).T,), (torch.randn(24, 3).T, 0.2, True)]
@@ -75,6 +81,7 @@ CASES |= {
     "braq_counts": lambda: [(torch.randn(3, 9), [0, 2, 9])],
     "braq_splits": lambda: [(torch.randn(3, 9), torch.tensor([0.0, 0.5])), (torch.randn(3, 9), torch.ones(2), torch.tensor(2))],
     "kv_attention": _kv_attention,
+    "kv_attention_per_token": _kv_attention_per_token,
 }
 """Operator ▸ arguments to call it with."""
 

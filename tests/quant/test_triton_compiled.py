@@ -28,12 +28,12 @@ def test_kernels_compile() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
-    wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "merge", "multiply"}
+    wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply"}
     assert {r["kernel"] for r in rows} == wanted
     for row in rows:
         assert row["shared"] <= MOST_SHARED[row["architecture"]], row
         assert row["stack"] == 0, row
-        if row["kernel"] in ("gemm", "attend", "attend_plain") or (row["kernel"], row["of"]) == ("add_lower", "bf16"):
+        if row["kernel"] in ("gemm", "attend", "attend_plain", "attend_per_token") or (row["kernel"], row["of"]) == ("add_lower", "bf16"):
             assert row["tensor_cores"], row
         if row["kernel"] == "multiply":
             assert row["tensor_cores"], row

@@ -89,8 +89,24 @@ def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypat
     coded, rest = 16 + 7, 48 - (16 + 7)
     assert found["kv_bytes"] == 2 * 2 * 16 * (coded * (2 / 8 + 4 / 16) + rest * 4)
     assert any("kv_attention ran as its reference" in n for n in context.notes)
-    with pytest.raises(InputError, match=r"kv\.kind=kivi"):
-        measured(context, tmp_path / "r", artifact, kv=KVScheme(4))
+    with pytest.raises(InputError, match=r"kv\.group_size=8"):
+        measured(context, tmp_path / "r", artifact, kv=KVScheme(4, group_size=8))
+
+
+def test_w4a16kv4_is_decoded_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and cache as they are stored: figures, and the simulated logits."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+    context = tiny_context("gemma", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
+    found = measured(context, tmp_path / "m", artifact, kv=KVScheme(4), prompt=20, tokens=4)
+    assert found["check_error"] <= TOLERANCE["float32"]
+    assert found["runs"] >= FEWEST
+    assert found["decode_p50_s"] > 0
+    assert found["decode_tokens_per_s"] == pytest.approx(SMALL.batch / found["decode_p50_s"])
+    assert found["kv_backend"] == "reference"
+    assert kernel("wq_gemv").backend in found["backends"]
+    # 24 tokens of 16 channels of keys and of values, 4 bits each, and 48 bits of range for both.
+    assert found["kv_bytes"] == 2 * 2 * 24 * 2 * (16 * 4 + 48) // 8
 
 
 @pytest.mark.parametrize("counted", [True, False])

@@ -70,7 +70,7 @@ def test_methods_work_on_a_gpu(name: str, places: dict[str, tuple[Context, dict[
     assert float((got - want).norm() / exact) < 0.3, f"{name}: {float((got - want).norm() / exact):.3f}"
 
 
-@pytest.mark.parametrize("kv", [None, KVScheme(4, kind="kivi", group_size=16, residual_length=16)])
+@pytest.mark.parametrize("kv", [None, KVScheme(4, kind="kivi", group_size=16, residual_length=16), KVScheme(4)])
 def test_a_variant_is_measured_on_a_gpu(kv: KVScheme | None, tmp_path: Path) -> None:
     """Its step is captured, and its memory is the allocator's; energy is counted or has a reason."""
     ctx = tiny_context("gemma", tmp_path)

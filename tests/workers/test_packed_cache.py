@@ -1,4 +1,4 @@
-"""Decoding on KIVI's cache as it is stored: the logits of the simulated cache, which is decoded into values that attention reads.
+"""Decoding on a cache as it is stored: the logits of the simulated cache, which is decoded into values that attention reads.
 
 Tolerances. In float32 the reference differs from the model's attention by the order of sums of some hundred values, a few times 2^-24 of
 each; two blocks, so that 1e-5 of the norm is far above. Triton's kernel rounds q · step and p · step to float16: 4 · 2^-11 of an output
@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quant.kernels.kv_attention import GROUPS, WIDTHS
+from quant.kernels.kv_attention.per_token import MOST_GROUPS
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.scheme import KVScheme
 from tests.tiny_models import tiny_model
@@ -27,12 +28,15 @@ from workers.generation import Eager, Graphed, generate
 from workers.kv_runs import empty_caches
 from workers.packed_cache import PackedCaches
 from workers.specs import Workload
+from workers.steps import set_key_rotation
 
 CPU = torch.device("cpu")
 PROMPT, STEPS = 20, 13
 """With groups and a window of 16, keys age twice and values at every step."""
 SHORT = Workload(prompt=PROMPT, tokens=2)
 KIVI = KVScheme(2, kind="kivi", group_size=16, residual_length=16)
+KV4 = KVScheme(4)
+"""Per token and head."""
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +65,31 @@ def test_logits_are_those_of_the_simulated_cache(values: int, gemma: Any, tmp_pa
     assert distance(gemma, kv, "auto", tmp_path) <= 1e-5
 
 
-def test_replayed_steps_read_what_was_appended_since(gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice in one memory, through a step in which keys age: that one is not replayed."""
+@pytest.mark.parametrize("kv", [KV4, KVScheme(3, True, 16, clip=0.9)])
+def test_ranges_per_token_too(kv: KVScheme, gemma: Any, tmp_path: Path) -> None:
+    """The prompt reads itself rounded, and every step its own token."""
+    assert distance(gemma, kv, "auto", tmp_path, steps=3) <= 1e-5
+
+
+def test_keys_are_mixed_as_the_method_says(tmp_path: Path) -> None:
+    """Before they are rounded, which makes other codes; stored keys stay mixed, and queries are mixed instead."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval()
+    plain = generate(Eager(model, empty_caches(model, KV4, tiny_context("gemma", tmp_path))), tokens(PROMPT), 2)
+    for layer in model.model.layers:
+        set_key_rotation(layer.self_attn, 8)
+    assert distance(model, KV4, "auto", tmp_path, steps=2) <= 1e-5
+    caches = PackedCaches(model, KV4, SHORT, CPU)
+    with caches.attached():
+        mixed = generate(Eager(model, caches), tokens(PROMPT), 2, plain.tokens)
+    assert (mixed.logits - plain.logits).norm() > 1e-3 * plain.logits.norm()
+
+
+@pytest.mark.parametrize("kv", [KIVI, KV4])
+def test_replayed_steps_read_what_was_appended_since(kv: KVScheme, gemma: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice in one memory, through a step in which KIVI's keys age: that one is not replayed."""
     monkeypatch.setattr(generation, "captured", fake_capture)
-    want = generate(Eager(gemma, empty_caches(gemma, KIVI, tiny_context("gemma", tmp_path))), tokens(PROMPT), STEPS)
-    caches = PackedCaches(gemma, KIVI, Workload(prompt=PROMPT, tokens=STEPS), CPU)
+    want = generate(Eager(gemma, empty_caches(gemma, kv, tiny_context("gemma", tmp_path))), tokens(PROMPT), STEPS)
+    caches = PackedCaches(gemma, kv, Workload(prompt=PROMPT, tokens=STEPS), CPU)
     with caches.attached():
         graphed = Graphed(gemma, tokens(PROMPT), STEPS, caches())
         for _ in range(2):
@@ -73,11 +97,12 @@ def test_replayed_steps_read_what_was_appended_since(gemma: Any, tmp_path: Path,
             assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
 
 
-def test_such_a_step_can_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv", [KIVI, KV4])
+def test_such_a_step_can_be_captured(kv: KVScheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device no value can be read."""
     monkeypatch.setattr(generation, "captured", lambda step, device: (step, step()))
     model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().to("meta"), tokens(PROMPT).to("meta")
-    caches = PackedCaches(model, KIVI, SHORT, prompt.device)
+    caches = PackedCaches(model, kv, SHORT, prompt.device)
     with caches.attached():
         Graphed(model, prompt, 2, caches())
 
@@ -103,7 +128,7 @@ def test_attention_is_the_models_own_afterwards(gemma: Any) -> None:
 
 
 def test_planning_knows_what_the_kernel_takes() -> None:
-    assert (kv_rules.PACKED_WIDTHS, kv_rules.PACKED_GROUPS) == (WIDTHS, GROUPS)
+    assert (kv_rules.PACKED_WIDTHS, kv_rules.PACKED_GROUPS, kv_rules.MOST_GROUPS) == (WIDTHS, GROUPS, MOST_GROUPS)
 
 
 CONFIG = {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}
@@ -117,8 +142,14 @@ G64 = KVScheme(4, kind="kivi", group_size=64, residual_length=64)
         (G64, {}, None),
         (G64, {**CONFIG, "sliding_window": 160}, None),
         (G64, {**CONFIG, "sliding_window": 100, "use_sliding_window": False}, None),
-        (KVScheme(4), CONFIG, "kv.kind=per_token.*which is kv.kind=kivi"),
-        (KVScheme(4, kind="kvquant"), CONFIG, "kv.kind=kvquant"),
+        (KV4, CONFIG, None),
+        (KVScheme(3, True, 64), {**CONFIG, "hidden_size": 1024}, None),
+        (KVScheme(4, group_size=8), CONFIG, "groups of 16, 32, 64, 128, 256 for kv.kind=per_token"),
+        (KV4, {**CONFIG, "hidden_size": 640}, "heads of 80 channels in groups of 80"),
+        (KVScheme(4, group_size=16), {**CONFIG, "head_dim": 256}, "at most 8 groups to a head, here of 256"),
+        (KVScheme(4, kind="kvquant"), CONFIG, "lacks a rotary embedding of keys .*; calibrated ranges"),
+        (KVScheme(4, kind="kvquant", codebook="nuq", outliers=0.01), CONFIG, "kv.codebook=nuq.*kv.outliers=0.01"),
+        (KVScheme(4, kind="kvquant", first_few_fp16=1), CONFIG, "kv.first_few_fp16=1"),
         (KVScheme(4, kind="kivi", group_size=8, residual_length=64), CONFIG, "groups of 16, 32, 64, 128"),
         (G64, {**CONFIG, "hidden_size": 256}, "heads of 32 channels in groups of 64"),
         (G64, {**CONFIG, "hidden_size": 640}, "heads of 80 channels"),
@@ -132,15 +163,16 @@ def test_what_no_kernel_reads_is_refused_with_a_reason(kv: KVScheme, config: dic
 
 
 def test_a_worker_refuses_too(gemma: Any) -> None:
-    with pytest.raises(InputError, match=r"which is kv\.kind=kivi"):
-        PackedCaches(gemma, KVScheme(4), SHORT, CPU)
+    with pytest.raises(InputError, match=r"kv\.kind=kvquant: to read its cache"):
+        PackedCaches(gemma, KVScheme(4, kind="kvquant"), SHORT, CPU)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton only interprets")
-def test_graphs_of_a_gpu() -> None:
+@pytest.mark.parametrize("kv", [KIVI, KV4])
+def test_graphs_of_a_gpu(kv: KVScheme) -> None:
     """Replayed and launched steps run the same kernels: what differs is where they find their places."""
     model, prompt = AutoModelForCausalLM.from_pretrained(tiny_model("gemma")).eval().cuda(), tokens(PROMPT).cuda()
-    caches = PackedCaches(model, KIVI, Workload(prompt=PROMPT, tokens=STEPS), prompt.device)
+    caches = PackedCaches(model, kv, Workload(prompt=PROMPT, tokens=STEPS), prompt.device)
     with caches.attached():
         want = generate(Eager(model, caches), prompt, STEPS)
         graphed = Graphed(model, prompt, STEPS, caches())

@@ -3,7 +3,8 @@
 Letters: S sequences, H query heads, KV heads of keys and values (H a multiple), D channels of a head, n tokens held. The cache is KIVI's
 (`quant.kv.kivi`, G and R there): groups of keys run over G tokens of a channel, groups of values over G channels of a token, a value is
 code · step + low, step and low float16; the latest tokens wait in full precision. Values decode to what `quant.kv` reads before that rounds
-it to the model's type. `Plain` is a cache that is not quantized.
+it to the model's type. `PerTokenPacked` (`per_token`) has the ranges of keys per token too, and no such tokens; what writes it is there.
+`Plain` is a cache that is not quantized.
 
 Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured) and
 `kv_attention(q, packed, scale=None, out=None) ▸ out`: q `[S, H, D]` float16, bfloat16 or float32; out in its type; scores are multiplied by
@@ -14,14 +15,18 @@ graph of it reads what has been appended since.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 
+if TYPE_CHECKING:
+    from quant.kernels.kv_attention.per_token import PerTokenPacked
+
 Scale: TypeAlias = "float | None"
+Cache: TypeAlias = "Packed | Plain | PerTokenPacked"
 WIDTHS, GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
 """Channels of a head and sizes of a group that the layout takes."""
 FEWEST_WORDS = 16
@@ -302,7 +307,7 @@ def _write_values(cache: Packed, at: Tensor, values: Tensor, wanted: Tensor | No
         held[:, :, block, :, inside] = new if wanted is None else torch.where(wanted, new, held[:, :, block, :, inside])
 
 
-def checked(q: Tensor, cache: Packed | Plain, scale: Scale, out: Tensor | None) -> tuple[Tensor, float]:
+def checked(q: Tensor, cache: Cache, scale: Scale, out: Tensor | None) -> tuple[Tensor, float]:
     """`out`, or new memory for it, and the factor of scores. Raises ValueError for what no backend takes."""
     s, kv, d = cache.keys.shape[0], cache.heads, cache.width
     if q.dim() != 3 or (q.shape[0], q.shape[2]) != (s, d) or q.shape[1] % kv or not q.is_floating_point():

@@ -92,6 +92,30 @@ def softened(s, most, weight):
 
 
 @triton.jit
+def add_codes(
+    weighted, fade, sums, words, token, alive,
+    T: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, FINAL: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """`sums` with codes of a block added. weighted: D / G parts float16 [tokens, R], p times the steps of a token's groups."""
+    line = tl.arange(0, PIECE)
+    made = ()
+    for i in tl.static_range(W // PIECE):
+        here = tl.load(words + (i * PIECE + line)[:, None] * T + token[None, :], mask=alive[None, :], other=0)
+        for J in tl.static_range(16 // BITS):
+            if J * W + i * PIECE < D:
+                codes = codes_at(here, J, BITS, PLAIN)
+                own = weighted[(J * W + i * PIECE) // G]
+                old = sums[len(made)] * fade[None, :]
+                if FINAL:
+                    one = multiply(codes, own, tl.zeros([PIECE, fade.shape[0]], tl.float32), PLAIN)
+                    made = made + (old + one * (UNIT / (1 << (J * BITS % 8))),)
+                else:
+                    made = made + (multiply(codes, own, old, PLAIN),)
+    return made
+
+
+@triton.jit
 def add_values(
     p, fade, sums, lows, words, ranges, token, alive,
     T: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, FINAL: tl.constexpr,
@@ -106,20 +130,7 @@ def add_values(
         step, low = halves(tl.load(ranges + T * g + token, mask=alive, other=0))
         weighted = weighted + ((p * step[:, None].to(tl.float32)).to(tl.float16),)
         added = added + (lows[g] * fade + tl.sum(p * low[:, None].to(tl.float32), 0),)
-    line = tl.arange(0, PIECE)
-    made = ()
-    for i in tl.static_range(W // PIECE):
-        here = tl.load(words + (i * PIECE + line)[:, None] * T + token[None, :], mask=alive[None, :], other=0)
-        for J in tl.static_range(16 // BITS):
-            if J * W + i * PIECE < D:
-                codes = codes_at(here, J, BITS, PLAIN)
-                own = weighted[(J * W + i * PIECE) // G]
-                old = sums[len(made)] * fade[None, :]
-                if FINAL:
-                    one = multiply(codes, own, tl.zeros([PIECE, p.shape[1]], tl.float32), PLAIN)
-                    made = made + (old + one * (UNIT / (1 << (J * BITS % 8))),)
-                else:
-                    made = made + (multiply(codes, own, old, PLAIN),)
+    made = add_codes(weighted, fade, sums, words, token, alive, T, BITS, W, PIECE, D, G, FINAL, PLAIN)
     return made, added
 
 
@@ -178,6 +189,19 @@ def queries(q, row, alive, W: tl.constexpr, PLANES: tl.constexpr, D: tl.constexp
             part = tl.load(q + row[None, :] * D + (j * W + line)[:, None], mask=alive[None, :] & (j * W + line < D)[:, None], other=0.0)
             planes = planes + ((part.to(tl.float32) * inverse[None, :]).to(tl.float16),)
     return planes, above
+
+
+@triton.jit
+def write(partial, weights, place, own, sums, lows, most, weight, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """What `merge` reads of a split, in its place [R]; W: words of a token's values."""
+    line = tl.arange(0, PIECE)
+    PLANES: tl.constexpr = max(1, D // W)
+    for i in tl.static_range(W // PIECE):
+        for channel in tl.static_range(i * PIECE, D, W):
+            made = sums[i * PLANES + channel // W] + lows[channel // G][None, :]
+            tl.store(partial + place[None, :] * D + (channel + line)[:, None], made, mask=own[None, :])
+    tl.store(weights + 2 * place, most, mask=own)
+    tl.store(weights + 2 * place + 1, weight, mask=own)
 
 
 @triton.jit(do_not_specialize=["blocks", "splits", "window"])
@@ -277,15 +301,8 @@ def attend(
         sums, lows = add_values(p, fade, sums, lows, values + block * (T * VW), here, inside, coded, T, VB, VW, PIECE, D, G, True, PLAIN)
         sums = add_window(p, sums, window_values, slot, alive & (at >= coded_values), VW, PIECE, D, PLAIN)
 
-    line = tl.arange(0, PIECE)
     place = (pair.to(tl.int64) * ROWS + row) * splits + split
-    PLANES: tl.constexpr = max(1, D // VW)
-    for i in tl.static_range(VW // PIECE):
-        for channel in tl.static_range(i * PIECE, D, VW):
-            made = sums[i * PLANES + channel // VW] + lows[channel // G][None, :]
-            tl.store(partial + place[None, :] * D + (channel + line)[:, None], made, mask=own[None, :])
-    tl.store(weights + 2 * place, most, mask=own)
-    tl.store(weights + 2 * place + 1, weight, mask=own)
+    write(partial, weights, place, own, sums, lows, most, weight, VW, PIECE, D, G)
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Packed, Plain, Scale, append, append_one, checked, field, prepare
+from quant.kernels.kv_attention import Cache, Plain, Scale, append, append_one, checked, field, prepare
+from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kernels.on_triton import interpreted, unavailable
 
 __all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
@@ -24,12 +25,13 @@ FEW, STAGES, WARPS_PLAIN = 16, 3, 4
 """Tokens of the window at a time; blocks in flight, with the one at work; warps where nothing is quantized."""
 
 
-def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
+def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
     """`[S, H, D]` in the type of q; sums and softmax in float32, p and q · steps rounded to float16 (the window: to its own type).
 
     splits: parts of the tokens of a sequence and KV head; chosen where None, from the room in the cache, not what lies on the device.
     """
     from quant.kernels.kv_attention.program import attend, attend_plain, merge
+    from quant.kernels.kv_attention.program_per_token import attend_per_token
 
     made, factor = checked(q, packed, scale, out)
     s, h, d = q.shape
@@ -46,6 +48,13 @@ def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Te
             given, packed.keys, packed.values, packed.counts, partial, weights, ends, packed.capacity, parts,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, STAGES=STAGES, PLAIN=plain, num_warps=WARPS_PLAIN,
         )  # fmt: skip
+    elif isinstance(packed, PerTokenPacked):
+        warps, most = shape(d, packed.block, rows, packed.ranges.shape[3])
+        attend_per_token[grid](
+            given, packed.keys, packed.values, packed.ranges, packed.counts, partial, weights, ends, packed.capacity // packed.block, parts,
+            KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.group, BITS=field(packed.bits), W=packed.keys.shape[4],
+            HALF=2 ** (packed.bits - 1) if packed.symmetric else 0, STAGES=STAGES, PLAIN=plain, num_warps=warps, maxnreg=most,
+        )  # fmt: skip
     else:
         ranges = [x.view(torch.int32) for x in (packed.key_ranges, packed.value_ranges)]
         heavy = max(1, round(4 * d * packed.block / packed.block_bytes))
@@ -61,8 +70,10 @@ def kv_attention(q: Tensor, packed: Packed | Plain, scale: Scale = None, out: Te
     return made
 
 
-def shape(width: int, block: int, rows: int) -> tuple[int, int | None]:
-    """Warps, and the most registers of a thread, with which nothing is spilled."""
+def shape(width: int, block: int, rows: int, groups: int = 1) -> tuple[int, int | None]:
+    """Warps, and the most registers of a thread, with which nothing is spilled. groups: of channels, where ranges are per token."""
+    if groups > 4:
+        return 8 if rows > 8 else 2, None
     if rows == 1 and width <= 128 and block <= 64:
         return 1, REGISTERS
     return (4 if width * block > 128 * 128 or rows > 8 else 2), None
