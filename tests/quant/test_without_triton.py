@@ -17,7 +17,8 @@ from quant.kernels import TABLE, kernel, library
 def imported(package):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         # What is written in Triton is imported when it runs.
-        if found.name.rpartition(".")[2] not in ("program", "hopper"):
+        name = found.name.rpartition(".")[2]
+        if name != "hopper" and not name.startswith("program"):
             __import__(found.name)
 
 imported(quant)
