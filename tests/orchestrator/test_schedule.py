@@ -305,7 +305,7 @@ FAILURES: list[Verdict] = [
 ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(stages=graphs(), slots=st.integers(1, 3), data=st.data())
 def test_whatever_fails_every_stage_ends_once_and_in_order(stages: dict[str, Stage], slots: int, data: st.DataObject) -> None:
     script = {

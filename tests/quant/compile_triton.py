@@ -1,4 +1,7 @@
-"""Compile every Triton kernel for one architecture, in its largest form; one JSON object a line. No GPU is needed.
+"""Compile Triton kernels for one architecture, in their largest forms; one JSON object a line. No GPU is needed.
+
+Each form takes the compiler a second or several. With BITGRID_COMPILE=1 all are compiled; else the first of each kernel for the newest
+architecture, and of those that are another there for the older ones.
 
 python compile_triton.py 90
 """
@@ -52,6 +55,19 @@ from quant.kernels.wq_gemm.triton import shape as cut_of
 from quant.kernels.wq_gemv.program import gemv
 from quant.kernels.wq_gemv.program import weight as codes_weight
 
+EVERY = os.environ.get("BITGRID_COMPILE") == "1"
+NEWEST = 90
+APART = (add_lower, gemm, product_of_codes)
+"""What they are depends on the architecture."""
+
+
+def chosen(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    found = forms(architecture)
+    if EVERY:
+        return found
+    first = {id(form[0]): form for form in reversed(found)}
+    return [form for form in first.values() if architecture == NEWEST or form[0] in APART]
+
 
 def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Kernel, of what, types of its arguments, constants, options."""
@@ -65,7 +81,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     product = {"words": "*i32", "ranges": "*fp32", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(
         ("n", "k", "units", "groups", "width"), "i32"
     )
-    for bits, words, codes, units in ((3, 3, 32, 2), (4, 1, 8, 8)):
+    for bits, words, codes, units in ((4, 1, 8, 8), (3, 3, 32, 2)):
         constants = {"BITS": bits, "WORDS": words, "CODES": codes, "UNITS": units}
         found += [(program, f"{bits} bits", product, constants, {"num_warps": 4}) for program in (gemv, codes_weight)]
     types = {"words": "*i32", "tables": "*fp32", "salient": "*i32", "x": "*fp32", "out": "*fp32"}
@@ -73,7 +89,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found += [(program, "2 bits", types, {"UNITS": 4}, {"num_warps": 4}) for program in (signs, signs_weight)]
     types = {"words": "*i32", "values": "*fp32", "columns": "*i64", "x": "*fp32", "out": "*fp32"}
     types |= dict.fromkeys(("n", "k", "count", "length"), "i32")
-    for bits in (2, 4):
+    for bits in (4, 2):
         constants = {"BITS": bits, "CODES": 32 // bits, "WORDS": 16}
         found += [(program, f"{bits} bits", types, constants, {"num_warps": 4}) for program in (entries, entries_weight)]
     types = {"words": "*i32", "tables": "*fp16", "x": "*fp32", "out": "*fp32"} | dict.fromkeys(("n", "k", "units"), "i32")
@@ -92,13 +108,13 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
     types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
-    for codes in (False, True):
+    for codes in (True, False):
         constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
         options = {"num_warps": 8, "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
     types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "errors": "*fp32", "groups": "i32"}
     types |= {"top": "fp32", "steps": "fp32"}
-    for grid, bits, codes in (("g_asym", 4, False), ("g_asym", 4, True), ("omni", 3, False), ("hqq", 4, True)):
+    for grid, bits, codes in (("omni", 3, False), ("g_asym", 4, False), ("g_asym", 4, True), ("hqq", 4, True)):
         each = 16 if codes else 8
         fixed = {"GRID": grid, "BITS": bits, "HALF": True, "CODES": codes, "STREAM": True, "FAST": True, "FMA": True}
         fixed["ERROR"] = grid == "omni"
@@ -112,14 +128,12 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
-    return [*found, *products(architecture), *attention(architecture)]
+    return [*found, *products(architecture), *attention()]
 
 
 def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Rows of models' widths: values, and codes of them. Those that need the most; all where CUDA C++ is compiled too."""
-    wanted = [(512, False), (16384, False), (11008, True), (28672, False)]
-    if os.environ.get("BITGRID_COMPILE") == "1":
-        wanted = [(n, codes) for n in (512, 16384, 11008, 13824, 14336, 28672) for codes in (False, True) if held(*factors(n), codes)]
+    """Rows of models' widths: values, and codes of them."""
+    wanted = [(n, codes) for n in (28672, 11008, 13824, 14336, 16384, 512) for codes in (False, True) if held(*factors(n), codes)]
     types = {"x": "*bf16", "small": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "rows": "i32", "m": "i32"}
     types |= dict.fromkeys(("factor", "clip", "top", "half"), "fp32")
     for n, codes in wanted:
@@ -130,7 +144,7 @@ def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dic
 
 def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """`wq_gemm` where it needs the most: zeros, offsets, narrow groups; sums of groups, and scales in the operand."""
-    for bits, m, group, offsets in ((3, 32, 128, False), (4, 64, 64, True), (4, 256, 128, False)):
+    for bits, m, group, offsets in ((4, 64, 64, True), (3, 32, 128, False), (4, 256, 128, False)):
         cut = cut_of(bits, m, 8192, 8192, 132, architecture == 90)
         types = {"low": "*i32", "high": "*i32", "scale": "*fp16", "other": "*fp32" if offsets else "*u8", "x": "*bf16", "out": "*bf16"}
         types |= {"sums": "*fp32", "arrived": "*i32"} | dict.fromkeys(("n", "k", "m", "units", "rows", "each", "magic"), "i32")
@@ -138,9 +152,7 @@ def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict
         yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
-def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
-    """Each takes the compiler seconds: on the older architecture what needs the most, all where CUDA C++ is compiled too."""
-    every = os.environ.get("BITGRID_COMPILE") == "1"
+def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
     given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
     constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
@@ -148,12 +160,12 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
     yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
     given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
-    for bits, rows in ((4, 1), (2, 1), (8, 8)) if architecture == 90 or every else ((4, 1),):
+    for bits, rows in ((4, 1), (2, 1), (8, 8)):
         warps, most = attention_shape(128, 64, rows)
         own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
     given |= {"ranges": "*i32"}
-    for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0))[: 4 if every else 1]:
+    for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0)):
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
@@ -191,7 +203,7 @@ def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, A
 
 def main(architecture: int) -> None:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for kernel, of, types, constants, options in forms(architecture):
+    for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
         even = [i for i, name in enumerate(kernel.arg_names) if name in ("k", "capacity") or signature[name].startswith("*")]

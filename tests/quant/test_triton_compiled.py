@@ -29,7 +29,7 @@ def test_kernels_compile() -> None:
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
     wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply"}
-    assert {r["kernel"] for r in rows} == wanted
+    assert {r["kernel"] for r in rows if r["architecture"] == max(MOST_SHARED)} == wanted
     for row in rows:
         assert row["shared"] <= MOST_SHARED[row["architecture"]], row
         assert row["stack"] == 0, row

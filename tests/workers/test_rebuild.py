@@ -100,7 +100,7 @@ SPECS = {
     "os_plus": quantize_spec("rtn", "os_plus", weight=W4, activation=ActivationScheme(8)),
     "both": quantize_spec("rtn", "smoothquant", "awq", weight=W4, activation=STATIC),
 }
-VIEWED = ("rtn", "gptq_act_order", "gptq_quantized", "claq", "billm", "smoothquant_gptq", "omniquant", "os_plus", "both")
+VIEWED = ("gptq_act_order", "gptq_quantized", "smoothquant_gptq", "omniquant", "os_plus", "both")
 """Where linears are views of other tensors the stored format does not matter: transforms, feeding and tuning do. All of them are
 rebuilt in a fresh process below."""
 LEARNED = component("learned_rotation", checked=1, steps=2)
