@@ -15,7 +15,7 @@ from orchestrator.cell import Grid
 from orchestrator.command import Command, program
 from orchestrator.config import check_whole
 from orchestrator.cost import estimate, what
-from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError
+from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError, unknown_name
 from orchestrator.executors import open_executor
 from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
@@ -36,7 +36,7 @@ from orchestrator.toolkits import require_toolkits
 from orchestrator.tracked_runs import content_digest
 from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.failures import DISK_FULL
-from workers.request import Hints
+from workers.request import BACKENDS, Hints
 from workers.specs import SPEC_TYPES, Spec, StageKind, from_json
 
 LEAST_HINTS = {
@@ -227,6 +227,8 @@ def hints(settings: Mapping[str, Any]) -> Hints:
         check_whole(f"hints.{name}", given.get(name, least), least)
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(given.get("device", "auto"))):
         raise ConfigError(f"hints.device={given['device']!r} is no device; use auto, cpu, cuda or cuda:N")
+    if given.get("backend", "auto") not in BACKENDS:
+        raise ConfigError(unknown_name("hints.backend", str(given["backend"]), BACKENDS))
     return Hints(**{"threads": settings["cluster"].get("threads"), **given})
 
 

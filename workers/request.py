@@ -69,6 +69,10 @@ class Location:
     """hub_dataset: config, split, data_files."""
 
 
+BACKENDS = ("auto", "cpu", "cuda", "triton", "torch", "reference")
+"""Of `quant.kernels`. Tested against its table."""
+
+
 @dataclass(frozen=True)
 class Hints:
     """How to run. Never identity."""
@@ -87,6 +91,8 @@ class Hints:
     kept_bytes: int | None = None
     """Budget of a worker for statistics and factors of Hessians that it keeps between stages, on its device; 0 keeps none, None is a
     quarter of what is free on a host, half on a GPU (`workers.kept`)."""
+    backend: str = "auto"
+    """Of kernels, one of BACKENDS: operations that have it use it or fail. Not of what measure times, which its spec names."""
     kept_host_bytes: int | None = None
     """Budget of a GPU's worker for what of these has no room on it, in the host's memory; 0 keeps none there, None is a quarter of what
     is free."""

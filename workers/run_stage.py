@@ -161,9 +161,11 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         log.info("%s %s, attempt %d", stage.kind, stage.key, stage.attempt)
     try:
         context = _context(request)
-        from quant.kernels import recorded
+        from quant.kernels import preferring, recorded
 
-        with fixed_state(group[0].key, request.hints), recorded() as kernels:
+        # What measure times is in its spec.
+        backend = "auto" if group[0].kind == StageKind.MEASURE.value else request.hints.backend
+        with fixed_state(group[0].key, request.hints), preferring(backend), recorded() as kernels:
             summaries = _dispatch(group, context, runners)
     except Exception as e:
         log.error("failed\n%s", formatted(e))

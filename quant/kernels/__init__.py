@@ -1,6 +1,7 @@
 """Kernels: each operation has a plain reference and faster twins; this table is the only place that chooses.
 
-backend: auto takes the first of the operation's row that works on the device; a name of the row insists on that one.
+backend: auto takes the first of the operation's row that works on the device; a name of the row insists on that one. `preferring` insists
+on a name for all operations that have it, wherever auto is asked for.
 Each twin is a module with the operation's functions and `unavailable(device)`: None, or the reason why it does not work. One that does not
 take all that its operation is for has `refuses(...)` too: None, or the reason; a caller says what it has. Where
 one hands a call over nevertheless, it asks `kernel` for the other, so that records name both.
@@ -114,6 +115,17 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Backend ▸ the type of device it is for. The others serve all."""
 
 _chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)
+_preferred: ContextVar[str] = ContextVar("preferred", default="auto")
+
+
+@contextmanager
+def preferring(backend: str) -> Iterator[None]:
+    """While it lasts, in this thread, this is what auto means to operations that have it."""
+    token = _preferred.set(backend)
+    try:
+        yield
+    finally:
+        _preferred.reset(token)
 
 
 @contextmanager
@@ -153,6 +165,8 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
     row = TABLE[operation]
     if backend != "auto" and backend not in row:
         raise ValueError(f"backend {backend!r} of {operation} is unknown; choose one of auto, {', '.join(row)}")
+    if backend == "auto" and _preferred.get() in row:
+        backend = _preferred.get()
     place = torch.device(device)
     notes: list[str] = []
     for name in [b for b in row if DEVICES.get(b, place.type) == place.type] if backend == "auto" else [backend]:

@@ -276,6 +276,7 @@ def exit_code(*arguments: str) -> object:
         (["hints.batch_tokens=many"], ["batch_tokens", "many"]),
         (["hints.batch_tokens=0"], ["batch_tokens", "0"]),
         (["hints.device=gpu7"], ["hints.device", "gpu7", "auto"]),
+        (["hints.backend=tritn"], ["hints.backend", "tritn", "nearest: triton"]),
         (["cluster=in_proces"], ["in_proces", "nearest: in_process"]),
         (["replicate.seed=one"], ["seed", "one"]),
     ],

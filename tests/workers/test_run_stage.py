@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from quant.errors import NonFiniteError, SingularHessianError
+from quant.kernels import kernel
 from quant.scheme import WeightScheme
 from tests.tiny_models import tiny_model
 from tests.workers.fake_models import CountingBuilder, bare_context
@@ -35,6 +36,7 @@ from workers.specs import (
     CalibrationSpec,
     Component,
     EvaluateSpec,
+    MeasureSpec,
     MethodSpec,
     ModelSpec,
     QuantizeSpec,
@@ -42,6 +44,7 @@ from workers.specs import (
     Spec,
     TaskSpec,
     TextSpec,
+    Workload,
     to_json,
 )
 
@@ -101,7 +104,7 @@ class FakeRunners:
 
 
 def request(folder: Path, stages: Mapping[str, Spec], **hints: Any) -> Request:
-    kinds = {CalibrateSpec: "calibrate", QuantizeSpec: "quantize", EvaluateSpec: "evaluate"}
+    kinds = {CalibrateSpec: "calibrate", QuantizeSpec: "quantize", EvaluateSpec: "evaluate", MeasureSpec: "measure"}
     rows = []
     for key, spec in stages.items():
         (folder / key).mkdir(parents=True)
@@ -135,6 +138,21 @@ def test_one_failing_stage_reports_and_the_others_go_on(tmp_path: Path) -> None:
     assert "in _work" in failure.log_tail
     assert failure.log_tail in (tmp_path / "b" / "log.txt").read_text()
     assert "no such thing" not in (tmp_path / "c" / "log.txt").read_text()
+
+
+def test_the_backend_asked_for_runs_in_all_stages_but_measure(tmp_path: Path) -> None:
+    def stage(*_: Any) -> dict[str, Any]:
+        return {"backend": kernel("rtn_pack").backend}
+
+    runners = replace(run_stage.RUNNERS, quantize=stage, measure=stage)
+    wanted = request(tmp_path, {"a": QUANTIZE, "b": MeasureSpec(M, Workload(), "any")}, backend="reference")
+    found: list[Outcome] = []
+    run_stage.run_request(wanted, found.append, runners=runners)
+    quantize, measure = (o.record for o in found)
+    assert quantize is not None
+    assert quantize["kernels"] == {"rtn_pack": ["reference"]}
+    assert measure is not None
+    assert measure["summary"]["backend"] == kernel("rtn_pack").backend != "reference"
 
 
 def test_record_says_when_where_and_how(tmp_path: Path) -> None:
