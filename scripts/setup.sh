@@ -33,3 +33,6 @@ echo "installing bitgrid and its dependencies"
 "${pip[@]}" --editable '.[dev]'
 echo "building the C++ libraries"
 "$venv/bin/python" scripts/build_libraries.py
+# Or each test process would compile all modules for itself.
+echo "compiling modules"
+"$venv/bin/python" -m pytest -q --collect-only >/dev/null || true

@@ -1,7 +1,7 @@
 """Compile Triton kernels for one architecture, in their largest forms; one JSON object a line. No GPU is needed.
 
-Each form takes the compiler a second or several. With BITGRID_COMPILE=1 all are compiled; else the first of each kernel for the newest
-architecture, and of those that are another there for the older ones.
+Each form takes the compiler a second or several. With BITGRID_COMPILE=first it is the first of each kernel for the newest architecture,
+and for older ones of those kernels that are another there.
 
 python compile_triton.py 90
 """
@@ -55,7 +55,7 @@ from quant.kernels.wq_gemm.triton import shape as cut_of
 from quant.kernels.wq_gemv.program import gemv
 from quant.kernels.wq_gemv.program import weight as codes_weight
 
-EVERY = os.environ.get("BITGRID_COMPILE") == "1"
+FIRST = os.environ.get("BITGRID_COMPILE") == "first"
 NEWEST = 90
 APART = (add_lower, gemm, product_of_codes)
 """What they are depends on the architecture."""
@@ -63,7 +63,7 @@ APART = (add_lower, gemm, product_of_codes)
 
 def chosen(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     found = forms(architecture)
-    if EVERY:
+    if not FIRST:
         return found
     first = {id(form[0]): form for form in reversed(found)}
     return [form for form in first.values() if architecture == NEWEST or form[0] in APART]

@@ -19,6 +19,7 @@ from quant.kernels import on_cuda
 from quant.kernels.native import SOURCES, kept_library
 from quant.kernels.on_cuda import compiler
 
+EMULATED = ("claq_block", "kmeans_columns", "braq_search")
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-include", str(HEADER), "-x", "c++")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
