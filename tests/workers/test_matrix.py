@@ -23,7 +23,7 @@ from workers.specs import Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, 
 from workers.stream import BlockModel, open_blocks
 
 MATRIX: dict[str, Any] = yaml.safe_load((Path(__file__).resolve().parents[1] / "matrix.yaml").read_text())
-PARTS = ("weight_only", "tuners", "distilled", "transforms", "formats", "row_tables")
+PARTS = ("weight_only", "tuners", "transforms", "formats")
 CELLS = [(family, name) for part in PARTS for family in MATRIX[part]["families"] for name in MATRIX[part]["methods"]]
 METHODS = {name: values for part in PARTS for name, values in MATRIX[part]["methods"].items()}
 TOKENS = torch.arange(2, 38).view(3, 12)
