@@ -30,8 +30,7 @@ from quant.kernels import (
 )
 from quant.kernels.gptq_block import Fit, Fits
 from quant.kernels.kv_attention.per_token import PerTokenPacked
-from quant.kernels.operators import LIBRARY
-from quant.kernels.operators import define as _define
+from quant.kernels.operators import LIBRARY, define
 
 __all__ = ["LIBRARY", "codebook_operators", "operands"]
 
@@ -269,77 +268,77 @@ def _kv_attention_shape(q: Tensor, *given: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-_define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
-_define(
+define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
+define(
     "wq_gemm(Tensor x, Tensor low, Tensor? high, Tensor scale, Tensor? zero, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _wq_gemm,
     _wq_gemm_shape,
 )
-_define(
+define(
     "gptq_block(Tensor block, Tensor upper, Tensor scale, Tensor zero, int[] group, int bits, str zero_kind, Tensor? tops=None)"
     " -> (Tensor, Tensor, Tensor)",
     _gptq_block,
     _gptq_block_shapes,
 )
-_define(
+define(
     "gptq_block_fitted(Tensor block, Tensor upper, int width, str grid, int bits, bool half=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gptq_block_fitted,
     _gptq_block_fitted_shapes,
 )
-_define(
+define(
     "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"
     " -> Tensor",
     _lut_gemv,
     _lut_gemv_shape,
 )
-_define(
+define(
     "row_lut_gemv(Tensor x, Tensor words, Tensor tables, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _row_lut_gemv,
     _wq_gemm_shape,
 )
-_define(
+define(
     "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor? input_scale, SymInt rows, int block) -> Tensor",
     _binary_gemv,
     _binary_gemv_shape,
 )
-_define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
-_define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape)
-_define(
+define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
+define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape)
+define(
     "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
     " -> (Tensor, Tensor, Tensor)",
     _hadamard_codes,
     _hadamard_codes_shapes,
 )
-_define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape)
-_define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape)
-_define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
-_define(
+define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape)
+define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape)
+define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
+define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
     _int8_linear,
     _int8_linear_shape,
 )
-_define(
+define(
     "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False, bool error=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rtn_pack,
     _rtn_pack_shapes,
 )
-_define(
+define(
     "hqq_pack(Tensor weight, int bits, SymInt width, ScalarType scale_dtype, bool round_zero, int iters=20, float p=0.7, float beta=10.0,"
     " float kappa=1.01) -> (Tensor, Tensor, Tensor, Tensor)",
     _hqq_pack,
     _hqq_pack_shapes,
 )
-_define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
+define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
 
-_define(
+define(
     "kv_attention(Tensor q, Tensor keys, Tensor key_ranges, Tensor values, Tensor value_ranges, Tensor window_keys, Tensor window_values,"
     " Tensor counts, int key_bits, int value_bits, float? scale=None) -> Tensor",
     _kv_attention,
     _kv_attention_shape,
 )
-_define(
+define(
     "kv_attention_per_token(Tensor q, Tensor keys, Tensor values, Tensor ranges, Tensor counts, int bits, float? scale=None) -> Tensor",
     _kv_attention_per_token,
     _kv_attention_shape,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.kernels import kernel
+from quant.kernels.kmeans_columns import unfit
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
@@ -60,19 +61,10 @@ class SqueezeLlm:
 
         def run(dtype: torch.dtype) -> RowCodebookTensor:
             tables = centres.to(dtype)
-            _refuse_unfit(centres, tables)
+            wrong = 0 if dtype is torch.float32 else int(unfit(centres, tables).sum())
+            if wrong:
+                raise ScaleDtypeError(f"{wrong} of {len(tables)} codebooks do not fit float16")
             return RowCodebookTensor(found.run.nearest(w, tables.to(w)), tables, scheme.bits)
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
         return Rounded(tensor, notes=[*notes, *found.notes, *dtype_notes])
-
-
-def _refuse_unfit(centres: Tensor, tables: Tensor) -> None:
-    """As for CLAQ's: values may be off by a 256th of their table's range, those of equal values by a 1024th."""
-    if tables.dtype is torch.float32:
-        return
-    width = centres[:, -1:] - centres[:, :1]
-    allowed = torch.where(width > 0, width / 256, centres.abs().amax(1, keepdim=True) / 1024)
-    wrong = int(((tables.to(centres) - centres).abs() > allowed).any(1).sum())
-    if wrong:
-        raise ScaleDtypeError(f"{wrong} of {len(tables)} codebooks do not fit float16")

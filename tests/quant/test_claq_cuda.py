@@ -20,7 +20,7 @@ from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.methods.claq import tails
-from tests.quant.cuda_on_host import asked, compiled, on_the_host
+from tests.quant.cuda_on_host import asked, compiled, with_draws
 from tests.quant.test_claq_block import factor, solved
 from tests.quant.test_kmeans import columns
 
@@ -31,10 +31,8 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
-    on_the_host("claq_block", monkeypatch)
-    kmeans_cuda.numbers.cache_clear()
-    yield cuda
-    kmeans_cuda.numbers.cache_clear()
+    with with_draws("claq_block", monkeypatch):
+        yield cuda
 
 
 def is_right(x: Tensor, upper: Tensor, wanted: Wanted, made: tuple[SolvedBlock, Found], most_far: int = 0) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from quant.grids import ScaleDtypeError
 from quant.kernels import kernel
 from quant.kernels.claq_block import REASONS, Found, SolvedBlock, Wanted
+from quant.kernels.kmeans_columns import unfit
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -61,12 +62,8 @@ class _Block:
         return torch.where(mask, exact, values)
 
     def _check(self, centres: Tensor, table: Tensor) -> None:
-        """Tables may be off by a 256th of their range; one of equal values by a 1024th."""
-        if self.wanted.dtype is torch.float32:
-            return
-        width = centres[0, -1] - centres[0, 0]
-        allowed = torch.where(width > 0, width / 256, centres[0].abs().amax() / 1024)
-        self._refuse(0, ~((table.to(centres) - centres).abs() <= allowed).all())
+        if self.wanted.dtype is not torch.float32:
+            self._refuse(0, unfit(centres, table)[0])
 
     def _refuse(self, reason: int, wrong: Tensor) -> None:
         """At once on a CPU; on a GPU at the end, since asking waits for all that was started."""

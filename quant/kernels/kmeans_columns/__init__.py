@@ -79,3 +79,11 @@ def draws(k: int, seed: int = 10) -> tuple[float, ...]:
     """The uniform numbers that k-means++ takes: one for the first centre, then `trials(k)` for each other one."""
     stream = numpy_stream(seed)
     return tuple(stream.random() for _ in range(1 + (k - 1) * trials(k)))
+
+
+def unfit(centres: Tensor, stored: Tensor) -> Tensor:
+    """bool `[C]`: centres `[C, k]`, ascending, that the type of `stored` does not hold closely enough. Values may be off by a 256th of
+    their range, equal ones by a 1024th of their size."""
+    width = centres[:, -1:] - centres[:, :1]
+    allowed = torch.where(width > 0, width / 256, centres.abs().amax(1, keepdim=True) / 1024)
+    return ~((stored.to(centres) - centres).abs() <= allowed).all(1)

@@ -192,6 +192,18 @@ def queries(q, row, alive, W: tl.constexpr, PLANES: tl.constexpr, D: tl.constexp
 
 
 @triton.jit
+def nothing_read(R: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
+    """Where a split begins: the greatest score and the sum of weights [R], sums of values [PIECE, R], and of what groups add [R]."""
+    sums = ()
+    for _ in tl.static_range(D // PIECE):
+        sums = sums + (tl.zeros([PIECE, R], tl.float32),)
+    lows = ()
+    for _ in tl.static_range(D // G):
+        lows = lows + (tl.zeros([R], tl.float32),)
+    return tl.full([R], -float("inf"), tl.float32), tl.zeros([R], tl.float32), sums, lows
+
+
+@triton.jit
 def write(partial, weights, place, own, sums, lows, most, weight, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr):
     """What `merge` reads of a split, in its place [R]; W: words of a token's values."""
     line = tl.arange(0, PIECE)
@@ -265,14 +277,7 @@ def attend(
     token = tl.arange(0, T)
     every = token >= 0
     key_line = tl.arange(0, KW)
-    most = tl.full([R], -float("inf"), tl.float32)
-    weight = tl.zeros([R], tl.float32)
-    sums = ()
-    for _ in tl.static_range(D // PIECE):
-        sums = sums + (tl.zeros([PIECE, R], tl.float32),)
-    lows = ()
-    for _ in tl.static_range(D // G):
-        lows = lows + (tl.zeros([R], tl.float32),)
+    most, weight, sums, lows = nothing_read(R, PIECE, D, G)
 
     for block in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(keys + block * (T * KW) + token[:, None] * KW + key_line[None, :])

@@ -14,7 +14,7 @@ No token is in full precision: one loop over blocks, of which the last may end b
 import triton
 import triton.language as tl
 
-from quant.kernels.kv_attention.program import UNIT, add_codes, codes_at, multiply, queries, scaled, softened, write
+from quant.kernels.kv_attention.program import UNIT, add_codes, codes_at, multiply, nothing_read, queries, scaled, softened, write
 
 
 @triton.jit
@@ -96,14 +96,7 @@ def attend_per_token(
     token = tl.arange(0, T)
     every = token >= 0
     line = tl.arange(0, PIECE)
-    most = tl.full([R], -float("inf"), tl.float32)
-    weight = tl.zeros([R], tl.float32)
-    sums = ()
-    for _ in tl.static_range(D // PIECE):
-        sums = sums + (tl.zeros([PIECE, R], tl.float32),)
-    lows = ()
-    for _ in tl.static_range(D // G):
-        lows = lows + (tl.zeros([R], tl.float32),)
+    most, weight, sums, lows = nothing_read(R, PIECE, D, G)
 
     for block in tl.range(work * split // splits, work * (split + 1) // splits, num_stages=STAGES):
         words = ()
