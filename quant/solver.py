@@ -162,10 +162,10 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives."""
-    w = weight.clone()
+    w = weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
-    parts = torch.split(w, list(stack or w.shape[1:]), dim=1)
     k = w.shape[0]
+    later = kernel("lazy_update", device=w.device, later=w)
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
     errors = torch.empty_like(w[:block_size])
     adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
@@ -177,9 +177,8 @@ def solve_affine(
         if not adds_loss:
             loss += out.errors.square().sum(0)
         if end < k:
-            for part, own in zip(parts, torch.split(out.errors, [p.shape[1] for p in parts], dim=1), strict=True):
-                part[end:].addmm_(upper[start:end, end:].T, own, alpha=-1)
-    return Solved(codes, values, loss), block_kernel.notes
+            later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors, stack)
+    return Solved(codes, values, loss), [*block_kernel.notes, *later.notes]
 
 
 def stacks(weights: Sequence[Tensor]) -> bool:
@@ -219,10 +218,12 @@ def solve_blocks(weight: Tensor, upper: Tensor, block_size: int, solve_block: Ca
     w = weight.clone()
     k = w.shape[0]
     codes, values, loss, errors = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), torch.empty_like(w[:block_size])
+    later = kernel("lazy_update", device=w.device, later=w).run
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
         out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start])
         solve_block(start, w, upper[start:end, start:end], out)
         loss += out.errors.square().sum(0)
-        w[end:].addmm_(upper[start:end, end:].T, out.errors, alpha=-1)
+        if end < k:
+            later.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
     return Solved(codes, values, loss)

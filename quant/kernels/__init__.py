@@ -26,6 +26,10 @@ TABLE: dict[str, dict[str, str]] = {
         "torch": "quant.kernels.gptq_block.eager",
         "reference": "quant.kernels.gptq_block.reference",
     },
+    "lazy_update": {
+        "triton": "quant.kernels.lazy_update.triton",
+        "torch": "quant.kernels.lazy_update.eager",
+    },
     "kmeans_columns": {
         "cuda": "quant.kernels.kmeans_columns.cuda",
         "cpu": "quant.kernels.kmeans_columns.cpu",

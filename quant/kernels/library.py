@@ -98,6 +98,10 @@ def _gptq_block_fitted_shapes(
     return block.new_empty(b, n), block.new_empty(b, n), block.new_empty(b, n), ranges[0], ranges[1], odd
 
 
+def _lazy_update_(later: Tensor, left: Tensor, right: Tensor) -> None:
+    kernel("lazy_update", device=later.device, later=later).run.lazy_update(later, left, right)
+
+
 def _lut_gemv(
     x: Tensor,
     words: list[Tensor],
@@ -286,6 +290,7 @@ define(
     _gptq_block_fitted,
     _gptq_block_fitted_shapes,
 )
+define("lazy_update_(Tensor(a!) later, Tensor left, Tensor right) -> ()", _lazy_update_, _nothing)
 define(
     "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"
     " -> Tensor",

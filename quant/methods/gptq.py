@@ -113,7 +113,7 @@ class Gptq:
         order, upper, damp = self._factor(h, kept, [given])
 
         def run(scale_dtype: torch.dtype) -> StoredTensor:
-            columns = given.weight.T[order]
+            columns = self._ordered(given.weight, order, kept.numel())
             solved, [rest] = self._solve([given], columns, upper, order, kept.numel(), [scale_dtype])
             if not kept.numel():
                 return rest
@@ -148,7 +148,8 @@ class Gptq:
                 runs.append((scheme, [w]))
         givens = [self._given(own, scheme, dead) for scheme, own in runs]
         order, upper, damp = self._factor(h, torch.empty(0, dtype=torch.int64, device=h.device), givens)
-        columns = torch.cat([g.weight.T[order] for g in givens], dim=1)
+        parts = [self._ordered(g.weight, order) for g in givens]
+        columns = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         _, tensors = self._solve(givens, columns, upper, order, 0, [DTYPES[g.scheme.scale_dtype] for g in givens])
         notes = [g.notes for g in givens for _ in g.rows]
         return [Rounded(t, damp=damp, notes=list(own)) for t, own in zip(tensors, notes, strict=True)]
@@ -170,13 +171,21 @@ class Gptq:
         """Order of the columns, U in it, and the damping."""
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(len(h), device=h.device)
         # Last, so that they take up the errors of all others and add none but that of float16.
-        order = torch.cat([order[~torch.isin(order, kept)], kept])
-        plain_order = not self.act_order and not kept.numel()
-        upper, damp = inverse_factor(h if plain_order else h[order][:, order], self.damp)
+        if kept.numel():
+            order = torch.cat([order[~torch.isin(order, kept)], kept])
+        upper, damp = inverse_factor(h[order][:, order] if self._reorders(kept.numel()) else h, self.damp)
         if damp != self.damp:
             for given in givens:
                 given.notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
         return order, upper, damp
+
+    def _reorders(self, kept: int) -> bool:
+        """Whether columns are solved in another order than they lie."""
+        return self.act_order or kept > 0
+
+    def _ordered(self, weight: Tensor, order: Tensor, kept: int = 0) -> Tensor:
+        """`[N, K]` ▸ its columns `[K, N]` in order; a view where that is theirs."""
+        return weight.T[order] if self._reorders(kept) else weight.T
 
     def _solve(
         self, givens: list[_Given], columns: Tensor, upper: Tensor, order: Tensor, kept: int, scale_dtypes: list[torch.dtype]
@@ -194,8 +203,10 @@ class Gptq:
         ranges, (solved, notes), odd = solve(in_launch=True)
         if odd:  # as torch has it, which says so where scales do not fit their type
             ranges, (solved, notes), _ = solve(in_launch=False)
-        plain = torch.zeros_like(columns)
-        plain[order[:coded]] = solved.codes
+        plain = solved.codes
+        if self._reorders(kept):
+            plain = torch.zeros_like(columns)
+            plain[order[:coded]] = solved.codes
         tensors = []
         codes = iter(torch.split(plain.T, stack))
         for given, own, dtype in zip(givens, ranges, scale_dtypes, strict=True):

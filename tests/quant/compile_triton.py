@@ -43,6 +43,8 @@ from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
+from quant.kernels.lazy_update.program import update
+from quant.kernels.lazy_update.triton import TILE as UPDATED
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.row_lut_gemv.program import rows as tables_of_rows
@@ -57,6 +59,7 @@ from quant.kernels.wq_gemv.program import weight as codes_weight
 
 FIRST = os.environ.get("BITGRID_COMPILE") == "first"
 NEWEST = 90
+EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride")
 APART = (add_lower, gemm, product_of_codes)
 """What they are depends on the architecture."""
 
@@ -104,6 +107,18 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         types |= blocks if tile.described else dict.fromkeys(blocks, f"*{name}")
         constants = {**shape, "PRECISION": "ieee", "DESCRIBED": tile.described}
         found.append((add_lower, name, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages}))
+    types = {"later": "*fp32", "left": "*fp32", "right": "*fp32"}
+    types |= dict.fromkeys(("r", "n", "later_stride", "left_column", "right_stride"), "i32")
+    shape = {
+        "left_row": 1,
+        "ROWS": UPDATED.rows,
+        "COLUMNS": UPDATED.columns,
+        "STEP": UPDATED.step,
+        "B": 128,
+        "PADDED": 128,
+        "PRECISION": "tf32x3",
+    }
+    found.append((update, "128 columns", types, shape, {"num_warps": UPDATED.warps, "num_stages": UPDATED.stages}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
@@ -206,7 +221,7 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        even = [i for i, name in enumerate(kernel.arg_names) if name in ("k", "capacity") or signature[name].startswith("*")]
+        even = [i for i, name in enumerate(kernel.arg_names) if name in EVEN or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = _source(kernel)(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

@@ -67,6 +67,7 @@ CASES: dict[str, Callable[[], Any]] = dict(
 CASES |= {
     "gptq_block": _gptq_block,
     "gptq_block_fitted": lambda: [(torch.randn(4, 6), torch.eye(4), 2, "g_asym", 3)],
+    "lazy_update_": lambda: [(torch.randn(3, 5), torch.randn(2, 3).T, torch.randn(2, 5))],
     "claq_block": _claq_block,
     "kmeans_columns": lambda: [(torch.randn(2, 40), 4, "partition"), (torch.randn(2, 40), 4, "plus_plus", torch.rand(2, 40))],
     "nearest_centre": lambda: [(torch.randn(40, 2).T, torch.randn(2, 4).sort(1).values)],

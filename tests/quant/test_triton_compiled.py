@@ -29,14 +29,14 @@ def test_kernels_compile() -> None:
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
-    wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply"}
+    wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply", "update"}
     assert {r["kernel"] for r in rows if r["architecture"] == max(MOST_SHARED)} == wanted
     for row in rows:
         assert row["shared"] <= MOST_SHARED[row["architecture"]], row
         assert row["stack"] == 0, row
         if row["kernel"] in ("gemm", "attend", "attend_plain", "attend_per_token") or (row["kernel"], row["of"]) == ("add_lower", "bf16"):
             assert row["tensor_cores"], row
-        if row["kernel"] == "multiply":
+        if row["kernel"] in ("multiply", "update"):
             assert row["tensor_cores"], row
             # A large product goes on while that of the step before is waited for.
             assert row["architecture"] < 90 or not gluon_works() or "256" not in row["of"].split() or "1" in row["waits"], row
