@@ -53,8 +53,10 @@ def further(b: Bench) -> Iterator[Row]:
 
     def rounded(site: Site, number: int, scheme: WeightScheme, rows: slice = slice(None)) -> list[AffineTensor]:
         statistics = Statistics(hessian=site.hessian)
+        weights = [w[rows] for w in site.weights]
         with holder.factors(str(number), site.name), shared_factors():
-            return [cast(AffineTensor, method.quantize(w[rows], statistics, scheme).tensor) for w in site.weights]
+            made = method.quantize_stacked(weights, statistics, [scheme] * len(weights))
+        return [cast(AffineTensor, m.tensor) for m in made]
 
     def walk(scheme: WeightScheme) -> None:
         for number, sites in enumerate(blocks):
