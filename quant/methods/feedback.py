@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,16 @@ def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor
     hessian = checked_hessian(method, weight, statistics)
     given = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
     return given, hessian.to(given)
+
+
+def checked_together(method: str, weights: Sequence[Tensor], statistics: Statistics) -> tuple[list[Tensor], Tensor]:
+    """As `checked`, of weights of one type that read one input: the Hessian is looked at once."""
+    first, hessian = checked(method, weights[0], statistics)
+    for weight in weights[1:]:
+        if weight.shape[1] != len(hessian):
+            raise ValueError(f"weights that read one input have {len(hessian)} columns each, not {weight.shape[1]}")
+        require_finite("weight", weight)
+    return [first, *(w.detach().to(first) for w in weights[1:])], hessian
 
 
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:

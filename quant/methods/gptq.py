@@ -27,7 +27,7 @@ from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked
+from quant.methods.feedback import checked, checked_together
 from quant.number_formats import encode, number_format
 from quant.outliers import METRICS, outlier_columns, without_columns
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
@@ -137,11 +137,11 @@ class Gptq:
 
     def quantize_stacked(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme]) -> list[Rounded]:
         """As `quantize` has it for each; raises ScaleDtypeError too."""
-        ready = [checked("gptq", weight, statistics) for weight in weights]
-        h, dead = revive_dead(ready[0][1])
+        ready, hessian = checked_together("gptq", weights, statistics)
+        h, dead = revive_dead(hessian)
         # Ranges of neighbours with one scheme are found together.
         runs: list[tuple[WeightScheme, list[Tensor]]] = []
-        for (w, _), scheme in zip(ready, schemes, strict=True):
+        for w, scheme in zip(ready, schemes, strict=True):
             if runs and runs[-1][0] == scheme and scheme.granularity is not Granularity.TENSOR:
                 runs[-1][1].append(w)
             else:
