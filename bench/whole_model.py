@@ -4,9 +4,10 @@ python -m bench.whole_model [--shape 7b] [--layers N] [--methods gptq,...] [--pa
                             [--out FILE]
 
 The times are those of the stage's own record, from reading the checkpoint to the renamed, flushed artifact. Two layers are quantized and
-checked first, against plain arithmetic on the files: loading libraries and compiling kernels is not counted, and is printed. GPTQ stands beside llm-compressor and a plain loop in torch on the same two layers, CLAQ beside scikit-learn on a
-few columns, each scaled to all layers and marked so; `--alone` leaves them out. With fewer layers than the shape has, a line says what the
-whole would take at the same time a layer.
+checked first, against plain arithmetic on the files: loading libraries and compiling kernels is not counted, and is printed. GPTQ stands
+beside llm-compressor and a plain loop in torch on the same two layers, CLAQ beside scikit-learn on a few columns, each scaled to all layers
+and marked so; `--alone` leaves them out. With fewer layers than the shape has, a line says what the whole would take at the same time a
+layer.
 `--longest` cuts the timed run to as many layers as fit, by the rate of two.
 `--streamed` makes one layer's file, reads it for every layer without the page cache, and hashes and drops what is packed.
 """
