@@ -1,18 +1,18 @@
 // One block of CLAQ's columns on a GPU, without a word from the host: a launch for each column, none of which waits for the host.
 //
-// Launch j has one block of threads for each part that fits and rounds column j, and others that meanwhile take the error of column j - 1 off
-// the columns after j. Column j itself lacks that error alone, which its block takes off first. So each weight gets the errors in the order
-// of columns, and nobody reads what another block of the same launch writes. Each product, difference and quotient is rounded by itself, as
-// in C++. In a chain of launches the fit is all that takes time (some 30 us with 4 centres of 4096 values, 60 with 16, as reckoned): the
-// others' share, a few MB in the second-level cache, takes a few us beside it, a launch 2 us. Parts are blocks of linears that have one
-// factor: none of them reads another, and a fit leaves all multiprocessors but one free, so that several take the time of one.
+// Launch j has one block of threads for each part that fits and rounds column j, and others that meanwhile take the error of column j - 1
+// off the columns after j. Column j itself lacks that error alone, which its block takes off first. So each weight gets the errors in the
+// order of columns, and nobody reads what another block of the same launch writes. Each product, difference and quotient is rounded by
+// itself, as in C++. In a chain of launches the fit is all that takes time (some 25 us with 4 centres of 4096 values, 55 with 16, as
+// reckoned): the others' share, a few MB in the second-level cache, takes a few us beside it, a launch 2 us. Parts are blocks of linears
+// that have one factor: none of them reads another, and a fit leaves all multiprocessors but one free, so that several take the time of one.
 //
-// Plain C ABI; returns a cudaError_t. parts is [count] of `Part`, and plan [count, B] of `Wanted`, on the host, but what they point to is on
-// the device. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride between
-// rows; block is changed. tables [B, most] hold numbers of the stored type; kept may be null where no plan reserves; given [B, most], or
-// null: centres to round to in place of a column's own; wrong is bool [2], set where a table and where a reserved weight does not fit the
-// type. 0 < N <= THREADS * 23. The parts of a call, PARTS at most, have N in one of the ranges (0, 9], (9, 17] and (17, 23] THREADS, as a sum's
-// order depends on it, and all of them have centres given, or none has.
+// Plain C ABI; returns a cudaError_t. parts is [count] of `Part`, and plan [count, B] of `Wanted`, on the host, but what they point to is
+// on the device. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride
+// between rows; block is changed. tables [B, most] hold numbers of the stored type; kept may be null where no plan reserves; given
+// [B, most], or null: centres to round to in place of a column's own; wrong is bool [2], set where a table and where a reserved weight does
+// not fit the type. 0 < N <= THREADS * 23. The parts of a call, PARTS at most, have N in one of the ranges (0, 9], (9, 17] and (17, 23]
+// THREADS, as a sum's order depends on it, and all of them have centres given, or none has.
 
 #include <algorithm>
 
@@ -57,26 +57,34 @@ DEVICE void take_off(const Launch& l, const Part& b, int j, int tile) {
     if (r >= n) return;
     const float error = b.errors[int64_t(j - 1) * n + r];
     const float* u = l.upper + (j - 1) * l.stride;
-    float* x = b.block + r;
-#pragma unroll 4
-    for (int c = first; c < min(l.columns, first + WIDE); c++) x[int64_t(c) * n] = less(x[int64_t(c) * n], error, u[c]);
+    float *x = b.block + r, own[WIDE];
+    // All that is read comes before all that is written, which it might be for all the compiler knows: else each would wait for the last.
+#pragma unroll
+    for (int i = 0; i < WIDE; i++)
+        if (first + i < l.columns) own[i] = less(x[int64_t(first + i) * n], error, u[first + i]);
+#pragma unroll
+    for (int i = 0; i < WIDE; i++)
+        if (first + i < l.columns) x[int64_t(first + i) * n] = own[i];
 }
 
-// Of ascending middles, how many are below x.
-DEVICE int code_of(float x, const float* middles, int k) {
-    int low = 0, high = k - 1;
+constexpr int BATCH = 5;  // values whose loads, codes and quotients a thread has under way at once
+
+// Of ascending middles, how many are below each x.
+DEVICE void codes_of(const float (&x)[BATCH], const float* middles, int k, int (&codes)[BATCH]) {
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) codes[i] = 0;
     if (k <= 16) {
-        for (int c = 0; c < high; c++) low += x > middles[c];
-        return low;
+        for (int c = 0; c < k - 1; c++) {
+            const float middle = middles[c];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) codes[i] += x[i] > middle;
+        }
+        return;
     }
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (middles[middle] < x)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
+    // k is a power of two.
+    for (int step = k / 2; step; step /= 2)
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) codes[i] += middles[codes[i] + step - 1] < x[i] ? step : 0;
 }
 
 // Column j of a part, whose centres are in its table; `sorted`: its values.
@@ -102,13 +110,22 @@ DEVICE void round_column(const Launch& l, int number, int j, const float* sorted
     __syncthreads();
     const float diagonal = l.upper[j * l.stride + j];
     bool differs = false;
-    for (int r = threadIdx.x; r < n; r += THREADS) {
-        const int code = code_of(x[r], middles, k);
-        const float value = table[code];
-        codes[r] = float(code);
-        values[r] = value;
-        errors[r] = __fdiv_rn(__fsub_rn(x[r], value), diagonal);
-        differs |= top && stored(x[r], b.type) != value;
+    for (int first = threadIdx.x; first < n; first += BATCH * THREADS) {
+        float own[BATCH];
+        int code[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) own[i] = x[min(first + i * THREADS, n - 1)];
+        codes_of(own, middles, k, code);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int r = first + i * THREADS;
+            if (r >= n) continue;
+            const float value = table[code[i]];
+            codes[r] = float(code[i]);
+            values[r] = value;
+            errors[r] = __fdiv_rn(__fsub_rn(own[i], value), diagonal);
+            differs |= top && stored(own[i], b.type) != value;
+        }
     }
     if (!top) return;
     const bool exact = !__syncthreads_or(differs);
@@ -133,21 +150,31 @@ GLOBAL void BOUNDS(THREADS, 1) column(const __grid_constant__ Launch l, int j) {
     DYNAMIC_SHARED(memory);
     __shared__ Small s;
     // All fits begin before what is taken off beside them.
-    const int number = blockIdx.x % l.count;
-    const Part& b = l.part[number];
-    if (blockIdx.x >= l.count) return take_off(l, b, j, blockIdx.x / l.count - 1);
-    const Problem<float>& p = l.fit[number];
+    if (blockIdx.x >= l.count) return take_off(l, l.part[blockIdx.x % l.count], j, blockIdx.x / l.count - 1);
+    const Part& b = l.part[blockIdx.x];
+    const Problem<float>& p = l.fit[blockIdx.x];
     if (j > 0) {
         float* const x = b.block + int64_t(j) * b.n;
         const float u = l.upper[(j - 1) * l.stride + j];
-        for (int r = threadIdx.x; r < b.n; r += THREADS) x[r] = less(x[r], b.errors[int64_t(j - 1) * b.n + r], u);
+        const float* errors = b.errors + int64_t(j - 1) * b.n;
+        float own[ITEMS];
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int r = i * THREADS + threadIdx.x;
+            if (r < b.n) own[i] = less(x[r], errors[r], u);
+        }
+#pragma unroll
+        for (int i = 0; i < ITEMS; i++) {
+            const int r = i * THREADS + threadIdx.x;
+            if (r < b.n) x[r] = own[i];
+        }
         __syncthreads();
     }
     if constexpr (!GIVEN) {
         fit_column<float, ITEMS>(p, p.columns, nullptr, nullptr, p.centres, s, memory);
     } else {
         for (int c = threadIdx.x; c < p.k; c += THREADS) p.centres[c] = b.given[int64_t(j) * b.most + c];
-        if (l.wanted[number].top) sort_column<float, ITEMS>(p.columns, p.n, memory);
+        if (l.wanted[blockIdx.x].top) sort_column<float, ITEMS>(p.columns, p.n, memory);
     }
     round_column(l, again(blockIdx.x), j, reinterpret_cast<const float*>(memory), reinterpret_cast<float*>(s.list));
 }
