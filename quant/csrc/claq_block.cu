@@ -5,7 +5,8 @@
 // order of columns, and nobody reads what another block of the same launch writes. Each product, difference and quotient is rounded by
 // itself, as in C++. In a chain of launches the fit is all that takes time (some 25 us with 4 centres of 4096 values, 55 with 16, as
 // reckoned): the others' share, a few MB in the second-level cache, takes a few us beside it, a launch 2 us. Parts are blocks of linears
-// that have one factor: none of them reads another, and a fit leaves all multiprocessors but one free, so that several take the time of one.
+// that have one factor: none of them reads another, and a fit leaves all multiprocessors but one free, so that several take the time of
+// one.
 //
 // Plain C ABI; returns a cudaError_t. parts is [count] of `Part`, and plan [count, B] of `Wanted`, on the host, but what they point to is
 // on the device. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride
