@@ -168,15 +168,25 @@ def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
         print(f"  published: {work.published}")
     if layers != shape.layers:
         print(f"  all {shape.layers} layers at this rate: {seconds_of(made) * shape.layers / layers:.1f} s (scaled, not measured)")
-    for note in record["notes"]:
+    notes = together(record["notes"])
+    for note in notes:
         print(f"  note: {note}", flush=True)
     return {
         "method": work.method, "params": [f"{k}={json.dumps(v)}" for k, v in work.params.items()], "shape": work.shape, "layers": layers,
         "of": shape.layers, "samples": work.samples, "length": work.length, "propagation": work.propagation, "damp": work.damp,
         "stage_s": made.stage_s, "commit_s": made.commit_s, "seconds": record["seconds"], "bytes": size,
         "bits_stored": summary["bits_stored"], "peak_memory_bytes": summary["peak_memory_bytes"], "kernels": record["kernels"],
-        "environment": record["environment"], "notes": record["notes"], **({"streamed": streamed} if streamed else {}),
+        "environment": record["environment"], "notes": notes, **({"streamed": streamed} if streamed else {}),
     }  # fmt: skip
+
+
+def together(notes: list[str]) -> list[str]:
+    """What is said of several linears, once."""
+    said: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, rest = note.partition(": ")
+        said.setdefault(rest if colon and name.startswith("model.layers.") else note, []).append(note)
+    return [own[0] if len(own) == 1 else f"{len(own)} linears: {rest}" for rest, own in said.items()]
 
 
 def _streamed(s: dict[str, Any]) -> str:

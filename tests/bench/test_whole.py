@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.whole import torch_loop
 from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
-from bench.whole.runs import Work, fitting, model_in
+from bench.whole.runs import Work, fitting, model_in, together
 from bench.whole.shapes import SHAPES, make_model
 from bench.whole.stages import Made, quantize, spec_of
 from bench.whole.streamed import FIRST, STREAMED, bytes_from_disk, read_rate
@@ -97,6 +97,11 @@ def test_as_many_layers_are_timed_as_fit() -> None:
     assert fitting(80, 2, 150.0, 12.0, lambda: 5.0) == 60
     assert fitting(32, 2, 150.0, 30.0, lambda: 2.0) == 32, "only the first run took long"
     assert fitting(80, 2, 1.0, 12.0, lambda: 5.0) == 2
+
+
+def test_what_is_noted_of_many_linears_is_told_once() -> None:
+    notes = ["model.layers.0.q: fits", "a layer: fits", "model.layers.1.q: fits", "model.layers.0.q: else"]
+    assert together(notes) == ["2 linears: fits", "a layer: fits", "model.layers.0.q: else"]
 
 
 def test_a_model_is_made_once_and_anew_where_that_was_stopped(tmp_path: Path) -> None:
