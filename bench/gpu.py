@@ -1,6 +1,6 @@
 """Kernels on a GPU: right first, then fast, each beside a peer and beside the device's own limits from the same run.
 
-python -m bench.gpu [PIECE ...] [--out FILE] [--alone] [--dry]
+python -m bench.gpu [PIECE ...] [--out FILE] [--alone] [--folder FOLDER] [--layers N] [--longest SECONDS] [--dry]
 
 Pieces: see --help; all when none is named, and `limits` always: goals are judged, and what limits a row that misses its goal is reckoned,
 by what the device does in the same run. Times are of a replayed CUDA graph over inputs that no cache holds, the least of some replays;
@@ -105,11 +105,15 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     parser.add_argument("--alone", action="store_true", help="without other packages' kernels")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU (TRITON_INTERPRET=1), nothing timed")
+    parser.add_argument("--folder", type=Path, help="keep models here, for later runs too; a folder that is removed when left out")
+    parser.add_argument("--layers", type=int, help="of whole models; rows of fewer than all are marked, and have no goal")
+    parser.add_argument("--longest", type=float, help="seconds that a timed run of a whole model may take; it is cut to as many layers")
     given = parser.parse_args()
     if not given.dry and not torch.cuda.is_available():
         print("there is no CUDA device; `TRITON_INTERPRET=1 python -m bench.gpu --dry` checks the kernels without one", file=sys.stderr)
         return 2
     b = Bench(given.dry, given.alone)
+    b.folder, b.layers, b.longest = given.folder, given.layers, given.longest
     device = "the CPU, Triton's interpreter" if given.dry else torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []

@@ -1,12 +1,14 @@
 """A model of random weights in a known shape, quantized as a stage of a sweep does it: from files on the disk to a committed artifact.
 
-python -m bench.whole_model [--shape 7b] [--layers N] [--methods gptq,...] [--params true_sequential=true] [--streamed] [--out FILE]
+python -m bench.whole_model [--shape 7b] [--layers N] [--methods gptq,...] [--params true_sequential=true] [--streamed] [--longest SECONDS]
+                            [--out FILE]
 
 The times are those of the stage's own record, from reading the checkpoint to the renamed, flushed artifact. Two layers are quantized and
-checked first, against plain arithmetic on the files; where a CUDA device is there once more: loading libraries and compiling kernels is not
-counted, and is printed. GPTQ stands beside llm-compressor and a plain loop in torch on the same two layers, CLAQ beside scikit-learn on a
-few columns, each scaled to all layers and marked so; `--alone` leaves them out. With fewer layers than the shape has, a line says what the
-whole would take at the same time a layer.
+checked first, against plain arithmetic on the files: loading libraries and compiling kernels is not counted, and is printed. GPTQ stands
+beside llm-compressor and a plain loop in torch on the same two layers, CLAQ beside scikit-learn on a few columns, each scaled to all layers
+and marked so; `--alone` leaves them out. With fewer layers than the shape has, a line says what the whole would take at the same time a
+layer.
+`--longest` cuts the timed run to as many layers as fit, by the rate of two.
 `--streamed` makes one layer's file, reads it for every layer without the page cache, and hashes and drops what is packed.
 """
 
@@ -43,6 +45,7 @@ def main() -> int:
     parser.add_argument("--batch-tokens", type=int)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--alone", action="store_true", help="without other programs")
+    parser.add_argument("--longest", type=float, help="seconds that the timed run may take")
     parser.add_argument("--folder", type=Path, help="keep models and artifacts here; a folder that is removed when left out")
     parser.add_argument("--profile", action="store_true", help="of two layers: the operations that take longest on the device")
     parser.add_argument("--out", type=Path)
@@ -59,7 +62,7 @@ def main() -> int:
 def run(given: argparse.Namespace, root: Path) -> int:
     """1 where a check fails."""
     b = Bench(dry=given.device == "cpu" or not torch.cuda.is_available())
-    b.alone = given.alone
+    b.alone, b.longest = given.alone, given.longest
     hints = Hints(device=given.device, batch_tokens=given.batch_tokens)
     for row in () if b.dry else limits(b):
         print(row.line(b.ceilings), flush=True)

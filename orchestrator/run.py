@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -229,7 +230,18 @@ def hints(settings: Mapping[str, Any]) -> Hints:
         raise ConfigError(f"hints.device={given['device']!r} is no device; use auto, cpu, cuda or cuda:N")
     if given.get("backend", "auto") not in BACKENDS:
         raise ConfigError(unknown_name("hints.backend", str(given["backend"]), BACKENDS))
+    _check_device(str(given.get("device", "auto")).partition(":")[0], str(given.get("backend", "auto")))
     return Hints(**{"threads": settings["cluster"].get("threads"), **given})
+
+
+def _check_device(device: str, backend: str) -> None:
+    """What an automatic device makes of a backend is known to workers only."""
+    own = "cuda" if backend == "cuda" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1") else backend
+    if {device, own} == {"cpu", "cuda"}:
+        raise ConfigError(
+            f"hints.backend={backend} is for {'CUDA devices' if own == 'cuda' else 'the CPU'}, and hints.device={device} is none; "
+            f"use hints.backend=auto, torch or reference, or hints.device={own}"
+        )
 
 
 def estimator(history: Durations) -> Callable[[Spec, ModelSource], Resources]:

@@ -3,6 +3,8 @@
 ValueError
 ├── NonFiniteError        NaN or infinity in a weight, statistic or input
 └── SingularHessianError  no damping of the ladder makes the Hessian positive definite
+RuntimeError
+└── BackendError          the kernel that was asked for by name does not work on the device, or with what it is given
 QuantizationWarning       a fallback or departure that `quantize_linear` took
 """
 
@@ -14,6 +16,10 @@ from torch import Tensor
 
 class NonFiniteError(ValueError):
     """Names how many values are not finite and where the first one is."""
+
+
+class BackendError(RuntimeError):
+    """Names the setting that asked for it, the reason, and what to choose instead."""
 
 
 class QuantizationWarning(UserWarning):

@@ -200,7 +200,8 @@ def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: 
     """Rounds the columns of `[K, N]` in order. The weight is not changed. `block_size` only says how late the columns
     of later blocks are updated."""
 
-    def solve_block(start: int, w: Tensor, u: Tensor, out: SolvedBlock) -> None:
+    def solve_block(start: int, weights: list[Tensor], u: Tensor, outs: list[SolvedBlock]) -> None:
+        [w], [out] = weights, outs
         block = w[start : start + len(u)].clone()
         diagonal: list[float] = u.diagonal().tolist()
         for i in range(len(block)):
@@ -209,21 +210,27 @@ def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: 
             torch.sub(block[i], q, out=out.errors[i]).div_(diagonal[i])
             block[i + 1 :].addr_(u[i, i + 1 :], out.errors[i], alpha=-1)
 
-    return solve_blocks(weight, upper, block_size, solve_block)
+    return solve_blocks([weight], upper, block_size, solve_block)[0]
 
 
-def solve_blocks(weight: Tensor, upper: Tensor, block_size: int, solve_block: Callable[[int, Tensor, Tensor, SolvedBlock], None]) -> Solved:
-    """Rounds the blocks of columns of `[K, N]` in order by `solve_block(start, weights, factor [B, B], out)`. The weights hold the updates
-    of all finished blocks; it may change those of its own block. The weight given is not changed."""
-    w = weight.clone()
-    k = w.shape[0]
-    codes, values, loss, errors = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), torch.empty_like(w[:block_size])
-    later = kernel("lazy_update", device=w.device, later=w).run
+SolveBlock = Callable[[int, list[Tensor], Tensor, list[SolvedBlock]], None]
+"""(start, weights `[K, N_i]`, factor `[B, B]`, where to write each). The weights hold the updates of all finished blocks; those of the
+block at work may be changed."""
+
+
+def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solve_block: SolveBlock) -> list[Solved]:
+    """Rounds the blocks of columns of weights `[K, N_i]` in order, that of all weights at once: each as alone, bit for bit. The weights
+    given are not changed."""
+    works = [w.clone(memory_format=torch.contiguous_format) for w in weights]
+    later, k = kernel("lazy_update", device=upper.device, later=works[0]).run, len(upper)
+    made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])) for w in works]
+    errors = [torch.empty_like(w[:block_size]) for w in works]
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
-        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start])
-        solve_block(start, w, upper[start:end, start:end], out)
-        loss += out.errors.square().sum(0)
-        if end < k:
-            later.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
-    return Solved(codes, values, loss)
+        outs = [SolvedBlock(m.codes[start:end], m.values[start:end], e[: end - start]) for m, e in zip(made, errors, strict=True)]
+        solve_block(start, works, upper[start:end, start:end], outs)
+        for w, m, out in zip(works, made, outs, strict=True):
+            m.loss.add_(out.errors.square().sum(0))
+            if end < k:
+                later.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
+    return made

@@ -19,20 +19,24 @@ MEMORY_TEXT = re.compile(r"out of memory|can(?:'t|not) allocate memory|_ALLOC_FA
 NETWORK = frozenset({"TransportError"})
 """httpx's class for connections that fail, break or time out."""
 NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
+ASKED_FOR = frozenset({"BackendError"})
+"""A kernel that a setting names and that does not work here."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 MAKE_ROOM = "make free space there and run the sweep again (bitgrid resume): all that was committed is kept"
 MISSING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def classify(error: BaseException) -> ErrorClass:
-    """First match: corrupt artifact, our own classes, memory, disk, numerical, missing files (user), device, network and
-    I/O trouble (infrastructure), anything else (internal)."""
+    """First match: corrupt artifact, our own classes, a kernel asked for by name (user), memory, disk, numerical, missing files (user),
+    device, network and I/O trouble (infrastructure), anything else (internal)."""
     names = {c.__name__ for c in type(error).__mro__}
     text = str(error)
     if isinstance(error, CorruptArtifactError):
         return ErrorClass.CORRUPT
     if isinstance(error, WorkerError):
         return error.error_class
+    if names & ASKED_FOR:
+        return ErrorClass.USER
     if names & MEMORY or MEMORY_TEXT.search(text) or getattr(error, "errno", None) == errno.ENOMEM:
         return ErrorClass.MEMORY
     # safetensors and pyarrow wrap the operating system's error in their own.

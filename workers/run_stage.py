@@ -165,7 +165,7 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
 
         # What measure times is in its spec.
         backend = "auto" if group[0].kind == StageKind.MEASURE.value else request.hints.backend
-        with fixed_state(group[0].key, request.hints), preferring(backend), recorded() as kernels:
+        with fixed_state(group[0].key, request.hints), preferring(backend, "hints.backend"), recorded() as kernels:
             summaries = _dispatch(group, context, runners)
     except Exception as e:
         log.error("failed\n%s", formatted(e))

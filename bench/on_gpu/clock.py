@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,12 @@ class Bench:
         self.device = torch.device("cpu" if dry else "cuda")
         self.backend = "triton"
         self.ceilings = Ceilings()
+        self.folder: Path | None = None
+        """Where models are kept from run to run; a folder that is removed at the end where it is None."""
+        self.layers: int | None = None
+        """Of whole models; as the piece has it where it is None."""
+        self.longest: float | None = None
+        """Seconds that the timed run of a whole model may take: it is cut to as many layers."""
 
     def size(self, real: int, small: int) -> int:
         return small if self.dry else real

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.kernels import kernel
-from quant.kernels.claq_block import SolvedBlock, Wanted
+from quant.kernels.claq_block import Part, SolvedBlock, Wanted, solve_blocks
 from quant.methods.billm import Billm
 from quant.methods.billm import _reference as billm_masks
 from quant.methods.binary_search import reference_quantiles
@@ -61,6 +61,7 @@ def searches(b: Bench) -> Iterator[Row]:
         peers = known(torch=b.once(lambda: loop.solve_block(x.clone(), upper, wanted, out)))  # noqa: B023
         # A tie of sums that went the other way changes a column by a few percent, one of 128.
         yield Row(f"claq_block, a block of {len(x)} columns of {n}, {bits} bits", abs(errors[1] / errors[0] - 1), 1e-3, took, peers)
+    yield from _side_by_side(b)
     yield from _linears(b)
     search, plain = (kernel("braq_search", backend, b.device).run for backend in (name, "torch"))
     counts = range(1, 50)
@@ -81,6 +82,30 @@ def searches(b: Bench) -> Iterator[Row]:
         allowed = 2 * (128 + 20) * 2.0**-24
         goal = Goal(250.0) if n == 4096 else None
         yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), x.nbytes, goal)
+
+
+def _side_by_side(b: Bench) -> Iterator[Row]:
+    """Blocks of linears that have one factor, in the same launches."""
+    run = kernel("claq_block", "auto" if b.dry else "cuda", b.device).run
+    for count, n in ((3, 4096), (2, 11008)) if not b.dry else ((3, 40),):
+        blocks = [b.random(b.size(128, 5), n) + i for i in range(count)]
+        upper = (b.random(len(blocks[0]), len(blocks[0])).triu(1) * 0.03 + torch.eye(len(blocks[0]), device=b.device)).contiguous()
+        wanted, outs = Wanted([2] * len(upper), None, torch.float16, "plus_plus"), [SolvedBlock.like(x) for x in blocks]
+
+        def together() -> None:
+            solve_blocks(run, [Part(x.clone(), wanted, out) for x, out in zip(blocks, outs, strict=True)], upper)  # noqa: B023
+
+        def one_by_one() -> list[SolvedBlock]:
+            made = [SolvedBlock.like(x) for x in blocks]  # noqa: B023
+            for x, out in zip(blocks, made, strict=True):  # noqa: B023
+                run.solve_block(x.clone(), upper, wanted, out)  # noqa: B023
+            return made
+
+        together()
+        apart = one_by_one()
+        differ = float(sum((a.errors != o.errors).sum() + (a.codes != o.codes).sum() for a, o in zip(apart, outs, strict=True)))
+        took, peers = b.time(lambda i: together()), known(one_by_one=b.time(lambda i: one_by_one()))
+        yield Row(f"claq_block, blocks of {len(upper)} columns of {n} of {count} linears side by side, 2 bits", differ, 0, took, peers)
 
 
 def _linears(b: Bench) -> Iterator[Row]:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,7 @@ def beside(model: Path, tokens: Tensor, yardstick: Yardstick, times: float, seco
     return found
 
 
+@cache
 def sampled_kmeans(model: Path, shape: Shape, layers: int, centres: int, threads: int) -> dict[str, float]:
     """Microseconds of one scikit-learn fit per column of all linears, from a few columns of the first layer. Empty where it is missing."""
     try:

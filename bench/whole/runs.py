@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ GB = 1e9
 FEW = 2
 """Layers that are quantized first."""
 LONGEST = 420.0
-"""Seconds that a timed run may take; a streamed model that needs more is cut to fewer layers."""
+"""Seconds that a streamed run may take where nothing else is said; one that needs more is cut to fewer layers."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Work:
     goal: Goal | None = None
     """Of all layers of the shape."""
     published: str = ""
+    departure: str = ""
+    """From the method as published, in words."""
 
     @property
     def spec(self) -> QuantizeSpec:
@@ -60,8 +65,10 @@ def model_in(root: Path, work: Work, layers: int, device: str, *, one: bool = Fa
     """Made where it is not there. one: a single layer has a file."""
     folder = root / f"{work.shape}-{f'one-of-{layers}' if one else layers}"
     if not folder.exists():
-        began = time.perf_counter()
-        make_model(folder, SHAPES[work.shape], layers, device, 1 if one else None)
+        began, part = time.perf_counter(), folder.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)  # of a run that was stopped
+        make_model(part, SHAPES[work.shape], layers, device, 1 if one else None)
+        part.rename(folder)
         print(f"made {folder.name} in {time.perf_counter() - began:.1f} s", flush=True)
     return folder
 
@@ -79,11 +86,8 @@ def measured(work: Work, root: Path, b: Bench, hints: Hints) -> Row:
     if checked.error > ALLOWED:
         return Row(_name(work, layers), checked.error, ALLOWED)
     if cuda:
-        again = quantize(spec, small, root, hints)
-        print(f"{work.method}, {work.shape}, {few} layers: {again.seconds:.2f} s the second time", flush=True)
-        if work.streamed and again.seconds / few * layers > LONGEST:
-            layers = int(LONGEST / again.seconds * few)
-            print(f"cut to {layers} layers: all would take longer than {LONGEST:.0f} s", flush=True)
+        longest = b.longest or (LONGEST if work.streamed else math.inf)
+        layers = fitting(layers, few, longest, first.seconds, lambda: quantize(spec, small, root, hints).seconds)
     peers: dict[str, float] = {}
     if not b.alone:
         torch.cuda.empty_cache()  # for their processes
@@ -105,6 +109,19 @@ def measured(work: Work, root: Path, b: Bench, hints: Hints) -> Row:
     )  # fmt: skip
 
 
+def fitting(layers: int, few: int, longest: float, first: float, again: Callable[[], float]) -> int:
+    """As many of the layers as take `longest` seconds, at the rate of `few`; those at least. first: seconds of the few with all that had to
+    be loaded and compiled, so that no rate is higher: where that fits, nothing is run again."""
+    if first / few * layers <= longest:
+        return layers
+    seconds = again()
+    print(f"{few} layers: {seconds:.2f} s the second time", flush=True)
+    found = max(few, min(layers, int(longest / seconds * few)))
+    if found < layers:
+        print(f"cut to {found} of {layers} layers: all would take longer than {longest:.0f} s", flush=True)
+    return found
+
+
 def seconds_of(made: Made) -> float:
     """Of the work: what a streamed run measures of its disk first is none of it."""
     return made.seconds - float(made.record["summary"].get("streamed", {}).get("apart_s", 0))
@@ -113,7 +130,10 @@ def seconds_of(made: Made) -> float:
 def _name(work: Work, layers: int) -> str:
     fed = f"{work.samples} x {work.length} tokens, propagation={work.propagation}, damp={work.damp}"
     streamed = ", streamed" if work.streamed else ""
-    return f"{work.method} of {layers} of {SHAPES[work.shape].layers} layers, {work.shape}-shaped{streamed}, {fed}, {work.params}"
+    departure = f", {work.departure}" if work.departure else ""
+    return (
+        f"{work.method} of {layers} of {SHAPES[work.shape].layers} layers, {work.shape}-shaped{streamed}, {fed}, {work.params}{departure}"
+    )
 
 
 def operations(shape: Shape, layers: int, work: Work) -> float:
@@ -148,15 +168,25 @@ def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
         print(f"  published: {work.published}")
     if layers != shape.layers:
         print(f"  all {shape.layers} layers at this rate: {seconds_of(made) * shape.layers / layers:.1f} s (scaled, not measured)")
-    for note in record["notes"]:
+    notes = together(record["notes"])
+    for note in notes:
         print(f"  note: {note}", flush=True)
     return {
         "method": work.method, "params": [f"{k}={json.dumps(v)}" for k, v in work.params.items()], "shape": work.shape, "layers": layers,
         "of": shape.layers, "samples": work.samples, "length": work.length, "propagation": work.propagation, "damp": work.damp,
         "stage_s": made.stage_s, "commit_s": made.commit_s, "seconds": record["seconds"], "bytes": size,
         "bits_stored": summary["bits_stored"], "peak_memory_bytes": summary["peak_memory_bytes"], "kernels": record["kernels"],
-        "environment": record["environment"], "notes": record["notes"], **({"streamed": streamed} if streamed else {}),
+        "environment": record["environment"], "notes": notes, **({"streamed": streamed} if streamed else {}),
     }  # fmt: skip
+
+
+def together(notes: list[str]) -> list[str]:
+    """What is said of several linears, once."""
+    said: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, rest = note.partition(": ")
+        said.setdefault(rest if colon and name.startswith("model.layers.") else note, []).append(note)
+    return [own[0] if len(own) == 1 else f"{len(own)} linears: {rest}" for rest, own in said.items()]
 
 
 def _streamed(s: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 VOCABULARY = 32000
+WRITERS = 4
 TEXT = "text.jsonl"
 """Of calibration, in the folder of a model."""
 
@@ -65,17 +67,24 @@ def make_model(folder: Path, shape: Shape, layers: int, device: str, files_of: i
         return (torch.randn(size, generator=g, device=device, dtype=torch.float32) * 0.02).to(torch.bfloat16).cpu()
 
     where: dict[str, str] = {}
+    writing: list[Future[None]] = []
 
     def save(tensors: dict[str, torch.Tensor], name: str) -> None:
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        """By a thread: one writes much slower than a disk does. As many tensors as files being written are in memory."""
+        if len(writing) == WRITERS:
+            writing.pop(0).result()
+        writing.append(pool.submit(save_file, tensors, folder / name, metadata={"format": "pt"}))
         where.update(dict.fromkeys(tensors, name))
 
     ones = torch.ones(shape.hidden, dtype=torch.bfloat16)
     outer = {"model.embed_tokens.weight": normal(VOCABULARY, shape.hidden), "lm_head.weight": normal(VOCABULARY, shape.hidden)}
-    save({**outer, "model.norm.weight": ones}, "outer.safetensors")
-    for n in range(layers if files_of is None else files_of):
-        at = f"model.layers.{n}."
-        norms = {f"{at}{k}.weight": ones.clone() for k in ("input_layernorm", "post_attention_layernorm")}
-        save({f"{at}{k}.weight": normal(*s) for k, s in shape.linears().items()} | norms, f"layer_{n:03d}.safetensors")
+    with ThreadPoolExecutor(WRITERS) as pool:
+        save({**outer, "model.norm.weight": ones}, "outer.safetensors")
+        for n in range(layers if files_of is None else files_of):
+            at = f"model.layers.{n}."
+            norms = {f"{at}{k}.weight": ones.clone() for k in ("input_layernorm", "post_attention_layernorm")}
+            save({f"{at}{k}.weight": normal(*s) for k, s in shape.linears().items()} | norms, f"layer_{n:03d}.safetensors")
+        for file in writing:
+            file.result()
     total = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}))

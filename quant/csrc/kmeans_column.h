@@ -26,7 +26,7 @@ struct Problem {
 };
 
 struct Small {
-    double list[2][MOST], totals[WARPS], potential[TRIALS], tried[TRIALS], draw[TRIALS];
+    double list[2][MOST], totals[WARPS], potential[TRIALS], tried[TRIALS], draw[TRIALS], tolerance;
     double count[SIDE], sum[SIDE], square[SIDE], least[2][SIDE];
     int at[MOST + 1], cuts[MOST + 1], where[TRIALS], place[TRIALS];
     uint8_t from[TABLE_CENTRES][SIDE];
@@ -138,6 +138,29 @@ struct Column {
         }
     }
 
+    // The same in two rounds of PROBES probes a lane, for up to (32 PROBES + 1)² - 1 values: a step waits for each round.
+    template <int NUMBER, int PROBES>
+    DEVICE void reached_in_two(const T (&limit)[NUMBER], int (&low)[NUMBER]) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int r = 0; r < NUMBER; r++) low[r] = 0;
+#pragma unroll
+        for (int stride = 32 * PROBES + 1; stride; stride /= 32 * PROBES + 1) {
+            int passed[NUMBER];
+#pragma unroll
+            for (int r = 0; r < NUMBER; r++) {
+                passed[r] = 0;
+#pragma unroll
+                for (int q = 0; q < PROBES; q++) {
+                    const int i = low[r] + (32 * q + lane + 1) * stride - 1;
+                    passed[r] += __popc(__ballot_sync(ALL, i < n && x[min(i, n - 1)] <= limit[r]));
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < NUMBER; r++) low[r] += stride * passed[r];
+        }
+    }
+
     // Few values are the centres themselves: true where that is so.
     DEVICE bool few(int k, T* out) {
         const int from = threadIdx.x * per, to = min(n, from + per);
@@ -241,8 +264,9 @@ struct Column {
     }
 
     // Of cluster c of s.cuts; a cluster that weighs nothing keeps its centre.
-    DEVICE double mean_of(int c, double centre) const {
-        const int a = s.cuts[c], b = s.cuts[c + 1];
+    DEVICE double mean_of(int c, double centre) const { return mean_of(s.cuts[c], s.cuts[c + 1], centre); }
+    // Of values [a, b).
+    DEVICE double mean_of(int a, int b, double centre) const {
         if (b <= a || (WEIGHED && !(count(a, b) > nothing()))) return centre;
         return fmin(fmax((wide[b] - wide[a]) / count(a, b), double(x[a])), double(x[b - 1]));
     }
@@ -270,15 +294,72 @@ struct Column {
         __syncthreads();
     }
 
+    // As `lloyd`, of up to NUMBER + 1 centres by one warp, whose steps wait for no other.
+    template <int NUMBER, int PROBES>
+    DEVICE void lloyd_by_a_warp(int k, int steps, double tolerance, double* centres) {
+        const int lane = threadIdx.x;
+        int cut[NUMBER];
+#pragma unroll
+        for (int r = 0; r < NUMBER; r++) cut[r] = -1;
+        double centre = lane < k ? centres[lane] : 0.0;
+        for (int step = 0; step < steps; step++) {
+            T limit[NUMBER];
+            int found[NUMBER];
+#pragma unroll
+            for (int r = 0; r < NUMBER; r++) {
+                const int c = max(1, min(r + 1, k - 1));
+                limit[r] = down<T>((centres[c - 1] + centres[c]) / 2);
+            }
+            __syncwarp();
+            reached_in_two<NUMBER, PROBES>(limit, found);
+            bool moved = step == 0;
+            int a = 0, b = n;
+#pragma unroll
+            for (int r = 0; r < NUMBER; r++) {
+                if (r + 1 >= k) continue;
+                moved |= found[r] != cut[r];
+                cut[r] = found[r];
+                if (lane == r) b = found[r];
+                if (lane == r + 1) a = found[r];
+            }
+            if (!moved) break;
+            double shift = 0;
+            if (lane < k) {
+                const double mean = mean_of(a, b, centre);
+                shift = (mean - centre) * (mean - centre);
+                centres[lane] = centre = mean;
+            }
+            // Of the lanes beyond there is nothing to add.
+#pragma unroll
+            for (int d = (NUMBER + 1) / 2; d; d /= 2) shift += __shfl_xor_sync(ALL, shift, d);
+            __syncwarp();
+            if (__shfl_sync(ALL, shift, 0) <= tolerance) break;
+        }
+    }
+
     // From ascending centres: until no cut moves, or the squared moves of the centres are within `tolerance`.
     DEVICE void lloyd(int k, int steps, double tolerance, double* centres) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const bool two = n < 65 * 65, four = n < 129 * 129;  // probes a lane that do
+        if (k <= 8 && four) {
+            if (warp > 0)
+                ;
+            else if (k <= 4)
+                two ? lloyd_by_a_warp<3, 2>(k, steps, tolerance, centres) : lloyd_by_a_warp<3, 4>(k, steps, tolerance, centres);
+            else
+                two ? lloyd_by_a_warp<7, 2>(k, steps, tolerance, centres) : lloyd_by_a_warp<7, 4>(k, steps, tolerance, centres);
+            __syncthreads();
+            return;
+        }
         for (int step = 0; step < steps; step++) {
             bool moved = step == 0;
             for (int c = 1 + warp; c < k; c += WARPS) {
                 const T limit[1] = {down<T>((centres[c - 1] + centres[c]) / 2)};
                 int cut[1];
-                reached(limit, cut);
+                if (four)
+                    reached_in_two<1, 4>(limit, cut);
+                else
+                    reached(limit, cut);
                 moved |= cut[0] != s.cuts[c];
                 __syncwarp();
                 if (lane == 0) s.cuts[c] = cut[0];

@@ -248,10 +248,12 @@ DEVICE void fit_column(const Problem<T>& p, const T* values, const T* ordered, d
     if (p.draws != nullptr) {
         const double square = c.total([&](int i) { return c.square(i); }), all = c.count(0, p.n);
         const double mean = c.sums() / all;
-        tolerance = 1e-4 * (square / all - mean * mean);
+        // Not kept in registers meanwhile, which have no room. All that is written to `s` until it is read has barriers behind it.
+        if (threadIdx.x == 0) s.tolerance = 1e-4 * (square / all - mean * mean);
         centres = s.list[plus_plus<T, ITEMS, WEIGHED>(c, p, values, weights, scratch + p.n + 1)];
         for (int i = threadIdx.x; i <= p.k; i += THREADS) s.cuts[i] = i < p.k ? 0 : p.n;
         __syncthreads();
+        tolerance = s.tolerance;
     } else {
         c.partition(p, centres);
     }

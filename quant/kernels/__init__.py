@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from quant.errors import BackendError
+
 TABLE: dict[str, dict[str, str]] = {
     "gptq_block": {
         "cpu": "quant.kernels.gptq_block.cpu",
@@ -119,13 +121,15 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Backend ▸ the type of device it is for. The others serve all."""
 
 _chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)
-_preferred: ContextVar[str] = ContextVar("preferred", default="auto")
+_preferred: ContextVar[tuple[str, str]] = ContextVar("preferred", default=("auto", "backend"))
+"""What auto means, and the setting that said so."""
 
 
 @contextmanager
-def preferring(backend: str) -> Iterator[None]:
-    """While it lasts, in this thread, this is what auto means to operations that have it."""
-    token = _preferred.set(backend)
+def preferring(backend: str, setting: str = "backend") -> Iterator[None]:
+    """While it lasts, in this thread, this is what auto means to operations that have it. setting: its name where the user sets it, for
+    errors."""
+    token = _preferred.set((backend, setting))
     try:
         yield
     finally:
@@ -163,16 +167,17 @@ class Kernel:
 def kernel(operation: str, backend: str = "auto", device: torch.device | str = "cpu", **given: Any) -> Kernel:
     """given: what it is for, as the operation's twins with `refuses` have it.
 
-    Raises ValueError for an unknown operation or backend, RuntimeError where the backend asked for does not work."""
+    Raises ValueError for an unknown operation or backend, BackendError where the backend asked for does not work."""
     if operation not in TABLE:
         raise ValueError(f"kernel {operation!r} is unknown; choose one of {', '.join(TABLE)}")
     row = TABLE[operation]
     if backend != "auto" and backend not in row:
         raise ValueError(f"backend {backend!r} of {operation} is unknown; choose one of auto, {', '.join(row)}")
-    if backend == "auto" and _preferred.get() in row:
-        backend = _preferred.get()
+    setting, (preferred, its_name) = "backend", _preferred.get()
+    if backend == "auto" and preferred in row:
+        backend, setting = preferred, its_name
     place = torch.device(device)
-    notes: list[str] = []
+    reasons: list[str] = []
     for name in [b for b in row if DEVICES.get(b, place.type) == place.type] if backend == "auto" else [backend]:
         module = import_module(row[name])
         reason = module.unavailable(place)
@@ -180,6 +185,11 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
             reason = module.refuses(**given)
         if reason is None:
             ran(operation, name)
-            return Kernel(module, name, notes)
-        notes.append(f"{operation} runs slower: {reason}")
-    raise RuntimeError(f"backend {backend} of {operation} does not work on {place}: {'; '.join(notes)}; choose backend=auto")
+            return Kernel(module, name, [f"{operation} runs slower: {why}" for why in reasons])
+        reasons.append(reason)
+    others = [b for b in row if b != backend and DEVICES.get(b, place.type) == place.type]
+    asked = "" if setting == "backend" else f"{setting}={backend}: "
+    raise BackendError(
+        f"{asked}backend {backend} of {operation} does not work on {place}: {'; '.join(reasons)}; "
+        f"choose {setting}={' or '.join(['auto', *others])}"
+    )

@@ -104,7 +104,7 @@ class Rounding(Declared, Protocol):
 
 @runtime_checkable
 class Stacks(Protocol):
-    """A rounding that takes linears which read one input in one call, along rows, with the results that `quantize` has, bit for bit."""
+    """A rounding that takes linears which read one input in one call, with the results that `quantize` has, bit for bit."""
 
     def stacks(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme]) -> bool:
         """Whether it takes these weights `[N_i, K]` together."""

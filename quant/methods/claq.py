@@ -24,6 +24,7 @@ Float64 weights are computed in float64, all others in float32.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -31,14 +32,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.grids import with_stored_scales
-from quant.kernels import Kernel, kernel
-from quant.kernels.claq_block import Found, SolvedBlock, Wanted, refuse
+from quant.grids import DTYPES, with_stored_scales
+from quant.kernels import Kernel, claq_block, kernel
+from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, inverse_factor, revive_dead, solve_blocks
+from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor, Outliers
 
@@ -107,45 +108,63 @@ class Claq:
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codebooks. Raises NonFiniteError, SingularHessianError, and ValueError for shapes and bits that do not fit."""
-        w, hessian = checked("claq", weight, statistics)
-        n, k = weight.shape
-        target = self._target(scheme, linear)
-        notes = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
+        work = self._work([weight], statistics, [scheme], [self._target(scheme, linear)])
+        tensor, notes = with_stored_scales(scheme, lambda dtype: self._solve(work, [dtype])[0])
+        return work.rounded(0, tensor, notes)
 
-        h, dead = revive_dead(hessian.to(w))
-        zeroed = int(dead.sum())
+    def stacks(self, weights: Sequence[Tensor], schemes: Sequence[WeightScheme]) -> bool:
+        """Bits may differ where the schemes say them alone: `layer_bits` goes by names, which are not known here, and one that does not fit
+        `adaptive_bits` is to be told by its linear's name."""
+        own = self.adaptive_bits is None or len({s.bits for s in schemes}) == 1
+        return own and not self.layer_bits and len({w.dtype for w in weights}) == 1
+
+    def quantize_stacked(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme]) -> list[Rounded]:
+        """As `quantize` has it for each; raises ScaleDtypeError too. Side by side: a column is fitted by one multiprocessor of a GPU, while
+        the columns after it wait, so that several linears take the time of one."""
+        work = self._work(weights, statistics, schemes, [self._target(s, ANY) for s in schemes])
+        tensors = self._solve(work, [DTYPES[s.scale_dtype] for s in schemes])
+        return [work.rounded(i, tensor, []) for i, tensor in enumerate(tensors)]
+
+    def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
+        ready = [checked("claq", weight, statistics) for weight in weights]
+        h, dead = revive_dead(ready[0][1])
+        k, zeroed, notes = len(h), int(dead.sum()), list[str]()
         if zeroed == k:
             notes.append("no calibration token reached this input: the Hessian counts as the identity")
         elif zeroed:
             notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
-            w = w.masked_fill(dead, 0)
-        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=h.device)
         upper, damp = inverse_factor(h[order][:, order], self.damp)
         if damp != self.damp:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        block = kernel("claq_block", device=h.device)
+        work = _Work(order, upper, damp, block, [])
+        for (w, _), scheme, target in zip(ready, schemes, targets, strict=True):
+            columns = (w.masked_fill(dead, 0) if 0 < zeroed < k else w).T[order]
+            own = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
+            work.parts.append(self._planned(columns, upper, target, [*own, *notes]))
+            work.parts[-1].notes.extend(block.notes)
+        return work
 
-        columns = w.T[order]
+    def _planned(self, columns: Tensor, upper: Tensor, target: float, notes: list[str]) -> _Planned:
+        n = columns.shape[1]
         ranks = ranked(columns, upper, self.score)
-        widths = widths_of(target, ranks)
-        fractions = None
+        widths, fractions, centres = widths_of(target, ranks), None, None
         if self.outlier_reservation:
             by_size = self.variant == "reference" and self.score != "magnitude"
             fractions = self._fractions(ranked(columns, upper, "magnitude") if by_size else ranks)
         if fractions is not None and tails(n, FEW)[1] == 0:
             notes.append(f"outlier reservation: {n} rows are too few for the fraction {FEW}, whose lower tail is empty")
-        block, centres = kernel("claq_block", device=w.device), None
         if self.codebooks == "batched":
-            fit = kernel("kmeans_columns", device=w.device)
+            fit = kernel("kmeans_columns", device=columns.device)
             centres = centres_of(columns, widths, fit.run, self.kmeans_start)
             notes += [BATCHED, *fit.notes]
+        return _Planned(columns, widths, fractions, centres, label_of(target, fractions is not None), notes)
 
-        def run(dtype: torch.dtype) -> CodebookTensor:
-            fitted = Codebooks(widths, fractions, dtype, block, self.kmeans_start, centres)
-            solved = solve_blocks(columns, upper, self.block_size, fitted.solve_block)
-            return fitted.tensor(solved, order, label_of(target, fractions is not None))
-
-        tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, damp=damp, notes=[*notes, *block.notes, *dtype_notes], details=details_of(tensor))
+    def _solve(self, work: _Work, dtypes: Sequence[torch.dtype]) -> list[CodebookTensor]:
+        fitted = [Codebooks(p.widths, p.fractions, d, self.kmeans_start, p.centres) for p, d in zip(work.parts, dtypes, strict=True)]
+        made = solve_blocks([p.columns for p in work.parts], work.upper, self.block_size, side_by_side(work.block, fitted))
+        return [f.tensor(solved, work.order, p.label) for f, solved, p in zip(fitted, made, work.parts, strict=True)]
 
     def _target(self, scheme: WeightScheme, linear: Linear) -> float:
         """Bits per weight of this linear's codes."""
@@ -230,30 +249,50 @@ def details_of(tensor: CodebookTensor) -> dict[str, Any]:
     }
 
 
+@dataclass
+class _Planned:
+    """Of one linear, in the order of work."""
+
+    columns: Tensor
+    """`[K, N]`, dead inputs' 0."""
+    widths: list[int]
+    fractions: list[float] | None
+    centres: Tensor | None
+    label: float
+    notes: list[str]
+
+
+@dataclass
+class _Work:
+    """Linears that read one input."""
+
+    order: Tensor
+    upper: Tensor
+    damp: float
+    block: Kernel
+    parts: list[_Planned]
+
+    def rounded(self, number: int, tensor: CodebookTensor, notes: list[str]) -> Rounded:
+        return Rounded(tensor, damp=self.damp, notes=[*self.parts[number].notes, *notes], details=details_of(tensor))
+
+
 class Codebooks:
-    """Codebooks and kept weights of the blocks rounded so far, in the order of work. On a GPU the host waits for none of them."""
+    """Codebooks and kept weights of a linear's blocks rounded so far, in the order of work. On a GPU the host waits for none of them."""
 
     def __init__(
-        self,
-        widths: list[int],
-        fractions: list[float] | None,
-        dtype: torch.dtype,
-        block: Kernel,
-        start: str,
-        centres: Tensor | None = None,
+        self, widths: list[int], fractions: list[float] | None, dtype: torch.dtype, start: str, centres: Tensor | None = None
     ) -> None:
         """centres: `[K, 2^b]`, where they are not to be fitted in the loop."""
-        self.widths, self.fractions, self.dtype, self.block, self.start = widths, fractions, dtype, block.run, start
+        self.widths, self.fractions, self.dtype, self.start = widths, fractions, dtype, start
         self.centres = centres
         self.found: list[Found] = []
 
-    def solve_block(self, start: int, weights: Tensor, upper: Tensor, out: SolvedBlock) -> None:
-        own, n = slice(start, start + len(upper)), weights.shape[1]
+    def part(self, start: int, count: int, weights: Tensor, out: SolvedBlock) -> Part:
+        own, n = slice(start, start + count), weights.shape[1]
         ends = None if self.fractions is None else [tails(n, fraction) for fraction in self.fractions[own]]
         widths = self.widths[own]
         centres = None if self.centres is None else self.centres[own, : 2 ** max(widths)].contiguous()
-        wanted = Wanted(widths, ends, self.dtype, self.start, centres)
-        self.found.append(self.block.solve_block(weights[own], upper, wanted, out))
+        return Part(weights[own], Wanted(widths, ends, self.dtype, self.start, centres), out)
 
     def tensor(self, solved: Solved, order: Tensor, label: float) -> CodebookTensor:
         """From codes and values in the order of work."""
@@ -274,3 +313,14 @@ class Codebooks:
             mask = torch.cat([found.kept for found in self.found if found.kept is not None])[position]
             outliers = Outliers(mask.sum(1), mask.nonzero()[:, 1], solved.values[position][mask].to(self.dtype))
         return CodebookTensor(codes[position].T.to(torch.uint8).contiguous(), widths[position], tables[position], label, outliers)
+
+
+def side_by_side(block: Kernel, fitted: Sequence[Codebooks]) -> SolveBlock:
+    """For `solve_blocks`, of as many weights."""
+
+    def solve(start: int, weights: list[Tensor], upper: Tensor, outs: list[SolvedBlock]) -> None:
+        parts = [f.part(start, len(upper), w, out) for f, w, out in zip(fitted, weights, outs, strict=True)]
+        for f, found in zip(fitted, claq_block.solve_blocks(block.run, parts, upper), strict=True):
+            f.found.append(found)
+
+    return solve

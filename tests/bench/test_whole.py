@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.whole import torch_loop
 from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
-from bench.whole.runs import Work
+from bench.whole.runs import Work, fitting, model_in, together
 from bench.whole.shapes import SHAPES, make_model
 from bench.whole.stages import Made, quantize, spec_of
 from bench.whole.streamed import FIRST, STREAMED, bytes_from_disk, read_rate
@@ -86,6 +86,36 @@ def test_what_a_run_says_of_damping_is_the_methods() -> None:
     assert Work("gptq", "dry").damp == 0.01
     assert Work("gptq", "dry", {"damp": 0.05}).damp == 0.05
     assert Work("rtn", "dry").damp is None
+
+
+def test_as_many_layers_are_timed_as_fit() -> None:
+    def never() -> float:
+        raise AssertionError("run again")
+
+    assert fitting(32, 2, math.inf, 1e9, never) == 32
+    assert fitting(32, 2, 160.0, 10.0, never) == 32, "the first run says that all fit"
+    assert fitting(80, 2, 150.0, 12.0, lambda: 5.0) == 60
+    assert fitting(32, 2, 150.0, 30.0, lambda: 2.0) == 32, "only the first run took long"
+    assert fitting(80, 2, 1.0, 12.0, lambda: 5.0) == 2
+
+
+def test_what_is_noted_of_many_linears_is_told_once() -> None:
+    notes = ["model.layers.0.q: fits", "a layer: fits", "model.layers.1.q: fits", "model.layers.0.q: else"]
+    assert together(notes) == ["2 linears: fits", "a layer: fits", "model.layers.0.q: else"]
+
+
+def test_a_model_is_made_once_and_anew_where_that_was_stopped(tmp_path: Path) -> None:
+    work = Work("gptq", "dry")
+    part = tmp_path / "dry-1.part"
+    part.mkdir()
+    (part / "layer_000.safetensors").write_bytes(b"half")
+    made = model_in(tmp_path, work, 1, "cpu")
+    first = load_file(made / "layer_000.safetensors")
+    written = (made / "outer.safetensors").stat().st_mtime_ns
+    assert model_in(tmp_path, work, 1, "cpu") == made
+    assert (made / "outer.safetensors").stat().st_mtime_ns == written
+    assert not part.exists()
+    assert sum("q_proj" in name for name in first) == 1
 
 
 def test_the_plain_loop_makes_our_codes() -> None:

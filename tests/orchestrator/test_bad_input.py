@@ -277,11 +277,13 @@ def exit_code(*arguments: str) -> object:
         (["hints.batch_tokens=0"], ["batch_tokens", "0"]),
         (["hints.device=gpu7"], ["hints.device", "gpu7", "auto"]),
         (["hints.backend=tritn"], ["hints.backend", "tritn", "nearest: triton"]),
+        (["hints.backend=cuda", "hints.device=cpu"], ["hints.backend=cuda", "hints.device=cpu", "hints.backend=auto"]),
+        (["hints.backend=cpu", "hints.device=cuda:1"], ["hints.backend=cpu", "hints.device=cuda", "hints.device=cpu"]),
         (["cluster=in_proces"], ["in_proces", "nearest: in_process"]),
         (["replicate.seed=one"], ["seed", "one"]),
     ],
 )
-def test_what_is_misspelt_is_refused_with_the_nearest_names(
+def test_what_is_misspelt_or_cannot_be_is_refused_with_what_can(
     arguments: list[str], said: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

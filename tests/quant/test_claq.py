@@ -13,7 +13,7 @@ from torch import Tensor
 from quant import methods, quantize_linear
 from quant.kernels import kernel
 from quant.methods.base import Linear, Rounded
-from quant.methods.claq import BATCHED, Claq, Codebooks, centres_of, ranked, tails, widths_of
+from quant.methods.claq import BATCHED, Claq, Codebooks, centres_of, ranked, side_by_side, tails, widths_of
 from quant.scheme import WeightScheme
 from quant.solver import inverse_factor, solve_blocks
 from quant.statistics import Statistics
@@ -61,8 +61,8 @@ def test_summed_errors_are_the_output_error(start: str, reserve: bool, block: in
     fractions = [0.014 if j % 5 == 0 else 0.004 for j in range(24)] if reserve else None
     columns, widths = w.T.contiguous(), [2, 3, 4] * 8
     centres = centres_of(columns, widths, kernel("kmeans_columns").run, start) if together else None
-    fitted = Codebooks(widths, fractions, torch.float32, kernel("claq_block"), start, centres)
-    solved = solve_blocks(columns, upper, block, fitted.solve_block)
+    fitted = Codebooks(widths, fractions, torch.float32, start, centres)
+    [solved] = solve_blocks([columns], upper, block, side_by_side(kernel("claq_block"), [fitted]))
     tensor = fitted.tensor(solved, torch.arange(24), 3.0)
     d = w - tensor.dequantize().double()
     torch.testing.assert_close(solved.loss.sum(), ((d @ h) * d).sum(), rtol=1e-10, atol=0)

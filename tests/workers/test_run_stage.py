@@ -155,6 +155,20 @@ def test_the_backend_asked_for_runs_in_all_stages_but_measure(tmp_path: Path) ->
     assert measure["summary"]["backend"] == kernel("rtn_pack").backend != "reference"
 
 
+def test_a_backend_that_does_not_work_here_is_the_users(tmp_path: Path) -> None:
+    def stage(*_: Any) -> dict[str, Any]:
+        return {"backend": kernel("gptq_block").backend}
+
+    found: list[Outcome] = []
+    run_stage.run_request(
+        request(tmp_path, {"a": QUANTIZE}, backend="cuda"), found.append, runners=replace(run_stage.RUNNERS, quantize=stage)
+    )
+    [failure] = [o.failure for o in found]
+    assert failure is not None
+    assert failure.error_class is ErrorClass.USER
+    assert all(word in failure.message for word in ("hints.backend=cuda", "gptq_block", "on cpu", "choose hints.backend=auto"))
+
+
 def test_record_says_when_where_and_how(tmp_path: Path) -> None:
     found = outcomes(request(tmp_path, {"a": EVALUATE, "b": EVALUATE}, batch_tokens=77), FakeRunners())
     record = found["b"].record

@@ -3,14 +3,17 @@ own k-means centres, or of centres that are given; weights at its ends may be ke
 
 Columns are stored one after another: block, codes, values and errors are `[B, N]`, upper is `[B, B]`. Every twin has
 `solve_block(block, upper, wanted, out) -> Found`. The block may be changed (the operator of torch leaves it as it is); `out` is written to.
+One that is faster on blocks of several linears that have one factor has `solve_blocks(parts, upper) -> list[Found]` too, where each part
+is what it is alone, bit for bit. `solve_blocks` here is for all twins.
 Twins for a CPU agree bit for bit. Twins for a GPU sum in another order for k-means, and the one in CUDA C++ divides errors by the diagonal
 where torch multiplies by its inverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from quant.grids import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
 from quant.kernels.kmeans_columns import bins
 
-__all__ = ["REASONS", "TYPES", "Found", "SolvedBlock", "Wanted", "planned", "refuse"]
+__all__ = ["REASONS", "TYPES", "Found", "Part", "SolvedBlock", "Wanted", "planned", "refuse", "solve_blocks"]
 
 REASONS = ("a codebook does not fit float16", "reserved weights do not fit float16")
 """What a narrow stored type may not hold."""
@@ -50,6 +53,23 @@ class Found:
     """bool `[B, N]`."""
     wrong: Tensor | None
     """bool `[2]`, which of REASONS hold; given by twins on a GPU, where asking waits for all that was started. Others raise."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of one linear."""
+
+    block: Tensor
+    wanted: Wanted
+    out: SolvedBlock
+
+
+def solve_blocks(run: Any, parts: Sequence[Part], upper: Tensor) -> list[Found]:
+    """By a twin, of blocks with one factor: side by side where it can."""
+    if hasattr(run, "solve_blocks"):
+        found: list[Found] = run.solve_blocks(parts, upper)
+        return found
+    return [run.solve_block(part.block, upper, part.wanted, part.out) for part in parts]
 
 
 def refuse(wrong: Tensor) -> None:
