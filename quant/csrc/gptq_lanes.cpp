@@ -45,8 +45,9 @@ void solve(const Problem& p) {
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
     const Shared shared{panels, &pivots[0].diagonal};
-    // One row beyond the last, as a block of threads may have.
-    for (uint32_t row = 0; row <= p.rows; row++) {
+    // One row beyond the last first, as a warp may have: it stores what the last row's lanes do, and not after them.
+    for (uint32_t at = 0; at <= p.rows; at++) {
+        const uint32_t row = at ? at - 1 : p.rows;
         Emulated<L, PLAIN> lanes;
         std::fill(errors.begin(), errors.end(), NAN);
         if (p.words)

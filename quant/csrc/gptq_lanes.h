@@ -85,7 +85,7 @@ struct Range {
     float scale, inverse, zero;
 };
 
-// One of L lanes of a row. PLAIN: whole zeros, one group for each panel, whole panels, and each matrix within addresses of one upper half.
+// One of L lanes of a row. PLAIN: whole zeros, one group for each panel, whole panels.
 template <int L, bool PLAIN>
 struct Lane {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL;
@@ -97,7 +97,7 @@ struct Lane {
     float loss, top;
     uint32_t low;  // least |w - q| but 0, as the float's bits without the sign, less 1
     uint32_t row, part;
-    bool alive;   // false beyond the last row: such lanes do what the last row's do, and store nothing
+    bool alive;   // false beyond the last row: such lanes do what the last row's do, store the same, and solve nothing again
     Near errors;  // [STRIDE]
 
     ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
@@ -148,7 +148,7 @@ struct Lane {
         }
         ON_LANES float get(const Problem& p) {
             const float x = gptq::get(place, left > 0);
-            move<PLAIN>(place, 4 * p.rows);
+            move(place, 4 * p.rows);
             if (!PLAIN) left--;
             return x;
         }
@@ -256,10 +256,10 @@ struct Lane {
             if (L == 1) place[0] = placed(p.codes + at), place[COUNT / 2] = placed(p.values + at);
         }
         ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, float error, bool real) {
-            gptq::put(place[COUNT - 1], L < 4 || part > 1 ? error : part ? made.value : made.code, real);
-            if (L == 2) gptq::put(place[0], part ? made.value : made.code, real);
-            if (L == 1) gptq::put(place[0], made.code, real), gptq::put(place[COUNT / 2], made.value, real);
-            UNROLLED for (int i = 0; i < COUNT; i++) move<PLAIN>(place[i], 4 * p.rows);
+            gptq::put<PLAIN>(place[COUNT - 1], L < 4 || part > 1 ? error : part ? made.value : made.code, real);
+            if (L == 2) gptq::put<PLAIN>(place[0], part ? made.value : made.code, real);
+            if (L == 1) gptq::put<PLAIN>(place[0], made.code, real), gptq::put<PLAIN>(place[COUNT / 2], made.value, real);
+            UNROLLED for (int i = 0; i < COUNT; i++) move(place[i], 4 * p.rows);
         }
     };
 
@@ -270,7 +270,7 @@ struct Lane {
         const int first = panel * PANEL;
         const Near u = beside(s.factor, panel_start(panel) + first * PANEL), pivots = beside(s.pivots, 2 * first);
         const Near v = more ? beside(s.factor, panel_start(panel + 1) + first * PANEL + part * OWN) : s.factor;
-        const int real = !alive ? 0 : PLAIN ? PANEL : int(p.columns) - first;
+        const int real = int(p.columns) - first;
         Stores to(p, *this, first);
         Fetch from(p, *this, first + 2 * PANEL);
         Solved last{}, now{};

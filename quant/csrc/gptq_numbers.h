@@ -49,7 +49,7 @@ ON_LANES float over(float a, float b) {
     return a / b;
 #endif
 }
-// 1 / b, of numbers that are neither too large nor too small for it (see below).
+// 1 / b, of numbers that are neither too large nor too small for it (`LEAST_SCALE` and the like).
 ON_LANES float inverse(float b) {
 #ifdef __CUDACC__
     // As __frcp_rn does, without its branch to what takes the others.
@@ -91,7 +91,7 @@ ON_LANES float nearest(float x) { return minus(plus(x, 12582912.0f), 12582912.0f
 // x - e · u, both operations rounded.
 ON_LANES float less(float x, float e, float u) { return minus(x, times(e, u)); }
 
-// a / b, y being 1 / b; see above.
+// a / b, y being 1 / b; see gptq_lanes.h.
 ON_LANES float divided(float a, float b, float y) {
     const float q = times(a, y);
     return fused(fused(-q, b, a), y, q);
@@ -141,12 +141,8 @@ ON_LANES void near_put(Near at, const float* x) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
 
-struct Place {
-    uint32_t low, high;  // of an address
-};
-ON_LANES Place placed(const float* at) {
-    return {uint32_t(reinterpret_cast<uint64_t>(at)), uint32_t(reinterpret_cast<uint64_t>(at) >> 32)};
-}
+using Place = uint64_t;  // an address
+ON_LANES Place placed(const float* at) { return reinterpret_cast<uint64_t>(at); }
 #else
 using Near = float*;
 ON_LANES Near beside(Near base, int floats) { return base + floats; }
@@ -158,35 +154,31 @@ using Place = float*;
 ON_LANES Place placed(const float* at) { return const_cast<float*>(at); }
 #endif
 
-// `place` so many bytes on; NEAR: to where the address's upper half is the same.
-template <bool NEAR>
 ON_LANES void move(Place& place, uint32_t bytes) {
 #ifdef __CUDACC__
-    const uint32_t low = place.low + bytes;
-    if (!NEAR) place.high += low < place.low;
-    place.low = low;
+    asm("add.u64 %0, %0, %1;" : "+l"(place) : "l"(uint64_t(bytes)));  // from one to the next: not each from the first, which takes more
 #else
     place += bytes / sizeof(float);
 #endif
 }
 
 // x at `place`. Without a branch, and without "memory": what is stored is read by `redo` alone.
+template <bool ALWAYS>
 ON_LANES void put(const Place& place, float x, bool real) {
 #ifdef __CUDACC__
-    asm volatile("{ .reg .pred p; .reg .b64 to; mov.b64 to, {%1, %2}; setp.ne.u32 p, %0, 0; @p st.global.f32 [to], %3; }" ::"r"(
-                     uint32_t(real)),
-                 "r"(place.low), "r"(place.high), "f"(x));
+    if (ALWAYS)
+        asm volatile("st.global.f32 [%0], %1;" ::"l"(place), "f"(x));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(place), "f"(x));
 #else
-    if (real) *place = x;
+    if (ALWAYS || real) *place = x;
 #endif
 }
 // What is at `place`, or 0.
 ON_LANES float get(const Place& place, bool real) {
 #ifdef __CUDACC__
     float x = 0.0f;
-    asm volatile("{ .reg .pred p; .reg .b64 from; mov.b64 from, {%2, %3}; setp.ne.u32 p, %1, 0; @p ld.global.f32 %0, [from]; }"
-                 : "+f"(x)
-                 : "r"(uint32_t(real)), "r"(place.low), "r"(place.high));
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.f32 %0, [%2]; }" : "+f"(x) : "r"(uint32_t(real)), "l"(place));
     return x;
 #else
     return real ? *place : 0.0f;
