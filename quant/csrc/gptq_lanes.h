@@ -5,7 +5,8 @@
 // all with the same result, so that no exchange and no barrier stands between two columns. A column is a chain of some 14 operations that
 // wait for each other. Beside it the error of the column before comes off the rest of its panel, and off the lane's own columns of the next
 // panel, off which the errors of all panels before have been taken already ("pull": many independent sums). Each column's subtractions are
-// made in the order of the plain loop, each operation rounded by itself: results are those of the plain loop, bit for bit.
+// made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation. Results are those
+// of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only

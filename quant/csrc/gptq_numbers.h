@@ -19,7 +19,7 @@
 
 namespace gptq {
 
-// ---- arithmetic, each operation rounded by itself ----
+// ---- arithmetic, each operation rounded by itself where it does not say otherwise ----
 
 ON_LANES float times(float a, float b) {
 #ifdef __CUDACC__
@@ -88,8 +88,8 @@ ON_LANES float limited(float x, float low, float high) {
 // Whole number nearest to |x| <= 2^22, halves to even: 1.5 · 2^23 and more have no bits for a fraction.
 ON_LANES float nearest(float x) { return minus(plus(x, 12582912.0f), 12582912.0f); }
 
-// x - e · u, both operations rounded.
-ON_LANES float less(float x, float e, float u) { return minus(x, times(e, u)); }
+// x - e · u, rounded once: half the instructions of all updates.
+ON_LANES float less(float x, float e, float u) { return fused(-e, u, x); }
 
 // a / b, y being 1 / b; see gptq_lanes.h.
 ON_LANES float divided(float a, float b, float y) {

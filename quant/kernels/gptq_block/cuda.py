@@ -1,4 +1,7 @@
-"""The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns. Results equal those of the reference bit for bit.
+"""The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns.
+
+An error times the factor is taken off a weight in one operation, rounded once, where the reference rounds the product first: results are
+those of the reference with such an operation, bit for bit, and at least 99.9 % of its codes (docs/adr/0025-the-block-fuses-on-gpus.md).
 
 It refuses float64 blocks and wider ones. A call copies nothing from the host and waits for nothing, so that a CUDA graph can hold it.
 """
