@@ -34,26 +34,27 @@ struct Warp {
     }
 };
 
-template <int BYTES>
-__device__ __forceinline__ void copy_async(float* to, const float* from, int bytes) {
-    // What is beyond `bytes` is filled with 0.
-    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(bytes) : "memory");
-}
+__device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
-// Panels first .. last - 1 of the factor, FLOATS at a time.
+// Panels first .. last - 1 of the factor, FLOATS at a time. What is beyond the factor is 0.
 template <int FLOATS>
 __device__ __forceinline__ void stage(const Problem& p, float* factor, int first, int last) {
     constexpr int EACH = PANEL / FLOATS, STEP = THREADS / EACH;  // threads to a row, rows at a time
     const uint32_t i = threadIdx.x / EACH, column = threadIdx.x % EACH * FLOATS;
-    ROLLED for (int panel = first; panel < last; panel++) {
-        const int left = int(p.columns) - int(panel * PANEL + column), bytes = 4 * max(0, min(left, FLOATS));
-        const float* from = p.upper + (bytes ? panel * PANEL + column : 0);
-        float* to = factor + panel_start(panel) + column;
-        ROLLED for (uint32_t row = i; row < PANEL * (panel + 1); row += STEP) {
-            const bool real = row < p.columns;
-            copy_async<4 * FLOATS>(to + row * PANEL, from + (real ? row * p.upper_stride : 0), real ? bytes : 0);
+    const int64_t step = STEP * p.upper_stride;
+    const float* from = p.upper + (i * p.upper_stride + first * PANEL + column);
+    uint32_t to = near(factor + panel_start(first) + i * PANEL + column);
+    ROLLED for (int panel = first; panel < last; panel++, from += PANEL) {
+        const int left = min(int(p.columns) - int(panel * PANEL + column), FLOATS);
+        const float* at = from;
+#pragma unroll 4
+        for (uint32_t k = 0; k < MOST / STEP; k++, at += step) {
+            const uint32_t row = i + k * STEP, bytes = row < p.columns && left > 0 ? 4 * left : 0;
+            asm volatile("{ .reg .pred p; setp.lt.u32 p, %0, %1; @p cp.async.ca.shared.global [%2], [%3], %4, %5; }" ::"r"(row),
+                         "r"(PANEL * (panel + 1)), "r"(to + 4 * k * STEP * PANEL), "l"(bytes ? at : p.upper), "n"(4 * FLOATS), "r"(bytes)
+                         : "memory");
         }
+        to += 4 * PANEL * PANEL * (panel + 1);
     }
 }
 
@@ -63,8 +64,6 @@ __device__ __forceinline__ uint32_t settled(uint32_t x) {
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(made) : "r"(x), "r"(threadIdx.x));
     return made;
 }
-__device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
-
 static_assert(THREADS == MOST, "a pivot for each thread");
 struct Memory {
     alignas(16) float factor[FACTOR];
@@ -109,7 +108,6 @@ __global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Prob
     const Shared shared{settled(near(memory.factor)), settled(near(&memory.pivots[0].diagonal))};
     // What the lanes of a row store of its errors is the same: each reads its own.
     sweep(warp, p, shared, [](int panel) {
-        if (panel > 1) return;
         if (panel)
             asm volatile("cp.async.wait_group 0;" ::: "memory");
         else
@@ -142,9 +140,9 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                   const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
-    p.count_groups();
+    p.count_groups(plain != 0);
     if (!lanes) {
         int device = 0, processors = 0;
         cudaError_t failed = cudaGetDevice(&device);

@@ -47,12 +47,14 @@ struct Problem {
     int kind;
     int32_t group[MOST];  // row of scale and zero of each column
     uint32_t fresh;       // bit p: panel p's first column is of another group than that of the panel before
+    uint32_t busy;        // bit p: before panel p there is more to do than to move up
 
     // Once all else is there.
-    void count_groups() {
+    void count_groups(bool plain) {
         fresh = 1;
         for (uint32_t panel = 1; panel * PANEL < columns; panel++)
             fresh |= uint32_t(group[panel * PANEL] != group[(panel - 1) * PANEL]) << panel;
+        busy = plain ? fresh | fresh >> 1 | 3 : ~0u;
     }
 };
 
@@ -163,12 +165,15 @@ struct Lane {
         }
     }
 
-    // Once all lanes have what is their own of a panel: what follows it moves up.
-    ON_LANES void advance(const Problem& p, int panel) {
-        UNROLLED for (int c = 0; c < OWN; c++) own[c] = next[c];
-        if (PLAIN && !(p.fresh >> panel & 3)) return;
+    // Before a panel: its ranges, and loads of the next panel's.
+    ON_LANES void renew(const Problem& p, int panel) {
         if (!PLAIN || p.fresh >> panel & 1) UNROLLED for (int c = 0; c < GROUPS; c++) ranges[c] = range(scales[c], zeros[c], p.kind);
         if (PLAIN ? p.fresh >> panel & 2 : (panel + 1) * PANEL < int(p.columns)) fetch_ranges(p, (panel + 1) * PANEL);
+    }
+
+    // Once all lanes have what is their own of a panel: what follows it moves up.
+    ON_LANES void advance() {
+        UNROLLED for (int c = 0; c < OWN; c++) own[c] = next[c];
     }
 
     struct Rows {
@@ -341,15 +346,18 @@ struct Lane {
 };
 
 // `Lanes` says how the lanes of a row run and exchange: `each(f)` is f of every lane, `share` gives all of them all own columns.
-// `ready(panel)` returns when that panel of the factor and the next are in shared memory.
+// `ready(panel)` returns when that panel of the factor and the next are in shared memory; after panel 1 all are.
 template <class Lanes, class Ready>
 ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Ready ready) {
     const int panels = (p.columns + PANEL - 1) / PANEL;
     ROLLED for (int panel = 0; panel < panels; panel++) {
         const bool more = panel + 1 < panels;
+        if (p.busy >> panel & 1) {
+            lanes.each([&](auto& lane) { lane.renew(p, panel); });
+            if (panel < 2) ready(panel);
+        }
         lanes.share();
-        lanes.each([&](auto& lane) { lane.advance(p, panel); });
-        ready(panel);
+        lanes.each([&](auto& lane) { lane.advance(); });
         if (more && panel) lanes.each([&](auto& lane) { lane.pull(s, panel); });
         lanes.each([&](auto& lane) { lane.round(p, s, panel, more); });
     }
