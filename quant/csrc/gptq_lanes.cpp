@@ -17,7 +17,7 @@ using namespace gptq;
 
 template <int L, bool PLAIN>
 struct Emulated {
-    using One = Lane<L, PLAIN, 1>;
+    using One = Lane<L, PLAIN>;
     One lane[L];
     template <class F>
     void each(F f) {
@@ -34,7 +34,7 @@ void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
     std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
-    std::vector<float> errors(KEPT, NAN);
+    std::vector<float> errors(STRIDE, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)
         for (int i = 0; i < PANEL * (at + 1); i++)
@@ -44,13 +44,14 @@ void solve(const Problem& p) {
                 panels[panel_start(at) + i * PANEL + c] = real ? p.upper[i * p.upper_stride + column] : 0.0f;
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
-    const Shared shared{panels, pivots.data()};
-    // One row beyond the last, as a block of threads may have.
-    for (uint32_t row = 0; row <= p.rows; row++) {
+    const Shared shared{panels, &pivots[0].diagonal};
+    // One row beyond the last first, as a warp may have: it stores what the last row's lanes do, and not after them.
+    for (uint32_t at = 0; at <= p.rows; at++) {
+        const uint32_t row = at ? at - 1 : p.rows;
         Emulated<L, PLAIN> lanes;
         std::fill(errors.begin(), errors.end(), NAN);
         if (p.words)
-            for (uint32_t part = 0; part < L; part++) Lane<L, PLAIN, 1>::find(p, row, part);
+            for (uint32_t part = 0; part < L; part++) Lane<L, PLAIN>::find(p, row, part);
         uint32_t part = 0;
         lanes.each([&](auto& lane) { lane.begin(p, row, part++, errors.data()); });
         sweep(lanes, p, shared, [](int) {});
@@ -69,8 +70,9 @@ extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, float
                                    int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                    const int32_t* words, int32_t* odd, int64_t lanes) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
     std::copy(group, group + columns, p.group);
+    p.count_groups(plain != 0);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);
 }
 

@@ -1,10 +1,12 @@
 // The column loop of gptq_block for a row of the weight that several lanes of a warp share. Compiles for a GPU (gptq_block.cu) and,
 // with the exchange between lanes emulated, for the host (gptq_lanes.cpp).
 //
-// A row's columns are taken PANEL at a time. First every lane takes the errors of all finished panels off its own PANEL / L columns
-// ("pull": no exchange, many independent sums); then the lanes give each other their columns, once a panel; then each of them solves the
-// panel, all with the same result, so that no exchange and no barrier stands between two columns. Each column's subtractions are made in
-// the order of the plain loop, each operation rounded by itself: results are those of the plain loop, bit for bit.
+// A row's columns are taken PANEL at a time. The lanes give each other their own PANEL / L columns of a panel; then each of them solves it,
+// all with the same result, so that no exchange and no barrier stands between two columns. A column is a chain of some 14 operations that
+// wait for each other. Beside it the error of the column before comes off the rest of its panel, and off the lane's own columns of the next
+// panel, off which the errors of all panels before have been taken already ("pull": many independent sums). Each column's subtractions are
+// made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation. Results are those
+// of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
@@ -14,32 +16,20 @@
 // Ranges that are found here (`Problem.words`) are found before all that, from the block as it is given: the loop reads them as if given.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
 #include <cstring>
 
+#include "gptq_numbers.h"
 #include "ranges.h"
-
-#ifdef __CUDACC__
-#define ON_LANES __device__ __forceinline__
-#define UNROLLED _Pragma("unroll")
-#define BY_FOUR _Pragma("unroll 4")
-#define BY_SIXTEEN _Pragma("unroll 16")
-#define ROLLED _Pragma("unroll 1")
-#else
-#define ON_LANES inline
-#define UNROLLED
-#define BY_FOUR
-#define BY_SIXTEEN
-#define ROLLED
-#endif
 
 namespace gptq {
 
-constexpr int PANEL = 32, MOST = 128;  // columns
-constexpr int KEPT = MOST - PANEL;     // columns whose errors a later panel needs
-
-constexpr int STRETCH = 8;  // columns whose instructions the compiler may mix
+constexpr int PANEL = 16, MOST = 128;   // columns
+constexpr int KEPT = MOST - 2 * PANEL;  // columns whose errors are taken off a later panel than the next
+constexpr int FENCED = 2;               // columns whose instructions the compiler may mix
+// Floats from one row's errors to the next: those, as many as are loaded after them and not used, and some more, so that eight rows'
+// 16 bytes at a time lie in 32 banks.
+constexpr int STRIDE = KEPT + 12;
+static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
 
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
@@ -56,109 +46,17 @@ struct Problem {
     float top;
     int kind;
     int32_t group[MOST];  // row of scale and zero of each column
+    uint32_t fresh;       // bit p: panel p's first column is of another group than that of the panel before
+    uint32_t busy;        // bit p: before panel p there is more to do than to move up
+
+    // Once all else is there.
+    void count_groups(bool plain) {
+        fresh = 1;
+        for (uint32_t panel = 1; panel * PANEL < columns; panel++)
+            fresh |= uint32_t(group[panel * PANEL] != group[(panel - 1) * PANEL]) << panel;
+        busy = plain ? fresh | fresh >> 1 | 3 : ~0u;
+    }
 };
-
-// ---- arithmetic, each operation rounded by itself ----
-
-ON_LANES float times(float a, float b) {
-#ifdef __CUDACC__
-    return __fmul_rn(a, b);
-#else
-    return a * b;
-#endif
-}
-ON_LANES float plus(float a, float b) {
-#ifdef __CUDACC__
-    return __fadd_rn(a, b);
-#else
-    return a + b;
-#endif
-}
-ON_LANES float minus(float a, float b) {
-#ifdef __CUDACC__
-    return __fsub_rn(a, b);
-#else
-    return a - b;
-#endif
-}
-ON_LANES float over(float a, float b) {
-#ifdef __CUDACC__
-    return __fdiv_rn(a, b);
-#else
-    return a / b;
-#endif
-}
-ON_LANES float inverse(float b) {
-#ifdef __CUDACC__
-    return __frcp_rn(b);
-#else
-    return 1.0f / b;
-#endif
-}
-ON_LANES float fused(float a, float b, float c) {
-#ifdef __CUDACC__
-    return __fmaf_rn(a, b, c);
-#else
-    return std::fma(a, b, c);
-#endif
-}
-ON_LANES uint32_t bits_of(float x) {
-#ifdef __CUDACC__
-    return __float_as_uint(x);
-#else
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-#endif
-}
-// `low` for NaN.
-ON_LANES float limited(float x, float low, float high) {
-#ifdef __CUDACC__
-    return fminf(fmaxf(x, low), high);
-#else
-    x = x > low ? x : low;
-    return x < high ? x : high;
-#endif
-}
-// Whole number nearest to |x| <= 2^22, halves to even: 1.5 · 2^23 and more have no bits for a fraction.
-ON_LANES float nearest(float x) { return minus(plus(x, 12582912.0f), 12582912.0f); }
-
-// a / b, y being 1 / b; see above.
-ON_LANES float divided(float a, float b, float y) {
-    const float q = times(a, y);
-    return fused(fused(-q, b, a), y, q);
-}
-
-// A copy that the compiler knows nothing about: multiples of it for 32 columns are not kept in registers from panel to panel.
-ON_LANES uint32_t opaque(uint32_t x) {
-#ifdef __CUDACC__
-    asm volatile("" : "+r"(x));
-#endif
-    return x;
-}
-// A 32-bit number of bytes from an address that all lanes share is an operand of a load or store, without arithmetic.
-ON_LANES float& beyond(float* base, uint32_t bytes) { return *reinterpret_cast<float*>(reinterpret_cast<char*>(base) + bytes); }
-ON_LANES float beyond(const float* base, uint32_t bytes) {
-    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(base) + bytes);
-}
-
-ON_LANES void count(int32_t* odd) {
-#ifdef __CUDACC__
-    atomicAdd(odd, 1);
-#else
-    ++*odd;
-#endif
-}
-
-// Without a branch: between branches the compiler orders instructions as it likes.
-ON_LANES void put(float* base, uint32_t bytes, float x, bool real) {
-#ifdef __CUDACC__
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(&beyond(base, bytes)), "f"(x)
-                 : "memory");
-#else
-    if (real) beyond(base, bytes) = x;
-#endif
-}
 
 // ---- what the fast divisions take ----
 
@@ -177,42 +75,44 @@ ON_LANES Pivot pivot(float diagonal) {
     return {diagonal, fits ? inverse(diagonal) : NAN};
 }
 
-struct alignas(16) Four {
-    float at[4];
-};
-
-// The factor's panels one after another: panel p is rows 0 .. 32 p + 31 of its 32 columns.
+// The factor's panels one after another: panel p is rows 0 .. PANEL (p + 1) - 1 of its PANEL columns.
 ON_LANES constexpr int panel_start(int panel) { return PANEL * PANEL * (panel * (panel + 1) / 2); }
 constexpr int FACTOR = PANEL * PANEL * ((MOST / PANEL) * (MOST / PANEL + 1) / 2);
 
 struct Shared {
-    const float* factor;  // [FACTOR], 16 bytes aligned; 0 beyond B
-    const Pivot* pivots;  // [MOST]; beyond B with inverse 0, so that errors are 0 there
+    Near factor;  // [FACTOR] floats, 16 bytes aligned; 0 beyond B
+    Near pivots;  // [MOST] of `Pivot`; beyond B with inverse 0, so that errors are 0 there
 };
 
 struct Range {
     float scale, inverse, zero;
 };
 
-// One of L lanes of a row. PLAIN: whole zeros, one group for each panel. STRIDE: between a row's errors in shared memory.
-template <int L, bool PLAIN, int STRIDE>
+// One of L lanes of a row. PLAIN: whole zeros, one group for each panel, whole panels.
+template <int L, bool PLAIN>
 struct Lane {
-    static constexpr int OWN = PANEL / L;
-    float x[PANEL], own[OWN], next[OWN];
-    float scales[PLAIN ? 1 : PANEL], zeros[PLAIN ? 1 : PANEL];
+    static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL;
+    static constexpr int PULLED = L < 4 ? 4 : 8;  // rows of the factor that a lane loads before it uses those before them
+    float x[PANEL];             // the panel that is solved; a solved column's error takes its place
+    float own[OWN], next[OWN];  // of the panel after it, and of the one after that, as given
+    Range ranges[GROUPS];
+    float scales[GROUPS], zeros[GROUPS];  // of the panel after it
     float loss, top;
     uint32_t low;  // least |w - q| but 0, as the float's bits without the sign, less 1
     uint32_t row, part;
-    bool alive;     // false beyond the last row: such lanes do what the last row's do, and store nothing
-    float* errors;  // [KEPT], STRIDE apart
+    bool alive;   // false beyond the last row: such lanes do what the last row's do, store the same, and solve nothing again
+    Near errors;  // [STRIDE]
 
-    ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, float* given_errors) {
+    ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
         alive = given_row < p.rows;
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
         loss = 0.0f, low = 0xffffffffu;
         top = p.tops ? p.tops[row] : p.top;
-        fetch(p, 0);
+        Fetch first(p, *this, 0), second(p, *this, PANEL);
+        UNROLLED for (int c = 0; c < OWN; c++) own[c] = first.get(p);
+        UNROLLED for (int c = 0; c < OWN; c++) next[c] = second.get(p);
+        fetch_ranges(p, 0);
     }
 
     // Scales and zeros of a row's groups, which its lanes share. Another lane's may be read after they have met. Before `begin`, so that
@@ -240,33 +140,68 @@ struct Lane {
         }
     }
 
-    ON_LANES void fetch(const Problem& p, uint32_t first) {
-        const uint32_t column = first + part * OWN, step = opaque(4 * p.rows);
-        const int real = int(p.columns) - int(column);
-        uint32_t at = opaque(4 * (column * p.rows + row));
-        UNROLLED for (int c = 0; c < OWN; c++, at += step) next[c] = c < real ? beyond(p.block, at) : 0.0f;
-    }
+    // The lane's own columns of a panel as given, one after another; 0 beyond the last.
+    struct Fetch {
+        Place place;
+        int left;
+        ON_LANES Fetch(const Problem& p, const Lane& lane, uint32_t first) {
+            const uint32_t column = first + lane.part * OWN;
+            left = int(p.columns) - int(column);
+            place = placed(p.block + (column * p.rows + lane.row));
+        }
+        ON_LANES float get(const Problem& p) {
+            const float x = gptq::get(place, left > 0);
+            move(place, 4 * p.rows);
+            if (!PLAIN) left--;
+            return x;
+        }
+    };
 
-    // Loads that the pull hides.
-    ON_LANES void start(const Problem& p, int panel) {
-        const uint32_t first = panel * PANEL;
-        UNROLLED for (int c = 0; c < OWN; c++) own[c] = next[c];
-        UNROLLED for (int c = 0; c < (PLAIN ? 1 : PANEL); c++) {
-            const bool real = first + c < p.columns;
+    ON_LANES void fetch_ranges(const Problem& p, uint32_t first) {
+        UNROLLED for (int c = 0; c < GROUPS; c++) {
+            const bool real = PLAIN || first + c < p.columns;
             scales[c] = real ? p.scale[p.group[first + c] * p.scale_stride + row] : 1.0f;
             zeros[c] = real ? p.zero[p.group[first + c] * p.zero_stride + row] : 0.0f;
         }
-        if (first + PANEL < p.columns) fetch(p, first + PANEL);
     }
 
+    // Before a panel: its ranges, and loads of the next panel's.
+    ON_LANES void renew(const Problem& p, int panel) {
+        if (!PLAIN || p.fresh >> panel & 1) UNROLLED for (int c = 0; c < GROUPS; c++) ranges[c] = range(scales[c], zeros[c], p.kind);
+        if (PLAIN ? p.fresh >> panel & 2 : (panel + 1) * PANEL < int(p.columns)) fetch_ranges(p, (panel + 1) * PANEL);
+    }
+
+    // Once all lanes have what is their own of a panel: what follows it moves up.
+    ON_LANES void advance() {
+        UNROLLED for (int c = 0; c < OWN; c++) own[c] = next[c];
+    }
+
+    struct Rows {
+        Four error[PULLED / 4];
+        Four factor[PULLED][OWN / 4];
+    };
+    ON_LANES void load(Rows& rows, Near u, Near e) {
+        UNROLLED for (int i = 0; i < PULLED; i++) {
+            if (i % 4 == 0) rows.error[i / 4] = near_four(beside(e, i));
+            UNROLLED for (int c = 0; c < OWN / 4; c++) rows.factor[i][c] = near_four(beside(u, i * PANEL + 4 * c));
+        }
+    }
+    ON_LANES void apply(const Rows& rows) {
+        UNROLLED for (int i = 0; i < PULLED; i++)
+            UNROLLED for (int c = 0; c < OWN; c++) own[c] = less(own[c], rows.error[i / 4].at[i % 4], rows.factor[i][c / 4].at[c % 4]);
+    }
+
+    // Errors of all panels before this one off the panel after it. Some rows beyond the last are loaded and not used.
     ON_LANES void pull(const Shared& s, int panel) {
-        const float *u = s.factor + panel_start(panel) + part * OWN, *e = errors;
-        BY_FOUR for (int i = 0; i < panel * PANEL; i++, u += PANEL, e += STRIDE) {
-            const float error = *e;
-            UNROLLED for (int c = 0; c < OWN; c += 4) {
-                const Four f = *reinterpret_cast<const Four*>(u + c);
-                UNROLLED for (int d = 0; d < 4; d++) own[c + d] = minus(own[c + d], times(error, f.at[d]));
-            }
+        Near u = beside(s.factor, panel_start(panel + 1) + part * OWN), e = errors;
+        Rows one, other;
+        load(one, u, e);
+        ROLLED for (int i = 0; i < panel * PANEL; i += 2 * PULLED) {
+            load(other, beside(u, PULLED * PANEL), beside(e, PULLED));
+            apply(one);
+            u = beside(u, 2 * PULLED * PANEL), e = beside(e, 2 * PULLED);
+            load(one, u, e);
+            apply(other);
         }
     }
 
@@ -279,71 +214,106 @@ struct Lane {
         return {scale, flat ? 0.0f : inverse(scale), zero};
     }
 
-    // All columns of the panel, in x.
-    ON_LANES void round(const Problem& p, const Shared& s, int panel) {
-        const int first = panel * PANEL;
-        const float* u = s.factor + panel_start(panel) + first * PANEL;
-        const int real = alive ? int(p.columns) - first : 0;
-        const bool needed = first < KEPT && part == 0;
-        const uint32_t step = opaque(4 * p.rows);
-        uint32_t at = opaque(4 * (first * p.rows + row));
-        Range own_range{};
-        float least = 0.0f, most = top;
-        if (PLAIN) {
-            own_range = range(scales[0], zeros[0], WHOLE);
-            least = -own_range.zero, most = top - own_range.zero;
-        }
-        UNROLLED for (int c = 0; c < PANEL; c++, at += step, u += PANEL) {
-            const Pivot pivot = s.pivots[first + c];
-            float code, value;
-            if (PLAIN) {
-                // Cut before rounding: the same, as its ends are whole.
-                const float whole = nearest(limited(divided(x[c], own_range.scale, own_range.inverse), least, most));
-                code = plus(whole, own_range.zero);
-                value = times(whole, own_range.scale);
-            } else {
-                // One form for all kinds: what a kind does not have is 0, and adding 0 is exact.
-                const Range r = range(scales[c], zeros[c], p.kind);
-                const float whole_zero = p.kind == WHOLE ? r.zero : 0.0f, real_zero = p.kind == REAL_ZERO ? r.zero : 0.0f;
-                const float minimum = p.kind == MINIMUM ? r.zero : 0.0f;
-                const float steps = plus(divided(minus(x[c], minimum), r.scale, r.inverse), real_zero);
-                const float whole = nearest(limited(steps, -whole_zero, top - whole_zero));
-                code = plus(whole, whole_zero);
-                value = plus(times(minus(whole, real_zero), r.scale), minimum);
-            }
-            const float missed = minus(x[c], value);
-            const uint32_t size = 2u * bits_of(missed) - 1u;
-            low = size < low ? size : low;
-            const float error = divided(missed, pivot.diagonal, pivot.inverse);
-            loss = fused(error, error, loss);
-            if (needed) errors[(first + c) * STRIDE] = error;
-            store(p, at, c < real, c, code, value, error);
-            UNROLLED for (int d = (c + 1) / 4 * 4; d < PANEL; d += 4) {
-                const Four f = *reinterpret_cast<const Four*>(u + d);
-                UNROLLED for (int i = 0; i < 4; i++)
-                    if (d + i > c) x[d + i] = minus(x[d + i], times(error, f.at[i]));
-            }
-            // The row is solved again anyway. Rare: the branch is there to keep what follows behind it. Else the compiler loads so much
-            // early that it has no registers for what was fetched from global memory.
-            if (PLAIN && c % STRETCH == STRETCH - 1 && low == 0) return;
-        }
+    // A solved column but its error, and what of the factor this takes off: columns of its panel, and own ones of the next.
+    struct Solved {
+        float code, value;
+        Four u[PANEL / 4], v[OWN / 4];
+    };
+
+    // Its error off the columns of its panel from `first` on.
+    ON_LANES void take(const Solved& last, float error, int first, int end) {
+        UNROLLED for (int d = 0; d < PANEL; d++)
+            if (d >= first && d < end) x[d] = less(x[d], error, last.u[d / 4].at[d % 4]);
     }
 
-    // The lanes of a row share the stores.
-    ON_LANES void store(const Problem& p, uint32_t at, bool real, int c, float code, float value, float error) {
-        if (L == 1) {
-            put(p.codes, at, code, real);
-            put(p.values, at, value, real);
-            put(p.errors, at, error, real);
-        } else if (L == 2) {
-            put(part ? p.values : p.codes, at, part ? value : code, real);
-            put(p.errors, at, error, real && part == (c & 1));
+    ON_LANES void solve(const Problem& p, int c, Near pivots, Solved& made) {
+        const Range& r = ranges[c % GROUPS];
+        if (PLAIN) {
+            // Cut before rounding: the same, as its ends are whole.
+            const float whole = nearest(limited(divided(x[c], r.scale, r.inverse), -r.zero, top - r.zero));
+            made.code = plus(whole, r.zero);
+            made.value = times(whole, r.scale);
         } else {
-            put(part == 0 ? p.codes : part == 1 ? p.values : p.errors, at, part == 0 ? code : part == 1 ? value : error, real && part < 3);
+            // One form for all kinds: what a kind does not have is 0, and adding 0 is exact.
+            const float whole_zero = p.kind == WHOLE ? r.zero : 0.0f, real_zero = p.kind == REAL_ZERO ? r.zero : 0.0f;
+            const float minimum = p.kind == MINIMUM ? r.zero : 0.0f;
+            const float steps = plus(divided(minus(x[c], minimum), r.scale, r.inverse), real_zero);
+            const float whole = nearest(limited(steps, -whole_zero, top - whole_zero));
+            made.code = plus(whole, whole_zero);
+            made.value = plus(times(minus(whole, real_zero), r.scale), minimum);
         }
+        Pivot pivot;
+        near_two(beside(pivots, 2 * c), pivot.diagonal, pivot.inverse);
+        const float missed = minus(x[c], made.value);
+        const uint32_t size = 2u * bits_of(missed) - 1u;
+        low = size < low ? size : low;
+        x[c] = divided(missed, pivot.diagonal, pivot.inverse);
+    }
+
+    // Where a panel's columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
+    // than to ask.
+    struct Stores {
+        static constexpr int COUNT = L > 2 ? 1 : 4 - L;
+        Place place[COUNT];
+        ON_LANES Stores(const Problem& p, const Lane& lane, uint32_t first) {
+            const uint32_t at = first * p.rows + lane.row;
+            place[COUNT - 1] = placed((L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes) + at);
+            if (L == 2) place[0] = placed((lane.part ? p.values : p.codes) + at);
+            if (L == 1) place[0] = placed(p.codes + at), place[COUNT / 2] = placed(p.values + at);
+        }
+        ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, float error, bool real) {
+            gptq::put<PLAIN>(place[COUNT - 1], L < 4 || part > 1 ? error : part ? made.value : made.code, real);
+            if (L == 2) gptq::put<PLAIN>(place[0], part ? made.value : made.code, real);
+            if (L == 1) gptq::put<PLAIN>(place[0], made.code, real), gptq::put<PLAIN>(place[COUNT / 2], made.value, real);
+            UNROLLED for (int i = 0; i < COUNT; i++) move(place[i], 4 * p.rows);
+        }
+    };
+
+    // All columns of the panel, in x. Their errors come off the panel after it, too; where there is none (`more`), off what nobody uses.
+    // While a column is divided and rounded, a chain of operations that wait for each other, the error of the column before comes off
+    // the others. Fences keep the compiler from putting the chains of many columns first, and what could run beside them last.
+    ON_LANES void round(const Problem& p, const Shared& s, int panel, bool more) {
+        const int first = panel * PANEL;
+        const Near u = beside(s.factor, panel_start(panel) + first * PANEL), pivots = beside(s.pivots, 2 * first);
+        const Near v = more ? beside(s.factor, panel_start(panel + 1) + first * PANEL + part * OWN) : s.factor;
+        const int real = int(p.columns) - first;
+        Stores to(p, *this, first);
+        Fetch from(p, *this, first + 2 * PANEL);
+        Solved last{}, now{};
+        UNROLLED for (int c = 0; c < PANEL; c++) {
+            const uint32_t before = low;
+            if (c) take(last, x[c - 1], c, c + 1);
+            UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) now.u[d] = near_four(beside(u, c * PANEL + 4 * d));
+            UNROLLED for (int d = 0; d < OWN / 4; d++) now.v[d] = near_four(beside(v, c * PANEL + 4 * d));
+            solve(p, c, pivots, now);
+            // Not before what was loaded last has been used: the wait for it would be one for these.
+            if (c && c <= 4) UNROLLED for (int d = 0; d < OWN / 4; d++) next[(c - 1) * OWN / 4 + d] = from.get(p);
+            if (c) finish_column(p, last, to, c - 1, real);
+            last = now;
+            if (c % FENCED == FENCED - 1) {
+                // All that was made is made here.
+                UNROLLED for (int d = c; d < PANEL; d++) pin(x[d]);
+                UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
+                pin(loss), pin(last.code), pin(last.value);
+                fence(before);
+            }
+        }
+        finish_column(p, last, to, PANEL - 1, real);
+        if (first < KEPT) UNROLLED for (int c = 0; c < PANEL; c += 4) near_put(beside(errors, first + c), x + c);
+    }
+
+    // What can wait of a column.
+    ON_LANES void finish_column(const Problem& p, const Solved& last, Stores& to, int c, int real) {
+        take(last, x[c], c + 2, PANEL);
+        UNROLLED for (int d = 0; d < OWN; d++) own[d] = less(own[d], x[c], last.v[d / 4].at[d % 4]);
+        loss = fused(x[c], x[c], loss);
+        to.put(p, part, last, x[c], c < real);
     }
 
     ON_LANES void finish(const Problem& p) {
+#ifdef __CUDACC__
+        __syncwarp();  // what all of the row's lanes stored comes before what one of them may
+#endif
         if (!alive || part) return;
         if (low < LEAST_BITS - 1u || !(loss < MOST_LOSS)) redo(p);
         if (p.loss) p.loss[row] = plus(p.loss[row], loss);
@@ -355,7 +325,7 @@ struct Lane {
         ROLLED for (uint32_t j = 0; j < p.columns; j++) {
             const uint32_t at = j * p.rows + row;
             float w = p.block[at];
-            ROLLED for (uint32_t i = 0; i < j; i++) w = minus(w, times(p.errors[i * p.rows + row], p.upper[i * p.upper_stride + j]));
+            ROLLED for (uint32_t i = 0; i < j; i++) w = less(w, p.errors[i * p.rows + row], p.upper[i * p.upper_stride + j]);
             const float scale = p.scale[p.group[j] * p.scale_stride + row], zero = p.zero[p.group[j] * p.zero_stride + row];
             float code, value;
             if (p.kind == MINIMUM) {
@@ -376,16 +346,20 @@ struct Lane {
 };
 
 // `Lanes` says how the lanes of a row run and exchange: `each(f)` is f of every lane, `share` gives all of them all own columns.
-// `ready(panel)` returns when that panel of the factor is in shared memory.
+// `ready(panel)` returns when that panel of the factor and the next are in shared memory; after panel 1 all are.
 template <class Lanes, class Ready>
 ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Ready ready) {
     const int panels = (p.columns + PANEL - 1) / PANEL;
     ROLLED for (int panel = 0; panel < panels; panel++) {
-        lanes.each([&](auto& lane) { lane.start(p, panel); });
-        ready(panel);
-        lanes.each([&](auto& lane) { lane.pull(s, panel); });
+        const bool more = panel + 1 < panels;
+        if (p.busy >> panel & 1) {
+            lanes.each([&](auto& lane) { lane.renew(p, panel); });
+            if (panel < 2) ready(panel);
+        }
         lanes.share();
-        lanes.each([&](auto& lane) { lane.round(p, s, panel); });
+        lanes.each([&](auto& lane) { lane.advance(); });
+        if (more && panel) lanes.each([&](auto& lane) { lane.pull(s, panel); });
+        lanes.each([&](auto& lane) { lane.round(p, s, panel, more); });
     }
     lanes.each([&](auto& lane) { lane.finish(p); });
 }

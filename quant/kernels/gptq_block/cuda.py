@@ -1,4 +1,7 @@
-"""The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns. Results equal those of the reference bit for bit.
+"""The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns.
+
+An error times the factor is taken off a weight in one operation, rounded once, where the reference rounds the product first: results are
+those of the reference with such an operation, bit for bit, and at least 99.9 % of its codes (docs/adr/0025-the-block-fuses-on-gpus.md).
 
 It refuses float64 blocks and wider ones. A call copies nothing from the host and waits for nothing, so that a CUDA graph can hold it.
 """
@@ -17,7 +20,7 @@ from quant.kernels.gptq_block import KINDS, Fits, SolvedBlock
 
 ADDS_LOSS = True
 """`out.loss` is added to here."""
-COLUMNS, PANEL, MOST = 128, 32, 2**30
+COLUMNS, PANEL, MOST = 128, 16, 2**30
 """Of a block; that the kernel takes together; weights in a block, whose bytes are counted in 32 bits."""
 
 unavailable = partial(on_cuda.unavailable, "gptq_block")
@@ -69,7 +72,7 @@ def arguments(
     u, scale, zero = (t if t.stride(-1) == 1 and t.dtype == w.dtype else t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
     tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     kind = KINDS.get(affine.kind, 0)
-    plain = kind == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
+    plain = kind == 0 and len(rows) % PANEL == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
     found = (0, 0) if fits is None else (fits.words, fits.odd)
     return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops, *found], rows

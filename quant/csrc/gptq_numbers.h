@@ -1,0 +1,188 @@
+// Arithmetic, and memory, of gptq_lanes.h: for a GPU, and for the host.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define ON_LANES __device__ __forceinline__
+#define UNROLLED _Pragma("unroll")
+#define BY_SIXTEEN _Pragma("unroll 16")
+#define ROLLED _Pragma("unroll 1")
+#else
+#define ON_LANES inline
+#define UNROLLED
+#define BY_SIXTEEN
+#define ROLLED
+#endif
+
+namespace gptq {
+
+// ---- arithmetic, each operation rounded by itself where it does not say otherwise ----
+
+ON_LANES float times(float a, float b) {
+#ifdef __CUDACC__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+}
+ON_LANES float plus(float a, float b) {
+#ifdef __CUDACC__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+}
+ON_LANES float minus(float a, float b) {
+#ifdef __CUDACC__
+    return __fsub_rn(a, b);
+#else
+    return a - b;
+#endif
+}
+ON_LANES float over(float a, float b) {
+#ifdef __CUDACC__
+    return __fdiv_rn(a, b);
+#else
+    return a / b;
+#endif
+}
+// 1 / b, of numbers that are neither too large nor too small for it (`LEAST_SCALE` and the like).
+ON_LANES float inverse(float b) {
+#ifdef __CUDACC__
+    // As __frcp_rn does, without its branch to what takes the others.
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+    return __fmaf_rn(y, -__fmaf_rn(y, b, -1.0f), y);
+#else
+    return 1.0f / b;
+#endif
+}
+ON_LANES float fused(float a, float b, float c) {
+#ifdef __CUDACC__
+    return __fmaf_rn(a, b, c);
+#else
+    return std::fma(a, b, c);
+#endif
+}
+ON_LANES uint32_t bits_of(float x) {
+#ifdef __CUDACC__
+    return __float_as_uint(x);
+#else
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+#endif
+}
+// `low` for NaN.
+ON_LANES float limited(float x, float low, float high) {
+#ifdef __CUDACC__
+    return fminf(fmaxf(x, low), high);
+#else
+    x = x > low ? x : low;
+    return x < high ? x : high;
+#endif
+}
+// Whole number nearest to |x| <= 2^22, halves to even: 1.5 · 2^23 and more have no bits for a fraction.
+ON_LANES float nearest(float x) { return minus(plus(x, 12582912.0f), 12582912.0f); }
+
+// x - e · u, rounded once: half the instructions of all updates.
+ON_LANES float less(float x, float e, float u) { return fused(-e, u, x); }
+
+// a / b, y being 1 / b; see gptq_lanes.h.
+ON_LANES float divided(float a, float b, float y) {
+    const float q = times(a, y);
+    return fused(fused(-q, b, a), y, q);
+}
+
+ON_LANES void count(int32_t* odd) {
+#ifdef __CUDACC__
+    atomicAdd(odd, 1);
+#else
+    ++*odd;
+#endif
+}
+
+// What has been made stays so: it is not made later, where it is used.
+ON_LANES void pin(float& x) {
+#ifdef __CUDACC__
+    asm volatile("" : "+f"(x));
+#endif
+}
+
+// The compiler moves no instruction across. Never taken, which it does not know: `low` is 0 or odd.
+ON_LANES void fence(uint32_t low) {
+#ifdef __CUDACC__
+    if (low == 2u) {
+        asm volatile("exit;");
+        __builtin_unreachable();
+    }
+#endif
+}
+
+// ---- memory, in the order in which it is written here: the compiler neither delays loads nor makes addresses anew ----
+
+struct alignas(16) Four {
+    float at[4];
+};
+
+#ifdef __CUDACC__
+using Near = uint32_t;  // an address in shared memory
+ON_LANES Near beside(Near base, int floats) { return base + 4 * floats; }
+ON_LANES void near_two(Near at, float& a, float& b) { asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(a), "=f"(b) : "r"(at)); }
+ON_LANES Four near_four(Near at) {
+    Four x;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.at[0]), "=f"(x.at[1]), "=f"(x.at[2]), "=f"(x.at[3]) : "r"(at));
+    return x;
+}
+ON_LANES void near_put(Near at, const float* x) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+}
+
+using Place = uint64_t;  // an address
+ON_LANES Place placed(const float* at) { return reinterpret_cast<uint64_t>(at); }
+#else
+using Near = float*;
+ON_LANES Near beside(Near base, int floats) { return base + floats; }
+ON_LANES void near_two(Near at, float& a, float& b) { a = at[0], b = at[1]; }
+ON_LANES Four near_four(Near at) { return {{at[0], at[1], at[2], at[3]}}; }
+ON_LANES void near_put(Near at, const float* x) { std::memcpy(at, x, 4 * sizeof(float)); }
+
+using Place = float*;
+ON_LANES Place placed(const float* at) { return const_cast<float*>(at); }
+#endif
+
+ON_LANES void move(Place& place, uint32_t bytes) {
+#ifdef __CUDACC__
+    asm("add.u64 %0, %0, %1;" : "+l"(place) : "l"(uint64_t(bytes)));  // from one to the next: not each from the first, which takes more
+#else
+    place += bytes / sizeof(float);
+#endif
+}
+
+// x at `place`. Without a branch, and without "memory": what is stored is read by `redo` alone.
+template <bool ALWAYS>
+ON_LANES void put(const Place& place, float x, bool real) {
+#ifdef __CUDACC__
+    if (ALWAYS)
+        asm volatile("st.global.f32 [%0], %1;" ::"l"(place), "f"(x));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(place), "f"(x));
+#else
+    if (ALWAYS || real) *place = x;
+#endif
+}
+// What is at `place`, or 0.
+ON_LANES float get(const Place& place, bool real) {
+#ifdef __CUDACC__
+    float x = 0.0f;
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.f32 %0, [%2]; }" : "+f"(x) : "r"(uint32_t(real)), "l"(place));
+    return x;
+#else
+    return real ? *place : 0.0f;
+#endif
+}
+
+}  // namespace gptq
