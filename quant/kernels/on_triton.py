@@ -8,6 +8,7 @@ CPU tensors, slowly, one program after another: that is how tests run it.
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -33,3 +34,9 @@ def unavailable(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"Triton kernels need compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
     return None
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may start before the one in front of it is over, up to where it waits for that (`launch_pdl`)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

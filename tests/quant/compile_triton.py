@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from quant.kernels.binary_gemv.program import signs
 from quant.kernels.binary_gemv.program import weight as signs_weight
 from quant.kernels.fake_quantize.program import round_rows
+from quant.kernels.fake_quantize.triton import BLOCK, warps_for
 from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.matrices import factors
 from quant.kernels.hadamard.program import transform
@@ -124,8 +125,11 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found += transforms()
     types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
     for codes in (True, False):
-        constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
-        options = {"num_warps": 8, "enable_fp_fusion": False}
+        # Of a row that is in registers as a whole, and of a long one.
+        block = 4096 if codes else BLOCK
+        constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": block, "ONCE": codes, "WHOLE": codes, "FMA": True}
+        constants["EARLY"] = architecture >= 90
+        options = {"num_warps": warps_for(block), "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
     types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "errors": "*fp32", "groups": "i32"}
     types |= {"top": "fp32", "steps": "fp32"}
@@ -142,7 +146,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     options = {"num_warps": 4, "enable_fp_fusion": False}
     found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
-    found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
+    largest_aside = next(t for t in HOPPER if t.columns != t.whole) if largest.gluon else HOPPER[-2]
+    found += [_sums_of_integers(tile) for tile in ((largest, largest_aside, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
     return [*found, *products(architecture), *attention()]
 
 
@@ -206,13 +211,15 @@ def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, A
 
         layout = f",{gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)!r}"
     if tile.descriptors:
-        types |= {name: f"tensordesc<i8[{high},{tile.step}]{layout}>" for name, high in (("x", tile.rows), ("weight", tile.columns))}
+        heights = (("x", tile.rows), ("weight", tile.whole), ("beside", tile.columns - tile.whole or tile.whole))
+        types |= {name: f"tensordesc<i8[{high},{tile.step}]{layout}>" for name, high in heights}
     of = f"int8 {tile.rows} x {tile.columns}"
     if not tile.gluon:
         return product_of_codes, of, types, constants | {"DESCRIPTORS": tile.descriptors, "WHOLE": True, "STAY": False}, options
     from quant.kernels.int8_linear.hopper import multiply as hopper
 
-    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.columns)}
+    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.whole), "EARLY": True}
+    constants |= {"COLUMNS": tile.whole, "ASIDE": tile.columns - tile.whole}
     return hopper, of, types, constants, options
 
 
