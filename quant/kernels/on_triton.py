@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -40,3 +41,15 @@ def unavailable(device: torch.device) -> str | None:
 def starts_early(device: torch.device) -> bool:
     """Whether a kernel may start before the one in front of it is over, up to where it waits for that (`launch_pdl`)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def has_gluon(program: str) -> bool:
+    """Whether this Triton has what a module of Gluon programs imports: Gluon is not settled."""
+    try:
+        if find_spec("triton.experimental.gluon") is None:
+            return False
+        import_module(program)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -35,8 +35,8 @@ from quant.kernels.hadamard.matrices import factors
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hadamard.triton import held
 from quant.kernels.hadamard.triton import shape as transform_shape
+from quant.kernels.hessian_syrk import triton as syrk
 from quant.kernels.hessian_syrk.program import add_lower
-from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
 from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
@@ -101,8 +101,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        tile = tile_for(dtype, 11008, architecture // 10)
-        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": PROMOTE // tile.step}
+        tile = syrk.tile_for(dtype, 11008, architecture // 10)
+        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": syrk.PROMOTE // tile.step}
         blocks = {f"{side}_tiles": f"tensordesc<{name}[1, {tile.step}, {n}]>" for side, n in (("left", tile.rows), ("right", tile.columns))}
         types = {"total": "*fp32", "x": f"*{name}", "tiles": "*i32", "sequences": "i32", "length": "i32", "k": "i32"}
         types |= blocks if tile.described else dict.fromkeys(blocks, f"*{name}")
@@ -120,6 +120,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         "PRECISION": "tf32x3",
     }
     found.append((update, "128 columns", types, shape, {"num_warps": UPDATED.warps, "num_stages": UPDATED.stages}))
+    if architecture == 90 and syrk.gluon_works():
+        found.append(_triangle(syrk.HOPPER))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
@@ -189,6 +191,18 @@ def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
+
+
+def _triangle(tile: syrk.Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+    from triton.experimental.gluon import language as gl
+
+    from quant.kernels.hessian_syrk.hopper import add_lower as hopper
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    types = {"total": "*fp32", "x": f"tensordesc<bf16[{tile.step},{tile.rows}],{layout!r}>", "tiles": "*i32"}
+    types |= dict.fromkeys(("sequences", "steps", "k"), "i32")
+    constants = {"BLOCK": tile.rows, "STEP": tile.step, "PROMOTE": syrk.PROMOTE // tile.step, "STAGES": tile.stages, "WARPS": tile.warps}
+    return hopper, "bf16", types, constants, {"num_warps": tile.warps}
 
 
 def _source(kernel: Any) -> Any:

@@ -4,6 +4,9 @@ Compiled without fused multiply-adds but for those of `quotient`, and divisions 
 bit for bit.
 """
 
+# Other ways of writing an assignment than these the compiler does not take.
+# ruff: noqa: SIM108
+
 import triton
 import triton.language as tl
 

@@ -6,6 +6,9 @@ first; then that of the step before is waited for, whose place in shared memory 
 A tile may have half as many columns aside: 192, say, which no shape of Triton is.
 """
 
+# Other ways of writing an assignment than these the compiler does not take.
+# ruff: noqa: SIM108
+
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -89,7 +92,10 @@ def multiply(
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(i))
 
-    _finish(total, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, first_column, m, n, ROWS, COLUMNS, WARPS, ZERO, ROW_ZERO)
+    _finish(
+        total, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, first_column, m, n,
+        ROWS, COLUMNS, WARPS, ZERO, ROW_ZERO,
+    )  # fmt: skip
     if ASIDE:
         aside = first_column + COLUMNS
         _finish(more, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, aside, m, n, ROWS, ASIDE, WARPS, ZERO, ROW_ZERO)

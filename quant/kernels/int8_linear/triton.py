@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.int8_linear import Packed, prepare, rounded
-from quant.kernels.on_triton import interpreted, unavailable
+from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
 
@@ -105,16 +104,8 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
-@cache
 def gluon_works() -> bool:
-    """Whether this Triton has what `hopper.py` imports: Gluon is not settled."""
-    try:
-        if find_spec("triton.experimental.gluon") is None:
-            return False
-        import quant.kernels.int8_linear.hopper  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    return has_gluon("quant.kernels.int8_linear.hopper")
 
 
 def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) -> None:
