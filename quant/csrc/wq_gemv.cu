@@ -152,13 +152,13 @@ __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constan
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
 // all of whose codes are on their way before the first is used.
-constexpr int TURNS = 2;
+constexpr int TURNS = 1;
 
 template <int BITS, int KIND>
 __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ Call call) {
     Lane p;
     Step<BITS> steps[TURNS];
-    const int first = blockIdx.x * (TURNS * WARPS) + threadIdx.x / LANES;
+    const int first = blockIdx.x * (TURNS * WARPS) + __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0);
     UNROLLED for (int u = 0; u < TURNS; u++)
         if (first + u * WARPS < call.steps) read_step<Lane, BITS>(p, call, steps[u], blockIdx.y, first + u * WARPS);
     UNROLLED for (int u = 0; u < TURNS; u++)

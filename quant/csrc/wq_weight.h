@@ -10,6 +10,8 @@
 
 namespace fragments {
 
+constexpr bool LINES = true;  // exchange slices
+
 // Of a lane, or 32 of them: a step's codes, what they are scaled with, and two slices of two rows as they are stored.
 template <int BITS>
 struct Step {
@@ -74,14 +76,13 @@ BOTH void write_halves(P& p, const Call& call, typename P::template Of<Step<BITS
         }
     });
     // made[a] of lane b ▸ made[b] of lane a; which of two a lane is stands in bit 2 of its number.
-    P::exchange(state);
+    if constexpr (LINES) P::exchange(state);
     p.lanes([&](int lane) {
         Step<BITS>& s = P::at(state, lane);
-        const int column = step * COLUMNS + 32 * Q + (lane / 4 % 2) * 32;
-        if (column >= call.columns) return;
         UNROLLED for (int a = 0; a < 2; a++) UNROLLED for (int i = 0; i < 2; i++) {
-            const int n = t * ROWS + lane / 8 * 2 + a + 8 * i;
-            if (n < call.rows) P::store16(call.out + 2 * (int64_t(n) * call.columns + column + lane % 4 * 8), s.made[a][i]);
+            const int n = t * ROWS + 8 * i + (LINES ? lane / 8 * 2 + a : lane / 4);
+            const int column = step * COLUMNS + 32 * (Q + (LINES ? lane / 4 % 2 : a));
+            if (n < call.rows && column < call.columns) P::store16(call.out + 2 * (int64_t(n) * call.columns + column + lane % 4 * 8), s.made[a][i]);
         }
     });
 }

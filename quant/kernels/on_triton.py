@@ -37,10 +37,15 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
+def early(device: torch.device) -> dict[str, bool]:
+    """Options with which a kernel starts before the one in front of it is over, where a device can: it must wait for that, by `gdc_wait`,
+    before it reads or writes memory, and have a constant EARLY for it."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
+
+
 @cache
 def starts_early(device: torch.device) -> bool:
-    """Whether a kernel may start before the one in front of it is over, up to where it waits for that (`launch_pdl`)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return not interpreted() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @cache

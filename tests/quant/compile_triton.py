@@ -150,7 +150,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     largest_aside = next(t for t in HOPPER if t.columns != t.whole) if largest.gluon else HOPPER[-2]
     found += [_sums_of_integers(tile) for tile in ((largest, largest_aside, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
-    return [*found, *products(architecture), *attention()]
+    return [*found, *products(architecture), *attention(architecture)]
 
 
 def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -174,12 +174,12 @@ def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict
         yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
-def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
     given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
-    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
+    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False, "EARLY": architecture >= 90}
     yield attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}
-    yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}
+    yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32, "EARLY": architecture >= 90}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
     given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
     for bits, rows in ((4, 1), (2, 1), (8, 8)):

@@ -46,11 +46,10 @@ def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor,
     if not values.numel():
         return
     block = min(BLOCK, max(16, 1 << (n - 1).bit_length()))
-    plain = interpreted()
     round_rows[(rows,)](
         values, out, scale, zero, sums, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
-        SYMMETRIC=symmetric, CODES=out.dtype is torch.int8, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not plain,
-        EARLY=not plain and EARLY and starts_early(values.device), num_warps=warps_for(block), enable_fp_fusion=False,
+        SYMMETRIC=symmetric, CODES=out.dtype is torch.int8, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not interpreted(),
+        EARLY=EARLY and starts_early(values.device), num_warps=warps_for(block), enable_fp_fusion=False,
     )  # fmt: skip
 
 

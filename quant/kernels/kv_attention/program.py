@@ -31,6 +31,14 @@ def _masked(bits, at):
 
 
 @triton.jit
+def started(EARLY: tl.constexpr):
+    """Before anything is read or written. EARLY: the kernel before may still run, and the next, which waits likewise, may be started."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def codes_at(words, J: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr):
     """Codes number J of words int16, as float16 in units of 2^(J · BITS % 8 - 24)."""
     AT: tl.constexpr = J * BITS
@@ -246,7 +254,9 @@ def attend(
     HEAVY: tl.constexpr,  # blocks whose codes take as long as a block of the window
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    started(EARLY)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // KV
@@ -328,8 +338,10 @@ def attend_plain(
     T: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The same with keys and values as they are."""
+    started(EARLY)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     length = tl.load(counts + 3 * (pair // KV) + 2)
@@ -366,7 +378,9 @@ def merge(
     splits,
     D: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of 2, at least `splits`
+    EARLY: tl.constexpr,
 ):
+    started(EARLY)
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     alive = split < splits
