@@ -12,6 +12,14 @@ import triton.language as tl
 
 
 @triton.jit
+def started(EARLY: tl.constexpr):
+    """Before anything is read or written. EARLY: the kernel before may still run, and the next, which waits likewise, may be started."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
 def rounded_half_to_even(x):
     # 1.5 * 2^23: a sum this large has no bits for a fraction. Beyond 2^22 every code is clamped anyway.
     return (x + 12582912.0) - 12582912.0
@@ -139,10 +147,9 @@ def round_rows(
     ONCE: tl.constexpr,  # BLOCK is no less than n
     WHOLE: tl.constexpr,  # BLOCK divides n
     FMA: tl.constexpr,  # which the interpreter has not
-    EARLY: tl.constexpr,  # the next kernel, which waits for this one before it reads, may be started
+    EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    started(EARLY)
     row = tl.program_id(0).to(tl.int64)
     v = values_at(x, row, 0, n, BLOCK, WHOLE)
     low, high, wrong = range_of(v, SYMMETRIC, FMA)

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from quant.kernels.fake_quantize import RowCodes
-from quant.kernels.on_triton import interpreted, starts_early, unavailable
+from quant.kernels.on_triton import early, interpreted, unavailable
 
 __all__ = ["encode", "fake_quantize", "unavailable"]
 
 BLOCK, EACH = 16384, 16
 """Values of a row that are in registers at once, at most, and how many of them a thread has: more where warps would be more than 16."""
 EARLY = True
-"""Let the next kernel start while this one runs, where the device can and it waits for this one's end: no others do."""
+"""Start before what is in front is over, where the device can, and wait for that."""
 
 
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
@@ -49,7 +49,7 @@ def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor,
     round_rows[(rows,)](
         values, out, scale, zero, sums, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
         SYMMETRIC=symmetric, CODES=out.dtype is torch.int8, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not interpreted(),
-        EARLY=EARLY and starts_early(values.device), num_warps=warps_for(block), enable_fp_fusion=False,
+        num_warps=warps_for(block), enable_fp_fusion=False, **(early(values.device) if EARLY else {"EARLY": False}),
     )  # fmt: skip
 
 

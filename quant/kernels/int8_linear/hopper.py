@@ -44,7 +44,7 @@ def multiply(
     WIDE: gl.constexpr,  # columns of one instruction
     ZERO: gl.constexpr,
     ROW_ZERO: gl.constexpr,
-    EARLY: gl.constexpr,  # the kernel before, which made the codes, may still run
+    EARLY: gl.constexpr,  # the kernel before may still run, and the next, which waits likewise, may be started
 ):
     across = GROUP * gl.cdiv(n, COLUMNS + ASIDE)
     index = gl.program_id(0)
@@ -64,6 +64,7 @@ def multiply(
         mbarrier.init(ready.index(i), count=1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     steps = gl.cdiv(k, STEP)
     for i in gl.static_range(STAGES - 1):
         _fetch(x, weight, beside, lefts, rights, others, ready, first_row, first_column, i, steps, ROWS, COLUMNS, ASIDE, STEP, STAGES)

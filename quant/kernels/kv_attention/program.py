@@ -19,6 +19,8 @@ Softmax is to the base of 2, online, in float32.
 import triton
 import triton.language as tl
 
+from quant.kernels.fake_quantize.program import started
+
 UNIT = tl.constexpr(2.0**24)
 
 
@@ -28,14 +30,6 @@ def _masked(bits, at):
     mask = ((1 << bits) - 1) << at % 8
     both = f"0x{mask << 16 | mask:08x};"
     return f"and.b32 $0, $1, {both}" if at < 8 else "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, " + both + " }"
-
-
-@triton.jit
-def started(EARLY: tl.constexpr):
-    """Before anything is read or written. EARLY: the kernel before may still run, and the next, which waits likewise, may be started."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
