@@ -8,11 +8,12 @@
 #pragma GCC optimize("Og")
 #endif
 
-#include "wq_fragments.h"
+#include "wq_weight.h"
 
 #include <cmath>
 #include <cstdlib>
 #include <deque>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -117,12 +118,14 @@ struct Lanes32 {
     }
 
     template <int KIND>
-    static void pack8(uint8_t* out, int64_t at, const float* v) {
-        for (int i = 0; i < 8; i++) {
-            const uint16_t made = uint16_t(rounded(v[i]));
-            if (KIND == 0) memcpy(out + 4 * (at + i), v + i, 4);
-            if (KIND == 1) memcpy(out + 2 * (at + i), &made, 2);
-        }
+    static void pack8(uint32_t* made, const float* v) {
+        for (int i = 0; i < 4; i++) made[i] = pack2(v[2 * i], v[2 * i + 1]);
+    }
+    static void store_floats(uint8_t* out, const float* v) { memcpy(out, v, 32); }
+    template <class S>
+    static void exchange(Of<S>& states) {
+        for (int lane = 0; lane < LANES; lane++)
+            if (!(lane & 4)) std::swap(states.lane[lane].made[1], states.lane[lane + 4].made[0]);
     }
 };
 
@@ -160,8 +163,11 @@ template <int BITS>
 void weight(const Call& call) {
     Lanes32 p;
     for (int tile = 0; tile < call.tiles; tile++)
-        for (int step = 0; step < call.steps; step++)
-            call.half_x ? write<Lanes32, BITS, 1>(p, call, tile, step) : write<Lanes32, BITS, 0>(p, call, tile, step);
+        for (int step = 0; step < call.steps; step++) {
+            Lanes32::Of<Step<BITS>> state;
+            read_step<Lanes32, BITS>(p, call, state, tile, step);
+            call.half_x ? write_step<Lanes32, BITS, 1>(p, call, state, tile, step) : write_step<Lanes32, BITS, 0>(p, call, state, tile, step);
+        }
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include <atomic>
 
-#include "wq_fragments.h"
+#include "wq_weight.h"
 
 namespace {
 
@@ -95,17 +95,22 @@ struct Lane {
     }
 
     template <int KIND>
-    static __device__ __forceinline__ void pack8(uint8_t* out, int64_t at, const float* v) {
-        if constexpr (KIND == 0) {
-            float4* to = reinterpret_cast<float4*>(out + 4 * at);
-            to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
-        } else {
-            uint32_t made[4];
-            UNROLLED for (int i = 0; i < 4; i++) {
-                if constexpr (KIND == 1) made[i] = pack2(v[2 * i], v[2 * i + 1]);
-                if constexpr (KIND == 2) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(made[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
-            }
-            store16(out + 2 * at, made);
+    static __device__ __forceinline__ void pack8(uint32_t* made, const float* v) {
+        UNROLLED for (int i = 0; i < 4; i++) {
+            if constexpr (KIND == 1) made[i] = pack2(v[2 * i], v[2 * i + 1]);
+            if constexpr (KIND == 2) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(made[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+        }
+    }
+    static __device__ __forceinline__ void store_floats(uint8_t* out, const float* v) {
+        float4* to = reinterpret_cast<float4*>(out);
+        to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
+    }
+    template <class S>
+    static __device__ __forceinline__ void exchange(S& s) {
+        const bool odd = threadIdx.x & 4;
+        UNROLLED for (int i = 0; i < 2; i++) UNROLLED for (int j = 0; j < 4; j++) {
+            const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? s.made[0][i][j] : s.made[1][i][j], 4);
+            s.made[0][i][j] = odd ? got : s.made[0][i][j], s.made[1][i][j] = odd ? s.made[1][i][j] : got;
         }
     }
 };
@@ -145,11 +150,19 @@ __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constan
     finish<Lane, R>(p, call, warp, tile, first, memory, apart);
 }
 
+// A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
+// all of whose codes are on their way before the first is used.
+constexpr int TURNS = 1;
+
 template <int BITS, int KIND>
 __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ Call call) {
     Lane p;
-    const int step = blockIdx.y * WARPS + threadIdx.x / LANES;
-    if (step < call.steps) write<Lane, BITS, KIND>(p, call, blockIdx.x, step);
+    Step<BITS> steps[TURNS];
+    const int first = blockIdx.x * (TURNS * WARPS) + __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0);
+    UNROLLED for (int u = 0; u < TURNS; u++)
+        if (first + u * WARPS < call.steps) read_step<Lane, BITS>(p, call, steps[u], blockIdx.y, first + u * WARPS);
+    UNROLLED for (int u = 0; u < TURNS; u++)
+        if (first + u * WARPS < call.steps) write_step<Lane, BITS, KIND>(p, call, steps[u], blockIdx.y, first + u * WARPS);
 }
 
 struct Device {
@@ -220,7 +233,7 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
 
 template <int BITS>
 cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
-    const dim3 grid(call.tiles, (call.steps + WARPS - 1) / WARPS);
+    const dim3 grid((call.steps + TURNS * WARPS - 1) / (TURNS * WARPS), call.tiles);
     if (kind == 0) weight<BITS, 0><<<grid, WARPS * LANES, 0, stream>>>(call);
     if (kind == 1) weight<BITS, 1><<<grid, WARPS * LANES, 0, stream>>>(call);
     if (kind == 2) weight<BITS, 2><<<grid, WARPS * LANES, 0, stream>>>(call);

@@ -8,6 +8,8 @@ CPU tensors, slowly, one program after another: that is how tests run it.
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -33,3 +35,26 @@ def unavailable(device: torch.device) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"Triton kernels need compute capability 8.0, {device} has {'.'.join(map(str, capability))}"
     return None
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Options with which a kernel starts before the one in front of it is over, where a device can: it must wait for that, by `gdc_wait`,
+    before it reads or writes memory, and have a constant EARLY for it."""
+    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
+
+
+@cache
+def starts_early(device: torch.device) -> bool:
+    return not interpreted() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def has_gluon(program: str) -> bool:
+    """Whether this Triton has what a module of Gluon programs imports: Gluon is not settled."""
+    try:
+        if find_spec("triton.experimental.gluon") is None:
+            return False
+        import_module(program)
+    except (ImportError, AttributeError):
+        return False
+    return True

@@ -29,13 +29,14 @@ from triton.compiler import ASTSource
 from quant.kernels.binary_gemv.program import signs
 from quant.kernels.binary_gemv.program import weight as signs_weight
 from quant.kernels.fake_quantize.program import round_rows
+from quant.kernels.fake_quantize.triton import BLOCK, warps_for
 from quant.kernels.gptq_block.program import solve
 from quant.kernels.hadamard.matrices import factors
 from quant.kernels.hadamard.program import transform
 from quant.kernels.hadamard.triton import held
 from quant.kernels.hadamard.triton import shape as transform_shape
+from quant.kernels.hessian_syrk import triton as syrk
 from quant.kernels.hessian_syrk.program import add_lower
-from quant.kernels.hessian_syrk.triton import PROMOTE, tile_for
 from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
@@ -100,8 +101,8 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     types = {"starts": "*i64", "columns": "*i32", "differences": "*fp32", "x": "*fp32", "out": "*fp32", "n": "i32", "k": "i32"}
     found.append((apart, "fp32", types, {"BLOCK": 64}, {"num_warps": 2}))
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        tile = tile_for(dtype, 11008, architecture // 10)
-        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": PROMOTE // tile.step}
+        tile = syrk.tile_for(dtype, 11008, architecture // 10)
+        shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "PROMOTE": syrk.PROMOTE // tile.step}
         blocks = {f"{side}_tiles": f"tensordesc<{name}[1, {tile.step}, {n}]>" for side, n in (("left", tile.rows), ("right", tile.columns))}
         types = {"total": "*fp32", "x": f"*{name}", "tiles": "*i32", "sequences": "i32", "length": "i32", "k": "i32"}
         types |= blocks if tile.described else dict.fromkeys(blocks, f"*{name}")
@@ -119,13 +120,18 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         "PRECISION": "tf32x3",
     }
     found.append((update, "128 columns", types, shape, {"num_warps": UPDATED.warps, "num_stages": UPDATED.stages}))
+    if architecture == 90 and syrk.gluon_works():
+        found.append(_triangle(syrk.HOPPER))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
     types = {"x": "*bf16", "scales": "*fp32", "zeros": "*fp32", "sums": "*i32", "n": "i32"} | dict.fromkeys(("clip", "top", "half"), "fp32")
     for codes in (True, False):
-        constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": 4096}
-        options = {"num_warps": 8, "enable_fp_fusion": False}
+        # Of a row that is in registers as a whole, and of a long one.
+        block = 4096 if codes else BLOCK
+        constants = {"SYMMETRIC": codes, "CODES": codes, "BLOCK": block, "ONCE": codes, "WHOLE": codes, "FMA": True}
+        constants["EARLY"] = architecture >= 90
+        options = {"num_warps": warps_for(block), "enable_fp_fusion": False}
         found.append((round_rows, "codes" if codes else "values", types | {"out": "*i8" if codes else "*bf16"}, constants, options))
     types = {"x": "*bf16", "codes": "*u8", "stream": "*u8", "told": "*i32", "errors": "*fp32", "groups": "i32"}
     types |= {"top": "fp32", "steps": "fp32"}
@@ -142,8 +148,9 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     options = {"num_warps": 4, "enable_fp_fusion": False}
     found.append((hqq_step, "fp32", types | {"top": "fp32", "known": "fp32"}, {"BLOCK": 1024}, options))
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
-    found += [_sums_of_integers(tile) for tile in ((largest, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
-    return [*found, *products(architecture), *attention()]
+    largest_aside = next(t for t in HOPPER if t.columns != t.whole) if largest.gluon else HOPPER[-2]
+    found += [_sums_of_integers(tile) for tile in ((largest, largest_aside, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
+    return [*found, *products(architecture), *attention(architecture)]
 
 
 def transforms() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -167,12 +174,12 @@ def products(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict
         yield gemm, said, types, constants_of(bits, 8192, group, True, offsets, cut, cut.split), {"num_warps": cut.warps}
 
 
-def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     split = {"partial": "*fp32", "weights": "*fp32", "splits": "i32"}
     given = split | {n: "*bf16" for n in ("q", "keys", "values")} | {"counts": "*i32", "scale": "fp32", "capacity": "i32"}
-    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False}
+    constants = {"KV": 32, "ROWS": 1, "R": 8, "D": 128, "T": 64, "STAGES": STAGES, "PLAIN": False, "EARLY": architecture >= 90}
     yield attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}
-    yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32}, {"num_warps": 4}
+    yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32, "EARLY": architecture >= 90}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
     given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
     for bits, rows in ((4, 1), (2, 1), (8, 8)):
@@ -184,6 +191,18 @@ def attention() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
+
+
+def _triangle(tile: syrk.Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+    from triton.experimental.gluon import language as gl
+
+    from quant.kernels.hessian_syrk.hopper import add_lower as hopper
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    types = {"total": "*fp32", "x": f"tensordesc<bf16[{tile.step},{tile.rows}],{layout!r}>", "tiles": "*i32"}
+    types |= dict.fromkeys(("sequences", "steps", "k"), "i32")
+    constants = {"BLOCK": tile.rows, "STEP": tile.step, "PROMOTE": syrk.PROMOTE // tile.step, "STAGES": tile.stages, "WARPS": tile.warps}
+    return hopper, "bf16", types, constants, {"num_warps": tile.warps}
 
 
 def _source(kernel: Any) -> Any:
@@ -206,13 +225,15 @@ def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, A
 
         layout = f",{gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)!r}"
     if tile.descriptors:
-        types |= {name: f"tensordesc<i8[{high},{tile.step}]{layout}>" for name, high in (("x", tile.rows), ("weight", tile.columns))}
+        heights = (("x", tile.rows), ("weight", tile.whole), ("beside", tile.columns - tile.whole or tile.whole))
+        types |= {name: f"tensordesc<i8[{high},{tile.step}]{layout}>" for name, high in heights}
     of = f"int8 {tile.rows} x {tile.columns}"
     if not tile.gluon:
         return product_of_codes, of, types, constants | {"DESCRIPTORS": tile.descriptors, "WHOLE": True, "STAY": False}, options
     from quant.kernels.int8_linear.hopper import multiply as hopper
 
-    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.columns)}
+    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.whole), "EARLY": True}
+    constants |= {"COLUMNS": tile.whole, "ASIDE": tile.columns - tile.whole}
     return hopper, of, types, constants, options
 
 

@@ -82,3 +82,21 @@ def test_codes_are_summed_in_passing() -> None:
     x = torch.randn(9, 5000, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     made = kernel("fake_quantize", "triton", "cuda").run.encode(x, 8, False)
     assert torch.equal(made.sums, made.codes.sum(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("n", [256, 4096, 5000, 20000])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, True), (2, True)])
+def test_rows_near_ties_have_the_codes_of_exact_quotients(n: int, bits: int, symmetric: bool) -> None:
+    """Values next to half a step from two codes, of rows that registers hold and of longer ones, and scales of all sizes."""
+    g = torch.Generator("cuda").manual_seed(n)
+    half = 2 ** (bits - 1)
+    ties = torch.randint(-half, half, (40, n), generator=g, device="cuda") + 0.5
+    ties[:, 0], ties[:, 1] = half - 1, -half
+    x = ties * torch.logspace(-6, 36, 40, device="cuda")[:, None] * torch.rand(40, 1, generator=g, device="cuda")
+    x = torch.nextafter(x, torch.where(torch.rand(x.shape, generator=g, device="cuda") < 0.5, 0.0, 2 * x))
+    ours, plain = (kernel("fake_quantize", name, "cuda").run for name in ("triton", "reference"))
+    for values in (x, x[:30].bfloat16()):
+        got, want = ours.encode(values, bits, symmetric), plain.encode(values, bits, symmetric)
+        assert all(torch.equal(getattr(got, part), getattr(want, part)) for part in ("codes", "scale", "zero"))
+        assert torch.equal(got.sums, want.codes.sum(1, dtype=torch.int32))
+        assert torch.equal(ours.fake_quantize(values, bits, symmetric), plain.fake_quantize(values, bits, symmetric))

@@ -208,8 +208,10 @@ def test_statistics_by_the_kernel_are_those_of_the_reference(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("n", "bits", "clip"), [(1, 8, 1.0), (40, 4, 0.9), (4500, 8, 1.0)])
-def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, symmetric: bool) -> None:
+@pytest.mark.parametrize(("n", "bits", "clip", "block"), [(1, 8, 1.0, 64), (40, 4, 0.9, 64), (64, 8, 1.0, 64), (4500, 8, 1.0, 1024)])
+def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, block: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In registers as a whole, and longer."""
+    monkeypatch.setattr("quant.kernels.fake_quantize.triton.BLOCK", block)
     x = torch.randn(9, n, generator=torch.Generator().manual_seed(n)) * torch.logspace(-9, 9, 9)[:, None]
     agree(x, bits, symmetric, clip, "triton")
     agree(x[:5].half(), bits, symmetric, clip, "triton")

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from quant.kernels.fake_quantize import RowCodes
-from quant.kernels.on_triton import unavailable
+from quant.kernels.on_triton import early, interpreted, unavailable
 
 __all__ = ["encode", "fake_quantize", "unavailable"]
 
-BLOCK = 4096
-"""Values of a row that are in registers at once."""
+BLOCK, EACH = 16384, 16
+"""Values of a row that are in registers at once, at most, and how many of them a thread has: more where warps would be more than 16."""
+EARLY = True
+"""Start before what is in front is over, where the device can, and wait for that."""
 
 
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
@@ -44,8 +46,12 @@ def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor,
     if not values.numel():
         return
     block = min(BLOCK, max(16, 1 << (n - 1).bit_length()))
-    codes = out.dtype is torch.int8
     round_rows[(rows,)](
         values, out, scale, zero, sums, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
-        SYMMETRIC=symmetric, CODES=codes, BLOCK=block, num_warps=min(8, max(1, block // 256)), enable_fp_fusion=False,
+        SYMMETRIC=symmetric, CODES=out.dtype is torch.int8, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not interpreted(),
+        num_warps=warps_for(block), enable_fp_fusion=False, **(early(values.device) if EARLY else {"EARLY": False}),
     )  # fmt: skip
+
+
+def warps_for(block: int) -> int:
+    return min(16, max(1, block // (32 * EACH)))

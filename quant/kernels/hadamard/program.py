@@ -8,7 +8,7 @@ every value is back in its place.
 import triton
 import triton.language as tl
 
-from quant.kernels.fake_quantize.program import code_of, grid_of
+from quant.kernels.fake_quantize.program import code_of, grid_of, quotient
 
 
 @triton.jit
@@ -17,19 +17,6 @@ def rounds(y, COUNT: tl.constexpr, W: tl.constexpr, LOG: tl.constexpr):
         a, b = tl.split(tl.reshape(y, (COUNT, W // 2, 2)))
         y = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (COUNT, W))
     return y
-
-
-@triton.jit
-def quotient(v, s, inverse, FMA: tl.constexpr):
-    """v / s, rounded correctly, by the correctly rounded 1 / s: a division's own subroutine takes registers that a row needs. The first
-    step leaves less than a unit, after which the second is exact (Markstein 1990). Where one of the numbers has no inverse or is
-    subnormal the quotient may be another: such values round to 0, or mean nothing."""
-    if FMA:
-        q = v * inverse
-        q = tl.fma(tl.fma(-q, s, v), inverse, q)
-        return tl.fma(tl.fma(-q, s, v), inverse, q)
-    else:
-        return tl.div_rn(v, s)
 
 
 @triton.jit

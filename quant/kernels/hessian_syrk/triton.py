@@ -1,4 +1,4 @@
-"""The lower triangle in Triton: half the products."""
+"""The lower triangle in Triton: half the products. `hopper.py` makes it where a GPU has the instructions and channels are whole blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.on_triton import interpreted, unavailable
+from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["add", "finished", "unavailable"]
 
@@ -29,13 +29,20 @@ class Tile:
     stages: int
     described: bool = False
     """Loaded by the GPU's copy engine (9.0), which needs rows of x at addresses that are multiples of 16 bytes."""
+    gluon: bool = False
+    """By `hopper.py`: columns are two blocks of as many channels as there are rows."""
 
 
+HOPPER = Tile(128, 256, 64, 8, 4, True, gluon=True)
+ACROSS = 12
+"""Rows of blocks that `hopper.py` goes through together: as many as make the channels that are at work at a time few."""
 LARGE = 6144
 
 
-def tile_for(dtype: torch.dtype, k: int, capability: int) -> Tile:
+def tile_for(dtype: torch.dtype, k: int, capability: int, gluon: bool = False) -> Tile:
     """With which no sum is spilled."""
+    if gluon and capability == 9 and dtype is not torch.float32 and k > 0 and k % HOPPER.rows == 0:
+        return HOPPER
     if dtype is torch.float32:
         return Tile(64, 64, 16, 8, 2)
     if capability < 9:
@@ -52,9 +59,15 @@ def add(total: Tensor, x: Tensor, tile: Tile | None = None) -> None:
     whole = x.dtype in (torch.float16, torch.bfloat16) and not (interpreted() and x.dtype is torch.bfloat16)
     given = (x if whole else x.float()).to(total.device).contiguous()
     sequences, length, k = given.shape
+    aligned = k * given.element_size() % 16 == 0 and given.data_ptr() % 16 == 0
     if tile is None:
-        tile = Tile(32, 32, 16, 4, 1) if interpreted() else tile_for(given.dtype, k, torch.cuda.get_device_capability(given.device)[0])
-    described = tile.described and k * given.element_size() % 16 == 0 and given.data_ptr() % 16 == 0
+        gluon = aligned and not interpreted() and gluon_works()
+        capability = 0 if interpreted() else torch.cuda.get_device_capability(given.device)[0]
+        tile = Tile(32, 32, 16, 4, 1) if interpreted() else tile_for(given.dtype, k, capability, gluon)
+    if tile.gluon:
+        _add_with_gluon(total, given, tile)
+        return
+    described = tile.described and aligned
     blocks = (_described(given, tile.step, tile.rows), _described(given, tile.step, tile.columns)) if described else (given, given)
     # No longer than the sequences, rounded up so that few versions are compiled: the sums are the same.
     promoted = min(PROMOTE, max(tile.step, 1 << max(length - 1, 0).bit_length()))
@@ -64,6 +77,44 @@ def add(total: Tensor, x: Tensor, tile: Tile | None = None) -> None:
         ROWS=tile.rows, COLUMNS=tile.columns, STEP=tile.step, PROMOTE=promoted // tile.step, PRECISION="ieee", DESCRIBED=described,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def _add_with_gluon(total: Tensor, x: Tensor, tile: Tile) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from quant.kernels.hessian_syrk.hopper import add_lower
+
+    if not x.numel():
+        return
+    length, k = x.shape[1:]
+    programs = _pairs(k // tile.rows, total.device)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    # A step ends with its sequence, so that only whole steps follow one another across sequences.
+    for tokens in (x.flatten(0, 1),) if length % tile.step == 0 else x:
+        add_lower[(programs.shape[0],)](
+            total, TensorDescriptor.from_tensor(tokens, [tile.step, tile.rows], layout), programs, len(tokens) // length,
+            -(-length // tile.step), k,
+            BLOCK=tile.rows, STEP=tile.step, PROMOTE=PROMOTE // tile.step, STAGES=tile.stages, WARPS=tile.warps, num_warps=tile.warps,
+        )  # fmt: skip
+
+
+def gluon_works() -> bool:
+    return has_gluon("quant.kernels.hessian_syrk.hopper")
+
+
+def pairs(blocks: int) -> list[tuple[int, int, int, int, int]]:
+    """Programs of `hopper.py`: left block, two right ones, 1 where the second counts, 1 where products belong to their transposed place."""
+    rows = [(i, j) for i in range(blocks) for j in range(1 if i % 2 == 0 else 0, i, 2)]
+    rows.sort(key=lambda at: (at[0] // ACROSS, at[1] // 2, at[0]))
+    alone = list(range(0, blocks, 2))
+    turned = [(0, i, j, int(i != j), 1) for i, j in zip(alone[::2], alone[1::2] + alone[-1:] * (len(alone) % 2), strict=True)]
+    return [(i, j, j + 1, 1, 0) for i, j in rows] + turned
+
+
+@cache
+def _pairs(blocks: int, device: torch.device) -> Tensor:
+    return torch.tensor(pairs(blocks), dtype=torch.int32, device=device)
 
 
 def _described(x: Tensor, step: int, channels: int) -> object:

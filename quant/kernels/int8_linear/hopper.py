@@ -2,8 +2,14 @@
 
 Triton waits for the product of one step before it starts that of the next wherever sums are integers. Here a step's product is started
 first; then that of the step before is waited for, whose place in shared memory takes the operands of a later step.
+
+A tile may have half as many columns aside: 192, say, which no shape of Triton is.
 """
 
+# Other ways of writing an assignment than these the compiler does not take.
+# ruff: noqa: SIM108
+
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -17,6 +23,7 @@ copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 def multiply(
     x,  # descriptor of int8 [M, K] in tiles [ROWS, STEP]
     weight,  # descriptor of int8 [N, K] in tiles [COLUMNS, STEP]
+    beside,  # the same in tiles [ASIDE, STEP], or anything where that is 0
     out,  # [M, N]
     row_scale,  # float32 [M]
     row_zero,  # float32 [M], read with ROW_ZERO
@@ -29,6 +36,7 @@ def multiply(
     k,
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
+    ASIDE: gl.constexpr,  # more columns
     STEP: gl.constexpr,
     GROUP: gl.constexpr,  # rows of tiles that are gone through together, so that their operands stay in a cache
     STAGES: gl.constexpr,
@@ -36,36 +44,70 @@ def multiply(
     WIDE: gl.constexpr,  # columns of one instruction
     ZERO: gl.constexpr,
     ROW_ZERO: gl.constexpr,
+    EARLY: gl.constexpr,  # the kernel before may still run, and the next, which waits likewise, may be started
 ):
-    across = GROUP * gl.cdiv(n, COLUMNS)
+    across = GROUP * gl.cdiv(n, COLUMNS + ASIDE)
     index = gl.program_id(0)
     top = index // across * GROUP
     high = gl.minimum(gl.cdiv(m, ROWS) - top, GROUP)
     first_row = (top + index % across % high) * ROWS
-    first_column = (index % across // high) * COLUMNS
+    first_column = (index % across // high) * (COLUMNS + ASIDE)
 
     lefts = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, STEP], x.layout)
     rights = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, STEP], weight.layout)
+    if ASIDE:
+        others = gl.allocate_shared_memory(gl.int8, [STAGES, ASIDE, STEP], beside.layout)
+    else:
+        others = rights
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     steps = gl.cdiv(k, STEP)
     for i in gl.static_range(STAGES - 1):
-        _fetch(x, weight, lefts, rights, ready, first_row, first_column, i, steps, ROWS, COLUMNS, STEP, STAGES)
+        _fetch(x, weight, beside, lefts, rights, others, ready, first_row, first_column, i, steps, ROWS, COLUMNS, ASIDE, STEP, STAGES)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDE, 32])
     total = gl.zeros([ROWS, COLUMNS], gl.int32, mma)
+    if ASIDE:
+        narrow: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, ASIDE, 32])
+        more = gl.zeros([ROWS, ASIDE], gl.int32, narrow)
     for i in range(steps):
         slot = i % STAGES
         mbarrier.wait(ready.index(slot), i // STAGES & 1)
         total = warpgroup_mma(lefts.index(slot), rights.index(slot).permute((1, 0)), total, is_async=True)
-        # At most this product is under way.
-        total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
-        _fetch(x, weight, lefts, rights, ready, first_row, first_column, i + STAGES - 1, steps, ROWS, COLUMNS, STEP, STAGES)
-    total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
+        # At most this step's products are under way.
+        if ASIDE:
+            more = warpgroup_mma(lefts.index(slot), others.index(slot).permute((1, 0)), more, is_async=True)
+            total, more = warpgroup_mma_wait(num_outstanding=2, deps=(total, more))
+        else:
+            total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
+        next_ = i + STAGES - 1
+        _fetch(x, weight, beside, lefts, rights, others, ready, first_row, first_column, next_, steps, ROWS, COLUMNS, ASIDE, STEP, STAGES)
+    if ASIDE:
+        total, more = warpgroup_mma_wait(num_outstanding=0, deps=(total, more))
+    else:
+        total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(i))
 
+    _finish(
+        total, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, first_column, m, n,
+        ROWS, COLUMNS, WARPS, ZERO, ROW_ZERO,
+    )  # fmt: skip
+    if ASIDE:
+        aside = first_column + COLUMNS
+        _finish(more, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, aside, m, n, ROWS, ASIDE, WARPS, ZERO, ROW_ZERO)
+
+
+@gluon.jit
+def _finish(
+    total, out, row_scale, row_zero, row_sums, scale, zero, sums, first_row, first_column, m, n,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, WARPS: gl.constexpr, ZERO: gl.constexpr, ROW_ZERO: gl.constexpr,
+):  # fmt: skip
+    """Sums [ROWS, COLUMNS] to where they belong in out, as products."""
     # As tensor cores leave them, numbers of 16 bits would be written four bytes a thread: sixteen. With all of the terms, what is read of
     # the weight takes too many registers unless the sums go there first.
     ACROSS: gl.constexpr = COLUMNS // 8 if COLUMNS < 256 else 32
@@ -74,7 +116,7 @@ def multiply(
     EARLY: gl.constexpr = NARROW and ZERO and ROW_ZERO
     if EARLY:
         total = gl.convert_layout(total, side)
-    layout: gl.constexpr = side if EARLY else mma
+    layout: gl.constexpr = total.type.layout
     rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     product = total.to(gl.float32)
@@ -90,7 +132,7 @@ def multiply(
     if NARROW:
         _store(out, gl.convert_layout(written, side), first_row, first_column, m, n, ROWS, COLUMNS, side)
     else:
-        _store(out, written, first_row, first_column, m, n, ROWS, COLUMNS, mma)
+        _store(out, written, first_row, first_column, m, n, ROWS, COLUMNS, layout)
 
 
 @gluon.jit
@@ -103,12 +145,14 @@ def _store(out, product, first_row, first_column, m, n, ROWS: gl.constexpr, COLU
 
 @gluon.jit
 def _fetch(
-    x, weight, lefts, rights, ready, first_row, first_column, step, steps,
-    ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
+    x, weight, beside, lefts, rights, others, ready, first_row, first_column, step, steps,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, ASIDE: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Have the operands of a step, if there is one, copied to its place; what lies outside of them becomes 0."""
     slot = step % STAGES
     wanted = step < steps
-    mbarrier.expect(ready.index(slot), (ROWS + COLUMNS) * STEP, pred=wanted)
+    mbarrier.expect(ready.index(slot), (ROWS + COLUMNS + ASIDE) * STEP, pred=wanted)
     copy(x, [first_row, step * STEP], ready.index(slot), lefts.index(slot), pred=wanted)
     copy(weight, [first_column, step * STEP], ready.index(slot), rights.index(slot), pred=wanted)
+    if ASIDE:
+        copy(beside, [first_column + COLUMNS, step * STEP], ready.index(slot), others.index(slot), pred=wanted)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.int8_linear import Packed, prepare, rounded
-from quant.kernels.on_triton import interpreted, unavailable
+from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
 
@@ -30,6 +29,7 @@ class Tile:
 
     rows: int
     columns: int
+    """A power of two, and with gluon also one and a half."""
     step: int
     """Columns of the operands that are multiplied at a time."""
     warps: int
@@ -41,18 +41,27 @@ class Tile:
     stay: bool = False
     """A program a multiprocessor, which makes one tile after another. Not with gluon."""
 
+    @property
+    def whole(self) -> int:
+        """Columns that are multiplied in one, a power of two; what is left of them is aside."""
+        return 1 << self.columns.bit_length() - 1
+
 
 HOPPER = (
     Tile(128, 256, 128, 8, 4, 1.0),
     Tile(256, 128, 128, 8, 4, 1.0),
-    Tile(128, 128, 128, 4, 3, 0.9),
-    Tile(128, 64, 128, 8, 4, 0.7),
-    Tile(64, 128, 128, 4, 4, 0.75),
-    Tile(64, 64, 128, 4, 4, 0.5),
+    Tile(128, 192, 128, 8, 5, 0.98),
+    Tile(128, 128, 128, 8, 6, 0.9),
+    Tile(128, 64, 128, 8, 8, 0.7),
+    Tile(64, 128, 128, 4, 8, 0.75),
+    Tile(64, 64, 128, 4, 6, 0.5),
     Tile(32, 32, 256, 4, 4, 0.15, gluon=False),
     Tile(16, 32, 256, 4, 4, 0.1, gluon=False),
 )
-"""For compute capability 9.0. Speeds are guesses from the traffic of shared memory until `bench.on_gpu.integer_tiles` has run."""
+"""For compute capability 9.0. Speeds are guesses from the traffic of shared memory until `bench.on_gpu.integer_tiles` has run. Small tiles
+are for few rows, of which there is one a multiprocessor: as many stages as there is room for, or its loads do not keep up."""
+EARLY = True
+"""Let a product with gluon start while the kernel before it still runs, up to where it reads."""
 PLAIN = (
     Tile(128, 128, 128, 8, 3, 1.0, gluon=False, descriptors=False),
     Tile(64, 64, 128, 4, 4, 0.6, gluon=False, descriptors=False),
@@ -95,16 +104,8 @@ def _device(device: torch.device) -> tuple[tuple[int, int], int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
-@cache
 def gluon_works() -> bool:
-    """Whether this Triton has what `hopper.py` imports: Gluon is not settled."""
-    try:
-        if find_spec("triton.experimental.gluon") is None:
-            return False
-        import quant.kernels.int8_linear.hopper  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True
+    return has_gluon("quant.kernels.int8_linear.hopper")
 
 
 def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) -> None:
@@ -125,10 +126,12 @@ def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) 
         from quant.kernels.int8_linear.hopper import multiply as hopper
 
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-        operands = [Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in ((codes, tile.rows), (weight, tile.columns))]
+        aside = tile.columns - tile.whole
+        heights = ((codes, tile.rows), (weight, tile.whole), (weight, aside or tile.whole))
         hopper[(tiles,)](
-            *operands, *shared, **constants,
-            STAGES=tile.stages, WARPS=tile.warps, WIDE=min(128, tile.columns), num_warps=tile.warps,
+            *(Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in heights), *shared,
+            **constants | {"COLUMNS": tile.whole, "ASIDE": aside},
+            STAGES=tile.stages, WARPS=tile.warps, WIDE=min(128, tile.whole), EARLY=EARLY, num_warps=tile.warps, launch_pdl=EARLY,
         )  # fmt: skip
         return
     from quant.kernels.int8_linear.program import multiply as program

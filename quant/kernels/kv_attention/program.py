@@ -19,6 +19,8 @@ Softmax is to the base of 2, online, in float32.
 import triton
 import triton.language as tl
 
+from quant.kernels.fake_quantize.program import started
+
 UNIT = tl.constexpr(2.0**24)
 
 
@@ -246,7 +248,9 @@ def attend(
     HEAVY: tl.constexpr,  # blocks whose codes take as long as a block of the window
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    started(EARLY)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     sequence = pair // KV
@@ -328,8 +332,10 @@ def attend_plain(
     T: tl.constexpr,
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The same with keys and values as they are."""
+    started(EARLY)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     length = tl.load(counts + 3 * (pair // KV) + 2)
@@ -366,7 +372,9 @@ def merge(
     splits,
     D: tl.constexpr,
     SPLITS: tl.constexpr,  # a power of 2, at least `splits`
+    EARLY: tl.constexpr,
 ):
+    started(EARLY)
     head = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     alive = split < splits

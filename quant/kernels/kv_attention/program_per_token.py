@@ -14,6 +14,7 @@ No token is in full precision: one loop over blocks, of which the last may end b
 import triton
 import triton.language as tl
 
+from quant.kernels.fake_quantize.program import started
 from quant.kernels.kv_attention.program import UNIT, add_codes, codes_at, multiply, nothing_read, queries, scaled, softened, write
 
 
@@ -66,7 +67,9 @@ def attend_per_token(
     HALF: tl.constexpr,  # the zero of symmetric ranges; 0: every range has its own
     STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    started(EARLY)
     pair = tl.program_id(0)
     split = tl.program_id(1)
     length = tl.load(counts + 3 * (pair // KV) + 2)

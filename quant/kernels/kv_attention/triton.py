@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.kernels.kv_attention import Cache, Plain, Scale, append, append_one, checked, field, prepare
 from quant.kernels.kv_attention.per_token import PerTokenPacked
-from quant.kernels.on_triton import interpreted, unavailable
+from quant.kernels.on_triton import early, interpreted, unavailable
 
 __all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
 
@@ -19,6 +19,8 @@ SHARED, RESIDENT = 228 * 1024, 9
 REGISTERS: int | None = None
 """The most of a thread where a program is one warp, for more programs at a time. 168 lets 11 of 4 bits in; Triton 3.6 then spills nothing,
 3.9 some outside the loop over blocks."""
+EARLY = True
+"""Start both launches before what is in front of them is over, where the device can; they wait for that."""
 START, MOST_SPLITS = 2, 128
 """Blocks that a program could read in the time that its start and end take."""
 FEW, STAGES, WARPS_PLAIN = 16, 3, 4
@@ -42,18 +44,18 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
     partial = torch.empty(s, h, parts, d, device=q.device)
     weights = torch.empty(s, h, parts, 2, device=q.device)
     grid, ends, plain = (s * kv, parts), factor * math.log2(math.e), interpreted()
-    given = q.detach().contiguous()
+    given, first = q.detach().contiguous(), early(q.device) if EARLY else {"EARLY": False}
     if isinstance(packed, Plain):
         attend_plain[grid](
             given, packed.keys, packed.values, packed.counts, partial, weights, ends, packed.capacity, parts,
-            KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, STAGES=STAGES, PLAIN=plain, num_warps=WARPS_PLAIN,
+            KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, STAGES=STAGES, PLAIN=plain, num_warps=WARPS_PLAIN, **first,
         )  # fmt: skip
     elif isinstance(packed, PerTokenPacked):
         warps, most = shape(d, packed.block, rows, packed.ranges.shape[3])
         attend_per_token[grid](
             given, packed.keys, packed.values, packed.ranges, packed.counts, partial, weights, ends, packed.capacity // packed.block, parts,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.group, BITS=field(packed.bits), W=packed.keys.shape[4],
-            HALF=2 ** (packed.bits - 1) if packed.symmetric else 0, STAGES=STAGES, PLAIN=plain, num_warps=warps, maxnreg=most,
+            HALF=2 ** (packed.bits - 1) if packed.symmetric else 0, STAGES=STAGES, PLAIN=plain, num_warps=warps, maxnreg=most, **first,
         )  # fmt: skip
     else:
         ranges = [x.view(torch.int32) for x in (packed.key_ranges, packed.value_ranges)]
@@ -64,9 +66,11 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
             partial, weights, ends, packed.capacity // packed.block, parts, packed.window,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.block, KB=field(packed.key_bits), VB=field(packed.value_bits),
             KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, HEAVY=heavy, STAGES=STAGES, PLAIN=plain,
-            num_warps=warps, maxnreg=most,
+            num_warps=warps, maxnreg=most, **first,
         )  # fmt: skip
-    merge[(s * h,)](partial, weights, made, parts, D=d, SPLITS=1 << (parts - 1).bit_length(), num_warps=min(4, max(1, d // 32)))
+    merge[(s * h,)](
+        partial, weights, made, parts, D=d, SPLITS=1 << (parts - 1).bit_length(), num_warps=min(4, max(1, d // 32)), **first
+    )  # fmt: skip
     return made
 
 
