@@ -58,6 +58,9 @@ cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared_bytes(M, a.share, a.group), stream);
 }
 
+// Of any number of rows of x and size: asked for a block that leaves no multiprocessor room for a second.
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, THREADS, device.shared); }
+
 template <class T>
 __global__ void weight(const __grid_constant__ Signs a, T* out) {
     const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -84,9 +87,11 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
                                    int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
     Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
     Device device;
-    const cudaError_t failed = find(device);
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
     if (failed != cudaSuccess) return failed;
-    plan(a, device.at_once(), device.ranks());
+    plan(a, clusters, device.ranks());
     const int m = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, device, on);
@@ -94,6 +99,16 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
     if (m == 4) return launch<4>(a, device, on);
     product_of_rows<<<dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on>>>(a);
     return cudaGetLastError();
+}
+
+// To `found`, on the host: the clusters that run at once.
+extern "C" int bitgrid_binary_clusters(int64_t found, int64_t) {
+    Device device;
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    *reinterpret_cast<int64_t*>(found) = clusters;
+    return failed;
 }
 
 // The weight [N, K], float32 or bfloat16.

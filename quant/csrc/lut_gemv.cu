@@ -43,6 +43,9 @@ cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
     return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, a.tables + sums, stream);
 }
 
+// Of any number of rows of x: a multiprocessor takes one block, which has all its shared memory.
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, THREADS, device.shared); }
+
 template <class T>
 __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x % ROWS, at = int64_t(blockIdx.y) * (blockDim.x / ROWS) + threadIdx.x / ROWS;
@@ -74,14 +77,26 @@ extern "C" int bitgrid_lut_gemv(
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
                    rows, k, rows_of_x, bfloat16 != 0);
     Device device;
-    const cudaError_t failed = find(device);
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
     if (failed != cudaSuccess) return failed;
-    a.group = group_of(a.tiles, device.at_once());
+    a.group = group_of(a.tiles, clusters);
     const int m = rows_at_a_time(rows_of_x, a.group, device.shared);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, device, on);
     if (m == 2) return launch<2>(a, device, on);
     return launch<4>(a, device, on);
+}
+
+// To `found`, on the host: the clusters that run at once.
+extern "C" int bitgrid_lut_clusters(int64_t found, int64_t) {
+    Device device;
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    *reinterpret_cast<int64_t*>(found) = clusters;
+    return failed;
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.

@@ -37,10 +37,6 @@ struct Place {
 
 BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Clusters of `size` blocks, of which a multiprocessor takes one, that run at once. A cluster lies in one of the GPU's parts, which need not
-// have whole clusters of multiprocessors: those of an H200, 132, take 15 clusters of 8 and not 16, the last of which ran alone after them.
-inline int64_t clusters_at_once(int64_t processors, int64_t size) { return processors / size > 1 ? processors / size - 1 : 1; }
-
 BOTH float from_bits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
     return __uint_as_float(bits);
