@@ -1,9 +1,12 @@
 // A few rows of x [M, K] times a weight [N, K] with a table of values for each column, transposed: out [M, N], in one launch.
 // Phases and layouts: lut_gemv_cuda.h.
 //
-// What bounds it. A warp's lookup takes one turn of shared memory and stands for 64 weights of 2 bits or 32 of 4; loading a word takes an
-// eighth of a turn more. 8192 x 16384 weights on 132 multiprocessors: 17 900 turns with 2 bits, 35 800 with 4; 9.0 and 18.1 us at 1.98 GHz
-// if no turn is lost. Beside a turn stand 3.6 instructions of the 4 that could be issued. Further rows of x cost as many turns each.
+// What bounds it, with one row of x. 32 rows of eight words take 8 matrix products for each form of a word (2, 2, 3 and 4 forms with 1 to 4
+// bits) and, with 2 bits, some 90 instructions beside them, with 4 bits 170. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8:
+// 273 times that each with 2 bits and 546 with 4, which four schedulers issue in 7 300 and 27 500 cycles, 3.7 and 13.9 us at 1.98 GHz;
+// reading the words takes 7.7 and 15.4 us at 4.35 TB/s. Before that each block makes the digits of 2048 columns: with 2 bits a warp issues some 800
+// instructions for them, with 4 bits two times 950, while the second-level cache is filled. How long a matrix product of bits takes on a
+// device of capability 9.0 is not documented; were it 8 cycles of a scheduler's, they would take 8 800 and 35 000 cycles. Not measured yet.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -37,10 +40,8 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
 
 template <int M>
 cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
-    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS;
-    a.tables = (device.shared - sums) / 1024 * 1024;
-    const int64_t wide = (a.tiles + a.group - 1) / a.group;
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, a.tables + sums, stream);
+    const int64_t shared = divide(a, M, device.shared), wide = (a.tiles + a.group - 1) / a.group;
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared, stream);
 }
 
 // Of any number of rows of x: a multiprocessor takes one block, which has all its shared memory.

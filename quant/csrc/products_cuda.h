@@ -12,11 +12,13 @@
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) PRAGMA(unroll n)
+#define NO_UNROLL _Pragma("unroll 1")
 #else
 #define BOTH inline
 #define ANYWHERE
 #define UNROLL
 #define UNROLL_BY(n)
+#define NO_UNROLL
 #endif
 
 namespace {
