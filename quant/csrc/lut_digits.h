@@ -56,6 +56,17 @@ ANYWHERE constexpr uint32_t sets(int bits, int form) {
 // Whether bit `j` of a code has one: the highest bit of the last form of codes of 3 bits has none.
 ANYWHERE constexpr bool has_set(int bits, int form, int j) { return bits != 3 || form != 2 || j != 2; }
 
+// Bits of `a` where `mask` has them, else of `b`.
+BOTH uint32_t chosen(uint32_t a, uint32_t b, uint32_t mask) {
+#if defined(__CUDA_ARCH__)
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(v) : "r"(a), "r"(b), "r"(mask));
+    return v;
+#else
+    return (a & mask) | (b & ~mask);
+#endif
+}
+
 // Every bit of the form is that of its set; those without one are anything.
 template <int BITS, int FORM>
 BOTH uint32_t form_of(uint32_t w) {
@@ -64,14 +75,14 @@ BOTH uint32_t form_of(uint32_t w) {
     if constexpr (BITS == 2) return (w & w >> 1) | 0xaaaaaaaau;
     if constexpr (BITS == 3) {
         constexpr uint32_t LOWER = 033333333333u & 0x3fffffffu;
-        const uint32_t pairs = w & ((w >> 1 & LOWER) | (w << 2 & ~LOWER));  // bits 0 and 1, 1 and 2, 2 and 0
+        const uint32_t pairs = w & chosen(w >> 1, w << 2, LOWER);  // bits 0 and 1, 1 and 2, 2 and 0
         if constexpr (FORM == 1) return pairs;
         return (pairs & pairs >> 1) | 022222222222u;
     }
     if constexpr (BITS == 4) {
-        const uint32_t next = (w >> 1 & 0x77777777u) | (w << 3 & 0x88888888u);  // of the same code
+        const uint32_t next = chosen(w >> 1, w << 3, 0x77777777u);  // of the same code
         if constexpr (FORM == 1) return w & next;
-        const uint32_t second = (w >> 2 & 0x33333333u) | (w << 2 & 0xccccccccu);
+        const uint32_t second = chosen(w >> 2, w << 2, 0x33333333u);
         if constexpr (FORM == 2) return w & next & second;
         const uint32_t both = w & second;  // bits 0 and 2, 1 and 3, and these again
         return (both & (both << 1 | 0x33333333u)) | 0x88888888u;
@@ -223,9 +234,8 @@ BOTH void transpose(uint32_t (&v)[HELD], int thread) {
 #if defined(__CUDA_ARCH__)
     UNROLL for (int s = 16; s > 0; s /= 2) {
         const uint32_t low = ~0u / ((1u << s) + 1u), kept = thread & s ? ~low : low;
-        uint32_t other = __shfl_xor_sync(~0u, v[0], s);
-        other = __funnelshift_l(other, other, thread & s ? 32 - s : s);
-        asm("lop3.b32 %0, %0, %1, %2, 0xe4;" : "+r"(v[0]) : "r"(other), "r"(kept));  // of `kept` its own bits
+        const uint32_t other = __shfl_xor_sync(~0u, v[0], s);
+        v[0] = chosen(v[0], __funnelshift_l(other, other, thread & s ? 32 - s : s), kept);
     }
 #else
     uint32_t made[HELD] = {};
