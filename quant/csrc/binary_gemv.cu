@@ -1,8 +1,10 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 170 instructions, with 200 more for each pair of tiles.
-// 8192 x 16384 weights on 132 multiprocessors: 500 times that of each, 27 000 turns of the four schedulers, 14 us at 1.98 GHz; the weight has
-// 67 MB with blocks of 128, 15 us at 4.4 TB/s. Each further row of x adds 12 products and 50 instructions.
+// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 150 instructions, half of
+// them such as half of a scheduler's turns can issue, with 80 more for each pair of tiles and slice of the units. 8192 x 16384 weights on 120
+// multiprocessors, 15 clusters of 8: 546 times that each, a quarter of the pairs' ends, 25 000 turns of the four schedulers, 12.7 us at
+// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions. Not
+// measured yet.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -15,7 +17,7 @@ namespace {
 extern __shared__ __align__(1024) char memory[];
 
 template <int M>
-__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Signs a) {
+__global__ void __launch_bounds__(threads(M), 1) product(const __grid_constant__ Signs a) {
     Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
@@ -55,11 +57,12 @@ __global__ void product_of_rows(const __grid_constant__ Signs a) {
 template <int M>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared_bytes(M, a.share, a.group), stream);
+    const int64_t shared = shared_bytes(M, a.share, a.group, a.depth);
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), shared, stream);
 }
 
 // Of any number of rows of x and size: asked for a block that leaves no multiprocessor room for a second.
-cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, THREADS, device.shared); }
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, threads(1), device.shared); }
 
 template <class T>
 __global__ void weight(const __grid_constant__ Signs a, T* out) {

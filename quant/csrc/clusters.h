@@ -51,9 +51,9 @@ struct Start {
     Start(const Start&) = delete;  // `config` has the address of `attribute`
 };
 
-// Clusters of the kernel that run at once, or blocks where there are no clusters: asked once for each device, kernel and size. A cluster lies
-// in one of the GPU's parts, and these need not have whole clusters of multiprocessors: the 132 of an H200 may take 15 clusters of 8 and not
-// 16, the last of which would run alone after them. No number is made up: what the device does not say is an error.
+// Clusters of the kernel that run at once, or blocks where there are no clusters: asked once for each device, kernel and size. A cluster
+// lies in one of the GPU's parts, and these need not have whole clusters of multiprocessors: the 132 of an H200 may take 15 clusters of 8
+// and not 16, the last of which would run alone after them. No number is made up: what the device does not say is an error.
 template <typename Problem>
 cudaError_t at_once(int& found, void (*kernel)(Problem), const Device& on, int threads, int64_t shared) {
     static std::mutex mutex;

@@ -13,14 +13,6 @@ constexpr int MOST_TILES = 20, MOST_PARTS = 4;
 constexpr int HELPERS = 8;                 // threads that share a row's kept weights
 constexpr int AHEAD = 32;                  // steps of a warp that are fetched into the second-level cache at the beginning
 
-#if defined(__CUDA_ARCH__)
-constexpr int HELD = 1;  // lanes that a thread is
-#else
-constexpr int HELD = 32;
-#endif
-#define EACH_LANE for (int h = 0; h < HELD; h++)
-#define LANE (HELD == 1 ? thread % 32 : h)
-
 struct Part {
     const uint32_t* words;    // [T, length, 32]
     const float* values;      // [columns, 2^bits]
@@ -121,52 +113,12 @@ BOTH void clear(const Lut& a, void* shared, int thread) {
     if (thread < M) largest_in<M>(a, shared)[thread] = 0;
 }
 
-// The number of a thread's warp, so that the compiler knows it to be one for all of its lanes.
-BOTH int warp_of(int thread) {
-#if defined(__CUDA_ARCH__)
-    return __shfl_sync(~0u, thread / 32, 0);
-#else
-    return thread / 32;
-#endif
-}
-
-// The same, of which the compiler keeps nothing that was made of it before: for want of registers.
-BOTH int anew(int thread) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("" : "+r"(thread));
-#endif
-    return thread;
-}
-
-BOTH void barrier() {
-#if defined(__CUDA_ARCH__)
-    __syncwarp();
-#endif
-}
-
 // A product and a difference, each rounded, as on the host.
 BOTH float times(float a, float b) {
 #if defined(__CUDA_ARCH__)
     return __fmul_rn(a, b);
 #else
     return a * b;
-#endif
-}
-
-BOTH void raise(uint32_t* to, uint32_t v) {
-#if defined(__CUDA_ARCH__)
-    v = __reduce_max_sync(~0u, v);
-    if (threadIdx.x % 32 == 0) atomicMax(to, v);
-#else
-    if (v > *to) *to = v;
-#endif
-}
-
-BOTH void add(int32_t* to, int32_t v) {
-#if defined(__CUDA_ARCH__)
-    atomicAdd(to, v);
-#else
-    *to += v;
 #endif
 }
 
@@ -243,11 +195,6 @@ BOTH void transpose(uint32_t (&v)[HELD], int thread) {
     std::memcpy(v, made, sizeof made);
 #endif
 }
-
-template <int N>
-struct alignas(4 * N) Line {
-    uint32_t v[N];
-};
 
 template <int N>
 struct Bits {

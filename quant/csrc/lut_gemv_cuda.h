@@ -57,32 +57,6 @@ BOTH void add_lanes(int32_t (&v)[HELD]) {
 #endif
 }
 
-// Starts to copy words of neighbouring rows to shared memory; `arrived`: all but those of the last LEFT calls of `sent`.
-template <int N>
-BOTH void send(uint32_t* to, const uint32_t* from) {
-    static_assert(N == 2 || N == 4, "8 or 16 bytes");
-#if defined(__CUDA_ARCH__)
-    const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
-    if constexpr (N == 2) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
-    if constexpr (N == 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
-#else
-    std::memcpy(to, from, 4 * N);
-#endif
-}
-
-BOTH void sent() {
-#if defined(__CUDA_ARCH__)
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-template <int LEFT>
-BOTH void arrived() {
-#if defined(__CUDA_ARCH__)
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-#endif
-}
-
 // Rows that a warp has at a time, as matrices: a tile, or half of one, for which there are registers with more rows of x.
 template <int M>
 struct Shape {
