@@ -18,12 +18,13 @@ extern __shared__ __align__(1024) char memory[];
 
 template <int M>
 __global__ void __launch_bounds__(threads(M), 1) product(const __grid_constant__ Signs a) {
+    release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
 #endif
-    add_units<M>(a, at, memory, [&](const auto& phase) {
+    add_units<M>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
     });

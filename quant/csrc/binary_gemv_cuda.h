@@ -329,13 +329,15 @@ BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int
     }
 }
 
-// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier.
-template <int M, class Each>
-BOTH void add_units(const Signs& a, const Place& at, void* shared, const Each& each) {
+// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
+// read after it.
+template <int M, class Previous, class Each>
+BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     each([&](int thread) {
         for (int i = 0; i < 16 / slots(M); i++) fetch_pair(a, at, thread / (32 * SLICES) + i * slots(M), thread / 32 % SLICES, thread % 32);
         clear<M>(a, shared, thread);
     });
+    previous();
     each([&](int thread) { find_largest<M>(a, at, shared, thread); });
     each([&](int thread) { take_digits<M>(a, at, shared, thread); });
     each([&](int thread) { sweep<M>(a, at, shared, thread); });

@@ -22,7 +22,7 @@ void product(const Signs& a, int ranks) {
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);
-                add_units<M>(a, Place{c, first, r, ranks}, shared[r].data(), all);
+                add_units<M>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
             }
             const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
             for (int r = 0; r < ranks; r++) all([&](int t) { finish<M>(a, Place{c, first, r, ranks}, of, t); });

@@ -15,6 +15,21 @@
 namespace {
 
 constexpr int CLUSTER = 8;
+constexpr bool EARLY = true;  // a product may begin, and fetch codes, while the kernel before it still runs
+
+// The next kernel may begin, as far as it does not wait for this one.
+__device__ __forceinline__ void release_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Until the kernels before are over and what they wrote is there.
+__device__ __forceinline__ void await_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 struct Device {
     int number, shared, processors;  // shared: bytes that a block may ask for
@@ -37,18 +52,20 @@ inline cudaError_t find(Device& found) {
 // How a kernel starts: `wide` clusters side by side and `high` rows of them, each block with `threads` and `shared` bytes.
 struct Start {
     cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attribute = {};
+    cudaLaunchAttribute attributes[2] = {};
 
     Start(const Device& on, int64_t wide, int64_t high, int threads, int64_t shared, cudaStream_t stream) {
         config.gridDim = dim3(unsigned(wide * on.ranks()), unsigned(high));
         config.blockDim = dim3(unsigned(threads));
         config.dynamicSmemBytes = size_t(shared);
         config.stream = stream;
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = unsigned(on.ranks()), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-        config.attrs = &attribute, config.numAttrs = on.clusters ? 1 : 0;
+        attributes[0].id = cudaLaunchAttributeClusterDimension;
+        attributes[0].val.clusterDim.x = unsigned(on.ranks()), attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
+        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[1].val.programmaticStreamSerializationAllowed = 1;
+        config.attrs = attributes, config.numAttrs = !on.clusters ? 0 : EARLY ? 2 : 1;
     }
-    Start(const Start&) = delete;  // `config` has the address of `attribute`
+    Start(const Start&) = delete;  // `config` has the address of `attributes`
 };
 
 // Clusters of the kernel that run at once, or blocks where there are no clusters: asked once for each device, kernel and size. A cluster
@@ -64,7 +81,8 @@ cudaError_t at_once(int& found, void (*kernel)(Problem), const Device& on, int t
         cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
         if (failed != cudaSuccess) return failed;
         if (on.clusters) {
-            const Start start(on, 1, 1, threads, shared, nullptr);
+            Start start(on, 1, 1, threads, shared, nullptr);
+            start.config.numAttrs = 1;
             failed = cudaOccupancyMaxActiveClusters(&answer, kernel, &start.config);
         } else {
             failed = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&answer, kernel, threads, size_t(shared));

@@ -184,7 +184,10 @@ BOTH int32_t rounded(float v) {
 // A matrix of 32 x 32 bits, of which a lane has a row, transposed.
 BOTH void transpose(uint32_t (&v)[HELD], int thread) {
 #if defined(__CUDA_ARCH__)
-    UNROLL for (int s = 16; s > 0; s /= 2) {
+    // Halves, then bytes, of the lane's row and of another's.
+    v[0] = __byte_perm(v[0], __shfl_xor_sync(~0u, v[0], 16), thread & 16 ? 0x3276 : 0x5410);
+    v[0] = __byte_perm(v[0], __shfl_xor_sync(~0u, v[0], 8), thread & 8 ? 0x3715 : 0x6240);
+    UNROLL for (int s = 4; s > 0; s /= 2) {
         const uint32_t low = ~0u / ((1u << s) + 1u), kept = thread & s ? ~low : low;
         const uint32_t other = __shfl_xor_sync(~0u, v[0], s);
         v[0] = chosen(v[0], __funnelshift_l(other, other, thread & s ? 32 - s : s), kept);

@@ -233,9 +233,10 @@ BOTH void with_bits(int bits, const Does& does) {
     if (bits == 4) does(Bits<4>());
 }
 
-// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier.
-template <int M, class Each>
-BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Each& each) {
+// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
+// read after it.
+template <int M, class Previous, class Each>
+BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     const auto words = [&](const Part& part, const auto& does) {  // a block's share, as many as are held at a time
         const int own = share(part, at.ranks), begin = at.rank * own, end = int(least(part.length, begin + own));
         const int step = held<M>(a, part.bits);
@@ -245,6 +246,7 @@ BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Each& eac
         words(a.part[0], [&](int first, int count) { fetch_ahead<M>(a, at, a.part[0], first, count, thread); });
         clear<M>(a, shared, thread);
     });
+    previous();
     each([&](int thread) {
         for (int p = 0; p < a.parts; p++) {
             with_bits(a.part[p].bits, [&](auto b) { find_largest<M, decltype(b)::value>(a, at, a.part[p], shared, thread); });

@@ -22,7 +22,7 @@ void product(Lut a, int64_t limit, int ranks) {
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);  // not a number
-                add_parts<M>(a, Place{c, first, r, ranks}, shared[r].data(), all);
+                add_parts<M>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
             }
             for (int r = 0; r < ranks; r++) {
                 const auto of = [&](int other) { return static_cast<void*>(shared[other].data()); };

@@ -110,7 +110,7 @@ constexpr int HELD = 1;  // lanes that a thread is
 constexpr int HELD = 32;
 #endif
 #define EACH_LANE for (int h = 0; h < HELD; h++)
-#define LANE (HELD == 1 ? thread % 32 : h)
+#define LANE (HELD == 1 ? int(uint32_t(thread) % 32u) : h)
 
 template <int N>
 struct alignas(4 * N) Line {
