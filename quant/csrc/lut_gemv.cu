@@ -91,8 +91,8 @@ extern "C" int bitgrid_lut_gemv(
     return launch<4>(a, device, on);
 }
 
-// To `found`, on the host: the clusters that run at once.
-extern "C" int bitgrid_lut_clusters(int64_t found, int64_t) {
+// To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
+extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
     Device device;
     int clusters = 0;
     cudaError_t failed = find(device);

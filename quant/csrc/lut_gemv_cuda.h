@@ -24,9 +24,14 @@ BOTH void fetch_ahead(const Lut& a, const Place& at, const Part& part, int first
     const int thread = anew(given);
     const int steps = (count + STEP - 1) / STEP, all = int(tiles_of(a, at)) * steps, warp = thread / 32;
     const int begin = int(int64_t(all) * warp / WARPS), end = int(int64_t(all) * (warp + 1) / WARPS);
-    for (int i = thread % 32; i < AHEAD * STEP && begin + i / STEP < end; i += 32) {
-        const int unit = begin + i / STEP, word = unit % steps * STEP + i % STEP;
-        if (word < count) fetch(part.words + ((at.cluster * a.group + unit / steps) * part.length + first + word) * ROWS);
+    constexpr int TOGETHER = 32 / STEP;  // steps, of which a lane has a word's rows
+    const uint32_t* words = part.words + (at.cluster * a.group * part.length + first) * ROWS;
+    const int own = thread % STEP;
+    int unit = begin + thread % 32 / STEP, tile = unit / steps, step = unit % steps;
+    NO_UNROLL for (int i = 0; i < AHEAD && unit < end; i += TOGETHER) {
+        if (step * STEP + own < count) fetch(words + uint32_t((tile * int(part.length) + step * STEP + own) * ROWS));
+        unit += TOGETHER, step += TOGETHER;
+        while (step >= steps) step -= steps, tile++;
     }
 }
 
@@ -182,21 +187,24 @@ BOTH void sweep(const Lut& a, const Place& at, const Part& part, int first, int 
 }
 
 // Rows of a group that a block finishes.
-BOTH int64_t finished_by(const Lut& a, int ranks) { return (a.group * ROWS + ranks - 1) / ranks; }
+BOTH int finished_by(const Lut& a, int ranks) { return (int(a.group) * ROWS + ranks - 1) / ranks; }
 
 // What the kept weights of these rows give, in `HELPERS` parts, where digits were; and the sums of groups of digits become one.
 template <int M>
 BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
-    const int64_t all = a.group * ROWS;
-    for (int64_t i = thread; i < M * all; i += THREADS) {
-        int32_t* sum = sums_in(a, shared) + i / all * GROUPS * all + i % all;
-        int64_t v = 0;
-        UNROLL for (int q = GROUPS - 1; q >= 0; q--) v = v * 256 + sum[q * all];
-        sum[0] = int32_t(to_bits(float(v) * unit_of(a, largest_in<M>(a, shared)[i / all])));
+    const int all = int(a.group) * ROWS;
+    UNROLL for (int m = 0; m < M; m++) {
+        const float unit = unit_of(a, largest_in<M>(a, shared)[m]);
+        for (int i = thread; i < all; i += THREADS) {
+            int32_t* sum = sums_in(a, shared) + m * GROUPS * all + i;
+            int64_t v = 0;
+            UNROLL for (int q = GROUPS - 1; q >= 0; q--) v = v * 256 + sum[q * all];
+            sum[0] = int32_t(to_bits(float(v) * unit));
+        }
     }
     if (a.starts == nullptr) return;
-    const int64_t own = finished_by(a, at.ranks);
-    for (int64_t i = thread; i < own * HELPERS; i += THREADS) {
+    const int own = finished_by(a, at.ranks);
+    for (int i = thread; i < own * HELPERS; i += THREADS) {
         const int64_t row = at.cluster * all + at.rank * own + i / HELPERS;
         float v[M] = {};
         if (row < a.rows) {
@@ -211,16 +219,19 @@ BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
 // shared_of(rank): the shared memory of each block of the cluster.
 template <int M, class SharedOf>
 BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
-    const int64_t all = a.group * ROWS, own = finished_by(a, at.ranks), base = at.cluster * all;
-    for (int64_t i = thread; i < own * M; i += THREADS) {
-        const int64_t m = i / own, place = at.rank * own + i % own, row = base + place, to = at.first_row + m;
-        if (place >= all || row >= a.rows || to >= a.given.count) continue;
-        float v = 0.0f;
-        for (int r = 0; r < at.ranks; r++) v += from_bits(uint32_t(sums_in(a, shared_of(r))[m * GROUPS * all + place]));
-        if (a.starts != nullptr) {
-            for (int h = 0; h < HELPERS; h++) v += static_cast<const float*>(shared)[(i % own * HELPERS + h) * M + m];
+    const int all = int(a.group) * ROWS, own = finished_by(a, at.ranks);
+    UNROLL for (int m = 0; m < M; m++) {
+        for (int i = thread; i < own; i += THREADS) {
+            const int place = at.rank * own + i;
+            const int64_t row = at.cluster * all + place, to = at.first_row + m;
+            if (place >= all || row >= a.rows || to >= a.given.count) continue;
+            float v = 0.0f;
+            UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v += from_bits(uint32_t(sums_in(a, shared_of(r))[m * GROUPS * all + place]));
+            if (a.starts != nullptr) {
+                for (int h = 0; h < HELPERS; h++) v += static_cast<const float*>(shared)[(i * HELPERS + h) * M + m];
+            }
+            write(a.out, to * a.rows + row, v, a.given.bfloat16);
         }
-        write(a.out, to * a.rows + row, v, a.given.bfloat16);
     }
 }
 

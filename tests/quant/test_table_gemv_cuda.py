@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
+from quant.kernels.binary_gemv import cuda as binary_cuda
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
@@ -164,6 +165,15 @@ def test_kernel_on_a_gpu(operation: str) -> None:
             check(getattr(torch.ops.bitgrid, operation)(x.cuda(), *operands(there)).cpu(), x, tensor)
         assert torch.equal(backend.values(there).cpu(), packed.values(torch.float32))
         assert torch.equal(backend.values(there, torch.bfloat16).cpu(), packed.values(torch.float32).bfloat16())
+
+
+@GPU
+def test_the_device_says_how_many_clusters_fit() -> None:
+    """Of 8 blocks that have a multiprocessor each, where there are clusters."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    most = torch.cuda.get_device_properties(device).multi_processor_count // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
+    assert 1 <= lut_cuda.clusters(device) <= most
+    assert 1 <= binary_cuda.clusters(device) <= most
 
 
 @GPU
