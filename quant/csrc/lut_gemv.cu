@@ -5,9 +5,9 @@
 // bits) and, with 2 bits, some 100 instructions beside them, with 4 bits 190. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of
 // 8: 273 times that each with 2 bits and 546 with 4, which four schedulers issue in 7 700 and 30 200 cycles, 3.9 and 15.2 us at 1.98 GHz;
 // reading the words takes 7.7 and 15.4 us at 4.35 TB/s. Before that each block makes the digits of 2048 columns: with 2 bits a warp issues
-// some 640 instructions for them, with 4 bits two times 930, while the second-level cache is filled. How long a matrix product of bits takes
-// on a device of capability 9.0 is not documented; were it 8 cycles of a scheduler's, they would take 8 700 and 35 000 cycles. Not measured
-// yet.
+// some 640 instructions for them, with 4 bits two times 930, while the second-level cache is filled. How long a matrix product of bits
+// takes on a device of capability 9.0 is not documented; were it 8 cycles of a scheduler's, they would take 8 700 and 35 000 cycles. Not
+// measured yet.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
