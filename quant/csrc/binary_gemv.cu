@@ -1,8 +1,10 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 170 instructions, with 200 more for each pair of tiles.
-// 8192 x 16384 weights on 132 multiprocessors: 500 times that of each, 27 000 turns of the four schedulers, 14 us at 1.98 GHz; the weight has
-// 67 MB with blocks of 128, 15 us at 4.4 TB/s. Each further row of x adds 12 products and 50 instructions.
+// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 150 instructions, half of
+// them such as half of a scheduler's turns can issue, with 80 more for each pair of tiles and slice of the units. 8192 x 16384 weights on 120
+// multiprocessors, 15 clusters of 8: 546 times that each, a quarter of the pairs' ends, 25 000 turns of the four schedulers, 12.7 us at
+// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions. Not
+// measured yet.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -15,13 +17,14 @@ namespace {
 extern __shared__ __align__(1024) char memory[];
 
 template <int M>
-__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Signs a) {
+__global__ void __launch_bounds__(threads(M), 1) product(const __grid_constant__ Signs a) {
+    release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
 #endif
-    add_units<M>(a, at, memory, [&](const auto& phase) {
+    add_units<M>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
     });
@@ -55,8 +58,12 @@ __global__ void product_of_rows(const __grid_constant__ Signs a) {
 template <int M>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared_bytes(M, a.share, a.group), stream);
+    const int64_t shared = shared_bytes(M, a.share, a.group, a.depth);
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), shared, stream);
 }
+
+// Of any number of rows of x and size: asked for a block that leaves no multiprocessor room for a second.
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, threads(1), device.shared); }
 
 template <class T>
 __global__ void weight(const __grid_constant__ Signs a, T* out) {
@@ -84,9 +91,11 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
                                    int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
     Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
     Device device;
-    const cudaError_t failed = find(device);
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
     if (failed != cudaSuccess) return failed;
-    plan(a, device.at_once(), device.ranks());
+    plan(a, clusters, device.ranks());
     const int m = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, device, on);
@@ -94,6 +103,16 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
     if (m == 4) return launch<4>(a, device, on);
     product_of_rows<<<dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on>>>(a);
     return cudaGetLastError();
+}
+
+// To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
+extern "C" int bitgrid_binary_clusters(int64_t, int64_t found, int64_t) {
+    Device device;
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    *reinterpret_cast<int64_t*>(found) = clusters;
+    return failed;
 }
 
 // The weight [N, K], float32 or bfloat16.

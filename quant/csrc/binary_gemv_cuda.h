@@ -15,17 +15,13 @@
 namespace {
 
 constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128, STEPS = 4;  // rows of a tile and of a matrix; columns; matrices of a unit
-constexpr int SLICES = 4, SLOTS = 4;                             // warps that share a pair of tiles; pairs at a time
-constexpr int THREADS = 32 * SLICES * SLOTS;
+constexpr int SLICES = 4;                                        // warps that share a pair of tiles
 constexpr int MOST_PAIRS = 40;
 constexpr int DIGITS = 4, KINDS = 2;
-
-#if defined(__CUDA_ARCH__)
-constexpr int HELD = 1;  // lanes that a thread is
-#else
-constexpr int HELD = 32;
-#endif
-#define EACH_LANE for (int h = 0; h < HELD; h++)
+constexpr int SLOTS = 8;  // pairs at a time with one row of x, which takes half of the registers
+ANYWHERE constexpr int slots(int rows) { return rows == 1 ? SLOTS : 4; }
+ANYWHERE constexpr int warps(int rows) { return SLICES * slots(rows); }
+ANYWHERE constexpr int threads(int rows) { return 32 * warps(rows); }
 
 struct Signs {
     const uint32_t* words;   // [T, units, 8, 8]
@@ -36,33 +32,40 @@ struct Signs {
     int64_t rows, tiles, units, blocks, block;  // columns of a block: a multiple of a unit
     int64_t group;           // pairs of a cluster
     uint32_t per_block;      // units of a block
+    uint32_t inverse;        // 2^32 / per_block, rounded up
     int64_t share;           // units of a rank
+    int depth;               // units of a warp whose words and values are on their way to shared memory at a time: 2 or 4
 };
+
+constexpr int PLACE = 2 * PAIR * 8;  // numbers of 4 bytes that a pair has in a unit: words, then values
 
 // What a block has in shared memory, for M rows of x.
 template <int M>
 struct Held {
+    uint32_t* places;  // [warps, depth, PLACE]
     uint32_t* digits;  // [units, M, steps, lanes, 2]: a byte each
     int32_t* whole;    // [units, M, 4]: sums of x for each kind, of the lower digits and of the upper
     uint32_t* largest; // [M]
     float* sums;       // [slices, group * 16, M]
 };
 
-ANYWHERE constexpr int64_t shared_bytes(int rows, int64_t share, int64_t group) {
-    return rows * (share * (STEPS * 32 * 8 + 16) + SLICES * group * PAIR * 4 + 16);
+ANYWHERE constexpr int64_t shared_bytes(int rows, int64_t share, int64_t group, int depth) {
+    return int64_t(4) * warps(rows) * depth * PLACE + rows * (share * (STEPS * 32 * 8 + 16) + SLICES * group * PAIR * 4 + 16);
 }
 
 template <int M>
 BOTH Held<M> held_in(const Signs& a, void* shared) {
     Held<M> held;
-    held.digits = static_cast<uint32_t*>(shared);
+    held.places = static_cast<uint32_t*>(shared);
+    held.digits = held.places + warps(M) * a.depth * PLACE;
     held.whole = reinterpret_cast<int32_t*>(held.digits + a.share * M * STEPS * 32 * 2);
     held.sums = reinterpret_cast<float*>(held.whole + a.share * M * 4);
     held.largest = reinterpret_cast<uint32_t*>(held.sums + SLICES * a.group * PAIR * M);
     return held;
 }
 
-BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : unit / a.per_block; }
+// unit / per_block, for fewer than 2^16 units.
+BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : uint32_t(uint64_t(unit) * a.inverse >> 32); }
 BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units, at.rank * a.share); }
 BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
 BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
@@ -70,25 +73,9 @@ BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (
 template <int M>
 BOTH void clear(const Signs& a, void* shared, int thread) {
     const Held<M> held = held_in<M>(a, shared);
-    for (int64_t i = thread; i < a.share * M * 4; i += THREADS) held.whole[i] = 0;
-    for (int64_t i = thread; i < SLICES * a.group * PAIR * M; i += THREADS) held.sums[i] = 0.0f;
+    for (int64_t i = thread; i < a.share * M * 4; i += threads(M)) held.whole[i] = 0;
+    for (int64_t i = thread; i < SLICES * a.group * PAIR * M; i += threads(M)) held.sums[i] = 0.0f;
     if (thread < M) held.largest[thread] = 0;
-}
-
-BOTH void raise(uint32_t* to, uint32_t v) {
-#if defined(__CUDA_ARCH__)
-    atomicMax(to, v);
-#else
-    if (v > *to) *to = v;
-#endif
-}
-
-BOTH void add(int32_t* to, int32_t v) {
-#if defined(__CUDA_ARCH__)
-    atomicAdd(to, v);
-#else
-    *to += v;
-#endif
 }
 
 // Zero beyond the last column.
@@ -101,7 +88,7 @@ template <int M>
 BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
     const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
     uint32_t most[M] = {};
-    for (int64_t i = thread; i < count; i += THREADS) {
+    for (int64_t i = thread; i < count; i += threads(M)) {
         UNROLL for (int m = 0; m < M; m++) {
             const uint32_t bits = to_bits(input(a, at, m, first + i)) & 0x7fffffffu;
             most[m] = bits > most[m] ? bits : most[m];
@@ -132,7 +119,7 @@ template <int M>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
     const Held<M> held = held_in<M>(a, shared);
     const int count = units_of(a, at) * UNIT / 4;
-    for (int i = thread; i < count * M; i += THREADS) {
+    for (int i = thread; i < count * M; i += threads(M)) {
         const int m = i / count, unit = i % count / 32, step = i % 32 / 8, lane = i % 8;
         const uint32_t largest = held.largest[m];
         const float by = exponent(largest) == 255 ? 0.0f : from_bits(uint32_t(283 - exponent(largest)) << 23);
@@ -211,89 +198,73 @@ BOTH void add_lanes(float (&v)[HELD]) {
 #endif
 }
 
-// Where a lane's words and values of a pair begin: lane (g, t) reads two words of row g and of row g + 8, and their values for its kind of
-// column.
+// Where a lane's part of the words and values of a pair begins, which it copies for its warp: half of the lanes have a tile.
 struct Source {
-    const uint32_t* words[2];
-    const float* values[2];
+    const uint32_t *words, *values;
 };
 
 BOTH Source source_of(const Signs& a, int64_t pair, int lane) {
-    Source s;
-    UNROLL for (int i = 0; i < 2; i++) {
-        // The rows of a tile that is not there are not written.
-        const int64_t tile = least(2 * pair + i, a.tiles - 1), g = lane / 4, t = lane % 4;
-        s.words[i] = a.words + tile * a.units * 64 + g * 8 + 2 * t;
-        s.values[i] = a.tables + tile * a.blocks * 64 + g * 8 + t / 2 * 4;
-    }
-    return s;
+    const int64_t tile = least(2 * pair + lane / 16, a.tiles - 1);  // the rows of a tile that is not there are not written
+    const uint32_t* tables = reinterpret_cast<const uint32_t*>(a.tables);
+    return {a.words + tile * a.units * 64 + lane % 16 * 4, tables + tile * a.blocks * 64 + lane % 16 * 4};
 }
 
-struct Read {
-    uint32_t words[4];
-    Four values[2];
-};
-
-BOTH Read read(const Source& from, uint32_t unit, uint32_t block) {
-    Read r;
-    UNROLL for (int i = 0; i < 2; i++) {
-        const uint32_t* words = from.words[i] + unit * 64;
-        const float* values = from.values[i] + block * 64;
-#if defined(__CUDA_ARCH__)
-        asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r.words[2 * i]), "=r"(r.words[2 * i + 1]) : "l"(words));
-        asm volatile("ld.global.nc.L1::no_allocate.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(r.values[i].v[0]), "=f"(r.values[i].v[1]), "=f"(r.values[i].v[2]), "=f"(r.values[i].v[3])
-                     : "l"(values));
-#else
-        r.words[2 * i] = words[0], r.words[2 * i + 1] = words[1];
-        std::memcpy(&r.values[i], values, sizeof(Four));
-#endif
-    }
-    return r;
-}
-
-// A warp's slice of the units for its pairs one after another. On the host the first thread of a warp is all its lanes.
+// A warp's slice of the units for its pairs one after another. Lane (g, t) has two words of row g and of row g + 8, and their values for
+// its kind of column.
 template <int M>
 BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<M> held = held_in<M>(a, shared);
-    const int slice = thread / 32 % SLICES, units = units_of(a, at), pairs = pairs_of(a, at);
+    const int warp = warp_of(thread), slice = warp % SLICES, units = units_of(a, at), pairs = pairs_of(a, at);
+    const int from = int(first_unit(a, at));
     if (slice >= units) return;
-    int pair = thread / (32 * SLICES), unit = slice;
-    const int64_t base = at.cluster * a.group;
-    const uint32_t from = uint32_t(first_unit(a, at));
-    Source source[HELD];
-    Read now[HELD], next[HELD] = {};
-    float total[M][2][HELD] = {};
-    if (pair < pairs) {
-        EACH_LANE source[h] = source_of(a, base + pair, HELD == 1 ? thread % 32 : h);
-        EACH_LANE now[h] = read(source[h], from + unit, block_of(a, from + unit));
-    }
-    while (pair < pairs) {
-        int next_pair = pair, next_unit = unit + SLICES;
-        if (next_unit >= units) next_pair = pair + SLOTS, next_unit = slice;
-        if (next_pair != pair && next_pair < pairs) {
-            EACH_LANE source[h] = source_of(a, base + next_pair, HELD == 1 ? thread % 32 : h);
-            EACH_LANE fetch_pair(a, at, next_pair + SLOTS, slice, HELD == 1 ? thread % 32 : h);
+    int pair = warp / SLICES, unit = slice, next_pair = pair, next_unit = unit;
+    uint32_t* places = held.places + warp * a.depth * PLACE;
+    uint32_t turn = 0, next_turn = 0;
+    Source source[HELD] = {};
+    const auto load = [&]() {
+        if (next_unit == slice) EACH_LANE source[h] = source_of(a, at.cluster * a.group + next_pair, LANE);
+        if (next_pair < pairs) {
+            EACH_LANE {
+                uint32_t* to = places + next_turn * PLACE + LANE * 4;
+                send<4>(to, source[h].words + uint32_t(from + next_unit) * 64);
+                send<4>(to + PLACE / 2, source[h].values + block_of(a, uint32_t(from + next_unit)) * 64);
+            }
         }
-        if (next_pair < pairs) EACH_LANE next[h] = read(source[h], from + next_unit, block_of(a, from + next_unit));
+        sent();
+        next_turn = (next_turn + 1) & uint32_t(a.depth - 1), next_unit += SLICES;
+        if (next_unit >= units) next_unit = slice, next_pair += slots(M);
+    };
+    for (int i = 1; i < a.depth; i++) load();
+    float total[M][2][HELD] = {};
+    NO_UNROLL while (pair < pairs) {
+        if (a.depth == 4) {
+            arrived<2>();
+        } else {
+            arrived<0>();
+        }
+        barrier();  // for what the other lanes copied; and none still reads where the next goes
+        load();
 
         // A lane's values as factors of nothing, bit 0, bit 1 (which stands where it counts twice) and both.
         float factor[2][4][HELD];
         uint32_t bits[STEPS][3][HELD][4];
         EACH_LANE {
+            const uint32_t* place = places + turn * PLACE;
             UNROLL for (int i = 0; i < 2; i++) {
-                const float* v = now[h].values[i].v;
+                const Four four = *reinterpret_cast<const Four*>(place + PLACE / 2 + i * 64 + LANE / 4 * 8 + LANE % 4 / 2 * 4);
+                const float* v = four.v;
                 factor[i][0][h] = v[0], factor[i][1][h] = v[1] - v[0], factor[i][2][h] = 0.5f * (v[2] - v[0]);
                 factor[i][3][h] = (v[3] - v[2]) - (v[1] - v[0]);
-            }
-            UNROLL for (int w = 0; w < 4; w++) {
-                const int to = w / 2 + w % 2 * 2;  // row, then half of the matrix
-                UNROLL for (int s = 0; s < STEPS; s++) {
-                    const uint32_t word = now[h].words[w] >> (s < 2 ? 0 : 4), mask = 0x01010101u << s % 2 * 2;
-                    bits[s][0][h][to] = word & mask;
-                    bits[s][1][h][to] = word & mask << 1;
-                    bits[s][2][h][to] = word & now[h].words[w] >> (s < 2 ? 1 : 5) & mask;
+                const auto two = *reinterpret_cast<const Line<2>*>(place + i * 64 + LANE * 2);
+                UNROLL for (int j = 0; j < 2; j++) {
+                    const uint32_t word = two.v[j], both = word & word >> 1;
+                    UNROLL for (int s = 0; s < STEPS; s++) {
+                        const uint32_t mask = 0x01010101u << s % 2 * 2, by = s < 2 ? 0 : 4;
+                        bits[s][0][h][i + 2 * j] = word >> by & mask;  // row, then half of the matrix
+                        bits[s][1][h][i + 2 * j] = word >> by & mask << 1;
+                        bits[s][2][h][i + 2 * j] = both >> by & mask;
+                    }
                 }
             }
         }
@@ -302,14 +273,14 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
             UNROLL for (int s = 0; s < STEPS; s++) {
                 uint32_t digits[HELD][2];
                 EACH_LANE {
-                    const int lane = HELD == 1 ? thread % 32 : h;
+                    const int lane = LANE;
                     const uint32_t* two = held.digits + ((unit * M + m) * STEPS + s) * 64 + 2 * lane;
                     digits[h][0] = two[0], digits[h][1] = two[1];
                 }
                 UNROLL for (int p = 0; p < 3; p++) multiply(sum[p], bits[s][p], digits);
             }
             EACH_LANE {
-                const int lane = HELD == 1 ? thread % 32 : h;
+                const int lane = LANE;
                 const float whole = float(held.whole[(unit * M + m) * 4 + lane % 4]);
                 UNROLL for (int i = 0; i < 2; i++) {
                     float v = total[m][i][h] + factor[i][0][h] * whole;
@@ -318,23 +289,22 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
                 }
             }
         }
-        if (next_pair != pair) {
-            UNROLL for (int m = 0; m < M; m++) {
-                UNROLL for (int i = 0; i < 2; i++) {
-                    float sum[HELD];
-                    EACH_LANE sum[h] = total[m][i][h] * ((HELD == 1 ? thread : h) % 2 == 0 ? 1.0f : 65536.0f) * unit_of(held.largest[m]);
-                    add_lanes(sum);
-                    EACH_LANE {
-                        const int lane = HELD == 1 ? thread % 32 : h;
-                        const int64_t row = pair * PAIR + i * TILE + lane / 4;
-                        if (lane % 4 == 0) held.sums[(slice * a.group * PAIR + row) * M + m] = sum[h];
-                        total[m][i][h] = 0.0f;
-                    }
+        turn = (turn + 1) & uint32_t(a.depth - 1), unit += SLICES;
+        if (unit < units) continue;
+        UNROLL for (int m = 0; m < M; m++) {
+            UNROLL for (int i = 0; i < 2; i++) {
+                float sum[HELD];
+                EACH_LANE sum[h] = total[m][i][h] * ((HELD == 1 ? thread : h) % 2 == 0 ? 1.0f : 65536.0f) * unit_of(held.largest[m]);
+                add_lanes(sum);
+                EACH_LANE {
+                    const int lane = LANE;
+                    const int64_t row = pair * PAIR + i * TILE + lane / 4;
+                    if (lane % 4 == 0) held.sums[(slice * a.group * PAIR + row) * M + m] = sum[h];
+                    total[m][i][h] = 0.0f;
                 }
             }
         }
-        EACH_LANE now[h] = next[h];
-        pair = next_pair, unit = next_unit;
+        unit = slice, pair += slots(M);
     }
 }
 
@@ -343,14 +313,14 @@ template <int M>
 BOTH void gather(const Signs& a, void* shared, int thread) {
     float* sums = held_in<M>(a, shared).sums;
     const int64_t own = a.group * PAIR * M;
-    for (int64_t i = thread; i < own; i += THREADS) sums[i] = ((sums[i] + sums[own + i]) + sums[2 * own + i]) + sums[3 * own + i];
+    for (int64_t i = thread; i < own; i += threads(M)) sums[i] = ((sums[i] + sums[own + i]) + sums[2 * own + i]) + sums[3 * own + i];
 }
 
 // shared_of(rank): the shared memory of each block of the cluster.
 template <int M, class SharedOf>
 BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int thread) {
     const int64_t all = a.group * PAIR, own = (all + at.ranks - 1) / at.ranks;
-    for (int64_t i = thread; i < own * M; i += THREADS) {
+    for (int64_t i = thread; i < own * M; i += threads(M)) {
         const int64_t place = at.rank * own + i / M, row = at.cluster * all + place, to = at.first_row + i % M;
         if (place >= all || row >= a.rows || to >= a.given.count) continue;
         float v = 0.0f;
@@ -359,13 +329,15 @@ BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int
     }
 }
 
-// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier.
-template <int M, class Each>
-BOTH void add_units(const Signs& a, const Place& at, void* shared, const Each& each) {
+// `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
+// read after it.
+template <int M, class Previous, class Each>
+BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     each([&](int thread) {
-        for (int i = 0; i < 2; i++) fetch_pair(a, at, thread / (32 * SLICES) + i * SLOTS, thread / 32 % SLICES, thread % 32);
+        for (int i = 0; i < 16 / slots(M); i++) fetch_pair(a, at, thread / (32 * SLICES) + i * slots(M), thread / 32 % SLICES, thread % 32);
         clear<M>(a, shared, thread);
     });
+    previous();
     each([&](int thread) { find_largest<M>(a, at, shared, thread); });
     each([&](int thread) { take_digits<M>(a, at, shared, thread); });
     each([&](int thread) { sweep<M>(a, at, shared, thread); });
@@ -377,12 +349,13 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     const int64_t pairs = (a.tiles + 1) / 2, waves = (pairs + at_once * MOST_PAIRS - 1) / (at_once * MOST_PAIRS);
     a.group = (pairs + at_once * waves - 1) / (at_once * waves);
     a.share = (a.units + ranks - 1) / ranks;
+    a.depth = ranks > 1 ? 4 : 2;  // a block that stands alone needs shared memory for all units
 }
 
 // Rows of x at a time; 0 if not even one fits.
 inline int rows_at_a_time(const Signs& a, int64_t limit) {
     int rows = a.given.count > 2 ? 4 : int(a.given.count);
-    while (rows > 0 && shared_bytes(rows, a.share, a.group) > limit) rows /= 2;
+    while (rows > 0 && shared_bytes(rows, a.share, a.group, a.depth) > limit) rows /= 2;
     return rows;
 }
 
@@ -391,7 +364,7 @@ inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t*
     Signs a = {};
     a.words = words, a.tables = tables, a.salient = salient, a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
-    a.per_block = uint32_t(block / UNIT);
+    a.per_block = uint32_t(block / UNIT), a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
     return a;
 }
 

@@ -13,16 +13,16 @@ namespace {
 
 template <int M>
 void product(const Signs& a, int ranks) {
-    const int64_t bytes = shared_bytes(M, a.share, a.group), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
+    const int64_t bytes = shared_bytes(M, a.share, a.group, a.depth), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
     for (int64_t first = 0; first < a.given.count; first += M) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto all = [](const auto& phase) {
-                for (int t = 0; t < THREADS; t++) phase(t);
+                for (int t = 0; t < threads(M); t++) phase(t);
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);
-                add_units<M>(a, Place{c, first, r, ranks}, shared[r].data(), all);
+                add_units<M>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
             }
             const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
             for (int r = 0; r < ranks; r++) all([&](int t) { finish<M>(a, Place{c, first, r, ranks}, of, t); });

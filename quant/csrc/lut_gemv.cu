@@ -1,9 +1,13 @@
 // A few rows of x [M, K] times a weight [N, K] with a table of values for each column, transposed: out [M, N], in one launch.
 // Phases and layouts: lut_gemv_cuda.h.
 //
-// What bounds it. A warp's lookup takes one turn of shared memory and stands for 64 weights of 2 bits or 32 of 4; loading a word takes an
-// eighth of a turn more. 8192 x 16384 weights on 132 multiprocessors: 17 900 turns with 2 bits, 35 800 with 4; 9.0 and 18.1 us at 1.98 GHz
-// if no turn is lost. Beside a turn stand 3.6 instructions of the 4 that could be issued. Further rows of x cost as many turns each.
+// What bounds it, with one row of x. 32 rows of eight words take 8 matrix products for each form of a word (2, 2, 3 and 4 forms with 1 to 4
+// bits) and, with 2 bits, some 100 instructions beside them, with 4 bits 190. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of
+// 8: 273 times that each with 2 bits and 546 with 4, which four schedulers issue in 7 700 and 30 200 cycles, 3.9 and 15.2 us at 1.98 GHz;
+// reading the words takes 7.7 and 15.4 us at 4.35 TB/s. Before that each block makes the digits of 2048 columns: with 2 bits a warp issues
+// some 640 instructions for them, with 4 bits two times 930, while the second-level cache is filled. How long a matrix product of bits
+// takes on a device of capability 9.0 is not documented; were it 8 cycles of a scheduler's, they would take 8 700 and 35 000 cycles. Not
+// measured yet.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -17,12 +21,13 @@ extern __shared__ __align__(1024) char memory[];
 
 template <int M>
 __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
+    release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
 #endif
-    add_parts<M>(a, at, memory, [&](const auto& phase) {
+    add_parts<M>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
     });
@@ -37,11 +42,12 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
 
 template <int M>
 cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
-    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS;
-    a.tables = (device.shared - sums) / 1024 * 1024;
-    const int64_t wide = (a.tiles + a.group - 1) / a.group;
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, a.tables + sums, stream);
+    const int64_t shared = divide(a, M, device.shared), wide = (a.tiles + a.group - 1) / a.group;
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared, stream);
 }
+
+// Of any number of rows of x: a multiprocessor takes one block, which has all its shared memory.
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, THREADS, device.shared); }
 
 template <class T>
 __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
@@ -74,14 +80,26 @@ extern "C" int bitgrid_lut_gemv(
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
                    rows, k, rows_of_x, bfloat16 != 0);
     Device device;
-    const cudaError_t failed = find(device);
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
     if (failed != cudaSuccess) return failed;
-    a.group = group_of(a.tiles, device.at_once());
+    a.group = group_of(a.tiles, clusters);
     const int m = rows_at_a_time(rows_of_x, a.group, device.shared);
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (m == 1) return launch<1>(a, device, on);
     if (m == 2) return launch<2>(a, device, on);
     return launch<4>(a, device, on);
+}
+
+// To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
+extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
+    Device device;
+    int clusters = 0;
+    cudaError_t failed = find(device);
+    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    *reinterpret_cast<int64_t*>(found) = clusters;
+    return failed;
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.

@@ -13,9 +13,8 @@ namespace {
 
 template <int M>
 void product(Lut a, int64_t limit, int ranks) {
-    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS, clusters = (a.tiles + a.group - 1) / a.group;
-    a.tables = (limit - sums) / 1024 * 1024;
-    std::vector<std::vector<Four>> shared(ranks, std::vector<Four>((a.tables + sums) / 16 + 1));
+    const int64_t bytes = divide(a, M, limit), clusters = (a.tiles + a.group - 1) / a.group;
+    std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
     for (int64_t first = 0; first < a.given.count; first += M) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto all = [](const auto& phase) {
@@ -23,7 +22,7 @@ void product(Lut a, int64_t limit, int ranks) {
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);  // not a number
-                add_parts<M>(a, Place{c, first, r, ranks}, shared[r].data(), all);
+                add_parts<M>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
             }
             for (int r = 0; r < ranks; r++) {
                 const auto of = [&](int other) { return static_cast<void*>(shared[other].data()); };

@@ -12,11 +12,13 @@
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) PRAGMA(unroll n)
+#define NO_UNROLL _Pragma("unroll 1")
 #else
 #define BOTH inline
 #define ANYWHERE
 #define UNROLL
 #define UNROLL_BY(n)
+#define NO_UNROLL
 #endif
 
 namespace {
@@ -36,10 +38,6 @@ struct Place {
 };
 
 BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Clusters of `size` blocks, of which a multiprocessor takes one, that run at once. A cluster lies in one of the GPU's parts, which need not
-// have whole clusters of multiprocessors: those of an H200, 132, take 15 clusters of 8 and not 16, the last of which ran alone after them.
-inline int64_t clusters_at_once(int64_t processors, int64_t size) { return processors / size > 1 ? processors / size - 1 : 1; }
 
 BOTH float from_bits(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
@@ -102,6 +100,86 @@ BOTH uint32_t stream(const uint32_t* from) {
 BOTH void fetch(const void* from) {
 #if defined(__CUDA_ARCH__)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+// What a warp does together: on the host the first thread of a warp is all its lanes.
+#if defined(__CUDA_ARCH__)
+constexpr int HELD = 1;  // lanes that a thread is
+#else
+constexpr int HELD = 32;
+#endif
+#define EACH_LANE for (int h = 0; h < HELD; h++)
+#define LANE (HELD == 1 ? int(uint32_t(thread) % 32u) : h)
+
+template <int N>
+struct alignas(4 * N) Line {
+    uint32_t v[N];
+};
+
+// The number of a thread's warp, so that the compiler knows it to be one for all of its lanes.
+BOTH int warp_of(int thread) {
+#if defined(__CUDA_ARCH__)
+    return __shfl_sync(~0u, thread / 32, 0);
+#else
+    return thread / 32;
+#endif
+}
+
+// The same, of which the compiler keeps nothing that was made of it before: for want of registers.
+BOTH int anew(int thread) {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" : "+r"(thread));
+#endif
+    return thread;
+}
+
+BOTH void barrier() {
+#if defined(__CUDA_ARCH__)
+    __syncwarp();
+#endif
+}
+
+BOTH void raise(uint32_t* to, uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    v = __reduce_max_sync(~0u, v);
+    if (threadIdx.x % 32 == 0) atomicMax(to, v);
+#else
+    if (v > *to) *to = v;
+#endif
+}
+
+BOTH void add(int32_t* to, int32_t v) {
+#if defined(__CUDA_ARCH__)
+    atomicAdd(to, v);
+#else
+    *to += v;
+#endif
+}
+
+// Starts to copy to shared memory; `arrived`: all but those of the last LEFT calls of `sent`.
+template <int N>
+BOTH void send(uint32_t* to, const uint32_t* from) {
+    static_assert(N == 2 || N == 4, "8 or 16 bytes");
+#if defined(__CUDA_ARCH__)
+    const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
+    if constexpr (N == 2) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
+    if constexpr (N == 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+#else
+    std::memcpy(to, from, 4 * N);
+#endif
+}
+
+BOTH void sent() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int LEFT>
+BOTH void arrived() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 #endif
 }
 

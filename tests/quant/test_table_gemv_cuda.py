@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
+from quant.kernels.binary_gemv import cuda as binary_cuda
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
 from quant.kernels.row_lut_gemv import cuda as row_cuda
+from quant.tensors.codebook import CodebookTensor
 from tests.quant.products_affine import inputs
 from tests.quant.products_tables import PREPARE, cases, check, codebook, row_codebook, signs
 
@@ -101,20 +103,35 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
     assert torch.equal(got, on_the_host(operation, x, packed, clusters=300))
 
 
-@pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
-def test_inputs_of_very_different_sizes_and_none() -> None:
-    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
-    tensor = signs(19, 1024, 128)
-    packed = binary_gemv.prepare(tensor)
-    x = inputs(4, 1024)
-    x[0, ::7] *= 4000
-    x[1], x[2, 500:] = 0, 0
-    x[3] *= 2.0**-100
-    check(on_the_host("binary_gemv", x, packed), x, tensor)
-    x[2, 3] = torch.inf
-    got = on_the_host("binary_gemv", x, packed)
-    assert got[2].isnan().all()
-    assert not got[[0, 1, 3]].isnan().any()
+@pytest.mark.parametrize("operation", CLUSTERS)
+def test_inputs_of_very_different_sizes_and_none(operation: str) -> None:
+    """Of 27 to 31 bits of the largest of a share of columns each product keeps what float32 would, as far as the sum is concerned."""
+    for tensor in (signs(19, 1024, 128),) if operation == "binary_gemv" else (codebook(19, 1024, (2,)), codebook(19, 1024, (1, 4))):
+        packed = PREPARE[operation](tensor)
+        x = inputs(4, 1024)
+        x[0, ::7] *= 4000
+        x[1], x[2, 500:] = 0, 0
+        x[3] *= 2.0**-100
+        check(on_the_host(operation, x, packed), x, tensor)
+        x[2, 3] = torch.inf
+        got = on_the_host(operation, x, packed)
+        assert got[2].isnan().all()
+        assert not got[[0, 1, 3]].isnan().any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.skipif("lut_gemv" not in HOST, reason="there is no C++ compiler")
+def test_whole_numbers_come_out_exactly(bits: int) -> None:
+    """Each code of each column counts as it should: sums of whole numbers below 2^24 have no roundings to hide an error in."""
+    n, k = 2**bits * 5, 700
+    g = torch.Generator().manual_seed(bits)
+    tables = torch.randint(-9, 10, (k, 2**bits), generator=g).half()
+    codes = (torch.arange(n)[:, None] * torch.randint(1, 99, (k,), generator=g) + torch.randint(99, (k,), generator=g)) % 2**bits
+    tensor = CodebookTensor(codes.to(torch.uint8), torch.full((k,), bits), tables, 2.0)
+    x = torch.randint(-31, 32, (3, k), generator=g).float()
+    want = x.double() @ tensor.dequantize().double().T
+    assert torch.equal(on_the_host("lut_gemv", x, lut_gemv.prepare(tensor)).double(), want)
+    assert torch.equal(on_the_host("lut_gemv", x[:1], lut_gemv.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
 
 
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling for two GPUs takes a minute")
@@ -148,6 +165,15 @@ def test_kernel_on_a_gpu(operation: str) -> None:
             check(getattr(torch.ops.bitgrid, operation)(x.cuda(), *operands(there)).cpu(), x, tensor)
         assert torch.equal(backend.values(there).cpu(), packed.values(torch.float32))
         assert torch.equal(backend.values(there, torch.bfloat16).cpu(), packed.values(torch.float32).bfloat16())
+
+
+@GPU
+def test_the_device_says_how_many_clusters_fit() -> None:
+    """Of 8 blocks that have a multiprocessor each, where there are clusters."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    most = torch.cuda.get_device_properties(device).multi_processor_count // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
+    assert 1 <= lut_cuda.clusters(device) <= most
+    assert 1 <= binary_cuda.clusters(device) <= most
 
 
 @GPU

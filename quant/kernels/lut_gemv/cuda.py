@@ -1,4 +1,9 @@
-"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`), one launch a call; a row of out does not depend on how many there are."""
+"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`), one launch a call; a row of out does not depend on how many there are.
+
+x times value is rounded to 31 - b bits of the largest in an eighth of the columns, where b is the widest code's bits, and sums are taken
+in whole numbers: each product is off by 2^(b - 31) of the largest at most. A row of x whose product with some value is not finite gives one
+of NaN.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from quant.kernels import on_cuda
 from quant.kernels.lut_gemv import MOST_BITS, Packed, prepare
 from quant.kernels.products import written_to
 
-__all__ = ["lut_gemv", "prepare", "unavailable", "values"]
+__all__ = ["clusters", "lut_gemv", "prepare", "unavailable", "values"]
 
 unavailable = partial(on_cuda.unavailable, "lut_gemv")
 
@@ -27,13 +32,20 @@ def arguments(packed: Packed) -> tuple[list[Tensor | int], list[Tensor | int]]:
 
 
 def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
-    """`[M, N]` in the type of x; products are added up in float32."""
+    """`[M, N]` in the type of x; sums of eighths of the columns are added up in float32."""
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     parts, kept = arguments(packed)
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
     counts = (len(packed.parts), *packed.shape, x.shape[0], int(x.dtype is torch.bfloat16))
     on_cuda.call("lut_gemv", "bitgrid_lut_gemv", *parts, *kept, given, scale, made, *counts)
     return made
+
+
+def clusters(device: torch.device) -> int:
+    """How many clusters of 8 blocks run at once, by the device's own word; blocks, where it has no clusters (capability below 9.0)."""
+    found = torch.zeros(1, dtype=torch.int64)
+    on_cuda.call("lut_gemv", "bitgrid_lut_clusters", torch.empty(0, device=device), found.data_ptr())
+    return int(found)
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
