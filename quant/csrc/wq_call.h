@@ -38,9 +38,11 @@ struct Call {
     int half_ranges;      // 1: float16 scale and zero; 0: float32 scale and offset
     int half_x;           // 1: x and out are bfloat16; 0: float32
     int parts, together;  // columns that a row of x takes, rows of x that a block takes
-    uint32_t reciprocal;  // of the slices of a group, times 2^32, rounded up; 0 where that is one
+    int group_bytes;      // ranges of a group of a tile
+    uint32_t reciprocal;  // of twice the slices of a group, times 2^32, rounded up
     int depth;            // stages of a warp's ring
     int slot, apart;      // bytes: a stage; what a warp has of shared memory
+    int given_at;         // where a stage has x
 
     BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
     BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile
@@ -48,7 +50,7 @@ struct Call {
     BOTH int given_bytes() const { return together * (half_x ? 2 : 4) * COLUMNS + (input_scale != nullptr ? 4 * COLUMNS : 0); }
     // Below 2^16 slices the product is exact enough.
     BOTH int group_of(int slice) const {
-        const int found = reciprocal == 0 ? slice : int((uint64_t(uint32_t(slice)) * reciprocal) >> 32);
+        const int found = int((uint64_t(uint32_t(2 * slice)) * reciprocal) >> 32);
         return found < groups ? found : groups - 1;
     }
 };
@@ -65,8 +67,8 @@ inline Call described(int64_t words, int64_t ranges, int64_t x, int64_t input_sc
     c.half_ranges = int(half_ranges), c.half_x = int(half_x);
     c.parts = half_x && input_scale == 0 ? 1 : 3;
     c.together = c.count < MOST / c.parts ? c.count : MOST / c.parts;
-    const int wide = c.columns / 32 / c.groups;
-    c.reciprocal = wide == 1 ? 0u : uint32_t(((uint64_t(1) << 32) + wide - 1) / wide);
+    const int twice = 2 * (c.columns / 32 / c.groups);
+    c.reciprocal = uint32_t(((uint64_t(1) << 32) + twice - 1) / twice), c.group_bytes = 16 * c.pieces();
     return c;
 }
 
@@ -91,7 +93,7 @@ static_assert(fits_anywhere(2) && fits_anywhere(3) && fits_anywhere(4) && fits_a
 // Divides shared memory among warps: returns the bytes of all; rings are as deep as fits `most`.
 inline int arranged(Call& c, int bits, int r, int flushes, int most) {
     const int made = made_bytes(c.parts, c.together);
-    c.slot = stage_bytes(bits, r, flushes, c.pieces(), c.given_bytes());
+    c.given_at = stage_bytes(bits, r, flushes, c.pieces(), 0), c.slot = c.given_at + c.given_bytes();
     const int depths[] = {deep(bits, r), middle(bits, r), 2};
     for (const int depth : depths) {
         c.depth = depth, c.apart = depth * c.slot + made;

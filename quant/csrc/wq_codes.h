@@ -72,21 +72,22 @@ BOTH uint32_t pair(const uint32_t* w) {
     }
 }
 
-// Scale and offset of the two rows of a lane.
+// Scale and offset of the two rows of a lane, of float16 scale and zero, and of float32.
 template <class P>
-BOTH void load_ranges(float* scale, float* offset, const uint8_t* from, int g, int half_ranges) {
-    if (half_ranges) {
-        uint32_t v[2];
-        P::load8(v, from + 8 * g);
-        UNROLLED for (int i = 0; i < 2; i++) {
-            scale[i] = P::half(v[i] & 0xffffu);
-            offset[i] = -(P::half(v[i] >> 16) * scale[i]);
-        }
-    } else {
-        uint32_t v[4];
-        P::load16(v, from + 16 * g);
-        UNROLLED for (int i = 0; i < 2; i++) scale[i] = float_of(v[2 * i]), offset[i] = float_of(v[2 * i + 1]);
+BOTH void half_ranges(float* scale, float* offset, const uint8_t* from) {
+    uint32_t v[2];
+    P::load8(v, from);
+    UNROLLED for (int i = 0; i < 2; i++) {
+        scale[i] = P::half(v[i] & 0xffffu);
+        offset[i] = -(P::half(v[i] >> 16) * scale[i]);
     }
+}
+
+template <class P>
+BOTH void ranges_of(float* scale, float* offset, const uint8_t* from) {
+    uint32_t v[4];
+    P::load16(v, from);
+    UNROLLED for (int i = 0; i < 2; i++) scale[i] = float_of(v[2 * i]), offset[i] = float_of(v[2 * i + 1]);
 }
 
 template <class P, int BITS>
@@ -105,9 +106,12 @@ template <class P, int BITS, int KIND, int Q>
 BOTH void write_slice(const Call& call, const uint32_t* w, int t, int step, int lane) {
     const int column = step * COLUMNS + 32 * Q;
     if (column >= call.columns) return;
-    const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + Q);
+    const uint8_t* ranges = call.ranges + (int64_t(t) * call.groups + call.group_of(step * SLICES + Q)) * call.group_bytes;
     float scale[2], offset[2];
-    load_ranges<P>(scale, offset, call.ranges + group * call.pieces() * 16, lane / 4, call.half_ranges);
+    if (call.half_ranges)
+        half_ranges<P>(scale, offset, ranges + lane / 4 * 8);
+    else
+        ranges_of<P>(scale, offset, ranges + lane / 4 * 16);
     const uint32_t pairs[8] = {pair<P, BITS, 8 * Q>(w),     pair<P, BITS, 8 * Q + 2>(w), pair<P, BITS, 8 * Q + 4>(w), pair<P, BITS, 8 * Q + 6>(w),
                                pair<P, BITS, 8 * Q + 1>(w), pair<P, BITS, 8 * Q + 3>(w), pair<P, BITS, 8 * Q + 5>(w), pair<P, BITS, 8 * Q + 7>(w)};
     UNROLLED for (int i = 0; i < 2; i++) {

@@ -23,18 +23,26 @@
 
 namespace fragments {
 
+// Tiles that are multiplied at once, and sums of each that do not wait for each other: one where operands have codes at one place, or are
+// codes themselves.
+BOTH constexpr int tiles_at_once(int r) { return r == 1 ? 1 : 2; }
+BOTH constexpr int chains_of(int bits, int parts) { return bits == 4 || parts != 1 ? 1 : 2; }
+
 template <int BITS, int R>
 struct State {
-    uint32_t w[2 * BITS];  // a step's codes of a tile
-    uint32_t b[SLICES][4];  // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
-    uint32_t a[4];          // a product's other operand
-    float d[2][4];          // two products' sums: neither waits for the other
-    float t[2][4];          // the same of x alone: times 1 (two columns), and times -128
-    float sums[R][4];       // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
-    const uint8_t *codes, *ranges, *x;  // what the lane copies: of the first tile's next step; of its tile's first group; of x
-    int even, odd;                      // where the lane's column of x is: slices of even and odd number
-    float scale[2], offset[2];          // of the rows g and g + 8
-    float total[2], base[2];            // of two columns: sums of x, and what 128 adds, negative
+    static constexpr int AT_ONCE = tiles_at_once(R);
+    uint32_t w[AT_ONCE][2 * BITS];  // a step's codes
+    uint32_t b[SLICES][4];          // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
+    uint32_t a[4], ones[4];         // products' other operands
+    float d[AT_ONCE][2][4];         // sums of products
+    float t[2][4];                  // the same of x alone: times 1 (two columns), and times -128
+    float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
+    const uint8_t *codes[R], *ranges, *x;  // what the lane copies, of step 0: of the tiles; of its tile's first group; of x
+    int x_to, x_steps;                     // where it copies x to, of a stage; steps that have its x
+    int even, odd;                         // where the lane's column of x is: slices of even and odd number
+    int g;                                 // where ranges of rows g and g + 8 are
+    float scale[AT_ONCE][2], offset[AT_ONCE][2];  // of the rows g and g + 8
+    float total[2], base[2];                      // of two columns: sums of x, and what 128 adds, negative
 };
 
 struct Operands {
@@ -50,6 +58,9 @@ BOTH constexpr int turned(int row, int chunk) { return row * 256 + (chunk ^ (row
 template <class P, int BITS, int R, int FLUSHES, int PARTS>
 struct Warp {
     static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R), MIDDLE = middle(BITS, R), CODES = code_bytes(BITS);
+    static constexpr int AT_ONCE = tiles_at_once(R), CHAINS = chains_of(BITS, PARTS);
+    static constexpr bool TWICE = BITS == 8 && PARTS == 1;  // codes are a sum of two operands
+    static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
     using S = State<BITS, R>;
     template <class T>
     using Of = typename P::template Of<T>;
@@ -58,71 +69,63 @@ struct Warp {
     uint8_t* ring;
     int now, before;  // stages to use next, and used last: that one is free; bytes from `ring`
     int warp, first, ahead, row, rows;  // first: tile; ahead: the step to fetch next; row, rows: of x
-    int64_t codes_apart[R];             // bytes from the first tile's; a tile that there is not is the last one again
     Of<S> state;
 
     BOTH Warp(const Call& c, uint8_t* memory, int w, int tile, int row_of_x)
         : call(c), ring(memory + w * c.apart), now(0), before((c.depth - 1) * c.slot), warp(w), first(tile), ahead(w), row(row_of_x) {
-        UNROLLED for (int r = 0; r < R; r++)
-            codes_apart[r] = int64_t(tile + r < c.tiles ? r : c.tiles - 1 - tile) * c.steps * CODES;
         rows = c.count - row < c.together ? c.count - row : c.together;
     }
 
-    BOTH int ranges_bytes() const { return R * FLUSHES * 16 * call.pieces(); }
+    // A tile that there is not is the last one again.
+    BOTH int64_t tile(int r) const { return first + r < call.tiles ? first + r : call.tiles - 1; }
 
     // Codes and ranges of the next step.
     BOTH void fetch(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            UNROLLED for (int r = 0; r < R; r++) {
-                const uint8_t* from = s.codes + codes_apart[r];
-                uint8_t* own = to + r * CODES + 16 * lane;
-                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, from + 512 * l);
-                if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, from + 512 - 8 * lane);
-            }
-            s.codes += WARPS * CODES;
+            const S& s = P::at(state, lane);
             const int pieces = call.pieces(), flush = lane / pieces % FLUSHES;
-            const int64_t group = int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * (16 * pieces);
+            const uint8_t* from = s.ranges + int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * call.group_bytes;
+            UNROLLED for (int r = 0; r < R; r++) {
+                const uint8_t* words = s.codes[r] + int64_t(ahead) * CODES;
+                uint8_t* own = to + r * CODES + 16 * lane;
+                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, words + 512 * l);
+                if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, words + 512 - 8 * lane);
+            }
             UNROLLED for (int u = 0; u < (R * FLUSHES * 8 + LANES - 1) / LANES; u++)
-                if (lane + u * LANES < R * FLUSHES * pieces) {
-                    // A second turn is another tile: only where one tile's ranges take all lanes.
-                    const int64_t apart = u == 0 || first + u >= call.tiles ? 0 : int64_t(u) * call.groups * pieces * 16;
-                    p.fetch16(to + R * CODES + (lane + u * LANES) * 16, s.ranges + (group + apart));
-                }
+                if (lane + u * LANES < R * FLUSHES * pieces)
+                    // A second turn is the second tile: only where one tile's ranges take all lanes.
+                    p.fetch16(to + R * CODES + (lane + u * LANES) * 16, from + (u == 0 ? 0 : (tile(1) - first) * call.groups * call.group_bytes));
         });
     }
 
-    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, and where it goes.
+    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps.
     struct Piece {
         const uint8_t* from;
-        int apart, to, column;  // apart: bytes from a step to the next; column: the first, of a step
+        int apart, to, steps;  // apart: bytes from a step to the next
         bool there;
     };
+    BOTH bool two_rows() const { return PARTS == 1 || call.half_x; }  // in a piece
     BOTH int pieces_of_x() const {
-        if (PARTS == 1) return (rows + 1) / 2;
-        return (call.half_x ? (rows + 1) / 2 : rows) + (call.input_scale != nullptr);
+        return (two_rows() ? (rows + 1) / 2 : rows) + (PARTS != 1 && call.input_scale != nullptr ? 1 : 0);
     }
     BOTH Piece piece(int i, int lane) {
         const S& s = P::at(state, lane);
-        if (PARTS == 1 || call.half_x) {
-            const int m = 2 * i + lane / 16, chunk = lane % 16;
-            if (PARTS == 1 || 2 * i < rows)
-                return {s.x + int64_t(i) * 4 * call.columns, 2 * COLUMNS, PARTS == 1 ? turned(m, chunk) : m * 256 + chunk * 16, chunk * 8, m < rows};
-        } else if (i < rows) {
-            return {s.x + int64_t(i) * 4 * call.columns, 4 * COLUMNS, i * 512 + lane * 16, lane * 4, true};
-        }
-        const uint8_t* scale = reinterpret_cast<const uint8_t*>(call.input_scale);
-        return {scale + lane * 16, 4 * COLUMNS, call.given_bytes() - 512 + lane * 16, lane * 4, true};
+        const uint8_t* from = s.x + int64_t(i) * 4 * call.columns;
+        if (PARTS == 1 || (call.half_x && 2 * i < rows)) return {from, 2 * COLUMNS, s.x_to + i * 512, s.x_steps, 2 * i + lane / 16 < rows};
+        if (!call.half_x && i < rows) return {from, 4 * COLUMNS, lane * 16 + i * 512, s.x_steps, true};
+        from = reinterpret_cast<const uint8_t*>(call.input_scale) + lane * 16;
+        return {from, 4 * COLUMNS, call.given_bytes() - 512 + lane * 16, steps_with(lane * 4), true};
     }
+    // Steps that have a column number `column`.
+    BOTH int steps_with(int column) const { return (call.columns - column + COLUMNS - 1) / COLUMNS; }
 
     // x of the step that is fetched next.
     BOTH void fetch_x(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
             UNROLLED for (int i = 0; i < MOST / 2; i++) {
-                if (i >= pieces_of_x()) break;
+                if (i > 0 && i >= pieces_of_x()) break;
                 const Piece x = piece(i, lane);
-                const bool inside = ahead * COLUMNS + x.column < call.columns;
-                if (x.there) p.fetch16_or_zeros(to + x.to, x.from + int64_t(ahead) * x.apart, inside);
+                if (x.there) p.fetch16_or_zeros(to + x.to, x.from + int64_t(ahead) * x.apart, ahead < x.steps);
             }
         });
     }
@@ -131,10 +134,12 @@ struct Warp {
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            const int pieces = call.pieces(), r = lane / (pieces * FLUSHES), tile = first + r < call.tiles ? first + r : call.tiles - 1;
-            s.codes = call.words + (int64_t(first) * call.steps + warp) * CODES + 16 * lane;
-            s.ranges = call.ranges + (int64_t(tile) * call.groups * pieces + lane % pieces) * 16;
+            const int pieces = call.pieces();
+            UNROLLED for (int r = 0; r < R; r++) s.codes[r] = call.words + tile(r) * call.steps * CODES + 16 * lane;
+            s.ranges = call.ranges + tile(lane / (pieces * FLUSHES)) * call.groups * call.group_bytes + lane % pieces * 16;
+            s.g = lane / 4 * (call.half_ranges ? 8 : 16);
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
+            s.ones[0] = s.ones[2] = ONES, s.ones[1] = s.ones[3] = PARTS == 1 ? MINUS_BASE : 0u;
         });
         UNROLLED for (int i = 0; i < DEEP - 1; i++) {
             if (i >= call.depth - 1) break;
@@ -148,24 +153,26 @@ struct Warp {
     BOTH void begin(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            const int apart = PARTS == 1 || call.half_x ? 2 : 4;
-            s.x = call.x + int64_t(row) * call.columns * apart + (apart == 2 ? int64_t(lane / 16) * call.columns * 2 + lane % 16 * 16 : lane * 16);
-            const int last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last, aside = column % 2 * 64;
-            s.even = column * 256 + lane % 4 * 16 + aside, s.odd = s.even - 2 * aside;
+            const int m = lane / 16, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
+            s.x_to = PARTS == 1 ? turned(m, chunk) : lane * 16;
+            s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
+            s.even = call.given_at + column * 256 + lane % 4 * 16 + column % 2 * 64;
+            if (PARTS != 1) s.even -= call.given_at;
+            s.odd = s.even - column % 2 * 128;
         });
-        uint8_t* to = ring + R * CODES + ranges_bytes();
         for (int i = 0; i < pieces_of_x(); i++)
             p.lanes([&](int lane) {
                 const Piece x = piece(i, lane);
+                uint8_t* to = ring + call.given_at + x.to;
                 uint32_t kept[DEEP - 1][4];
                 UNROLLED for (int u = 0; u < DEEP - 1; u++) {
                     const int step = warp + u * WARPS;
                     UNROLLED for (int j = 0; j < 4; j++) kept[u][j] = 0;
-                    if (x.there && u < call.depth - 1 && step * COLUMNS + x.column < call.columns)
-                        P::read16(kept[u], x.from + int64_t(step) * x.apart);
+                    if (x.there && u < call.depth - 1 && step < x.steps) P::read16(kept[u], x.from + int64_t(step) * x.apart);
                 }
                 UNROLLED for (int u = 0; u < DEEP - 1; u++)
-                    if (x.there && u < call.depth - 1) P::store16(to + u * call.slot + x.to, kept[u]);
+                    if (x.there && u < call.depth - 1) P::store16(to + u * call.slot, kept[u]);
             });
     }
 
@@ -209,104 +216,103 @@ struct Warp {
         p.together();
     }
 
-    // Sums of x over what shares a scale, and what the 128 of operands add.
-    template <int Q>
-    BOTH void totals(P& p) {
-        constexpr float FACTOR = PARTS == 1 ? 1.f / (1 << place_of(BITS, 1)) : 1.f;
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            s.a[0] = s.a[2] = ONES, s.a[1] = s.a[3] = PARTS == 1 ? MINUS_BASE : 0u;
-            UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.t[h][i] = 0.f;
-        });
-        UNROLLED for (int q = Q; q < Q + EVERY; q++) UNROLLED for (int h = 0; h < 2; h++)
-            P::multiply(state, [q, h](S& s) { return Operands{s.t[BITS == 8 && PARTS == 1 ? 0 : h], s.a, s.b[q] + 2 * h}; });
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            UNROLLED for (int i = 0; i < 2; i++) {
-                const float* one = s.t[0] + i;
-                // Of 8 bits, both products are of all columns.
-                s.total[i] = BITS == 8 && PARTS == 1 ? one[0] : one[0] + s.t[1][i];
-                s.base[i] = BITS == 8 && PARTS == 1 ? one[2] + one[2] : P::fma(s.t[1][2 + i], FACTOR, one[2]);
-            }
-        });
-    }
-
-    template <int Q, int H>
+    // A product of 16 columns: pairs 4 H to 4 H + 3 of a slice, and half H of x.
+    template <int Q, int H, int T>
     BOTH void multiply(P& p) {
         constexpr int I = 8 * Q + 4 * H;
-        constexpr bool two = BITS == 8 && PARTS == 1;
-        if constexpr (two) {
+        if constexpr (TWICE) {
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                s.a[0] = eight<P, I, 0>(s.w), s.a[1] = eight<P, I + 1, 0>(s.w), s.a[2] = eight<P, I + 2, 0>(s.w), s.a[3] = eight<P, I + 3, 0>(s.w);
+                const uint32_t* w = s.w[T];
+                s.a[0] = eight<P, I, 0>(w), s.a[1] = eight<P, I + 1, 0>(w), s.a[2] = eight<P, I + 2, 0>(w), s.a[3] = eight<P, I + 3, 0>(w);
             });
-            P::multiply(state, [](S& s) { return Operands{s.d[0], s.a, s.b[Q] + 2 * H}; });
+            P::multiply(state, [](S& s) { return Operands{s.d[T][0], s.a, s.b[Q] + 2 * H}; });
         }
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            if constexpr (two)
-                s.a[0] = eight<P, I, 1>(s.w), s.a[1] = eight<P, I + 1, 1>(s.w), s.a[2] = eight<P, I + 2, 1>(s.w), s.a[3] = eight<P, I + 3, 1>(s.w);
+            const uint32_t* w = s.w[T];
+            if constexpr (TWICE)
+                s.a[0] = eight<P, I, 1>(w), s.a[1] = eight<P, I + 1, 1>(w), s.a[2] = eight<P, I + 2, 1>(w), s.a[3] = eight<P, I + 3, 1>(w);
             else if constexpr (PARTS == 1)
-                s.a[0] = held<P, BITS, I>(s.w), s.a[1] = held<P, BITS, I + 1>(s.w), s.a[2] = held<P, BITS, I + 2>(s.w), s.a[3] = held<P, BITS, I + 3>(s.w);
+                s.a[0] = held<P, BITS, I>(w), s.a[1] = held<P, BITS, I + 1>(w), s.a[2] = held<P, BITS, I + 2>(w), s.a[3] = held<P, BITS, I + 3>(w);
             else
-                s.a[0] = pair<P, BITS, I>(s.w), s.a[1] = pair<P, BITS, I + 1>(s.w), s.a[2] = pair<P, BITS, I + 2>(s.w), s.a[3] = pair<P, BITS, I + 3>(s.w);
+                s.a[0] = pair<P, BITS, I>(w), s.a[1] = pair<P, BITS, I + 1>(w), s.a[2] = pair<P, BITS, I + 2>(w), s.a[3] = pair<P, BITS, I + 3>(w);
         });
-        P::multiply(state, [](S& s) { return Operands{s.d[two ? 1 : H], s.a, s.b[Q] + 2 * H}; });
+        P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? 1 : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
     }
 
-    template <int Q>
-    BOTH void slices(P& p) {
-        multiply<Q, 0>(p);
-        multiply<Q, 1>(p);
-        if constexpr ((Q + 1) % EVERY != 0) slices<Q + 1>(p);
+    // Of all tiles that are multiplied at once, from slice `Q` to the last that shares its scale; with the first of them, x alone.
+    template <int Q, int H, bool FIRST>
+    BOTH void products(P& p) {
+        if constexpr (FIRST) P::multiply(state, [](S& s) { return Operands{s.t[TWICE ? 0 : H % CHAINS], s.ones, s.b[Q] + 2 * H}; });
+        multiply<Q, H, 0>(p);
+        if constexpr (AT_ONCE == 2) multiply<Q, H, 1>(p);
+        if constexpr (H == 0) products<Q, 1, FIRST>(p);
+        if constexpr (H == 1 && (Q + 1) % EVERY != 0) products<Q + 1, 0, FIRST>(p);
     }
 
-    // What shares a scale, of all tiles.
-    template <int Q>
-    BOTH void run(P& p, const uint8_t* stage) {
-        constexpr float FACTOR = PARTS == 1 ? 1.f / (1 << place_of(BITS, 1)) : 1.f;
-        totals<Q>(p);
-        UNROLLED for (int r = 0; r < R; r++) {
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                load_codes<P, BITS>(s.w, stage + r * CODES, lane);
-                load_ranges<P>(s.scale, s.offset, stage + R * CODES + (r * FLUSHES + Q / EVERY) * 16 * call.pieces(), lane / 4, call.half_ranges);
-                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[h][i] = 0.f;
-            });
-            slices<Q>(p);
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                UNROLLED for (int i = 0; i < 4; i++) {
-                    const float rest = P::fma(s.offset[i / 2], s.total[i % 2], s.sums[r][i]);
-                    float sum = P::fma(s.d[1][i], FACTOR, s.d[0][i]);
-                    if (PARTS == 1) sum += s.base[i % 2];
-                    s.sums[r][i] = P::fma(s.scale[i / 2], sum, rest);
-                }
-            });
+    // Column `c` of two: of x alone; and of tile `r`, multiplied as number `t`.
+    BOTH static void total(S& s, int c) {
+        s.total[c] = CHAINS == 1 || TWICE ? s.t[0][c] : s.t[0][c] + s.t[1][c];
+        // Of 8 bits, both products are of all columns.
+        s.base[c] = TWICE ? s.t[0][2 + c] + s.t[0][2 + c] : CHAINS == 1 ? s.t[0][2 + c] : P::fma(s.t[1][2 + c], FACTOR, s.t[0][2 + c]);
+    }
+    BOTH static void flush(S& s, int c, int r, int t) {
+        UNROLLED for (int i = c; i < 4; i += 2) {
+            const float rest = P::fma(s.offset[t][i / 2], s.total[c], s.sums[r][i]);
+            float sum = CHAINS == 1 ? s.d[t][0][i] : P::fma(s.d[t][1][i], FACTOR, s.d[t][0][i]);
+            if (PARTS == 1) sum += s.base[c];
+            s.sums[r][i] = P::fma(s.scale[t][i / 2], sum, rest);
         }
+    }
+
+    // What shares a scale, of the tiles from number `FROM` on.
+    template <int Q, int FROM>
+    BOTH void run(P& p, const uint8_t* stage) {
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            const uint8_t* ranges = stage + R * CODES + s.g;
+            UNROLLED for (int t = 0; t < AT_ONCE; t++) {
+                load_codes<P, BITS>(s.w[t], stage + (FROM + t) * CODES, lane);
+                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[t][h][i] = s.t[h][i] = 0.f;
+            }
+            if (call.half_ranges)
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) half_ranges<P>(s.scale[t], s.offset[t], ranges + ((FROM + t) * FLUSHES + Q / EVERY) * 64);
+            else
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) ranges_of<P>(s.scale[t], s.offset[t], ranges + ((FROM + t) * FLUSHES + Q / EVERY) * 128);
+        });
+        products<Q, 0, FROM == 0>(p);
+        // One row of bfloat16 is in all columns, of which the first counts.
+        UNROLLED for (int c = 0; c < 2; c++)
+            if (c == 0 || rows * PARTS > 1)
+                p.lanes([&](int lane) {
+                    S& s = P::at(state, lane);
+                    if (FROM == 0) total(s, c);
+                    UNROLLED for (int t = 0; t < AT_ONCE; t++) flush(s, c, FROM + t, t);
+                });
+        if constexpr (FROM + AT_ONCE < R) run<Q, FROM + AT_ONCE>(p, stage);
     }
 
     BOTH void over(P& p) {
-        const int x = R * CODES + ranges_bytes();
         for (int step = warp; step < call.steps; step += WARPS) {
             arrived(p);
-            if (ahead < call.steps) fetch(p, ring + before), fetch_x(p, ring + before + x);
+            if (ahead < call.steps) fetch(p, ring + before), fetch_x(p, ring + before + call.given_at);
             ahead += WARPS;
             p.commit();
-            const uint8_t *stage = ring + now, *from = stage + x;
+            const uint8_t *stage = ring + now, *x = stage;
             if constexpr (PARTS != 1) {
                 uint8_t* made = ring + call.depth * call.slot;
-                split(p, from, made, step);
-                from = made;
+                split(p, stage + call.given_at, made, step);
+                x = made;
             }
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], from + (q % 2 ? s.odd : s.even) + 64 * q);
+                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + (q % 2 ? s.odd : s.even) + 64 * q);
             });
-            run<0>(p, stage);
-            if constexpr (FLUSHES == 4) run<1>(p, stage);
-            if constexpr (FLUSHES != 1) run<2>(p, stage);
-            if constexpr (FLUSHES == 4) run<3>(p, stage);
+            run<0, 0>(p, stage);
+            if constexpr (FLUSHES == 4) run<1, 0>(p, stage);
+            if constexpr (FLUSHES != 1) run<2, 0>(p, stage);
+            if constexpr (FLUSHES == 4) run<3, 0>(p, stage);
             before = now, now += call.slot;
             if (now == call.depth * call.slot) now = 0;
         }
