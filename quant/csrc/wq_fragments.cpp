@@ -61,11 +61,13 @@ struct Lanes32 {
         memset(to, 0xff, bytes);
         open.push_back({to, from, bytes});
     }
-    void fetch16(uint8_t* to, const uint8_t* from) { fetch(to, from, 16); }
+    void fetch16(uint8_t* to, const uint8_t* from, bool there) {
+        if (there) fetch(to, from, 16);
+    }
     void fetch8(uint8_t* to, const uint8_t* from) { fetch(to, from, 8); }
-    void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there) {
-        static const uint8_t zeros[16] alignas(16) = {};
-        fetch(to, there ? from : zeros, 16);
+    void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
+        alignas(16) static const uint8_t zeros[16] = {};
+        if (there) fetch(to, inside ? from : zeros, 16);
     }
     void commit() { pending.push_back(std::move(open)), open.clear(); }
     template <int LEFT>
@@ -75,6 +77,10 @@ struct Lanes32 {
     }
 
     void together() {}
+    template <class T>
+    static T kept(T v) {
+        return v;
+    }
 
     static void load(uint32_t* to, const uint8_t* from, int bytes) {
         if (reinterpret_cast<uintptr_t>(from) % bytes) std::abort();

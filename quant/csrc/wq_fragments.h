@@ -37,7 +37,8 @@ struct State {
     float d[AT_ONCE][2][4];         // sums of products
     float t[2][4];                  // the same of x alone: times 1 (two columns), and times -128
     float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
-    const uint8_t *codes[R], *ranges, *x;  // what the lane copies, of step 0: of the tiles; of its tile's first group; of x
+    const uint8_t *codes[R], *ranges, *x;  // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
+    int ranges_here;                       // whether it copies ranges
     int x_to, x_steps;                     // where it copies x to, of a stage; steps that have its x
     int even, odd;                         // where the lane's column of x is: slices of even and odd number
     int g;                                 // where ranges of rows g and g + 8 are
@@ -83,18 +84,18 @@ struct Warp {
     BOTH void fetch(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
             const S& s = P::at(state, lane);
-            const int pieces = call.pieces(), flush = lane / pieces % FLUSHES;
+            const int flush = FLUSHES == 1 ? 0 : lane / call.pieces() % FLUSHES;
             const uint8_t* from = s.ranges + int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * call.group_bytes;
+            uint8_t* own = to + 16 * lane;
             UNROLLED for (int r = 0; r < R; r++) {
                 const uint8_t* words = s.codes[r] + int64_t(ahead) * CODES;
-                uint8_t* own = to + r * CODES + 16 * lane;
-                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, words + 512 * l);
+                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + r * CODES + 512 * l, words + 512 * l, true);
                 if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, words + 512 - 8 * lane);
             }
-            UNROLLED for (int u = 0; u < (R * FLUSHES * 8 + LANES - 1) / LANES; u++)
-                if (lane + u * LANES < R * FLUSHES * pieces)
-                    // A second turn is the second tile: only where one tile's ranges take all lanes.
-                    p.fetch16(to + R * CODES + (lane + u * LANES) * 16, from + (u == 0 ? 0 : (tile(1) - first) * call.groups * call.group_bytes));
+            p.fetch16(own + R * CODES, from, s.ranges_here);
+            // A second turn is the second tile: only where one tile's ranges take all lanes.
+            if constexpr (R * FLUSHES * 8 > LANES)
+                p.fetch16(own + R * CODES + 512, from + (tile(1) - first) * call.groups * call.group_bytes, R * FLUSHES * call.pieces() > LANES);
         });
     }
 
@@ -125,7 +126,7 @@ struct Warp {
             UNROLLED for (int i = 0; i < MOST / 2; i++) {
                 if (i > 0 && i >= pieces_of_x()) break;
                 const Piece x = piece(i, lane);
-                if (x.there) p.fetch16_or_zeros(to + x.to, x.from + int64_t(ahead) * x.apart, ahead < x.steps);
+                p.fetch16_or_zeros(to + x.to, x.from + int64_t(ahead) * x.apart, x.there, ahead < x.steps);
             }
         });
     }
@@ -135,11 +136,19 @@ struct Warp {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
             const int pieces = call.pieces();
-            UNROLLED for (int r = 0; r < R; r++) s.codes[r] = call.words + tile(r) * call.steps * CODES + 16 * lane;
-            s.ranges = call.ranges + tile(lane / (pieces * FLUSHES)) * call.groups * call.group_bytes + lane % pieces * 16;
+            UNROLLED for (int r = 0; r < R; r++)
+                s.codes[r] = P::kept(call.words + tile(r) * call.steps * CODES + 16 * lane);
+            s.ranges = P::kept(call.ranges + tile(lane / (pieces * FLUSHES)) * call.groups * call.group_bytes + lane % pieces * 16);
+            s.ranges_here = lane < R * FLUSHES * pieces;
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
+            const int m = lane / 16, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            s.x = P::kept(call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16));
+            s.x_to = PARTS == 1 ? turned(m, chunk) : lane * 16;
+            s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
+            s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
+            s.odd = s.even - column % 2 * 128;
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
-            s.ones[0] = s.ones[2] = ONES, s.ones[1] = s.ones[3] = PARTS == 1 ? MINUS_BASE : 0u;
+            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? MINUS_BASE : 0u);
         });
         UNROLLED for (int i = 0; i < DEEP - 1; i++) {
             if (i >= call.depth - 1) break;
@@ -151,28 +160,20 @@ struct Warp {
 
     // x of the stages that are in the ring, by way of registers: copies would be counted after codes that may come later.
     BOTH void begin(P& p) {
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            const int m = lane / 16, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
-            s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
-            s.x_to = PARTS == 1 ? turned(m, chunk) : lane * 16;
-            s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
-            s.even = call.given_at + column * 256 + lane % 4 * 16 + column % 2 * 64;
-            if (PARTS != 1) s.even -= call.given_at;
-            s.odd = s.even - column % 2 * 128;
-        });
         for (int i = 0; i < pieces_of_x(); i++)
             p.lanes([&](int lane) {
                 const Piece x = piece(i, lane);
+                const int all = x.there ? call.depth - 1 : 0, apart = PARTS == 1 ? 2 * COLUMNS : x.apart;
+                const int mine = (x.steps - warp + WARPS - 1) / WARPS, some = mine < all ? mine : all;
+                const uint8_t* from = P::kept(x.from + int64_t(warp) * apart);
                 uint8_t* to = ring + call.given_at + x.to;
                 uint32_t kept[DEEP - 1][4];
                 UNROLLED for (int u = 0; u < DEEP - 1; u++) {
-                    const int step = warp + u * WARPS;
                     UNROLLED for (int j = 0; j < 4; j++) kept[u][j] = 0;
-                    if (x.there && u < call.depth - 1 && step < x.steps) P::read16(kept[u], x.from + int64_t(step) * x.apart);
+                    if (u < some) P::read16(kept[u], from + u * WARPS * apart);
                 }
                 UNROLLED for (int u = 0; u < DEEP - 1; u++)
-                    if (x.there && u < call.depth - 1) P::store16(to + u * call.slot, kept[u]);
+                    if (u < all) P::store16(to + u * call.slot, kept[u]);
             });
     }
 

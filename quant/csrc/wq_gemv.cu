@@ -28,14 +28,19 @@ struct Lane {
     }
 
     static __device__ __forceinline__ uint32_t shared(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
-    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
+    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from, bool there) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared(to)), "l"(from),
+                     "r"(int(there))
+                     : "memory");
     }
     __device__ __forceinline__ void fetch8(uint8_t* to, const uint8_t* from) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared(to)), "l"(from) : "memory");
     }
-    __device__ __forceinline__ void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+    // Zeros where `inside` is false.
+    __device__ __forceinline__ void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared(to)), "l"(from),
+                     "r"(inside ? 16 : 0), "r"(int(there))
+                     : "memory");
     }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
@@ -67,6 +72,13 @@ struct Lane {
     static __device__ __forceinline__ void store8(uint8_t* to, const uint32_t* v) { *reinterpret_cast<uint2*>(to) = make_uint2(v[0], v[1]); }
     static __device__ __forceinline__ void store16(uint8_t* to, const uint32_t* v) {
         *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+
+    // The same, in a register of its own: the compiler would reckon it anew at each use.
+    static __device__ __forceinline__ uint32_t kept(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+    static __device__ __forceinline__ const uint8_t* kept(const uint8_t* v) {
+        asm volatile("" : "+l"(v));
+        return v;
     }
 
     static __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
