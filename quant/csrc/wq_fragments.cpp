@@ -77,10 +77,8 @@ struct Lanes32 {
     }
 
     void together() {}
-    template <class T>
-    static T kept(T v) {
-        return v;
-    }
+    static uint32_t kept(uint32_t v, int) { return v; }
+    static const uint8_t* kept(const uint8_t* v) { return v; }
 
     static void load(uint32_t* to, const uint8_t* from, int bytes) {
         if (reinterpret_cast<uintptr_t>(from) % bytes) std::abort();

@@ -148,7 +148,7 @@ struct Warp {
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
-            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? MINUS_BASE : 0u);
+            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? MINUS_BASE : 0u, i / 2);
         });
         UNROLLED for (int i = 0; i < DEEP - 1; i++) {
             if (i >= call.depth - 1) break;

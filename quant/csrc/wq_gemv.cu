@@ -74,8 +74,8 @@ struct Lane {
         *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
     }
 
-    // The same, in a register of its own: the compiler would reckon it anew at each use.
-    static __device__ __forceinline__ uint32_t kept(uint32_t v) { return __shfl_sync(0xffffffffu, v, 0); }
+    // The same in registers of their own: the compiler would reckon them anew at each use. That threadIdx.y and z are 0 it does not know.
+    static __device__ __forceinline__ uint32_t kept(uint32_t v, int number) { return v ^ (number == 0 ? threadIdx.y : threadIdx.z); }
     static __device__ __forceinline__ const uint8_t* kept(const uint8_t* v) {
         asm volatile("" : "+l"(v));
         return v;
