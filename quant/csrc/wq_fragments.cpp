@@ -79,6 +79,7 @@ struct Lanes32 {
     void together() {}
     static uint32_t kept(uint32_t v, int) { return v; }
     static const uint8_t* kept(const uint8_t* v) { return v; }
+    static const uint8_t* along(const uint8_t* from, int number, int apart) { return from + int64_t(number) * apart; }
 
     static void load(uint32_t* to, const uint8_t* from, int bytes) {
         if (reinterpret_cast<uintptr_t>(from) % bytes) std::abort();

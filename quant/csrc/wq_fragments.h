@@ -38,8 +38,8 @@ struct State {
     float t[2][4];                  // the same of x alone: times 1 (two columns), and times -128
     float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
     const uint8_t *codes[R], *ranges, *x;  // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
-    int ranges_here;                       // whether it copies ranges
-    int x_to, x_steps;                     // where it copies x to, of a stage; steps that have its x
+    int ranges_here, ranges_apart, ranges_to;  // whether it copies ranges; bytes from a group to the next; to where in a stage
+    int ranges_steps, x_to, x_steps;           // steps that have what it copies so; where it copies x to, and steps that have it
     int even, odd;                         // where the lane's column of x is: slices of even and odd number
     int g;                                 // where ranges of rows g and g + 8 are
     float scale[AT_ONCE][2], offset[AT_ONCE][2];  // of the rows g and g + 8
@@ -60,6 +60,8 @@ template <class P, int BITS, int R, int FLUSHES, int PARTS>
 struct Warp {
     static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R), MIDDLE = middle(BITS, R), CODES = code_bytes(BITS);
     static constexpr int AT_ONCE = tiles_at_once(R), CHAINS = chains_of(BITS, PARTS);
+    // Lanes below 16 copy ranges, some of them twice, and the others the first row of x with the same instruction.
+    static constexpr bool MERGED = PARTS == 1 && R * FLUSHES <= 2;
     static constexpr bool TWICE = BITS == 8 && PARTS == 1;  // codes are a sum of two operands
     static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
     using S = State<BITS, R>;
@@ -80,26 +82,32 @@ struct Warp {
     // A tile that there is not is the last one again.
     BOTH int64_t tile(int r) const { return first + r < call.tiles ? first + r : call.tiles - 1; }
 
-    // Codes and ranges of the next step.
+    // Codes and ranges of the next step; with `X`, also the first piece of x where that goes along.
+    template <bool X>
     BOTH void fetch(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
             const S& s = P::at(state, lane);
-            const int flush = FLUSHES == 1 ? 0 : lane / call.pieces() % FLUSHES;
-            const uint8_t* from = s.ranges + int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * call.group_bytes;
+            const int flush = FLUSHES == 1 ? 0 : lane / call.pieces() % FLUSHES, group = call.group_of(ahead * SLICES + flush * EVERY);
+            const bool of_x = MERGED && lane >= 16;
+            const uint8_t* from = P::along(s.ranges, of_x ? ahead : group, MERGED ? s.ranges_apart : call.group_bytes);
             uint8_t* own = to + 16 * lane;
             UNROLLED for (int r = 0; r < R; r++) {
                 const uint8_t* words = s.codes[r] + int64_t(ahead) * CODES;
                 UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + r * CODES + 512 * l, words + 512 * l, true);
                 if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, words + 512 - 8 * lane);
             }
-            p.fetch16(own + R * CODES, from, s.ranges_here);
+            if constexpr (MERGED)
+                p.fetch16_or_zeros(to + s.ranges_to, from, X || !of_x, ahead < s.ranges_steps);
+            else
+                p.fetch16(own + R * CODES, from, s.ranges_here);
             // A second turn is the second tile: only where one tile's ranges take all lanes.
             if constexpr (R * FLUSHES * 8 > LANES)
                 p.fetch16(own + R * CODES + 512, from + (tile(1) - first) * call.groups * call.group_bytes, R * FLUSHES * call.pieces() > LANES);
         });
     }
 
-    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps.
+    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps. A piece
+    // is a row of float32, or two of bfloat16: none and row 0, rows 1 and 2, ...
     struct Piece {
         const uint8_t* from;
         int apart, to, steps;  // apart: bytes from a step to the next
@@ -107,13 +115,14 @@ struct Warp {
     };
     BOTH bool two_rows() const { return PARTS == 1 || call.half_x; }  // in a piece
     BOTH int pieces_of_x() const {
-        return (two_rows() ? (rows + 1) / 2 : rows) + (PARTS != 1 && call.input_scale != nullptr ? 1 : 0);
+        return (two_rows() ? rows / 2 + 1 : rows) + (PARTS != 1 && call.input_scale != nullptr ? 1 : 0);
     }
     BOTH Piece piece(int i, int lane) {
         const S& s = P::at(state, lane);
         const uint8_t* from = s.x + int64_t(i) * 4 * call.columns;
-        if (PARTS == 1 || (call.half_x && 2 * i < rows)) return {from, 2 * COLUMNS, s.x_to + i * 512, s.x_steps, 2 * i + lane / 16 < rows};
-        if (!call.half_x && i < rows) return {from, 4 * COLUMNS, lane * 16 + i * 512, s.x_steps, true};
+        const int m = 2 * i - 1 + lane / 16;
+        if (PARTS == 1 || (call.half_x && 2 * i <= rows)) return {from, 2 * COLUMNS, s.x_to + i * 512, s.x_steps, m >= 0 && m < rows};
+        if (!call.half_x && i < rows) return {from, 4 * COLUMNS, s.x_to + i * 512, s.x_steps, true};
         from = reinterpret_cast<const uint8_t*>(call.input_scale) + lane * 16;
         return {from, 4 * COLUMNS, call.given_bytes() - 512 + lane * 16, steps_with(lane * 4), true};
     }
@@ -123,10 +132,10 @@ struct Warp {
     // x of the step that is fetched next.
     BOTH void fetch_x(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
-            UNROLLED for (int i = 0; i < MOST / 2; i++) {
+            UNROLLED for (int i = MERGED ? 1 : 0; i <= MOST / 2; i++) {
                 if (i > 0 && i >= pieces_of_x()) break;
                 const Piece x = piece(i, lane);
-                p.fetch16_or_zeros(to + x.to, x.from + int64_t(ahead) * x.apart, x.there, ahead < x.steps);
+                p.fetch16_or_zeros(to + x.to, P::along(x.from, ahead, x.apart), x.there, ahead < x.steps);
             }
         });
     }
@@ -135,16 +144,19 @@ struct Warp {
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            const int pieces = call.pieces();
+            const int pieces = call.pieces(), part = MERGED ? lane % (R * FLUSHES * pieces) : lane;
             UNROLLED for (int r = 0; r < R; r++)
                 s.codes[r] = P::kept(call.words + tile(r) * call.steps * CODES + 16 * lane);
-            s.ranges = P::kept(call.ranges + tile(lane / (pieces * FLUSHES)) * call.groups * call.group_bytes + lane % pieces * 16);
+            s.ranges = call.ranges + tile(part / (pieces * FLUSHES)) * call.groups * call.group_bytes + part % pieces * 16;
             s.ranges_here = lane < R * FLUSHES * pieces;
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
-            const int m = lane / 16, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            const int m = lane / 16 - 1, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
             s.x = P::kept(call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16));
-            s.x_to = PARTS == 1 ? turned(m, chunk) : lane * 16;
+            s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
             s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
+            s.ranges_apart = call.group_bytes, s.ranges_to = R * CODES + part * 16, s.ranges_steps = call.steps;
+            if (MERGED && lane >= 16) s.ranges = s.x, s.ranges_apart = 2 * COLUMNS, s.ranges_to = call.given_at + s.x_to, s.ranges_steps = s.x_steps;
+            s.ranges = P::kept(s.ranges);
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
@@ -152,7 +164,7 @@ struct Warp {
         });
         UNROLLED for (int i = 0; i < DEEP - 1; i++) {
             if (i >= call.depth - 1) break;
-            if (ahead < call.steps) fetch(p, ring + i * call.slot);
+            if (ahead < call.steps) fetch<false>(p, ring + i * call.slot);
             ahead += WARPS;
             p.commit();
         }
@@ -297,7 +309,7 @@ struct Warp {
     BOTH void over(P& p) {
         for (int step = warp; step < call.steps; step += WARPS) {
             arrived(p);
-            if (ahead < call.steps) fetch(p, ring + before), fetch_x(p, ring + before + call.given_at);
+            if (ahead < call.steps) fetch<true>(p, ring + before), fetch_x(p, ring + before + call.given_at);
             ahead += WARPS;
             p.commit();
             const uint8_t *stage = ring + now, *x = stage;
