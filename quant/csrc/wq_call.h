@@ -23,10 +23,16 @@ BOTH constexpr int code_bytes(int bits) { return 256 * bits; }  // of a step
 // Stages of a warp's ring, of R tiles: with all but one on their way, 4 to 8 kB of codes; where much x leaves no room for them, 2 to 4 kB;
 // where even that does not fit, 2 stages.
 BOTH constexpr int deep(int bits, int r) {
-    return bits == 2 ? (r == 1 ? 8 : r == 2 ? 6 : 4) : bits == 3 ? (r == 1 ? 8 : r == 2 ? 5 : 3) : bits == 4 ? (r == 1 ? 7 : r == 2 ? 4 : 3) : r == 1 ? 4 : 3;
+    return bits == 2   ? (r == 1 ? 8 : r == 2 ? 6 : 4)
+           : bits == 3 ? (r == 1 ? 8 : r == 2 ? 5 : 3)
+           : bits == 4 ? (r == 1 ? 7 : r == 2 ? 4 : 3)
+                       : (r == 1 ? 4 : 3);
 }
 BOTH constexpr int middle(int bits, int r) {
-    return bits == 2 ? (r == 1 ? 5 : r == 2 ? 4 : 3) : bits == 3 ? (r == 1 ? 5 : r == 2 ? 3 : 2) : bits == 4 ? (r == 1 ? 4 : r == 2 ? 3 : 2) : r == 1 ? 3 : 2;
+    return bits == 2   ? (r == 1 ? 5 : r == 2 ? 4 : 3)
+           : bits == 3 ? (r == 1 ? 5 : r == 2 ? 3 : 2)
+           : bits == 4 ? (r == 1 ? 4 : r == 2 ? 3 : 2)
+                       : (r == 1 ? 3 : 2);
 }
 
 struct Call {
@@ -79,7 +85,9 @@ inline int flushes_of(const Call& c) {
 }
 
 // Bytes of a stage, and of what a warp has besides: three columns for a row of x that is no column itself.
-BOTH constexpr int stage_bytes(int bits, int r, int flushes, int pieces, int given) { return r * code_bytes(bits) + r * flushes * pieces * 16 + given; }
+BOTH constexpr int stage_bytes(int bits, int r, int flushes, int pieces, int given) {
+    return r * (code_bytes(bits) + flushes * pieces * 16) + given;
+}
 BOTH constexpr int made_bytes(int parts, int together) { return parts == 1 ? 0 : parts * together * 2 * COLUMNS; }
 
 // The least that `arranged` asks for with one tile a block, of float32 ranges and as much x as a block takes: what any device from 8.0 on

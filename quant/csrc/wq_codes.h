@@ -1,5 +1,5 @@
-// Codes as lanes of a warp find them in words (layout: quant/kernels/wq_gemv/fragments.py), what they become as operands of tensor cores, and
-// the weight that they stand for. P, the policy: wq_fragments.h.
+// Codes as lanes of a warp find them in words (layout: quant/kernels/wq_gemv/fragments.py), what they become as operands of tensor cores,
+// and the weight that they stand for. P, the policy: wq_fragments.h.
 
 #pragma once
 
@@ -112,8 +112,9 @@ BOTH void write_slice(const Call& call, const uint32_t* w, int t, int step, int 
         half_ranges<P>(scale, offset, ranges + lane / 4 * 8);
     else
         ranges_of<P>(scale, offset, ranges + lane / 4 * 16);
-    const uint32_t pairs[8] = {pair<P, BITS, 8 * Q>(w),     pair<P, BITS, 8 * Q + 2>(w), pair<P, BITS, 8 * Q + 4>(w), pair<P, BITS, 8 * Q + 6>(w),
-                               pair<P, BITS, 8 * Q + 1>(w), pair<P, BITS, 8 * Q + 3>(w), pair<P, BITS, 8 * Q + 5>(w), pair<P, BITS, 8 * Q + 7>(w)};
+    constexpr int I = 8 * Q;
+    const uint32_t pairs[8] = {pair<P, BITS, I>(w),     pair<P, BITS, I + 2>(w), pair<P, BITS, I + 4>(w), pair<P, BITS, I + 6>(w),
+                               pair<P, BITS, I + 1>(w), pair<P, BITS, I + 3>(w), pair<P, BITS, I + 5>(w), pair<P, BITS, I + 7>(w)};
     UNROLLED for (int i = 0; i < 2; i++) {
         const int n = t * ROWS + lane / 4 + 8 * i;
         float v[8];

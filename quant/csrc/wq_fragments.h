@@ -1,18 +1,18 @@
 // A few rows of x times a weight of 2, 3, 4 or 8 bits on tensor cores: what a warp does, for the GPU and, lane by lane, for the host.
 //
-// Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16, operands in bfloat16) with up
-// to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose sum it is
+// Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16, operands in bfloat16) with
+// up to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose sum it is
 // exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
 //
-// Where x is bfloat16, operands are codes as they are masked out of their words: a code under the exponent of 128 is 128 + code · 2^AT, exact.
-// What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and -128 in place of codes, and is taken off a
-// group's sum: with codes of 0 nothing is left. Where x is three columns, that would cost about as many bits as 128 has more than a code,
-// and codes are made exact first.
+// Where x is bfloat16, operands are codes as they are masked out of their words: under the exponent of 128, a code is 128 + code · 2^AT,
+// exactly. What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and -128 in place of codes, and is
+// taken off a group's sum: of codes of 0 nothing is left. A sum of 16 products is cut off at about 2^-23 of its size, so that this may cost
+// as many bits as 128 has more than codes do: none that bfloat16 keeps, but where x is three columns codes come first, and 128 not at all.
 //
-// The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... A stage of a warp's ring in shared memory is a step:
-// codes and ranges of R tiles, and x. It is copied well ahead of its use, so that what is in flight does not depend on registers, and warps
-// do not wait for each other before the end. A row of x comes out the same bit for bit whatever stands beside it: a column of the product
-// never meets another one, and sums are taken in one order.
+// The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... A stage of a warp's ring in shared memory is a
+// step: codes and ranges of R tiles, and x. It is copied well ahead of its use, so that what is in flight does not depend on registers, and
+// warps do not wait for each other before the end. A row of x comes out the same bit for bit whatever stands beside it: a column of the
+// product never meets another one, and sums are taken in one order.
 //
 // P, the policy, is one lane of a warp (device) or 32 lanes in turn (host): `Of<T>` is what a lane has, or 32 of them; `lanes(f)` calls
 // f(lane) for those that there are; `at(v, lane)` is the lane's own.
@@ -23,21 +23,21 @@
 
 namespace fragments {
 
-// Tiles that are multiplied at once, and sums of each that do not wait for each other: one where operands have codes at one place, or are
-// codes themselves.
-BOTH constexpr int tiles_at_once(int r) { return r == 1 ? 1 : 2; }
+// Tiles that are multiplied at once (two of 8 bits would take too many registers), and sums of each that do not wait for each other: one
+// where operands have codes at one place, or are codes themselves.
+BOTH constexpr int tiles_at_once(int bits, int r) { return r == 1 || bits == 8 ? 1 : 2; }
 BOTH constexpr int chains_of(int bits, int parts) { return bits == 4 || parts != 1 ? 1 : 2; }
 
 template <int BITS, int R>
 struct State {
-    static constexpr int AT_ONCE = tiles_at_once(R);
+    static constexpr int AT_ONCE = tiles_at_once(BITS, R);
     uint32_t w[AT_ONCE][2 * BITS];  // a step's codes
     uint32_t b[SLICES][4];          // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
     uint32_t a[4], ones[4];         // products' other operands
     float d[AT_ONCE][2][4];         // sums of products
     float t[2][4];                  // the same of x alone: times 1 (two columns), and times -128
     float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
-    const uint8_t *codes[R], *ranges, *x;  // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
+    const uint8_t *codes[R], *ranges, *x;      // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
     int ranges_here, ranges_apart, ranges_to;  // whether it copies ranges; bytes from a group to the next; to where in a stage
     int ranges_steps, x_to, x_steps;           // steps that have what it copies so; where it copies x to, and steps that have it
     int even, odd;                         // where the lane's column of x is: slices of even and odd number
@@ -59,7 +59,7 @@ BOTH constexpr int turned(int row, int chunk) { return row * 256 + (chunk ^ (row
 template <class P, int BITS, int R, int FLUSHES, int PARTS>
 struct Warp {
     static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R), MIDDLE = middle(BITS, R), CODES = code_bytes(BITS);
-    static constexpr int AT_ONCE = tiles_at_once(R), CHAINS = chains_of(BITS, PARTS);
+    static constexpr int AT_ONCE = tiles_at_once(BITS, R), CHAINS = chains_of(BITS, PARTS);
     // Lanes below 16 copy ranges, some of them twice, and the others the first row of x with the same instruction.
     static constexpr bool MERGED = PARTS == 1 && R * FLUSHES <= 2;
     static constexpr bool TWICE = BITS == 8 && PARTS == 1;  // codes are a sum of two operands
@@ -102,12 +102,13 @@ struct Warp {
                 p.fetch16(own + R * CODES, from, s.ranges_here);
             // A second turn is the second tile: only where one tile's ranges take all lanes.
             if constexpr (R * FLUSHES * 8 > LANES)
-                p.fetch16(own + R * CODES + 512, from + (tile(1) - first) * call.groups * call.group_bytes, R * FLUSHES * call.pieces() > LANES);
+                if (R * FLUSHES * call.pieces() > LANES)
+                    p.fetch16(own + R * CODES + 512, from + (tile(1) - first) * call.groups * call.group_bytes, true);
         });
     }
 
-    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps. A piece
-    // is a row of float32, or two of bfloat16: none and row 0, rows 1 and 2, ...
+    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps. A
+    // piece is a row of float32, or two of bfloat16: none and row 0, rows 1 and 2, ...
     struct Piece {
         const uint8_t* from;
         int apart, to, steps;  // apart: bytes from a step to the next
@@ -151,11 +152,15 @@ struct Warp {
             s.ranges_here = lane < R * FLUSHES * pieces;
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
             const int m = lane / 16 - 1, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
-            s.x = P::kept(call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16));
+            s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
+            s.x = P::kept(s.x);
             s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
             s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
             s.ranges_apart = call.group_bytes, s.ranges_to = R * CODES + part * 16, s.ranges_steps = call.steps;
-            if (MERGED && lane >= 16) s.ranges = s.x, s.ranges_apart = 2 * COLUMNS, s.ranges_to = call.given_at + s.x_to, s.ranges_steps = s.x_steps;
+            if (MERGED && lane >= 16) {
+                s.ranges = s.x, s.ranges_apart = 2 * COLUMNS;
+                s.ranges_to = call.given_at + s.x_to, s.ranges_steps = s.x_steps;
+            }
             s.ranges = P::kept(s.ranges);
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
@@ -229,37 +234,33 @@ struct Warp {
         p.together();
     }
 
+    // Operand number `I`. 8 bits: of two that a code is the sum of, the one that `HIGH` says.
+    template <int I, int HIGH>
+    BOTH static uint32_t operand(const uint32_t* w) {
+        if constexpr (TWICE) return eight<P, I, HIGH>(w);
+        else if constexpr (PARTS == 1) return held<P, BITS, I>(w);
+        else return pair<P, BITS, I>(w);
+    }
+
     // A product of 16 columns: pairs 4 H to 4 H + 3 of a slice, and half H of x.
-    template <int Q, int H, int T>
+    template <int Q, int H, int T, int HIGH>
     BOTH void multiply(P& p) {
-        constexpr int I = 8 * Q + 4 * H;
-        if constexpr (TWICE) {
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                const uint32_t* w = s.w[T];
-                s.a[0] = eight<P, I, 0>(w), s.a[1] = eight<P, I + 1, 0>(w), s.a[2] = eight<P, I + 2, 0>(w), s.a[3] = eight<P, I + 3, 0>(w);
-            });
-            P::multiply(state, [](S& s) { return Operands{s.d[T][0], s.a, s.b[Q] + 2 * H}; });
-        }
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
+            constexpr int I = 8 * Q + 4 * H;
             const uint32_t* w = s.w[T];
-            if constexpr (TWICE)
-                s.a[0] = eight<P, I, 1>(w), s.a[1] = eight<P, I + 1, 1>(w), s.a[2] = eight<P, I + 2, 1>(w), s.a[3] = eight<P, I + 3, 1>(w);
-            else if constexpr (PARTS == 1)
-                s.a[0] = held<P, BITS, I>(w), s.a[1] = held<P, BITS, I + 1>(w), s.a[2] = held<P, BITS, I + 2>(w), s.a[3] = held<P, BITS, I + 3>(w);
-            else
-                s.a[0] = pair<P, BITS, I>(w), s.a[1] = pair<P, BITS, I + 1>(w), s.a[2] = pair<P, BITS, I + 2>(w), s.a[3] = pair<P, BITS, I + 3>(w);
+            s.a[0] = operand<I, HIGH>(w), s.a[1] = operand<I + 1, HIGH>(w), s.a[2] = operand<I + 2, HIGH>(w), s.a[3] = operand<I + 3, HIGH>(w);
         });
-        P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? 1 : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
+        P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? HIGH : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
+        if constexpr (TWICE && HIGH == 0) multiply<Q, H, T, 1>(p);
     }
 
     // Of all tiles that are multiplied at once, from slice `Q` to the last that shares its scale; with the first of them, x alone.
     template <int Q, int H, bool FIRST>
     BOTH void products(P& p) {
         if constexpr (FIRST) P::multiply(state, [](S& s) { return Operands{s.t[TWICE ? 0 : H % CHAINS], s.ones, s.b[Q] + 2 * H}; });
-        multiply<Q, H, 0>(p);
-        if constexpr (AT_ONCE == 2) multiply<Q, H, 1>(p);
+        multiply<Q, H, 0, 0>(p);
+        if constexpr (AT_ONCE == 2) multiply<Q, H, 1, 0>(p);
         if constexpr (H == 0) products<Q, 1, FIRST>(p);
         if constexpr (H == 1 && (Q + 1) % EVERY != 0) products<Q + 1, 0, FIRST>(p);
     }
@@ -289,10 +290,11 @@ struct Warp {
                 load_codes<P, BITS>(s.w[t], stage + (FROM + t) * CODES, lane);
                 UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[t][h][i] = s.t[h][i] = 0.f;
             }
+            constexpr int number = FROM * FLUSHES + Q / EVERY;
             if (call.half_ranges)
-                UNROLLED for (int t = 0; t < AT_ONCE; t++) half_ranges<P>(s.scale[t], s.offset[t], ranges + ((FROM + t) * FLUSHES + Q / EVERY) * 64);
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) half_ranges<P>(s.scale[t], s.offset[t], ranges + (number + t * FLUSHES) * 64);
             else
-                UNROLLED for (int t = 0; t < AT_ONCE; t++) ranges_of<P>(s.scale[t], s.offset[t], ranges + ((FROM + t) * FLUSHES + Q / EVERY) * 128);
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) ranges_of<P>(s.scale[t], s.offset[t], ranges + (number + t * FLUSHES) * 128);
         });
         products<Q, 0, FROM == 0>(p);
         // One row of bfloat16 is in all columns, of which the first counts.

@@ -1,8 +1,8 @@
 // A few rows of x [M, K] times a weight [N, K] of 2, 3, 4 or 8 bits, transposed: out [M, N]; and the weight itself.
 // The twin of quant/kernels/wq_gemv/reference.py; what a warp does: wq_fragments.h.
 //
-// One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are on
-// the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
+// One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
+// on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
 
 #include <cuda_runtime.h>
 
@@ -69,7 +69,9 @@ struct Lane {
         const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
         to[0] = v.x, to[1] = v.y;
     }
-    static __device__ __forceinline__ void store8(uint8_t* to, const uint32_t* v) { *reinterpret_cast<uint2*>(to) = make_uint2(v[0], v[1]); }
+    static __device__ __forceinline__ void store8(uint8_t* to, const uint32_t* v) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(v[0], v[1]);
+    }
     static __device__ __forceinline__ void store16(uint8_t* to, const uint32_t* v) {
         *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
     }

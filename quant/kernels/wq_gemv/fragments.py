@@ -8,8 +8,9 @@ columns 32 q + 8 t + 4 h + 2 c and the next. Both codes of a pair lie in one wor
 - with 2 bits, the pairs of a word in the order 0, 4, 1, 5, 2, 6, 3, 7
 - with 3 bits, 16 pairs are in three words, five in each (`ORDERS`), and the last one's bits in bit 15 of either half of the three
 
-A product of 16 columns has four pairs, those of one h, which are to be masked out at one place. With 2 and 3 bits one shift of a word does for
-two pairs: that of h = 0 in the lowest bits, that of h = 1 right above it (but the last pairs of the three words take shifts of their own).
+A product of 16 columns has four pairs, those of one h, which are to be masked out at one place. With 2 and 3 bits one shift of a word does
+for two pairs: that of h = 0 in the lowest bits, that of h = 1 right above it (but the last pairs of the three words take shifts of their
+own).
 """
 
 from __future__ import annotations
