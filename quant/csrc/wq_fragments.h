@@ -51,8 +51,8 @@ struct Operands {
     const uint32_t *a, *b;
 };
 
-// x of a step in shared memory: rows (of bfloat16, columns of a product) of 256 bytes. Odd ones have halves of 128 bytes' halves exchanged, so
-// that eight columns' parts of a slice lie in different banks.
+// x of a step in shared memory: rows (of bfloat16, columns of a product) of 256 bytes. Odd ones have slices exchanged two by two, so that
+// a slice of eight columns is read without conflicts.
 BOTH constexpr int turned(int row, int chunk) { return row * 256 + (chunk ^ (row & 1) * 4) * 16; }
 
 // One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each. PARTS: columns that a row of x takes.
@@ -249,7 +249,8 @@ struct Warp {
             S& s = P::at(state, lane);
             constexpr int I = 8 * Q + 4 * H;
             const uint32_t* w = s.w[T];
-            s.a[0] = operand<I, HIGH>(w), s.a[1] = operand<I + 1, HIGH>(w), s.a[2] = operand<I + 2, HIGH>(w), s.a[3] = operand<I + 3, HIGH>(w);
+            s.a[0] = operand<I, HIGH>(w), s.a[1] = operand<I + 1, HIGH>(w);
+            s.a[2] = operand<I + 2, HIGH>(w), s.a[3] = operand<I + 3, HIGH>(w);
         });
         P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? HIGH : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
         if constexpr (TWICE && HIGH == 0) multiply<Q, H, T, 1>(p);
