@@ -154,12 +154,19 @@ void product(Call call, int most) {
         }
 }
 
+// Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
 template <int BITS, int PARTS>
 void product(const Call& call, int most) {
-    const int flushes = flushes_of(call);
-    flushes == 1   ? product<BITS, 2, 1, PARTS>(call, most)
-    : flushes == 2 ? product<BITS, 1, 2, PARTS>(call, most)
-                   : product<BITS, 2, 4, PARTS>(call, most);
+    switch ((call.tiles == 1 ? 10 : call.tiles == 2 || BITS == 8 || flushes_of(call) != 1 ? 20 : 40) + flushes_of(call)) {
+        case 11: return product<BITS, 1, 1, PARTS>(call, most);
+        case 12: return product<BITS, 1, 2, PARTS>(call, most);
+        case 14: return product<BITS, 1, 4, PARTS>(call, most);
+        case 21: return product<BITS, 2, 1, PARTS>(call, most);
+        case 22: return product<BITS, 2, 2, PARTS>(call, most);
+        case 24: return product<BITS, 2, 4, PARTS>(call, most);
+        default:
+            if constexpr (BITS != 8) return product<BITS, 4, 1, PARTS>(call, most);
+    }
 }
 
 template <int BITS>

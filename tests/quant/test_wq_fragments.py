@@ -151,6 +151,30 @@ def test_rows_of_the_weight_and_of_x_stand_alone(product: Product, bits: int) ->
 
 
 @pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [128, 64, 32])
+def test_sums_are_the_same_however_many_tiles_a_block_has(product: Product, bits: int, group: int) -> None:
+    """On the host: one, two and (with one scale a step) four."""
+    for dtype in (torch.float16, torch.float32):
+        tensor = stored(61, 1152, bits, group, dtype=dtype)
+        for x in (inputs(2, 1152), inputs(4, 1152).bfloat16()):
+            whole = product(x, prepare(tensor))
+            for n in (7, 32):
+                part = replace(tensor, codes=tensor.codes[:n], scale=tensor.scale[:n], zero=tensor.zero[:n])
+                assert torch.equal(product(x, prepare(part)), whole[:, :n])
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_zero_leave_nothing(product: Product, bits: int) -> None:
+    """What operands have besides codes is taken off without a remainder."""
+    tensor = stored(40, 1088, bits, 32)
+    tensor = replace(tensor, codes=torch.zeros_like(tensor.codes), zero=torch.zeros_like(tensor.zero))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert not product(inputs(3, 1088, dtype), prepare(tensor)).any()
+
+
+@pytest.mark.parametrize("product", PLACES)
 def test_an_input_scale_divides_in_float32(product: Product) -> None:
     """In bfloat16 the quotients would be off by 2^-9."""
     tensor = stored(20, 256, 4, 64, scaled=True)
