@@ -150,7 +150,7 @@ void product(Call call, int most) {
             for (int w = 0; w < WARPS; w++) work.emplace_back(call, memory, w, tile, first);
             for (int w = 0; w < WARPS; w++) work[w].open(p[w]);
             for (int w = 0; w < WARPS; w++) work[w].begin(p[w]), work[w].over(p[w]), work[w].close(p[w]);
-            for (int w = 0; w < WARPS; w++) finish<Lanes32, R>(p[w], call, w, tile, first, memory);
+            for (int w = 0; w < WARPS; w++) finish<Lanes32, R, PARTS>(p[w], call, w, tile, first, memory);
         }
 }
 

@@ -141,7 +141,7 @@ struct Warp {
         });
     }
 
-    // Fills the ring but for one stage, and but for x.
+    // Fills the ring but for one stage, and but for x; codes first, which take longest.
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
@@ -150,13 +150,22 @@ struct Warp {
                 s.codes[r] = P::kept(call.words + tile(r) * call.steps * CODES + 16 * lane);
             s.ranges = call.ranges + tile(part / (pieces * FLUSHES)) * call.groups * call.group_bytes + part % pieces * 16;
             s.ranges_here = lane < R * FLUSHES * pieces;
+            s.ranges_apart = call.group_bytes, s.ranges_to = R * CODES + part * 16, s.ranges_steps = call.steps;
+        });
+        UNROLLED for (int i = 0; i < DEEP - 1; i++) {
+            if (i >= call.depth - 1) break;
+            if (ahead < call.steps) fetch<false>(p, ring + i * call.slot);
+            ahead += WARPS;
+            p.commit();
+        }
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
             const int m = lane / 16 - 1, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
             s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
             s.x = P::kept(s.x);
             s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
             s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
-            s.ranges_apart = call.group_bytes, s.ranges_to = R * CODES + part * 16, s.ranges_steps = call.steps;
             if (MERGED && lane >= 16) {
                 s.ranges = s.x, s.ranges_apart = 2 * COLUMNS;
                 s.ranges_to = call.given_at + s.x_to, s.ranges_steps = s.x_steps;
@@ -167,12 +176,6 @@ struct Warp {
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
             UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? MINUS_BASE : 0u, i / 2);
         });
-        UNROLLED for (int i = 0; i < DEEP - 1; i++) {
-            if (i >= call.depth - 1) break;
-            if (ahead < call.steps) fetch<false>(p, ring + i * call.slot);
-            ahead += WARPS;
-            p.commit();
-        }
     }
 
     // x of the stages that are in the ring, by way of registers: copies would be counted after codes that may come later.
@@ -346,7 +349,7 @@ struct Warp {
 };
 
 // Sums of all warps into out; by all warps.
-template <class P, int R>
+template <class P, int R, int PARTS>
 BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const uint8_t* memory) {
     const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
     for (int base = warp * LANES; base < rows * R * ROWS; base += WARPS * LANES) {
@@ -354,19 +357,17 @@ BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const ui
             const int e = base + lane, m = e / (R * ROWS), row = e % (R * ROWS), n = tile * ROWS + row;
             if (m >= rows || n >= call.rows) return;
             float total = 0.f;
-            for (int part = 0; part < call.parts; part++) {
-                const uint8_t* from = memory + 4 * (row * MOST + m * call.parts + part);
+            UNROLLED for (int part = 0; part < PARTS; part++) {
+                const uint8_t* from = memory + 4 * (row * MOST + m * PARTS + part);
                 float sum = 0.f;
                 UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * call.apart);
                 total += sum;
             }
             const int64_t at = int64_t(first + m) * call.rows + n;
-            if (call.half_x) {
-                const uint16_t made = uint16_t(P::pack2(total, 0.f));
-                memcpy(call.out + 2 * at, &made, 2);
-            } else {
-                memcpy(call.out + 4 * at, &total, 4);
-            }
+            if (call.half_x)
+                *reinterpret_cast<uint16_t*>(call.out + 2 * at) = uint16_t(P::pack2(total, 0.f));
+            else
+                *reinterpret_cast<float*>(call.out + 4 * at) = total;
         });
     }
 }

@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constan
     work.over(p);
     work.close(p);
     __syncthreads();
-    finish<Lane, R>(p, call, warp, tile, first, memory);
+    finish<Lane, R, PARTS>(p, call, warp, tile, first, memory);
 }
 
 template <int BITS, int KIND>
