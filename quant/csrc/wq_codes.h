@@ -19,7 +19,7 @@ BOTH uint32_t bits_of(float v) {
     return bits;
 }
 
-constexpr uint32_t ONES = 0x3f803f80u, BASE = 0x43004300u, MINUS_BASE = 0xc300c300u;  // pairs of 1, 128 and -128
+constexpr uint32_t ONES = 0x3f803f80u, BASE = 0x43004300u;  // pairs of 1 and of 128
 
 // Where codes of the pairs 4 h to 4 h + 3 of a slice are in a significand: those of a product of 16 columns, at one place.
 BOTH constexpr int place_of(int bits, int h) { return h == 0 || bits > 3 ? 0 : bits; }

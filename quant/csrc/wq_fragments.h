@@ -5,9 +5,9 @@
 // exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
 //
 // Where x is bfloat16, operands are codes as they are masked out of their words: under the exponent of 128, a code is 128 + code · 2^AT,
-// exactly. What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and -128 in place of codes, and is
-// taken off a group's sum: of codes of 0 nothing is left. A sum of 16 products is cut off at about 2^-23 of its size, so that this may cost
-// as many bits as 128 has more than codes do: none that bfloat16 keeps, but where x is three columns codes come first, and 128 not at all.
+// exactly. What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and 128 in place of codes, and is
+// taken off a group's sum: of codes of 0 nothing is left, as both sums are cut off alike. A sum is cut off at about 2^-23 of its size, which
+// 128 enlarges by up to seven bits; of 24, a result in bfloat16 keeps 8. Where x is three columns, 128 is taken off every code before.
 //
 // The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... A stage of a warp's ring in shared memory is a
 // step: codes and ranges of R tiles, and x. It is copied well ahead of its use, so that what is in flight does not depend on registers, and
@@ -35,7 +35,7 @@ struct State {
     uint32_t b[SLICES][4];          // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
     uint32_t a[4], ones[4];         // products' other operands
     float d[AT_ONCE][2][4];         // sums of products
-    float t[2][4];                  // the same of x alone: times 1 (two columns), and times -128
+    float t[2][4];                  // the same of x alone: times 1 (two columns), and times 128
     float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
     const uint8_t *codes[R], *ranges, *x;      // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
     int ranges_here, ranges_apart, ranges_to;  // whether it copies ranges; bytes from a group to the next; to where in a stage
@@ -43,7 +43,7 @@ struct State {
     int even, odd;                         // where the lane's column of x is: slices of even and odd number
     int g;                                 // where ranges of rows g and g + 8 are
     float scale[AT_ONCE][2], offset[AT_ONCE][2];  // of the rows g and g + 8
-    float total[2], base[2];                      // of two columns: sums of x, and what 128 adds, negative
+    float total[2], base[2];                      // of two columns: sums of x, and what 128 adds
 };
 
 struct Operands {
@@ -174,7 +174,7 @@ struct Warp {
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
             UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
-            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? MINUS_BASE : 0u, i / 2);
+            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? BASE : 0u, i / 2);
         });
     }
 
@@ -279,7 +279,7 @@ struct Warp {
         UNROLLED for (int i = c; i < 4; i += 2) {
             const float rest = P::fma(s.offset[t][i / 2], s.total[c], s.sums[r][i]);
             float sum = CHAINS == 1 ? s.d[t][0][i] : P::fma(s.d[t][1][i], FACTOR, s.d[t][0][i]);
-            if (PARTS == 1) sum += s.base[c];
+            if (PARTS == 1) sum -= s.base[c];
             s.sums[r][i] = P::fma(s.scale[t][i / 2], sum, rest);
         }
     }
