@@ -6,8 +6,8 @@
 //
 // Where x is bfloat16, operands are codes as they are masked out of their words: under the exponent of 128, a code is 128 + code · 2^AT,
 // exactly. What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and 128 in place of codes, and is
-// taken off a group's sum: of codes of 0 nothing is left, as both sums are cut off alike. A sum is cut off at about 2^-23 of its size, which
-// 128 enlarges by up to seven bits; of 24, a result in bfloat16 keeps 8. Where x is three columns, 128 is taken off every code before.
+// taken off a group's sum: of codes of 0 nothing is left, as both sums are cut off alike. That is at about 2^-23 of a sum's size, which 128
+// enlarges by up to seven bits; of 24, a result in bfloat16 keeps 8. Where x is three columns, 128 is taken off every code before.
 //
 // The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... A stage of a warp's ring in shared memory is a
 // step: codes and ranges of R tiles, and x. It is copied well ahead of its use, so that what is in flight does not depend on registers, and
