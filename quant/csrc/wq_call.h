@@ -18,9 +18,22 @@ namespace fragments {
 constexpr int ROWS = 16, COLUMNS = 128, SLICES = 4, WARPS = 8, LANES = 32, MOST = 8;
 // MOST: columns of a product. SLICES: of 32 columns in a step, the fewest that share a scale.
 
-// Stages of the ring: about 6 kB a warp, and with four scales a step no more than leaves room for x on devices with 99 kB.
-BOTH constexpr int depth(int bits, int flushes) { return bits == 2 ? (flushes == 4 ? 10 : 12) : bits == 3 ? 8 : bits == 4 ? 6 : 4; }
 BOTH constexpr int code_bytes(int bits) { return 256 * bits; }  // of a step
+
+// Stages of a warp's ring, of R tiles: with all but one on their way, 4 to 8 kB of codes; where much x leaves no room for them, 2 to 4 kB;
+// where even that does not fit, 2 stages.
+BOTH constexpr int deep(int bits, int r) {
+    return bits == 2   ? (r == 1 ? 8 : r == 2 ? 6 : 4)
+           : bits == 3 ? (r == 1 ? 8 : r == 2 ? 5 : 3)
+           : bits == 4 ? (r == 1 ? 7 : r == 2 ? 4 : 3)
+                       : (r == 1 ? 4 : 3);
+}
+BOTH constexpr int middle(int bits, int r) {
+    return bits == 2   ? (r == 1 ? 5 : r == 2 ? 4 : 3)
+           : bits == 3 ? (r == 1 ? 5 : r == 2 ? 3 : 2)
+           : bits == 4 ? (r == 1 ? 4 : r == 2 ? 3 : 2)
+                       : (r == 1 ? 3 : 2);
+}
 
 struct Call {
     const uint8_t *words, *ranges, *x;
@@ -28,18 +41,22 @@ struct Call {
     uint8_t* out;
     int rows, columns, groups, count;  // count: rows of x
     int tiles, steps;
-    int panel;            // steps whose x is in shared memory at a time, a multiple of WARPS
     int half_ranges;      // 1: float16 scale and zero; 0: float32 scale and offset
     int half_x;           // 1: x and out are bfloat16; 0: float32
     int parts, together;  // columns that a row of x takes, rows of x that a block takes
-    uint32_t reciprocal;  // of the slices of a group, times 2^32, rounded up; 0 where that is one
-    int slot, stride;     // bytes: a stage of the ring, a column of x
+    int group_bytes;      // ranges of a group of a tile
+    uint32_t reciprocal;  // of twice the slices of a group, times 2^32, rounded up
+    int depth;            // stages of a warp's ring
+    int slot, apart;      // bytes: a stage; what a warp has of shared memory
+    int given_at;         // where a stage has x
 
     BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
     BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile
+    // Bytes of a step of x and the input scale, as they are given.
+    BOTH int given_bytes() const { return together * (half_x ? 2 : 4) * COLUMNS + (input_scale != nullptr ? 4 * COLUMNS : 0); }
     // Below 2^16 slices the product is exact enough.
     BOTH int group_of(int slice) const {
-        const int found = reciprocal == 0 ? slice : int((uint64_t(uint32_t(slice)) * reciprocal) >> 32);
+        const int found = int((uint64_t(uint32_t(2 * slice)) * reciprocal) >> 32);
         return found < groups ? found : groups - 1;
     }
 };
@@ -56,8 +73,8 @@ inline Call described(int64_t words, int64_t ranges, int64_t x, int64_t input_sc
     c.half_ranges = int(half_ranges), c.half_x = int(half_x);
     c.parts = half_x && input_scale == 0 ? 1 : 3;
     c.together = c.count < MOST / c.parts ? c.count : MOST / c.parts;
-    const int wide = c.columns / 32 / c.groups;
-    c.reciprocal = wide == 1 ? 0u : uint32_t(((uint64_t(1) << 32) + wide - 1) / wide);
+    const int twice = 2 * (c.columns / 32 / c.groups);
+    c.reciprocal = uint32_t(((uint64_t(1) << 32) + twice - 1) / twice), c.group_bytes = 16 * c.pieces();
     return c;
 }
 
@@ -67,25 +84,30 @@ inline int flushes_of(const Call& c) {
     return c.groups == 1 || width % 128 == 0 ? 1 : width % 64 == 0 ? 2 : 4;
 }
 
-// The least that `arranged` asks for, for all columns of a product and float32 ranges, is what any device from 8.0 on gives a block.
-constexpr bool fits_anywhere(int bits, int flushes) {
-    const int slot = code_bytes(bits) + flushes * 8 * 16;
-    return WARPS * depth(bits, flushes) * slot + MOST * (WARPS * 2 * COLUMNS + 64) + WARPS * flushes * MOST * 4 <= 99 * 1024;
+// Bytes of a stage, and of what a warp has besides: three columns for a row of x that is no column itself.
+BOTH constexpr int stage_bytes(int bits, int r, int flushes, int pieces, int given) {
+    return r * (code_bytes(bits) + flushes * pieces * 16) + given;
 }
-static_assert(fits_anywhere(2, 2) && fits_anywhere(2, 4) && fits_anywhere(3, 4) && fits_anywhere(4, 4) && fits_anywhere(8, 4));
+BOTH constexpr int made_bytes(int parts, int together) { return parts == 1 ? 0 : parts * together * 2 * COLUMNS; }
 
-// Divides shared memory: returns the bytes of all, of which `most` are to be had; the panel is as large as there is room for.
-inline int arranged(Call& c, int bits, int flushes, int most) {
-    c.slot = code_bytes(bits) + flushes * c.pieces() * 16;
-    const int ring = WARPS * depth(bits, flushes) * c.slot, columns = c.columns_of(c.together);
-    const int a_step = columns * 2 * COLUMNS + flushes * MOST * 4, turns = (c.steps + WARPS - 1) / WARPS;
-    int fit = (most - ring - 64 * columns) / (WARPS * a_step);
-    fit = fit < 1 ? 1 : fit;
-    const int panels = (turns + fit - 1) / fit;
-    c.panel = (turns + panels - 1) / panels * WARPS;
-    // An odd number of 64 bytes: eight columns' parts of a slice lie in different banks.
-    c.stride = c.panel * 2 * COLUMNS + 64;
-    return ring + columns * c.stride + c.panel * flushes * MOST * 4;
+// The least that `arranged` asks for with one tile a block, of float32 ranges and as much x as a block takes: what any device from 8.0 on
+// gives a block.
+constexpr bool fits_anywhere(int bits) {
+    return WARPS * 2 * stage_bytes(bits, 1, 4, 8, MOST * 2 * COLUMNS) <= 99 * 1024 &&
+           WARPS * (2 * stage_bytes(bits, 1, 4, 8, 2 * 4 * COLUMNS + 4 * COLUMNS) + made_bytes(3, 2)) <= 99 * 1024;
+}
+static_assert(fits_anywhere(2) && fits_anywhere(3) && fits_anywhere(4) && fits_anywhere(8));
+
+// Divides shared memory among warps: returns the bytes of all; rings are as deep as fits `most`.
+inline int arranged(Call& c, int bits, int r, int flushes, int most) {
+    const int made = made_bytes(c.parts, c.together);
+    c.given_at = stage_bytes(bits, r, flushes, c.pieces(), 0), c.slot = c.given_at + c.given_bytes();
+    const int depths[] = {deep(bits, r), middle(bits, r), 2};
+    for (const int depth : depths) {
+        c.depth = depth, c.apart = depth * c.slot + made;
+        if (WARPS * c.apart <= most) break;
+    }
+    return WARPS * c.apart;
 }
 
 }  // namespace fragments

@@ -62,14 +62,25 @@ struct Lanes32 {
         memset(to, 0xff, bytes);
         open.push_back({to, from, bytes});
     }
-    void fetch16(uint8_t* to, const uint8_t* from) { fetch(to, from, 16); }
+    void fetch16(uint8_t* to, const uint8_t* from, bool there) {
+        if (there) fetch(to, from, 16);
+    }
     void fetch8(uint8_t* to, const uint8_t* from) { fetch(to, from, 8); }
+    void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
+        alignas(16) static const uint8_t zeros[16] = {};
+        if (there) fetch(to, inside ? from : zeros, 16);
+    }
     void commit() { pending.push_back(std::move(open)), open.clear(); }
     template <int LEFT>
     void arrived() {
         for (; int(pending.size()) > LEFT; pending.pop_front())
             for (const Copy& c : pending.front()) memcpy(c.to, c.from, c.bytes);
     }
+
+    void together() {}
+    static uint32_t kept(uint32_t v, int) { return v; }
+    static const uint8_t* kept(const uint8_t* v) { return v; }
+    static const uint8_t* along(const uint8_t* from, int number, int apart) { return from + int64_t(number) * apart; }
 
     static void load(uint32_t* to, const uint8_t* from, int bytes) {
         if (reinterpret_cast<uintptr_t>(from) % bytes) std::abort();
@@ -80,6 +91,7 @@ struct Lanes32 {
     static void read16(uint32_t* to, const uint8_t* from) { load(to, from, 16); }
     static void read8(uint32_t* to, const uint8_t* from) { load(to, from, 8); }
     static void store16(uint8_t* to, const uint32_t* from) { memcpy(to, from, 16); }
+    static void store8(uint8_t* to, const uint32_t* from) { memcpy(to, from, 8); }
 
     static float fma(float a, float b, float c) { return std::fma(a, b, c); }
     static float half(uint32_t bits) {
@@ -96,24 +108,21 @@ struct Lanes32 {
 
     static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
-    static void fold(Of<float>& v, int apart) {
-        const Of<float> before = v;
-        for (int lane = 0; lane < LANES; lane++) v.lane[lane] += before.lane[lane ^ apart];
-    }
-
     // mma.m16n8k16: NVIDIA, PTX ISA, fragments of matrices with 16-bit floats.
-    template <class S>
-    static void multiply(Of<S>& states, int q, int h) {
+    template <class S, class F>
+    static void multiply(Of<S>& states, const F& of) {
+        Operands all[LANES];
+        for (int lane = 0; lane < LANES; lane++) all[lane] = of(states.lane[lane]);
         for (int lane = 0; lane < LANES; lane++)
             for (int i = 0; i < 4; i++) {
                 const int row = lane / 4, half_of = i / 2, column = lane % 4 * 2 + i % 2;
-                double sum = states.lane[lane].d[h][i];
+                double sum = all[lane].d[i];
                 for (int k = 0; k < 16; k++) {
                     const int t = k % 8 / 2, later = k / 8;
-                    const uint32_t a = states.lane[4 * row + t].a[half_of + 2 * later], b = states.lane[4 * column + t].b[q][2 * h + later];
+                    const uint32_t a = all[4 * row + t].a[half_of + 2 * later], b = all[4 * column + t].b[later];
                     sum += k % 2 ? double(upper(a)) * upper(b) : double(lower(a)) * lower(b);
                 }
-                states.lane[lane].d[h][i] = cut(sum);
+                all[lane].d[i] = cut(sum);
             }
     }
 
@@ -130,10 +139,10 @@ struct Lanes32 {
 };
 
 // The blocks of a grid one after another; in a block, all warps up to each barrier.
-template <int BITS, int R, int FLUSHES>
+template <int BITS, int R, int FLUSHES, int PARTS>
 void product(Call call, int most) {
-    const int bytes = arranged(call, BITS, FLUSHES, most), apart = depth(BITS, FLUSHES) * call.slot;
-    using Work = Warp<Lanes32, BITS, R, FLUSHES>;
+    const int bytes = arranged(call, BITS, R, FLUSHES, most);
+    using Work = Warp<Lanes32, BITS, R, FLUSHES, PARTS>;
     std::vector<uint8_t> space(bytes + 128);
     uint8_t* memory = space.data() + (128 - reinterpret_cast<uintptr_t>(space.data()) % 128);
     for (int first = 0; first < call.count; first += call.together)
@@ -141,22 +150,31 @@ void product(Call call, int most) {
             memset(memory, 0xff, bytes);
             std::vector<Lanes32> p(WARPS);
             std::vector<Work> work;
-            for (int w = 0; w < WARPS; w++) work.emplace_back(call, memory, w, tile);
+            for (int w = 0; w < WARPS; w++) work.emplace_back(call, memory, w, tile, first);
             for (int w = 0; w < WARPS; w++) work[w].open(p[w]);
-            for (int panel = 0; panel * call.panel < call.steps; panel++) {
-                memset(memory + WARPS * apart, 0xff, bytes - WARPS * apart);
-                for (int w = 0; w < WARPS; w++) place<Lanes32, FLUSHES>(p[w], call, w, panel, first, memory + WARPS * apart);
-                for (int w = 0; w < WARPS; w++) work[w].over(p[w], panel);
-            }
-            for (int w = 0; w < WARPS; w++) work[w].close(p[w]);
-            for (int w = 0; w < WARPS; w++) finish<Lanes32, R>(p[w], call, w, tile, first, memory, apart);
+            for (int w = 0; w < WARPS; w++) work[w].begin(p[w]), work[w].over(p[w]), work[w].close(p[w]);
+            for (int w = 0; w < WARPS; w++) finish<Lanes32, R, PARTS>(p[w], call, w, tile, first, memory);
         }
+}
+
+// Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
+template <int BITS, int PARTS>
+void product(const Call& call, int most) {
+    switch ((call.tiles == 1 ? 10 : call.tiles == 2 || BITS == 8 || flushes_of(call) != 1 ? 20 : 40) + flushes_of(call)) {
+        case 11: return product<BITS, 1, 1, PARTS>(call, most);
+        case 12: return product<BITS, 1, 2, PARTS>(call, most);
+        case 14: return product<BITS, 1, 4, PARTS>(call, most);
+        case 21: return product<BITS, 2, 1, PARTS>(call, most);
+        case 22: return product<BITS, 2, 2, PARTS>(call, most);
+        case 24: return product<BITS, 2, 4, PARTS>(call, most);
+        default:
+            if constexpr (BITS != 8) return product<BITS, 4, 1, PARTS>(call, most);
+    }
 }
 
 template <int BITS>
 void product(const Call& call, int most) {
-    const int flushes = flushes_of(call);
-    flushes == 1 ? product<BITS, 2, 1>(call, most) : flushes == 2 ? product<BITS, 1, 2>(call, most) : product<BITS, 1, 4>(call, most);
+    call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 
 template <int BITS>

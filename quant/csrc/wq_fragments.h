@@ -1,222 +1,339 @@
 // A few rows of x times a weight of 2, 3, 4 or 8 bits on tensor cores: what a warp does, for the GPU and, lane by lane, for the host.
 //
-// Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16: codes as bfloat16, which are
-// exact) with up to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose
-// sum it is exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
+// Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16, operands in bfloat16) with
+// up to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose sum it is
+// exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
 //
-// The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... Each lane copies its own codes into a ring in
-// shared memory well ahead of their use, so that what is in flight does not depend on registers. A row of x comes out the same bit for bit
-// whatever stands beside it: a column of the product never meets another one, and sums are taken in one order.
+// Where x is bfloat16, operands are codes as they are masked out of their words: under the exponent of 128, a code is 128 + code · 2^AT,
+// exactly. What the 128 add is 128 times the sum of x, which comes out of the same products with 1 and 128 in place of codes, and is
+// taken off a group's sum: of codes of 0 nothing is left, as both sums are cut off alike. That is at about 2^-23 of a sum's size, which 128
+// enlarges by up to seven bits; of 24, a result in bfloat16 keeps 8. Where x is three columns, 128 is taken off every code before.
+//
+// The warps of a block share 16 R rows: warp w takes the steps (128 columns) w, w + 8, ... A stage of a warp's ring in shared memory is a
+// step: codes and ranges of R tiles, and x. It is copied well ahead of its use, so that what is in flight does not depend on registers, and
+// warps do not wait for each other before the end. A row of x comes out the same bit for bit whatever stands beside it: a column of the
+// product never meets another one, and sums are taken in one order.
 //
 // P, the policy, is one lane of a warp (device) or 32 lanes in turn (host): `Of<T>` is what a lane has, or 32 of them; `lanes(f)` calls
 // f(lane) for those that there are; `at(v, lane)` is the lane's own.
 
 #pragma once
 
-#include "wq_call.h"
+#include "wq_codes.h"
 
 namespace fragments {
 
-BOTH float float_of(uint32_t bits) {
-    float v;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
-BOTH uint32_t bits_of(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof v);
-    return bits;
-}
-
-// Two codes of `BITS` at bit `AT` + `SHIFT` of both halves of a word, as bfloat16. With the exponent of 128 the code is the lower part of
-// a significand of 8 bits: 128 + code · 2^AT.
-template <class P, int BITS, int SHIFT, int AT>
-BOTH uint32_t window(uint32_t word) {
-    constexpr uint32_t mask = (((1u << BITS) - 1u) << AT) * 0x00010001u;
-    constexpr uint32_t factor = uint32_t(127 - AT) << 7, less = 0x8000u | uint32_t(127 + 7 - AT) << 7;
-    return P::fma2(P::chosen(word >> SHIFT, mask, 0x43004300u), factor * 0x00010001u, less * 0x00010001u);
-}
-
-// Pair `I` of a step that a lane has, of 32.
-template <class P, int BITS, int I>
-BOTH uint32_t pair(const uint32_t* w) {
-    if constexpr (BITS == 2) {
-        constexpr int i = I % 8;
-        return window<P, 2, i / 3 * 6, i % 3 * 2>(w[I / 8]);
-    } else if constexpr (BITS == 3) {
-        constexpr int u = I / 16 * 3, v = I % 16, i = v % 5;
-        if constexpr (v < 15) return window<P, 3, i / 2 * 6, i % 2 * 3>(w[u + v / 5]);
-        uint32_t code = P::chosen(w[u] >> 15, 0x00010001u, 0x43004300u);
-        code = P::chosen(w[u + 1] >> 14, 0x00020002u, code);
-        code = P::chosen(w[u + 2] >> 13, 0x00040004u, code);
-        return P::fma2(code, 0x3f803f80u, 0xc300c300u);
-    } else if constexpr (BITS == 4) {
-        return window<P, 4, I % 4 * 4, 0>(w[I / 4]);
-    } else {
-        // The exponent's lowest bit is the code's highest: 128 or 256. 1 · that - 256, and 1 · (128 + lower 7 bits) + what came out.
-        const uint32_t word = w[I / 2] >> (I % 2 * 8);
-        const uint32_t high = P::fma2(P::chosen(word, 0x00800080u, 0x43004300u), 0x3f803f80u, 0xc380c380u);
-        return P::fma2(P::chosen(word, 0x007f007fu, 0x43004300u), 0x3f803f80u, high);
-    }
-}
+// Tiles that are multiplied at once (two of 8 bits would take too many registers), and sums of each that do not wait for each other: one
+// where operands have codes at one place, or are codes themselves.
+BOTH constexpr int tiles_at_once(int bits, int r) { return r == 1 || bits == 8 ? 1 : 2; }
+BOTH constexpr int chains_of(int bits, int parts) { return bits == 4 || parts != 1 ? 1 : 2; }
 
 template <int BITS, int R>
 struct State {
-    uint32_t w[2 * BITS];       // a step's codes
-    uint32_t b[SLICES][4];      // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
-    uint32_t a[4];              // a product's codes
-    float d[2][4];              // two products' sums: neither waits for the other
-    float sums[R][4];           // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
-    const uint8_t *codes, *ranges;  // what the lane copies of the first tile's next step, and of its first group
-    int64_t group;                  // of the next step: bytes from `ranges`
-    const uint8_t *x, *totals;      // of the next step, in shared memory
-    float scale[2], offset[2];      // of the rows g and g + 8
-    uint32_t total[2];              // sums of x
+    static constexpr int AT_ONCE = tiles_at_once(BITS, R);
+    uint32_t w[AT_ONCE][2 * BITS];  // a step's codes
+    uint32_t b[SLICES][4];          // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
+    uint32_t a[4], ones[4];         // products' other operands
+    float d[AT_ONCE][2][4];         // sums of products
+    float t[2][4];                  // the same of x alone: times 1 (two columns), and times 128
+    float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
+    const uint8_t *codes[R], *ranges, *x;      // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
+    int ranges_here, ranges_apart, ranges_to;  // whether it copies ranges; bytes from a group to the next; to where in a stage
+    int ranges_steps, x_to, x_steps;           // steps that have what it copies so; where it copies x to, and steps that have it
+    int even, odd;                         // where the lane's column of x is: slices of even and odd number
+    int g;                                 // where ranges of rows g and g + 8 are
+    float scale[AT_ONCE][2], offset[AT_ONCE][2];  // of the rows g and g + 8
+    float total[2], base[2];                      // of two columns: sums of x, and what 128 adds
 };
 
-// Scale and offset of the two rows of a lane.
-template <class P>
-BOTH void load_ranges(float* scale, float* offset, const uint8_t* from, int g, int half_ranges) {
-    if (half_ranges) {
-        uint32_t v[2];
-        P::load8(v, from + 8 * g);
-        UNROLLED for (int i = 0; i < 2; i++) {
-            scale[i] = P::half(v[i] & 0xffffu);
-            offset[i] = -(P::half(v[i] >> 16) * scale[i]);
-        }
-    } else {
-        uint32_t v[4];
-        P::load16(v, from + 16 * g);
-        UNROLLED for (int i = 0; i < 2; i++) scale[i] = float_of(v[2 * i]), offset[i] = float_of(v[2 * i + 1]);
-    }
-}
+struct Operands {
+    float* d;
+    const uint32_t *a, *b;
+};
 
-template <class P, int BITS>
-BOTH void load_codes(uint32_t* w, const uint8_t* from, int lane) {
-    if constexpr (BITS == 3) {
-        P::load16(w, from + 16 * lane);
-        P::load8(w + 4, from + 512 + 8 * lane);
-    } else {
-        UNROLLED for (int l = 0; l < BITS / 2; l++) P::load16(w + 4 * l, from + 512 * l + 16 * lane);
-    }
-}
+// x of a step in shared memory: rows (of bfloat16, columns of a product) of 256 bytes. Odd ones have slices exchanged two by two, so that
+// a slice of eight columns is read without conflicts.
+BOTH constexpr int turned(int row, int chunk) { return row * 256 + (chunk ^ (row & 1) * 4) * 16; }
 
-// One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each.
-template <class P, int BITS, int R, int FLUSHES>
+// One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each. PARTS: columns that a row of x takes.
+template <class P, int BITS, int R, int FLUSHES, int PARTS>
 struct Warp {
-    static constexpr int D = depth(BITS, FLUSHES), EVERY = SLICES / FLUSHES;
+    static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R), MIDDLE = middle(BITS, R), CODES = code_bytes(BITS);
+    static constexpr int AT_ONCE = tiles_at_once(BITS, R), CHAINS = chains_of(BITS, PARTS);
+    // Lanes below 16 copy ranges, some of them twice, and the others the first row of x with the same instruction.
+    static constexpr bool MERGED = PARTS == 1 && R * FLUSHES <= 2;
+    static constexpr bool TWICE = BITS == 8 && PARTS == 1;  // codes are a sum of two operands
+    static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
     using S = State<BITS, R>;
+    template <class T>
+    using Of = typename P::template Of<T>;
 
     const Call& call;
-    uint8_t *ring, *now, *before;  // stages to use next, and used last: that one is free
-    const uint8_t* x;              // of the panel: bfloat16, a column after another
-    const float* totals;           // of the panel: [steps, FLUSHES, MOST], sums of x
-    int warp, first, ahead;        // first: tile; ahead: the step to fetch next
-    int codes_apart[R], ranges_apart[R];  // bytes from the first tile's; a tile that there is not is the last one again
-    typename P::template Of<S> state;
+    uint8_t* ring;
+    int now, before;  // stages to use next, and used last: that one is free; bytes from `ring`
+    int warp, first, ahead, row, rows;  // first: tile; ahead: the step to fetch next; row, rows: of x
+    Of<S> state;
 
-    BOTH Warp(const Call& c, uint8_t* memory, int w, int tile)
-        : call(c), ring(memory + w * D * c.slot), now(ring), before(ring), x(memory + WARPS * D * c.slot), warp(w), first(tile),
-          ahead(w) {
-        UNROLLED for (int r = 0; r < R; r++) {
-            const int t = tile + r < c.tiles ? r : c.tiles - 1 - tile;
-            codes_apart[r] = t * c.steps * code_bytes(BITS), ranges_apart[r] = t * c.groups * 16 * c.pieces();
-        }
-        totals = reinterpret_cast<const float*>(x + c.columns_of(c.together) * c.stride);
+    BOTH Warp(const Call& c, uint8_t* memory, int w, int tile, int row_of_x)
+        : call(c), ring(memory + w * c.apart), now(0), before((c.depth - 1) * c.slot), warp(w), first(tile), ahead(w), row(row_of_x) {
+        rows = c.count - row < c.together ? c.count - row : c.together;
     }
 
-    BOTH uint8_t* after(uint8_t* stage) const { return stage + call.slot < ring + D * call.slot ? stage + call.slot : ring; }
+    // A tile that there is not is the last one again.
+    BOTH int64_t tile(int r) const { return first + r < call.tiles ? first + r : call.tiles - 1; }
 
-    // The warp's next stage, of tile number r; stages are steps, then tiles.
-    BOTH void fetch(P& p, uint8_t* to, int r) {
-        if (ahead < call.steps) {
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                const uint8_t* from = s.codes + codes_apart[r];
-                uint8_t* own = to + 16 * lane;
-                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, from + 512 * l);
-                if constexpr (BITS == 3) p.fetch8(to + 512 + 8 * lane, from + 512 - 8 * lane);
-                const int flush = lane >> (call.half_ranges ? 2 : 3);
-                if (r == 0) s.group = int64_t(call.group_of(ahead * SLICES + flush * EVERY)) * (16 * call.pieces());
-                if (flush < FLUSHES) p.fetch16(own + code_bytes(BITS), s.ranges + (s.group + ranges_apart[r]));
-                if (r == R - 1) s.codes += WARPS * code_bytes(BITS);
-            });
-        }
-        if (r == R - 1) ahead += WARPS;
-        p.commit();
+    // Codes and ranges of the next step; with `X`, also the first piece of x where that goes along.
+    template <bool X>
+    BOTH void fetch(P& p, uint8_t* to) {
+        p.lanes([&](int lane) {
+            const S& s = P::at(state, lane);
+            const int flush = FLUSHES == 1 ? 0 : lane / call.pieces() % FLUSHES, group = call.group_of(ahead * SLICES + flush * EVERY);
+            const bool of_x = MERGED && lane >= 16;
+            const uint8_t* from = P::along(s.ranges, of_x ? ahead : group, MERGED ? s.ranges_apart : call.group_bytes);
+            uint8_t* own = to + 16 * lane;
+            UNROLLED for (int r = 0; r < R; r++) {
+                const uint8_t* words = s.codes[r] + int64_t(ahead) * CODES;
+                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + r * CODES + 512 * l, words + 512 * l, true);
+                if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, words + 512 - 8 * lane);
+            }
+            if constexpr (MERGED)
+                p.fetch16_or_zeros(to + s.ranges_to, from, X || !of_x, ahead < s.ranges_steps);
+            else
+                p.fetch16(own + R * CODES, from, s.ranges_here);
+            // A second turn is the second tile: only where one tile's ranges take all lanes.
+            if constexpr (R * FLUSHES * 8 > LANES)
+                if (R * FLUSHES * call.pieces() > LANES)
+                    p.fetch16(own + R * CODES + 512, from + (tile(1) - first) * call.groups * call.group_bytes, true);
+        });
     }
 
-    // Fills the ring but for one stage.
+    // What a lane has of piece `i` of x, and of the input scale after it: where it is, of step 0, where it goes, and of how many steps. A
+    // piece is a row of float32, or two of bfloat16: none and row 0, rows 1 and 2, ...
+    struct Piece {
+        const uint8_t* from;
+        int apart, to, steps;  // apart: bytes from a step to the next
+        bool there;
+    };
+    BOTH bool two_rows() const { return PARTS == 1 || call.half_x; }  // in a piece
+    BOTH int pieces_of_x() const {
+        return (two_rows() ? rows / 2 + 1 : rows) + (PARTS != 1 && call.input_scale != nullptr ? 1 : 0);
+    }
+    BOTH Piece piece(int i, int lane) {
+        const S& s = P::at(state, lane);
+        const uint8_t* from = s.x + int64_t(i) * 4 * call.columns;
+        const int m = 2 * i - 1 + lane / 16;
+        if (PARTS == 1 || (call.half_x && 2 * i <= rows)) return {from, 2 * COLUMNS, s.x_to + i * 512, s.x_steps, m >= 0 && m < rows};
+        if (!call.half_x && i < rows) return {from, 4 * COLUMNS, s.x_to + i * 512, s.x_steps, true};
+        from = reinterpret_cast<const uint8_t*>(call.input_scale) + lane * 16;
+        return {from, 4 * COLUMNS, call.given_bytes() - 512 + lane * 16, steps_with(lane * 4), true};
+    }
+    // Steps that have a column number `column`.
+    BOTH int steps_with(int column) const { return (call.columns - column + COLUMNS - 1) / COLUMNS; }
+
+    // x of the step that is fetched next.
+    BOTH void fetch_x(P& p, uint8_t* to) {
+        p.lanes([&](int lane) {
+            UNROLLED for (int i = MERGED ? 1 : 0; i <= MOST / 2; i++) {
+                if (i > 0 && i >= pieces_of_x()) break;
+                const Piece x = piece(i, lane);
+                p.fetch16_or_zeros(to + x.to, P::along(x.from, ahead, x.apart), x.there, ahead < x.steps);
+            }
+        });
+    }
+
+    // Fills the ring but for one stage, and but for x; codes first, which take longest.
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            s.codes = call.words + (int64_t(first) * call.steps + warp) * code_bytes(BITS) + 16 * lane;
-            s.ranges = call.ranges + (int64_t(first) * call.groups * call.pieces() + (lane & (call.pieces() - 1))) * 16;
-            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++) s.sums[r][i] = 0.f;
+            const int pieces = call.pieces(), part = MERGED ? lane % (R * FLUSHES * pieces) : lane;
+            UNROLLED for (int r = 0; r < R; r++)
+                s.codes[r] = P::kept(call.words + tile(r) * call.steps * CODES + 16 * lane);
+            s.ranges = call.ranges + tile(part / (pieces * FLUSHES)) * call.groups * call.group_bytes + part % pieces * 16;
+            s.ranges_here = lane < R * FLUSHES * pieces;
+            s.ranges_apart = call.group_bytes, s.ranges_to = R * CODES + part * 16, s.ranges_steps = call.steps;
         });
-        UNROLLED for (int i = 0; i < D - 1; i++) fetch(p, ring + i * call.slot, i % R);
-        before = ring + (D - 1) * call.slot;
+        UNROLLED for (int i = 0; i < DEEP - 1; i++) {
+            if (i >= call.depth - 1) break;
+            if (ahead < call.steps) fetch<false>(p, ring + i * call.slot);
+            ahead += WARPS;
+            p.commit();
+        }
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            s.g = lane / 4 * (call.half_ranges ? 8 : 16);
+            const int m = lane / 16 - 1, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
+            s.x = P::kept(s.x);
+            s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
+            s.x_steps = steps_with(two_rows() ? chunk * 8 : lane * 4);
+            if (MERGED && lane >= 16) {
+                s.ranges = s.x, s.ranges_apart = 2 * COLUMNS;
+                s.ranges_to = call.given_at + s.x_to, s.ranges_steps = s.x_steps;
+            }
+            s.ranges = P::kept(s.ranges);
+            s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
+            s.odd = s.even - column % 2 * 128;
+            UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
+            UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? BASE : 0u, i / 2);
+        });
     }
 
-    template <int Q, int H>
+    // x of the stages that are in the ring, by way of registers: copies would be counted after codes that may come later.
+    BOTH void begin(P& p) {
+        for (int i = 0; i < pieces_of_x(); i++)
+            p.lanes([&](int lane) {
+                const Piece x = piece(i, lane);
+                const int all = x.there ? call.depth - 1 : 0, apart = PARTS == 1 ? 2 * COLUMNS : x.apart;
+                const int mine = (x.steps - warp + WARPS - 1) / WARPS, some = mine < all ? mine : all;
+                const uint8_t* from = P::kept(x.from + int64_t(warp) * apart);
+                uint8_t* to = ring + call.given_at + x.to;
+                uint32_t kept[DEEP - 1][4];
+                UNROLLED for (int u = 0; u < DEEP - 1; u++) {
+                    UNROLLED for (int j = 0; j < 4; j++) kept[u][j] = 0;
+                    if (u < some) P::read16(kept[u], from + u * WARPS * apart);
+                }
+                UNROLLED for (int u = 0; u < DEEP - 1; u++)
+                    if (u < all) P::store16(to + u * call.slot, kept[u]);
+            });
+    }
+
+    // All but the stages after the next one.
+    BOTH void arrived(P& p) {
+        if (call.depth == DEEP)
+            p.template arrived<DEEP - 2>();
+        else if (call.depth == MIDDLE)
+            p.template arrived<MIDDLE - 2>();
+        else
+            p.template arrived<0>();
+    }
+
+    // A step's x as three columns a row: what is left after the nearest bfloat16 is exact; after three nothing is.
+    BOTH void split(P& p, const uint8_t* given, uint8_t* made, int step) {
+        p.lanes([&](int lane) {
+            const bool inside = step * COLUMNS + 4 * lane < call.columns;
+            for (int m = 0; m < rows; m++) {
+                uint32_t kept[4];
+                float v[4];
+                if (call.half_x) {
+                    P::load8(kept, given + m * 256 + lane * 8);
+                    UNROLLED for (int i = 0; i < 2; i++) v[2 * i] = float_of(kept[i] << 16), v[2 * i + 1] = float_of(kept[i] & 0xffff0000u);
+                } else {
+                    P::load16(kept, given + m * 512 + lane * 16);
+                    UNROLLED for (int i = 0; i < 4; i++) v[i] = float_of(kept[i]);
+                }
+                if (call.input_scale != nullptr) {
+                    P::load16(kept, given + call.given_bytes() - 512 + lane * 16);
+                    UNROLLED for (int i = 0; i < 4; i++) v[i] = inside ? v[i] / float_of(kept[i]) : 0.f;
+                }
+                UNROLLED for (int part = 0; part < 3; part++) {
+                    UNROLLED for (int i = 0; i < 2; i++) {
+                        kept[i] = P::pack2(v[2 * i], v[2 * i + 1]);
+                        v[2 * i] -= float_of(kept[i] << 16), v[2 * i + 1] -= float_of(kept[i] & 0xffff0000u);
+                    }
+                    P::store8(made + turned(3 * m + part, lane / 2) + lane % 2 * 8, kept);
+                }
+            }
+        });
+        p.together();
+    }
+
+    // Operand number `I`. 8 bits: of two that a code is the sum of, the one that `HIGH` says.
+    template <int I, int HIGH>
+    BOTH static uint32_t operand(const uint32_t* w) {
+        if constexpr (TWICE) return eight<P, I, HIGH>(w);
+        else if constexpr (PARTS == 1) return held<P, BITS, I>(w);
+        else return pair<P, BITS, I>(w);
+    }
+
+    // A product of 16 columns: pairs 4 H to 4 H + 3 of a slice, and half H of x.
+    template <int Q, int H, int T, int HIGH>
     BOTH void multiply(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            s.a[0] = pair<P, BITS, 8 * Q + 4 * H>(s.w), s.a[1] = pair<P, BITS, 8 * Q + 4 * H + 1>(s.w);
-            s.a[2] = pair<P, BITS, 8 * Q + 4 * H + 2>(s.w), s.a[3] = pair<P, BITS, 8 * Q + 4 * H + 3>(s.w);
+            constexpr int I = 8 * Q + 4 * H;
+            const uint32_t* w = s.w[T];
+            s.a[0] = operand<I, HIGH>(w), s.a[1] = operand<I + 1, HIGH>(w);
+            s.a[2] = operand<I + 2, HIGH>(w), s.a[3] = operand<I + 3, HIGH>(w);
         });
-        P::multiply(state, Q, H);
+        P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? HIGH : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
+        if constexpr (TWICE && HIGH == 0) multiply<Q, H, T, 1>(p);
     }
 
-    // Ranges and sums of x are fetched before the products that they are for.
-    template <int Q>
-    BOTH void slice(P& p, const uint8_t* slot, int r) {
-        if constexpr (Q % EVERY == 0)
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[h][i] = 0.f;
-                const uint8_t* at = slot + code_bytes(BITS) + Q / EVERY * 16 * call.pieces();
-                load_ranges<P>(s.scale, s.offset, at, lane / 4, call.half_ranges);
-                P::load8(s.total, s.totals + Q / EVERY * MOST * 4);
-            });
-        multiply<Q, 0>(p);
-        multiply<Q, 1>(p);
-        if constexpr (Q % EVERY == EVERY - 1)
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                UNROLLED for (int i = 0; i < 4; i++) {
-                    const float rest = P::fma(s.offset[i / 2], float_of(s.total[i % 2]), s.sums[r][i]);
-                    s.sums[r][i] = P::fma(s.scale[i / 2], s.d[0][i] + s.d[1][i], rest);
-                }
-            });
+    // Of all tiles that are multiplied at once, from slice `Q` to the last that shares its scale; with the first of them, x alone.
+    template <int Q, int H, bool FIRST>
+    BOTH void products(P& p) {
+        if constexpr (FIRST) P::multiply(state, [](S& s) { return Operands{s.t[TWICE ? 0 : H % CHAINS], s.ones, s.b[Q] + 2 * H}; });
+        multiply<Q, H, 0, 0>(p);
+        if constexpr (AT_ONCE == 2) multiply<Q, H, 1, 0>(p);
+        if constexpr (H == 0) products<Q, 1, FIRST>(p);
+        if constexpr (H == 1 && (Q + 1) % EVERY != 0) products<Q + 1, 0, FIRST>(p);
     }
 
-    // The steps of panel number `panel`, whose x and totals are there.
-    BOTH void over(P& p, int panel) {
-        const int begin = panel * (call.panel / WARPS), end = begin + call.panel / WARPS;
+    // Column `c` of two: of x alone; and of tile `r`, multiplied as number `t`.
+    BOTH static void total(S& s, int c) {
+        s.total[c] = CHAINS == 1 || TWICE ? s.t[0][c] : s.t[0][c] + s.t[1][c];
+        // Of 8 bits, both products are of all columns.
+        s.base[c] = TWICE ? s.t[0][2 + c] + s.t[0][2 + c] : CHAINS == 1 ? s.t[0][2 + c] : P::fma(s.t[1][2 + c], FACTOR, s.t[0][2 + c]);
+    }
+    BOTH static void flush(S& s, int c, int r, int t) {
+        UNROLLED for (int i = c; i < 4; i += 2) {
+            const float rest = P::fma(s.offset[t][i / 2], s.total[c], s.sums[r][i]);
+            float sum = CHAINS == 1 ? s.d[t][0][i] : P::fma(s.d[t][1][i], FACTOR, s.d[t][0][i]);
+            if (PARTS == 1) sum -= s.base[c];
+            s.sums[r][i] = P::fma(s.scale[t][i / 2], sum, rest);
+        }
+    }
+
+    // What shares a scale, of the tiles from number `FROM` on.
+    template <int Q, int FROM>
+    BOTH void run(P& p, const uint8_t* stage) {
         p.lanes([&](int lane) {
-            const int column = lane / 4, last = call.columns_of(call.together) - 1;
-            P::at(state, lane).x = x + (column < last ? column : last) * call.stride + warp * (2 * COLUMNS) + lane % 4 * 16;
-            P::at(state, lane).totals = reinterpret_cast<const uint8_t*>(totals + warp * FLUSHES * MOST + lane % 4 * 2);
+            S& s = P::at(state, lane);
+            const uint8_t* ranges = stage + R * CODES + s.g;
+            UNROLLED for (int t = 0; t < AT_ONCE; t++) {
+                load_codes<P, BITS>(s.w[t], stage + (FROM + t) * CODES, lane);
+                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[t][h][i] = s.t[h][i] = 0.f;
+            }
+            constexpr int number = FROM * FLUSHES + Q / EVERY;
+            if (call.half_ranges)
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) half_ranges<P>(s.scale[t], s.offset[t], ranges + (number + t * FLUSHES) * 64);
+            else
+                UNROLLED for (int t = 0; t < AT_ONCE; t++) ranges_of<P>(s.scale[t], s.offset[t], ranges + (number + t * FLUSHES) * 128);
         });
-        for (int j = begin; j < end && warp + WARPS * j < call.steps; j++) {
+        products<Q, 0, FROM == 0>(p);
+        // One row of bfloat16 is in all columns, of which the first counts.
+        UNROLLED for (int c = 0; c < 2; c++)
+            if (c == 0 || rows * PARTS > 1)
+                p.lanes([&](int lane) {
+                    S& s = P::at(state, lane);
+                    if (FROM == 0) total(s, c);
+                    UNROLLED for (int t = 0; t < AT_ONCE; t++) flush(s, c, FROM + t, t);
+                });
+        if constexpr (FROM + AT_ONCE < R) run<Q, FROM + AT_ONCE>(p, stage);
+    }
+
+    BOTH void over(P& p) {
+        for (int step = warp; step < call.steps; step += WARPS) {
+            arrived(p);
+            if (ahead < call.steps) fetch<true>(p, ring + before), fetch_x(p, ring + before + call.given_at);
+            ahead += WARPS;
+            p.commit();
+            const uint8_t *stage = ring + now, *x = stage;
+            if constexpr (PARTS != 1) {
+                uint8_t* made = ring + call.depth * call.slot;
+                split(p, stage + call.given_at, made, step);
+                x = made;
+            }
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], s.x + 64 * q);
-                s.x += WARPS * 2 * COLUMNS;
+                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + (q % 2 ? s.odd : s.even) + 64 * q);
             });
-            UNROLLED for (int r = 0; r < R; r++) {
-                p.template arrived<D - 2>();
-                fetch(p, before, (D - 1 + r) % R);
-                p.lanes([&](int lane) { load_codes<P, BITS>(P::at(state, lane).w, now, lane); });
-                slice<0>(p, now, r);
-                slice<1>(p, now, r);
-                slice<2>(p, now, r);
-                slice<3>(p, now, r);
-                before = now, now = after(now);
-            }
-            p.lanes([&](int lane) { P::at(state, lane).totals += WARPS * FLUSHES * MOST * 4; });
+            run<0, 0>(p, stage);
+            if constexpr (FLUSHES == 4) run<1, 0>(p, stage);
+            if constexpr (FLUSHES != 1) run<2, 0>(p, stage);
+            if constexpr (FLUSHES == 4) run<3, 0>(p, stage);
+            before = now, now += call.slot;
+            if (now == call.depth * call.slot) now = 0;
         }
     }
 
@@ -231,100 +348,26 @@ struct Warp {
     }
 };
 
-template <int TURNS>
-struct Loaded {
-    uint32_t of[TURNS][8];
-};
-
-// x of a panel as columns of bfloat16, and its sums over what shares a scale; by all warps, for rows of x from `first` on. PARTS: as in the
-// call, known where there is nothing to be computed. TURNS: eights that are on their way to a lane before the first is used.
-template <class P, int FLUSHES, int PARTS, int TURNS>
-BOTH void place_parts(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
-    float* totals = reinterpret_cast<float*>(x + call.columns_of(call.together) * call.stride);
-    const int begin = panel * call.panel, left = call.steps - begin, steps = left < call.panel ? left : call.panel;
-    const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
-    const int eights = steps * (COLUMNS / 8), all = rows * eights;
-    for (int start = warp * LANES; start < all; start += TURNS * WARPS * LANES) {
-        typename P::template Of<Loaded<TURNS>> loaded;
-        p.lanes([&](int lane) {
-            UNROLLED for (int u = 0; u < TURNS; u++) {
-                const int e = start + u * WARPS * LANES + lane, m = e / eights, column = begin * COLUMNS + (e - m * eights) * 8;
-                uint32_t* to = P::at(loaded, lane).of[u];
-                UNROLLED for (int i = 0; i < 8; i++) to[i] = 0;
-                if (e < all && column < call.columns) {
-                    const int64_t at = int64_t(first + m) * call.columns + column;
-                    P::read16(to, call.x + (PARTS == 1 || call.half_x ? 2 : 4) * at);
-                    if (PARTS != 1 && !call.half_x) P::read16(to + 4, call.x + 4 * at + 16);
-                }
-            }
-        });
-        UNROLLED for (int u = 0; u < TURNS; u++) {
-            typename P::template Of<float> total;
-            p.lanes([&](int lane) {
-                const int e = start + u * WARPS * LANES + lane, m = e / eights, eight = e - m * eights;
-                uint32_t* kept = P::at(loaded, lane).of[u];
-                float v[8];
-                if (PARTS == 1 || call.half_x)
-                    UNROLLED for (int i = 0; i < 4; i++) v[2 * i] = float_of(kept[i] << 16), v[2 * i + 1] = float_of(kept[i] & 0xffff0000u);
-                else
-                    UNROLLED for (int i = 0; i < 8; i++) v[i] = float_of(kept[i]);
-                const int column = begin * COLUMNS + eight * 8;
-                if (PARTS != 1 && call.input_scale != nullptr && e < all && column < call.columns)
-                    UNROLLED for (int i = 0; i < 8; i++) v[i] = v[i] / call.input_scale[column + i];
-                P::at(total, lane) = ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
-                if (e >= all) return;
-                uint8_t* to = x + m * PARTS * call.stride + eight * 16;
-                // What is left after the nearest bfloat16 is exact; after three nothing is.
-                for (int part = 0; part < PARTS; part++) {
-                    if (PARTS != 1) UNROLLED for (int i = 0; i < 4; i++) {
-                        kept[i] = P::pack2(v[2 * i], v[2 * i + 1]);
-                        v[2 * i] -= float_of(kept[i] << 16), v[2 * i + 1] -= float_of(kept[i] & 0xffff0000u);
-                    }
-                    P::store16(to + part * call.stride, kept);
-                }
-            });
-            UNROLLED for (int apart = 1; apart < 16 / FLUSHES; apart *= 2) P::fold(total, apart);
-            p.lanes([&](int lane) {
-                const int e = start + u * WARPS * LANES + lane, m = e / eights, eight = e - m * eights;
-                if (e >= all || eight % (16 / FLUSHES) != 0) return;
-                float* to = totals + eight / (16 / FLUSHES) * MOST + m * PARTS;
-                to[0] = P::at(total, lane);
-                for (int part = 1; part < PARTS; part++) to[part] = 0.f;
-            });
-        }
-    }
-}
-
-template <class P, int FLUSHES>
-BOTH void place(P& p, const Call& call, int warp, int panel, int first, uint8_t* x) {
-    if (call.parts == 1)
-        place_parts<P, FLUSHES, 1, 4>(p, call, warp, panel, first, x);
-    else
-        place_parts<P, FLUSHES, 3, 1>(p, call, warp, panel, first, x);
-}
-
-// Sums of all warps, `apart` bytes from one warp's to the next, into out; by all warps.
-template <class P, int R>
-BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const uint8_t* ring, int apart) {
+// Sums of all warps into out; by all warps.
+template <class P, int R, int PARTS>
+BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const uint8_t* memory) {
     const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
     for (int base = warp * LANES; base < rows * R * ROWS; base += WARPS * LANES) {
         p.lanes([&](int lane) {
             const int e = base + lane, m = e / (R * ROWS), row = e % (R * ROWS), n = tile * ROWS + row;
             if (m >= rows || n >= call.rows) return;
             float total = 0.f;
-            for (int part = 0; part < call.parts; part++) {
-                const uint8_t* from = ring + 4 * (row * MOST + m * call.parts + part);
+            UNROLLED for (int part = 0; part < PARTS; part++) {
+                const uint8_t* from = memory + 4 * (row * MOST + m * PARTS + part);
                 float sum = 0.f;
-                UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * apart);
+                UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * call.apart);
                 total += sum;
             }
             const int64_t at = int64_t(first + m) * call.rows + n;
-            if (call.half_x) {
-                const uint16_t made = uint16_t(P::pack2(total, 0.f));
-                memcpy(call.out + 2 * at, &made, 2);
-            } else {
-                memcpy(call.out + 4 * at, &total, 4);
-            }
+            if (call.half_x)
+                *reinterpret_cast<uint16_t*>(call.out + 2 * at) = uint16_t(P::pack2(total, 0.f));
+            else
+                *reinterpret_cast<float*>(call.out + 4 * at) = total;
         });
     }
 }

@@ -1,8 +1,8 @@
 // A few rows of x [M, K] times a weight [N, K] of 2, 3, 4 or 8 bits, transposed: out [M, N]; and the weight itself.
 // The twin of quant/kernels/wq_gemv/reference.py; what a warp does: wq_fragments.h.
 //
-// One launch a call: x is brought into shared memory by every block, which also rounds its own part of out. A block has 16 R rows of the
-// weight, R such that all blocks are on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
+// One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
+// on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
 
 #include <cuda_runtime.h>
 
@@ -28,11 +28,19 @@ struct Lane {
     }
 
     static __device__ __forceinline__ uint32_t shared(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
-    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared(to)), "l"(from) : "memory");
+    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from, bool there) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared(to)), "l"(from),
+                     "r"(int(there))
+                     : "memory");
     }
     __device__ __forceinline__ void fetch8(uint8_t* to, const uint8_t* from) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared(to)), "l"(from) : "memory");
+    }
+    // Zeros where `inside` is false.
+    __device__ __forceinline__ void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
+        asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared(to)), "l"(from),
+                     "r"(inside ? 16 : 0), "r"(int(there))
+                     : "memory");
     }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
@@ -41,6 +49,8 @@ struct Lane {
         asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
         __syncwarp();
     }
+    // What the warp's lanes have stored is there for each other.
+    __device__ __forceinline__ void together() { __syncwarp(); }
 
     static __device__ __forceinline__ void load16(uint32_t* to, const uint8_t* from) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);
@@ -59,8 +69,25 @@ struct Lane {
         const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
         to[0] = v.x, to[1] = v.y;
     }
+    static __device__ __forceinline__ void store8(uint8_t* to, const uint32_t* v) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(v[0], v[1]);
+    }
     static __device__ __forceinline__ void store16(uint8_t* to, const uint32_t* v) {
         *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+
+    // The same in registers of their own: the compiler would reckon them anew at each use. That threadIdx.y and z are 0 it does not know.
+    static __device__ __forceinline__ uint32_t kept(uint32_t v, int number) { return v ^ (number == 0 ? threadIdx.y : threadIdx.z); }
+    static __device__ __forceinline__ const uint8_t* kept(const uint8_t* v) {
+        asm volatile("" : "+l"(v));
+        return v;
+    }
+
+    // `number` times `apart` bytes after `from`, in one instruction.
+    static __device__ __forceinline__ const uint8_t* along(const uint8_t* from, int number, int apart) {
+        const uint8_t* at;
+        asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(number), "r"(apart), "l"(from));
+        return at;
     }
 
     static __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -85,13 +112,13 @@ struct Lane {
         asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(mask), "r"(base));
         return made;
     }
-    static __device__ __forceinline__ void fold(float& v, int apart) { v += __shfl_xor_sync(0xffffffffu, v, apart); }
 
-    template <class S>
-    static __device__ __forceinline__ void multiply(S& s, int q, int h) {
+    template <class S, class F>
+    static __device__ __forceinline__ void multiply(S& s, const F& of) {
+        const Operands o = of(s);
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(s.d[h][0]), "+f"(s.d[h][1]), "+f"(s.d[h][2]), "+f"(s.d[h][3])
-            : "r"(s.a[0]), "r"(s.a[1]), "r"(s.a[2]), "r"(s.a[3]), "r"(s.b[q][2 * h]), "r"(s.b[q][2 * h + 1]));
+            : "+f"(o.d[0]), "+f"(o.d[1]), "+f"(o.d[2]), "+f"(o.d[3])
+            : "r"(o.a[0]), "r"(o.a[1]), "r"(o.a[2]), "r"(o.a[3]), "r"(o.b[0]), "r"(o.b[1]));
     }
 
     template <int KIND>
@@ -129,25 +156,20 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
-template <int BITS, int R, int FLUSHES>
+template <int BITS, int R, int FLUSHES, int PARTS>
 __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * R;
-    const int apart = depth(BITS, FLUSHES) * call.slot;
     Lane p;
-    Warp<Lane, BITS, R, FLUSHES> work(call, memory, warp, tile);
+    Warp<Lane, BITS, R, FLUSHES, PARTS> work(call, memory, warp, tile, first);
     work.open(p);
     release_next();
     await_previous();
-    for (int panel = 0; panel * call.panel < call.steps; panel++) {
-        if (panel > 0) __syncthreads();
-        place<Lane, FLUSHES>(p, call, warp, panel, first, memory + WARPS * apart);
-        __syncthreads();
-        work.over(p, panel);
-    }
+    work.begin(p);
+    work.over(p);
     work.close(p);
     __syncthreads();
-    finish<Lane, R>(p, call, warp, tile, first, memory, apart);
+    finish<Lane, R, PARTS>(p, call, warp, tile, first, memory);
 }
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
@@ -167,6 +189,9 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
 
 struct Device {
     int number, multiprocessors, shared_each, shared_block;
+
+    // Bytes of shared memory for a block where two are on a multiprocessor; the device keeps 1 kB for each.
+    int most() const { return shared_each / 2 - 1024; }
 };
 
 cudaError_t found(Device& device) {
@@ -185,10 +210,10 @@ cudaError_t found(Device& device) {
     return cudaSuccess;
 }
 
-template <int BITS, int R, int FLUSHES>
+template <int BITS, int R, int FLUSHES, int PARTS>
 cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t stream) {
     static std::atomic<uint64_t> prepared{0};
-    const auto kernel = product<BITS, R, FLUSHES>;
+    const auto kernel = product<BITS, R, FLUSHES, PARTS>;
     cudaError_t e;
     if (!(prepared.load() >> device.number & 1)) {
         if ((e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
@@ -196,8 +221,7 @@ cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t str
         if (e != cudaSuccess) return e;
         prepared.fetch_or(uint64_t(1) << device.number);
     }
-    // Two blocks on a multiprocessor; the device keeps 1 kB for each.
-    int bytes = arranged(call, BITS, FLUSHES, device.shared_each / 2 - 1024);
+    int bytes = arranged(call, BITS, R, FLUSHES, device.most());
     // And no third, for which there would be room where x is short: blocks of the next product, which begin early, would take it on some
     // multiprocessors, and these would have more to do than others.
     if (R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
@@ -212,23 +236,35 @@ cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t str
     return cudaLaunchKernelEx(&config, kernel, call);
 }
 
-template <int BITS>
+template <int BITS, int PARTS>
 cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     Device device;
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
+    // As many tiles as let all blocks be there at once, where two such blocks fit a multiprocessor.
     int tiles = 1;
-    while (tiles < (flushes == 1 ? 4 : 2) && (call.tiles + tiles - 1) / tiles * parts > 2 * device.multiprocessors) tiles *= 2;
-    switch (tiles * 10 + flushes) {
-        case 11: return launch<BITS, 1, 1>(call, device, early, stream);
-        case 12: return launch<BITS, 1, 2>(call, device, early, stream);
-        case 14: return launch<BITS, 1, 4>(call, device, early, stream);
-        case 21: return launch<BITS, 2, 1>(call, device, early, stream);
-        case 22: return launch<BITS, 2, 2>(call, device, early, stream);
-        case 24: return launch<BITS, 2, 4>(call, device, early, stream);
-        default: return launch<BITS, 4, 1>(call, device, early, stream);
+    while (tiles < (flushes == 1 && BITS != 8 ? 4 : 2) && (call.tiles + tiles - 1) / tiles * parts > 2 * device.multiprocessors) {
+        Call twice = call;
+        if (arranged(twice, BITS, 2 * tiles, flushes, device.most()) > device.most()) break;
+        tiles *= 2;
     }
+    switch (tiles * 10 + flushes) {
+        case 11: return launch<BITS, 1, 1, PARTS>(call, device, early, stream);
+        case 12: return launch<BITS, 1, 2, PARTS>(call, device, early, stream);
+        case 14: return launch<BITS, 1, 4, PARTS>(call, device, early, stream);
+        case 21: return launch<BITS, 2, 1, PARTS>(call, device, early, stream);
+        case 22: return launch<BITS, 2, 2, PARTS>(call, device, early, stream);
+        case 24: return launch<BITS, 2, 4, PARTS>(call, device, early, stream);
+        default:
+            if constexpr (BITS != 8) return launch<BITS, 4, 1, PARTS>(call, device, early, stream);
+            return cudaErrorInvalidValue;
+    }
+}
+
+template <int BITS>
+cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
+    return call.parts == 1 ? multiplied<BITS, 1>(call, early, stream) : multiplied<BITS, 3>(call, early, stream);
 }
 
 template <int BITS>

@@ -37,8 +37,8 @@ def inputs(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m + k)).to(dtype)
 
 
-def exact(x: Tensor, tensor: AffineTensor) -> tuple[Tensor, Tensor]:
-    """float64 `[M, N]`: the product and A."""
+def exact(x: Tensor, tensor: AffineTensor, base: int = 0) -> tuple[Tensor, Tensor]:
+    """float64 `[M, N]`: the product and A; `base` is added to codes, and taken off again."""
     codes = tensor.codes.double()
     index = torch.arange(codes.shape[1]) // tensor.group_size if tensor.g_idx is None else tensor.g_idx.long()
     scale, zero = tensor.scale.double()[:, index], tensor.zero.double()[:, index]
@@ -46,11 +46,11 @@ def exact(x: Tensor, tensor: AffineTensor) -> tuple[Tensor, Tensor]:
     offset = zero if minimum else -zero * scale
     values = codes * scale + zero if minimum else (codes - zero) * scale
     given = x.double() if tensor.input_scale is None else x.double() / tensor.input_scale.double()
-    return given @ values.T, given.abs() @ (codes * scale.abs() + offset.abs()).T
+    return given @ values.T, given.abs() @ ((codes + 2 * base) * scale.abs() + offset.abs()).T
 
 
-def check(got: Tensor, x: Tensor, tensor: AffineTensor) -> None:
-    want, size = exact(x, tensor)
+def check(got: Tensor, x: Tensor, tensor: AffineTensor, base: int = 0) -> None:
+    want, size = exact(x, tensor, base)
     error = (got.double() - want).abs()
     bound = (2 * 16 + 4 * x.shape[1] // 32 + 8) * U * size
     if got.dtype is torch.bfloat16:

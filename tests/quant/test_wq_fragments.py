@@ -1,7 +1,8 @@
 """The product on a GPU's tensor cores: its layout, and what a warp does, on the host and lane by lane; on a GPU, where there is one.
 
 Tolerances are those of test_wq_gemv.py, with a term for tensor cores, which cut sums off where others round: a product of 16 columns is
-off by 2 u times the most that a partial sum can be, where the bound has 16 u for adding them up.
+off by 2 u times the most that a partial sum can be, where the bound has 16 u for adding them up. Where x is bfloat16, operands are
+128 · 2^-place + code (with 8 bits, 256 + code in two products), and as much is taken off again: both count as parts of A.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ def on_host(x: Tensor, packed: Packed, room: int = ROOM) -> Tensor:
 def on_device(x: Tensor, packed: Packed, room: int = ROOM) -> Tensor:
     out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype, device="cuda")
     return twin.wq_gemv(x.cuda(), moved(packed, "cuda"), out).cpu()
+
+
+def checked(got: Tensor, x: Tensor, tensor: AffineTensor) -> None:
+    base = 0 if x.dtype is torch.float32 or tensor.input_scale is not None else 256 if tensor.bits == 8 else 128
+    check(got, x, tensor, base)
 
 
 def moved(packed: Packed, device: str) -> Packed:
@@ -110,7 +116,7 @@ def test_error_is_that_of_rounding(product: Product, bits: int, n: int, k: int, 
         packed = prepare(tensor)
         for m, kind in ((1, torch.bfloat16), (8, torch.bfloat16), (3, torch.float32)):
             x = inputs(m, k, kind)
-            check(product(x, packed), x, tensor)
+            checked(product(x, packed), x, tensor)
 
 
 @pytest.mark.parametrize("product", PLACES)
@@ -120,9 +126,9 @@ def test_more_steps_than_the_ring_or_shared_memory_holds(product: Product, bits:
         tensor, x = stored(n, k, bits, group), inputs(m, k, torch.bfloat16)
         packed = prepare(tensor)
         whole = product(x, packed)
-        check(whole, x, tensor)
+        checked(whole, x, tensor)
         if product is on_host:
-            # Panels that are as small as can be: the sums are the same, in the same order.
+            # Rings that are as short as can be: the sums are the same, in the same order.
             assert torch.equal(on_host(x, packed, 1), whole)
 
 
@@ -139,7 +145,33 @@ def test_rows_of_the_weight_and_of_x_stand_alone(product: Product, bits: int) ->
         assert torch.equal(product(x[:m], packed), whole[:m])
         assert torch.equal(product(x[:m].bfloat16(), packed), half[:m])
     assert torch.equal(product(x.flip(0).contiguous(), packed), whole.flip(0))
-    assert torch.equal(half, product(x.bfloat16().float(), packed).bfloat16())
+    # Both are near the product; operands are not the same.
+    for kind in (torch.bfloat16, torch.float32):
+        checked(product(x.bfloat16().to(kind), packed), x.bfloat16().to(kind), tensor)
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group", [128, 64, 32])
+def test_sums_are_the_same_however_many_tiles_a_block_has(product: Product, bits: int, group: int) -> None:
+    """On the host: one, two and (with one scale a step) four."""
+    for dtype in (torch.float16, torch.float32):
+        tensor = stored(61, 1152, bits, group, dtype=dtype)
+        for x in (inputs(2, 1152), inputs(4, 1152).bfloat16()):
+            whole = product(x, prepare(tensor))
+            for n in (7, 32):
+                part = replace(tensor, codes=tensor.codes[:n], scale=tensor.scale[:n], zero=tensor.zero[:n])
+                assert torch.equal(product(x, prepare(part)), whole[:, :n])
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_of_zero_leave_nothing(product: Product, bits: int) -> None:
+    """What operands have besides codes is taken off without a remainder."""
+    tensor = stored(40, 1088, bits, 32)
+    tensor = replace(tensor, codes=torch.zeros_like(tensor.codes), zero=torch.zeros_like(tensor.zero))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert not product(inputs(3, 1088, dtype), prepare(tensor)).any()
 
 
 @pytest.mark.parametrize("product", PLACES)

@@ -4,8 +4,13 @@ A tile is 16 rows of the weight, a step 128 columns; both are padded with zeros.
 each slice of 32 columns the eight from 8 t on. Those are pairs of neighbouring columns: pair p = 8 q + 4 h + 2 c + r is row g + 8 r,
 columns 32 q + 8 t + 4 h + 2 c and the next. Both codes of a pair lie in one word, at one place of its lower and its upper 16 bits:
 
-- with 2, 4 or 8 bits, the pairs of a word one after another from bit 0 on
-- with 3 bits, 16 pairs are in three words: pairs 0 to 14, five in each, and the last one's bits in bit 15 of either half of the three
+- with 4 or 8 bits, the pairs of a word one after another from bit 0 on
+- with 2 bits, the pairs of a word in the order 0, 4, 1, 5, 2, 6, 3, 7
+- with 3 bits, 16 pairs are in three words, five in each (`ORDERS`), and the last one's bits in bit 15 of either half of the three
+
+A product of 16 columns has four pairs, those of one h, which are to be masked out at one place. With 2 and 3 bits one shift of a word does
+for two pairs: that of h = 0 in the lowest bits, that of h = 1 right above it (but the last pairs of the three words take shifts of their
+own).
 """
 
 from __future__ import annotations
@@ -22,6 +27,8 @@ from quant.tensors.affine import AffineTensor
 
 ROWS, STEP, LANES, PAIRS = 16, 128, 32, 32
 """Of a tile; columns of a step; lanes; pairs that a lane has of a step."""
+ORDERS = {2: (0, 4, 1, 5, 2, 6, 3, 7), 3: (0, 4, 1, 5, 10, 2, 6, 3, 7, 11, 8, 12, 9, 13, 14), 4: (0, 1, 2, 3), 8: (0, 1)}
+"""Bits ▸ pairs of a word, of three words with 3 bits, from bit 0 on."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,11 @@ def laid_out(codes: Tensor, bits: int) -> Tensor:
     ordered = padded.reshape(tiles, 2, 8, steps, 4, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 6, 7, 1, 8).reshape(tiles, steps, LANES, PAIRS, 2)
     pairs = ordered[..., 0].to(torch.int32) | ordered[..., 1].to(torch.int32) << 16
     if bits != 3:
-        held = pairs.view(tiles, steps, LANES, 2 * bits, 16 // bits)
+        held = pairs.view(tiles, steps, LANES, 2 * bits, 16 // bits)[..., ORDERS[bits]]
         words = _joined(held, bits)
         return words.view(tiles, steps, LANES, -1, 4).transpose(2, 3).reshape(tiles, steps, -1)
     held = pairs.view(tiles, steps, LANES, 2, 16)
-    words = _joined(held[..., :15].reshape(tiles, steps, LANES, 2, 3, 5), 3)
+    words = _joined(held[..., ORDERS[3]].view(tiles, steps, LANES, 2, 3, 5), 3)
     last = torch.stack([(held[..., 15] >> b & 0x00010001) << 15 for b in range(3)], -1)
     words = (words | last).flatten(-2)
     return torch.cat([words[..., :4].flatten(2), words[..., 4:].flatten(2)], -1)
@@ -79,17 +86,21 @@ def _joined(pairs: Tensor, bits: int) -> Tensor:
     return words
 
 
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]
+
+
 def read_out(words: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
     """Inverse of `laid_out`: codes uint8 `[N, K]`."""
     tiles, steps = words.shape[:2]
     mask = (2**bits - 1) * 0x00010001
     if bits != 3:
         own = words.reshape(tiles, steps, -1, LANES, 4).transpose(2, 3).reshape(tiles, steps, LANES, 2 * bits)
-        pairs = torch.stack([own >> bits * i & mask for i in range(16 // bits)], -1)
+        pairs = torch.stack([own >> bits * i & mask for i in range(16 // bits)], -1)[..., _inverse(ORDERS[bits])]
     else:
         own = torch.cat([words[..., :128].view(tiles, steps, LANES, 4), words[..., 128:].view(tiles, steps, LANES, 2)], -1)
         own = own.view(tiles, steps, LANES, 2, 3)
-        first = torch.stack([own >> 3 * i & mask for i in range(5)], -1).flatten(-2)
+        first = torch.stack([own >> 3 * i & mask for i in range(5)], -1).flatten(-2)[..., _inverse(ORDERS[3])]
         last = sum((own[..., b] >> 15 & 0x00010001) << b for b in range(3))
         assert isinstance(last, Tensor)
         pairs = torch.cat([first, last.unsqueeze(-1)], -1)
