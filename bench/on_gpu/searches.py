@@ -10,9 +10,8 @@ from torch import Tensor
 
 from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.kernels import kernel
+from quant.kernels.braq_block.eager import masks
 from quant.kernels.claq_block import Part, SolvedBlock, Wanted, solve_blocks
-from quant.methods.billm import Billm
-from quant.methods.billm import _reference as billm_masks
 from quant.methods.binary_search import reference_quantiles
 from quant.methods.claq import Claq
 from quant.scheme import WeightScheme
@@ -73,7 +72,7 @@ def searches(b: Bench) -> Iterator[Row]:
         split = [r.split_errors(x, thresholds) for r in (search, plain)]
         error = max(float((a - c).abs().max()) / squares for a, c in (left, split))
         counted, parted = b.time(lambda i: search.order_two_errors(x, counts)), b.time(lambda i: search.split_errors(x, thresholds))  # noqa: B023
-        whole = b.time(lambda i: billm_masks(x, x, Billm())) if not b.dry else None  # noqa: B023
+        whole = b.time(lambda i: masks(x, counts)) if not b.dry else None  # noqa: B023
         peers = dict(
             counts_alone=counted,
             splits_alone=parted,

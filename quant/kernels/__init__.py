@@ -48,6 +48,10 @@ TABLE: dict[str, dict[str, str]] = {
         "cpu": "quant.kernels.braq_search.cpu",
         "torch": "quant.kernels.braq_search.batched",
     },
+    "braq_block": {
+        "cuda": "quant.kernels.braq_block.cuda",
+        "torch": "quant.kernels.braq_block.eager",
+    },
     "wq_gemv": {
         "cpu": "quant.kernels.wq_gemv.cpu",
         "cuda": "quant.kernels.wq_gemv.cuda",

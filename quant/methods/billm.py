@@ -31,13 +31,14 @@ from torch import Tensor
 
 from quant.binary import binarize, must_fit, rounded
 from quant.grids import with_stored_scales
+from quant.kernels import braq_block
 from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.scheme import Supports, WeightScheme
 from quant.solver import solve_columns
 from quant.statistics import Statistics
-from quant.tensors.binary import BinaryTensor, decode
+from quant.tensors.binary import BinaryTensor
 
 VARIANTS = ("reference", "paper", "joint")
 METRICS = ("hessian", "magnitude")
@@ -78,31 +79,37 @@ class Billm:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ signs. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
         ready = prepare(self.name, weight, statistics, self.damp)
-        tensor, notes = with_stored_scales(scheme, lambda dtype: self._run(ready, dtype))
-        return Rounded(tensor, ready.damp, ready.notes + notes, details(tensor))
+        slower: list[str] = []
+        tensor, notes = with_stored_scales(scheme, lambda dtype: self._run(ready, dtype, slower))
+        return Rounded(tensor, ready.damp, [*ready.notes, *slower, *notes], details(tensor))
 
-    def _run(self, ready: Prepared, scale_dtype: torch.dtype) -> BinaryTensor:
+    def _run(self, ready: Prepared, scale_dtype: torch.dtype, notes: list[str]) -> BinaryTensor:
+        if self.variant == "reference":
+            return self._between_blocks(ready, scale_dtype, notes)
         blocks = _Blocks(self, ready, scale_dtype)
-        if self.variant != "reference":
-            codes = solve_columns(ready.weight.T, ready.upper, self.block_size, blocks.round_column).codes.T
-            return blocks.tensor(codes >= 2, (codes % 2).bool())
-        w, upper = ready.weight.clone(), ready.upper
-        signs: list[Tensor] = []
-        second: list[Tensor] = []
-        for start in range(0, w.shape[1], self.block_size):
-            end = min(start + self.block_size, w.shape[1])
-            block = w[:, start:end]
-            first, other = blocks.begin(start, block)
-            signs.append(first)
-            second.append(other)
-            errors = (block - blocks.decode(first, other)) / upper.diagonal()[start:end]
-            w[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
-        return blocks.tensor(torch.cat(signs, 1), torch.cat(second, 1))
+        codes = solve_columns(ready.weight.T, ready.upper, self.block_size, blocks.round_column).codes.T
+        return blocks.tensor(codes >= 2, (codes % 2).bool())
+
+    def _between_blocks(self, ready: Prepared, scale_dtype: torch.dtype, notes: list[str]) -> BinaryTensor:
+        # Rows that lie one after another, as kernels for GPUs take them; on a CPU as they come.
+        w = ready.weight.clone(memory_format=torch.contiguous_format if ready.weight.is_cuda else torch.preserve_format)
+        upper, k = ready.upper, w.shape[1]
+        wanted = braq_block.Wanted(self.block_size, scale_dtype, self.metric == "hessian", self.salient_columns)
+        block, out = braq_block.chosen(w, wanted), braq_block.Binarized.like(w, self.block_size)
+        notes[:] = block.notes
+        solve = block.run.solver(w, upper, wanted, out)
+        for start in range(0, k, self.block_size):
+            end, errors = min(start + self.block_size, k), solve(start)
+            if end < k:
+                w[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+        must_fit(out.wrong, out.scale.numel() + out.mean.numel(), scale_dtype)
+        flags = (out.signs, out.second, out.split, out.salient)
+        return BinaryTensor(*flags, out.scale.to(scale_dtype), out.mean.to(scale_dtype), self.block_size)
 
 
 @dataclass
 class _Blocks:
-    """Masks, scales and means of every block; the last one is at work."""
+    """Masks and scales of every block of a variant without means; the last one is at work."""
 
     method: Billm
     ready: Prepared
@@ -110,30 +117,27 @@ class _Blocks:
     salient: list[Tensor] = field(default_factory=list)
     split: list[Tensor] = field(default_factory=list)
     scale: list[Tensor] = field(default_factory=list)
-    mean: list[Tensor | None] = field(default_factory=list)
     wrong: list[Tensor] = field(default_factory=list)
-    """Scales and means that their stored type does not hold; asked for once, at the end."""
+    """Scales that their stored type does not hold; asked for once, at the end."""
     first: Tensor = field(init=False)
     """`[C, N]`: first scales of the block at work, a row per column."""
     other: Tensor = field(init=False)
     """`[C, N]`: second scales, 0 where there is no second sign."""
 
-    def begin(self, start: int, block: Tensor) -> tuple[Tensor, Tensor]:
-        """Choose the masks of a block `[N, C]`; its signs and second signs `[N, C]` at its start."""
-        method, means = self.method, self.method.variant == "reference"
-        salient, split = CHOICES[method.variant](block, self._saliency(start, block), method)
-        low, high = binarize(block, ~salient & ~split, 1, means=means), binarize(block, split, 1, means=means)
-        twice = binarize(block, salient, 2, means=means)
-        scale = torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1)
-        mean = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1) if means else None
-        scale, mean, wrong = rounded(scale, mean, self.scale_dtype)
+    def _begin(self, start: int, block: Tensor) -> None:
+        """Choose the masks and scales of a block `[N, C]`."""
+        salient, split = CHOICES[self.method.variant](block, self._saliency(start, block), self.method)
+        low, high = binarize(block, ~salient & ~split, 1, means=False), binarize(block, split, 1, means=False)
+        twice = binarize(block, salient, 2, means=False)
+        scale, _, wrong = rounded(torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1), None, self.scale_dtype)
         self.wrong.append(wrong)
         self.salient.append(salient)
         self.split.append(split)
         self.scale.append(scale)
-        self.mean.append(mean)
-        signs = torch.where(salient, twice.signs[0], torch.where(split, high.signs[0], low.signs[0]))
-        return signs, twice.signs[1]
+        marked = salient[:, None]
+        self.first = torch.where(marked, scale[:, 2], torch.where(split.T, scale[:, 1], scale[:, 0]))
+        # A column without a second sign adds 0, whatever that sign is.
+        self.other = torch.where(marked, scale[:, 3], 0)
 
     def _saliency(self, start: int, block: Tensor) -> Tensor:
         """M `[N, C]`."""
@@ -145,43 +149,32 @@ class _Blocks:
             return block.square() / self.ready.upper[:, columns].square().sum(0).square()
         return block.square() / self.ready.upper.diagonal()[columns].square()
 
-    def decode(self, signs: Tensor, second: Tensor) -> Tensor:
-        return decode(signs, second, self.split[-1], self.salient[-1], self.scale[-1], self.mean[-1])
-
     def round_column(self, j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """A column of a variant without means, after the errors of those before it; codes are 2 · sign + second sign."""
+        """A column after the errors of those before it; codes are 2 · sign + second sign."""
         i = j % self.method.block_size
         if i == 0:
-            self._begin_columns(j, weights[j : j + self.method.block_size].T.contiguous())
+            self._begin(j, weights[j : j + self.method.block_size].T.contiguous())
         first, other = self.first[i], self.other[i]
         plus = column >= 0
         value = torch.where(plus, first, -first)
         second = column - value >= 0
         return 2 * plus.to(column) + second.to(column), value + torch.where(second, other, -other)
 
-    def _begin_columns(self, start: int, block: Tensor) -> None:
-        self.begin(start, block)
-        low, high, salient, second = self.scale[-1].unbind(1)
-        marked = self.salient[-1][:, None]
-        self.first = torch.where(marked, salient, torch.where(self.split[-1].T, high, low))
-        # A column without a second sign adds 0, whatever that sign is.
-        self.other = torch.where(marked, second, 0)
-
     def tensor(self, signs: Tensor, second: Tensor) -> BinaryTensor:
-        means, salient = [m for m in self.mean if m is not None], torch.cat(self.salient)
-        must_fit(torch.stack(self.wrong).sum(), sum(t.numel() for t in (*self.scale, *means)), self.scale_dtype)
+        salient, scale = torch.cat(self.salient), torch.stack(self.scale, dim=1)
+        must_fit(torch.stack(self.wrong).sum(), scale.numel(), self.scale_dtype)
         return BinaryTensor(
             signs.contiguous(),
             second & salient,
             torch.cat(self.split, 1),
             salient,
-            torch.stack(self.scale, dim=1).to(self.scale_dtype),
-            torch.stack(means, dim=1).to(self.scale_dtype) if means else None,
+            scale.to(self.scale_dtype),
+            None,
             self.method.block_size,
         )
 
 
-# --- masks of one block: weights `[N, C]`, saliency `[N, C]` ▸ salient columns `[C]`, split `[N, C]` -------------------
+# --- masks of one block of a variant without means: weights `[N, C]`, saliency `[N, C]` ▸ salient columns `[C]`, split `[N, C]` -------------------
 
 
 def _counts(method: Billm, columns: int, least: int, most: int) -> range:
@@ -200,19 +193,6 @@ def _first(order: Tensor, count: int) -> Tensor:
 
 def _above(x: Tensor, salient: Tensor, threshold: Tensor) -> Tensor:
     return (x.abs() >= threshold) & ~salient
-
-
-def _reference(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
-    order = search.ranked(m.abs().sum(0))
-    counts = _counts(method, m.shape[1], 1, 49)
-    ordered = m[:, order]
-    # The host never waits for a count or a threshold: a GPU goes from block to block.
-    k = search.first_least(search.order_two_errors(ordered, counts)) + counts[0]
-    salient = torch.zeros_like(order, dtype=torch.bool).scatter_(0, order, torch.arange(len(order), device=order.device) < k)
-    # The zeros of salient columns count in the quantiles.
-    thresholds = search.reference_quantiles(m.masked_fill(salient, 0).abs())
-    errors = search.split_errors(ordered, thresholds, skip=k)
-    return salient, _above(m, salient, thresholds.gather(0, search.first_least(errors)[None]))
 
 
 def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
@@ -241,7 +221,6 @@ def _joint(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
 
 
 CHOICES: dict[str, Callable[[Tensor, Tensor, Billm], tuple[Tensor, Tensor]]] = {
-    "reference": _reference,
     "paper": _paper,
     "joint": _joint,
 }
@@ -250,9 +229,10 @@ CHOICES: dict[str, Callable[[Tensor, Tensor, Billm], tuple[Tensor, Tensor]]] = {
 def details(tensor: BinaryTensor) -> dict[str, Any]:
     """The paper's two counts of bits (N_param; N_storing, which it names beside it: the flags' share) and what the masks
     hold: entropies in bits per flag, split flags counted where they are stored."""
-    share = tensor.salient_share
-    plain = tensor.split[:, ~tensor.salient]
-    high = float(plain.double().mean()) if plain.numel() else 0.0
+    share, (n, k) = tensor.salient_share, tensor.shape
+    # No copy of the flags: those of salient columns are False.
+    plain = n * (k - int(tensor.salient.sum()))
+    high = int(tensor.split.count_nonzero()) / plain if plain else 0.0
     return {
         "n_param": 1 + share,
         "n_storing": 1 + 1 / tensor.block_size,

@@ -1,9 +1,9 @@
-"""The searches of BiLLM in one block `[N, C]`: which columns are salient, and where the others are split into low and high.
+"""The searches of BiLLM's variants without means in one block `[N, C]`: which columns are salient, and where the others are split into low
+and high. Those of the reference are the kernels `braq_block` and `braq_search`.
 
-All candidates are scored at once, without a loop over columns or rows. A set of n values binarized once leaves
-Σ(x - μ)² - n α², μ its mean and α the mean of |x - μ|; each further order takes n μ_k² + n α_k² off. Sets that differ by the
-count of salient columns are prefixes of the ranked columns (sums by one small product per candidate); sets that differ by the
-threshold are intervals of a sorted row, or its two ends (prefix sums). Rows go in chunks, for the cache.
+All candidates are scored at once, without a loop over columns or rows. A set of n values binarized once leaves Σx² - n α², α the mean of |x|;
+a second order takes n α₂² off. Sets that differ by the count of salient columns are prefixes of the ranked columns; sets that differ by the
+threshold are the two ends of a sorted row (prefix sums). Rows go in chunks, for the cache.
 """
 
 from __future__ import annotations
@@ -13,42 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant.kernels.braq_search import chosen
+from quant.kernels.braq_block.eager import first_least, ranked, reference_quantiles
 from quant.kernels.braq_search.batched import chunks
 
-SPLITS = 81
-
-
-def ranked(score: Tensor) -> Tensor:
-    """Columns by decreasing score `[C]`; ties keep their order."""
-    return torch.argsort(score, descending=True, stable=True)
-
-
-def reference_quantiles(values: Tensor) -> Tensor:
-    """The 81 quantiles 0.10, 0.11 .. 0.90 of all values, interpolated linearly."""
-    ordered = values.reshape(-1).sort().values
-    # Exact in integers, so that a quantile that falls on a value equals it.
-    place = torch.arange(10, 10 + SPLITS, device=values.device) * (ordered.numel() - 1)
-    below = place // 100
-    above = (below + 1).clamp(max=ordered.numel() - 1)
-    fraction = (place % 100).to(values) / 100
-    return ordered[below] + (ordered[above] - ordered[below]) * fraction
-
-
-def first_least(errors: Tensor) -> Tensor:
-    """int64 `[]` on their device: index of the least value, the first of equal ones, in the flattened tensor."""
-    flat = errors.reshape(-1)
-    index = torch.arange(flat.numel(), device=flat.device)
-    return torch.where(flat == flat.min(), index, flat.numel()).min()
-
-
-# --- counts of salient columns --------------------------------------------------------------------------------------
-
-
-def order_two_errors(m: Tensor, counts: Sequence[int]) -> Tensor:
-    """By the kernel `braq_search`: step b of the reference."""
-    found: Tensor = chosen(m).run.order_two_errors(m, counts)
-    return found
+__all__ = ["first_least", "joint_errors", "ranked", "reference_quantiles", "salient_errors"]
 
 
 def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
@@ -64,15 +32,6 @@ def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:
         second = left.abs().sum(2) / sizes
         total += (left.square().sum(2) - sizes * second.square()).sum(0, dtype=torch.float64)
     return total
-
-
-# --- thresholds -----------------------------------------------------------------------------------------------------
-
-
-def split_errors(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> Tensor:
-    """By the kernel `braq_search`: step c of the reference."""
-    found: Tensor = chosen(x).run.split_errors(x, thresholds, skip)
-    return found
 
 
 def joint_errors(magnitude: Tensor, counts: range, thresholds: Tensor) -> Tensor:

@@ -216,6 +216,17 @@ inline unsigned __ballot_sync(unsigned, bool v) {
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int atomicMin(int* at, int v) { return std::exchange(*at, std::min(*at, v)); }
+template <typename T>
+T atomicAdd(T* at, T v) {
+    return std::exchange(*at, *at + v);
+}
+inline void __threadfence() {}
+inline float __uint_as_float(unsigned v) {
+    float f;
+    std::memcpy(&f, &v, sizeof f);
+    return f;
+}
+inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __double2float_rd(double v) {
     const float f = float(v);
     return double(f) > v ? std::nextafter(f, -INFINITY) : f;

@@ -22,7 +22,7 @@ from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.kernels.native import SOURCES, kept_library
 from quant.kernels.on_cuda import compiler
 
-EMULATED = ("claq_block", "kmeans_columns", "braq_search")
+EMULATED = ("claq_block", "kmeans_columns", "braq_search", "braq_block")
 HEADER = Path(__file__).with_name("cuda_on_host.h")
 # Some systems' compilers fortify `longjmp`, which then refuses to change stacks.
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-include", str(HEADER), "-x", "c++")

@@ -64,7 +64,7 @@ def test_errors_of_all_salient_counts_equal_a_loop(n: int, c: int, seed: int, ti
     # Not with ties: a value that equals its mean but for rounding has either sign, and the second order depends on it.
     x, counts = block(n, c, seed, tied), range(1, c + 1)
     want = [error(x, (first(c, k, n), 2), (~first(c, k, n), 2), means=True) for k in counts]
-    got = search.order_two_errors(x, counts)
+    got = batched.order_two_errors(x, counts)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9 * float(x.square().sum()))
 
 
@@ -74,7 +74,7 @@ def test_errors_of_all_thresholds_equal_a_loop(n: int, c: int, seed: int, tied: 
     x = block(n, c, seed, tied)
     thresholds = torch.cat([torch.tensor([0.0, 1.0, 1e9], dtype=x.dtype), search.reference_quantiles(x.abs())[::9]])
     want = [error(x, (x.abs() >= t, 1), (x.abs() < t, 1), means=True) for t in thresholds]
-    got = search.split_errors(x, thresholds)
+    got = batched.split_errors(x, thresholds)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9 * float(x.square().sum()))
 
 
@@ -98,7 +98,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     t = search.reference_quantiles(x.abs())
 
     def all_errors() -> list[Tensor]:
-        return [search.order_two_errors(x, range(1, 9)), search.split_errors(x, t), search.joint_errors(x.abs(), range(9), t)]
+        return [batched.order_two_errors(x, range(1, 9)), batched.split_errors(x, t), search.joint_errors(x.abs(), range(9), t)]
 
     whole = all_errors()
     monkeypatch.setattr(batched, "CHUNK", 1)

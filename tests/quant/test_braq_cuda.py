@@ -16,7 +16,7 @@ from quant.kernels import kernel, on_cuda
 from quant.kernels.braq_search import batched, cuda
 from quant.kernels.braq_search.cuda import MOST_COLUMNS
 from quant.methods import binary_search as search
-from quant.methods.billm import Billm, _reference
+from quant.kernels.braq_block.eager import masks
 from quant.methods.binary_search import first_least, reference_quantiles
 from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.test_braq_search import bound, values
@@ -103,17 +103,17 @@ def test_on_a_gpu(n: int, c: int, tied: bool) -> None:
 def test_a_block_is_chosen_without_the_host_and_as_well_as_on_it() -> None:
     w = values(1000, 128)
     torch.cuda.set_sync_debug_mode("default")
-    _reference(w.cuda(), w.cuda(), Billm())  # what is kept from call to call
+    masks(w.cuda(), range(1, 50))  # what is kept from call to call
     block = w.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        salient, split = _reference(block, block, Billm())
+        salient, split = masks(block, range(1, 50))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     k = int(salient.sum())
     order = search.ranked(w.abs().sum(0))
-    errors = search.order_two_errors(w[:, order].double(), range(1, 50))
+    errors = batched.order_two_errors(w[:, order].double(), range(1, 50))
     assert errors[k - 1] <= errors[first_least(errors)] + bound(w)
-    again = _reference(w.cuda(), w.cuda(), Billm())
+    again = masks(w.cuda(), range(1, 50))
     assert torch.equal(again[0], salient)
     assert torch.equal(again[1], split)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant.kernels import on_cuda
 
-__all__ = ["order_two_errors", "refuses", "split_errors", "unavailable"]
+__all__ = ["most_columns", "order_two_errors", "refuses", "split_errors", "unavailable"]
 
 unavailable = partial(on_cuda.unavailable, "braq_search")
 COUNT_ROWS, SPLIT_ROWS = 32, 16
@@ -19,12 +19,16 @@ COUNT_ROWS, SPLIT_ROWS = 32, 16
 MOST_COLUMNS, MOST_THRESHOLDS = 384, 1024
 
 
+def most_columns(device: torch.device) -> int:
+    """Of a block: a tile's values, and what the first and the last of them add up to, fill shared memory. The thresholds take less."""
+    return min(MOST_COLUMNS, (on_cuda.shared_memory(device) // (4 * (COUNT_ROWS + 1)) - 2) // 3)
+
+
 def refuses(x: Tensor) -> str | None:
     """None, or why it does not search blocks like this one."""
     if x.dtype is not torch.float32:
         return f"weights are {x.dtype}; the CUDA search takes torch.float32"
-    # A tile's values, and what the first and the last of them add up to. The thresholds take less.
-    most = min(MOST_COLUMNS, (on_cuda.shared_memory(x.device) // (4 * (COUNT_ROWS + 1)) - 2) // 3)
+    most = most_columns(x.device)
     if x.shape[1] > most:
         return f"a block of {x.shape[1]} columns; the CUDA search takes up to {most} on this device"
     return None

@@ -1,0 +1,75 @@
+"""`braq_block`: one block of columns of BiLLM as its published code rounds it (Huang et al. 2024, arXiv 2402.04291, algorithms 1 and 2).
+
+Columns are ranked by Σ|M|; the first k are salient and binarized twice, a threshold splits the other weights, and both halves are binarized
+once, all with means. k and the threshold are those of least error of M, w²/U_jj² or w itself.
+
+Every twin has `solver(weight, upper, wanted, out) ▸ solve(start)`: weight `[N, K]`, upper `[K, K]`, both of one float type. `solve` rounds
+the block that begins at column `start`, writes its part of `out`, and gives the errors (w - q) / U_jj `[N, C]`; it reads that block alone
+and leaves the weight as it is. Nobody but the next call changes the errors.
+Twins differ by rounding: of sums over columns and rows, by which ties of choices may go the other way, and of scales and means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant import kernels
+
+__all__ = ["MOST_SALIENT", "Binarized", "Solve", "Wanted", "chosen"]
+
+MOST_SALIENT = 49
+Solve = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    block_size: int
+    dtype: torch.dtype
+    """Of scales and means as they are stored: float32 or float16."""
+    hessian: bool = True
+    """M is w²/U_jj²; else w."""
+    salient: int | None = None
+    """Count of salient columns of every block; None: the best of 1 to MOST_SALIENT."""
+
+    def counts(self, columns: int) -> range:
+        """To choose from in a block of so many columns."""
+        if self.salient is not None:
+            return range(min(self.salient, columns), min(self.salient, columns) + 1)
+        most = min(MOST_SALIENT, columns)
+        return range(min(1, most), most + 1)
+
+
+@dataclass(frozen=True)
+class Binarized:
+    """What a `BinaryTensor` has, B = ceil(K / block_size)."""
+
+    signs: Tensor
+    """bool `[N, K]`."""
+    second: Tensor
+    """bool `[N, K]`, False in columns that are not salient."""
+    split: Tensor
+    """bool `[N, K]`, False in salient columns."""
+    salient: Tensor
+    """bool `[K]`."""
+    scale: Tensor
+    """`[N, B, 4]`, rounded to the stored type but of the weight's."""
+    mean: Tensor
+    """`[N, B, 3]`, likewise."""
+    wrong: Tensor
+    """int64 `[1]`: scales and means that their stored type does not hold; asked for once, at the end."""
+
+    @staticmethod
+    def like(weight: Tensor, block_size: int) -> Binarized:
+        n, k = weight.shape
+        flags = [torch.empty(n, k, dtype=torch.bool, device=weight.device) for _ in range(3)]
+        values = [weight.new_empty(n, -(-k // block_size), count) for count in (4, 3)]
+        return Binarized(*flags, flags[0].new_empty(k), *values, torch.zeros(1, dtype=torch.int64, device=weight.device))
+
+
+def chosen(weight: Tensor, wanted: Wanted) -> kernels.Kernel:
+    """The twin for weights `[N, K]`: that for GPUs has no float64 and no wide blocks."""
+    return kernels.kernel("braq_block", "auto" if weight.dtype is torch.float32 else "torch", weight.device, weight=weight, wanted=wanted)
