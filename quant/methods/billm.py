@@ -31,7 +31,7 @@ from torch import Tensor
 
 from quant.binary import binarize, must_fit, rounded
 from quant.grids import with_stored_scales
-from quant.kernels import braq_block
+from quant.kernels import braq_block, kernel
 from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
@@ -96,12 +96,13 @@ class Billm:
         upper, k = ready.upper, w.shape[1]
         wanted = braq_block.Wanted(self.block_size, scale_dtype, self.metric == "hessian", self.salient_columns)
         block, out = braq_block.chosen(w, wanted), braq_block.Binarized.like(w, self.block_size)
-        notes[:] = block.notes
+        later = kernel("lazy_update", device=w.device, later=w)
+        notes[:] = [*block.notes, *later.notes]
         solve = block.run.solver(w, upper, wanted, out)
         for start in range(0, k, self.block_size):
             end, errors = min(start + self.block_size, k), solve(start)
             if end < k:
-                w[:, end:].addmm_(errors, upper[start:end, end:], alpha=-1)
+                later.run.lazy_update(w[:, end:], errors, upper[start:end, end:])
         must_fit(out.wrong, out.scale.numel() + out.mean.numel(), scale_dtype)
         flags = (out.signs, out.second, out.split, out.salient)
         return BinaryTensor(*flags, out.scale.to(scale_dtype), out.mean.to(scale_dtype), self.block_size)

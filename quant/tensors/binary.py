@@ -24,18 +24,21 @@ from quant.tensors.base import Stored
 from quant.tensors.packing import pack_bits, unpack_bits
 
 LOW, HIGH, SALIENT, SECOND = range(4)
+VALUES = 2**24
+"""That a GPU decodes at once; some 20 bytes each."""
 
 
 def decode(signs: Tensor, second: Tensor, split: Tensor, salient: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor:
-    """Weights `[N, C]` of one block: flags bool `[N, C]`, salient bool `[C]`, scale `[N, 4]`, mean `[N, 3]`.
+    """Weights `[N, C]` of one block: flags bool `[N, C]`, salient bool `[C]`, scale `[N, 4]`, mean `[N, 3]`; or of some: `[N, B, C]`,
+    `[B, C]`, `[N, B, 4]`, `[N, B, 3]`.
 
     The second sign counts in salient columns only, the split flag in the others."""
     part = torch.where(salient, SALIENT, split.long())
-    first = scale.gather(1, part)
+    first = scale.gather(-1, part)
     value = torch.where(signs, first, -first)
-    other = scale[:, SECOND : SECOND + 1]
+    other = scale[..., SECOND : SECOND + 1]
     value = torch.where(salient, value + torch.where(second, other, -other), value)
-    return value if mean is None else value + mean.gather(1, part)
+    return value if mean is None else value + mean.gather(-1, part)
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,26 @@ class BinaryTensor(Stored):
 
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
-        weight = torch.empty(self.shape, dtype=torch.float32, device=self.signs.device)
-        for b in range(self.scale.shape[1]):
-            c = slice(b * self.block_size, (b + 1) * self.block_size)
-            mean = None if self.mean is None else self.mean[:, b].float()
-            flags = (self.signs[:, c], self.second[:, c], self.split[:, c], self.salient[c])
-            weight[:, c] = decode(*flags, self.scale[:, b].float(), mean)
+        weight, (n, k) = torch.empty(self.shape, dtype=torch.float32, device=self.signs.device), self.shape
+        # A CPU's cache has room for one block; a GPU takes some at once.
+        step = max(1, VALUES // max(1, n * self.block_size)) if weight.is_cuda else 1
+        whole = k // self.block_size
+        spans = [(b, min(b + step, whole)) for b in range(0, whole, step)] + [(whole, whole + 1)] * (whole * self.block_size < k)
+        for b, e in spans:
+            c = slice(b * self.block_size, min(e * self.block_size, k))
+            flags = (t[..., c].unflatten(-1, (e - b, -1)) for t in (self.signs, self.second, self.split, self.salient))
+            mean = None if self.mean is None else self.mean[:, b:e].float()
+            weight[:, c] = decode(*flags, self.scale[:, b:e].float(), mean).flatten(1)
         return self.unscaled(weight)
+
+    @property
+    def bits_stored(self) -> float:
+        """Of what `pack` gives, without packing."""
+        n, k = self.shape
+        s = int(self.salient.sum())
+        streams = sum(-(-flags // 8) for flags in (k, n * k, n * s, n * (k - s)))
+        values = sum(t.numel() * t.element_size() for t in (self.scale, self.mean, self.input_scale) if t is not None)
+        return 8 * (streams + values) / (n * k)
 
     def pack(self) -> dict[str, Tensor]:
         payload = {
