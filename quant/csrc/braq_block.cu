@@ -15,53 +15,12 @@
 // Plain C ABI; returns a cudaError_t. State is int32 [words], its first 16 zeros before the first call and after each; what follows them and
 // `totals` need not be set.
 
-#include "braq_search.h"
+#include "braq_quantiles.h"
 #include "claq_block.h"  // stored
 
 namespace {
 
-constexpr int MOST_COLUMNS = 384, LANE_COLUMNS = MOST_COLUMNS / 32;
-constexpr int SUM_WARPS = 16, SUM_ROWS = 32;
-constexpr int QUANTILES = 81, TARGETS = 2 * QUANTILES;  // a quantile lies between two values
-constexpr int PICK_THREADS = 1024, PICK_BLOCKS = 264, BINS = 1 << 15, DIGITS = 256, RUN = BINS / PICK_THREADS;
-constexpr int NONE = 255;
-constexpr int ROUND_WARPS = 8;
-static_assert(TARGETS < NONE, "a target's number fits a byte");
-
-struct State {
-    uint32_t arrived[16];
-    int64_t count;  // of salient columns
-    float threshold, thresholds[QUANTILES];
-    int order[MOST_COLUMNS];
-    int rank[TARGETS], row[TARGETS];  // of each target: where it is among the values that begin like it, and whose counts these are
-    uint32_t bits[TARGETS];           // how it begins
-    uint32_t first[BINS], second[TARGETS * DIGITS], third[TARGETS * DIGITS];
-    uint8_t row_of_bin[BINS], row_of_digit[TARGETS * DIGITS];  // NONE: no target begins so
-};
-
-struct Block {
-    const float *weight, *diagonal;  // of the first of these columns
-    float* m;                        // [rows, columns]
-    double* totals;
-    State* state;
-    // Of the first of these columns, or of this block of columns.
-    uint8_t *signs, *second, *split, *salient;
-    float *scale, *mean;
-    float* errors;  // [rows, columns]
-    unsigned long long* wrong;
-    int64_t stride, step, width, blocks;  // of a row of weights, of the diagonal, of a row of signs; blocks of columns
-    int rows, columns, least, number, type, hessian;
-};
-
-// Whether this thread block is the last of its launch to come here. It then sees what all others have written.
-DEVICE bool last(uint32_t* arrived, int blocks) {
-    __threadfence();
-    __syncthreads();
-    if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, 1u) == uint32_t(blocks - 1))) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *arrived = 0;
-    return true;
-}
+constexpr int SUM_WARPS = 16, SUM_ROWS = 32, LANE_COLUMNS = MOST_COLUMNS / 32, ROUND_WARPS = 8;
 
 GLOBAL void BOUNDS(32 * SUM_WARPS, 1) rank_columns(const __grid_constant__ Block b, int tiles) {
     DYNAMIC_SHARED(memory);
@@ -121,39 +80,6 @@ GLOBAL void BOUNDS(32 * SUM_WARPS, 1) rank_columns(const __grid_constant__ Block
     s.order[place] = column;
 }
 
-// Of `number` candidates, at most as many as threads, the first whose sum over all tiles is the least; the first where none is a number.
-// All threads know it.
-DEVICE int first_least(const double* totals, int tiles, int number, int threads, unsigned char* memory) {
-    double* const room = reinterpret_cast<double*>(memory);
-    const int parts = threads / number, part = threadIdx.x / number, candidate = threadIdx.x % number;
-    if (part < parts) {
-        double sum = 0;
-#pragma unroll 8
-        for (int t = part; t < tiles; t += parts) sum += totals[int64_t(t) * number + candidate];
-        room[part * number + candidate] = sum;
-    }
-    __syncthreads();
-    int best = number;
-    if (threadIdx.x < 32) {
-        double least = INFINITY;
-        for (int j = threadIdx.x; j < number; j += 32) {
-            double total = 0;
-            for (int p = 0; p < parts; p++) total += room[p * number + j];
-            if (total < least) least = total, best = j;
-        }
-        for (int d = 16; d; d /= 2) {
-            const double other = __shfl_xor_sync(ALL, least, d);
-            const int at = __shfl_xor_sync(ALL, best, d);
-            if (other < least || (other == least && at < best)) least = other, best = at;
-        }
-    }
-    __syncthreads();
-    int* const found = reinterpret_cast<int*>(memory);
-    if (threadIdx.x == 0) *found = best < number ? best : 0;
-    __syncthreads();
-    return *found;
-}
-
 GLOBAL void BOUNDS(32 * COUNT_WARPS, 1) choose_count(const __grid_constant__ Block b, int tiles, int warps) {
     DYNAMIC_SHARED(memory);
     State& s = *b.state;
@@ -162,122 +88,6 @@ GLOBAL void BOUNDS(32 * COUNT_WARPS, 1) choose_count(const __grid_constant__ Blo
     const int count = b.least + first_least(b.totals, tiles, b.number, 32 * warps, memory);
     for (int i = threadIdx.x; i < b.columns; i += 32 * warps) b.salient[s.order[i]] = i < count;
     if (threadIdx.x == 0) s.count = count;
-}
-
-// `number` values with these bits.
-template <int PASS>
-DEVICE void add(State& s, uint32_t bits, uint32_t number) {
-    if (PASS == 0) {
-        atomicAdd(&s.first[bits >> 16], number);
-        return;
-    }
-    const int row = s.row_of_bin[bits >> 16];
-    if (row == NONE) return;
-    const int digit = row * DIGITS + int(bits >> 8 & 255);
-    if (PASS == 1) {
-        atomicAdd(&s.second[digit], number);
-        return;
-    }
-    const int next = s.row_of_digit[digit];
-    if (next != NONE) atomicAdd(&s.third[next * DIGITS + int(bits & 255)], number);
-}
-
-// Sums over the threads up to each.
-DEVICE int scanned(int v, int* room) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int d = 1; d < 32; d *= 2) {
-        const int before = __shfl_up_sync(ALL, v, d);
-        if (lane >= d) v += before;
-    }
-    if (lane == 31) room[warp] = v;
-    __syncthreads();
-    for (int w = 0; w < warp; w++) v += room[w];
-    return v;
-}
-
-// Which of all values, counted from 0 in ascending order, a target is.
-DEVICE int wanted(int target, int values) {
-    const int below = int(int64_t(10 + target / 2) * (values - 1) / 100);
-    return target % 2 ? min(below + 1, values - 1) : below;
-}
-
-template <int PASS>
-GLOBAL void BOUNDS(PICK_THREADS, 1) pick(const __grid_constant__ Block b, int blocks) {
-    __shared__ int upto[PICK_THREADS], key[TARGETS], room[32];
-    State& s = *b.state;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, values = b.rows * b.columns;
-    const uint32_t* const bits = reinterpret_cast<const uint32_t*>(b.m);
-    // Zeros, which may be many, are counted together; those of salient columns count too.
-    uint32_t zeros = 0;
-    for (int e = blockIdx.x * PICK_THREADS + threadIdx.x; e < values; e += blocks * PICK_THREADS) {
-        if (b.salient[e % b.columns]) continue;
-        const uint32_t v = bits[e] & 0x7fffffffu;
-        if (v)
-            add<PASS>(s, v, 1);
-        else
-            zeros++;
-    }
-    for (int d = 16; d; d /= 2) zeros += __shfl_xor_sync(ALL, zeros, d);
-    if (blockIdx.x == 0 && threadIdx.x == 0) zeros += uint32_t(b.rows * int(s.count));
-    if (lane == 0 && zeros) add<PASS>(s, 0, zeros);
-    if (!last(s.arrived + 2 + PASS, blocks)) return;
-
-    if (PASS == 0) {
-        int own = 0;
-#pragma unroll 8
-        for (int i = 0; i < RUN; i++) own += int(s.first[threadIdx.x * RUN + i]);
-        upto[threadIdx.x] = scanned(own, room);
-        __syncthreads();
-        if (threadIdx.x < TARGETS) {
-            const int rank = wanted(threadIdx.x, values);
-            int low = 0, high = PICK_THREADS - 1;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                if (upto[middle] <= rank)
-                    low = middle + 1;
-                else
-                    high = middle;
-            }
-            int before = low ? upto[low - 1] : 0, bin = low * RUN;
-            while (before + int(s.first[bin]) <= rank) before += int(s.first[bin++]);
-            key[threadIdx.x] = bin;
-            s.rank[threadIdx.x] = rank - before;
-            s.bits[threadIdx.x] = uint32_t(bin) << 16;
-        }
-    } else {
-        for (int t = warp; t < TARGETS; t += PICK_THREADS / 32) {
-            const int start = s.row[t] * DIGITS + lane * 8, rank = s.rank[t];
-            const uint32_t* const counts = (PASS == 1 ? s.second : s.third) + start;
-            int own = 0;
-            for (int i = 0; i < 8; i++) own += int(counts[i]);
-            int sum = own;
-            for (int d = 1; d < 32; d *= 2) {
-                const int before = __shfl_up_sync(ALL, sum, d);
-                if (lane >= d) sum += before;
-            }
-            __syncwarp();  // all lanes have read the rank that one of them replaces
-            if (sum <= rank || sum - own > rank) continue;
-            int before = sum - own, i = 0;
-            while (before + int(counts[i]) <= rank) before += int(counts[i++]);
-            key[t] = start + i;
-            s.rank[t] = rank - before;
-            s.bits[t] |= uint32_t(lane * 8 + i) << (PASS == 1 ? 8 : 0);
-        }
-    }
-    __syncthreads();
-    if (PASS < 2) {
-        if (threadIdx.x >= TARGETS) return;
-        // Targets that begin alike share the counts of the first of them.
-        int first = 0;
-        while (key[first] != key[threadIdx.x]) first++;
-        s.row[threadIdx.x] = first;
-        (PASS == 0 ? s.row_of_bin : s.row_of_digit)[key[threadIdx.x]] = uint8_t(first);
-    } else if (threadIdx.x < QUANTILES) {
-        const int t = threadIdx.x;
-        const float below = __uint_as_float(s.bits[2 * t]), above = __uint_as_float(s.bits[2 * t + 1]);
-        const float fraction = __fdiv_rn(float(int64_t(10 + t) * (values - 1) % 100), 100.0f);
-        s.thresholds[t] = __fadd_rn(below, __fmul_rn(__fsub_rn(above, below), fraction));
-    }
 }
 
 GLOBAL void BOUNDS(32 * SPLIT_WARPS, 2) choose_threshold(const __grid_constant__ Block b, int tiles) {
@@ -391,17 +201,9 @@ GLOBAL void BOUNDS(32 * ROUND_WARPS, 2) round_rows(const __grid_constant__ Block
     }
 }
 
-unsigned tiles_of(int64_t rows, int64_t size) { return unsigned((rows + size - 1) / size); }
-
 template <int ITEMS>
 int rounded(const Block& b, int64_t stream) {
     return LAUNCH(round_rows<ITEMS>, dim3(tiles_of(b.rows, ROUND_WARPS)), 32u * ROUND_WARPS, 0, stream, b);
-}
-
-template <int PASS>
-int picked(const Block& b, int64_t stream) {
-    const unsigned blocks = std::min<unsigned>(tiles_of(int64_t(b.rows) * b.columns, 4 * PICK_THREADS), PICK_BLOCKS);
-    return LAUNCH(pick<PASS>, dim3(blocks), unsigned(PICK_THREADS), 0, stream, b, int(blocks));
 }
 
 }  // namespace

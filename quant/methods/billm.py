@@ -175,7 +175,7 @@ class _Blocks:
         )
 
 
-# --- masks of one block of a variant without means: weights `[N, C]`, saliency `[N, C]` ▸ salient columns `[C]`, split `[N, C]` -------------------
+# --- masks of one block of a variant without means: weights `[N, C]`, saliency `[N, C]` ▸ salient columns `[C]`, split `[N, C]` ----
 
 
 def _counts(method: Billm, columns: int, least: int, most: int) -> range:

@@ -1,9 +1,9 @@
 """The searches of BiLLM's variants without means in one block `[N, C]`: which columns are salient, and where the others are split into low
 and high. Those of the reference are the kernels `braq_block` and `braq_search`.
 
-All candidates are scored at once, without a loop over columns or rows. A set of n values binarized once leaves Σx² - n α², α the mean of |x|;
-a second order takes n α₂² off. Sets that differ by the count of salient columns are prefixes of the ranked columns; sets that differ by the
-threshold are the two ends of a sorted row (prefix sums). Rows go in chunks, for the cache.
+All candidates are scored at once, without a loop over columns or rows. A set of n values binarized once leaves Σx² - n α², α the mean of
+|x|; a second order takes n α₂² off. Sets that differ by the count of salient columns are prefixes of the ranked columns; sets that differ
+by the threshold are those values that reach it (histograms). Rows go in chunks, for the cache.
 """
 
 from __future__ import annotations

@@ -94,9 +94,9 @@ class BinaryTensor(Stored):
         spans = [(b, min(b + step, whole)) for b in range(0, whole, step)] + [(whole, whole + 1)] * (whole * self.block_size < k)
         for b, e in spans:
             c = slice(b * self.block_size, min(e * self.block_size, k))
-            flags = (t[..., c].unflatten(-1, (e - b, -1)) for t in (self.signs, self.second, self.split, self.salient))
+            signs, second, split = (t[:, c].view(n, e - b, -1) for t in (self.signs, self.second, self.split))
             mean = None if self.mean is None else self.mean[:, b:e].float()
-            weight[:, c] = decode(*flags, self.scale[:, b:e].float(), mean).flatten(1)
+            weight[:, c] = decode(signs, second, split, self.salient[c].view(e - b, -1), self.scale[:, b:e].float(), mean).flatten(1)
         return self.unscaled(weight)
 
     @property

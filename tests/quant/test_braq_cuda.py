@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from quant.kernels import kernel, on_cuda
+from quant.kernels.braq_block.eager import masks
 from quant.kernels.braq_search import batched, cuda
 from quant.kernels.braq_search.cuda import MOST_COLUMNS
 from quant.methods import binary_search as search
-from quant.kernels.braq_block.eager import masks
 from quant.methods.binary_search import first_least, reference_quantiles
 from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.test_braq_search import bound, values

@@ -65,9 +65,10 @@ class Binarized:
     @staticmethod
     def like(weight: Tensor, block_size: int) -> Binarized:
         n, k = weight.shape
-        flags = [torch.empty(n, k, dtype=torch.bool, device=weight.device) for _ in range(3)]
-        values = [weight.new_empty(n, -(-k // block_size), count) for count in (4, 3)]
-        return Binarized(*flags, flags[0].new_empty(k), *values, torch.zeros(1, dtype=torch.int64, device=weight.device))
+        signs, second, split = (torch.empty(n, k, dtype=torch.bool, device=weight.device) for _ in range(3))
+        scale, mean = (weight.new_empty(n, -(-k // block_size), count) for count in (4, 3))
+        wrong = torch.zeros(1, dtype=torch.int64, device=weight.device)
+        return Binarized(signs, second, split, signs.new_empty(k), scale, mean, wrong)
 
 
 def chosen(weight: Tensor, wanted: Wanted) -> kernels.Kernel:

@@ -60,14 +60,13 @@ def solver(weight: Tensor, upper: Tensor, wanted: Wanted, out: Binarized) -> Sol
         block, diagonal = weight[:, start:end], upper.diagonal()[start:end]
         salient, split = masks(block.square() / diagonal.square() if wanted.hessian else block, wanted.counts(end - start))
         low, high, twice = binarize(block, ~salient & ~split, 1), binarize(block, split, 1), binarize(block, salient, 2)
-        scale = torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1)
-        mean = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1)
-        out.scale[:, b], out.mean[:, b], wrong = rounded(scale, mean, wanted.dtype)
+        found = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1)
+        scale, mean, wrong = rounded(torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1), found, wanted.dtype)
+        assert mean is not None
+        signs, second = torch.where(salient, twice.signs[0], torch.where(split, high.signs[0], low.signs[0])), twice.signs[1] & salient
+        out.signs[:, start:end], out.second[:, start:end], out.split[:, start:end], out.salient[start:end] = signs, second, split, salient
+        out.scale[:, b], out.mean[:, b] = scale, mean
         out.wrong.add_(wrong)
-        out.signs[:, start:end] = torch.where(salient, twice.signs[0], torch.where(split, high.signs[0], low.signs[0]))
-        out.second[:, start:end] = twice.signs[1] & salient
-        out.split[:, start:end], out.salient[start:end] = split, salient
-        flags = (t[:, start:end] for t in (out.signs, out.second, out.split))
-        return (block - decode(*flags, salient, out.scale[:, b], out.mean[:, b])) / diagonal
+        return (block - decode(signs, second, split, salient, scale, mean)) / diagonal
 
     return solve
