@@ -1,5 +1,5 @@
-"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, plain and weighed, CLAQ's blocks and linears, and a block's salient columns
-and threshold."""
+"""The searches of CLAQ and BiLLM on a GPU: k-means of columns, plain and weighed, CLAQ's blocks and linears, and of a block of BiLLM's
+the salient columns and threshold, and all of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.kernels import kernel
+from quant.kernels.braq_block import Binarized
+from quant.kernels.braq_block import Wanted as BlockWanted
 from quant.kernels.braq_block.eager import masks
 from quant.kernels.claq_block import Part, SolvedBlock, Wanted, solve_blocks
 from quant.methods.binary_search import reference_quantiles
@@ -81,6 +83,24 @@ def searches(b: Bench) -> Iterator[Row]:
         allowed = 2 * (128 + 20) * 2.0**-24
         goal = Goal(250.0) if n == 4096 else None
         yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), x.nbytes, goal)
+    yield from _blocks(b, name)
+
+
+def _blocks(b: Bench, name: str) -> Iterator[Row]:
+    """A block of BiLLM's columns from weights to errors, beside torch's form with the same searches."""
+    for n in (4096, 11008) if not b.dry else (40,):
+        x, upper = b.random(n, 128), torch.eye(128, device=b.device)
+        wanted, made = BlockWanted(128, torch.float16), [Binarized.like(x, 128) for _ in range(2)]
+        ours, plain = (
+            kernel("braq_block", backend, b.device).run.solver(x, upper, wanted, out)
+            for backend, out in zip((name, "torch"), made, strict=True)
+        )
+        ours(0), plain(0)
+        # A value that lies as near its mean as that is rounded has either sign; a choice that went another way has many others.
+        error = float((made[0].signs != made[1].signs).double().mean())
+        took, peers = b.time(lambda i: ours(0)), known(torch=b.once(lambda: plain(0)))  # noqa: B023
+        goal = Goal(250.0) if n == 4096 else None
+        yield Row(f"braq_block, a block of BiLLM, {n} x 128", error, 1e-4, took, peers, x.nbytes, goal, launches=7)
 
 
 def _side_by_side(b: Bench) -> Iterator[Row]:
