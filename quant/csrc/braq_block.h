@@ -41,12 +41,16 @@ struct Block {
 
 // Whether this thread block is the last of its launch to come here. It then sees what all others have written.
 DEVICE bool last(uint32_t* arrived, int blocks) {
-    __threadfence();
+    // The first thread's fences stand for the block: barriers order the others' reads and writes around them.
+    bool all = false;
     __syncthreads();
-    if (!__syncthreads_or(threadIdx.x == 0 && atomicAdd(arrived, 1u) == uint32_t(blocks - 1))) return false;
-    __threadfence();
-    if (threadIdx.x == 0) *arrived = 0;
-    return true;
+    if (threadIdx.x == 0) {
+        __threadfence();
+        all = atomicAdd(arrived, 1u) == uint32_t(blocks - 1);
+        if (all) *arrived = 0;
+        __threadfence();
+    }
+    return __syncthreads_or(all);
 }
 
 // Of `number` candidates, at most as many as threads, the first whose sum over all tiles is the least; the first where none is a number.
