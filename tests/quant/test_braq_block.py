@@ -58,6 +58,8 @@ def weights(n: int, k: int, kind: str = "normal") -> tuple[Tensor, Tensor]:
     w, diagonal = torch.randn(n, k, generator=g), 0.5 + torch.rand(k, generator=g)
     if kind == "tied":
         w = (2 * w).round()
+    if kind == "near":  # values that differ in their last bits
+        w = 1 + w * 2.0**-17
     if kind == "dead":
         w[:, ::3] = 0
         w[::4] = 0
@@ -87,7 +89,7 @@ def agree(w: Tensor, upper: Tensor, wanted: Wanted, got: tuple[Binarized, Tensor
     assert torch.equal(out.salient, other.salient)
     assert torch.equal(out.split, other.split)
     assert int(out.wrong) == int(other.wrong)
-    step = 0.0 if wanted.dtype is FULL else 2.0**-10
+    step, least = (0.0, 0.0) if wanted.dtype is FULL else (2.0**-10, 2.0**-24)
     for b, start in enumerate(range(0, w.shape[1], wanted.block_size)):
         c = slice(start, min(start + wanted.block_size, w.shape[1]))
         x, salient, split, scale, mean = w[:, c], out.salient[c], out.split[:, c], out.scale[:, b], out.mean[:, b]
@@ -106,7 +108,7 @@ def agree(w: Tensor, upper: Tensor, wanted: Wanted, got: tuple[Binarized, Tensor
         assert not out.second[:, c][:, ~salient].any()
         exact = [*(p.scale[0] for p in parts), parts[2].scale[1], centres[0], centres[1], parts[2].mean[0] + parts[2].mean[1]]
         for i, (mine, right) in enumerate(zip([*scale.unbind(1), *mean.unbind(1)], exact, strict=True)):
-            near = (mine - right).abs() <= bound[:, 0] + step * (right.abs() + largest[:, 0] * 2.0**-13)
+            near = (mine - right).abs() <= bound[:, 0] + step * right.abs() + least
             assert bool((near | (tied if i in (3, 6) else torch.zeros_like(tied))).all())
         # What is stored is what the errors are of, bit for bit.
         q = decode(out.signs[:, c], out.second[:, c], split, salient, scale, mean)
@@ -129,6 +131,23 @@ def test_quantiles_and_ranks_of_equal_values(host: Any, kind: str) -> None:
         w, upper = weights(n, k, kind)
         wanted = Wanted(size, FULL, hessian=False, salient=2)
         agree(w, torch.diag(upper.diagonal()), wanted, made(host, w, upper, wanted), made(eager, w, upper, wanted))
+
+
+@pytest.mark.parametrize("kind", ["normal", "dead", "tied", "near"])
+def test_quantiles_bit_for_bit(host: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they lie in what a block keeps, after 16 flags, a count (two words) and the threshold that was chosen, one of them."""
+    states = []
+    call = on_cuda.call
+    monkeypatch.setattr(on_cuda, "call", lambda *given: (call(*given), states.append(given[-2])))
+    for n, k in ((1, 1), (1, 3), (3, 40), (50, 130)):
+        w, upper = weights(n, k, kind)
+        out, _ = made(host, w, upper, Wanted(k, FULL, hessian=False))
+        want = eager.reference_quantiles(w.masked_fill(out.salient, 0).abs())
+        kept = states.pop()
+        assert not kept[:16].any()
+        assert int(kept[16]) == int(out.salient.sum())
+        assert torch.equal(kept[19:100].view(FULL), want)
+        assert float(kept[18:19].view(FULL)) in want.tolist()
 
 
 def test_a_block_in_the_middle_reads_and_writes_its_own_columns(host: Any) -> None:
