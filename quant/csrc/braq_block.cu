@@ -3,8 +3,8 @@
 //
 //   rank_columns     saliencies m, what they add up to in each column, and the order of columns
 //   choose_count     the errors of all counts of salient columns, and the first of the least
-//   pick<0, 1, 2>    the 81 quantiles of |m|, exactly: counts of the bits of all values, 15 of them, then 8 more of values that begin like a
-//                    wanted one, then the last 8
+//   pick<0, 1, 2>    the 81 quantiles of |m|, exactly: counts of all values by 15 of their bits, of values that begin like a wanted one by
+//                    8 more, and by the last 8
 //   choose_threshold the errors of all splits, and the first of the least
 //   round_rows       a warp has a row: its masks, scales, means, signs and errors
 //
@@ -12,8 +12,8 @@
 // and counts are integers, so that results do not depend on which it is. Products, differences and quotients of weights are rounded one by
 // one, as in torch; sums over a row's part are float64.
 //
-// Plain C ABI; returns a cudaError_t. State is int32 [words], its first 16 zeros before the first call and after each; what follows them and
-// `totals` need not be set.
+// Plain C ABI; returns a cudaError_t. State is int32 [words], its first 16 zeros before the first call and after each; what follows them
+// and `totals` need not be set.
 
 #include "braq_quantiles.h"
 #include "claq_block.h"  // stored
@@ -208,8 +208,8 @@ int rounded(const Block& b, int64_t stream) {
 
 }  // namespace
 
-// Columns from `start` on, `columns` of all `width`, of weights [rows, width] with `stride` between rows; the diagonal has `step` between its
-// entries. Counts from `least` on, `number` of them. signs, second and split are bool [rows, width], salient bool [width], scale [rows,
+// Columns from `start` on, `columns` of all `width`, of weights [rows, width] with `stride` between rows; the diagonal has `step` between
+// its entries. Counts from `least` on, `number` of them. signs, second and split are bool [rows, width], salient bool [width], scale [rows,
 // blocks, 4], mean [rows, blocks, 3], of which block `index` is written, errors [rows, columns], m [rows, columns]. wrong is int64 [1], to
 // which scales and means are added that their type does not hold. totals: max(ceil(rows / 32) max(columns, number), ceil(rows / 16) 81).
 extern "C" int bitgrid_braq_block(const float* weight, int64_t stride, const float* diagonal, int64_t step, int64_t rows, int64_t width,

@@ -1,4 +1,4 @@
-// What the kernels of braq_block.cu share: a block of columns, what is known of it so far, and how the last thread block of a launch sums up.
+// What the kernels of braq_block.cu share: a block of columns, what is known of it so far, and how a launch's last thread block sums up.
 
 #pragma once
 

@@ -1,6 +1,6 @@
 // The 81 quantiles 0.10, 0.11 .. 0.90 of a block's |m|, interpolated linearly between two values that are exact: by the bits of all values,
-// which for numbers that are 0 or more are in their order. A pass counts values by their next bits, and its last thread block finds in which
-// count each target lies; the next pass counts those values only that begin like a target.
+// which for numbers that are 0 or more are in their order. A pass counts values by their next bits, and its last thread block finds in
+// which count each target lies; the next pass counts those values only that begin like a target.
 
 #pragma once
 
