@@ -221,7 +221,8 @@ block at work may be changed."""
 def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solve_block: SolveBlock) -> list[Solved]:
     """Rounds the blocks of columns of weights `[K, N_i]` in order, that of all weights at once: each as alone, bit for bit. The weights
     given are not changed."""
-    works = [w.clone(memory_format=torch.contiguous_format) for w in weights]
+    # Updates on a GPU take contiguous rows; on a CPU a sum's order follows the strides, and what is stored has always followed theirs.
+    works = [w.clone(memory_format=torch.contiguous_format if w.is_cuda else torch.preserve_format) for w in weights]
     later, k = kernel("lazy_update", device=upper.device, later=works[0]).run, len(upper)
     made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])) for w in works]
     errors = [torch.empty_like(w[:block_size]) for w in works]
