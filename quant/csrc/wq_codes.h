@@ -1,5 +1,5 @@
-// Codes as lanes of a warp find them in words (layout: quant/kernels/wq_gemv/fragments.py), what they become as operands of tensor cores,
-// and the weight that they stand for. P, the policy: wq_fragments.h.
+// Codes as lanes of a warp find them in words (layout: quant/kernels/wq_gemv/fragments.py), and what they become as operands of tensor
+// cores. P, the policy: wq_fragments.h.
 
 #pragma once
 
@@ -98,50 +98,6 @@ BOTH void load_codes(uint32_t* w, const uint8_t* from, int lane) {
     } else {
         UNROLLED for (int l = 0; l < BITS / 2; l++) P::load16(w + 4 * l, from + 512 * l + 16 * lane);
     }
-}
-
-// The weight itself: a step of a tile, into out [rows, columns]; a lane has 8 neighbours of two rows of each slice. KIND: what `P::pack8`
-// makes of eight floats: 0 float32, 1 bfloat16, 2 float16.
-template <class P, int BITS, int KIND, int Q>
-BOTH void write_slice(const Call& call, const uint32_t* w, int t, int step, int lane) {
-    const int column = step * COLUMNS + 32 * Q;
-    if (column >= call.columns) return;
-    const uint8_t* ranges = call.ranges + (int64_t(t) * call.groups + call.group_of(step * SLICES + Q)) * call.group_bytes;
-    float scale[2], offset[2];
-    if (call.half_ranges)
-        half_ranges<P>(scale, offset, ranges + lane / 4 * 8);
-    else
-        ranges_of<P>(scale, offset, ranges + lane / 4 * 16);
-    constexpr int I = 8 * Q;
-    const uint32_t pairs[8] = {pair<P, BITS, I>(w),     pair<P, BITS, I + 2>(w), pair<P, BITS, I + 4>(w), pair<P, BITS, I + 6>(w),
-                               pair<P, BITS, I + 1>(w), pair<P, BITS, I + 3>(w), pair<P, BITS, I + 5>(w), pair<P, BITS, I + 7>(w)};
-    UNROLLED for (int i = 0; i < 2; i++) {
-        const int n = t * ROWS + lane / 4 + 8 * i;
-        float v[8];
-        UNROLLED for (int j = 0; j < 4; j++) {
-            v[2 * j] = P::fma(float_of(pairs[4 * i + j] << 16), scale[i], offset[i]);
-            v[2 * j + 1] = P::fma(float_of(pairs[4 * i + j] & 0xffff0000u), scale[i], offset[i]);
-        }
-        if (n < call.rows) P::template pack8<KIND>(call.out, int64_t(n) * call.columns + column + lane % 4 * 8, v);
-    }
-}
-
-template <class P, int BITS, int KIND>
-BOTH void write(P& p, const Call& call, int t, int step) {
-    p.lanes([&](int lane) {
-        uint32_t w[2 * BITS];
-        const uint8_t* from = call.words + (int64_t(t) * call.steps + step) * code_bytes(BITS);
-        if constexpr (BITS == 3) {
-            P::read16(w, from + 16 * lane);
-            P::read8(w + 4, from + 512 + 8 * lane);
-        } else {
-            UNROLLED for (int l = 0; l < BITS / 2; l++) P::read16(w + 4 * l, from + 512 * l + 16 * lane);
-        }
-        write_slice<P, BITS, KIND, 0>(call, w, t, step, lane);
-        write_slice<P, BITS, KIND, 1>(call, w, t, step, lane);
-        write_slice<P, BITS, KIND, 2>(call, w, t, step, lane);
-        write_slice<P, BITS, KIND, 3>(call, w, t, step, lane);
-    });
 }
 
 }  // namespace fragments

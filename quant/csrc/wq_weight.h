@@ -32,8 +32,11 @@ BOTH void read_step(P& p, const Call& call, typename P::template Of<Step<BITS>>&
             UNROLLED for (int l = 0; l < BITS / 2; l++) P::read16(s.w + 4 * l, from + 512 * l + 16 * lane);
         }
         UNROLLED for (int q = 0; q < SLICES; q++) {
-            const int64_t group = int64_t(t) * call.groups + call.group_of(step * SLICES + q);
-            load_ranges<P>(s.scale[q], s.offset[q], call.ranges + group * call.pieces() * 16, lane / 4, call.half_ranges);
+            const uint8_t* ranges = call.ranges + (int64_t(t) * call.groups + call.group_of(step * SLICES + q)) * call.group_bytes;
+            if (call.half_ranges)
+                half_ranges<P>(s.scale[q], s.offset[q], ranges + lane / 4 * 8);
+            else
+                ranges_of<P>(s.scale[q], s.offset[q], ranges + lane / 4 * 16);
         }
     });
 }
