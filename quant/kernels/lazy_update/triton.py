@@ -27,7 +27,7 @@ class Tile:
     stages: int
 
 
-TILE = Tile(128, 128, 32, 8, 3)
+TILE = Tile(128, 64, 32, 4, 3)
 
 
 def refuses(later: Tensor) -> str | None:
