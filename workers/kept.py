@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -142,6 +143,7 @@ class Kept:
         self._near = Tier(free, self._to_host, lambda: self.changing())
         self._host = Tier(free)
         self._stage = 0
+        self._one = RLock()  # inputs that are rounded side by side ask for their factors at the same time
         self.counts = Counts()
         self.changing: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around every change of `bytes`."""
@@ -191,12 +193,14 @@ class Kept:
             return make()
         # Threads: a CPU's library splits sums by them, and the last bits follow.
         key = (*origin, form, damp, hessian.dtype, torch.get_num_threads(), matrix_digest(hessian))
-        found: tuple[Tensor, float] | None = self._get(key, "factors_read")
+        with self._one:
+            found: tuple[Tensor, float] | None = self._get(key, "factors_read")
         if found is not None:
             return found
-        self.counts.factors_made += 1
         found = make()
-        self._keep(key, found)
+        with self._one:
+            self.counts.factors_made += 1
+            self._keep(key, found)
         return found
 
     @contextmanager

@@ -15,14 +15,12 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quant.solver import shared_factors
 from quant.statistics import Statistics
 from workers import families
 from workers.calibrate import calibration_tokens
@@ -50,9 +48,9 @@ from workers.rounding import (
 )
 from workers.scaling import GroupForward
 from workers.sensitivity import note_budget, with_chosen_bits
+from workers.sites import round_block, round_site
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
-from workers.together import round_together
 from workers.toolkits.launch import made_by_toolkit, without_toolkit
 from workers.tuning import Tuning, tuner_of
 
@@ -184,7 +182,7 @@ class _Run:
         workers, results = [], []
         for b in indices:
             workers.append(self._transformed(b))
-            results.append(_round(workers[-1], self.source, self.context))
+            results.append(round_block(workers[-1], self.source, self.context))
         if self.tuning is not None:
             self.tuning.tune(workers)
             self.tuning.advance(workers)
@@ -229,7 +227,7 @@ class _Run:
             statistics, tokens = merge([found])
             worker.statistics = statistics  # one Hessian at a time is in memory
             worker.tokens.update(tokens)
-            rounded[site] = _round_site(worker, sites[site], None, context)
+            rounded[site] = round_site(worker, sites[site], None, context)
         self.source.hidden = forward.outputs
         self._write(worker, [r for name in sites for r in rounded[name]], {})
 
@@ -297,30 +295,6 @@ def _tuning(
     tokens = calibration_tokens(context, model, spec.calibration)
     activation = spec.activation if "activation" in tuner.reads else None
     return Tuning(tuner, model, tokens, activation, context)
-
-
-def _round(worker: BlockQuantizer, source: OriginalStatistics | FedStatistics, context: Context) -> list[LinearResult]:
-    """All linears at once, or site by site with fresh statistics where a method asks for it and text is fed."""
-    sequential = isinstance(source, FedStatistics) and source.kinds and any(m.sequential for m in worker.methods.values())
-    results: list[LinearResult] = []
-    origin = source.origin(worker.index)
-    for position, site in enumerate(worker.structure.sites):
-        names = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
-        if sequential and position > 0 and names:
-            with context.phase("forward"):
-                fresh, tokens = merge(source.collect(worker.index, worker.structure, (site.linears[0],)))
-            worker.statistics.update(fresh)
-            worker.tokens.update(tokens)
-        results += _round_site(worker, site, origin, context)
-    return results
-
-
-def _round_site(worker: BlockQuantizer, site: families.Site, origin: str | None, context: Context) -> list[LinearResult]:
-    """Linears that read one input. origin: digest of the file of their Hessian, where it is of an artifact."""
-    own = [n for n in site.linears if n in worker.methods and worker.methods[n].tuner is None]
-    kept = nullcontext() if context.kept is None else context.kept.factors(origin, site.linears[0])
-    with context.phase("round"), kept, shared_factors() if len(own) > 1 else nullcontext():
-        return round_together(worker, own)
 
 
 def _check_coverage(

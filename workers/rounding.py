@@ -294,15 +294,11 @@ class BlockQuantizer:
 
     def round(self, name: str, rounded: Rounded | None = None, seconds: float = 0.0) -> LinearResult:
         """Quantize one linear; the block then holds the dequantized weight. rounded: what `workers.together` has made in `seconds`."""
-        method = self.methods[name]
         start = time.perf_counter() - seconds
         notes = list(self.linear_notes.get(name, ()))
-        statistics, unreached = self.statistics_to_round(name)
-        if unreached:
+        if self.statistics_to_round(name)[1]:
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
-        if rounded is None:
-            with translated(self.path(name)):
-                rounded = method.rounding.quantize(self.weights.current[name], statistics, method.scheme, self.linear(name))
+        rounded = rounded or self.rounded(name)
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
         output_error = self._output_error(name, stored, self.statistics_of(name).hessian)
         self.weights.current[name] = stored
@@ -310,6 +306,12 @@ class BlockQuantizer:
         return LinearResult(
             self.path(name), rounded, self.weight_error(name), output_error, time.perf_counter() - start, [*notes, *rounded.notes]
         )
+
+    def rounded(self, name: str) -> Rounded:
+        """What its rounding makes of a linear; nothing in the block changes."""
+        method = self.methods[name]
+        with translated(self.path(name)):
+            return method.rounding.quantize(self.weights.current[name], self.statistics_to_round(name)[0], method.scheme, self.linear(name))
 
     def statistics_to_round(self, name: str) -> tuple[Statistics, bool]:
         """And whether no token reached the input of the linear: a zero Hessian would make every column dead and the weight zero; without

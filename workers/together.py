@@ -10,16 +10,35 @@ from quant.grids import ScaleDtypeError
 from quant.methods.base import Rounded, Stacks
 from workers.rounding import BlockQuantizer, LinearResult, translated
 
+Made = dict[str, tuple[Rounded, float]]
+"""Linear ▸ what its rounding returned, and in how many seconds."""
 
-def round_together(worker: BlockQuantizer, names: Sequence[str]) -> list[LinearResult]:
-    """Quantize linears that read one input, with the results that each has alone. Their seconds are shares by rows of the call."""
-    made: dict[str, tuple[Rounded, float]] = {}
+
+def round_together(worker: BlockQuantizer, names: Sequence[str], made: Made | None = None) -> list[LinearResult]:
+    """Quantize linears that read one input, with the results that each has alone. made: what `make` has of them; None: nothing yet."""
+    made = stacked(worker, names) if made is None else made
+    return [worker.round(n, *made.get(n, ())) for n in names]
+
+
+def stacked(worker: BlockQuantizer, names: Sequence[str]) -> Made:
+    """Of those linears that are taken together. Their seconds are shares by rows of the call."""
+    made: Made = {}
     for alike in _alike(worker, names):
         start = time.perf_counter()
         rounded = _rounded(worker, alike)
         a_row = (time.perf_counter() - start) / sum(worker.weights.current[n].shape[0] for n in alike)
         made |= {n: (r, a_row * worker.weights.current[n].shape[0]) for n, r in rounded.items()}
-    return [worker.round(n, *made.get(n, ())) for n in names]
+    return made
+
+
+def make(worker: BlockQuantizer, names: Sequence[str]) -> Made:
+    """Of all of them, the others one by one; nothing in the block changes. Raises what roundings raise."""
+    made = stacked(worker, names)
+    for name in names:
+        if name not in made:
+            start = time.perf_counter()
+            made[name] = worker.rounded(name), time.perf_counter() - start
+    return made
 
 
 def _alike(worker: BlockQuantizer, names: Sequence[str]) -> list[list[str]]:
