@@ -7,7 +7,7 @@ import torch
 
 from quant.hadamard import apply_hadamard, hadamard_block, hadamard_matrix, small_factor
 from quant.kernels import kernel
-from quant.kernels.hadamard.matrices import SMALL
+from quant.kernels.hadamard.matrices import SMALL, small
 from tests.quant.golden_inputs import weight
 
 ORDERS = sorted({1, 2, 4, 8, 64, *SMALL, *(2 * m for m in SMALL), 8 * 12, 16 * 28})
@@ -68,3 +68,13 @@ def test_sizes_without_a_matrix_name_the_block_that_works() -> None:
         apply_hadamard(torch.zeros(44))
     with pytest.raises(ValueError, match="order 0; the order is at least 1"):
         small_factor(0)
+
+
+def test_what_was_evaluated_first_is_learned_through_afterwards() -> None:
+    """A process keeps small factors: one that inference mode saw first serves a gradient."""
+    small.cache_clear()
+    with torch.inference_mode():
+        apply_hadamard(torch.ones(2, 12))
+    x = torch.ones(2, 12, requires_grad=True)
+    apply_hadamard(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * torch.ones(2, 12))

@@ -86,7 +86,7 @@ def test_an_error_between_sites_ends_the_waiting_forwards() -> None:
 
 def test_an_error_while_a_method_rounds_leaves_no_writer_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = tiny_context("llama", tmp_path)
-    monkeypatch.setattr("workers.quantize._round_site", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
+    monkeypatch.setattr("workers.quantize.round_site", lambda *_: (_ for _ in ()).throw(RuntimeError("planted")))
     (tmp_path / "payload").mkdir()
     with pytest.raises(RuntimeError, match="planted"):
         run_quantize(SEQUENTIAL, {}, tmp_path / "payload", ctx)

@@ -146,6 +146,8 @@ def factors(n: int) -> tuple[int, int]:
 @cache
 def small(m: int, transpose: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[m, m]` of ±1: what multiplies columns of m values in x ▸ x H (x Hᵀ with `transpose`)."""
-    # How it lies in memory is kept: a library's product may depend on that in its last bits.
-    made = SMALL[m]().T.to(device, dtype).contiguous()
-    return made if transpose else made.T
+    # It outlives the caller: what is made in inference mode could not be differentiated through later.
+    with torch.inference_mode(False):
+        # How it lies in memory is kept: a library's product may depend on that in its last bits.
+        made = SMALL[m]().T.to(device, dtype).contiguous()
+        return made if transpose else made.T
