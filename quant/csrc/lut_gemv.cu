@@ -1,13 +1,10 @@
 // A few rows of x [M, K] times a weight [N, K] with a table of values for each column, transposed: out [M, N], in one launch.
 // Phases and layouts: lut_gemv_cuda.h.
 //
-// What bounds it, with one row of x. 32 rows of eight words take 8 matrix products for each form of a word (2, 2, 3 and 4 forms with 1 to 4
-// bits) and, with 2 bits, some 100 instructions beside them, with 4 bits 190. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of
-// 8: 273 times that each with 2 bits and 546 with 4, which four schedulers issue in 7 700 and 30 200 cycles, 3.9 and 15.2 us at 1.98 GHz;
-// reading the words takes 7.7 and 15.4 us at 4.35 TB/s. Before that each block makes the digits of 2048 columns: with 2 bits a warp issues
-// some 640 instructions for them, with 4 bits two times 930, while the second-level cache is filled. How long a matrix product of bits
-// takes on a device of capability 9.0 is not documented; were it 8 cycles of a scheduler's, they would take 8 700 and 35 000 cycles. Not
-// measured yet.
+// What bounds it. A warp's lookup takes a turn of shared memory for each row of x, two with codes of 3 bits, and stands for 64 weights of
+// 2 bits or 32 of 4; loading a word takes another turn. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8: 20 700 turns with
+// 2 bits, 41 500 with 4; 10.5 and 20.9 us at 1.98 GHz if no turn is lost. Beside a turn stand 4.1 instructions with one row of x, of the 4
+// that could be issued, 2.6 with two and 2.1 with four.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -20,7 +17,7 @@ namespace {
 extern __shared__ __align__(1024) char memory[];
 
 template <int M>
-__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
+__global__ void __launch_bounds__(threads(M), 1) product(const __grid_constant__ Lut a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
 #if __CUDA_ARCH__ >= 900
@@ -42,12 +39,14 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
 
 template <int M>
 cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
-    const int64_t shared = divide(a, M, device.shared), wide = (a.tiles + a.group - 1) / a.group;
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, THREADS, shared, stream);
+    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS;
+    a.tables = (device.shared - sums) / 1024 * 1024;
+    const int64_t wide = (a.tiles + a.group - 1) / a.group;
+    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), a.tables + sums, stream);
 }
 
 // Of any number of rows of x: a multiprocessor takes one block, which has all its shared memory.
-cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, THREADS, device.shared); }
+cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, threads(1), device.shared); }
 
 template <class T>
 __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
@@ -77,8 +76,8 @@ extern "C" int bitgrid_lut_gemv(
     const int64_t five[] = {words0,   values0, columns0, count0, bits0, words1,   values1, columns1, count1, bits1,
                             words2,   values2, columns2, count2, bits2, words3,   values3, columns3, count3, bits3};
     const int64_t three[] = {starts, kept, differences};
-    Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
-                   rows, k, rows_of_x, bfloat16 != 0);
+    Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
+                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0);
     Device device;
     int clusters = 0;
     cudaError_t failed = find(device);

@@ -1,280 +1,235 @@
 // A product with a table of values for each column, for a GPU: see lut_gemv.cu, which runs these phases with barriers between them.
 //
-// What a column gives for a code is a sum, over sets S of the code's bits that are all 1, of a number m_S: that of the code with just the
-// bits of S, less the numbers of the smaller sets. So a row's result is a sum of those m_S times a bit, which tensor cores take: the rows'
-// bits, as they lie in the words or "and"-ed with each other, times the binary digits of m_S. These forms of a word hold a bit for each
-// set; the empty one has a bit that is always 1. A matrix is 16 rows times eight words, and eight digits of their 256 numbers.
+// A cluster of `ranks` blocks has a group of row tiles; each block has a share of the columns' words, every part's, and adds up what they
+// give. Before that it makes tables in shared memory of sums of x times value: four bits of a word are an index into 16 of them (four,
+// two or one column), or, with codes of 3 bits, six bits are one into 64 (two columns). An entry is what at most two rows of x give, so
+// that 16 of them fit the 32 banks: whatever the lanes of a warp, which have a row each, look up at once, no two wait for each other. Among
+// 64 at most two do, with entries of one row. Further rows of x have planes of tables of their own.
 //
-// All is in whole numbers, exactly, but for one rounding: x times value, in a block's share of the columns, to 31 bits less the widest code
-// of the largest there (float32 has 24 of each). So it does not matter which warp adds what; and a row of x comes out the same whatever
-// stands beside it.
-//
-// A cluster of `ranks` blocks has a group of row tiles; each block has a share of the columns' words, every part's, whose digits lie in
-// shared memory, as many words at a time as fit.
+// A word's eight lookups are added up as a tree, words one after the other, a quarter of the share at a time: the order does not depend on
+// the number of rows of x.
 
 #pragma once
 
-#include "lut_digits.h"
+#include "lut_tables.h"
 
 namespace {
 
-// Into the second-level cache, while digits are made: the beginning of what each warp reads.
+// A slice's words of a tile, from the one at `words` of all slices, into the second-level cache.
+BOTH void fetch_tile(const uint32_t* words, int count, int slice, int lane) {
+    for (int i = lane, word; (word = i / RUN * PERIOD + slice * RUN + i % RUN) < count; i += 32) fetch(words + word * ROWS);
+}
+
+// The words from `first` on of tiles `begin` to `end` of the group.
 template <int M>
-BOTH void fetch_ahead(const Lut& a, const Place& at, const Part& part, int first, int count, int given) {
+BOTH void fetch_words(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, int begin, int end, int given) {
     const int thread = anew(given);
-    const int steps = (count + STEP - 1) / STEP, all = int(tiles_of(a, at)) * steps, warp = thread / 32;
-    const int begin = int(int64_t(all) * warp / WARPS), end = int(int64_t(all) * (warp + 1) / WARPS);
-    constexpr int TOGETHER = 32 / STEP;  // steps, of which a lane has a word's rows
     const uint32_t* words = part.words + (at.cluster * a.group * part.length + first) * ROWS;
-    const int own = thread % STEP;
-    int unit = begin + thread % 32 / STEP, tile = unit / steps, step = unit % steps;
-    NO_UNROLL for (int i = 0; i < AHEAD && unit < end; i += TOGETHER) {
-        if (step * STEP + own < count) fetch(words + uint32_t((tile * int(part.length) + step * STEP + own) * ROWS));
-        unit += TOGETHER, step += TOGETHER;
-        while (step >= steps) step -= steps, tile++;
+    const int tiles = int(least(end, tiles_of(a, at)));
+    for (int t = begin + thread / (32 * SLICES); t < tiles; t += slots(M)) {
+        fetch_tile(words + t * part.length * ROWS, int(count), thread / 32 % SLICES, thread % 32);
     }
 }
 
-// c += the bits that a and b have in common, a 16 x 256, b 256 x 8, as lanes hold them.
-BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(c[0][0]), "+r"(c[0][1]), "+r"(c[0][2]), "+r"(c[0][3])
-                 : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
-#else
-    for (int i = 0; i < 16; i++) {
-        for (int n = 0; n < 8; n++) {
-            int32_t sum = 0;
-            for (int k = 0; k < 8; k++) sum += __builtin_popcount(a[i % 8 * 4 + k % 4][i / 8 + k / 4 * 2] & b[n * 4 + k % 4][k / 4]);
-            c[i % 8 * 4 + n / 2][i / 8 * 2 + n % 2] += sum;
-        }
-    }
-#endif
-}
-
-// The sum over four neighbours.
-BOTH void add_lanes(int32_t (&v)[HELD]) {
-#if defined(__CUDA_ARCH__)
-    v[0] += __shfl_xor_sync(~0u, v[0], 1);
-    v[0] += __shfl_xor_sync(~0u, v[0], 2);
-#else
-    for (int g = 0; g < HELD; g += 4) v[g] = v[g + 1] = v[g + 2] = v[g + 3] = (v[g] + v[g + 1]) + (v[g + 2] + v[g + 3]);
-#endif
-}
-
-// Rows that a warp has at a time, as matrices: a tile, or half of one, for which there are registers with more rows of x.
+// What does not depend on a kernel before, while that may still run: columns, values, and words of the first tiles.
 template <int M>
-struct Shape {
-    static constexpr int HALVES = M > 1 ? 2 : 1, HEIGHT = ROWS / HALVES, MATRICES = HEIGHT / 16, LINES = HEIGHT / 8;
-    static constexpr int DEPTH = 4 * HALVES;  // steps whose words are on their way at a time, to where a warp's terms were
-    static_assert(DEPTH * STEP * HEIGHT <= TERMS, "their place");
-};
-
-template <int M>
-using Sums = int32_t[M][Shape<M>::MATRICES][GROUPS][HELD][4];
-
-// A step's words as a lane has them: of two rows of each matrix, of the first four and the last.
-template <int M>
-using Words = uint32_t[Shape<M>::MATRICES][HELD][4];
-
-// Which two of a lane's four rows matrix `k` has: so that half a warp, which reads those of a matrix at once, reads from all banks.
-template <int M>
-BOTH int pair_of(int k, int lane) { return Shape<M>::MATRICES == 1 ? k : k ^ (lane / 8 & 1); }
-
-// What a step's words add in one of their forms.
-template <int M, int BITS, int FORM>
-BOTH void add_form(Sums<M>& sums, const Words<M>& words, const uint32_t* digits, int thread) {
-    constexpr int MATRICES = Shape<M>::MATRICES;
-    uint32_t bits[MATRICES][HELD][4];
-    EACH_LANE {
-        UNROLL for (int i = 0; i < MATRICES * 4; i++) bits[i / 4][h][i % 4] = form_of<BITS, FORM>(words[i / 4][h][i % 4]);
-    }
-    UNROLL for (int m = 0; m < M; m++) {
-        UNROLL for (int q = 0; q < GROUPS; q += 2) {
-            uint32_t digit[2][HELD][2];
-            EACH_LANE {
-                const Line<4> four = *reinterpret_cast<const Line<4>*>(digits + (m * forms(BITS) + FORM) * 256 + q * 64 + LANE * 4);
-                UNROLL for (int i = 0; i < 4; i++) digit[i / 2][h][i % 2] = four.v[i];
-            }
-            UNROLL for (int i = 0; i < 2; i++) {
-                UNROLL for (int k = 0; k < MATRICES; k++) multiply(sums[m][k][q + i], bits[k], digit[i]);
-            }
-        }
-    }
-}
-
-// A warp's sums of a tile, onto those of all; they begin again at zero. The highest digit is worth less than nothing.
-template <int M>
-BOTH void put_sums(const Lut& a, Sums<M>& sums, int32_t* to, int thread) {
-    UNROLL for (int i = 0; i < M * Shape<M>::MATRICES * 2; i++) {
-        const int m = i / 2 / Shape<M>::MATRICES, k = i / 2 % Shape<M>::MATRICES, half = i % 2;
-        int32_t v[GROUPS][HELD];
-        UNROLL for (int q = 0; q < GROUPS; q++) {
-            EACH_LANE {
-                int32_t* two = sums[m][k][q][h] + 2 * half;
-                const int t = LANE % 4;
-                v[q][h] = (q == GROUPS - 1 && t == 3 ? two[0] - 2 * two[1] : two[0] + 2 * two[1]) * (1 << 2 * t);
-                two[0] = two[1] = 0;
-            }
-            add_lanes(v[q]);
-        }
-        EACH_LANE {
-            const int t = LANE % 4, row = LANE / 4 * Shape<M>::LINES + 2 * pair_of<M>(k, LANE) + half;
-            const int32_t own = t == 0 ? v[0][h] : t == 1 ? v[1][h] : t == 2 ? v[2][h] : v[3][h];
-            add(to + (m * GROUPS + t) * int(a.group) * ROWS + row, own);
-        }
-    }
-}
-
-// A warp's part of the words from `first` on, whose digits are at hand, of all tiles.
-template <int M, int BITS>
-BOTH void sweep(const Lut& a, const Place& at, const Part& part, int first, int count, void* shared, int given) {
+BOTH void fetch_ahead(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, int given) {
     const int thread = anew(given);
-    if (HELD > 1 && thread % 32 != 0) return;
-    using S = Shape<M>;
-    const int steps = (count + STEP - 1) / STEP, all = int(tiles_of(a, at)) * S::HALVES * steps, warp = warp_of(thread);
-    int unit = int(int64_t(all) * warp / WARPS);
-    const int end = int(int64_t(all) * (warp + 1) / WARPS);
-    if (unit == end) return;
-    const uint32_t* words = part.words + (at.cluster * a.group * part.length + first) * ROWS;
-    uint32_t* ring = reinterpret_cast<uint32_t*>(terms_in(a, shared) + warp * TERMS);
-    int next = unit, next_tile = unit / steps, next_step = unit % steps, tile = next_tile, step = next_step;
-    // Of the words of a tile, in words: less than 2^31, as a block has few tiles.
-    const auto place = [&](int of, int at_step) {
-        return uint32_t((of / S::HALVES * int(part.length) + at_step * STEP) * ROWS + of % S::HALVES * S::HEIGHT);
+    const int codes = 32 / part.bits, own = int(least(count * codes, part.count - first * codes));
+    for (int i = thread * 16; i < own; i += threads(M) * 16) fetch(part.columns + first * codes + i);
+    const float* values = part.values + (first * codes << part.bits);
+    for (int i = thread * 32; i < own << part.bits; i += threads(M) * 32) fetch(values + i);
+    fetch_words<M>(a, at, part, first, count, 0, AT_FIRST, given);
+}
+
+// The entry at `at`, an address in shared memory, and a constant.
+#if defined(__CUDA_ARCH__)
+using Address = uint32_t;
+
+BOTH Address address(const void* shared) { return Address(__cvta_generic_to_shared(shared)); }
+
+template <int M>
+BOTH Entry<M> found(Address at, uint32_t constant) {
+    Entry<M> e;
+    if constexpr (M == 1) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e.v[0]) : "r"(at + constant));
+    if constexpr (M == 2) asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.v[0]), "=f"(e.v[1]) : "r"(at + constant));
+    return e;
+}
+
+// `at`, a multiple of 256, with byte `i` of `word` instead of its lowest.
+BOTH Address with_byte(Address at, uint32_t word, int i) { return __byte_perm(word, at, 0x7650 | i); }
+#else
+using Address = const char*;
+
+BOTH Address address(const void* shared) { return static_cast<Address>(shared); }
+
+template <int M>
+BOTH Entry<M> found(Address at, uint32_t constant) {
+    return *reinterpret_cast<const Entry<M>*>(at + constant);
+}
+
+BOTH Address with_byte(Address at, uint32_t word, int i) { return at + (word >> 8 * i & 255u); }
+#endif
+
+template <int M>
+BOTH Entry<M> plus(Entry<M> a, const Entry<M>& b) {
+    UNROLL for (int m = 0; m < M; m++) a.v[m] += b.v[m];
+    return a;
+}
+
+// What the codes of a word give, whose indices have `INDEX` bits and whose tables begin at `tables` and `own`.
+template <int M, int INDEX>
+BOTH Entry<M> given_by(Address tables, uint32_t own, uint32_t word) {
+    constexpr int COUNT = 32 / INDEX, W = width(M, INDEX), PLANES = M / W;
+    constexpr int AT = W == 1 ? 2 : 3;  // of an index in an offset in bytes
+    constexpr uint32_t OWN = sizeof(Entry<W>) << INDEX;
+    static_assert(INDEX > 4 || OWN * COUNT % 256 == 0, "with_byte");
+    // The offset of an entry among 16 fits a byte: all of them at once, then a byte at a time.
+    constexpr uint32_t MASK = 0x0f0f0f0fu << AT;
+    const uint32_t even = word << AT & MASK, odd = word >> (4 - AT) & MASK;
+    Entry<M> v[8] = {};
+    UNROLL for (int i = 0; i < COUNT; i++) {
+        const Address at = INDEX == 4 ? with_byte(tables, i % 2 == 0 ? even : odd, i / 2)
+                                      : tables + ((word >> i * INDEX & ((1u << INDEX) - 1u)) << AT);
+        UNROLL for (int p = 0; p < PLANES; p++) {
+            const Entry<W> e = found<W>(at, own + (p * COUNT + i) * OWN);
+            UNROLL for (int w = 0; w < W; w++) v[i].v[p * W + w] = e.v[w];
+        }
+    }
+    const Entry<M> low = plus(plus(v[0], v[1]), plus(v[2], v[3]));
+    if constexpr (COUNT == 5) return plus(low, v[4]);
+    return plus(low, plus(plus(v[4], v[5]), plus(v[6], v[7])));
+}
+
+// A warp's slice of the words from `first` on, of which tables are at hand, for its tiles one after another.
+template <int M, int INDEX>
+BOTH void sweep(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+    const int thread = anew(given);
+    constexpr uint32_t OWN = (sizeof(Entry<M>) << INDEX) * (32 / INDEX);  // of a word, all planes
+    const int lane = thread % 32, slice = thread / 32 % SLICES, own = int(count), tiles = int(tiles_of(a, at));
+    int tile = thread / (32 * SLICES), word = slice * RUN;
+    if (word >= own) return;
+    const uint32_t* words = part.words + ((at.cluster * a.group) * part.length + first) * ROWS + lane;
+    uint32_t now[RUN], next[RUN] = {};
+    const auto load = [&](uint32_t* to, int t, int w) {
+        const uint32_t* from = words + (int64_t(t) * part.length + w) * ROWS;
+        if (w + RUN <= own) {
+            UNROLL for (int i = 0; i < RUN; i++) to[i] = stream(from + i * ROWS);
+        } else {
+            UNROLL for (int i = 0; i < RUN; i++) to[i] = w + i < own ? stream(from + i * ROWS) : 0u;
+        }
     };
-    uint32_t next_place = place(next_tile, next_step);
-    const auto load = [&]() {
-        if (next < end) {
-            EACH_LANE {
-                UNROLL for (int i = 0; i < 2; i++) {
-                    // Words of another block's share meet digits that are zero; beyond the last there may be none.
-                    int word = 4 * i + LANE % 4;
-                    if (next_step == steps - 1) word = int(least(word, count - 1 - next_step * STEP));
-                    uint32_t* to = ring + ((uint32_t(next) % S::DEPTH * 2 + i) * 32 + LANE) * S::LINES;
-                    send<S::LINES>(to, words + (next_place + uint32_t(word * ROWS + LANE / 4 * S::LINES)));
-                }
-            }
-        }
-        sent();
-        next++, next_place += STEP * ROWS;
-        if (++next_step == steps) next_step = 0, next_tile++, next_place = place(next_tile, 0);
+    const auto enter = [&](int t) {
+        if (t + AHEAD < tiles) fetch_tile(words - lane + (t + AHEAD) * part.length * ROWS, own, slice, lane);
     };
-    for (int d = 1; d < S::DEPTH; d++) load();
-    Sums<M> sums = {};
-    NO_UNROLL while (unit < end) {
-        load();
-        arrived<S::DEPTH - 1>();
-        Words<M> own;
-        EACH_LANE {
-            const uint32_t* from = ring + (uint32_t(unit) % S::DEPTH * 64 + LANE) * S::LINES;
-            UNROLL for (int i = 0; i < S::MATRICES * 2; i++) {
-                const auto two = *reinterpret_cast<const Line<2>*>(from + i % 2 * 32 * S::LINES + 2 * pair_of<M>(i / 2, LANE));
-                own[i / 2][h][i % 2 * 2] = two.v[0], own[i / 2][h][i % 2 * 2 + 1] = two.v[1];
-            }
+    if (tile < tiles) load(now, tile, word), enter(tile);
+    const auto to = [&](int t) { return sums_in<M>(a, shared) + (slice * a.group + t) * ROWS + lane; };
+    Entry<M> total = {};
+    if (tile < tiles) total = *to(tile);
+    NO_UNROLL while (tile < tiles) {
+        int next_tile = tile, next_word = word + PERIOD;
+        if (next_word >= own) next_tile = tile + slots(M), next_word = slice * RUN;
+        if (next_tile < tiles) load(next, next_tile, next_word);
+        const Address tables = address(shared) + uint32_t(word) * OWN;
+        UNROLL for (int i = 0; i < RUN; i++) total = plus(total, given_by<M, INDEX>(tables, i * OWN, now[i]));
+        if (next_tile != tile) {
+            *to(tile) = total;
+            if (next_tile < tiles) total = *to(next_tile), enter(next_tile);
         }
-        const uint32_t* digits = static_cast<const uint32_t*>(shared) + step * (M * forms(BITS) * 256);
-        add_form<M, BITS, 0>(sums, own, digits, thread);
-        add_form<M, BITS, 1>(sums, own, digits, thread);
-        if constexpr (BITS >= 3) add_form<M, BITS, 2>(sums, own, digits, thread);
-        if constexpr (BITS == 4) add_form<M, BITS, 3>(sums, own, digits, thread);
-        unit++;
-        if (++step == steps || unit == end) {
-            put_sums<M>(a, sums, sums_in(a, shared) + tile * S::HEIGHT, thread);
-            step = 0, tile++;
-        }
+        UNROLL for (int i = 0; i < RUN; i++) now[i] = next[i];
+        tile = next_tile, word = next_word;
     }
 }
 
 // Rows of a group that a block finishes.
-BOTH int finished_by(const Lut& a, int ranks) { return (int(a.group) * ROWS + ranks - 1) / ranks; }
+BOTH int64_t finished_by(const Lut& a, int ranks) { return (a.group * ROWS + ranks - 1) / ranks; }
 
-// What the kept weights of these rows give, in `HELPERS` parts, where digits were; and the sums of groups of digits become one.
+// What the kept weights of these rows give, in `HELPERS` parts, where tables were; and the slices' sums become the first slice's.
 template <int M>
-BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
-    const int all = int(a.group) * ROWS;
-    UNROLL for (int m = 0; m < M; m++) {
-        const float unit = unit_of(a, largest_in<M>(a, shared)[m]);
-        for (int i = thread; i < all; i += THREADS) {
-            int32_t* sum = sums_in(a, shared) + m * GROUPS * all + i;
-            int64_t v = 0;
-            UNROLL for (int q = GROUPS - 1; q >= 0; q--) v = v * 256 + sum[q * all];
-            sum[0] = int32_t(to_bits(float(v) * unit));
-        }
+BOTH void gather(const Lut& a, const Place& at, void* shared, int given) {
+    const int thread = anew(given);
+    Entry<M>* sums = sums_in<M>(a, shared);
+    for (int64_t i = thread; i < a.group * ROWS; i += threads(M)) {
+        Entry<M> v = sums[i];
+        UNROLL for (int s = 1; s < SLICES; s++) v = plus(v, sums[s * a.group * ROWS + i]);
+        sums[i] = v;
     }
     if (a.starts == nullptr) return;
-    const int own = finished_by(a, at.ranks);
-    for (int i = thread; i < own * HELPERS; i += THREADS) {
-        const int64_t row = at.cluster * all + at.rank * own + i / HELPERS;
-        float v[M] = {};
+    const int64_t own = finished_by(a, at.ranks);
+    for (int64_t i = thread; i < own * HELPERS; i += threads(M)) {
+        const int64_t row = at.cluster * a.group * ROWS + at.rank * own + i / HELPERS;
+        Entry<M> v = {};
         if (row < a.rows) {
             for (int64_t e = a.starts[row] + i % HELPERS; e < a.starts[row + 1]; e += HELPERS) {
-                UNROLL for (int m = 0; m < M; m++) v[m] += a.differences[e] * read_x(a.given, at.first_row + m, a.kept[e]);
+                UNROLL for (int m = 0; m < M; m++) v.v[m] += a.differences[e] * read_x(a.given, at.first_row + m, a.kept[e]);
             }
         }
-        UNROLL for (int m = 0; m < M; m++) static_cast<float*>(shared)[i * M + m] = v[m];
+        static_cast<Entry<M>*>(shared)[i] = v;
     }
 }
 
 // shared_of(rank): the shared memory of each block of the cluster.
 template <int M, class SharedOf>
 BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
-    const int all = int(a.group) * ROWS, own = finished_by(a, at.ranks);
-    UNROLL for (int m = 0; m < M; m++) {
-        for (int i = thread; i < own; i += THREADS) {
-            const int place = at.rank * own + i;
-            const int64_t row = at.cluster * all + place, to = at.first_row + m;
-            if (place >= all || row >= a.rows || to >= a.given.count) continue;
-            float v = 0.0f;
-            UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v += from_bits(uint32_t(sums_in(a, shared_of(r))[m * GROUPS * all + place]));
-            if (a.starts != nullptr) {
-                for (int h = 0; h < HELPERS; h++) v += static_cast<const float*>(shared)[(i * HELPERS + h) * M + m];
-            }
-            write(a.out, to * a.rows + row, v, a.given.bfloat16);
+    const int64_t own = finished_by(a, at.ranks), base = at.cluster * a.group * ROWS;
+    for (int64_t i = thread; i < own; i += threads(M)) {
+        const int64_t place = at.rank * own + i, row = base + place;
+        if (place >= a.group * ROWS || row >= a.rows) continue;
+        Entry<M> v = {};
+        UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v = plus(v, sums_in<M>(a, shared_of(r))[place]);
+        if (a.starts != nullptr) {
+            for (int h = 0; h < HELPERS; h++) v = plus(v, static_cast<const Entry<M>*>(shared)[i * HELPERS + h]);
+        }
+        for (int m = 0; m < M; m++) {
+            const int64_t to = at.first_row + m;
+            if (to < a.given.count) write(a.out, to * a.rows + row, v.v[m], a.given.bfloat16);
         }
     }
 }
 
-// `does` with the bits as a constant.
-template <class Does>
-BOTH void with_bits(int bits, const Does& does) {
-    if (bits == 1) does(Bits<1>());
-    if (bits == 2) does(Bits<2>());
-    if (bits == 3) does(Bits<3>());
-    if (bits == 4) does(Bits<4>());
+// `does(first, count)`: the words of a part whose tables a block has at a time.
+template <int M, class Does>
+BOTH void in_turns(const Lut& a, const Place& at, const Part& part, const Does& does) {
+    const int64_t own = share(part, at.ranks), begin = at.rank * own, end = least(part.length, begin + own), step = held<M>(a, part.bits);
+    NO_UNROLL for (int64_t first = begin; first < end; first += step) does(first, least(step, end - first));
+}
+
+template <int M, class Each>
+BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool fetched, void* shared, const Each& each) {
+    in_turns<M>(a, at, part, [&](int64_t first, int64_t count) {
+        each([&](int thread) {
+            if (!fetched || first > at.rank * share(part, at.ranks)) fetch_ahead<M>(a, at, part, first, count, thread);
+            take_inputs<M>(a, at, part, first, count, shared, thread);
+        });
+        each([&](int thread) {
+            fetch_words<M>(a, at, part, first, count, AT_FIRST, AHEAD, thread);
+            if (part.bits == 1) build<M, 1>(a, part, first, count, shared, thread);
+            if (part.bits == 2) build<M, 2>(a, part, first, count, shared, thread);
+            if (part.bits == 3) build<M, 3>(a, part, first, count, shared, thread);
+            if (part.bits == 4) build<M, 4>(a, part, first, count, shared, thread);
+        });
+        each([&](int thread) {
+            if (part.bits == 3) {
+                sweep<M, 6>(a, at, part, first, count, shared, thread);
+            } else {
+                sweep<M, 4>(a, at, part, first, count, shared, thread);
+            }
+        });
+    });
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
 // read after it.
 template <int M, class Previous, class Each>
 BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
-    const auto words = [&](const Part& part, const auto& does) {  // a block's share, as many as are held at a time
-        const int own = share(part, at.ranks), begin = at.rank * own, end = int(least(part.length, begin + own));
-        const int step = held<M>(a, part.bits);
-        NO_UNROLL for (int first = begin; first < end; first += step) does(first, int(least(step, end - first)));
-    };
     each([&](int thread) {
-        words(a.part[0], [&](int first, int count) { fetch_ahead<M>(a, at, a.part[0], first, count, thread); });
-        clear<M>(a, shared, thread);
+        const Part& part = a.part[0];
+        const int64_t own = share(part, at.ranks), first = at.rank * own, end = least(part.length, first + own);
+        if (first < end) fetch_ahead<M>(a, at, part, first, least(held<M>(a, part.bits), end - first), thread);
+        clear<M>(a, at, shared, thread);
     });
     previous();
-    each([&](int thread) {
-        for (int p = 0; p < a.parts; p++) {
-            with_bits(a.part[p].bits, [&](auto b) { find_largest<M, decltype(b)::value>(a, at, a.part[p], shared, thread); });
-        }
-    });
-    NO_UNROLL for (int p = 0; p < a.parts; p++) {
-        const Part& part = a.part[p];
-        words(part, [&](int first, int count) {
-            each([&](int thread) {
-                if (p > 0) fetch_ahead<M>(a, at, part, first, count, thread);
-                with_bits(part.bits, [&](auto b) { build<M, decltype(b)::value>(a, at, part, first, count, shared, thread); });
-            });
-            each([&](int thread) {
-                with_bits(part.bits, [&](auto b) { sweep<M, decltype(b)::value>(a, at, part, first, count, shared, thread); });
-            });
-        });
-    }
+    NO_UNROLL for (int p = 0; p < a.parts; p++) add_part<M>(a, at, a.part[p], p == 0, shared, each);
     each([&](int thread) { gather<M>(a, at, shared, thread); });
 }
 
@@ -288,17 +243,11 @@ inline Part part_of(const int64_t* v) {
     return p;
 }
 
-// The most rows of x at a time for whose digits, of a step of the widest codes, there is shared memory, and for what kept weights give.
+// The most rows of x at a time for which tables of codes of 3 bits, the largest, fit a period of words.
 inline int rows_at_a_time(int64_t count, int64_t group, int64_t shared) {
     int rows = count > 2 ? 4 : int(count);
-    while (rows > 1 && other_bytes(rows, group) + word_bytes(rows, MOST_PARTS) * STEP + 1024 > shared) rows /= 2;
+    while (rows > 1 && word_bytes(rows, 3) * PERIOD + int64_t(4) * rows * SLICES * group * ROWS + 1024 > shared) rows /= 2;
     return rows;
-}
-
-// Shared memory of a block that may ask for `most` bytes.
-inline int64_t divide(Lut& a, int rows, int64_t most) {
-    a.planes = (most - other_bytes(rows, a.group)) / 1024 * 1024;
-    return a.planes + other_bytes(rows, a.group);
 }
 
 // Tiles of a cluster, so that clusters come in whole waves of at most `at_once`.
@@ -312,11 +261,7 @@ inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, cons
                   int64_t k, int64_t rows_of_x, bool bfloat16) {
     Lut a = {};
     a.parts = int(count);
-    a.room = 30;
-    for (int p = 0; p < a.parts; p++) {
-        a.part[p] = part_of(parts + 5 * p);
-        if (31 - a.part[p].bits < a.room) a.room = 31 - a.part[p].bits;
-    }
+    for (int p = 0; p < a.parts; p++) a.part[p] = part_of(parts + 5 * p);
     a.starts = reinterpret_cast<const int64_t*>(kept[0]), a.kept = reinterpret_cast<const int32_t*>(kept[1]);
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};

@@ -13,12 +13,13 @@ namespace {
 
 template <int M>
 void product(Lut a, int64_t limit, int ranks) {
-    const int64_t bytes = divide(a, M, limit), clusters = (a.tiles + a.group - 1) / a.group;
-    std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
+    const int64_t sums = int64_t(4) * M * SLICES * a.group * ROWS, clusters = (a.tiles + a.group - 1) / a.group;
+    a.tables = (limit - sums) / 1024 * 1024;
+    std::vector<std::vector<Four>> shared(ranks, std::vector<Four>((a.tables + sums) / 16 + 1));
     for (int64_t first = 0; first < a.given.count; first += M) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto all = [](const auto& phase) {
-                for (int t = 0; t < THREADS; t++) phase(t);
+                for (int t = 0; t < threads(M); t++) phase(t);
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);  // not a number

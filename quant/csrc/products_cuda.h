@@ -160,11 +160,10 @@ BOTH void add(int32_t* to, int32_t v) {
 // Starts to copy to shared memory; `arrived`: all but those of the last LEFT calls of `sent`.
 template <int N>
 BOTH void send(uint32_t* to, const uint32_t* from) {
-    static_assert(N == 2 || N == 4, "8 or 16 bytes");
+    static_assert(N == 4, "16 bytes");
 #if defined(__CUDA_ARCH__)
     const uint32_t place = uint32_t(__cvta_generic_to_shared(to));
-    if constexpr (N == 2) asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(place), "l"(from) : "memory");
-    if constexpr (N == 4) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(place), "l"(from) : "memory");
 #else
     std::memcpy(to, from, 4 * N);
 #endif

@@ -103,20 +103,20 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
     assert torch.equal(got, on_the_host(operation, x, packed, clusters=300))
 
 
-@pytest.mark.parametrize("operation", CLUSTERS)
-def test_inputs_of_very_different_sizes_and_none(operation: str) -> None:
-    """Of 27 to 31 bits of the largest of a share of columns each product keeps what float32 would, as far as the sum is concerned."""
-    for tensor in (signs(19, 1024, 128),) if operation == "binary_gemv" else (codebook(19, 1024, (2,)), codebook(19, 1024, (1, 4))):
-        packed = PREPARE[operation](tensor)
-        x = inputs(4, 1024)
-        x[0, ::7] *= 4000
-        x[1], x[2, 500:] = 0, 0
-        x[3] *= 2.0**-100
-        check(on_the_host(operation, x, packed), x, tensor)
-        x[2, 3] = torch.inf
-        got = on_the_host(operation, x, packed)
-        assert got[2].isnan().all()
-        assert not got[[0, 1, 3]].isnan().any()
+@pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
+def test_inputs_of_very_different_sizes_and_none() -> None:
+    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    tensor = signs(19, 1024, 128)
+    packed = binary_gemv.prepare(tensor)
+    x = inputs(4, 1024)
+    x[0, ::7] *= 4000
+    x[1], x[2, 500:] = 0, 0
+    x[3] *= 2.0**-100
+    check(on_the_host("binary_gemv", x, packed), x, tensor)
+    x[2, 3] = torch.inf
+    got = on_the_host("binary_gemv", x, packed)
+    assert got[2].isnan().all()
+    assert not got[[0, 1, 3]].isnan().any()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

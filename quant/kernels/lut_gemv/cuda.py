@@ -1,9 +1,4 @@
-"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`), one launch a call; a row of out does not depend on how many there are.
-
-x times value is rounded to 31 - b bits of the largest in an eighth of the columns, where b is the widest code's bits, and sums are taken
-in whole numbers: each product is off by 2^(b - 31) of the largest at most. A row of x whose product with some value is not finite gives one
-of NaN.
-"""
+"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`), one launch a call; a row of out does not depend on how many there are."""
 
 from __future__ import annotations
 
@@ -32,7 +27,7 @@ def arguments(packed: Packed) -> tuple[list[Tensor | int], list[Tensor | int]]:
 
 
 def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
-    """`[M, N]` in the type of x; sums of eighths of the columns are added up in float32."""
+    """`[M, N]` in the type of x; products are added up in float32."""
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     parts, kept = arguments(packed)
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
