@@ -3,8 +3,8 @@
 // What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 150 instructions, half of
 // them such as half of a scheduler's turns can issue, with 80 more for each pair of tiles and slice of the units. 8192 x 16384 weights on 120
 // multiprocessors, 15 clusters of 8: 546 times that each, a quarter of the pairs' ends, 25 000 turns of the four schedulers, 12.7 us at
-// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions. Not
-// measured yet.
+// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions.
+// Measured on an H200: 34.3 us.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>

