@@ -1,6 +1,6 @@
 # `make demo` and `make test` need nothing but Python 3.10 or newer: the first call makes .venv and installs into it.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check fix bench bench-launcher bench-gpu test-auto-gptq test-toolkits clean
+.PHONY: help setup demo test check fix bench bench-launcher bench-gpu test-gpu test-auto-gptq test-toolkits clean
 SHELL := /bin/bash
 
 PYTHON ?=
@@ -19,6 +19,8 @@ DATA ?=
 PIECES ?=
 # Arguments for pytest: make test TESTS="tests/quant -k gptq"
 TESTS ?=
+# Processes of test-gpu side by side, each with a context of its own on the device; empty: one, without pytest-xdist
+WORKERS ?= 8
 
 export RAY_USAGE_STATS_ENABLED := 0
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -45,6 +47,11 @@ test: $(STAMP) ## make check, and every test
 	@scripts/check.sh "$(BIN)" & check=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadgroup $(TESTS); tests=$$?; \
 	wait $$check && exit $$tests
+
+# Triton's compiler, not its interpreter. Files with marked tests are looked for, since collecting the others takes longer than many tests do.
+test-gpu: $(STAMP) ## the tests that need a CUDA device, the cheapest first, failures shown at once (WORKERS= for one process)
+	@TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -v -m gpu -p tests.at_once --tb=short --timeout 180 \
+	  $(if $(WORKERS),-n $(WORKERS)) $(if $(TESTS),$(TESTS),$$(grep -rl --include='test_*.py' 'mark\.gpu' tests))
 
 fix: $(STAMP) ## format and repair what ruff can
 	@$(BIN)/ruff format -q . && $(BIN)/ruff check -q --fix .

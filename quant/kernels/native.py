@@ -1,8 +1,8 @@
 """C++ sources of `quant/csrc` as libraries with a plain C ABI, built with the system's compiler at first use.
 
 A library is kept in `$BITGRID_CACHE`, or bitgrid in the user's cache folder, under a name made from its source, flags and
-compiler, so that it is built once per machine and never stale. Processes may build at the same time: the last one renames a
-file with the same contents into place.
+compiler, so that it is built once per machine and never stale. Of processes that want the same library at once one builds it, and the
+others wait for that; where files cannot be locked each builds it, and the last one renames a file with the same contents into place.
 """
 
 from __future__ import annotations
@@ -15,17 +15,27 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 # No fused multiply-add: results equal those of the torch twins bit for bit.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
+LONGEST = 300
+"""Seconds that a compiler may take, and that one process waits for another's to end."""
 
 
 class NoLibrary(Exception):
@@ -62,15 +72,54 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with _turn(path), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if path.exists():
+            return path
         made = Path(scratch) / path.name
         for more in tries:
             command = [compiler, *flags, *more, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
             if done.returncode == 0:
                 os.replace(made, path)
                 return path
     raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")
+
+
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """While it lasts no other process builds the library at the path; it begins at once where one has been built. It ends with the process,
+    however that ends. It only saves work: where files cannot be locked, or no turn comes in `LONGEST` seconds, each process builds."""
+    lock = path.with_suffix(".lock")
+    try:
+        file = None if fcntl is None else lock.open("a")
+    except OSError:  # that the folder cannot be written to is said where the library is
+        file = None
+    if file is None:
+        yield
+        return
+    with file:
+        mine = _locked(file, path)
+        try:
+            yield
+        finally:
+            if mine:
+                # Those who wait for it have it open; who comes later finds the library, or makes a lock of their own.
+                lock.unlink(missing_ok=True)
+
+
+def _locked(file: IO[str], path: Path) -> bool:
+    """Waits for the lock, or for the library at the path."""
+    until = time.monotonic() + LONGEST
+    while not path.exists() and time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return False
+        else:
+            return True
+    return False
 
 
 def _texts(source: Path, seen: set[Path]) -> Iterator[str]:

@@ -29,7 +29,7 @@ from quant.tensors.binary import SALIENT, BinaryTensor, decode
 from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.slow_binary import layer
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+on_a_gpu = pytest.mark.gpu("nvcc")
 HALF, FULL = torch.float16, torch.float32
 CASES = [
     (1, 1, Wanted(128, HALF)),

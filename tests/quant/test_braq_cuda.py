@@ -22,7 +22,7 @@ from tests.quant.cuda_on_host import asked, compiled, on_the_host
 from tests.quant.test_braq_search import bound, values
 
 SHAPES = [(1, 1), (7, 3), (33, 128), (65, 50), (40, 129), (3, MOST_COLUMNS)]
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+on_a_gpu = pytest.mark.gpu("nvcc")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from tests.quant.test_claq_block import factor, solved
 from tests.quant.test_kmeans import columns
 
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+on_a_gpu = pytest.mark.gpu("nvcc")
 
 
 @pytest.fixture

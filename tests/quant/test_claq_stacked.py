@@ -30,7 +30,7 @@ METHODS = {
     "corrected": (Claq(outlier_reservation=True, variant="corrected"), "types"),
     "batched": (Claq(codebooks="batched", block_size=16), "bits"),
 }
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+on_a_gpu = pytest.mark.gpu("nvcc")
 
 
 def given(rows: Sequence[int] = (140, 35, 90), k: int = K, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], Statistics]:

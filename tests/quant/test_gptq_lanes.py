@@ -23,16 +23,17 @@ from quant.kernels import kernel, native, on_cuda, recorded
 from quant.kernels.gptq_block import Fits, SolvedBlock, cuda, triton
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others
 
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+GPU = pytest.mark.gpu("nvcc")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
 """Rows, columns, bits. Groups of 16 columns."""
 PLAIN = 12
 """Where `cuda.arguments` says that zeros are whole, panels whole and groups as wide as panels."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler() -> None:
-    reason = native.unavailable("gptq_lanes", torch.device("cpu"))
+@pytest.fixture(autouse=True)
+def _compiler(request: pytest.FixtureRequest) -> None:
+    """Tests on a GPU do not wait for the host's library."""
+    reason = None if request.node.get_closest_marker("gpu") else native.unavailable("gptq_lanes", torch.device("cpu"))
     if reason is not None:
         pytest.skip(reason)
 

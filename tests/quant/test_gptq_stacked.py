@@ -51,7 +51,7 @@ def test_each_is_what_it_is_alone(schemes: list[WeightScheme], static_groups: bo
         assert all(torch.equal(mine[name], alone[name]) for name in mine)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu("nvcc")
 @pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
 def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme]) -> None:
     """Rows as queries, keys and values of a grouped model have them, columns of several blocks."""

@@ -25,6 +25,7 @@ def test_models_channels_are_whole_waves() -> None:
     assert all(sum(not both for *_, both, _ in pairs(n)) <= 1 for n in range(1, 90))
 
 
+@pytest.mark.gpu("triton")
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not triton.gluon_works(),
     reason="there is no CUDA device of compute capability 9.0, or Triton has another Gluon",

@@ -16,7 +16,7 @@ from quant.kernels.int8_linear.triton import HOPPER, PLAIN, Tile, gluon_works
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = pytest.mark.gpu("triton")
 
 
 def problem(m: int, n: int, k: int, zeros: bool, symmetric: bool) -> tuple[RowCodes, Packed]:

@@ -21,7 +21,7 @@ from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_err
 
 GPU_SIZES, GPU_CENTRES = (1, 31, 300, 4096, 4609, 11008, 14336), (2, 4, 16, 64)
 CLOSE = {torch.float32: 2.0**-22, torch.float64: 1e-9}
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+on_a_gpu = pytest.mark.gpu("nvcc")
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ needs_triton = pytest.mark.skipif(
     unavailable(torch.device(DEVICE)) is not None,
     reason="Triton's kernels run neither on a GPU nor in the interpreter (TRITON_INTERPRET=1)",
 )
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA device")
+needs_gpu = pytest.mark.gpu("triton")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:

@@ -11,7 +11,7 @@ from quant.kernels.on_triton import unavailable
 
 CPU = torch.device("cpu")
 PLACES = ["torch", pytest.param("triton", marks=pytest.mark.skipif(unavailable(CPU) is not None, reason=str(unavailable(CPU))))]
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+GPU = pytest.mark.gpu("triton")
 UNIT = 2.0**-24
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from quant.kernels import native
 from quant.kernels.native import kept_library
 
 
 @pytest.fixture
 def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Writes its arguments into the file after -o, and a line into `calls`; fails with -DFAIL."""
+    """Writes its arguments into the file after -o, and a line into `calls`; fails with -DFAIL, and takes half a second with -DSLOW."""
     monkeypatch.setenv("BITGRID_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "compiler"
     path.write_text(
-        f'#!/bin/sh\necho x >> {tmp_path}/calls\ncase "$*" in *-DFAIL*) echo no such thing >&2; exit 1;; esac\n'
+        f'#!/bin/sh\necho x >> {tmp_path}/calls\ncase "$*" in *-DFAIL*) echo no such thing >&2; exit 1;; *-DSLOW*) sleep 0.5;; esac\n'
         'while [ "$1" != -o ]; do shift; done\necho made > "$2"\n'
     )
     path.chmod(0o755)
@@ -51,3 +57,88 @@ def test_flags_are_tried_one_after_another_and_the_last_message_is_told(tmp_path
     with pytest.raises(RuntimeError, match="no such thing"):
         kept_library(source, str(compiler), "2", (), (("-DFAIL",), ("-DFAIL=2",)))
     assert [p.suffix for p in (tmp_path / "cache" / "kernels").iterdir()] == [".so"], "nothing half made is left"
+
+
+def source_of(folder: Path) -> Path:
+    source = folder / "some.cpp"
+    source.write_text("int x;\n")
+    return source
+
+
+def builds(source: Path, compiler: Path) -> Path:
+    return kept_library(source, str(compiler), "1", ("-DSLOW",), ((),))
+
+
+@pytest.fixture
+def locks() -> None:
+    pytest.importorskip("fcntl", reason="files are locked by fcntl here")
+
+
+@pytest.mark.usefixtures("locks")
+def test_one_of_several_at_once_builds(tmp_path: Path, compiler: Path) -> None:
+    """Threads stand for processes: a lock belongs to the file that was opened, not to who opened it."""
+    source = source_of(tmp_path)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: builds(source, compiler), range(4)))
+    assert {p.read_text() for p in found} == {"made\n"}
+    assert (tmp_path / "calls").read_text() == "x\n"
+    assert [p.suffix for p in (tmp_path / "cache" / "kernels").iterdir()] == [".so"]
+
+
+@pytest.mark.usefixtures("locks")
+def test_each_tries_where_building_fails(tmp_path: Path, compiler: Path) -> None:
+    def fails(_: int) -> None:
+        with pytest.raises(RuntimeError, match="no such thing"):
+            kept_library(source, str(compiler), "1", (), (("-DFAIL",),))
+
+    source = source_of(tmp_path)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(fails, range(3)))
+    assert (tmp_path / "calls").read_text() == 3 * "x\n"
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+@pytest.mark.usefixtures("locks")
+def test_a_builder_that_is_killed_stands_in_nobodys_way(tmp_path: Path, compiler: Path) -> None:
+    source = source_of(tmp_path)
+    builder = multiprocessing.get_context("fork").Process(target=builds, args=(source, compiler))
+    builder.start()
+    calls = tmp_path / "calls"
+    while not calls.exists():
+        time.sleep(0.01)
+    assert builder.pid is not None
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    assert list((tmp_path / "cache" / "kernels").glob("*.lock")), "it held the lock"
+    assert builds(source, compiler).read_text() == "made\n"
+    assert calls.read_text() == 2 * "x\n"
+
+
+@pytest.mark.usefixtures("locks")
+def test_nobody_waits_for_ever(tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    source = source_of(tmp_path)
+    path = builds(source, compiler)
+    path.unlink()
+    monkeypatch.setattr(native, "LONGEST", 2)
+    with path.with_suffix(".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert builds(source, compiler) == path
+    assert path.exists()
+    assert path.with_suffix(".lock").exists(), "another's lock stays"
+
+
+@pytest.mark.parametrize("error", [None, OSError("no locks here")])
+def test_a_library_is_built_where_files_cannot_be_locked(
+    error: OSError | None, tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        assert error is not None
+        raise error
+
+    if error is None:
+        monkeypatch.setattr(native, "fcntl", None)
+    else:
+        monkeypatch.setattr(native.fcntl, "flock", flock)
+    assert builds(source_of(tmp_path), compiler).read_text() == "made\n"

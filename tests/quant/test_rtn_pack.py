@@ -25,7 +25,6 @@ from quant.tensors.packing import pack_bits, unpack_bits
 
 HALF, WHOLE = torch.float16, torch.float32
 GPU = torch.device("cuda") if torch.cuda.is_available() else None
-on_gpu = pytest.mark.skipif(GPU is None, reason="there is no CUDA device")
 # Of scales that float16 rounds to 0, whose codes mean nothing, the interpreter divides all the same.
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -40,7 +39,14 @@ def triton_device() -> torch.device:
     return place
 
 
-in_cpp = pytest.mark.skipif(kernel("rtn_pack").backend != "cpu", reason="there is no C++ library")
+@pytest.fixture
+def cpp() -> None:
+    """Builds the library when a test runs, not when tests are collected."""
+    if kernel("rtn_pack").backend != "cpu":
+        pytest.skip("there is no C++ library")
+
+
+in_cpp = pytest.mark.usefixtures("cpp")
 
 
 def places() -> list[tuple[str, torch.device]]:
@@ -205,7 +211,7 @@ def test_widths_that_do_not_fit_are_refused() -> None:
         shape_of(torch.ones(3, 8), 3)
 
 
-@on_gpu
+@pytest.mark.gpu("triton")
 @pytest.mark.parametrize(("n", "k"), [(1024, 4096), (517, 11008)])
 def test_real_shapes_on_a_gpu(n: int, k: int) -> None:
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(k)) / 50
@@ -217,7 +223,7 @@ def test_real_shapes_on_a_gpu(n: int, k: int) -> None:
         agree(w.to(dtype), grid, bits, width, HALF)
 
 
-@on_gpu
+@pytest.mark.gpu
 def test_the_reference_is_the_same_on_a_gpu() -> None:
     w = weight(64, 128).bfloat16()
     for grid in GRIDS:

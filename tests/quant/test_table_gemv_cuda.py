@@ -26,14 +26,16 @@ from tests.quant.products_tables import PREPARE, cases, check, codebook, row_cod
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
 SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
-HOST = [op for op in SOURCES if not isinstance(native.library(SOURCES[op]), native.NoLibrary)]
-CLUSTERS = [op for op in HOST if op != "row_lut_gemv"]
+CLUSTERS = [op for op in SOURCES if op != "row_lut_gemv"]
 """Those of which a row's sums are spread over clusters."""
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+GPU = pytest.mark.gpu("nvcc")
 
 
 def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks: int = 8, limit: int = LIMITS[90]) -> Tensor:
-    """What the kernel writes whose GPU runs as many clusters of as many blocks at once."""
+    """What the kernel writes whose GPU runs as many clusters of as many blocks at once. Skips the test where that cannot be built."""
+    reason = native.unavailable(SOURCES[operation], torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(reason)
     out = torch.full((x.shape[0], packed.shape[0]), torch.nan, dtype=x.dtype)
     assert written_to(x, packed.shape, out) is out
     if isinstance(packed, row_lut_gemv.Packed):
@@ -66,7 +68,7 @@ def large(operation: str, n: int, k: int, widths: tuple[int, ...], kept: int = 0
     return codebook(n, k, widths, kept) if operation == "lut_gemv" else signs(n, k, 128)
 
 
-@pytest.mark.parametrize("operation", HOST)
+@pytest.mark.parametrize("operation", SOURCES)
 def test_error_is_that_of_rounding(operation: str) -> None:
     for tensor in taken(operation):
         packed = PREPARE[operation](tensor)
@@ -74,7 +76,7 @@ def test_error_is_that_of_rounding(operation: str) -> None:
             check(on_the_host(operation, x, packed), x, tensor)
 
 
-@pytest.mark.parametrize("operation", HOST)
+@pytest.mark.parametrize("operation", SOURCES)
 def test_rows_of_x_stand_alone(operation: str) -> None:
     """Bit for bit, where tables of more rows of x have to be made in more turns."""
     tensor = large(operation, 70, 1500, (2, 3), 2)
@@ -120,7 +122,6 @@ def test_inputs_of_very_different_sizes_and_none() -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.skipif("lut_gemv" not in HOST, reason="there is no C++ compiler")
 def test_whole_numbers_come_out_exactly(bits: int) -> None:
     """Each code of each column counts as it should: sums of whole numbers below 2^24 have no roundings to hide an error in."""
     n, k = 2**bits * 5, 700

@@ -23,7 +23,7 @@ from tests.quant.products_affine import exact, stored
 
 UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="TRITON_INTERPRET is not 1: nothing runs without a GPU")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device")
+needs_gpu = pytest.mark.gpu("triton")
 
 
 def inputs(m: int, k: int, dtype: torch.dtype = torch.float16) -> Tensor:

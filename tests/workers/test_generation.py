@@ -56,7 +56,7 @@ def test_weights_that_come_and_go_cannot_be_captured() -> None:
         Graphed(model("llama").to("meta"), PROMPT, 5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu
 def test_graphs_of_a_gpu() -> None:
     """A read by the host is found before a capture begins, and leaves nothing behind."""
     found, prompt = model("llama").cuda(), PROMPT.cuda()

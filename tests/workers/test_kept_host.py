@@ -121,7 +121,7 @@ def test_a_copy_has_the_strides_of_its_tensor() -> None:
     assert there.data_ptr() != upper.data_ptr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpus_factor_waits_in_pinned_memory_and_comes_back_with_its_bits_and_strides() -> None:
     holder, upper = Kept(), torch.randn(300, 400, device="cuda").T
     holder.begin(upper.device, 1)

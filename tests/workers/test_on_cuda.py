@@ -21,7 +21,7 @@ from workers.rebuild import attach_runtime, rebuild
 from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, QuantizeSpec, Workload, from_json
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = pytest.mark.gpu("stages")
 KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
 SEQUENTIAL = {
     "gptq_sequential": quantize_spec("gptq", propagation="quantized", true_sequential=True),

@@ -167,7 +167,7 @@ def test_a_worker_refuses_too(gemma: Any) -> None:
         PackedCaches(gemma, KVScheme(4, kind="kvquant"), SHORT, CPU)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available() or interpreted(), reason="there is no CUDA device, or Triton only interprets")
+@pytest.mark.gpu("triton")
 @pytest.mark.parametrize("kv", [KIVI, KV4])
 def test_graphs_of_a_gpu(kv: KVScheme) -> None:
     """Replayed and launched steps run the same kernels: what differs is where they find their places."""
