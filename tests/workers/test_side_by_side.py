@@ -99,7 +99,7 @@ def test_where_they_are_rounded_side_by_side() -> None:
     assert not fit(worker(shapes, seeded=True), own, plenty)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.gpu("stages")
 @pytest.mark.parametrize("name", ["gptq", "claq", "billm"])
 def test_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = replace(tiny_context("llama", tmp_path, device="cuda"), device=torch.device("cuda"))
