@@ -105,7 +105,6 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
     assert torch.equal(got, on_the_host(operation, x, packed, clusters=300))
 
 
-@pytest.mark.skipif("binary_gemv" not in HOST, reason="there is no C++ compiler")
 def test_inputs_of_very_different_sizes_and_none() -> None:
     """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
