@@ -45,6 +45,7 @@ from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
+from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
 from quant.kernels.lazy_update.triton import TILE as UPDATED
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
@@ -121,7 +122,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     }
     found.append((update, "128 columns", types, shape, {"num_warps": UPDATED.warps, "num_stages": UPDATED.stages}))
     if architecture == 90 and syrk.gluon_works():
-        found.append(_triangle(syrk.HOPPER))
+        found += [_triangle(syrk.HOPPER), _by_parts(types)]
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
@@ -191,6 +192,14 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
+
+
+def _by_parts(types: dict[str, str]) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+    from quant.kernels.lazy_update.hopper import update_by_parts
+
+    tile = UPDATED_BY_PARTS
+    constants = {"left_row": 1, "B": 128, "PADDED": 128, "ROWS": tile.rows, "COLUMNS": tile.columns, "WARPS": tile.warps, "WHOLE": True}
+    return update_by_parts, "128 columns", types | {"tiles": "i32"}, constants, {"num_warps": tile.warps}
 
 
 def _triangle(tile: syrk.Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
