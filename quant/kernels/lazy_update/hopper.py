@@ -85,6 +85,8 @@ def update_by_parts(
         barrier()
         left_mid.store(mid)
         p, q, u, v = _read(later, t, strip, p, r, n, later_stride + 16 * zero, WHOLE)
+        # Else the compiler moves reads behind the wait.
+        barrier()
         total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
         barrier()
         left_hi.store(hi)
@@ -143,10 +145,17 @@ def _operand(
 @gluon.jit
 def _parts(x):
     """Three numbers of bfloat16 whose sum x is."""
-    hi = x.to(gl.bfloat16)
-    rest = x - hi.to(gl.float32)
-    mid = rest.to(gl.bfloat16)
-    return hi, mid, (rest - mid.to(gl.float32)).to(gl.bfloat16)
+    # By integers, as the compiler would convert numbers that are needed as float32 too one by one, on the unit of special functions.
+    hi = _rounded(x)
+    rest = x - hi
+    mid = _rounded(rest)
+    return hi.to(gl.bfloat16), mid.to(gl.bfloat16), (rest - mid).to(gl.bfloat16)
+
+
+@gluon.jit
+def _rounded(x):
+    """To the nearest number of bfloat16, as float32."""
+    return ((x.to(gl.int32, bitcast=True) + 0x8000) & -0x10000).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

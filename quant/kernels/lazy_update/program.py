@@ -82,9 +82,14 @@ def update_by_parts(
 
 @triton.jit
 def parts(x, TYPE: tl.constexpr):
-    """Three numbers of bfloat16 whose sum is x."""
-    hi = x.to(tl.bfloat16)
-    rest = x - hi.to(tl.float32)
-    mid = rest.to(tl.bfloat16)
-    lo = (rest - mid.to(tl.float32)).to(tl.bfloat16)
-    return hi.to(TYPE), mid.to(TYPE), lo.to(TYPE)
+    """Three numbers of bfloat16 whose sum x is."""
+    hi = rounded(x)
+    rest = x - hi
+    mid = rounded(rest)
+    return hi.to(TYPE), mid.to(TYPE), rounded(rest - mid).to(TYPE)
+
+
+@triton.jit
+def rounded(x):
+    """To the nearest number of bfloat16, as float32."""
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
