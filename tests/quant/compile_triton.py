@@ -45,6 +45,8 @@ from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
+from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
+from quant.kernels.lazy_update.triton import ROOMY as UPDATED_ELSEWHERE
 from quant.kernels.lazy_update.triton import TILE as UPDATED
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
@@ -61,6 +63,7 @@ from quant.kernels.wq_gemv.program import weight as codes_weight
 FIRST = os.environ.get("BITGRID_COMPILE") == "first"
 NEWEST = 90
 EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride")
+"""Whole multiples of 16."""
 APART = (add_lower, gemm, product_of_codes)
 """What they are depends on the architecture."""
 
@@ -110,18 +113,12 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
         found.append((add_lower, name, types, constants, {"num_warps": tile.warps, "num_stages": tile.stages}))
     types = {"later": "*fp32", "left": "*fp32", "right": "*fp32"}
     types |= dict.fromkeys(("r", "n", "later_stride", "left_column", "right_stride"), "i32")
-    shape = {
-        "left_row": 1,
-        "ROWS": UPDATED.rows,
-        "COLUMNS": UPDATED.columns,
-        "STEP": UPDATED.step,
-        "B": 128,
-        "PADDED": 128,
-        "PRECISION": "tf32x3",
-    }
-    found.append((update, "128 columns", types, shape, {"num_warps": UPDATED.warps, "num_stages": UPDATED.stages}))
+    tile = UPDATED if architecture >= 90 else UPDATED_ELSEWHERE
+    shape = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step}
+    shape |= {"left_row": 1, "B": 128, "PADDED": 128, "PRECISION": "tf32x3"}
+    found.append((update, "128 columns", types, shape, {"num_warps": tile.warps, "num_stages": tile.stages}))
     if architecture == 90 and syrk.gluon_works():
-        found.append(_triangle(syrk.HOPPER))
+        found += [_triangle(syrk.HOPPER), _by_parts(types)]
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
@@ -193,6 +190,14 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
 
 
+def _by_parts(types: dict[str, str]) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+    from quant.kernels.lazy_update.hopper import update_by_parts
+
+    tile = UPDATED_BY_PARTS
+    constants = {"left_row": 1, "B": 128, "PADDED": 128, "ROWS": tile.rows, "COLUMNS": tile.columns, "WARPS": tile.warps, "WHOLE": True}
+    return update_by_parts, "128 columns", types | {"tiles": "i32"}, constants, {"num_warps": tile.warps}
+
+
 def _triangle(tile: syrk.Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
     from triton.experimental.gluon import language as gl
 
@@ -242,7 +247,8 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        even = [i for i, name in enumerate(kernel.arg_names) if name in EVEN or signature[name].startswith("*")]
+        whole = (*EVEN, "r", "n") if kernel is update else EVEN
+        even = [i for i, name in enumerate(kernel.arg_names) if name in whole or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = _source(kernel)(kernel, signature, constants, attrs)
         made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)

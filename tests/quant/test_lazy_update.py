@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.kernels.on_triton import unavailable
+from quant.kernels.lazy_update import triton
+from quant.kernels.lazy_update.triton import HOPPER, MOST, ROOMY, TILE, Tile, tile_for, tiles_each
+from quant.kernels.on_triton import has_gluon, unavailable
 
 CPU = torch.device("cpu")
-PLACES = ["torch", pytest.param("triton", marks=pytest.mark.skipif(unavailable(CPU) is not None, reason=str(unavailable(CPU))))]
+INTERPRETED = pytest.mark.skipif(unavailable(CPU) is not None, reason=str(unavailable(CPU)))
+PLACES = ["torch", pytest.param("triton", marks=INTERPRETED), pytest.param("parts", marks=INTERPRETED)]
 GPU = pytest.mark.gpu("triton")
 UNIT = 2.0**-24
+PARTS = Tile(32, 32, 16, 4, 1, parts=True)
+Update = Callable[..., None]
+
+
+def update(backend: str) -> Update:
+    run = partial(triton.lazy_update, tile=PARTS) if backend == "parts" else kernel("lazy_update", backend).run.lazy_update
+    return run
 
 
 def given(r: int, n: int, b: int, device: torch.device = CPU) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,10 +35,11 @@ def given(r: int, n: int, b: int, device: torch.device = CPU) -> tuple[Tensor, T
     return later.to(device), factor.to(device).T, right.to(device)
 
 
-def check(run: object, later: Tensor, left: Tensor, right: Tensor) -> None:
+def check(run: Update, later: Tensor, left: Tensor, right: Tensor) -> None:
     want, size = later.double() - left.double() @ right.double(), left.double().abs() @ right.double().abs()
-    run.lazy_update(later, left, right)  # type: ignore[attr-defined]
-    # Products are off by 3 u at most (two parts of TF32 each, the smallest product left out), sums of B by B u more, and the last by one.
+    run(later, left, right)
+    # Products are off by 3 u at most (of two parts of TF32 each, the smallest product left out; 1 u of three parts of bfloat16), sums of B
+    # by B u more (and by parts B u / 32), and the last by one.
     bound = (left.shape[1] + 8) * UNIT * size + UNIT * want.abs()
     assert ((later.double() - want).abs() <= bound).all()
 
@@ -33,18 +47,18 @@ def check(run: object, later: Tensor, left: Tensor, right: Tensor) -> None:
 @pytest.mark.parametrize("backend", PLACES)
 @pytest.mark.parametrize(("r", "n", "b"), [(1, 1, 1), (33, 40, 16), (64, 31, 20), (5, 70, 128)])
 def test_it_takes_a_product_off(backend: str, r: int, n: int, b: int) -> None:
-    check(kernel("lazy_update", backend).run, *given(r, n, b))
+    check(update(backend), *given(r, n, b))
 
 
 @pytest.mark.parametrize("backend", PLACES)
 def test_strided_parts_of_larger_tensors(backend: str) -> None:
     """As the solver has them: rows of the weights, rows of the factor right of its block; what lies beside them stays as it is."""
-    run = kernel("lazy_update", backend).run
+    run = update(backend)
     later, left, right = given(40, 36, 24)
     around, factor = torch.full((50, 48), torch.nan), torch.full((24, 60), torch.nan)
     around[10:, :36], factor[:, 20:] = later, left.T
-    run.lazy_update(around[10:, :36], factor[:, 20:].T, right)
-    run.lazy_update(later, left, right)
+    run(around[10:, :36], factor[:, 20:].T, right)
+    run(later, left, right)
     assert torch.equal(around[10:, :36], later)
     assert around[:10].isnan().all()
     assert around[:, 36:].isnan().all()
@@ -52,12 +66,12 @@ def test_strided_parts_of_larger_tensors(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", PLACES)
 def test_parts_have_what_they_have_alone(backend: str) -> None:
-    run = kernel("lazy_update", backend).run
+    run = update(backend)
     later, left, right = given(20, 16 + 48 + 8, 32)
     alone = [t.clone() for t in torch.split(later, [16, 48, 8], dim=1)]
     for part, own in zip(alone, torch.split(right, [16, 48, 8], dim=1), strict=True):
-        run.lazy_update(part, left, own.contiguous())
-    run.lazy_update(later, left, right, [16, 48, 8])
+        run(part, left, own.contiguous())
+    run(later, left, right, [16, 48, 8])
     assert torch.equal(later, torch.cat(alone, dim=1))
 
 
@@ -65,19 +79,92 @@ def test_float64_is_torchs() -> None:
     later = torch.zeros(2, 3, dtype=torch.float64)
     assert kernel("lazy_update", device="cpu", later=later).backend == "torch"
     if unavailable(CPU) is None:
-        triton = kernel("lazy_update", "triton").run
-        assert "float64" in triton.refuses(later)
+        assert "float64" in str(triton.refuses(later))
         with pytest.raises(ValueError, match="float64"):
             triton.lazy_update(later, torch.zeros(2, 1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64))
 
 
+def check_parts(run: Update, device: torch.device, least: float = 2.0**-110, off: float = 2.0**-134) -> None:
+    """Taken once, a number comes out as it went in, down to its last bit; those below `least` to within `off`."""
+    whole = given(1, 40, 48)[2] * 2.0**-20
+    whole[:, :8] *= least / whole[:, :8].abs().min()
+    whole[0, 8:11] = torch.tensor([least * (1 + 2.0**-23), 3.38e38, -(1 + 2.0**-8 + 2.0**-17)])
+    small = whole[:, :8] * 2.0**-6
+    for numbers, error in ((whole, 0.0), (small, off)):
+        for left, right in ((torch.eye(48), numbers), (numbers.T, torch.eye(48))):
+            later = torch.zeros(len(left), right.shape[1], device=device)
+            run(later, left.to(device), right.to(device))
+            assert ((later.cpu().double() + left.double() @ right.double()).abs() <= error).all()
+
+
+@INTERPRETED
+def test_three_parts_are_the_number() -> None:
+    check_parts(update("parts"), CPU)
+
+
+@pytest.mark.parametrize("backend", PLACES)
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(backend: str, number: float) -> None:
+    later, left, right = given(20, 24, 16)
+    right[3, 5] = number
+    left[7, 2] = number
+    update(backend)(later, left, right)
+    wanted = torch.ones(20, 24, dtype=torch.bool)
+    wanted[:, 5] = wanted[7] = False
+    assert torch.equal(later.isfinite(), wanted)
+
+
+@INTERPRETED
+def test_by_parts_a_block_has_few_columns() -> None:
+    with pytest.raises(ValueError, match="at most 128 columns, not 129"):
+        update("parts")(*given(4, 4, MOST + 1))
+
+
+def test_forms_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "_has_hopper", lambda device: True)
+    for capability, even in (((9, 0), TILE), ((8, 0), ROOMY)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert [tile_for(r, n, MOST, CPU) for r, n in ((32, 48), (31, 48), (32, 40))] == [even, ROOMY, ROOMY]
+    monkeypatch.setattr(triton, "BY_PARTS", True)
+    assert [tile_for(32, 48, b, CPU) for b in (MOST, MOST + 1)] == [HOPPER, ROOMY]
+
+
+@pytest.mark.parametrize(
+    ("tops", "asides", "each"),
+    [
+        (16, 32, 4),  # 128 programs: one wave
+        (1, 32, 1),
+        (43, 32, 11),
+        # Two waves of 9.6 tiles each; by 4, three of 4.6 would do 12 of 16.
+        (16, 96, 4),
+    ],
+)
+def test_programs_fill_waves(tops: int, asides: int, each: int) -> None:
+    assert tiles_each(tops, asides, 132) == each
+
+
+def _forms() -> Sequence[Tile | None]:
+    forms: list[Tile | None] = [None, Tile(64, 64, 64, 4, 1, parts=True)]
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and has_gluon("quant.kernels.lazy_update.hopper"):
+        forms += [HOPPER, Tile(64, 64, 64, 4, 1, parts=True, gluon=True)]
+    return forms
+
+
 @GPU
-@pytest.mark.parametrize(("r", "n", "b"), [(130, 4096, 128), (1000, 300, 128), (7, 5, 44)])
-def test_on_a_gpu(r: int, n: int, b: int) -> None:
-    run = kernel("lazy_update", "triton", "cuda").run
+@pytest.mark.parametrize("tile", _forms())
+@pytest.mark.parametrize(("r", "n", "b"), [(130, 4096, 128), (1000, 300, 128), (7, 5, 44), (2048, 512, 128)])
+def test_on_a_gpu(r: int, n: int, b: int, tile: Tile | None) -> None:
+    run = partial(triton.lazy_update, tile=tile)
     later, left, right = given(r, n, b, torch.device("cuda"))
     check(run, later.clone(), left, right)
     alone = later[:, : n // 2].clone()
-    run.lazy_update(alone, left, right[:, : n // 2])
-    run.lazy_update(later, left, right)
+    run(alone, left, right[:, : n // 2])
+    run(later, left, right)
     assert torch.equal(later[:, : n // 2], alone)
+
+
+@GPU
+@pytest.mark.parametrize("tile", [t for t in _forms() if t and t.parts])
+def test_three_parts_are_the_number_on_a_gpu(tile: Tile) -> None:
+    check_parts(partial(triton.lazy_update, tile=tile), torch.device("cuda"))

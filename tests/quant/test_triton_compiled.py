@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quant.kernels.int8_linear.triton import gluon_works
+from quant.kernels.on_triton import has_gluon
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
@@ -30,13 +31,18 @@ def test_kernels_compile() -> None:
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
     wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply", "update"}
+    if has_gluon("quant.kernels.lazy_update.hopper"):
+        wanted.add("update_by_parts")
     assert {r["kernel"] for r in rows if r["architecture"] == max(MOST_SHARED)} == wanted
     for row in rows:
         assert row["shared"] <= MOST_SHARED[row["architecture"]], row
         assert row["stack"] == 0, row
         if row["kernel"] in ("gemm", "attend", "attend_plain", "attend_per_token") or (row["kernel"], row["of"]) == ("add_lower", "bf16"):
             assert row["tensor_cores"], row
-        if row["kernel"] in ("multiply", "update"):
+        if row["kernel"] == "update_by_parts":
+            # Parts are free one after another.
+            assert row["waits"] == ["0", "3", "5"], row
+        if row["kernel"] in ("multiply", "update", "update_by_parts"):
             assert row["tensor_cores"], row
             # A large product goes on while that of the step before is waited for.
             large = row["architecture"] == 90 and gluon_works() and not {"192", "256"}.isdisjoint(row["of"].split())

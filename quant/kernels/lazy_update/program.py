@@ -1,4 +1,4 @@
-"""A tile of `later` for Triton, minus a product over few columns, on tensor cores with nearly the accuracy of float32."""
+"""A tile of `later` for Triton, minus a product over few columns, on tensor cores with nearly the accuracy of float32: in two forms."""
 
 import triton
 import triton.language as tl
@@ -40,3 +40,56 @@ def update(
     at = later + (tl.cast(top, tl.int64) * later_stride + aside) + (rows[:, None] * later_stride + columns[None, :])
     inside = inside_rows[:, None] & inside_columns[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0) - total, mask=inside)
+
+
+@triton.jit
+def update_by_parts(
+    later,  # [R, N]
+    left,  # [R, B]
+    right,  # [B, N]
+    r,
+    n,
+    later_stride,
+    left_row,
+    left_column,
+    right_stride,
+    B: tl.constexpr,
+    PADDED: tl.constexpr,  # a power of two, B or more
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TYPE: tl.constexpr,  # of the parts that are multiplied: bfloat16, or float32 where that has no products
+):
+    top = tl.program_id(0) * ROWS
+    aside = tl.program_id(1) * COLUMNS
+    rows, columns, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    inside_rows, inside_columns = top + rows < r, aside + columns < n
+    at_left = left + tl.cast(top, tl.int64) * left_row + (rows[:, None] * left_row + j[None, :] * left_column)
+    at_right = right + aside + (j[:, None] * right_stride + columns[None, :])
+    a = tl.load(at_left, mask=inside_rows[:, None] & (j < B)[None, :], other=0.0)
+    b = tl.load(at_right, mask=(j < B)[:, None] & inside_columns[None, :], other=0.0)
+    a_hi, a_mid, a_lo = parts(a, TYPE)
+    b_hi, b_mid, b_lo = parts(b, TYPE)
+    total = tl.dot(a_lo, b_hi, input_precision="ieee")
+    total = tl.dot(a_mid, b_mid, total, input_precision="ieee")
+    total = tl.dot(a_mid, b_hi, total, input_precision="ieee")
+    total = tl.dot(a_hi, b_lo, total, input_precision="ieee")
+    total = tl.dot(a_hi, b_mid, total, input_precision="ieee")
+    total = tl.dot(a_hi, b_hi, total, input_precision="ieee")
+    at = later + (tl.cast(top, tl.int64) * later_stride + aside) + (rows[:, None] * later_stride + columns[None, :])
+    inside = inside_rows[:, None] & inside_columns[None, :]
+    tl.store(at, tl.load(at, mask=inside, other=0.0) - total, mask=inside)
+
+
+@triton.jit
+def parts(x, TYPE: tl.constexpr):
+    """Three numbers of bfloat16 whose sum x is."""
+    hi = rounded(x)
+    rest = x - hi
+    mid = rounded(rest)
+    return hi.to(TYPE), mid.to(TYPE), rounded(rest - mid).to(TYPE)
+
+
+@triton.jit
+def rounded(x):
+    """To the nearest number of bfloat16, as float32."""
+    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
