@@ -55,7 +55,7 @@ def side_by_side(device: torch.device, works: Mapping[str, Callable[[], T]]) -> 
             with stream(), torch.set_grad_enabled(grad):  # both are a thread's own
                 return work()
         except Exception as e:
-            return e
+            return e.with_traceback(None)  # its frames hold tensors
 
     with _streams(device) as stream, ThreadPoolExecutor(STREAMS, "site") as pool:
         # Providers of factors and the record of kernels are the context's.

@@ -67,7 +67,12 @@ def _made_side_by_side(worker: BlockQuantizer, origin: str | None, context: Cont
 
     with context.phase("round"):
         found = side_by_side(context.device, {name: partial(work, *given) for name, given in sites.items()})
-    if any(isinstance(f, torch.OutOfMemoryError) for f in found.values()):
+    failed = {name: f for name, f in found.items() if isinstance(f, Exception)}
+    if any(isinstance(e, torch.OutOfMemoryError) for e in failed.values()):
         context.notes.append(f"block {worker.index}: not all inputs' linears fit the device's memory side by side: some had it alone")
         torch.cuda.empty_cache()
+    # Told where the stage succeeds all the same: rounded alone, linears that cannot be rounded end it.
+    for name, e in failed.items():
+        if not isinstance(e, torch.OutOfMemoryError):
+            context.notes.append(f"{worker.path(name)}: its input's linears, rounded side by side with others, raised {e!r}; rounded alone")
     return {name: made for name, made in found.items() if not isinstance(made, Exception)}

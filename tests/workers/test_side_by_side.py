@@ -78,6 +78,25 @@ def test_what_fails_says_so_in_its_linears_name(tmp_path: Path, monkeypatch: pyt
         quantized(ctx, tmp_path / "q", quantize_spec("gptq"), inputs)
 
 
+def test_what_fails_beside_others_alone_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "hessian")
+    alone, _ = quantized(ctx, tmp_path / "alone", quantize_spec("gptq"), inputs)
+    monkeypatch.setattr(sites, "fit", lambda worker, own: True)
+
+    def fails(worker: Any, names: list[str]) -> Any:
+        if names[0].endswith("o_proj"):
+            raise RuntimeError("no luck")
+        return make(worker, names)
+
+    make, before = sites.make, len(ctx.notes)
+    monkeypatch.setattr(sites, "make", fails)
+    together, _ = quantized(ctx, tmp_path / "together", quantize_spec("gptq"), inputs)
+    equal(alone, together)
+    told = [n for n in ctx.notes[before:] if "no luck" in n]
+    assert [n.partition(":")[0] for n in told] == [f"model.layers.{b}.self_attn.o_proj" for b in (0, 1)]
+
+
 def worker(shapes: dict[str, tuple[int, int]], device: str = "cuda", seeded: bool = False) -> Any:
     """As much of a BlockQuantizer as is asked, on a device that need not be there."""
     current = {n: SimpleNamespace(shape=s, numel=lambda s=s: s[0] * s[1], device=torch.device(device)) for n, s in shapes.items()}
