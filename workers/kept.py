@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from threading import RLock
+from threading import Lock
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ class Kept:
         self._near = Tier(free, self._to_host, lambda: self.changing())
         self._host = Tier(free)
         self._stage = 0
-        self._one = RLock()  # inputs that are rounded side by side ask for their factors at the same time
+        self._one = Lock()  # inputs that are rounded side by side ask for their factors at the same time
         self.counts = Counts()
         self.changing: Callable[[], AbstractContextManager[None]] = nullcontext
         """Entered around every change of `bytes`."""
@@ -189,7 +189,8 @@ class Kept:
         """The factor of `hessian` `[K, K]` that `make` gives, and the damping it needed. origin: digest of the file that the Hessian
         comes from, and its site; form: which factor it is. A quant.solver.FactorProvider, once the origin is bound."""
         if self._near.given == 0:
-            self.counts.factors_made += 1
+            with self._one:
+                self.counts.factors_made += 1
             return make()
         # Threads: a CPU's library splits sums by them, and the last bits follow.
         key = (*origin, form, damp, hessian.dtype, torch.get_num_threads(), matrix_digest(hessian))
