@@ -90,7 +90,7 @@ class HessianSum:
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(channels, channels, device=device)
         self.sequences = 0
-        self._syrk = kernel("hessian_syrk", device=device).run
+        self._syrk = kernel("hessian_syrk", device=device, channels=channels).run
         self._chunk: int = getattr(self._syrk, "CHUNK", 0)
         self._waiting: list[Tensor] = []
 

@@ -141,7 +141,7 @@ def _binary_gemv_shape(
 
 
 def _hessian_syrk_(total: Tensor, x: Tensor) -> None:
-    kernel("hessian_syrk", device=total.device).run.add(total, x)
+    kernel("hessian_syrk", device=total.device, channels=len(total)).run.add(total, x)
 
 
 def _nothing(*_: Any) -> None:

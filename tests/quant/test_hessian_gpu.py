@@ -25,6 +25,13 @@ def test_models_channels_are_whole_waves() -> None:
     assert all(sum(not both for *_, both, _ in pairs(n)) <= 1 for n in range(1, 90))
 
 
+def test_totals_beyond_offsets_of_32_bits_are_refused() -> None:
+    assert triton.MOST**2 < 2**31 <= (triton.MOST + 1) ** 2
+    assert triton.refuses(triton.MOST) is None
+    with pytest.raises(ValueError, match=r"53248 channels; the Triton programs take up to 46340; kernel\(\.\.\., channels=53248\)"):
+        triton.add(torch.empty(53248, 0), torch.empty(1, 1, 53248))
+
+
 @pytest.mark.gpu("triton")
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or not triton.gluon_works(),

@@ -81,7 +81,7 @@ def _to_total(total, which, part, SIDE: gl.constexpr, k, BLOCK: gl.constexpr):
     # Read anew, so that where the products belong is computed here and not held since the start.
     i = gl.load(which, volatile=True) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, part.type.layout))
     j = gl.load(which + SIDE, volatile=True) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, part.type.layout))
-    # Offsets of 32 bits: K² is below 2^31 for K up to 46,340.
+    # Offsets of 32 bits, which K² does not exceed (`triton.MOST`).
     if gl.load(which + 4, volatile=True) == 0:
         gl.atomic_add(total + (i[:, None] * k + j[None, :]), part, sem="relaxed")
     else:

@@ -20,7 +20,7 @@ def to_total(total, which, part, quarter, k, ROWS: tl.constexpr, COLUMNS: tl.con
     # Read anew, so that where the tile lies is computed here and not held since the start.
     i = tl.load(which, volatile=True) * ROWS + tl.arange(0, ROWS)
     j = tl.load(which + 1, volatile=True) * COLUMNS + quarter * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
-    # Offsets of 32 bits: K² is below 2^31 for K up to 46,340.
+    # Offsets of 32 bits, which K² does not exceed (`triton.MOST`).
     at = total + (i[:, None] * k + j[None, :])
     inside = (i < k)[:, None] & (j < k)[None, :]
     tl.store(at, tl.load(at, mask=inside, other=0.0) + part, mask=inside)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
-__all__ = ["add", "finished", "unavailable"]
+__all__ = ["add", "finished", "refuses", "unavailable"]
 
 PROMOTE = 8192
 """Tokens of a partial sum: each is added to the total in memory, and fewer tokens would make that take longer than the products. The error
@@ -37,6 +37,13 @@ HOPPER = Tile(128, 256, 64, 8, 4, True, gluon=True)
 ACROSS = 12
 """Rows of blocks that `hopper.py` goes through together: as many as make the channels that are at work at a time few."""
 LARGE = 6144
+MOST = 46_340
+"""Channels: programs have offsets of 32 bits, which the total's K² numbers must not exceed."""
+
+
+def refuses(channels: int) -> str | None:
+    """None, or why it does not add to a total of so many channels."""
+    return None if channels <= MOST else f"{channels} channels; the Triton programs take up to {MOST}"
 
 
 def tile_for(dtype: torch.dtype, k: int, capability: int, gluon: bool = False) -> Tile:
@@ -52,7 +59,10 @@ def tile_for(dtype: torch.dtype, k: int, capability: int, gluon: bool = False) -
 
 
 def add(total: Tensor, x: Tensor, tile: Tile | None = None) -> None:
-    """float16 and bfloat16 as they are, with float32 sums; other types as float32, without tensor cores."""
+    """float16 and bfloat16 as they are, with float32 sums; other types as float32, without tensor cores. Raises ValueError."""
+    reason = refuses(len(total))
+    if reason is not None:
+        raise ValueError(f"{reason}; kernel(..., channels={len(total)}) chooses a backend that takes them")
     from quant.kernels.hessian_syrk.program import add_lower
 
     # The interpreter has no products of bfloat16.
