@@ -72,7 +72,7 @@ def solve(weight: Tensor, upper: Tensor, backend: str) -> Solved:
         made = fit(GRIDS["g_asym"], weights[start:end].T.contiguous(), BITS, torch.float32)
         return Affine(made.scale[:, 0][None], made.zero[:, 0][None], BITS, made.kind), [0] * (end - start)
 
-    return solve_affine(weight, upper, BLOCK, ranges, backend)[0]
+    return solve_affine(weight, upper, BLOCK, ranges, backend)
 
 
 def blocks(weight: Tensor, upper: Tensor) -> list[tuple[Tensor, Tensor, Affine]]:

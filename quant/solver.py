@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -37,6 +37,8 @@ class Solved:
     """`[K, N]`."""
     loss: Tensor
     """`[N]`: sum of e² per row, equal to the diagonal of (W - Q) H (W - Q)ᵀ."""
+    notes: list[str] = field(default_factory=list)
+    """Of the kernels that were chosen."""
 
 
 def revive_dead(hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +158,8 @@ def solve_affine(
     backend: str = "auto",
     stack: Sequence[int] | None = None,
     fits: Fits | None = None,
-) -> tuple[Solved, list[str]]:
-    """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`; and the kernel's notes.
+) -> Solved:
+    """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`.
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum.
@@ -178,7 +180,7 @@ def solve_affine(
             loss += out.errors.square().sum(0)
         if end < k:
             later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors, stack)
-    return Solved(codes, values, loss), [*block_kernel.notes, *later.notes]
+    return Solved(codes, values, loss, [*block_kernel.notes, *later.notes])
 
 
 def stacks(weights: Sequence[Tensor]) -> bool:
@@ -223,8 +225,8 @@ def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solv
     given are not changed."""
     # Updates on a GPU take contiguous rows; on a CPU a sum's order follows the strides, and what is stored has always followed theirs.
     works = [w.clone(memory_format=torch.contiguous_format if w.is_cuda else torch.preserve_format) for w in weights]
-    later, k = kernel("lazy_update", device=upper.device, later=works[0]).run, len(upper)
-    made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])) for w in works]
+    later, k = kernel("lazy_update", device=upper.device, later=works[0]), len(upper)
+    made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), list(later.notes)) for w in works]
     errors = [torch.empty_like(w[:block_size]) for w in works]
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
@@ -233,5 +235,5 @@ def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solv
         for w, m, out in zip(works, made, outs, strict=True):
             m.loss.add_(out.errors.square().sum(0))
             if end < k:
-                later.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
+                later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
     return made

@@ -87,7 +87,8 @@ class Billm:
         if self.variant == "reference":
             return self._between_blocks(ready, scale_dtype, notes)
         blocks = _Blocks(self, ready, scale_dtype)
-        codes = solve_columns(ready.weight.T, ready.upper, self.block_size, blocks.round_column).codes.T
+        solved = solve_columns(ready.weight.T, ready.upper, self.block_size, blocks.round_column)
+        codes, notes[:] = solved.codes.T, solved.notes
         return blocks.tensor(codes >= 2, (codes % 2).bool())
 
     def _between_blocks(self, ready: Prepared, scale_dtype: torch.dtype, notes: list[str]) -> BinaryTensor:

@@ -37,7 +37,7 @@ from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked
+from quant.methods.feedback import checked_together
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
 from quant.statistics import Statistics
@@ -126,8 +126,8 @@ class Claq:
         return [work.rounded(i, tensor, []) for i, tensor in enumerate(tensors)]
 
     def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
-        ready = [checked("claq", weight, statistics) for weight in weights]
-        h, dead = revive_dead(ready[0][1])
+        ready, hessian = checked_together("claq", weights, statistics)
+        h, dead = revive_dead(hessian)
         k, zeroed, notes = len(h), int(dead.sum()), list[str]()
         if zeroed == k:
             notes.append("no calibration token reached this input: the Hessian counts as the identity")
@@ -139,7 +139,7 @@ class Claq:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
         block = kernel("claq_block", device=h.device)
         work = _Work(order, upper, damp, block, [])
-        for (w, _), scheme, target in zip(ready, schemes, targets, strict=True):
+        for w, scheme, target in zip(ready, schemes, targets, strict=True):
             columns = (w.masked_fill(dead, 0) if 0 < zeroed < k else w).T[order]
             own = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
             work.parts.append(self._planned(columns, upper, target, [*own, *notes]))
@@ -164,6 +164,8 @@ class Claq:
     def _solve(self, work: _Work, dtypes: Sequence[torch.dtype]) -> list[CodebookTensor]:
         fitted = [Codebooks(p.widths, p.fractions, d, self.kmeans_start, p.centres) for p, d in zip(work.parts, dtypes, strict=True)]
         made = solve_blocks([p.columns for p in work.parts], work.upper, self.block_size, side_by_side(work.block, fitted))
+        for solved, p in zip(made, work.parts, strict=True):
+            p.notes.extend(n for n in solved.notes if n not in p.notes)
         return [f.tensor(solved, work.order, p.label) for f, solved, p in zip(fitted, made, work.parts, strict=True)]
 
     def _target(self, scheme: WeightScheme, linear: Linear) -> float:

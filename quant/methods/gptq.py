@@ -120,7 +120,9 @@ class Gptq:
             return ColumnsTensor(rest, kept, _kept_values(columns, solved.values, upper), exact_inputs=self.outlier_metric == "quik")
 
         def run_floating(scale_dtype: torch.dtype) -> FloatingTensor:
-            return _solve_floating(given.weight, given.groups, upper, order, scheme, scale_dtype, self.block_size)
+            floating, more = _solve_floating(given.weight, given.groups, upper, order, scheme, scale_dtype, self.block_size)
+            given.notes.extend(n for n in more if n not in given.notes)
+            return floating
 
         make: Callable[[torch.dtype], StoredTensor] = run if scheme.number == "int" else run_floating
         tensor, dtype_notes = with_stored_scales(scheme, make)
@@ -194,15 +196,15 @@ class Gptq:
         coded = len(columns) - kept
         stack = [n for g in givens for n in g.rows]
 
-        def solve(in_launch: bool) -> tuple[list[_Ranges], tuple[Solved, list[str]], bool]:
+        def solve(in_launch: bool) -> tuple[list[_Ranges], Solved, bool]:
             own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
             rows = _StackedRanges(own)
             made = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, rows.block, stack=stack, fits=rows.fits)
             return own, made, rows.odd()
 
-        ranges, (solved, notes), odd = solve(in_launch=True)
+        ranges, solved, odd = solve(in_launch=True)
         if odd:  # as torch has it, which says so where scales do not fit their type
-            ranges, (solved, notes), _ = solve(in_launch=False)
+            ranges, solved, _ = solve(in_launch=False)
         plain = solved.codes
         if self._reorders(kept):
             plain = torch.zeros_like(columns)
@@ -210,7 +212,7 @@ class Gptq:
         tensors = []
         codes = iter(torch.split(plain.T, stack))
         for given, own, dtype in zip(givens, ranges, scale_dtypes, strict=True):
-            given.notes.extend(n for n in notes if n not in given.notes)
+            given.notes.extend(n for n in solved.notes if n not in given.notes)
             affine, index = own.affine(), own.group_of_column()
             scales, zeros = (torch.split(t, given.rows) if len(given.rows) > 1 else (t,) for t in (affine.scale, affine.zero))
             for scale, zero in zip(scales, zeros, strict=True):
@@ -232,8 +234,8 @@ class Gptq:
 
 def _solve_floating(
     w: Tensor, groups: Tensor, upper: Tensor, order: Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, block_size: int
-) -> FloatingTensor:
-    """Codes of a number format with scales `[R, G]` of the weight as given."""
+) -> tuple[FloatingTensor, list[str]]:
+    """Codes of a number format with scales `[R, G]` of the weight as given; and the solver's notes."""
     format = number_format(scheme.number)
     scales = format.fit(groups.abs().amax(-1), scale_dtype)
     per_group = format.read(scales)
@@ -244,10 +246,10 @@ def _solve_floating(
         codes = encode(format, column, columns[j])
         return codes.to(w), values[codes] * columns[j].to(w)
 
-    codes = solve_columns(w.T[order], upper, block_size, round_column).codes
-    plain = torch.empty_like(codes)
-    plain[order] = codes
-    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number)
+    solved = solve_columns(w.T[order], upper, block_size, round_column)
+    plain = torch.empty_like(solved.codes)
+    plain[order] = solved.codes
+    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number), solved.notes
 
 
 class _Ranges:

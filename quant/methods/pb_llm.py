@@ -81,7 +81,7 @@ class PbLlm:
         low = self._low(ready, group)
         (tensor, solved), notes = with_stored_scales(scheme, lambda dtype: self._run(ready, low, group, dtype))
         details = {"low_share": float(low.double().mean()), "solver_loss": float(solved.loss.sum())}
-        return Rounded(tensor, ready.damp, ready.notes + notes, details)
+        return Rounded(tensor, ready.damp, [*ready.notes, *solved.notes, *notes], details)
 
     @property
     def _corrected(self) -> bool:

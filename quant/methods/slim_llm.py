@@ -88,7 +88,7 @@ class SlimLlm:
 
         (tensor, solved), dtype_notes = with_stored_scales(scheme, run)
         details = {**found.details, "solver_loss": float(solved.loss.sum())}
-        return Rounded(tensor, damp=found.damp, notes=found.notes + dtype_notes, details=details)
+        return Rounded(tensor, damp=found.damp, notes=[*found.notes, *solved.notes, *dtype_notes], details=details)
 
     def allocate(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Allocation:
         """Bits of every group of `[N, K]`, searched or as `bit_lists` has them. Raises as `quantize` does."""

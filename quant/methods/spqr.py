@@ -108,7 +108,7 @@ class Spqr:
             "threshold": None if math.isinf(threshold) else threshold,
             "solver_loss": float(solved.loss.sum()),
         }
-        return Rounded(tensor, damp=self.damp + more, notes=notes + dtype_notes, details=details)
+        return Rounded(tensor, damp=self.damp + more, notes=[*notes, *solved.notes, *dtype_notes], details=details)
 
     def _threshold(self, columns: Tensor, u: Tensor) -> float:
         """τ of columns `[K, N]`."""

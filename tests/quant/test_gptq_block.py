@@ -207,7 +207,7 @@ def test_loss_is_the_output_error(backend: str) -> None:
 
     losses = []
     for block_size in (5, 32, 64):
-        solved, _ = solve_affine(w, upper, block_size, ranges, backend)
+        solved = solve_affine(w, upper, block_size, ranges, backend)
         d = (w - solved.values).T
         assert torch.allclose(solved.loss, ((d @ damped) * d).sum(1), rtol=1e-10)
         losses.append(solved.loss)

@@ -13,6 +13,7 @@ from quant.kernels import kernel
 from quant.kernels.lazy_update import triton
 from quant.kernels.lazy_update.triton import HOPPER, MOST, ROOMY, TILE, Tile, tile_for, tiles_each
 from quant.kernels.on_triton import has_gluon, unavailable
+from quant.solver import solve_columns
 
 CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(unavailable(CPU) is not None, reason=str(unavailable(CPU)))
@@ -149,6 +150,14 @@ def _forms() -> Sequence[Tile | None]:
     if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and has_gluon("quant.kernels.lazy_update.hopper"):
         forms += [HOPPER, Tile(64, 64, 64, 4, 1, parts=True, gluon=True)]
     return forms
+
+
+@GPU
+def test_solvers_say_that_later_blocks_are_updated_by_torch() -> None:
+    w, upper = torch.ones(4, 3, dtype=torch.float64, device="cuda"), torch.eye(4, dtype=torch.float64, device="cuda")
+    solved = solve_columns(w, upper, 2, lambda _j, column, _w: (column, column))
+    assert solved.notes == ["lazy_update runs slower: the Triton program takes float32, not torch.float64"]
+    assert not solve_columns(w.float(), upper.float(), 2, lambda _j, column, _w: (column, column)).notes
 
 
 @GPU

@@ -35,5 +35,5 @@ def test_pull_form_gives_the_codes_of_the_push_form(dtype: torch.dtype, least: f
     x = torch.randn(300, 96, generator=torch.Generator().manual_seed(1), dtype=dtype)
     h = x.T @ x
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(96, dtype=dtype)
-    solved, _ = solve_affine(w, inverse_factor(h, 0.01)[0], block_size, lambda start, end, _: (affine, group[start:end]), "reference")
+    solved = solve_affine(w, inverse_factor(h, 0.01)[0], block_size, lambda start, end, _: (affine, group[start:end]), "reference")
     assert float((pulled(w, damped, block_size, affine, group) == solved.codes).double().mean()) >= least
