@@ -78,6 +78,8 @@ struct Lanes32 {
     }
 
     void together() {}
+    template <int C>
+    void team(int) {}
     static uint32_t kept(uint32_t v, int) { return v; }
     static const uint8_t* kept(const uint8_t* v) { return v; }
     static const uint8_t* along(const uint8_t* from, int number, int apart) { return from + int64_t(number) * apart; }
@@ -138,22 +140,42 @@ struct Lanes32 {
     }
 };
 
+// What a team's warps do with their steps: one of them, then the other, up to each barrier.
+template <int PARTS, class Work>
+void by_turns(const Call& call, Lanes32* p, Work* work) {
+    for (int step = work[0].warp, first = 0; step < call.steps; step += WARPS, first = 1 - first) {
+        const int order[] = {first, 1 - first};
+        for (const int i : order) work[i].arrived(p[i]);
+        for (const int i : order) {
+            work[i].bring(p[i], step);
+            if (PARTS == 1) work[i].use(p[i]);
+        }
+        if (PARTS != 1)
+            for (const int i : order) work[i].use(p[i]);
+    }
+}
+
 // The blocks of a grid one after another; in a block, all warps up to each barrier.
-template <int BITS, int R, int FLUSHES, int PARTS>
+template <int BITS, int R, int FLUSHES, int PARTS, int C = 1>
 void product(Call call, int most) {
-    const int bytes = arranged(call, BITS, R, FLUSHES, most);
-    using Work = Warp<Lanes32, BITS, R, FLUSHES, PARTS>;
+    const int bytes = arranged(call, BITS, R, FLUSHES, most, C), warps = C * WARPS;
+    using Work = Warp<Lanes32, BITS, R, FLUSHES, PARTS, C>;
     std::vector<uint8_t> space(bytes + 128);
     uint8_t* memory = space.data() + (128 - reinterpret_cast<uintptr_t>(space.data()) % 128);
     for (int first = 0; first < call.count; first += call.together)
-        for (int tile = 0; tile < call.tiles; tile += R) {
+        for (int tile = 0; tile < call.tiles; tile += C * R) {
             memset(memory, 0xff, bytes);
-            std::vector<Lanes32> p(WARPS);
+            std::vector<Lanes32> p(warps);
             std::vector<Work> work;
-            for (int w = 0; w < WARPS; w++) work.emplace_back(call, memory, w, tile, first);
-            for (int w = 0; w < WARPS; w++) work[w].open(p[w]);
-            for (int w = 0; w < WARPS; w++) work[w].begin(p[w]), work[w].over(p[w]), work[w].close(p[w]);
-            for (int w = 0; w < WARPS; w++) finish<Lanes32, R, PARTS>(p[w], call, w, tile, first, memory);
+            for (int w = 0; w < warps; w++) work.emplace_back(call, memory, w, tile, first);
+            for (int w = 0; w < warps; w++) work[w].open(p[w]);
+            for (int w = 0; w < warps; w += C) {
+                for (int i = w; i < w + C; i++) work[i].begin(p[i]);
+                if constexpr (C == 1) work[w].over(p[w]);
+                else by_turns<PARTS>(call, &p[w], &work[w]);
+                for (int i = w; i < w + C; i++) work[i].close(p[i]);
+            }
+            for (int w = 0; w < warps; w++) finish<Lanes32, R, PARTS, C>(p[w], call, w, tile, first, memory);
         }
 }
 
@@ -172,8 +194,25 @@ void product(const Call& call, int most) {
     }
 }
 
+// By teams, of some numbers of tiles, of bits and of scales a step: of all, this would take half as long again to compile. False: not these.
+template <int BITS>
+bool by_teams(const Call& call, int most) {
+    const Call wide = fragments::by_teams(call, 2);
+    const int flushes = flushes_of(call);
+    if constexpr (BITS == 4) {
+        if (call.parts != 1 && flushes == 1) return product<BITS, 1, 1, 3, 2>(wide, most), true;
+        if (call.parts == 1 && flushes == 1 && call.tiles <= 2) return product<BITS, 1, 1, 1, 2>(wide, most), true;
+        if (call.parts == 1 && flushes == 4) return product<BITS, 2, 4, 1, 2>(wide, most), true;
+    }
+    if constexpr (BITS == 8)
+        if (call.parts == 1 && flushes == 2) return product<BITS, 1, 2, 1, 2>(wide, most), true;
+    if (call.parts == 1 && flushes == 1) return product<BITS, 2, 1, 1, 2>(wide, most), true;
+    return false;
+}
+
 template <int BITS>
 void product(const Call& call, int most) {
+    if (call.count > MOST && by_teams<BITS>(call, most)) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 

@@ -1,7 +1,7 @@
 // A few rows of x times a weight of 2, 3, 4 or 8 bits on tensor cores: what a warp does, for the GPU and, lane by lane, for the host.
 //
 // Layout of the weight: quant/kernels/wq_gemv/fragments.py. A warp multiplies 16 rows of the weight (m16n8k16, operands in bfloat16) with
-// up to 8 columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose sum it is
+// up to 8 C columns of numbers in bfloat16, adding up in float32. A bfloat16 row of x is one column; another row is three, whose sum it is
 // exactly. The scale of a group is applied to its sum; what the zero takes off is a multiple of the sum of the group's x.
 //
 // Where x is bfloat16, operands are codes as they are masked out of their words: under the exponent of 128, a code is 128 + code · 2^AT,
@@ -14,69 +14,50 @@
 // warps do not wait for each other before the end. A row of x comes out the same bit for bit whatever stands beside it: a column of the
 // product never meets another one, and sums are taken in one order.
 //
+// C is 1, or 2 for more rows of x than one product has columns: then two warps are a team. They take the same steps of neighbouring tiles,
+// R each, copy half of the rows of x each, and read those of both: what they read of x beside a code, which would be the most of all that
+// a block reads, is what a block of C = 1 with half the rows reads. A team's warps wait for each other once a step.
+//
 // P, the policy, is one lane of a warp (device) or 32 lanes in turn (host): `Of<T>` is what a lane has, or 32 of them; `lanes(f)` calls
 // f(lane) for those that there are; `at(v, lane)` is the lane's own.
 
 #pragma once
 
-#include "wq_codes.h"
+#include "wq_state.h"
 
 namespace fragments {
-
-// Tiles that are multiplied at once (two of 8 bits would take too many registers), and sums of each that do not wait for each other: one
-// where operands have codes at one place, or are codes themselves.
-BOTH constexpr int tiles_at_once(int bits, int r) { return r == 1 || bits == 8 ? 1 : 2; }
-BOTH constexpr int chains_of(int bits, int parts) { return bits == 4 || parts != 1 ? 1 : 2; }
-
-template <int BITS, int R>
-struct State {
-    static constexpr int AT_ONCE = tiles_at_once(BITS, R);
-    uint32_t w[AT_ONCE][2 * BITS];  // a step's codes
-    uint32_t b[SLICES][4];          // a step of x: b[q][2 h], b[q][2 h + 1] belong to half h of slice q
-    uint32_t a[4], ones[4];         // products' other operands
-    float d[AT_ONCE][2][4];         // sums of products
-    float t[2][4];                  // the same of x alone: times 1 (two columns), and times 128
-    float sums[R][4];               // rows g, g, g + 8, g + 8 and columns 2 t, 2 t + 1 of lane 4 g + t
-    const uint8_t *codes[R], *ranges, *x;      // what the lane copies: of step 0 of tiles; of its tile's first group; of step 0 of x
-    int ranges_here, ranges_apart, ranges_to;  // whether it copies ranges; bytes from a group to the next; to where in a stage
-    int ranges_steps, x_to, x_steps;           // steps that have what it copies so; where it copies x to, and steps that have it
-    int even, odd;                         // where the lane's column of x is: slices of even and odd number
-    int g;                                 // where ranges of rows g and g + 8 are
-    float scale[AT_ONCE][2], offset[AT_ONCE][2];  // of the rows g and g + 8
-    float total[2], base[2];                      // of two columns: sums of x, and what 128 adds
-};
-
-struct Operands {
-    float* d;
-    const uint32_t *a, *b;
-};
 
 // x of a step in shared memory: rows (of bfloat16, columns of a product) of 256 bytes. Odd ones have slices exchanged two by two, so that
 // a slice of eight columns is read without conflicts.
 BOTH constexpr int turned(int row, int chunk) { return row * 256 + (chunk ^ (row & 1) * 4) * 16; }
 
 // One warp of a block. FLUSHES: runs of 128 / FLUSHES columns of a step that have a scale each. PARTS: columns that a row of x takes.
-template <class P, int BITS, int R, int FLUSHES, int PARTS>
+template <class P, int BITS, int R, int FLUSHES, int PARTS, int C>
 struct Warp {
-    static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R), MIDDLE = middle(BITS, R), CODES = code_bytes(BITS);
-    static constexpr int AT_ONCE = tiles_at_once(BITS, R), CHAINS = chains_of(BITS, PARTS);
+    static constexpr int EVERY = SLICES / FLUSHES, DEEP = deep(BITS, R, C), MIDDLE = middle(BITS, R, C), CODES = code_bytes(BITS);
+    static constexpr int AT_ONCE = tiles_at_once(BITS, R, C), CHAINS = chains_of(BITS, PARTS);
     // Lanes below 16 copy ranges, some of them twice, and the others the first row of x with the same instruction.
     static constexpr bool MERGED = PARTS == 1 && R * FLUSHES <= 2;
     static constexpr bool TWICE = BITS == 8 && PARTS == 1;  // codes are a sum of two operands
     static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
-    using S = State<BITS, R>;
+    using S = State<BITS, R, C>;
     template <class T>
     using Of = typename P::template Of<T>;
 
     const Call& call;
-    uint8_t* ring;
+    uint8_t *ring, *team;  // its own; that of the first of its team
     int now, before;  // stages to use next, and used last: that one is free; bytes from `ring`
-    int warp, first, ahead, row, rows;  // first: tile; ahead: the step to fetch next; row, rows: of x
+    int warp, first, ahead, row, rows;  // warp: or team; first: tile; ahead: the step to fetch next; row, rows: of x, that it copies
     Of<S> state;
 
+    // Number `w` of a block that begins with a tile and a row of x.
     BOTH Warp(const Call& c, uint8_t* memory, int w, int tile, int row_of_x)
-        : call(c), ring(memory + w * c.apart), now(0), before((c.depth - 1) * c.slot), warp(w), first(tile), ahead(w), row(row_of_x) {
-        rows = c.count - row < c.together ? c.count - row : c.together;
+        : call(c), ring(memory + w * c.apart), team(ring - w % C * c.apart), now(0), before((c.depth - 1) * c.slot), warp(w / C),
+          first(tile + w % C * R), ahead(warp), row(row_of_x + w % C * c.own) {
+        // What there is not is something else that there is.
+        if (C != 1 && first >= c.tiles) first = c.tiles - 1;
+        if (C != 1 && row >= c.count) row = row_of_x;
+        rows = c.count - row < c.own ? c.count - row : c.own;
     }
 
     // A tile that there is not is the last one again.
@@ -161,7 +142,8 @@ struct Warp {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
-            const int m = lane / 16 - 1, chunk = lane % 16, last = rows * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            // Columns that there are not are others, or, of a team's warps that do not know each other's rows, whatever was there before.
+            const int m = lane / 16 - 1, chunk = lane % 16, last = (C == 1 ? rows : MOST / PARTS) * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
             s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
             s.x = P::kept(s.x);
             s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
@@ -173,7 +155,7 @@ struct Warp {
             s.ranges = P::kept(s.ranges);
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
-            UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[i][j] = 0.f;
+            UNROLLED for (int c = 0; c < C; c++) UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[c][i][j] = 0.f;
             UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? BASE : 0u, i / 2);
         });
     }
@@ -234,7 +216,6 @@ struct Warp {
                 }
             }
         });
-        p.together();
     }
 
     // Operand number `I`. 8 bits: of two that a code is the sum of, the one that `HIGH` says.
@@ -255,44 +236,54 @@ struct Warp {
             s.a[0] = operand<I, HIGH>(w), s.a[1] = operand<I + 1, HIGH>(w);
             s.a[2] = operand<I + 2, HIGH>(w), s.a[3] = operand<I + 3, HIGH>(w);
         });
-        P::multiply(state, [](S& s) { return Operands{s.d[T][TWICE ? HIGH : H % CHAINS], s.a, s.b[Q] + 2 * H}; });
+        UNROLLED for (int c = 0; c < C; c++)
+            P::multiply(state, [c](S& s) { return Operands{s.d[c][T][TWICE ? HIGH : H % CHAINS], s.a, s.b[C == 1 ? Q : c] + 2 * H}; });
         if constexpr (TWICE && HIGH == 0) multiply<Q, H, T, 1>(p);
     }
 
     // Of all tiles that are multiplied at once, from slice `Q` to the last that shares its scale; with the first of them, x alone.
     template <int Q, int H, bool FIRST>
-    BOTH void products(P& p) {
-        if constexpr (FIRST) P::multiply(state, [](S& s) { return Operands{s.t[TWICE ? 0 : H % CHAINS], s.ones, s.b[Q] + 2 * H}; });
+    BOTH void products(P& p, const uint8_t* x) {
+        if constexpr (C != 1 && H == 0)
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                UNROLLED for (int c = 0; c < C; c++) P::load16(s.b[c], x + c * call.apart + (Q % 2 ? s.odd : s.even) + 64 * Q);
+            });
+        if constexpr (FIRST)
+            UNROLLED for (int c = 0; c < C; c++)
+                P::multiply(state, [c](S& s) { return Operands{s.t[c][TWICE ? 0 : H % CHAINS], s.ones, s.b[C == 1 ? Q : c] + 2 * H}; });
         multiply<Q, H, 0, 0>(p);
         if constexpr (AT_ONCE == 2) multiply<Q, H, 1, 0>(p);
-        if constexpr (H == 0) products<Q, 1, FIRST>(p);
-        if constexpr (H == 1 && (Q + 1) % EVERY != 0) products<Q + 1, 0, FIRST>(p);
+        if constexpr (H == 0) products<Q, 1, FIRST>(p, x);
+        if constexpr (H == 1 && (Q + 1) % EVERY != 0) products<Q + 1, 0, FIRST>(p, x);
     }
 
-    // Column `c` of two: of x alone; and of tile `r`, multiplied as number `t`.
-    BOTH static void total(S& s, int c) {
-        s.total[c] = CHAINS == 1 || TWICE ? s.t[0][c] : s.t[0][c] + s.t[1][c];
+    // Column `c` of two, of eight number `e`: of x alone; and of tile `r`, multiplied as number `t`.
+    BOTH static void total(S& s, int e, int c) {
+        const float *once = s.t[e][0], *again = s.t[e][1];
+        s.total[e][c] = CHAINS == 1 || TWICE ? once[c] : once[c] + again[c];
         // Of 8 bits, both products are of all columns.
-        s.base[c] = TWICE ? s.t[0][2 + c] + s.t[0][2 + c] : CHAINS == 1 ? s.t[0][2 + c] : P::fma(s.t[1][2 + c], FACTOR, s.t[0][2 + c]);
+        s.base[e][c] = TWICE ? once[2 + c] + once[2 + c] : CHAINS == 1 ? once[2 + c] : P::fma(again[2 + c], FACTOR, once[2 + c]);
     }
-    BOTH static void flush(S& s, int c, int r, int t) {
+    BOTH static void flush(S& s, int e, int c, int r, int t) {
         UNROLLED for (int i = c; i < 4; i += 2) {
-            const float rest = P::fma(s.offset[t][i / 2], s.total[c], s.sums[r][i]);
-            float sum = CHAINS == 1 ? s.d[t][0][i] : P::fma(s.d[t][1][i], FACTOR, s.d[t][0][i]);
-            if (PARTS == 1) sum -= s.base[c];
-            s.sums[r][i] = P::fma(s.scale[t][i / 2], sum, rest);
+            const float rest = P::fma(s.offset[t][i / 2], s.total[e][c], s.sums[e][r][i]);
+            float sum = CHAINS == 1 ? s.d[e][t][0][i] : P::fma(s.d[e][t][1][i], FACTOR, s.d[e][t][0][i]);
+            if (PARTS == 1) sum -= s.base[e][c];
+            s.sums[e][r][i] = P::fma(s.scale[t][i / 2], sum, rest);
         }
     }
 
     // What shares a scale, of the tiles from number `FROM` on.
     template <int Q, int FROM>
-    BOTH void run(P& p, const uint8_t* stage) {
+    BOTH void run(P& p, const uint8_t* stage, const uint8_t* x) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
             const uint8_t* ranges = stage + R * CODES + s.g;
             UNROLLED for (int t = 0; t < AT_ONCE; t++) {
                 load_codes<P, BITS>(s.w[t], stage + (FROM + t) * CODES, lane);
-                UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++) s.d[t][h][i] = s.t[h][i] = 0.f;
+                UNROLLED for (int c = 0; c < C; c++) UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int i = 0; i < 4; i++)
+                    s.d[c][t][h][i] = s.t[c][h][i] = 0.f;
             }
             constexpr int number = FROM * FLUSHES + Q / EVERY;
             if (call.half_ranges)
@@ -300,67 +291,84 @@ struct Warp {
             else
                 UNROLLED for (int t = 0; t < AT_ONCE; t++) ranges_of<P>(s.scale[t], s.offset[t], ranges + (number + t * FLUSHES) * 128);
         });
-        products<Q, 0, FROM == 0>(p);
+        products<Q, 0, FROM == 0>(p, x);
         // One row of bfloat16 is in all columns, of which the first counts.
         UNROLLED for (int c = 0; c < 2; c++)
-            if (c == 0 || rows * PARTS > 1)
+            if (c == 0 || C != 1 || rows * PARTS > 1)
                 p.lanes([&](int lane) {
                     S& s = P::at(state, lane);
-                    if (FROM == 0) total(s, c);
-                    UNROLLED for (int t = 0; t < AT_ONCE; t++) flush(s, c, FROM + t, t);
+                    UNROLLED for (int e = 0; e < C; e++) {
+                        if (FROM == 0) total(s, e, c);
+                        UNROLLED for (int t = 0; t < AT_ONCE; t++) flush(s, e, c, FROM + t, t);
+                    }
                 });
-        if constexpr (FROM + AT_ONCE < R) run<Q, FROM + AT_ONCE>(p, stage);
+        // Of 3 bits and 16 columns, x is read again for these tiles: kept, it would take too many registers.
+        if constexpr (FROM + AT_ONCE < R) run<Q, FROM + AT_ONCE>(p, stage, C != 1 && BITS == 3 ? x + P::kept(0u, 0) : x);
+    }
+
+    // The stage after those on their way, and this one's x as it is multiplied.
+    BOTH void bring(P& p, int step) {
+        if (ahead < call.steps) fetch<true>(p, ring + before), fetch_x(p, ring + before + call.given_at);
+        ahead += WARPS;
+        p.commit();
+        if constexpr (PARTS != 1) split(p, ring + now + call.given_at, ring + call.depth * call.slot, step);
+    }
+
+    BOTH void use(P& p) {
+        const uint8_t *stage = ring + now, *x = team + (PARTS == 1 ? now : call.depth * call.slot);
+        if constexpr (C == 1)
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + (q % 2 ? s.odd : s.even) + 64 * q);
+            });
+        run<0, 0>(p, stage, x);
+        if constexpr (FLUSHES == 4) run<1, 0>(p, stage, x);
+        if constexpr (FLUSHES != 1) run<2, 0>(p, stage, x);
+        if constexpr (FLUSHES == 4) run<3, 0>(p, stage, x);
+        before = now, now += call.slot;
+        if (now == call.depth * call.slot) now = 0;
     }
 
     BOTH void over(P& p) {
         for (int step = warp; step < call.steps; step += WARPS) {
             arrived(p);
-            if (ahead < call.steps) fetch<true>(p, ring + before), fetch_x(p, ring + before + call.given_at);
-            ahead += WARPS;
-            p.commit();
-            const uint8_t *stage = ring + now, *x = stage;
-            if constexpr (PARTS != 1) {
-                uint8_t* made = ring + call.depth * call.slot;
-                split(p, stage + call.given_at, made, step);
-                x = made;
-            }
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + (q % 2 ? s.odd : s.even) + 64 * q);
-            });
-            run<0, 0>(p, stage);
-            if constexpr (FLUSHES == 4) run<1, 0>(p, stage);
-            if constexpr (FLUSHES != 1) run<2, 0>(p, stage);
-            if constexpr (FLUSHES == 4) run<3, 0>(p, stage);
-            before = now, now += call.slot;
-            if (now == call.depth * call.slot) now = 0;
+            // Both have copied x of this step, and have used that of the last, which is overwritten next.
+            p.template team<C>(warp);
+            bring(p, step);
+            if constexpr (PARTS != 1) p.together(), p.template team<C>(warp);
+            use(p);
         }
     }
 
-    // The warp's sums [R, 16, MOST] into its own part of the ring, which is free by then.
+    // The warp's sums [R, 16, C, MOST] into its own part of the ring, which is free by then.
     BOTH void close(P& p) {
         p.template arrived<0>();
+        p.template team<C>(warp);
         float* to = reinterpret_cast<float*>(ring);
         p.lanes([&](int lane) {
-            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++)
-                to[(r * ROWS + lane / 4 + i / 2 * 8) * MOST + lane % 4 * 2 + i % 2] = P::at(state, lane).sums[r][i];
+            UNROLLED for (int e = 0; e < C; e++) UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++)
+                to[((r * ROWS + lane / 4 + i / 2 * 8) * C + e) * MOST + lane % 4 * 2 + i % 2] = P::at(state, lane).sums[e][r][i];
         });
     }
 };
 
 // Sums of all warps into out; by all warps.
-template <class P, int R, int PARTS>
+template <class P, int R, int PARTS, int C>
 BOTH void finish(P& p, const Call& call, int warp, int tile, int first, const uint8_t* memory) {
     const int rest = call.count - first, rows = rest < call.together ? rest : call.together;
-    for (int base = warp * LANES; base < rows * R * ROWS; base += WARPS * LANES) {
+    for (int base = warp * LANES; base < rows * C * R * ROWS; base += C * WARPS * LANES) {
         p.lanes([&](int lane) {
-            const int e = base + lane, m = e / (R * ROWS), row = e % (R * ROWS), n = tile * ROWS + row;
+            const int e = base + lane, m = e / (C * R * ROWS), row = e % (C * R * ROWS), n = tile * ROWS + row;
             if (m >= rows || n >= call.rows) return;
             float total = 0.f;
             UNROLLED for (int part = 0; part < PARTS; part++) {
                 const uint8_t* from = memory + 4 * (row * MOST + m * PARTS + part);
+                if constexpr (C != 1) {
+                    from = memory + row / (R * ROWS) * call.apart;
+                    from += 4 * ((row % (R * ROWS) * C + m / call.own) * MOST + m % call.own * PARTS + part);
+                }
                 float sum = 0.f;
-                UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * call.apart);
+                UNROLLED for (int w = 0; w < WARPS; w++) sum += *reinterpret_cast<const float*>(from + w * C * call.apart);
                 total += sum;
             }
             const int64_t at = int64_t(first + m) * call.rows + n;

@@ -2,7 +2,8 @@
 // The twin of quant/kernels/wq_gemv/reference.py; what a warp does: wq_fragments.h.
 //
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
-// on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy.
+// on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
+// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor.
 
 #include <cuda_runtime.h>
 
@@ -48,6 +49,11 @@ struct Lane {
     __device__ __forceinline__ void arrived() {
         asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
         __syncwarp();
+    }
+    // Warps of team `number` wait for each other; what they have copied and stored is there for both.
+    template <int C>
+    __device__ __forceinline__ void team(int number) {
+        if constexpr (C != 1) asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(C * LANES) : "memory");
     }
     // What the warp's lanes have stored is there for each other.
     __device__ __forceinline__ void together() { __syncwarp(); }
@@ -156,12 +162,12 @@ __device__ __forceinline__ void await_previous() {
 #endif
 }
 
-template <int BITS, int R, int FLUSHES, int PARTS>
-__global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constant__ Call call) {
+template <int BITS, int R, int FLUSHES, int PARTS, int C>
+__global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * R;
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * (C * R);
     Lane p;
-    Warp<Lane, BITS, R, FLUSHES, PARTS> work(call, memory, warp, tile, first);
+    Warp<Lane, BITS, R, FLUSHES, PARTS, C> work(call, memory, warp, tile, first);
     work.open(p);
     release_next();
     await_previous();
@@ -169,7 +175,7 @@ __global__ void __launch_bounds__(WARPS * LANES, 2) product(const __grid_constan
     work.over(p);
     work.close(p);
     __syncthreads();
-    finish<Lane, R, PARTS>(p, call, warp, tile, first, memory);
+    finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
@@ -190,8 +196,8 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
 struct Device {
     int number, multiprocessors, shared_each, shared_block;
 
-    // Bytes of shared memory for a block where two are on a multiprocessor; the device keeps 1 kB for each.
-    int most() const { return shared_each / 2 - 1024; }
+    // Bytes of shared memory for a block where two are on a multiprocessor, or of teams one; the device keeps 1 kB for each.
+    int most(int teams = 1) const { return teams == 1 ? shared_each / 2 - 1024 : shared_block; }
 };
 
 cudaError_t found(Device& device) {
@@ -210,10 +216,10 @@ cudaError_t found(Device& device) {
     return cudaSuccess;
 }
 
-template <int BITS, int R, int FLUSHES, int PARTS>
+template <int BITS, int R, int FLUSHES, int PARTS, int C>
 cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t stream) {
     static std::atomic<uint64_t> prepared{0};
-    const auto kernel = product<BITS, R, FLUSHES, PARTS>;
+    const auto kernel = product<BITS, R, FLUSHES, PARTS, C>;
     cudaError_t e;
     if (!(prepared.load() >> device.number & 1)) {
         if ((e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
@@ -221,13 +227,13 @@ cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t str
         if (e != cudaSuccess) return e;
         prepared.fetch_or(uint64_t(1) << device.number);
     }
-    int bytes = arranged(call, BITS, R, FLUSHES, device.most());
+    int bytes = arranged(call, BITS, R, FLUSHES, device.most(C), C);
     // And no third, for which there would be room where x is short: blocks of the next product, which begin early, would take it on some
     // multiprocessors, and these would have more to do than others.
-    if (R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
+    if (C == 1 && R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((call.tiles + R - 1) / R, (call.count + call.together - 1) / call.together);
-    config.blockDim = dim3(WARPS * LANES);
+    config.gridDim = dim3((call.tiles + C * R - 1) / (C * R), (call.count + call.together - 1) / call.together);
+    config.blockDim = dim3(C * WARPS * LANES);
     config.dynamicSmemBytes = bytes, config.stream = stream;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -236,12 +242,34 @@ cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t str
     return cudaLaunchKernelEx(&config, kernel, call);
 }
 
+// Blocks of teams: of two tiles or, where so many are not on the GPU at once, of four. With three columns a row always of two.
+template <int BITS, int PARTS>
+cudaError_t by_teams(const Call& call, const Device& device, bool early, cudaStream_t stream) {
+    const int flushes = flushes_of(call);
+    Call twice = call;
+    const bool two = PARTS == 1 && (call.tiles + 1) / 2 > device.multiprocessors &&
+                     arranged(twice, BITS, 2, flushes, device.most(2), 2) <= device.most(2);
+    if constexpr (PARTS == 1) {
+        if (two && flushes == 1) return launch<BITS, 2, 1, PARTS, 2>(call, device, early, stream);
+        if (two && flushes == 2) return launch<BITS, 2, 2, PARTS, 2>(call, device, early, stream);
+        if (two) return launch<BITS, 2, 4, PARTS, 2>(call, device, early, stream);
+    }
+    if (flushes == 1) return launch<BITS, 1, 1, PARTS, 2>(call, device, early, stream);
+    if (flushes == 2) return launch<BITS, 1, 2, PARTS, 2>(call, device, early, stream);
+    return launch<BITS, 1, 4, PARTS, 2>(call, device, early, stream);
+}
+
 template <int BITS, int PARTS>
 cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     Device device;
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
+    // Few tiles are read for some rows of x after others, by blocks that are all there at once.
+    if (call.count > MOST && call.tiles * parts > 2 * device.multiprocessors) {
+        Call wide = fragments::by_teams(call, 2);
+        if (arranged(wide, BITS, 1, flushes, device.most(2), 2) <= device.most(2)) return by_teams<BITS, PARTS>(wide, device, early, stream);
+    }
     // As many tiles as let all blocks be there at once, where two such blocks fit a multiprocessor.
     int tiles = 1;
     while (tiles < (flushes == 1 && BITS != 8 ? 4 : 2) && (call.tiles + tiles - 1) / tiles * parts > 2 * device.multiprocessors) {
@@ -250,14 +278,14 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
         tiles *= 2;
     }
     switch (tiles * 10 + flushes) {
-        case 11: return launch<BITS, 1, 1, PARTS>(call, device, early, stream);
-        case 12: return launch<BITS, 1, 2, PARTS>(call, device, early, stream);
-        case 14: return launch<BITS, 1, 4, PARTS>(call, device, early, stream);
-        case 21: return launch<BITS, 2, 1, PARTS>(call, device, early, stream);
-        case 22: return launch<BITS, 2, 2, PARTS>(call, device, early, stream);
-        case 24: return launch<BITS, 2, 4, PARTS>(call, device, early, stream);
+        case 11: return launch<BITS, 1, 1, PARTS, 1>(call, device, early, stream);
+        case 12: return launch<BITS, 1, 2, PARTS, 1>(call, device, early, stream);
+        case 14: return launch<BITS, 1, 4, PARTS, 1>(call, device, early, stream);
+        case 21: return launch<BITS, 2, 1, PARTS, 1>(call, device, early, stream);
+        case 22: return launch<BITS, 2, 2, PARTS, 1>(call, device, early, stream);
+        case 24: return launch<BITS, 2, 4, PARTS, 1>(call, device, early, stream);
         default:
-            if constexpr (BITS != 8) return launch<BITS, 4, 1, PARTS>(call, device, early, stream);
+            if constexpr (BITS != 8) return launch<BITS, 4, 1, PARTS, 1>(call, device, early, stream);
             return cudaErrorInvalidValue;
     }
 }

@@ -1,8 +1,9 @@
 """What products of a few rows of activations with a packed weight have in common: `wq_gemv`, `lut_gemv`,
 `row_lut_gemv`, `binary_gemv`.
 
-out `[M, N]` = x `[M, K]` · weightᵀ, without making the weight. x: float32 or bfloat16, M = 1 to 8 rows; out has its type, sums are
-float32 or wider. Where the stored weight has an input scale, x is divided by that first. Every backend has
+out `[M, N]` = x `[M, K]` · weightᵀ, without making the weight. x: float32 or bfloat16, M = 1 to 8 rows, or as many as the backend's
+MOST_ROWS says; out has its type, sums are float32 or wider. Where the stored weight has an input scale, x is divided by that first. Every
+backend has
 - `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call. Raises ValueError for what it does not take
 - a function named as the operation, `(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row
   of x alone, bit for bit.
@@ -17,22 +18,35 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 8
-"""Of x, in a call."""
+"""Of x, in a call, of a backend without a number of its own."""
 MANY_ROWS = {"cpu": 512, "cuda": 32}
 """Type of device ▸ rows of x above which it is faster to make the weight and multiply dense matrices than to go through the packed one for
 every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 ms a row with codes, codebooks and signs, a dense product
 1.3, and making the weight 100 ms. On an H200 (8192 x 8192, 4 bits) 8 rows take 21 us, making the weight 54 and a product with it 37."""
 
 
-TENSOR_CORE_ROWS = (MOST_ROWS + 1, 256)
-"""Rows of x on a GPU, from which on and up to which `wq_gemm` multiplies with codes. Not measured yet."""
+TENSOR_CORE_ROWS = 256
+"""Rows of x on a GPU up to which `wq_gemm` multiplies with codes, from `rows_alone` on. Not measured yet."""
 
 
-def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None) -> Tensor:
-    """`out`, or new memory for it; not filled. shape: (N, K). Raises ValueError for an x or an out that no backend takes."""
+def most_rows(backend: Any) -> int:
+    """Of x, in a call of a backend."""
+    most: int = getattr(backend, "MOST_ROWS", MOST_ROWS)
+    return most
+
+
+def rows_alone(backend: Any, packed: Any, dtype: torch.dtype) -> int:
+    """Rows of x, of a type, up to which a backend of `wq_gemv` is not left for `wq_gemm`: `MOST_ROWS`, or as many as the backend multiplies
+    in one pass through the codes. It does so only with bfloat16 that no input scale divides: others take three columns a row."""
+    return most_rows(backend) if dtype is torch.bfloat16 and packed.input_scale is None else MOST_ROWS
+
+
+def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None, most: int = MOST_ROWS) -> Tensor:
+    """`out`, or new memory for it; not filled. shape: (N, K). most: rows of x. Raises ValueError for an x or an out that the backend does
+    not take."""
     n, k = shape
-    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= MOST_ROWS:
-        allowed = f"float32 or bfloat16 [1 to {MOST_ROWS}, {k}]"
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= most:
+        allowed = f"float32 or bfloat16 [1 to {most}, {k}]"
         raise ValueError(f"x is {tuple(x.shape)}, {x.dtype}; it must be {allowed}; multiply more rows by the dequantized weight")
     wanted = (x.shape[0], n)
     if out is None:

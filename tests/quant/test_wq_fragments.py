@@ -127,7 +127,7 @@ def test_error_is_that_of_rounding(product: Product, bits: int, n: int, k: int, 
 @pytest.mark.parametrize("product", PLACES)
 @pytest.mark.parametrize("bits", BITS)
 def test_more_steps_than_the_ring_or_shared_memory_holds(product: Product, bits: int) -> None:
-    for n, k, group, m in ((17, 8 * 128 * 9 + 128, 128, 2), (3, 8 * 128 * 3 + 64, 64, 5)):
+    for n, k, group, m in ((17, 8 * 128 * 9 + 128, 128, 2), (3, 8 * 128 * 3 + 64, 64, 5), (35, 8 * 128 * 7 + 96, 8 * 128 * 7 + 96, 13)):
         tensor, x = stored(n, k, bits, group), inputs(m, k, torch.bfloat16)
         packed = prepare(tensor)
         whole = product(x, packed)
@@ -155,6 +155,40 @@ def test_rows_of_the_weight_and_of_x_stand_alone(product: Product, bits: int) ->
         checked(product(x.bfloat16().to(kind), packed), x.bfloat16().to(kind), tensor)
 
 
+TEAMS = [(4, 40, 1152, 384), (4, 29, 1088, 32), (2, 70, 384, 128), (3, 33, 352, 352), (8, 21, 192, 64), (8, 50, 1152, 128)]
+"""(bits, N, K, group), among them such as teams on the host multiply: wq_fragments.cpp."""
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize(("bits", "n", "k", "group"), TEAMS)
+def test_more_rows_of_x_than_a_product_has_columns(product: Product, bits: int, n: int, k: int, group: int) -> None:
+    """Right, and the same bits as alone or beside fewer."""
+    for dtype in (torch.float16, torch.float32):
+        tensor, x = stored(n, k, bits, group, dtype=dtype), inputs(16, k).bfloat16()
+        packed = prepare(tensor)
+        whole = product(x, packed)
+        checked(whole, x, tensor)
+        assert torch.equal(product(x.flip(0).contiguous(), packed), whole.flip(0))
+        for first, last in ((0, 9), (3, 16), (0, 8), (8, 16), (11, 12)):
+            assert torch.equal(product(x[first:last].contiguous(), packed), whole[first:last])
+        if product is on_host:
+            assert torch.equal(on_host(x, packed, 1), whole)
+
+
+@pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_more_rows_of_three_columns_each(product: Product, scaled: bool) -> None:
+    tensor = stored(35, 1152, 4, 128, scaled=scaled)
+    packed = prepare(tensor)
+    for x in (inputs(11, 1152), inputs(9, 1152).bfloat16()) if scaled else (inputs(11, 1152),):
+        whole = product(x, packed)
+        checked(whole, x, tensor)
+        for m in (1, 8, 10):
+            assert torch.equal(product(x[:m], packed), whole[:m])
+        if product is on_host:
+            assert torch.equal(on_host(x, packed, 1), whole)
+
+
 @pytest.mark.parametrize("product", PLACES)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [128, 64, 32])
@@ -176,7 +210,8 @@ def test_codes_of_zero_leave_nothing(product: Product, bits: int) -> None:
     tensor = stored(40, 1088, bits, 32)
     tensor = replace(tensor, codes=torch.zeros_like(tensor.codes), zero=torch.zeros_like(tensor.zero))
     for dtype in (torch.bfloat16, torch.float32):
-        assert not product(inputs(3, 1088, dtype), prepare(tensor)).any()
+        for m in (3, 13):
+            assert not product(inputs(m, 1088, dtype), prepare(tensor)).any()
 
 
 @pytest.mark.parametrize("product", PLACES)
@@ -259,25 +294,33 @@ def test_the_weight_is_made_again_on_a_device(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_sizes_of_real_models_on_a_device(bits: int) -> None:
     """More tiles than blocks that fit at once, every number of tiles a block takes, and rows that go through shared memory in parts."""
-    for n, k, group in ((4096, 4096, 128), (11008, 512, 64), (8200, 1024, 128), (33000, 256, 128), (512, 28672, 128), (256, 11008, 11008)):
+    shapes = [(4096, 4096, 128), (11008, 512, 64), (8200, 1024, 128), (33000, 256, 128), (512, 28672, 128), (256, 11008, 11008)]
+    for n, k, group in (*shapes, (4100, 1024, 32), (8200, 512, 32), (4096, 320, 64)):
         tensor = large(n, k, bits, group)
         packed = twin.prepare(tensor)
         weight = tensor.dequantize().double()
-        for m in (1, 2, 8):
+        for m in (1, 2, 8, 11, 16):
             x = torch.randn(m, k, device="cuda").bfloat16()
             want = x.double() @ weight.T
             got = twin.wq_gemv(x, packed)
             assert float((got.double() - want).norm() / want.norm()) <= 2.0**-8
             assert torch.equal(got, twin.wq_gemv(x, packed))
             assert torch.equal(got, torch.ops.bitgrid.wq_gemv(x, *operands(packed)))
+            parts = [twin.wq_gemv(x[i : i + 5].contiguous(), packed) for i in range(0, m, 5)]
+            assert torch.equal(got, torch.cat(parts))
+        x = torch.randn(11, k, device="cuda")
+        got, want = twin.wq_gemv(x, packed), x.double() @ weight.T
+        assert float((got.double() - want).norm() / want.norm()) <= 1e-5
+        assert torch.equal(got[:3], twin.wq_gemv(x[:3].contiguous(), packed))
         assert kernel("wq_gemv", device="cuda").backend == "cuda"
 
 
 @needs_device
-def test_a_graph_of_products_that_feed_each_other() -> None:
+@pytest.mark.parametrize(("n", "m"), [(1024, 2), (4096, 16)])
+def test_a_graph_of_products_that_feed_each_other(n: int, m: int) -> None:
     """Each reads what the one before it has just written, and may begin before that has ended."""
-    layers = [twin.prepare(large(1024, 1024, 4, 128)) for _ in range(12)]
-    x, outs = torch.randn(2, 1024, device="cuda").bfloat16(), [torch.empty(2, 1024, dtype=torch.bfloat16, device="cuda") for _ in layers]
+    layers = [twin.prepare(large(n, n, 4, 128)) for _ in range(12)]
+    x, outs = torch.randn(m, n, device="cuda").bfloat16(), [torch.empty(m, n, dtype=torch.bfloat16, device="cuda") for _ in layers]
 
     def run() -> None:
         for given, layer, out in zip([x, *outs], layers, outs, strict=False):
@@ -289,7 +332,7 @@ def test_a_graph_of_products_that_feed_each_other() -> None:
     with torch.cuda.graph(graph):
         run()
     for seed in range(20):
-        x.copy_(torch.randn(2, 1024, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
+        x.copy_(torch.randn(m, n, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)))
         graph.replay()
         got = [out.clone() for out in outs]
         for given, layer, out in zip([x, *got], layers, got, strict=False):
