@@ -96,6 +96,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         **_energy(meter, len(runs), spec.workload, context),
         "check_error": error,
         "backends": {} if packed is None else dict(packed.backends),
+        "products": [] if packed is None else sorted(packed.products),
         "graph": isinstance(decoder, Graphed),
         "device": device["device_name"],
         "threads": device["threads"],

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import TABLE, kernel
-from quant.kernels.products import MANY_ROWS, MOST_ROWS, TENSOR_CORE_ROWS, with_many_rows
+from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -35,7 +35,7 @@ INTEGER = "int8_linear"
 DENSE, SIMULATED = "dense", "simulated"
 """In place of a backend: weights dequantized once; and their inputs fake-quantized, as in an evaluation."""
 TENSOR_CORES = "wq_gemm"
-"""The kernel that does, of the first format, on a GPU where x has more rows than `wq_gemv` takes, in a type of 16 bits."""
+"""The kernel that does, of the first format, on a GPU where x has more rows than `wq_gemv` is for, in a type of 16 bits."""
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
 
@@ -52,6 +52,9 @@ class Packed:
     """Why a faster kernel was passed over."""
     bytes: int = 0
     """That kernels read of packed weights, all linears together."""
+    products: set[str] = field(default_factory=set)
+    """Operation and backend of the products that ran, of linears with rows of codes: `wq_gemv: cuda`, `wq_gemm: triton`, or `weight made,
+    wq_gemv: cuda`. Filled while they run."""
 
 
 def pack_linears(
@@ -119,7 +122,7 @@ def _pack(
         return str(e)
     if activation is None:
         cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
-        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside, order)
+        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside, order, made.products)
     else:
         _multiply_codes(view.module, chosen.run, packed, shared)
     made.backends[chosen.backend] += 1
@@ -160,24 +163,43 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
 
 
 def _multiply_rows(
-    linear: nn.Linear, run: Any, operation: str, packed: Any, cores: Any = None, beside: Any = None, order: _Order | None = None
+    linear: nn.Linear,
+    run: Any,
+    operation: str,
+    packed: Any,
+    cores: Any = None,
+    beside: Any = None,
+    order: _Order | None = None,
+    ran: set[str] | None = None,
 ) -> None:
-    width, bias, product = linear.in_features, linear.bias, getattr(run, operation)
+    """cores, beside: the kernel for some rows and the weight as it reads it. ran: told which products run."""
+    width, bias, product, most = linear.in_features, linear.bias, getattr(run, operation), most_rows(run)
+    few, some, many = _name(operation, run), _name(TENSOR_CORES, cores), f"weight made, {_name(operation, run)}"
+    ran = set() if ran is None else ran
 
     def forward(x: Tensor) -> Tensor:
         rows = (x if order is None else order.of(x)).reshape(-1, width)
-        if cores is not None and TENSOR_CORE_ROWS[0] <= len(rows) <= TENSOR_CORE_ROWS[1] and x.dtype is not torch.float32:
+        gemm = cores is not None and x.dtype is not torch.float32 and len(rows) <= TENSOR_CORE_ROWS
+        if gemm and len(rows) > rows_alone(run, packed, x.dtype):
+            ran.add(some)
             out = cores.wq_gemm(rows, beside)
         elif len(rows) > MANY_ROWS[x.device.type]:
+            ran.add(many)
             out = with_many_rows(rows, packed, run)
         else:
+            ran.add(few)
             kind = x.dtype if x.dtype in TYPES else torch.float32
-            parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(MOST_ROWS)]
+            parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(most)]
             out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
     _replace(linear, forward)
+
+
+def _name(operation: str, run: Any) -> str:
+    """Of a product of a backend's module, for a record."""
+    return f"{operation}: {getattr(run, '__name__', '').rpartition('.')[2]}"
 
 
 class _Shared:

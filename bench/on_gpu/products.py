@@ -16,7 +16,7 @@ from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
 from bench.on_gpu.peer_kernels import SHAPES
 from bench.on_gpu.weights import affine, codebook, row_codebook, signs
 from quant.kernels import kernel
-from quant.kernels.products import MOST_ROWS
+from quant.kernels.products import most_rows
 from quant.tensors.base import Stored
 
 
@@ -39,7 +39,7 @@ def batches(b: Bench) -> Iterator[Row]:
             copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
             def ours(i: int) -> Tensor:
-                return torch.cat([run.wq_gemv(part, copies[i]) for part in x.split(MOST_ROWS)])  # noqa: B023
+                return torch.cat([run.wq_gemv(part, copies[i]) for part in x.split(most_rows(run))])  # noqa: B023
 
             want = x.double() @ weight.double().T
             allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())

@@ -3,7 +3,8 @@
 python -m bench.on_gpu.skinny [--rows 16 64] [--bits 4] [--workers 12]
 
 Compiles all candidates of `quant.kernels.wq_gemm.triton`, times them, and prints the table's choice and the best for each product: the
-winners belong into `TILES` there. `python -m bench.gpu skinny` shows what is in the table beside cuBLAS and the made weight.
+winners belong into `TILES` there. `python -m bench.gpu skinny` shows what is in the table beside cuBLAS and the made weight; where packed
+models multiply so few rows with `wq_gemv`, that one, and `wq_gemm` beside it.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.copies import copied
 from bench.on_gpu import peers as other_packages
 from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
 from bench.on_gpu.weights import GROUP, affine
 from quant.kernels import kernel
-from quant.kernels.products import with_many_rows
+from quant.kernels.products import rows_alone, with_many_rows
 from quant.kernels.wq_gemm import Packed
 from quant.kernels.wq_gemm.triton import Shape, candidates, warm
 
@@ -44,6 +46,7 @@ def products(b: Bench, rows: tuple[int, ...] = ROWS, bits: tuple[int, ...] = (2,
 
 def skinny(b: Bench) -> Iterator[Row]:
     run, gemv = kernel("wq_gemm", b.backend, b.device).run, kernel("wq_gemv", b.backend, b.device).run
+    alone = kernel("wq_gemv", b.backend if b.dry else "auto", b.device)
     dense: Tensor | None = None
     for bits, m, n, k in products(b):
         if dense is None or dense.shape != (n, k):
@@ -56,14 +59,20 @@ def skinny(b: Bench) -> Iterator[Row]:
         allowed = max(2 * float(peer.norm() / want.norm()), 1e-3 if b.dry else 4e-3)
         del weight
         error = float((run.wq_gemm(x, packed).double() - want).norm() / want.norm())
-        del want, peer
         copies = cold(b, packed)
         took = b.time(lambda i: run.wq_gemm(x, copies[i]), len(copies))  # noqa: B023
+        beside, own, ours = {}, alone.run.prepare(tensor), f"wq_gemm {n} x {k}, {bits} bits, M={m}"
+        if m <= rows_alone(alone.run, own, x.dtype):
+            beside, ours = known(wq_gemm=took), f"wq_gemv {n} x {k}, {bits} bits, M={m}, {alone.backend}, in place of wq_gemm"
+            error = max(error, float((alone.run.wq_gemv(x, own).double() - want).norm() / want.norm()))
+            several, packed = [own, *(copied(own) for _ in range(b.size(int(COLD / own.bytes), 0)))], own
+            took = b.time(lambda i: alone.run.wq_gemv(x, several[i]), len(several))  # noqa: B023
+        del want, peer
         others = gemv.prepare(tensor)
         peers = known(bfloat16=beside_dense(b, x, dense), made=b.time(lambda i: with_many_rows(x, others, gemv)))  # noqa: B023
-        peers |= other_packages.times(b, "products", n, k, m, bits)
+        peers |= beside | other_packages.times(b, "products", n, k, m, bits)
         goal, work = GOALS.get(m) if bits == 4 else None, {"bfloat16": 2.0 * m * n * k}
-        yield Row(f"wq_gemm {n} x {k}, {bits} bits, M={m}", error, allowed, took, peers, packed.bytes, goal, work)
+        yield Row(ours, error, allowed, took, peers, packed.bytes, goal, work)
 
 
 def prompts(b: Bench) -> Iterator[Row]:

@@ -19,7 +19,8 @@ from quant.kernels import TABLE, kernel
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import STEP
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
-from tests.quant.products_affine import stored
+from quant.tensors.affine import AffineTensor
+from tests.quant.products_affine import inputs, stored
 from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
@@ -185,15 +186,44 @@ def test_some_rows_are_multiplied_by_tensor_cores_where_there_are_any() -> None:
     tensor = stored(5, 96, 4, 32)
     run, gemm = kernel("wq_gemv", "reference").run, kernel("wq_gemm", "reference").run
     rows: list[int] = []
-    cores = SimpleNamespace(wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
+    cores = SimpleNamespace(__name__="a.triton", wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
     layer = torch.nn.Linear(96, 5, bias=False)
-    packed._multiply_rows(layer, run, "wq_gemv", tensor, cores, tensor)
+    ran: set[str] = set()
+    packed._multiply_rows(layer, run, "wq_gemv", tensor, cores, tensor, None, ran)
     for m in (1, 8, 9, 256, 257):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).to(dtype)
             want = x.double() @ tensor.dequantize().double().T
             assert torch.allclose(layer(x).double(), want, rtol=2.0**-8, atol=1e-4)
     assert rows == [9, 256]
+    assert ran == {"wq_gemv: reference", "wq_gemm: triton"}
+    packed._multiply_rows(layer, run, "wq_gemv", tensor, None, None, None, ran)
+    layer(torch.zeros(513, 96))
+    assert "weight made, wq_gemv: reference" in ran
+
+
+@pytest.mark.parametrize(("scaled", "expected"), [(False, [17]), (True, [9, 16, 17])])
+def test_a_backend_that_takes_more_rows_at_once_keeps_them(scaled: bool, expected: list[int]) -> None:
+    """In bfloat16 and without an input scale; in other types tensor cores have them still."""
+    tensor = stored(5, 96, 4, 32, scaled=scaled)
+    own, gemm = kernel("wq_gemv", "reference").run, kernel("wq_gemm", "reference").run
+    calls: list[int] = []
+
+    def product(x: torch.Tensor, weight: AffineTensor) -> torch.Tensor:
+        calls.append(len(x))
+        return torch.cat([own.wq_gemv(part, weight) for part in x.split(8)])
+
+    rows: list[int] = []
+    cores = SimpleNamespace(wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
+    layer = torch.nn.Linear(96, 5, bias=False)
+    packed._multiply_rows(layer, SimpleNamespace(wq_gemv=product, MOST_ROWS=16), "wq_gemv", tensor, cores, tensor)
+    for m in (8, 9, 16, 17):
+        x = inputs(m, 96, torch.bfloat16)
+        assert torch.equal(layer(x), gemm.wq_gemm(x, tensor))
+    assert (rows, calls) == (expected, [m for m in (8, 9, 16) if m not in expected])
+    layer(inputs(16, 96, torch.float16))
+    layer(inputs(20, 96, torch.float32))
+    assert (rows[len(expected) :], calls[-2:]) == ([16], [16, 4])
 
 
 def test_formats_without_a_kernel_run_dense_and_say_so(tmp_path: Path) -> None:
