@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Backend ▸ the type of device it is for. The others serve all."""
 
 _chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)
+_telling = Lock()
 _preferred: ContextVar[tuple[str, str]] = ContextVar("preferred", default=("auto", "backend"))
 """What auto means, and the setting that said so."""
 
@@ -142,7 +144,8 @@ def preferring(backend: str, setting: str = "backend") -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[dict[str, list[str]]]:
-    """Operation ▸ backends of all kernels that are chosen while the context lasts, in this thread."""
+    """Operation ▸ backends of all kernels that are chosen while the context lasts, in this thread and in those that run in copies of its
+    context."""
     found: dict[str, list[str]] = {}
     token = _chosen.set(found)
     try:
@@ -154,8 +157,10 @@ def recorded() -> Iterator[dict[str, list[str]]]:
 def ran(operation: str, backend: str) -> None:
     """Tells the record: of what `kernel` chooses, and of a part of an operation that its kernels leave to others."""
     found = _chosen.get()
-    if found is not None and backend not in found.setdefault(operation, []):
-        found[operation].append(backend)
+    if found is not None:
+        with _telling:
+            if backend not in found.setdefault(operation, []):
+                found[operation].append(backend)
 
 
 @dataclass(frozen=True)

@@ -179,14 +179,6 @@ class _Blocks:
 # --- masks of one block of a variant without means: weights `[N, C]`, saliency `[N, C]` ▸ salient columns `[C]`, split `[N, C]` ----
 
 
-def _counts(method: Billm, columns: int, least: int, most: int) -> range:
-    if method.salient_columns is not None:
-        k = min(method.salient_columns, columns)
-        return range(k, k + 1)
-    most = min(most, columns)
-    return range(min(least, most), most + 1)
-
-
 def _first(order: Tensor, count: int) -> Tensor:
     salient = torch.zeros(order.numel(), dtype=torch.bool, device=order.device)
     salient[order[:count]] = True
@@ -199,7 +191,7 @@ def _above(x: Tensor, salient: Tensor, threshold: Tensor) -> Tensor:
 
 def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     order = search.ranked(m.abs().sum(0))
-    counts = _counts(method, block.shape[1], 3, 30)
+    counts = braq_block.counts(method.salient_columns, block.shape[1], 3, 30)
     magnitude = block[:, order].abs()
     never = magnitude.new_full((1,), math.inf)
     k = counts[int(search.first_least(search.joint_errors(magnitude, counts, never)))]
@@ -214,7 +206,7 @@ def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
 
 def _joint(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
     order = search.ranked(m.abs().sum(0))
-    counts = _counts(method, block.shape[1], 0, 49)
+    counts = braq_block.counts(method.salient_columns, block.shape[1], 0, braq_block.MOST_SALIENT)
     magnitude = block[:, order].abs()
     thresholds = search.reference_quantiles(magnitude)
     found = int(search.first_least(search.joint_errors(magnitude, counts, thresholds)))

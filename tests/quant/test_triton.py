@@ -197,7 +197,7 @@ def test_log_probabilities_of_tokens(vocabulary: int, dtype: torch.dtype) -> Non
     assert torch.allclose(got.double(), want, rtol=0, atol=bound, equal_nan=True)
 
 
-def test_statistics_by_the_kernel_are_those_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_by_the_kernel_are_those_of_the_reference() -> None:
     x = torch.randint(-3, 4, (4, 9, 33), generator=torch.Generator().manual_seed(0)).to(torch.float16)
     plain, ours = HessianSum(33), HessianSum(33)
     ours._syrk = run("hessian_syrk")

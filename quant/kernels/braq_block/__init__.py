@@ -19,9 +19,10 @@ from torch import Tensor
 
 from quant import kernels
 
-__all__ = ["MOST_SALIENT", "Binarized", "Solve", "Wanted", "chosen"]
+__all__ = ["MOST_SALIENT", "SPLITS", "Binarized", "Solve", "Wanted", "chosen", "counts"]
 
-MOST_SALIENT = 49
+MOST_SALIENT, SPLITS = 49, 81
+"""Salient columns of a block at most; thresholds that are tried."""
 Solve = Callable[[int], Tensor]
 
 
@@ -37,10 +38,7 @@ class Wanted:
 
     def counts(self, columns: int) -> range:
         """To choose from in a block of so many columns."""
-        if self.salient is not None:
-            return range(min(self.salient, columns), min(self.salient, columns) + 1)
-        most = min(MOST_SALIENT, columns)
-        return range(min(1, most), most + 1)
+        return counts(self.salient, columns, 1, MOST_SALIENT)
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,13 @@ class Binarized:
         scale, mean = (weight.new_empty(n, -(-k // block_size), count) for count in (4, 3))
         wrong = torch.zeros(1, dtype=torch.int64, device=weight.device)
         return Binarized(signs, second, split, signs.new_empty(k), scale, mean, wrong)
+
+
+def counts(salient: int | None, columns: int, least: int, most: int) -> range:
+    """Of salient columns, to choose from in a block of so many columns: `salient` alone; `least` to `most` where it is None."""
+    if salient is not None:
+        return range(min(salient, columns), min(salient, columns) + 1)
+    return range(min(least, most, columns), min(most, columns) + 1)
 
 
 def chosen(weight: Tensor, wanted: Wanted) -> kernels.Kernel:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.braq_block import Binarized, Solve, Wanted
+from quant.kernels.braq_block import SPLITS, Binarized, Solve, Wanted
 from quant.kernels.braq_search.cuda import COUNT_ROWS, SPLIT_ROWS, most_columns
 from quant.kernels.claq_block import TYPES
 
 unavailable = partial(on_cuda.unavailable, "braq_block")
-SPLITS, STATE_WORDS = 81, 135_242
+STATE_WORDS = 135_242
 """Of the source; it refuses less."""
 MOST_VALUES = 2**30
 """Of a block."""

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from quant.binary import binarize, rounded
-from quant.kernels.braq_block import Binarized, Solve, Wanted
+from quant.kernels.braq_block import SPLITS, Binarized, Solve, Wanted
 from quant.kernels.braq_search import chosen
 from quant.tensors.binary import decode
-
-SPLITS = 81
 
 
 def unavailable(device: torch.device) -> str | None:
