@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import cache
+from threading import local
 from typing import TypeVar
 
 import torch
@@ -49,47 +50,47 @@ def side_by_side(device: torch.device, works: Mapping[str, Callable[[], T]]) -> 
     """What each of the works returns or raises, in their order. They begin after what is queued on the device, and what is queued
     afterwards begins after them."""
     grad = torch.is_grad_enabled()
+    pool, streams = _threads(device)
 
-    def run(work: Callable[[], T], stream: Callable[[], AbstractContextManager[None]]) -> T | Exception:
+    def run(work: Callable[[], T]) -> T | Exception:
         try:
-            with stream(), torch.set_grad_enabled(grad):  # both are a thread's own
+            with _on(_own.stream), torch.set_grad_enabled(grad):  # both are a thread's own
                 return work()
         except Exception as e:
             return e.with_traceback(None)  # its frames hold tensors
 
-    with _streams(device) as stream, ThreadPoolExecutor(STREAMS, "site") as pool:
-        # Providers of factors and the record of kernels are the context's.
-        waiting = {name: pool.submit(copy_context().run, run, work, stream) for name, work in works.items()}
-        return {name: future.result() for name, future in waiting.items()}
-
-
-@contextmanager
-def _streams(device: torch.device) -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Gives what a thread enters to have a stream of its own; the present stream waits for all of them in the end."""
-    if device.type != "cuda":
-        yield nullcontext
-        return
-    ours, streams = torch.cuda.current_stream(device), list(_kept_streams(device))
-    for s in streams:
-        s.wait_stream(ours)
-
-    @contextmanager
-    def entered() -> Iterator[None]:
-        own = streams.pop()
-        try:
-            with torch.cuda.device(device), torch.cuda.stream(own):
-                yield
-        finally:
-            streams.append(own)
-
+    ours = torch.cuda.current_stream(device) if streams else None
+    for stream in streams:
+        stream.wait_stream(ours)
     try:
-        yield entered
+        # Providers of factors and the record of kernels are the context's.
+        waiting = {name: pool.submit(copy_context().run, run, work) for name, work in works.items()}
+        return {name: future.result() for name, future in waiting.items()}
     finally:
         # Memory that a stream's tensors leave is given to that stream alone, which waits for this one when it is next used.
-        for s in _kept_streams(device):
-            ours.wait_stream(s)
+        for stream in streams:
+            ours.wait_stream(stream)
+
+
+_own = local()
 
 
 @cache
-def _kept_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(STREAMS))
+def _threads(device: torch.device) -> tuple[ThreadPoolExecutor, tuple[torch.cuda.Stream, ...]]:
+    """Kept, each with a stream of its own on a GPU: a library has a workspace for every thread on every stream."""
+    streams = tuple(torch.cuda.Stream(device) for _ in range(STREAMS)) if device.type == "cuda" else ()
+    left = list(streams)
+
+    def begin() -> None:
+        _own.stream = left.pop() if streams else None
+
+    return ThreadPoolExecutor(STREAMS, "site", begin), streams
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
