@@ -12,24 +12,30 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "ranges.h"
 #include "versions.h"
 
-#define VECTOR VERSIONS("avx512f", "avx2")
+#define VECTOR VERSIONS("avx2")
+// A version of its own, not a clone: it takes twice as many rows at a time.
+#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#define WIDER 64
+#define WIDE __attribute__((target("avx512f")))
+#endif
 
 namespace {
 
 enum Kind : int64_t { SHIFTED = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
-// Rows are taken LANES at a time, in four registers; errors of a block of 128 columns of them stay in the first-level cache.
-template <typename T>
-using Vector __attribute__((vector_size(32))) = T;
-template <typename T>
-constexpr int64_t WIDTH = 32 / sizeof(T);
-template <typename T>
-constexpr int64_t LANES = 4 * WIDTH<T>;
+// Rows are taken LANES at a time, in four registers of W bytes; errors of a block of 128 columns of them stay in the first-level cache.
+template <typename T, int W>
+using Vector __attribute__((vector_size(W))) = T;
+template <typename T, int W>
+constexpr int64_t WIDTH = W / sizeof(T);
+template <typename T, int W>
+constexpr int64_t LANES = 4 * WIDTH<T, W>;
 
 template <typename T>
 struct Magic;  // adding and taking away 1.5 · 2^(mantissa bits) rounds to a whole number, half to even
@@ -43,17 +49,17 @@ struct Magic<double> {
 };
 
 // All of a vector: comparisons choose lane by lane.
-template <typename T>
-INLINE Vector<T> nearest(Vector<T> x) {
+template <typename T, int W>
+INLINE Vector<T, W> nearest(Vector<T, W> x) {
     // Beyond `far` every code is clamped anyway; the trick needs a small number.
-    x = x > Magic<T>::far ? Magic<T>::far - Vector<T>{} : x;
-    x = x < -Magic<T>::far ? -Magic<T>::far - Vector<T>{} : x;
+    x = x > Magic<T>::far ? Magic<T>::far - Vector<T, W>{} : x;
+    x = x < -Magic<T>::far ? -Magic<T>::far - Vector<T, W>{} : x;
     return (x + Magic<T>::round) - Magic<T>::round;
 }
 
-template <typename T>
-INLINE Vector<T> limited(Vector<T> x, Vector<T> top) {
-    x = x < T(0) ? Vector<T>{} : x;
+template <typename T, int W>
+INLINE Vector<T, W> limited(Vector<T, W> x, Vector<T, W> top) {
+    x = x < T(0) ? Vector<T, W>{} : x;
     return x > top ? top : x;
 }
 
@@ -75,10 +81,11 @@ struct Block {
 };
 
 // Rows `first` .. `first + count` of a block: what the steps of one column share.
-template <typename T>
+template <typename T, int W>
 struct Lanes {
-    static constexpr int64_t width = WIDTH<T>, all = LANES<T>;
-    using Sums = Vector<T>[4];
+    static constexpr int64_t width = WIDTH<T, W>, all = LANES<T, W>;
+    using Vec = Vector<T, W>;
+    using Sums = Vec[4];
     const Block<T>& b;
     const T* turned;  // upper transposed: what column j needs lies together
     const int64_t first, count;
@@ -87,7 +94,7 @@ struct Lanes {
 
     INLINE Lanes(const Block<T>& b, const T* turned, int64_t first, int64_t count, T* own)
         : b(b), turned(turned), first(first), count(count), own(own) {
-        for (Vector<T>& top : tops) top = b.top - Vector<T>{};
+        for (Vec& top : tops) top = b.top - Vec{};
         if (b.tops) fetch(b.tops + first, T(0), tops);
     }
 
@@ -157,7 +164,7 @@ struct Lanes {
     }
 
     INLINE void subtract(int64_t i, T u, Sums& sum) const {
-        Vector<T> e;
+        Vec e;
         for (int part = 0; part < 4; part++) {
             std::memcpy(&e, own + i * all + part * width, sizeof e);
             sum[part] -= e * u;
@@ -165,7 +172,7 @@ struct Lanes {
     }
 
     INLINE void subtract(int64_t i, T u, Sums& one, T v, Sums& two) const {
-        Vector<T> e;
+        Vec e;
         for (int part = 0; part < 4; part++) {
             std::memcpy(&e, own + i * all + part * width, sizeof e);
             one[part] -= e * u;
@@ -180,16 +187,16 @@ struct Lanes {
         fetch(b.scale + grid, T(1), scales);
         fetch(b.zero + grid, T(0), zeros);
         for (int part = 0; part < 4; part++) {
-            const Vector<T> w = sum[part], scale = scales[part], zero = zeros[part], top = tops[part];
-            Vector<T> code, value;
+            const Vec w = sum[part], scale = scales[part], zero = zeros[part], top = tops[part];
+            Vec code, value;
             if (b.kind == MINIMUM) {
                 // A group of equal values has scale 0; its minimum alone is exact.
-                const Vector<T> steps = scale == T(0) ? Vector<T>{} : (w - zero) / (scale == T(0) ? T(1) - Vector<T>{} : scale);
-                code = nearest<T>(limited<T>(steps, top));
+                const Vec steps = scale == T(0) ? Vec{} : (w - zero) / (scale == T(0) ? T(1) - Vec{} : scale);
+                code = nearest<T, W>(limited<T, W>(steps, top));
                 value = code * scale + zero;
             } else {
-                code = b.kind == REAL_ZERO ? nearest<T>(w / scale + zero) : nearest<T>(w / scale) + zero;
-                code = limited<T>(code, top);
+                code = b.kind == REAL_ZERO ? nearest<T, W>(w / scale + zero) : nearest<T, W>(w / scale) + zero;
+                code = limited<T, W>(code, top);
                 value = (code - zero) * scale;
             }
             codes[part] = code, values[part] = value, errors[part] = (w - value) / diagonal;
@@ -203,10 +210,10 @@ struct Lanes {
 };
 
 // Two columns at a time: each error is loaded once for both, and eight sums hide the time an addition takes.
-template <typename T>
+template <typename T, int W>
 INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64_t count, T* own) {
-    const Lanes<T> rows(b, turned, first, count, own);
-    typename Lanes<T>::Sums one, two;
+    const Lanes<T, W> rows(b, turned, first, count, own);
+    typename Lanes<T, W>::Sums one, two;
     int64_t j = 0;
     for (; j + 1 < b.columns; j += 2) {
         const T *row = turned + j * b.columns, *next = row + b.columns;
@@ -226,30 +233,58 @@ INLINE void lanes(const Block<T>& b, const T* turned, int64_t first, const int64
     }
 }
 
-VECTOR void lanes_f32(const Block<float>& b, const float* turned, int64_t first, int64_t count, float* own) {
-    if (b.words) Lanes<float>(b, turned, first, count, own).find();
+template <typename T, int W>
+INLINE void found_and_solved(const Block<T>& b, const T* turned, int64_t first, int64_t count, T* own) {
+    if constexpr (std::is_same_v<T, float>)
+        if (b.words) Lanes<float, W>(b, turned, first, count, own).find();
     // The usual number is a constant to the compiler.
-    count == LANES<float> ? lanes(b, turned, first, LANES<float>, own) : lanes(b, turned, first, count, own);
-}
-VECTOR void lanes_f64(const Block<double>& b, const double* turned, int64_t first, int64_t count, double* own) {
-    count == LANES<double> ? lanes(b, turned, first, LANES<double>, own) : lanes(b, turned, first, count, own);
+    count == LANES<T, W> ? lanes<T, W>(b, turned, first, LANES<T, W>, own) : lanes<T, W>(b, turned, first, count, own);
 }
 
-inline void run(const Block<float>& b, const float* t, int64_t f, int64_t c, float* own) { lanes_f32(b, t, f, c, own); }
-inline void run(const Block<double>& b, const double* t, int64_t f, int64_t c, double* own) { lanes_f64(b, t, f, c, own); }
+VECTOR void lanes_f32(const Block<float>& b, const float* turned, int64_t first, int64_t count, float* own) {
+    found_and_solved<float, 32>(b, turned, first, count, own);
+}
+VECTOR void lanes_f64(const Block<double>& b, const double* turned, int64_t first, int64_t count, double* own) {
+    found_and_solved<double, 32>(b, turned, first, count, own);
+}
+
+template <typename T>
+using Run = void (*)(const Block<T>&, const T*, int64_t, int64_t, T*);
+
+// How rows are solved here, and how many at a time.
+template <typename T>
+struct Way {
+    Run<T> run;
+    int64_t lanes;
+};
+
+#ifdef WIDER
+WIDE void wide_f32(const Block<float>& b, const float* turned, int64_t first, int64_t count, float* own) {
+    found_and_solved<float, WIDER>(b, turned, first, count, own);
+}
+#endif
+
+inline Way<float> way(float) {
+#ifdef WIDER
+    if (__builtin_cpu_supports("avx512f")) return {wide_f32, LANES<float, WIDER>};
+#endif
+    return {lanes_f32, LANES<float, 32>};
+}
+inline Way<double> way(double) { return {lanes_f64, LANES<double, 32>}; }
 
 template <typename T>
 void solve(const Block<T>& b, int64_t threads) {
     std::vector<T> turned(b.columns * b.columns);
     for (int64_t i = 0; i < b.columns; i++)
         for (int64_t j = i; j < b.columns; j++) turned[j * b.columns + i] = b.upper[i * b.columns + j];
-    const int64_t parts = (b.rows + LANES<T> - 1) / LANES<T>;
+    const Way<T> way = ::way(T());
+    const int64_t all = way.lanes, parts = (b.rows + all - 1) / all;
     std::atomic<int64_t> next{0};
     auto work = [&] {
-        std::vector<T> own(b.columns * LANES<T>);
+        std::vector<T> own(b.columns * all);
         for (int64_t p; (p = next.fetch_add(RUN)) < parts;) {
-            for (int64_t first = p * LANES<T>, end = std::min(b.rows, first + RUN * LANES<T>); first < end; first += LANES<T>)
-                run(b, turned.data(), first, std::min(LANES<T>, b.rows - first), own.data());
+            for (int64_t first = p * all, end = std::min(b.rows, first + RUN * all); first < end; first += all)
+                way.run(b, turned.data(), first, std::min(all, b.rows - first), own.data());
         }
     };
     std::vector<std::thread> others;
