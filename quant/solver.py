@@ -162,7 +162,7 @@ def solve_affine(
     """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`.
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
-    bit for bit: later blocks are updated weight by weight, as libraries choose by the number of rows in which order they sum.
+    bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives."""
     w = weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
@@ -215,6 +215,12 @@ def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: 
     return solve_blocks([weight], upper, block_size, solve_block)[0]
 
 
+def to_work_on(weight: Tensor) -> Tensor:
+    """A copy of a matrix. Kernels for GPUs take contiguous rows; on a CPU a sum's order follows the strides, and what is stored has always
+    followed theirs."""
+    return weight.clone(memory_format=torch.contiguous_format if weight.is_cuda else torch.preserve_format)
+
+
 SolveBlock = Callable[[int, list[Tensor], Tensor, list[SolvedBlock]], None]
 """(start, weights `[K, N_i]`, factor `[B, B]`, where to write each). The weights hold the updates of all finished blocks; those of the
 block at work may be changed."""
@@ -223,8 +229,7 @@ block at work may be changed."""
 def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solve_block: SolveBlock) -> list[Solved]:
     """Rounds the blocks of columns of weights `[K, N_i]` in order, that of all weights at once: each as alone, bit for bit. The weights
     given are not changed."""
-    # Updates on a GPU take contiguous rows; on a CPU a sum's order follows the strides, and what is stored has always followed theirs.
-    works = [w.clone(memory_format=torch.contiguous_format if w.is_cuda else torch.preserve_format) for w in weights]
+    works = [to_work_on(w) for w in weights]
     later, k = kernel("lazy_update", device=upper.device, later=works[0]), len(upper)
     made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), list(later.notes)) for w in works]
     errors = [torch.empty_like(w[:block_size]) for w in works]

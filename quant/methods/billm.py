@@ -36,7 +36,7 @@ from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.scheme import Supports, WeightScheme
-from quant.solver import solve_columns
+from quant.solver import solve_columns, to_work_on
 from quant.statistics import Statistics
 from quant.tensors.binary import BinaryTensor
 
@@ -92,9 +92,8 @@ class Billm:
         return blocks.tensor(codes >= 2, (codes % 2).bool())
 
     def _between_blocks(self, ready: Prepared, scale_dtype: torch.dtype, notes: list[str]) -> BinaryTensor:
-        # Rows that lie one after another, as kernels for GPUs take them; on a CPU as they come.
-        w = ready.weight.clone(memory_format=torch.contiguous_format if ready.weight.is_cuda else torch.preserve_format)
-        upper, k = ready.upper, w.shape[1]
+        w, upper = to_work_on(ready.weight), ready.upper
+        k = w.shape[1]
         wanted = braq_block.Wanted(self.block_size, scale_dtype, self.metric == "hessian", self.salient_columns)
         block, out = braq_block.chosen(w, wanted), braq_block.Binarized.like(w, self.block_size)
         later = kernel("lazy_update", device=w.device, later=w)
