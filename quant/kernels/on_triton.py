@@ -8,6 +8,7 @@ CPU tensors, slowly, one program after another: that is how tests run it.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,6 +18,18 @@ import torch
 # Read when Triton is imported, which otherwise warns that its own choice is to change. `gptq_block` says what it needs.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 LEAST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a matrix, which a program makes, and how."""
+
+    rows: int
+    columns: int
+    step: int
+    """Of what is summed over: as much of it as is multiplied at a time."""
+    warps: int
+    stages: int
 
 
 def interpreted() -> bool:
@@ -46,6 +59,12 @@ def early(device: torch.device) -> dict[str, bool]:
 @cache
 def starts_early(device: torch.device) -> bool:
     return not interpreted() and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """1 where there is no GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 1
 
 
 @cache

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant.kernels import on_triton
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["add", "finished", "refuses", "unavailable"]
@@ -20,13 +21,9 @@ CHUNK = PROMOTE
 
 
 @dataclass(frozen=True)
-class Tile:
-    rows: int
-    columns: int
-    step: int
-    """Tokens that are multiplied at a time."""
-    warps: int
-    stages: int
+class Tile(on_triton.Tile):
+    """Of channels; a step is tokens."""
+
     described: bool = False
     """Loaded by the GPU's copy engine (9.0), which needs rows of x at addresses that are multiples of 16 bytes."""
     gluon: bool = False

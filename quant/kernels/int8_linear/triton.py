@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quant.kernels import on_triton
 from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.int8_linear import Packed, prepare, rounded
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
@@ -24,16 +25,9 @@ ALIGNED = 16
 
 
 @dataclass(frozen=True)
-class Tile:
-    """Of out, which a program makes, and how."""
+class Tile(on_triton.Tile):
+    """Of out. Its columns are a power of two, and with gluon also one and a half; a step is columns of the operands."""
 
-    rows: int
-    columns: int
-    """A power of two, and with gluon also one and a half."""
-    step: int
-    """Columns of the operands that are multiplied at a time."""
-    warps: int
-    stages: int
     speed: float
     """Products per time of a multiprocessor that always has such tiles, the best being 1."""
     gluon: bool = True

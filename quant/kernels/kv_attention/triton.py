@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.kernels.kv_attention import Cache, Plain, Scale, append, append_one, checked, field, prepare
 from quant.kernels.kv_attention.per_token import PerTokenPacked
-from quant.kernels.on_triton import early, interpreted, unavailable
+from quant.kernels.on_triton import early, interpreted, multiprocessors, unavailable
 
 __all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
 
@@ -40,7 +40,7 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
     kv = packed.heads
     rows = h // kv
     columns = max(8, 1 << (rows - 1).bit_length())
-    parts = splits or _splits(s * kv, packed.capacity // packed.block, packed.block_bytes, _processors(q.device))
+    parts = splits or _splits(s * kv, packed.capacity // packed.block, packed.block_bytes, multiprocessors(q.device))
     partial = torch.empty(s, h, parts, d, device=q.device)
     weights = torch.empty(s, h, parts, 2, device=q.device)
     grid, ends, plain = (s * kv, parts), factor * math.log2(math.e), interpreted()
@@ -81,11 +81,6 @@ def shape(width: int, block: int, rows: int, groups: int = 1) -> tuple[int, int 
     if rows == 1 and width <= 128 and block <= 64:
         return 1, REGISTERS
     return (4 if width * block > 128 * 128 or rows > 8 else 2), None
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

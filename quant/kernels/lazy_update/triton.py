@@ -21,19 +21,16 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.on_triton import has_gluon, interpreted, unavailable
+from quant.kernels import on_triton
+from quant.kernels.on_triton import has_gluon, interpreted, multiprocessors, unavailable
 
 __all__ = ["lazy_update", "refuses", "unavailable"]
 
 
 @dataclass(frozen=True)
-class Tile:
-    rows: int
-    columns: int
-    step: int
-    """Of the block's columns that are multiplied at a time; by parts, all: their least number."""
-    warps: int
-    stages: int
+class Tile(on_triton.Tile):
+    """By parts all of the block's columns are multiplied at a time; step is their least number."""
+
     parts: bool = False
     gluon: bool = False
     """By `hopper.py`, by parts."""
@@ -87,7 +84,7 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
 
         padded = padded_to(b, tile)
         at_once = max(1, SHARED // (6 * padded * (tile.rows + tile.columns)))
-        each = tiles_each(tops, asides, at_once * _multiprocessors(later.device))
+        each = tiles_each(tops, asides, at_once * multiprocessors(later.device))
         on_hopper[(asides, -(-tops // each))](
             later, left, given, r, n, *strides, each,
             B=b, PADDED=padded, ROWS=tile.rows, COLUMNS=tile.columns, WARPS=tile.warps,
@@ -122,11 +119,6 @@ def tiles_each(tops: int, asides: int, at_once: int) -> int:
     """Tiles of rows that one program of `hopper.py` takes, of `tops`, so that all `asides` columns of tiles are done soonest: each wave of
     `at_once` programs takes START and its tiles."""
     return min(range(1, min(tops, 16) + 1), key=lambda each: -(-(-(-tops // each) * asides) // at_once) * (each + START))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache
