@@ -8,7 +8,7 @@ every value is back in its place.
 import triton
 import triton.language as tl
 
-from quant.kernels.fake_quantize.program import code_of, grid_of, quotient
+from quant.kernels.program_parts import code_of, grid_of, quotient
 
 
 @triton.jit

@@ -4,7 +4,7 @@ those of torch bit for bit."""
 import triton
 import triton.language as tl
 
-from quant.kernels.fake_quantize.program import rounded_half_to_even
+from quant.kernels.program_parts import rounded_half_to_even
 
 
 @triton.jit

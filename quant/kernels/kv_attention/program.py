@@ -19,7 +19,7 @@ Softmax is to the base of 2, online, in float32.
 import triton
 import triton.language as tl
 
-from quant.kernels.fake_quantize.program import started
+from quant.kernels.program_parts import started
 
 UNIT = tl.constexpr(2.0**24)
 

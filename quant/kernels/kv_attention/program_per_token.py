@@ -14,8 +14,8 @@ No token is in full precision: one loop over blocks, of which the last may end b
 import triton
 import triton.language as tl
 
-from quant.kernels.fake_quantize.program import started
 from quant.kernels.kv_attention.program import UNIT, add_codes, codes_at, multiply, nothing_read, queries, scaled, softened, write
+from quant.kernels.program_parts import started
 
 
 @triton.jit
