@@ -62,9 +62,6 @@ cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), shared, stream);
 }
 
-// Of any number of rows of x and size: asked for a block that leaves no multiprocessor room for a second.
-cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, threads(1), device.shared); }
-
 template <class T>
 __global__ void weight(const __grid_constant__ Signs a, T* out) {
     const int64_t column = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -92,8 +89,8 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
     Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
     Device device;
     int clusters = 0;
-    cudaError_t failed = find(device);
-    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    // The clusters are those of any number of rows of x.
+    const cudaError_t failed = find(device, clusters, product<1>, threads(1));
     if (failed != cudaSuccess) return failed;
     plan(a, clusters, device.ranks());
     const int m = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
@@ -107,12 +104,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_binary_clusters(int64_t, int64_t found, int64_t) {
-    Device device;
-    int clusters = 0;
-    cudaError_t failed = find(device);
-    if (failed == cudaSuccess) failed = fitting(clusters, device);
-    *reinterpret_cast<int64_t*>(found) = clusters;
-    return failed;
+    return tell_clusters(found, product<1>, threads(1));
 }
 
 // The weight [N, K], float32 or bfloat16.

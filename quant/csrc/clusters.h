@@ -10,26 +10,13 @@
 #include <mutex>
 #include <tuple>
 
+#include "early.h"
 #include "products_cuda.h"
 
 namespace {
 
 constexpr int CLUSTER = 8;
 constexpr bool EARLY = true;  // a product may begin, and fetch codes, while the kernel before it still runs
-
-// The next kernel may begin, as far as it does not wait for this one.
-__device__ __forceinline__ void release_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Until the kernels before are over and what they wrote is there.
-__device__ __forceinline__ void await_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 struct Device {
     int number, shared, processors;  // shared: bytes that a block may ask for
@@ -93,6 +80,23 @@ cudaError_t at_once(int& found, void (*kernel)(Problem), const Device& on, int t
     }
     found = answer;
     return cudaSuccess;
+}
+
+// The device, and how many clusters of a kernel run at once whose blocks leave a multiprocessor no room for a second.
+template <typename Problem>
+cudaError_t find(Device& device, int& clusters, void (*kernel)(Problem), int threads) {
+    const cudaError_t failed = find(device);
+    return failed != cudaSuccess ? failed : at_once(clusters, kernel, device, threads, device.shared);
+}
+
+// How many those are, to an address on the host.
+template <typename Problem>
+cudaError_t tell_clusters(int64_t found, void (*kernel)(Problem), int threads) {
+    Device device;
+    int clusters = 0;
+    const cudaError_t failed = find(device, clusters, kernel, threads);
+    *reinterpret_cast<int64_t*>(found) = clusters;
+    return failed;
 }
 
 template <typename Problem>

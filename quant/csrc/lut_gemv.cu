@@ -45,9 +45,6 @@ cudaError_t launch(Lut a, const Device& device, cudaStream_t stream) {
     return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), a.tables + sums, stream);
 }
 
-// Of any number of rows of x: a multiprocessor takes one block, which has all its shared memory.
-cudaError_t fitting(int& clusters, const Device& device) { return at_once(clusters, product<1>, device, threads(1), device.shared); }
-
 template <class T>
 __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
     const int64_t row = int64_t(blockIdx.x) * ROWS + threadIdx.x % ROWS, at = int64_t(blockIdx.y) * (blockDim.x / ROWS) + threadIdx.x / ROWS;
@@ -80,8 +77,8 @@ extern "C" int bitgrid_lut_gemv(
                    reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0);
     Device device;
     int clusters = 0;
-    cudaError_t failed = find(device);
-    if (failed == cudaSuccess) failed = fitting(clusters, device);
+    // The clusters are those of any number of rows of x.
+    const cudaError_t failed = find(device, clusters, product<1>, threads(1));
     if (failed != cudaSuccess) return failed;
     a.group = group_of(a.tiles, clusters);
     const int m = rows_at_a_time(rows_of_x, a.group, device.shared);
@@ -93,12 +90,7 @@ extern "C" int bitgrid_lut_gemv(
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
-    Device device;
-    int clusters = 0;
-    cudaError_t failed = find(device);
-    if (failed == cudaSuccess) failed = fitting(clusters, device);
-    *reinterpret_cast<int64_t*>(found) = clusters;
-    return failed;
+    return tell_clusters(found, product<1>, threads(1));
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.

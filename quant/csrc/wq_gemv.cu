@@ -9,6 +9,7 @@
 
 #include <atomic>
 
+#include "early.h"
 #include "wq_weight.h"
 
 namespace {
@@ -147,20 +148,6 @@ struct Lane {
         }
     }
 };
-
-// Lets the next kernel begin, up to where it waits in turn.
-__device__ __forceinline__ void release_next() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// Until the kernels before are over and what they wrote is there.
-__device__ __forceinline__ void await_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
 __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid_constant__ Call call) {

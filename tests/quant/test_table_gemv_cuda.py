@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
-from quant.kernels.binary_gemv import cuda as binary_cuda
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.products import written_to
@@ -172,8 +171,11 @@ def test_the_device_says_how_many_clusters_fit() -> None:
     """Of 8 blocks that have a multiprocessor each, where there are clusters."""
     device = torch.device("cuda", torch.cuda.current_device())
     most = torch.cuda.get_device_properties(device).multi_processor_count // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
-    assert 1 <= lut_cuda.clusters(device) <= most
-    assert 1 <= binary_cuda.clusters(device) <= most
+    for operation in CLUSTERS:
+        found = torch.zeros(1, dtype=torch.int64)
+        entry = f"bitgrid_{operation.removesuffix('_gemv')}_clusters"
+        on_cuda.call(operation, entry, torch.empty(0, device=device), found.data_ptr())
+        assert 1 <= int(found) <= most
 
 
 @GPU

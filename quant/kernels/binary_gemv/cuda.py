@@ -15,7 +15,7 @@ from quant.kernels import on_cuda
 from quant.kernels.binary_gemv import Packed, prepare
 from quant.kernels.products import written_to
 
-__all__ = ["binary_gemv", "clusters", "prepare", "unavailable", "values"]
+__all__ = ["binary_gemv", "prepare", "unavailable", "values"]
 
 unavailable = partial(on_cuda.unavailable, "binary_gemv")
 
@@ -27,13 +27,6 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), given, scale, made)
     on_cuda.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], int(x.dtype is torch.bfloat16))
     return made
-
-
-def clusters(device: torch.device) -> int:
-    """How many clusters of 8 blocks run at once, by the device's own word; blocks, where it has no clusters (capability below 9.0)."""
-    found = torch.zeros(1, dtype=torch.int64)
-    on_cuda.call("binary_gemv", "bitgrid_binary_clusters", torch.empty(0, device=device), found.data_ptr())
-    return int(found)
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -11,7 +11,7 @@ from quant.kernels import on_cuda
 from quant.kernels.lut_gemv import MOST_BITS, Packed, prepare
 from quant.kernels.products import written_to
 
-__all__ = ["clusters", "lut_gemv", "prepare", "unavailable", "values"]
+__all__ = ["lut_gemv", "prepare", "unavailable", "values"]
 
 unavailable = partial(on_cuda.unavailable, "lut_gemv")
 
@@ -34,13 +34,6 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     counts = (len(packed.parts), *packed.shape, x.shape[0], int(x.dtype is torch.bfloat16))
     on_cuda.call("lut_gemv", "bitgrid_lut_gemv", *parts, *kept, given, scale, made, *counts)
     return made
-
-
-def clusters(device: torch.device) -> int:
-    """How many clusters of 8 blocks run at once, by the device's own word; blocks, where it has no clusters (capability below 9.0)."""
-    found = torch.zeros(1, dtype=torch.int64)
-    on_cuda.call("lut_gemv", "bitgrid_lut_clusters", torch.empty(0, device=device), found.data_ptr())
-    return int(found)
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
