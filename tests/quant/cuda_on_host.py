@@ -87,3 +87,10 @@ def compiled(name: str, architecture: str, folder: Path) -> dict[str, tuple[int,
     assert done.returncode == 0, done.stderr[-3000:]
     names = re.findall(r"Function properties for (\S+)", done.stderr)
     return dict(zip(names, (tuple(map(int, found)) for found in SPILLS.findall(done.stderr)), strict=True))
+
+
+def spills_nothing(name: str, architecture: str, folder: Path, kernels: int) -> None:
+    """None of a source's kernels, of which there are so many."""
+    found = compiled(name, architecture, folder)
+    assert len(found) == kernels
+    assert set(found.values()) == {(0, 0, 0)}

@@ -26,7 +26,7 @@ from quant.methods.billm import Billm
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.binary import SALIENT, BinaryTensor, decode
-from tests.quant.cuda_on_host import asked, compiled, on_the_host
+from tests.quant.cuda_on_host import asked, on_the_host, spills_nothing
 from tests.quant.slow_binary import layer
 
 on_a_gpu = pytest.mark.gpu("nvcc")
@@ -247,9 +247,7 @@ def test_a_device_can_start_what_is_launched(host: Any, monkeypatch: pytest.Monk
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 5 s")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_nothing_is_spilled(architecture: str, tmp_path: Path) -> None:
-    found = compiled("braq_block", architecture, tmp_path)
-    assert len(found) == 9
-    assert set(found.values()) == {(0, 0, 0)}
+    spills_nothing("braq_block", architecture, tmp_path, 9)
 
 
 @on_a_gpu

@@ -20,7 +20,7 @@ from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.methods.claq import tails
-from tests.quant.cuda_on_host import asked, compiled, with_draws
+from tests.quant.cuda_on_host import asked, spills_nothing, with_draws
 from tests.quant.test_claq_block import factor, solved
 from tests.quant.test_kmeans import columns
 
@@ -163,9 +163,7 @@ def test_a_device_with_less_shared_memory_hands_over_what_finds_no_room(host: An
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes 30 s")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_nothing_is_spilled(architecture: str, tmp_path: Path) -> None:
-    found = compiled("claq_block", architecture, tmp_path)
-    assert len(found) == 6
-    assert set(found.values()) == {(0, 0, 0)}
+    spills_nothing("claq_block", architecture, tmp_path, 6)
 
 
 @on_a_gpu

@@ -17,6 +17,7 @@ from quant.methods.claq import Claq, tails
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
 from tests.quant.cuda_on_host import with_draws
+from tests.quant.stacking import are_alone
 from tests.quant.test_claq_block import equal, factor, solved
 from tests.quant.test_kmeans import columns
 
@@ -40,25 +41,12 @@ def given(rows: Sequence[int] = (140, 35, 90), k: int = K, dtype: torch.dtype = 
     return [torch.randn(n, k, generator=g).to(dtype) for n in rows], Statistics(hessian=x.T @ x)
 
 
-def is_alone(method: Claq, weights: list[Tensor], statistics: Statistics, schemes: list[WeightScheme]) -> None:
-    assert method.stacks(weights, schemes)
-    together = method.quantize_stacked(weights, statistics, schemes)
-    assert len(together) == len(weights)
-    for weight, scheme, got in zip(weights, schemes, together, strict=True):
-        want = method.quantize(weight, statistics, scheme)
-        assert (got.damp, got.notes, got.details) == (want.damp, want.notes, want.details)
-        assert got.tensor.meta() == want.tensor.meta()
-        mine, alone = got.tensor.pack(), want.tensor.pack()
-        assert mine.keys() == alone.keys()
-        assert all(torch.equal(mine[name], alone[name]) for name in mine)
-
-
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_each_is_what_it_is_alone(name: str, dtype: torch.dtype) -> None:
+def test_each_is_what_it_are_alone(name: str, dtype: torch.dtype) -> None:
     method, schemes = METHODS[name]
     weights, statistics = given(dtype=dtype)
-    is_alone(method, weights, statistics, SCHEMES[schemes])
+    are_alone(method, weights, statistics, SCHEMES[schemes])
 
 
 @on_a_gpu
@@ -68,7 +56,7 @@ def test_each_is_what_it_is_alone_on_a_gpu(name: str) -> None:
     method, schemes = METHODS[name]
     weights, statistics = given((2048, 512, 512, 5000), 288)
     there = Statistics(hessian=None if statistics.hessian is None else statistics.hessian.cuda())
-    is_alone(replace(method, block_size=128), [w.cuda() for w in weights], there, [*SCHEMES[schemes], TWO])
+    are_alone(replace(method, block_size=128), [w.cuda() for w in weights], there, [*SCHEMES[schemes], TWO])
 
 
 def parts_of(rows: Sequence[int], widths: list[list[int]], fraction: float | None, start: str, centres: bool) -> list[Part]:

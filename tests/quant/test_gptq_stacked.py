@@ -14,6 +14,7 @@ from quant.methods import gptq
 from quant.methods.gptq import Gptq
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
+from tests.quant.stacking import are_alone
 
 K = 96
 CHANNEL = WeightScheme(4)
@@ -40,15 +41,7 @@ def given(rows: tuple[int, ...] = (32, 16, 48), dtype: torch.dtype = torch.float
 def test_each_is_what_it_is_alone(schemes: list[WeightScheme], static_groups: bool, act_order: bool) -> None:
     method = Gptq(static_groups=static_groups, act_order=act_order, block_size=32)
     weights, statistics = given()
-    assert method.stacks(weights, schemes)
-    together = method.quantize_stacked(weights, statistics, schemes)
-    for weight, scheme, got in zip(weights, schemes, together, strict=True):
-        want = method.quantize(weight, statistics, scheme)
-        assert (got.damp, got.notes, got.details) == (want.damp, want.notes, want.details)
-        assert got.tensor.meta() == want.tensor.meta()
-        mine, alone = got.tensor.pack(), want.tensor.pack()
-        assert mine.keys() == alone.keys()
-        assert all(torch.equal(mine[name], alone[name]) for name in mine)
+    are_alone(method, weights, statistics, schemes)
 
 
 @pytest.mark.gpu("nvcc")

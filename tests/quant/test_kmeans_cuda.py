@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.kernels import kernel, on_cuda, recorded
 from quant.kernels.kmeans_columns import STARTS, batched, cuda
-from tests.quant.cuda_on_host import asked, compiled, with_draws
+from tests.quant.cuda_on_host import asked, spills_nothing, with_draws
 from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_error
 
 GPU_SIZES, GPU_CENTRES = (1, 31, 300, 4096, 4609, 11008, 14336), (2, 4, 16, 64)
@@ -159,9 +159,7 @@ def test_a_device_with_less_shared_memory_gets_other_forms(
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes a minute")
 @pytest.mark.parametrize("architecture", ["80", "90a"])
 def test_nothing_is_spilled(architecture: str, tmp_path: Path) -> None:
-    found = compiled("kmeans_columns", architecture, tmp_path)
-    assert len(found) == 11
-    assert set(found.values()) == {(0, 0, 0)}
+    spills_nothing("kmeans_columns", architecture, tmp_path, 11)
 
 
 @on_a_gpu
