@@ -9,8 +9,6 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import pytest
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.kernels.native import SOURCES, kept_library
 from quant.kernels.on_cuda import compiler
 
@@ -44,15 +41,6 @@ def on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emulated(name)
     monkeypatch.setattr(on_cuda, "call", call)
     monkeypatch.setattr(on_cuda, "shared_memory", lambda device: 227 * 1024)
-
-
-@contextmanager
-def with_draws(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As `on_the_host`, of a library that reads k-means++'s random numbers: those of other tests may lie elsewhere."""
-    on_the_host(name, monkeypatch)
-    kmeans_cuda.numbers.cache_clear()
-    yield
-    kmeans_cuda.numbers.cache_clear()
 
 
 def call(name: str, function: str, *values: Tensor | int) -> None:

@@ -20,7 +20,7 @@ from quant.kernels.claq_block import Found, SolvedBlock, Wanted, cuda
 from quant.kernels.kmeans_columns import STARTS, batched
 from quant.kernels.kmeans_columns import cuda as kmeans_cuda
 from quant.methods.claq import tails
-from tests.quant.cuda_on_host import asked, spills_nothing, with_draws
+from tests.quant.cuda_on_host import asked, on_the_host, spills_nothing
 from tests.quant.test_claq_block import factor, solved
 from tests.quant.test_kmeans import columns
 
@@ -31,8 +31,8 @@ on_a_gpu = pytest.mark.gpu("nvcc")
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
-    with with_draws("claq_block", monkeypatch):
-        yield cuda
+    on_the_host("claq_block", monkeypatch)
+    return cuda
 
 
 def is_right(x: Tensor, upper: Tensor, wanted: Wanted, made: tuple[SolvedBlock, Found], most_far: int = 0) -> None:

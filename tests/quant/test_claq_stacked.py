@@ -16,7 +16,7 @@ from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, cuda, sol
 from quant.methods.claq import Claq, tails
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics
-from tests.quant.cuda_on_host import with_draws
+from tests.quant.cuda_on_host import on_the_host
 from tests.quant.stacking import are_alone
 from tests.quant.test_claq_block import equal, factor, solved
 from tests.quant.test_kmeans import columns
@@ -93,8 +93,8 @@ def test_blocks_side_by_side(case: str, backend: str, monkeypatch: pytest.Monkey
     if backend != "host":
         alone_and_together(kernel("claq_block", backend).run, parts, upper)
         return
-    with with_draws("claq_block", monkeypatch):
-        alone_and_together(cuda, parts, upper)
+    on_the_host("claq_block", monkeypatch)
+    alone_and_together(cuda, parts, upper)
 
 
 @on_a_gpu
@@ -109,19 +109,19 @@ def test_blocks_side_by_side_on_a_gpu(case: str) -> None:
 
 
 def test_linears_of_one_kind_share_their_launches(monkeypatch: pytest.MonkeyPatch) -> None:
-    with with_draws("claq_block", monkeypatch):
-        call, counts = on_cuda.call, list[int]()
+    on_the_host("claq_block", monkeypatch)
+    call, counts = on_cuda.call, list[int]()
 
-        def counted(*more: Any) -> None:
-            counts.append(more[6])
-            call(*more)
+    def counted(*more: Any) -> None:
+        counts.append(more[6])
+        call(*more)
 
-        monkeypatch.setattr(on_cuda, "call", counted)
-        parts = [*parts_of(*CASES["rows"]), *parts_of([40], [[1] * 19], None, "plus_plus", True)]
-        cuda.solve_blocks(parts, factor(19))
-        wide = parts_of([30, 40], [[1], [1]], None, "plus_plus", False)
-        double = replace(wide[1], block=wide[1].block.double(), out=SolvedBlock.like(wide[1].block.double()))
-        assert len(cuda.solve_blocks([wide[0], double], torch.eye(1))) == 2
+    monkeypatch.setattr(on_cuda, "call", counted)
+    parts = [*parts_of(*CASES["rows"]), *parts_of([40], [[1] * 19], None, "plus_plus", True)]
+    cuda.solve_blocks(parts, factor(19))
+    wide = parts_of([30, 40], [[1], [1]], None, "plus_plus", False)
+    double = replace(wide[1], block=wide[1].block.double(), out=SolvedBlock.like(wide[1].block.double()))
+    assert len(cuda.solve_blocks([wide[0], double], torch.eye(1))) == 2
     assert counts == [3, 1, 1, 1]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.kernels import TABLE, kernel
-from quant.kernels.kmeans_columns import STARTS, draws, trials
+from quant.kernels import TABLE, kernel, kmeans_columns
+from quant.kernels.kmeans_columns import STARTS, draws, numbers, trials
 from quant.kernels.native import library
 
 # Where there is no C++ compiler the torch twin is tested alone.
@@ -191,6 +194,22 @@ def test_the_random_numbers_are_those_of_numpy() -> None:
     for k in (1, 2, 4, 16, 256):
         assert draws(k) == tuple(np.random.RandomState(10).random_sample(1 + (k - 1) * trials(k)))
     assert draws(3, seed=0) == tuple(np.random.RandomState(0).random_sample(7))
+
+
+def test_threads_have_one_tensor_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches are given its address: it may not be freed, though several threads made one."""
+    monkeypatch.setattr(kmeans_columns, "_NUMBERS", {})
+    both = Barrier(2, timeout=30)
+
+    def drawn(k: int) -> tuple[float, ...]:
+        both.wait()  # so both have found none
+        return draws(k)
+
+    monkeypatch.setattr(kmeans_columns, "draws", drawn)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda k: numbers(k, torch.device("cpu")), (4, 4))
+    assert one is other is numbers(4, torch.device("cpu"))
+    assert one.tolist() == list(draws(4))
 
 
 def test_a_partition_beats_plus_plus_on_the_average() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quant.kernels import kernel, on_cuda, recorded
 from quant.kernels.kmeans_columns import STARTS, batched, cuda
-from tests.quant.cuda_on_host import asked, spills_nothing, with_draws
+from tests.quant.cuda_on_host import asked, on_the_host, spills_nothing
 from tests.quant.test_kmeans import SHAPES, columns, is_fixed_point, squared_error
 
 GPU_SIZES, GPU_CENTRES = (1, 31, 300, 4096, 4609, 11008, 14336), (2, 4, 16, 64)
@@ -27,8 +27,8 @@ on_a_gpu = pytest.mark.gpu("nvcc")
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The CUDA twin, on CPU tensors."""
-    with with_draws("kmeans_columns", monkeypatch):
-        yield cuda
+    on_the_host("kmeans_columns", monkeypatch)
+    return cuda
 
 
 def same(run: Any, x: Tensor, k: int, start: str, weights: Tensor | None = None) -> None:

@@ -11,7 +11,7 @@ where torch multiplies by its inverse.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant.grids import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
-from quant.kernels.kmeans_columns import bins
+from quant.kernels.kmeans_columns import bins, numbers
 
 __all__ = ["REASONS", "TYPES", "Found", "Part", "SolvedBlock", "Wanted", "planned", "refuse", "solve_blocks"]
 
@@ -79,9 +79,9 @@ def refuse(wrong: Tensor) -> None:
             raise ScaleDtypeError(reason)
 
 
-def planned(block: Tensor, wanted: Wanted, out: SolvedBlock, numbers: Callable[[int], Tensor]) -> Tensor:
-    """int64 `[B, 5]`, on the host: what compiled twins are told of each column. `numbers(k)` are k-means++'s, which stay alive. Raises
-    ValueError for what is not contiguous or not like the block."""
+def planned(block: Tensor, wanted: Wanted, out: SolvedBlock) -> Tensor:
+    """int64 `[B, 5]`, on the host: what compiled twins are told of each column. Raises ValueError for what is not contiguous or not like
+    the block."""
     made = [out.codes, out.values, out.errors]
     if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape for t in (block, *made)):
         got = [(tuple(t.shape), t.dtype, t.stride()) for t in (block, *made)]
@@ -92,6 +92,6 @@ def planned(block: Tensor, wanted: Wanted, out: SolvedBlock, numbers: Callable[[
             given = (tuple(there.shape), there.dtype, there.device, there.stride())
             raise ValueError(f"centres are {given}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
     fits = wanted.start == "plus_plus" and wanted.centres is None
-    draws = {w: numbers(2**w).data_ptr() if fits else 0 for w in set(wanted.widths)}
+    draws = {w: numbers(2**w, block.device).data_ptr() if fits else 0 for w in set(wanted.widths)}
     ends = wanted.tails or [(0, 0)] * len(block)
     return torch.tensor([(2**w, bins(2**w), draws[w], *ends[j]) for j, w in enumerate(wanted.widths)], dtype=torch.int64)

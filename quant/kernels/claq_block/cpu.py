@@ -11,7 +11,7 @@ from quant.grids import ScaleDtypeError
 from quant.kernels import native
 from quant.kernels.claq_block import REASONS, TYPES, Found, SolvedBlock, Wanted, planned
 from quant.kernels.kmeans_columns import STEPS
-from quant.kernels.kmeans_columns.cpu import SUFFIX, numbers
+from quant.kernels.kmeans_columns.cpu import SUFFIX
 
 unavailable = partial(native.unavailable, "claq_block")
 
@@ -19,7 +19,7 @@ unavailable = partial(native.unavailable, "claq_block")
 def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) -> Found:
     """Raises ScaleDtypeError."""
     u = upper if upper.stride(1) == 1 else upper.contiguous()
-    plan, most = planned(block, wanted, out, numbers), 2 ** max(wanted.widths)
+    plan, most = planned(block, wanted, out), 2 ** max(wanted.widths)
     tables = block.new_empty(len(block), most)
     kept = None if wanted.tails is None else torch.empty(block.shape, dtype=torch.bool)
     wrong = torch.zeros(1, dtype=torch.int64)

@@ -16,7 +16,7 @@ from torch import Tensor
 from quant.kernels import kernel, on_cuda
 from quant.kernels.claq_block import TYPES, Found, Part, SolvedBlock, Wanted, planned
 from quant.kernels.kmeans_columns import STEPS
-from quant.kernels.kmeans_columns.cuda import ITEMS, MOST_ROWS, THREADS, numbers, shared_bytes
+from quant.kernels.kmeans_columns.cuda import ITEMS, MOST_ROWS, THREADS, shared_bytes
 
 MOST_PARTS = 8
 """Of a call."""
@@ -48,7 +48,7 @@ def solve_blocks(parts: Sequence[Part], upper: Tensor) -> list[Found]:
 def _together(parts: list[Part], upper: Tensor) -> list[Found]:
     """Of one kind."""
     device = upper.device
-    plan = torch.stack([planned(p.block, p.wanted, p.out, lambda k: numbers(k, device)) for p in parts])
+    plan = torch.stack([planned(p.block, p.wanted, p.out) for p in parts])
     found, table = [], []
     for part in parts:
         block, wanted, out = part.block, part.wanted, part.out

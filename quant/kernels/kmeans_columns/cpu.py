@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quant.kernels import native
-from quant.kernels.kmeans_columns import STEPS, bins, check, draws, weights_of
+from quant.kernels.kmeans_columns import STEPS, bins, check, numbers, weights_of
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -21,7 +21,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | 
     check(k, start)
     x = _known(columns)
     centres = x.new_empty(x.shape[0], k)
-    given = numbers(k) if start == "plus_plus" else 0
+    given = numbers(k, x.device) if start == "plus_plus" else 0
     w = None if weights is None else weights_of(x, weights)
     w = w if w is None or w.stride(1) == 1 else w.contiguous()
     weighing = (0, 0) if w is None else (w, w.stride(0))
@@ -36,11 +36,6 @@ def nearest(columns: Tensor, centres: Tensor) -> Tensor:
     codes = torch.empty(x.shape, dtype=torch.uint8)
     _call("nearest", x, *x.shape, c, c.shape[1], _threads(x), codes)
     return codes
-
-
-@cache
-def numbers(k: int) -> Tensor:
-    return torch.tensor(draws(k), dtype=torch.float64)
 
 
 def _known(columns: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ room for a partition's table of costs either (20 centres and more on a device wi
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from quant.kernels import kernel, on_cuda
-from quant.kernels.kmeans_columns import STEPS, bins, check, draws, trials, weights_of
+from quant.kernels.kmeans_columns import STEPS, bins, check, numbers, trials, weights_of
 
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 THREADS, ITEMS = 512, (9, 17, 23)
@@ -79,13 +79,8 @@ def _fit(
     given: Tensor | int, scratch: Tensor | int, stride: int, centres: Tensor,
 ) -> None:  # fmt: skip
     weighing = (0, 0, 0) if w is None else (w, w.stride(0), beside)
-    numbers = (*x.shape, k, bins(k), STEPS, trials(k))
-    on_cuda.call("kmeans_columns", f"bitgrid_kmeans_{SUFFIX[x.dtype]}", x, ordered, *weighing, *numbers, given, scratch, stride, centres)
-
-
-@cache
-def numbers(k: int, device: torch.device) -> Tensor:
-    return torch.tensor(draws(k), dtype=torch.float64, device=device)
+    sizes = (*x.shape, k, bins(k), STEPS, trials(k))
+    on_cuda.call("kmeans_columns", f"bitgrid_kmeans_{SUFFIX[x.dtype]}", x, ordered, *weighing, *sizes, given, scratch, stride, centres)
 
 
 def _known(columns: Tensor) -> Tensor:
