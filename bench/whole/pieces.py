@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from bench.on_gpu.clock import Bench, Goal, Row
+from bench.whole.decoding import decoded
 from bench.whole.runs import Work, measured
 from workers.request import Hints
 
@@ -59,3 +60,8 @@ def whole_searches(b: Bench) -> Iterator[Row]:
 def streamed(b: Bench) -> Iterator[Row]:
     """GPTQ of a model of 70 billion weights, through one layer's file."""
     yield from _rows(STREAMED, b)
+
+
+def decoding(b: Bench) -> Iterator[Row]:
+    """The stage `measure`, on packed models of 7 billion weights."""
+    yield from decoded(_root(b), b, Hints(device=b.device.type, threads=1 if b.dry else None))
