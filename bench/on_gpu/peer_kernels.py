@@ -346,11 +346,13 @@ def cases(*bits: int, rows: tuple[int, ...] = (1, 16)) -> tuple[Case, ...]:
     return tuple(Case(n, k, m, width) for m in rows for n, k in SHAPES for width in bits)
 
 
+OTHER_WIDTHS = tuple(Case(8192, 8192, m, bits) for m in (1, 16) for bits in (2, 3))
+
 PEERS = {
     "tinygemm": Peer(tinygemm, cases(4), 15),
-    "humming": Peer(humming, cases(2, 3, 4, 8), 45),
+    "humming": Peer(humming, (*cases(4), *OTHER_WIDTHS), 45),
     "marlin": Peer(marlin, cases(4, rows=(16,)), 60),
     "bitsandbytes_nf4": Peer(bitsandbytes, cases(4), 15),
-    "gemlite": Peer(gemlite, cases(4, 2), 20),
+    "gemlite": Peer(gemlite, (*cases(4), Case(8192, 8192, 1, 2)), 20),
     "llm_compressor": Peer(llm_compressor, tuple(Case(n, COLUMNS, 0, 4) for n in BLOCKS), 20, "block"),
 }
