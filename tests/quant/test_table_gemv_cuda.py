@@ -44,7 +44,8 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     last = (*packed.shape, x.shape[0], int(x.dtype is torch.bfloat16), clusters, ranks, limit)
     if isinstance(packed, binary_gemv.Packed):
         counts = (*last[:2], packed.block, *last[2:])
-        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", packed.words, packed.tables, packed.salient, x, scale, out, *counts)
+        weight = (packed.words, packed.tables, packed.salient, packed.largest)
+        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", *weight, x, scale, out, *counts)
         return out
     parts, kept = lut_cuda.arguments(packed)
     tables = [torch.tensor([v.data_ptr() if isinstance(v, Tensor) else v for v in some]) for some in (parts, kept)]
@@ -105,7 +106,7 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
 
 
 def test_inputs_of_very_different_sizes_and_none() -> None:
-    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    """Of 28 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
     packed = binary_gemv.prepare(tensor)
     x = inputs(4, 1024)
@@ -168,10 +169,11 @@ def test_kernel_on_a_gpu(operation: str) -> None:
 
 @GPU
 def test_the_device_says_how_many_clusters_fit() -> None:
-    """Of 8 blocks that have a multiprocessor each, where there are clusters."""
+    """Of 8 blocks, or 4, that have a multiprocessor each, where there are clusters."""
     device = torch.device("cuda", torch.cuda.current_device())
-    most = torch.cuda.get_device_properties(device).multi_processor_count // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
-    for operation in CLUSTERS:
+    all_there = torch.cuda.get_device_properties(device).multi_processor_count
+    for operation, size in {"lut_gemv": 8, "binary_gemv": 4}.items():
+        most = all_there // (size if torch.cuda.get_device_capability() >= (9, 0) else 1)
         found = torch.zeros(1, dtype=torch.int64)
         entry = f"bitgrid_{operation.removesuffix('_gemv')}_clusters"
         on_cuda.call(operation, entry, torch.empty(0, device=device), found.data_ptr())
@@ -197,7 +199,8 @@ def moved(packed: Any) -> Any:
     """To the GPU."""
     scale = None if packed.input_scale is None else packed.input_scale.cuda()
     if isinstance(packed, binary_gemv.Packed):
-        return binary_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), packed.salient.cuda(), scale, packed.shape, packed.block)
+        weight = (t.cuda() for t in (packed.words, packed.tables, packed.salient, packed.largest))
+        return binary_gemv.Packed(*weight, scale, packed.shape, packed.block)
     if isinstance(packed, row_lut_gemv.Packed):
         return row_lut_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), scale, packed.shape, packed.bits)
     parts = tuple(lut_gemv.Part(p.words.cuda(), p.values.cuda(), p.columns.cuda(), p.bits) for p in packed.parts)
