@@ -19,7 +19,7 @@ constexpr int CLUSTER_OF_SIGNS = 4;  // blocks: of 132 multiprocessors in parts 
 extern __shared__ __align__(1024) char memory[];
 
 template <int G>
-__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Signs a) {
+__global__ void __launch_bounds__(threads(G), 1) product(const __grid_constant__ Signs a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * 2 * G, 0, 1};
 #if __CUDA_ARCH__ >= 900
@@ -61,7 +61,7 @@ template <int G>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     const int64_t shared = shared_bytes(G, a.share, a.group, a.slices);
-    return launch_clusters(product<G>, a, device, wide, (a.given.count + 2 * G - 1) / (2 * G), THREADS, shared, stream);
+    return launch_clusters(product<G>, a, device, wide, (a.given.count + 2 * G - 1) / (2 * G), threads(G), shared, stream);
 }
 
 template <class T>
@@ -93,7 +93,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
     device.size = CLUSTER_OF_SIGNS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
-    const cudaError_t failed = find(device, clusters, product<1>, THREADS);
+    const cudaError_t failed = find(device, clusters, product<1>, threads(1));
     if (failed != cudaSuccess) return failed;
     plan(a, clusters, device.ranks());
     const int g = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
@@ -107,7 +107,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salien
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_binary_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<1>, THREADS, CLUSTER_OF_SIGNS);
+    return tell_clusters(found, product<1>, threads(1), CLUSTER_OF_SIGNS);
 }
 
 // The weight [N, K], float32 or bfloat16.

@@ -16,10 +16,14 @@
 namespace {
 
 constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
-constexpr int WARPS = 16, THREADS = 32 * WARPS;
+constexpr int SLICES = 8;  // at most
+ANYWHERE constexpr int warps(int g) { return g == 1 ? 16 : 8; }  // sums of more rows of x take more registers
+ANYWHERE constexpr int threads(int g) { return 32 * warps(g); }
 constexpr int CHUNK = 4;        // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
 constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
+template <int G>
+constexpr int KEPT = G == 1 ? 4 : 0;  // words of a unit's eight
 constexpr int EARLY_PAIRS = 2;  // of a warp, that are fetched into the second-level cache while x may still be written
 
 struct Signs {
@@ -72,8 +76,8 @@ BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (
 template <int G>
 BOTH void clear(const Signs& a, void* shared, int thread) {
     const Held<G> held = held_in<G>(a, shared);
-    for (int64_t i = thread; i < a.share * G * COLUMNS; i += THREADS) held.whole[i] = 0;
-    for (int64_t i = thread; i < a.slices * a.group * PAIR * 2 * G; i += THREADS) held.sums[i] = 0.0f;
+    for (int64_t i = thread; i < a.share * G * COLUMNS; i += threads(G)) held.whole[i] = 0;
+    for (int64_t i = thread; i < a.slices * a.group * PAIR * 2 * G; i += threads(G)) held.sums[i] = 0.0f;
     if (thread < 2 * G) held.largest[thread] = 0;
 }
 
@@ -83,7 +87,7 @@ BOTH int column_of(int v, int lane) { return 8 * v + lane; }
 // What selectors need besides codes: of lane t's two words the even codes, then the odd ones.
 template <int G>
 BOTH void take_kinds(const Signs& a, const Place& at, void* shared, int thread) {
-    for (int i = thread; i < units_of(a, at) * 16; i += THREADS) {
+    for (int i = thread; i < units_of(a, at) * 16; i += threads(G)) {
         const int32_t* from = a.salient + (first_unit(a, at) + i / 16) * UNIT;
         uint32_t made = 0;
         UNROLL for (int v = 0; v < 8; v++) made |= uint32_t(from[column_of(2 * v + i % 2, i % 16 / 2)]) << 4 * v;
@@ -101,7 +105,7 @@ template <int G>
 BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
     const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
     uint32_t most[2 * G] = {};
-    for (int64_t i = thread; i < count; i += THREADS) {
+    for (int64_t i = thread; i < count; i += threads(G)) {
         UNROLL for (int m = 0; m < 2 * G; m++) {
             const uint32_t bits = to_bits(input(a, at, m, first + i)) & 0x7fffffffu;
             most[m] = bits > most[m] ? bits : most[m];
@@ -151,7 +155,7 @@ template <int G>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
     const Held<G> held = held_in<G>(a, shared);
     const int count = units_of(a, at) * 32;
-    for (int i = thread; i < count * 2 * G; i += THREADS) {
+    for (int i = thread; i < count * 2 * G; i += threads(G)) {
         const int m = i / count, unit = i % count / 32, step = i % 32 / 8, lane = i % 8;
         const float by = factor_of<X_BITS>(held.largest[m]);
         uint32_t digits[DIGITS] = {};
@@ -188,8 +192,9 @@ BOTH Source source_of(const Signs& a, const Place& at, int pair, int64_t unit, i
 }
 
 // Into the second-level cache: what a warp reads first.
+template <int G>
 BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
-    const int warp = thread / 32, lane = thread % 32, slots = WARPS / a.slices;
+    const int warp = thread / 32, lane = thread % 32, slots = warps(G) / a.slices;
     const int first = warp % a.slices * a.slice, count = int(least(least(a.slice, units_of(a, at) - first), CHUNK));
     for (int i = 0; i < EARLY_PAIRS; i++) {
         const int pair = warp / a.slices + i * slots;
@@ -205,7 +210,7 @@ BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
 // A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`.
 template <int G>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int slice, int slot, int chunk, int last, int thread) {
-    const int count = last - chunk, pairs = pairs_of(a, at), slots = WARPS / a.slices;
+    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G) / a.slices;
     const int64_t unit = first_unit(a, at) + chunk;
     uint32_t values_at[CHUNK], kept[CHUNK][HELD][8] = {};  // kept: digits of x, where there are registers for them
     int32_t start[G][HELD][2] = {};  // takes the 2^22 off
@@ -213,7 +218,7 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
         if (u >= count) break;
         values_at[u] = block_of(a, uint32_t(unit) + u) * 64;
         EACH_LANE {
-            UNROLL for (int i = 0; i < 8 && G == 1; i += 4) {
+            UNROLL for (int i = 0; i < KEPT<G>; i += 4) {
                 const auto four = *reinterpret_cast<const Line<4>*>(held.digits + ((chunk + u) * 2 + i / 4) * 128 + LANE * 4);
                 UNROLL for (int j = 0; j < 4; j++) kept[u][h][i + j] = four.v[j];
             }
@@ -248,31 +253,30 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
             if (u >= count) break;
             const auto digits = [&](int g, int h, int half) {
                 Line<4> of;
-                if constexpr (G == 1) {
-                    UNROLL for (int i = 0; i < 4; i++) of.v[i] = kept[u][h][half * 4 + i];
-                } else {
-                    of = *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
-                }
+                if (half * 4 >= KEPT<G>) return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
+                UNROLL for (int i = 0; i < 4; i++) of.v[i] = kept[u][h][half * 4 + i];
                 return of;
             };
             add_unit<G>(c, read[u], by, held.kinds + (chunk + u) * 16, digits, thread);
             if (more) load(u);
         }
         UNROLL for (int g = 0; g < G; g++) {
-            float sum[2][HELD], given[HELD];
+            float own[HELD], given[HELD];
             EACH_LANE {
+                float sum[2];
                 UNROLL for (int r = 0; r < 2; r++) {
                     float v = 0.0f;
                     UNROLL for (int p = PLANES - 1; p >= 0; p--) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
-                    sum[r][h] = LANE % 2 == 0 ? v : v * 16384.0f;
+                    sum[r] = LANE % 2 == 0 ? v : v * 16384.0f;
                 }
-                given[h] = LANE % 2 == 0 ? sum[1][h] : sum[0][h];  // an even lane gets row g, the next one row g + 8
+                // An even lane gets row g, the next one row g + 8.
+                own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
             }
             of_neighbour(given);
             EACH_LANE {
                 const int lane = LANE, t = lane % 4;
                 const int64_t row = pair * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[(slice * a.group * PAIR + row) * 2 * G + 2 * g + t / 2] += sum[t % 2][h] + given[h];
+                held.sums[(slice * a.group * PAIR + row) * 2 * G + 2 * g + t / 2] += own[h] + given[h];
             }
         }
     }
@@ -295,7 +299,7 @@ template <int G>
 BOTH void gather(const Signs& a, void* shared, int thread) {
     const Held<G> held = held_in<G>(a, shared);
     const int64_t own = a.group * PAIR * 2 * G;
-    for (int64_t i = thread; i < own; i += THREADS) {
+    for (int64_t i = thread; i < own; i += threads(G)) {
         float sum = held.sums[i];
         for (int s = 1; s < a.slices; s++) sum += held.sums[s * own + i];
         held.sums[i] = sum * unit_of<X_BITS>(held.largest[i % (2 * G)]);
@@ -306,7 +310,7 @@ BOTH void gather(const Signs& a, void* shared, int thread) {
 template <int G, class SharedOf>
 BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int thread) {
     const int64_t all = a.group * PAIR, own = (all + at.ranks - 1) / at.ranks;
-    for (int64_t i = thread; i < own * 2 * G; i += THREADS) {
+    for (int64_t i = thread; i < own * 2 * G; i += threads(G)) {
         const int64_t place = at.rank * own + i / (2 * G), row = at.cluster * all + place, to = at.first_row + i % (2 * G);
         if (place >= all || row >= a.rows || to >= a.given.count) continue;
         float v = 0.0f;
@@ -320,7 +324,7 @@ BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int
 template <int G, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     each([&](int thread) {
-        fetch_first(a, at, thread);
+        fetch_first<G>(a, at, thread);
         clear<G>(a, shared, thread);
         take_kinds<G>(a, at, shared, thread);
     });
@@ -337,7 +341,7 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     a.group = (pairs + at_once * waves - 1) / (at_once * waves);
     a.share = (a.units + ranks - 1) / ranks;
     a.slices = 1;
-    while (a.slices < WARPS && a.share > a.slices * CHUNK) a.slices *= 2;
+    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2;
     a.slice = int((a.share + a.slices - 1) / a.slices);
 }
 

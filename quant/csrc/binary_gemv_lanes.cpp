@@ -18,7 +18,7 @@ void product(const Signs& a, int ranks) {
     for (int64_t first = 0; first < a.given.count; first += 2 * G) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto all = [](const auto& phase) {
-                for (int t = 0; t < THREADS; t++) phase(t);
+                for (int t = 0; t < threads(G); t++) phase(t);
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);

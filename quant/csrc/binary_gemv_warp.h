@@ -34,7 +34,10 @@ BOTH Line<N> stream_line(const void* from) {
 // Four bytes of a and b, numbered from 0 to 7, as the lowest four digits in base 16 of `of` say.
 BOTH uint32_t picked(uint32_t a, uint32_t b, uint32_t of) {
 #if defined(__CUDA_ARCH__)
-    return __byte_perm(a, b, of);
+    // __byte_perm masks the selector first, of which bit 3 is never set here.
+    uint32_t made;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(of));
+    return made;
 #else
     const uint64_t both = uint64_t(b) << 32 | a;
     uint32_t made = 0;
