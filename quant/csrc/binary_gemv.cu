@@ -1,10 +1,9 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 150 instructions, half of
-// them such as half of a scheduler's turns can issue, with 80 more for each pair of tiles and slice of the units. 8192 x 16384 weights on 120
-// multiprocessors, 15 clusters of 8: 546 times that each, a quarter of the pairs' ends, 25 000 turns of the four schedulers, 12.7 us at
-// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions.
-// Measured on an H200: 34.3 us.
+// What bounds it. 16 rows of 128 columns take 140 instructions of a warp, 85 of them (permutations, shifts and masks) such as half of a
+// scheduler's turns can issue, with one or two rows of x and 12 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 12
+// products. 8192 x 16384 weights on 128 multiprocessors, 32 clusters of 4: 128 times that each scheduler, 22 000 turns, 11 us at 1.98 GHz;
+// the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>

@@ -22,8 +22,6 @@ ANYWHERE constexpr int threads(int g) { return 32 * warps(g); }
 constexpr int CHUNK = 4;        // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
 constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
-template <int G>
-constexpr int KEPT = G == 1 ? 4 : 0;  // words of a unit's eight
 constexpr int EARLY_PAIRS = 2;  // of a warp, that are fetched into the second-level cache while x may still be written
 
 struct Signs {
@@ -95,23 +93,52 @@ BOTH void take_kinds(const Signs& a, const Place& at, void* shared, int thread) 
     }
 }
 
-// Zero beyond the last column.
-BOTH float input(const Signs& a, const Place& at, int m, int64_t column) {
-    return column < a.given.k ? read_x(a.given, at.first_row + m, column) : 0.0f;
+// N numbers of a row of x, `apart` columns from each other, on their way at the same time; zeros beyond the last row and column.
+template <class T, int N>
+BOTH void read_as(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
+    const T* x = static_cast<const T*>(from.x) + row * from.k;
+    T kept[N];
+    float scale[N];
+    UNROLL for (int i = 0; i < N; i++) kept[i] = x[least(column + i * apart, from.k - 1)];
+    UNROLL for (int i = 0; i < N; i++) scale[i] = from.scale == nullptr ? 1.0f : from.scale[least(column + i * apart, from.k - 1)];
+    UNROLL for (int i = 0; i < N; i++) {
+        if constexpr (sizeof(T) == 2) {
+            v[i] = from_bits(uint32_t(kept[i]) << 16);
+        } else {
+            v[i] = kept[i];
+        }
+        if (from.scale != nullptr) v[i] /= scale[i];
+        if (column + i * apart >= from.k) v[i] = 0.0f;
+    }
+}
+template <int N>
+BOTH void read(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
+    if (row >= from.count) {
+        UNROLL for (int i = 0; i < N; i++) v[i] = 0.0f;
+    } else if (from.bfloat16) {
+        read_as<uint16_t>(v, from, row, column, apart);
+    } else {
+        read_as<float>(v, from, row, column, apart);
+    }
 }
 
 // Bits of the largest |x|, infinite and not a number above all.
 template <int G>
 BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
+    constexpr int N = 8;
     const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
-    uint32_t most[2 * G] = {};
-    for (int64_t i = thread; i < count; i += threads(G)) {
-        UNROLL for (int m = 0; m < 2 * G; m++) {
-            const uint32_t bits = to_bits(input(a, at, m, first + i)) & 0x7fffffffu;
-            most[m] = bits > most[m] ? bits : most[m];
+    UNROLL_BY(1) for (int m = 0; m < 2 * G; m++) {
+        uint32_t most = 0;
+        for (int64_t i = thread; i < count; i += N * threads(G)) {
+            float v[N];
+            read(v, a.given, at.first_row + m, first + i, threads(G));
+            UNROLL for (int j = 0; j < N; j++) {
+                const uint32_t bits = i + j * threads(G) < count ? to_bits(v[j]) & 0x7fffffffu : 0;
+                most = bits > most ? bits : most;
+            }
         }
+        raise(held_in<G>(a, shared).largest + m, most);
     }
-    UNROLL for (int m = 0; m < 2 * G; m++) raise(held_in<G>(a, shared).largest + m, most[m]);
 }
 
 // The exponent e of the largest |v| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
@@ -160,9 +187,11 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         const float by = factor_of<X_BITS>(held.largest[m]);
         uint32_t digits[DIGITS] = {};
         int32_t whole[DIGITS] = {};
+        float v[4];
+        const int64_t column = (first_unit(a, at) + unit) * UNIT + column_of(step % 2 + step / 2 * 8, lane);
+        read(v, a.given, at.first_row + m, column, column_of(2, 0));
         UNROLL for (int b = 0; b < 4; b++) {
-            const int64_t column = (first_unit(a, at) + unit) * UNIT + column_of(2 * b + step % 2 + step / 2 * 8, lane);
-            int32_t left = rounded(by == 0.0f ? 0.0f : input(a, at, m, column) * by);
+            int32_t left = rounded(by == 0.0f ? 0.0f : v[b] * by);
             UNROLL for (int d = 0; d < DIGITS; d++) {
                 const int32_t up = d == DIGITS - 1 ? 0 : (left + 64) >> 7, digit = left - up * 128;
                 digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d] += digit, left = up;
@@ -207,39 +236,35 @@ BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
     }
 }
 
-// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`.
-template <int G>
+// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many.
+template <int G, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int slice, int slot, int chunk, int last, int thread) {
     const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G) / a.slices;
     const int64_t unit = first_unit(a, at) + chunk;
-    uint32_t values_at[CHUNK], kept[CHUNK][HELD][8] = {};  // kept: digits of x, where there are registers for them
+    uint32_t values_at[CHUNK];
     int32_t start[G][HELD][2] = {};  // takes the 2^22 off
     UNROLL for (int u = 0; u < CHUNK; u++) {
-        if (u >= count) break;
+        if (!FULL && u >= count) break;
         values_at[u] = block_of(a, uint32_t(unit) + u) * 64;
         EACH_LANE {
-            UNROLL for (int i = 0; i < KEPT<G>; i += 4) {
-                const auto four = *reinterpret_cast<const Line<4>*>(held.digits + ((chunk + u) * 2 + i / 4) * 128 + LANE * 4);
-                UNROLL for (int j = 0; j < 4; j++) kept[u][h][i + j] = four.v[j];
-            }
             UNROLL for (int g = 0; g < G; g++)
                 UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 64 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
         }
     }
     Source source[HELD] = {};
-    Read read[CHUNK][HELD] = {};
+    Read held_of[CHUNK][HELD] = {};
     uint32_t largest[HELD];
     const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE), largest[h] = *source[h].largest; };
     const auto load = [&](int u) {
         EACH_LANE {
-            UNROLL for (int i = 0; i < 2; i++) read[u][h].words[i] = stream_line<2>(source[h].words[i] + u * 64);
-            read[u][h].values = stream_line<4>(source[h].values + values_at[u]);
+            UNROLL for (int i = 0; i < 2; i++) held_of[u][h].words[i] = stream_line<2>(source[h].words[i] + u * 64);
+            held_of[u][h].values = stream_line<4>(source[h].values + values_at[u]);
         }
     };
     if (slot >= pairs) return;
     seek(slot);
     UNROLL for (int u = 0; u < CHUNK; u++)
-        if (u < count) load(u);
+        if (FULL || u < count) load(u);
     NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
         float by[HELD];
         int32_t c[G][PLANES][HELD][4] = {};
@@ -250,14 +275,11 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
         const bool more = pair + slots < pairs;
         if (more) seek(pair + slots);
         UNROLL for (int u = 0; u < CHUNK; u++) {
-            if (u >= count) break;
+            if (!FULL && u >= count) break;
             const auto digits = [&](int g, int h, int half) {
-                Line<4> of;
-                if (half * 4 >= KEPT<G>) return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
-                UNROLL for (int i = 0; i < 4; i++) of.v[i] = kept[u][h][half * 4 + i];
-                return of;
+                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
             };
-            add_unit<G>(c, read[u], by, held.kinds + (chunk + u) * 16, digits, thread);
+            add_unit<G>(c, held_of[u], by, held.kinds + (chunk + u) * 16, digits, thread);
             if (more) load(u);
         }
         UNROLL for (int g = 0; g < G; g++) {
@@ -290,7 +312,11 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
     const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice;
     const int last = int(least(units_of(a, at), first + a.slice));
     NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
-        sweep_chunk<G>(a, at, held, slice, warp / a.slices, chunk, int(least(last, chunk + CHUNK)), thread);
+        if (chunk + CHUNK <= last) {
+            sweep_chunk<G, true>(a, at, held, slice, warp / a.slices, chunk, chunk + CHUNK, thread);
+        } else {
+            sweep_chunk<G, false>(a, at, held, slice, warp / a.slices, chunk, last, thread);
+        }
     }
 }
 

@@ -88,6 +88,17 @@ def test_rows_of_x_stand_alone(operation: str) -> None:
             assert torch.equal(on_the_host(operation, x[:m], packed, **of), whole[:m])
 
 
+def test_signs_of_many_columns() -> None:
+    """A warp's units in more turns than one, whole and not, of shares of which the last is short; an odd number of tiles."""
+    tensor, x = signs(17, 7100, 128), inputs(5, 7100)
+    packed = binary_gemv.prepare(tensor)
+    for ranks in (1, 4, 5):
+        whole = on_the_host("binary_gemv", x, packed, ranks=ranks)
+        check(whole, x, tensor)
+        for m in (1, 3):
+            assert torch.equal(on_the_host("binary_gemv", x[:m], packed, ranks=ranks), whole[:m])
+
+
 @pytest.mark.parametrize("operation", CLUSTERS)
 def test_more_rows_than_one_wave(operation: str) -> None:
     tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 128)
