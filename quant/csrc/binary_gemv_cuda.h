@@ -212,12 +212,14 @@ struct Source {
     const uint32_t* largest;  // of the values' row
 };
 
-BOTH Source source_of(const Signs& a, const Place& at, int pair, int64_t unit, int lane) {
-    const int64_t tile = 2 * (at.cluster * a.group + pair), second = least(tile + 1, a.tiles - 1);  // rows that are not there are not written
-    const int row = lane / 4, t = lane % 4;
-    const int64_t of = t < 2 ? tile : second;
-    return {{a.words + (tile * a.units + unit) * 64 + row * 8 + t * 2, a.words + (second * a.units + unit) * 64 + row * 8 + t * 2},
-            a.tables + of * a.blocks * 64 + row * 8 + t % 2 * 4, reinterpret_cast<const uint32_t*>(a.largest) + of * TILE + row};
+// Numbers of tiles and units of a weight have 32 bits, and so has their product.
+BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, int lane) {
+    const int tile = 2 * (int(at.cluster) * int(a.group) + pair), last = int(a.tiles) - 1;
+    const int second = tile < last ? tile + 1 : last, of = lane % 4 < 2 ? tile : second;  // rows that are not there are not written
+    const auto words = [&](int t) { return a.words + uint64_t(uint32_t(t) * uint32_t(a.units) + unit) * 64 + uint32_t(lane * 2); };
+    return {{words(tile), words(second)},
+            a.tables + uint64_t(uint32_t(of) * uint32_t(a.blocks)) * 64 + uint32_t(lane / 4 * 8 + lane % 2 * 4),
+            reinterpret_cast<const uint32_t*>(a.largest) + uint32_t(of * TILE + lane / 4)};
 }
 
 // Into the second-level cache: what a warp reads first.
@@ -240,12 +242,12 @@ BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
 template <int G, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int slice, int slot, int chunk, int last, int thread) {
     const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G) / a.slices;
-    const int64_t unit = first_unit(a, at) + chunk;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
     uint32_t values_at[CHUNK];
     int32_t start[G][HELD][2] = {};  // takes the 2^22 off
     UNROLL for (int u = 0; u < CHUNK; u++) {
         if (!FULL && u >= count) break;
-        values_at[u] = block_of(a, uint32_t(unit) + u) * 64;
+        values_at[u] = block_of(a, unit + u) * 64;
         EACH_LANE {
             UNROLL for (int g = 0; g < G; g++)
                 UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 64 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
@@ -296,9 +298,8 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
             }
             of_neighbour(given);
             EACH_LANE {
-                const int lane = LANE, t = lane % 4;
-                const int64_t row = pair * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[(slice * a.group * PAIR + row) * 2 * G + 2 * g + t / 2] += own[h] + given[h];
+                const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
+                held.sums[row * 2 * G + 2 * g + t / 2] += own[h] + given[h];
             }
         }
     }

@@ -57,6 +57,30 @@ BOTH uint32_t masked(uint32_t v, uint32_t mask, uint32_t base) {
 #endif
 }
 
+// Shifts by arithmetic where instructions of another kind, of which there are twice as many a turn, do the same: permutations and masks
+// take all turns of the one that shifts. `upper`: a selector's upper half, in the lower one; as a number in half precision it is finite.
+constexpr bool BY_ARITHMETIC = true;
+
+BOTH uint32_t upper(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (BY_ARITHMETIC) {
+        uint32_t made;
+        asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; add.rn.f16x2 %0, both, %2;}"
+            : "=r"(made)
+            : "r"(v), "r"(0x80008000u));  // -0 changes nothing
+        return made;
+    }
+#endif
+    return v >> 16;
+}
+
+BOTH uint32_t quarter(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (BY_ARITHMETIC) return __umulhi(v, 1u << 30);
+#endif
+    return v >> 2;
+}
+
 // c = a b + c, a 16 x 32 of unsigned bytes, b 32 x 8 of signed ones, as lanes hold them.
 BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
 #if defined(__CUDA_ARCH__)
@@ -125,13 +149,13 @@ BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], Read (&read)[HELD], const f
         const auto kind = *reinterpret_cast<const Line<4>*>(kinds + LANE % 4 * 4);
         UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
             selectors[r][w][0][h] = masked(read[h].words[r].v[w], 0x33333333u, kind.v[2 * w]);
-            selectors[r][w][1][h] = masked(read[h].words[r].v[w] >> 2, 0x33333333u, kind.v[2 * w + 1]);
+            selectors[r][w][1][h] = masked(quarter(read[h].words[r].v[w]), 0x33333333u, kind.v[2 * w + 1]);
         }
     }
     UNROLL for (int s = 0; s < STEPS; s++) {
         uint32_t factor[PLANES][HELD][4];
         EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-            const uint32_t selector = selectors[r][w][s % 2][h] >> s / 2 * 16;
+            const uint32_t both = selectors[r][w][s % 2][h], selector = s < 2 ? both : upper(both);
             UNROLL for (int p = 0; p < PLANES; p++) factor[p][h][r + 2 * w] = picked(table[r][p][0][h], table[r][p][1][h], selector);
         }
         UNROLL for (int g = 0; g < G; g++) {
