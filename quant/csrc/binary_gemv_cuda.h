@@ -71,9 +71,19 @@ BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units,
 BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
 BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
 
+// Rows of x that there are.
 template <int G>
-BOTH void clear(const Signs& a, void* shared, int thread) {
+BOTH int rows_of(const Signs& a, const Place& at) {
+    return int(least(a.given.count - at.first_row, 2 * G));
+}
+
+// Rows of x that are not there stay zeros.
+template <int G>
+BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
     const Held<G> held = held_in<G>(a, shared);
+    for (int64_t i = thread; i < a.share * G * 64 && rows_of<G>(a, at) < 2 * G; i += threads(G)) {
+        *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
+    }
     for (int64_t i = thread; i < a.share * G * COLUMNS; i += threads(G)) held.whole[i] = 0;
     for (int64_t i = thread; i < a.slices * a.group * PAIR * 2 * G; i += threads(G)) held.sums[i] = 0.0f;
     if (thread < 2 * G) held.largest[thread] = 0;
@@ -93,7 +103,7 @@ BOTH void take_kinds(const Signs& a, const Place& at, void* shared, int thread) 
     }
 }
 
-// N numbers of a row of x, `apart` columns from each other, on their way at the same time; zeros beyond the last row and column.
+// N numbers of a row of x, `apart` columns from each other, on their way at the same time; zeros beyond the last column.
 template <class T, int N>
 BOTH void read_as(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
     const T* x = static_cast<const T*>(from.x) + row * from.k;
@@ -113,9 +123,7 @@ BOTH void read_as(float (&v)[N], const Given& from, int64_t row, int64_t column,
 }
 template <int N>
 BOTH void read(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
-    if (row >= from.count) {
-        UNROLL for (int i = 0; i < N; i++) v[i] = 0.0f;
-    } else if (from.bfloat16) {
+    if (from.bfloat16) {
         read_as<uint16_t>(v, from, row, column, apart);
     } else {
         read_as<float>(v, from, row, column, apart);
@@ -127,7 +135,7 @@ template <int G>
 BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
     constexpr int N = 8;
     const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
-    UNROLL_BY(1) for (int m = 0; m < 2 * G; m++) {
+    NO_UNROLL for (int m = 0; m < rows_of<G>(a, at); m++) {
         uint32_t most = 0;
         for (int64_t i = thread; i < count; i += N * threads(G)) {
             float v[N];
@@ -182,7 +190,7 @@ template <int G>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
     const Held<G> held = held_in<G>(a, shared);
     const int count = units_of(a, at) * 32;
-    for (int i = thread; i < count * 2 * G; i += threads(G)) {
+    for (int i = thread; i < count * rows_of<G>(a, at); i += threads(G)) {
         const int m = i / count, unit = i % count / 32, step = i % 32 / 8, lane = i % 8;
         const float by = factor_of<X_BITS>(held.largest[m]);
         uint32_t digits[DIGITS] = {};
@@ -352,7 +360,7 @@ template <int G, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     each([&](int thread) {
         fetch_first<G>(a, at, thread);
-        clear<G>(a, shared, thread);
+        clear<G>(a, at, shared, thread);
         take_kinds<G>(a, at, shared, thread);
     });
     previous();
