@@ -149,24 +149,6 @@ BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread
     }
 }
 
-// The exponent e of the largest |v| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
-BOTH int exponent(uint32_t largest) {
-    const int e = int(largest >> 23);
-    return e < 30 ? 30 : e;
-}
-
-// Numbers of at most so many bits from the largest on.
-template <int BITS>
-BOTH float factor_of(uint32_t largest) {
-    return exponent(largest) == 255 ? 0.0f : from_bits(uint32_t(253 + BITS - exponent(largest)) << 23);
-}
-// What 1 is worth then: not a number if one of them is not finite.
-template <int BITS>
-BOTH float unit_of(uint32_t largest) {
-    return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
-}
-constexpr int X_BITS = 27, VALUE_BITS = 22;  // and a sign
-
 BOTH int32_t rounded(float v) {
 #if defined(__CUDA_ARCH__)
     return __float2int_rn(v);
@@ -230,9 +212,10 @@ BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, 
             reinterpret_cast<const uint32_t*>(a.largest) + uint32_t(of * TILE + lane / 4)};
 }
 
-// Into the second-level cache: what a warp reads first.
+// Into the second-level cache: what a warp reads first, and which columns of the share are salient.
 template <int G>
 BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
+    for (int i = thread; i < units_of(a, at) * 4; i += threads(G)) fetch(a.salient + first_unit(a, at) * UNIT + i * 32);
     const int warp = thread / 32, lane = thread % 32, slots = warps(G) / a.slices;
     const int first = warp % a.slices * a.slice, count = int(least(least(a.slice, units_of(a, at) - first), CHUNK));
     for (int i = 0; i < EARLY_PAIRS; i++) {
@@ -361,11 +344,13 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
     each([&](int thread) {
         fetch_first<G>(a, at, thread);
         clear<G>(a, at, shared, thread);
-        take_kinds<G>(a, at, shared, thread);
     });
     previous();
     each([&](int thread) { find_largest<G>(a, at, shared, thread); });
-    each([&](int thread) { take_digits<G>(a, at, shared, thread); });
+    each([&](int thread) {
+        take_kinds<G>(a, at, shared, thread);
+        take_digits<G>(a, at, shared, thread);
+    });
     each([&](int thread) { sweep<G>(a, at, shared, thread); });
     each([&](int thread) { gather<G>(a, shared, thread); });
 }

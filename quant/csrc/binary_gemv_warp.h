@@ -1,4 +1,4 @@
-// What a warp does with a unit of a product with signs: binary_gemv_cuda.h, which says how. On the host a thread is a warp's lanes in turn.
+// Whole numbers for a product with signs, and what a warp does with a unit of them: binary_gemv_cuda.h says how. On the host a thread is a warp's lanes in turn.
 
 #pragma once
 
@@ -9,7 +9,24 @@ namespace {
 constexpr int STEPS = 4;   // matrices of 16 x 32 in a unit of two tiles
 constexpr int PLANES = 3;  // digits of a value
 constexpr int DIGITS = 4;  // of an x
+constexpr int X_BITS = 27, VALUE_BITS = 22;  // and a sign
 
+// The exponent e of the largest |v| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
+BOTH int exponent(uint32_t largest) {
+    const int e = int(largest >> 23);
+    return e < 30 ? 30 : e;
+}
+
+// Numbers of at most so many bits from the largest on.
+template <int BITS>
+BOTH float factor_of(uint32_t largest) {
+    return exponent(largest) == 255 ? 0.0f : from_bits(uint32_t(253 + BITS - exponent(largest)) << 23);
+}
+// What 1 is worth then: not a number if one of them is not finite.
+template <int BITS>
+BOTH float unit_of(uint32_t largest) {
+    return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
+}
 // Read once.
 template <int N>
 BOTH Line<N> stream_line(const void* from) {
