@@ -1,9 +1,9 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns take 140 instructions of a warp, 85 of them (permutations, shifts and masks) such as half of a
-// scheduler's turns can issue, with one or two rows of x and 12 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 12
-// products. 8192 x 16384 weights on 128 multiprocessors, 32 clusters of 4: 128 times that each scheduler, 22 000 turns, 11 us at 1.98 GHz;
-// the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s.
+// What bounds it. 16 rows of 128 columns take 132 instructions of a warp, 69 of them (permutations and masks) such as half of a scheduler's
+// turns can issue, with one or two rows of x and 12 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 12 products.
+// 8192 x 16384 weights on 128 multiprocessors, 32 clusters of 4: 128 times that each scheduler, 17 700 turns, 9 us at 1.98 GHz; the weight
+// has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -75,11 +75,11 @@ __global__ void weight(const __grid_constant__ Signs a, T* out) {
     }
 }
 
-Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t largest, int64_t x, int64_t scale, int64_t out, int64_t rows, int64_t k,
-              int64_t block, int64_t count, int64_t bfloat16) {
-    return signs_of(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<const float*>(tables), reinterpret_cast<const int32_t*>(salient),
-                    reinterpret_cast<const float*>(largest), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, block, count,
-                    bfloat16 != 0);
+Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t largest, int64_t x, int64_t scale, int64_t out, int64_t rows,
+              int64_t k, int64_t block, int64_t count, int64_t bfloat16) {
+    return signs_of(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<const float*>(tables),
+                    reinterpret_cast<const int32_t*>(salient), reinterpret_cast<const float*>(largest), reinterpret_cast<const void*>(x),
+                    reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, block, count, bfloat16 != 0);
 }
 
 }  // namespace

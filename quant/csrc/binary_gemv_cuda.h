@@ -372,12 +372,14 @@ inline int rows_at_a_time(const Signs& a, int64_t limit) {
     return g;
 }
 
-inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest, const void* x, const float* scale,
-                      void* out, int64_t rows, int64_t k, int64_t block, int64_t count, bool bfloat16) {
+inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest, const void* x,
+                      const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count, bool bfloat16) {
     Signs a = {};
-    a.words = words, a.tables = tables, a.salient = salient, a.largest = largest, a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
+    a.words = words, a.tables = tables, a.salient = salient, a.largest = largest;
+    a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
-    a.per_block = uint32_t(block / UNIT), a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
+    a.per_block = uint32_t(block / UNIT);
+    a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
     return a;
 }
 

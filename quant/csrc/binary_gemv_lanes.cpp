@@ -33,9 +33,9 @@ void product(const Signs& a, int ranks) {
 }  // namespace
 
 // As bitgrid_binary_gemv of binary_gemv.cu, for blocks that are whole units. Nothing is written where no row of x fits.
-extern "C" void bitgrid_binary_lanes(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest, const void* x,
-                                     const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t at_once, int64_t ranks,
-                                     int64_t limit) {
+extern "C" void bitgrid_binary_lanes(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest,
+                                     const void* x, const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count,
+                                     int64_t bfloat16, int64_t at_once, int64_t ranks, int64_t limit) {
     Signs a = signs_of(words, tables, salient, largest, x, scale, out, rows, k, block, count, bfloat16 != 0);
     plan(a, at_once, ranks);
     const int g = rows_at_a_time(a, limit);

@@ -1,4 +1,4 @@
-// Whole numbers for a product with signs, and what a warp does with a unit of them: binary_gemv_cuda.h says how. On the host a thread is a warp's lanes in turn.
+// Whole numbers for a product with signs, and what a warp does with a unit of them: binary_gemv_cuda.h says how.
 
 #pragma once
 
@@ -27,6 +27,7 @@ template <int BITS>
 BOTH float unit_of(uint32_t largest) {
     return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
 }
+
 // Read once.
 template <int N>
 BOTH Line<N> stream_line(const void* from) {
@@ -156,8 +157,8 @@ struct Read {
 
 // A unit of a pair: += the products of its values' digits with those of x.
 template <int G, class Digits>
-BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], Read (&read)[HELD], const float (&by)[HELD], const uint32_t* kinds, const Digits& digits,
-                   int thread) {
+BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], Read (&read)[HELD], const float (&by)[HELD], const uint32_t* kinds,
+                   const Digits& digits, int thread) {
     uint32_t own[PLANES][HELD], table[2][PLANES][2][HELD];
     EACH_LANE digits_of(own, read[h].values, by[h], h);
     UNROLL for (int of = 0; of < 4; of++) UNROLL for (int p = 0; p < PLANES; p++) of_lane(table[of / 2][p][of % 2], own[p], of);

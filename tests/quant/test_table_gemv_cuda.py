@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,18 @@ def test_inputs_of_very_different_sizes_and_none() -> None:
     got = on_the_host("binary_gemv", x, packed)
     assert got[2].isnan().all()
     assert not got[[0, 1, 3]].isnan().any()
+
+
+def test_values_of_very_different_sizes() -> None:
+    """Of 23 bits of a row's largest value each one keeps what float32 would, as far as the sum is concerned."""
+    tensor, x = signs(19, 1024, 128), inputs(2, 1024)
+    size = 1000.0 ** torch.arange(-1, 2).repeat(8)[:8]
+    tensor = replace(tensor, scale=tensor.scale.float() * size[:, None], mean=None)
+    check(on_the_host("binary_gemv", x, binary_gemv.prepare(tensor)), x, tensor)
+    tensor.scale[5, 2, 1] = torch.inf
+    got = on_the_host("binary_gemv", x, binary_gemv.prepare(tensor))
+    assert got[:, 5].isnan().all()
+    assert not got[:, torch.arange(19) != 5].isnan().any()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
