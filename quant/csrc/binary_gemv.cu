@@ -1,10 +1,9 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns and one row of x take 12 matrix products of 16 x 8 x 32 bytes and some 150 instructions, half of
-// them such as half of a scheduler's turns can issue, with 80 more for each pair of tiles and slice of the units. 8192 x 16384 weights on 120
-// multiprocessors, 15 clusters of 8: 546 times that each, a quarter of the pairs' ends, 25 000 turns of the four schedulers, 12.7 us at
-// 1.98 GHz; the weight has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s. Each further row of x adds 12 products and 40 instructions.
-// Measured on an H200: 34.3 us.
+// What bounds it. 16 rows of 128 columns take 132 instructions of a warp, 69 of them (permutations and masks) such as half of a scheduler's
+// turns can issue, with one or two rows of x and 12 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 12 products.
+// 8192 x 16384 weights on 128 multiprocessors, 32 clusters of 4: 128 times that each scheduler, 17 700 turns, 9 us at 1.98 GHz; the weight
+// has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -14,26 +13,28 @@
 
 namespace {
 
+constexpr int CLUSTER_OF_SIGNS = 4;  // blocks: of 132 multiprocessors in parts of 16 and 18 clusters of 8 leave out 12, these 4
+
 extern __shared__ __align__(1024) char memory[];
 
-template <int M>
-__global__ void __launch_bounds__(threads(M), 1) product(const __grid_constant__ Signs a) {
+template <int G>
+__global__ void __launch_bounds__(threads(G), 1) product(const __grid_constant__ Signs a) {
     release_next();
-    Place at = {blockIdx.x, int64_t(blockIdx.y) * M, 0, 1};
+    Place at = {blockIdx.x, int64_t(blockIdx.y) * 2 * G, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
 #endif
-    add_units<M>(a, at, memory, await_previous, [&](const auto& phase) {
+    add_units<G>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
     });
 #if __CUDA_ARCH__ >= 900
     cluster.sync();
-    finish<M>(a, at, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
+    finish<G>(a, at, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
     cluster.sync();  // no block leaves while another reads its sums
 #else
-    finish<M>(a, at, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
+    finish<G>(a, at, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
 #endif
 }
 
@@ -55,11 +56,11 @@ __global__ void product_of_rows(const __grid_constant__ Signs a) {
     if (threadIdx.x % 32 == 0) write(a.out, m * a.rows + row, sum, a.given.bfloat16);
 }
 
-template <int M>
+template <int G>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
-    const int64_t shared = shared_bytes(M, a.share, a.group, a.depth);
-    return launch_clusters(product<M>, a, device, wide, (a.given.count + M - 1) / M, threads(M), shared, stream);
+    const int64_t shared = shared_bytes(G, a.share, a.group, a.slices);
+    return launch_clusters(product<G>, a, device, wide, (a.given.count + 2 * G - 1) / (2 * G), threads(G), shared, stream);
 }
 
 template <class T>
@@ -74,43 +75,44 @@ __global__ void weight(const __grid_constant__ Signs a, T* out) {
     }
 }
 
-Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t scale, int64_t out, int64_t rows, int64_t k, int64_t block,
-              int64_t count, int64_t bfloat16) {
-    return signs_of(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<const float*>(tables), reinterpret_cast<const int32_t*>(salient),
-                    reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, block, count,
-                    bfloat16 != 0);
+Signs made_of(int64_t words, int64_t tables, int64_t salient, int64_t largest, int64_t x, int64_t scale, int64_t out, int64_t rows,
+              int64_t k, int64_t block, int64_t count, int64_t bfloat16) {
+    return signs_of(reinterpret_cast<const uint32_t*>(words), reinterpret_cast<const float*>(tables),
+                    reinterpret_cast<const int32_t*>(salient), reinterpret_cast<const float*>(largest), reinterpret_cast<const void*>(x),
+                    reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, block, count, bfloat16 != 0);
 }
 
 }  // namespace
 
 // Addresses of a `Packed` of quant/kernels/binary_gemv/__init__.py, x and out. The input scale may be 0.
-extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salient, int64_t x, int64_t scale, int64_t out, int64_t rows,
-                                   int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
-    Signs a = made_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16);
+extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t salient, int64_t largest, int64_t x, int64_t scale, int64_t out,
+                                   int64_t rows, int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t stream) {
+    Signs a = made_of(words, tables, salient, largest, x, scale, out, rows, k, block, count, bfloat16);
     Device device;
+    device.size = CLUSTER_OF_SIGNS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
     const cudaError_t failed = find(device, clusters, product<1>, threads(1));
     if (failed != cudaSuccess) return failed;
     plan(a, clusters, device.ranks());
-    const int m = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
+    const int g = block % UNIT == 0 ? rows_at_a_time(a, device.shared) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    if (m == 1) return launch<1>(a, device, on);
-    if (m == 2) return launch<2>(a, device, on);
-    if (m == 4) return launch<4>(a, device, on);
+    if (g == 1) return launch<1>(a, device, on);
+    if (g == 2) return launch<2>(a, device, on);
+    if (g == 4) return launch<4>(a, device, on);
     product_of_rows<<<dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on>>>(a);
     return cudaGetLastError();
 }
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_binary_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<1>, threads(1));
+    return tell_clusters(found, product<1>, threads(1), CLUSTER_OF_SIGNS);
 }
 
 // The weight [N, K], float32 or bfloat16.
 extern "C" int bitgrid_binary_values(int64_t words, int64_t tables, int64_t salient, int64_t out, int64_t rows, int64_t k, int64_t block,
                                      int64_t bfloat16, int64_t stream) {
-    const Signs a = made_of(words, tables, salient, 0, 0, out, rows, k, block, 1, bfloat16);
+    const Signs a = made_of(words, tables, salient, 0, 0, 0, out, rows, k, block, 1, bfloat16);
     const dim3 grid(unsigned((k + 127) / 128), unsigned(a.tiles));
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (bfloat16 != 0) {

@@ -1,66 +1,67 @@
 // A product with signs, for a GPU: see binary_gemv.cu, which runs these phases with barriers between them.
 //
-// A weight has a code of two bits and its column one of two kinds. A row's value for a code in a block of columns is
-// v0 + (v1 - v0) b0 + (v2 - v0) b1 + (v3 - v2 - v1 + v0) b0 b1, so that a block needs three sums of x over bits, for columns of each
-// kind. They are taken by tensor cores in whole numbers, exactly: x of a block's share of columns is rounded to 31 bits of the largest there
-// (float32 has 24 of each), which are four digits of a byte; the digits for both kinds are the eight columns of a matrix, and the bits,
-// masked out of the words where they stand, its other factor. Where the bits stand two places higher, x is a fourth.
+// A weight has a code of two bits and its column one of two kinds: a row has eight values in a block of columns. They are rounded to 23
+// bits of the row's largest anywhere, x to 28 bits of the largest of a block's share of columns (float32 has 24 of each), and multiplied
+// by tensor cores in whole numbers: three digits of a byte of a value by four digits of seven bits of an x. A row's eight values are two
+// registers for a digit, out of which a byte permutation takes those of four weights: codes and kinds, four bits apart in a word, are its
+// selector as they are. What a block of columns is worth is in the digits already, so that sums run on across blocks.
 //
-// A cluster of `ranks` blocks has a group of row tiles; each block a share of the units of 128 columns, whose digits lie in shared memory.
+// A cluster of `ranks` thread blocks has a group of row tiles; each thread block a share of the units of 128 columns, whose digits of x lie
+// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units at a time.
 
 #pragma once
 
-#include "products_cuda.h"
+#include "binary_gemv_warp.h"
 
 namespace {
 
-constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128, STEPS = 4;  // rows of a tile and of a matrix; columns; matrices of a unit
-constexpr int SLICES = 4;                                        // warps that share a pair of tiles
+constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
+constexpr int SLICES = 8;  // at most
+ANYWHERE constexpr int warps(int g) { return g == 1 ? 16 : 8; }  // sums of more rows of x take more registers
+ANYWHERE constexpr int threads(int g) { return 32 * warps(g); }
+constexpr int CHUNK = 4;        // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
+constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
-constexpr int DIGITS = 4, KINDS = 2;
-constexpr int SLOTS = 8;  // pairs at a time with one row of x, which takes half of the registers
-ANYWHERE constexpr int slots(int rows) { return rows == 1 ? SLOTS : 4; }
-ANYWHERE constexpr int warps(int rows) { return SLICES * slots(rows); }
-ANYWHERE constexpr int threads(int rows) { return 32 * warps(rows); }
+constexpr int EARLY_PAIRS = 2;  // of a warp, that are fetched into the second-level cache while x may still be written
 
 struct Signs {
     const uint32_t* words;   // [T, units, 8, 8]
     const float* tables;     // [T, blocks, 8, 8]
     const int32_t* salient;  // [units * 128]
+    const float* largest;    // [T, 8]
     Given given;
     void* out;
     int64_t rows, tiles, units, blocks, block;  // columns of a block: a multiple of a unit
-    int64_t group;           // pairs of a cluster
-    uint32_t per_block;      // units of a block
-    uint32_t inverse;        // 2^32 / per_block, rounded up
-    int64_t share;           // units of a rank
-    int depth;               // units of a warp whose words and values are on their way to shared memory at a time: 2 or 4
+    int64_t group;       // pairs of a cluster
+    uint32_t per_block;  // units of a block
+    uint32_t inverse;    // 2^32 / per_block, rounded up
+    int64_t share;       // units of a rank
+    int slices;          // of a share: warps side by side
+    int slice;           // units of a slice
 };
 
-constexpr int PLACE = 2 * PAIR * 8;  // numbers of 4 bytes that a pair has in a unit: words, then values
-
-// What a block has in shared memory, for M rows of x.
-template <int M>
+// What a thread block has in shared memory, for 2 G rows of x.
+template <int G>
 struct Held {
-    uint32_t* places;  // [warps, depth, PLACE]
-    uint32_t* digits;  // [units, M, steps, lanes, 2]: a byte each
-    int32_t* whole;    // [units, M, 4]: sums of x for each kind, of the lower digits and of the upper
-    uint32_t* largest; // [M]
-    float* sums;       // [slices, group * 16, M]
+    uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
+    uint32_t* kinds;    // [units, 16]: 4 where a column is salient
+    int32_t* whole;     // [units, G, 8]: sums of the digits of x
+    float* sums;        // [slices, group * 16, 2 G]
+    uint32_t* largest;  // [2 G]
 };
 
-ANYWHERE constexpr int64_t shared_bytes(int rows, int64_t share, int64_t group, int depth) {
-    return int64_t(4) * warps(rows) * depth * PLACE + rows * (share * (STEPS * 32 * 8 + 16) + SLICES * group * PAIR * 4 + 16);
+ANYWHERE constexpr int64_t shared_bytes(int g, int64_t share, int64_t group, int slices) {
+    return share * (g * (1024 + 32) + 64) + slices * group * PAIR * 2 * g * 4 + 2 * g * 4;
 }
 
-template <int M>
-BOTH Held<M> held_in(const Signs& a, void* shared) {
-    Held<M> held;
-    held.places = static_cast<uint32_t*>(shared);
-    held.digits = held.places + warps(M) * a.depth * PLACE;
-    held.whole = reinterpret_cast<int32_t*>(held.digits + a.share * M * STEPS * 32 * 2);
-    held.sums = reinterpret_cast<float*>(held.whole + a.share * M * 4);
-    held.largest = reinterpret_cast<uint32_t*>(held.sums + SLICES * a.group * PAIR * M);
+template <int G>
+BOTH Held<G> held_in(const Signs& a, void* shared) {
+    Held<G> held;
+    held.digits = static_cast<uint32_t*>(shared);
+    held.kinds = held.digits + a.share * G * 256;
+    held.whole = reinterpret_cast<int32_t*>(held.kinds + a.share * 16);
+    held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
+    held.largest = reinterpret_cast<uint32_t*>(held.sums + a.slices * a.group * PAIR * 2 * G);
     return held;
 }
 
@@ -70,41 +71,83 @@ BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units,
 BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
 BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
 
-template <int M>
-BOTH void clear(const Signs& a, void* shared, int thread) {
-    const Held<M> held = held_in<M>(a, shared);
-    for (int64_t i = thread; i < a.share * M * 4; i += threads(M)) held.whole[i] = 0;
-    for (int64_t i = thread; i < SLICES * a.group * PAIR * M; i += threads(M)) held.sums[i] = 0.0f;
-    if (thread < M) held.largest[thread] = 0;
+// Rows of x that there are.
+template <int G>
+BOTH int rows_of(const Signs& a, const Place& at) {
+    return int(least(a.given.count - at.first_row, 2 * G));
 }
 
-// Zero beyond the last column.
-BOTH float input(const Signs& a, const Place& at, int m, int64_t column) {
-    return column < a.given.k ? read_x(a.given, at.first_row + m, column) : 0.0f;
+// Rows of x that are not there stay zeros.
+template <int G>
+BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
+    const Held<G> held = held_in<G>(a, shared);
+    for (int64_t i = thread; i < a.share * G * 64 && rows_of<G>(a, at) < 2 * G; i += threads(G)) {
+        *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
+    }
+    for (int64_t i = thread; i < a.share * G * COLUMNS; i += threads(G)) held.whole[i] = 0;
+    for (int64_t i = thread; i < a.slices * a.group * PAIR * 2 * G; i += threads(G)) held.sums[i] = 0.0f;
+    if (thread < 2 * G) held.largest[thread] = 0;
+}
+
+// The column of a unit whose weight is code number `v` of a lane's word.
+BOTH int column_of(int v, int lane) { return 8 * v + lane; }
+
+// What selectors need besides codes: of lane t's two words the even codes, then the odd ones.
+template <int G>
+BOTH void take_kinds(const Signs& a, const Place& at, void* shared, int thread) {
+    for (int i = thread; i < units_of(a, at) * 16; i += threads(G)) {
+        const int32_t* from = a.salient + (first_unit(a, at) + i / 16) * UNIT;
+        uint32_t made = 0;
+        UNROLL for (int v = 0; v < 8; v++) made |= uint32_t(from[column_of(2 * v + i % 2, i % 16 / 2)]) << 4 * v;
+        held_in<G>(a, shared).kinds[i] = made;
+    }
+}
+
+// N numbers of a row of x, `apart` columns from each other, on their way at the same time; zeros beyond the last column.
+template <class T, int N>
+BOTH void read_as(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
+    const T* x = static_cast<const T*>(from.x) + row * from.k;
+    T kept[N];
+    float scale[N];
+    UNROLL for (int i = 0; i < N; i++) kept[i] = x[least(column + i * apart, from.k - 1)];
+    UNROLL for (int i = 0; i < N; i++) scale[i] = from.scale == nullptr ? 1.0f : from.scale[least(column + i * apart, from.k - 1)];
+    UNROLL for (int i = 0; i < N; i++) {
+        if constexpr (sizeof(T) == 2) {
+            v[i] = from_bits(uint32_t(kept[i]) << 16);
+        } else {
+            v[i] = kept[i];
+        }
+        if (from.scale != nullptr) v[i] /= scale[i];
+        if (column + i * apart >= from.k) v[i] = 0.0f;
+    }
+}
+template <int N>
+BOTH void read(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
+    if (from.bfloat16) {
+        read_as<uint16_t>(v, from, row, column, apart);
+    } else {
+        read_as<float>(v, from, row, column, apart);
+    }
 }
 
 // Bits of the largest |x|, infinite and not a number above all.
-template <int M>
+template <int G>
 BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
+    constexpr int N = 8;
     const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
-    uint32_t most[M] = {};
-    for (int64_t i = thread; i < count; i += threads(M)) {
-        UNROLL for (int m = 0; m < M; m++) {
-            const uint32_t bits = to_bits(input(a, at, m, first + i)) & 0x7fffffffu;
-            most[m] = bits > most[m] ? bits : most[m];
+    NO_UNROLL for (int m = 0; m < rows_of<G>(a, at); m++) {
+        uint32_t most = 0;
+        for (int64_t i = thread; i < count; i += N * threads(G)) {
+            float v[N];
+            read(v, a.given, at.first_row + m, first + i, threads(G));
+            UNROLL for (int j = 0; j < N; j++) {
+                const uint32_t bits = i + j * threads(G) < count ? to_bits(v[j]) & 0x7fffffffu : 0;
+                most = bits > most ? bits : most;
+            }
         }
+        raise(held_in<G>(a, shared).largest + m, most);
     }
-    UNROLL for (int m = 0; m < M; m++) raise(held_in<M>(a, shared).largest + m, most[m]);
 }
-
-// The exponent e of the largest |x| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
-BOTH int exponent(uint32_t largest) {
-    const int e = int(largest >> 23);
-    return e < 30 ? 30 : e;
-}
-
-// What a digit sum of 1 is worth: not a number if one of x is not finite.
-BOTH float unit_of(uint32_t largest) { return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) - 29) << 23); }
 
 BOTH int32_t rounded(float v) {
 #if defined(__CUDA_ARCH__)
@@ -114,257 +157,229 @@ BOTH int32_t rounded(float v) {
 #endif
 }
 
-// A thread makes the digits of four columns: a register of each of eight lanes.
-template <int M>
+// *to += v of all lanes of a warp, which have one `to`.
+BOTH void add_all(int32_t* to, int32_t v) {
+#if defined(__CUDA_ARCH__)
+    v = __reduce_add_sync(~0u, v);
+    if (threadIdx.x % 32 == 0) *to = v;
+#else
+    *to += v;
+#endif
+}
+
+// A warp makes the digits of a unit of a row of x, a thread those of four columns: a register of each of four lanes.
+template <int G>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
-    const Held<M> held = held_in<M>(a, shared);
-    const int count = units_of(a, at) * UNIT / 4;
-    for (int i = thread; i < count * M; i += threads(M)) {
+    const Held<G> held = held_in<G>(a, shared);
+    const int count = units_of(a, at) * 32;
+    for (int i = thread; i < count * rows_of<G>(a, at); i += threads(G)) {
         const int m = i / count, unit = i % count / 32, step = i % 32 / 8, lane = i % 8;
-        const uint32_t largest = held.largest[m];
-        const float by = exponent(largest) == 255 ? 0.0f : from_bits(uint32_t(283 - exponent(largest)) << 23);
-        uint32_t digits[KINDS][DIGITS] = {};
-        int32_t lower[KINDS] = {}, upper[KINDS] = {};
+        const float by = factor_of<X_BITS>(held.largest[m]);
+        uint32_t digits[DIGITS] = {};
+        int32_t whole[DIGITS] = {};
+        float v[4];
+        const int64_t column = (first_unit(a, at) + unit) * UNIT + column_of(step % 2 + step / 2 * 8, lane);
+        read(v, a.given, at.first_row + m, column, column_of(2, 0));
         UNROLL for (int b = 0; b < 4; b++) {
-            const int64_t column = (first_unit(a, at) + unit) * UNIT + 8 * (4 * b + step) + lane;
-            const float x = by == 0.0f ? 0.0f : input(a, at, m, column) * by;
-            const int32_t whole = rounded(step % 2 == 0 ? x : 0.25f * x);
-            const bool second = a.salient[column] != 0;
-            int32_t left = whole, digit[DIGITS];
+            int32_t left = rounded(by == 0.0f ? 0.0f : v[b] * by);
             UNROLL for (int d = 0; d < DIGITS; d++) {
-                digit[d] = int8_t(left & 255);
-                left = (left - digit[d]) >> 8;
-            }
-            const int32_t times = step % 2 == 0 ? 1 : 4;
-            UNROLL for (int kind = 0; kind < KINDS; kind++) {
-                const bool own = second == (kind == 1);
-                UNROLL for (int d = 0; d < DIGITS; d++) digits[kind][d] |= own ? uint32_t(digit[d] & 255) << 8 * b : 0u;
-                lower[kind] += own ? times * (digit[0] + 256 * digit[1]) : 0;
-                upper[kind] += own ? times * (digit[2] + 256 * digit[3]) : 0;
+                const int32_t up = d == DIGITS - 1 ? 0 : (left + 64) >> 7, digit = left - up * 128;
+                digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d] += digit, left = up;
             }
         }
-        uint32_t* to = held.digits + ((unit * M + m) * STEPS + step) * 64 + lane % 2;
-        UNROLL for (int kind = 0; kind < KINDS; kind++) {
-            UNROLL for (int d = 0; d < DIGITS; d++) to[((kind * DIGITS + d) * 4 + lane / 2) * 2] = digits[kind][d];
-            add(held.whole + (unit * M + m) * 4 + 2 * kind, lower[kind]);
-            add(held.whole + (unit * M + m) * 4 + 2 * kind + 1, upper[kind]);
+        uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step / 2) * 128 + step % 2 * 2 + lane % 2;
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
+            add_all(held.whole + unit * G * COLUMNS + m * DIGITS + d, whole[d]);
         }
     }
 }
 
-// Into the second-level cache: the words and tables of a slice's units of a pair.
-BOTH void fetch_pair(const Signs& a, const Place& at, int pair, int slice, int lane) {
-    if (pair >= pairs_of(a, at)) return;
-    const int units = units_of(a, at);
-    for (int i = lane; slice + i / 8 * SLICES < units; i += 32) {
-        const int64_t tile = 2 * (at.cluster * a.group + pair) + i % 2, unit = first_unit(a, at) + slice + i / 8 * SLICES;
-        if (tile >= a.tiles) continue;
-        const uint32_t* words = a.words + (tile * a.units + unit) * 64 + i / 2 % 2 * 32;
-        const float* tables = a.tables + (tile * a.blocks + block_of(a, uint32_t(unit))) * 64 + i / 2 % 2 * 32;
-        fetch(i / 4 % 2 == 0 ? static_cast<const void*>(words) : static_cast<const void*>(tables));
-    }
-}
-
-// c += a b, a 16 x 32 of unsigned bytes, b 32 x 8 of signed ones, as lanes hold them.
-BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
-#if defined(__CUDA_ARCH__)
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+r"(c[0][0]), "+r"(c[0][1]), "+r"(c[0][2]), "+r"(c[0][3])
-                 : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
-#else
-    for (int i = 0; i < 16; i++) {
-        for (int n = 0; n < 8; n++) {
-            int32_t sum = 0;
-            for (int k = 0; k < 32; k++) {
-                const int t = k % 16 / 4, bits = 8 * (k % 4);
-                sum += int32_t(a[i % 8 * 4 + t][i / 8 + k / 16 * 2] >> bits & 255u) * int8_t(b[n * 4 + t][k / 16] >> bits & 255u);
-            }
-            c[i % 8 * 4 + n / 2][i / 8 * 2 + n % 2] += sum;
-        }
-    }
-#endif
-}
-
-// The sum over four neighbours.
-BOTH void add_lanes(float (&v)[HELD]) {
-#if defined(__CUDA_ARCH__)
-    v[0] += __shfl_xor_sync(~0u, v[0], 1);
-    v[0] += __shfl_xor_sync(~0u, v[0], 2);
-#else
-    for (int g = 0; g < HELD; g += 4) {
-        const float sum = (v[g] + v[g + 1]) + (v[g + 2] + v[g + 3]);
-        for (int t = 0; t < 4; t++) v[g + t] = sum;
-    }
-#endif
-}
-
-// Where a lane's part of the words and values of a pair begins, which it copies for its warp: half of the lanes have a tile.
+// Where a lane reads: words of row g of each tile of a pair, and the four values of one tile and kind.
 struct Source {
-    const uint32_t *words, *values;
+    const uint32_t* words[2];
+    const float* values;
+    const uint32_t* largest;  // of the values' row
 };
 
-BOTH Source source_of(const Signs& a, int64_t pair, int lane) {
-    const int64_t tile = least(2 * pair + lane / 16, a.tiles - 1);  // the rows of a tile that is not there are not written
-    const uint32_t* tables = reinterpret_cast<const uint32_t*>(a.tables);
-    return {a.words + tile * a.units * 64 + lane % 16 * 4, tables + tile * a.blocks * 64 + lane % 16 * 4};
+// Numbers of tiles and units of a weight have 32 bits, and so has their product.
+BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, int lane) {
+    const int tile = 2 * (int(at.cluster) * int(a.group) + pair), last = int(a.tiles) - 1;
+    const int second = tile < last ? tile + 1 : last, of = lane % 4 < 2 ? tile : second;  // rows that are not there are not written
+    const auto words = [&](int t) { return a.words + uint64_t(uint32_t(t) * uint32_t(a.units) + unit) * 64 + uint32_t(lane * 2); };
+    return {{words(tile), words(second)},
+            a.tables + uint64_t(uint32_t(of) * uint32_t(a.blocks)) * 64 + uint32_t(lane / 4 * 8 + lane % 2 * 4),
+            reinterpret_cast<const uint32_t*>(a.largest) + uint32_t(of * TILE + lane / 4)};
 }
 
-// A warp's slice of the units for its pairs one after another. Lane (g, t) has two words of row g and of row g + 8, and their values for
-// its kind of column.
-template <int M>
-BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
-    if (HELD > 1 && thread % 32 != 0) return;
-    const Held<M> held = held_in<M>(a, shared);
-    const int warp = warp_of(thread), slice = warp % SLICES, units = units_of(a, at), pairs = pairs_of(a, at);
-    const int from = int(first_unit(a, at));
-    if (slice >= units) return;
-    int pair = warp / SLICES, unit = slice, next_pair = pair, next_unit = unit;
-    uint32_t* places = held.places + warp * a.depth * PLACE;
-    uint32_t turn = 0, next_turn = 0;
-    Source source[HELD] = {};
-    const auto load = [&]() {
-        if (next_unit == slice) EACH_LANE source[h] = source_of(a, at.cluster * a.group + next_pair, LANE);
-        if (next_pair < pairs) {
-            EACH_LANE {
-                uint32_t* to = places + next_turn * PLACE + LANE * 4;
-                send<4>(to, source[h].words + uint32_t(from + next_unit) * 64);
-                send<4>(to + PLACE / 2, source[h].values + block_of(a, uint32_t(from + next_unit)) * 64);
-            }
-        }
-        sent();
-        next_turn = (next_turn + 1) & uint32_t(a.depth - 1), next_unit += SLICES;
-        if (next_unit >= units) next_unit = slice, next_pair += slots(M);
-    };
-    for (int i = 1; i < a.depth; i++) load();
-    float total[M][2][HELD] = {};
-    NO_UNROLL while (pair < pairs) {
-        if (a.depth == 4) {
-            arrived<2>();
-        } else {
-            arrived<0>();
-        }
-        barrier();  // for what the other lanes copied; and none still reads where the next goes
-        load();
-
-        // A lane's values as factors of nothing, bit 0, bit 1 (which stands where it counts twice) and both.
-        float factor[2][4][HELD];
-        uint32_t bits[STEPS][3][HELD][4];
-        EACH_LANE {
-            const uint32_t* place = places + turn * PLACE;
-            UNROLL for (int i = 0; i < 2; i++) {
-                const Four four = *reinterpret_cast<const Four*>(place + PLACE / 2 + i * 64 + LANE / 4 * 8 + LANE % 4 / 2 * 4);
-                const float* v = four.v;
-                factor[i][0][h] = v[0], factor[i][1][h] = v[1] - v[0], factor[i][2][h] = 0.5f * (v[2] - v[0]);
-                factor[i][3][h] = (v[3] - v[2]) - (v[1] - v[0]);
-                const auto two = *reinterpret_cast<const Line<2>*>(place + i * 64 + LANE * 2);
-                UNROLL for (int j = 0; j < 2; j++) {
-                    const uint32_t word = two.v[j], both = word & word >> 1;
-                    UNROLL for (int s = 0; s < STEPS; s++) {
-                        const uint32_t mask = 0x01010101u << s % 2 * 2, by = s < 2 ? 0 : 4;
-                        bits[s][0][h][i + 2 * j] = word >> by & mask;  // row, then half of the matrix
-                        bits[s][1][h][i + 2 * j] = word >> by & mask << 1;
-                        bits[s][2][h][i + 2 * j] = both >> by & mask;
-                    }
-                }
-            }
-        }
-        UNROLL for (int m = 0; m < M; m++) {
-            int32_t sum[3][HELD][4] = {};
-            UNROLL for (int s = 0; s < STEPS; s++) {
-                uint32_t digits[HELD][2];
-                EACH_LANE {
-                    const int lane = LANE;
-                    const uint32_t* two = held.digits + ((unit * M + m) * STEPS + s) * 64 + 2 * lane;
-                    digits[h][0] = two[0], digits[h][1] = two[1];
-                }
-                UNROLL for (int p = 0; p < 3; p++) multiply(sum[p], bits[s][p], digits);
-            }
-            EACH_LANE {
-                const int lane = LANE;
-                const float whole = float(held.whole[(unit * M + m) * 4 + lane % 4]);
-                UNROLL for (int i = 0; i < 2; i++) {
-                    float v = total[m][i][h] + factor[i][0][h] * whole;
-                    UNROLL for (int p = 0; p < 3; p++) v += factor[i][1 + p][h] * float(sum[p][h][2 * i] + 256 * sum[p][h][2 * i + 1]);
-                    total[m][i][h] = v;
-                }
-            }
-        }
-        turn = (turn + 1) & uint32_t(a.depth - 1), unit += SLICES;
-        if (unit < units) continue;
-        UNROLL for (int m = 0; m < M; m++) {
-            UNROLL for (int i = 0; i < 2; i++) {
-                float sum[HELD];
-                EACH_LANE sum[h] = total[m][i][h] * ((HELD == 1 ? thread : h) % 2 == 0 ? 1.0f : 65536.0f) * unit_of(held.largest[m]);
-                add_lanes(sum);
-                EACH_LANE {
-                    const int lane = LANE;
-                    const int64_t row = pair * PAIR + i * TILE + lane / 4;
-                    if (lane % 4 == 0) held.sums[(slice * a.group * PAIR + row) * M + m] = sum[h];
-                    total[m][i][h] = 0.0f;
-                }
-            }
-        }
-        unit = slice, pair += slots(M);
+// Into the second-level cache: what a warp reads first, and which columns of the share are salient.
+template <int G>
+BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
+    for (int i = thread; i < units_of(a, at) * 4; i += threads(G)) fetch(a.salient + first_unit(a, at) * UNIT + i * 32);
+    const int warp = thread / 32, lane = thread % 32, slots = warps(G) / a.slices;
+    const int first = warp % a.slices * a.slice, count = int(least(least(a.slice, units_of(a, at) - first), CHUNK));
+    for (int i = 0; i < EARLY_PAIRS; i++) {
+        const int pair = warp / a.slices + i * slots;
+        if (pair >= pairs_of(a, at) || lane / 8 >= count) continue;
+        const int64_t tile = least(2 * (at.cluster * a.group + pair) + lane % 2, a.tiles - 1), unit = first_unit(a, at) + first + lane / 8;
+        const int part = lane / 4 % 2 * 32;
+        const uint32_t* words = a.words + (tile * a.units + unit) * 64 + part;
+        const float* tables = a.tables + (tile * a.blocks + block_of(a, uint32_t(unit))) * 64 + part;
+        fetch(lane / 2 % 2 == 0 ? static_cast<const void*>(words) : static_cast<const void*>(tables));
     }
 }
 
-// The slices' sums become the first slice's.
-template <int M>
+// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many.
+template <int G, bool FULL>
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int slice, int slot, int chunk, int last, int thread) {
+    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G) / a.slices;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
+    uint32_t values_at[CHUNK];
+    int32_t start[G][HELD][2] = {};  // takes the 2^22 off
+    UNROLL for (int u = 0; u < CHUNK; u++) {
+        if (!FULL && u >= count) break;
+        values_at[u] = block_of(a, unit + u) * 64;
+        EACH_LANE {
+            UNROLL for (int g = 0; g < G; g++)
+                UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 64 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
+        }
+    }
+    Source source[HELD] = {};
+    Read held_of[CHUNK][HELD] = {};
+    uint32_t largest[HELD];
+    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE), largest[h] = *source[h].largest; };
+    const auto load = [&](int u) {
+        EACH_LANE {
+            UNROLL for (int i = 0; i < 2; i++) held_of[u][h].words[i] = stream_line<2>(source[h].words[i] + u * 64);
+            held_of[u][h].values = stream_line<4>(source[h].values + values_at[u]);
+        }
+    };
+    if (slot >= pairs) return;
+    seek(slot);
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if (FULL || u < count) load(u);
+    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
+        float by[HELD];
+        int32_t c[G][PLANES][HELD][4] = {};
+        EACH_LANE {
+            by[h] = factor_of<VALUE_BITS>(largest[h]);
+            UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) c[g][PLANES - 1][h][i] = start[g][h][i % 2];
+        }
+        const bool more = pair + slots < pairs;
+        if (more) seek(pair + slots);
+        UNROLL for (int u = 0; u < CHUNK; u++) {
+            if (!FULL && u >= count) break;
+            const auto digits = [&](int g, int h, int half) {
+                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
+            };
+            add_unit<G>(c, held_of[u], by, held.kinds + (chunk + u) * 16, digits, thread);
+            if (more) load(u);
+        }
+        UNROLL for (int g = 0; g < G; g++) {
+            float own[HELD], given[HELD];
+            EACH_LANE {
+                float sum[2];
+                UNROLL for (int r = 0; r < 2; r++) {
+                    float v = 0.0f;
+                    UNROLL for (int p = PLANES - 1; p >= 0; p--) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
+                    sum[r] = LANE % 2 == 0 ? v : v * 16384.0f;
+                }
+                // An even lane gets row g, the next one row g + 8.
+                own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
+            }
+            of_neighbour(given);
+            EACH_LANE {
+                const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
+                held.sums[row * 2 * G + 2 * g + t / 2] += own[h] + given[h];
+            }
+        }
+    }
+}
+
+// A warp's slice of the units for its pairs.
+template <int G>
+BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
+    if (HELD > 1 && thread % 32 != 0) return;
+    const Held<G> held = held_in<G>(a, shared);
+    const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice;
+    const int last = int(least(units_of(a, at), first + a.slice));
+    NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
+        if (chunk + CHUNK <= last) {
+            sweep_chunk<G, true>(a, at, held, slice, warp / a.slices, chunk, chunk + CHUNK, thread);
+        } else {
+            sweep_chunk<G, false>(a, at, held, slice, warp / a.slices, chunk, last, thread);
+        }
+    }
+}
+
+// The slices' sums become the first slice's, in units of x's largest.
+template <int G>
 BOTH void gather(const Signs& a, void* shared, int thread) {
-    float* sums = held_in<M>(a, shared).sums;
-    const int64_t own = a.group * PAIR * M;
-    for (int64_t i = thread; i < own; i += threads(M)) sums[i] = ((sums[i] + sums[own + i]) + sums[2 * own + i]) + sums[3 * own + i];
+    const Held<G> held = held_in<G>(a, shared);
+    const int64_t own = a.group * PAIR * 2 * G;
+    for (int64_t i = thread; i < own; i += threads(G)) {
+        float sum = held.sums[i];
+        for (int s = 1; s < a.slices; s++) sum += held.sums[s * own + i];
+        held.sums[i] = sum * unit_of<X_BITS>(held.largest[i % (2 * G)]);
+    }
 }
 
 // shared_of(rank): the shared memory of each block of the cluster.
-template <int M, class SharedOf>
+template <int G, class SharedOf>
 BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int thread) {
     const int64_t all = a.group * PAIR, own = (all + at.ranks - 1) / at.ranks;
-    for (int64_t i = thread; i < own * M; i += threads(M)) {
-        const int64_t place = at.rank * own + i / M, row = at.cluster * all + place, to = at.first_row + i % M;
+    for (int64_t i = thread; i < own * 2 * G; i += threads(G)) {
+        const int64_t place = at.rank * own + i / (2 * G), row = at.cluster * all + place, to = at.first_row + i % (2 * G);
         if (place >= all || row >= a.rows || to >= a.given.count) continue;
         float v = 0.0f;
-        for (int r = 0; r < at.ranks; r++) v += held_in<M>(a, shared_of(r)).sums[place * M + i % M];
-        write(a.out, to * a.rows + row, v, a.given.bfloat16);
+        for (int r = 0; r < at.ranks; r++) v += held_in<G>(a, shared_of(r)).sums[place * 2 * G + i % (2 * G)];
+        write(a.out, to * a.rows + row, v * unit_of<VALUE_BITS>(to_bits(a.largest[row])), a.given.bfloat16);
     }
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
 // read after it.
-template <int M, class Previous, class Each>
+template <int G, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     each([&](int thread) {
-        for (int i = 0; i < 16 / slots(M); i++) fetch_pair(a, at, thread / (32 * SLICES) + i * slots(M), thread / 32 % SLICES, thread % 32);
-        clear<M>(a, shared, thread);
+        fetch_first<G>(a, at, thread);
+        clear<G>(a, at, shared, thread);
     });
     previous();
-    each([&](int thread) { find_largest<M>(a, at, shared, thread); });
-    each([&](int thread) { take_digits<M>(a, at, shared, thread); });
-    each([&](int thread) { sweep<M>(a, at, shared, thread); });
-    each([&](int thread) { gather<M>(a, shared, thread); });
+    each([&](int thread) { find_largest<G>(a, at, shared, thread); });
+    each([&](int thread) {
+        take_kinds<G>(a, at, shared, thread);
+        take_digits<G>(a, at, shared, thread);
+    });
+    each([&](int thread) { sweep<G>(a, at, shared, thread); });
+    each([&](int thread) { gather<G>(a, shared, thread); });
 }
 
-// Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank.
+// Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.
 inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     const int64_t pairs = (a.tiles + 1) / 2, waves = (pairs + at_once * MOST_PAIRS - 1) / (at_once * MOST_PAIRS);
     a.group = (pairs + at_once * waves - 1) / (at_once * waves);
     a.share = (a.units + ranks - 1) / ranks;
-    a.depth = ranks > 1 ? 4 : 2;  // a block that stands alone needs shared memory for all units
+    a.slices = 1;
+    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2;
+    a.slice = int((a.share + a.slices - 1) / a.slices);
 }
 
-// Rows of x at a time; 0 if not even one fits.
+// Half the rows of x at a time; 0 if not even two fit.
 inline int rows_at_a_time(const Signs& a, int64_t limit) {
-    int rows = a.given.count > 2 ? 4 : int(a.given.count);
-    while (rows > 0 && shared_bytes(rows, a.share, a.group, a.depth) > limit) rows /= 2;
-    return rows;
+    int g = a.given.count > 4 ? 4 : a.given.count > 2 ? 2 : 1;
+    while (g > 0 && shared_bytes(g, a.share, a.group, a.slices) > limit) g /= 2;
+    return g;
 }
 
-inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t* salient, const void* x, const float* scale, void* out, int64_t rows,
-                      int64_t k, int64_t block, int64_t count, bool bfloat16) {
+inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest, const void* x,
+                      const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count, bool bfloat16) {
     Signs a = {};
-    a.words = words, a.tables = tables, a.salient = salient, a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
+    a.words = words, a.tables = tables, a.salient = salient, a.largest = largest;
+    a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
-    a.per_block = uint32_t(block / UNIT), a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
+    a.per_block = uint32_t(block / UNIT);
+    a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
     return a;
 }
 

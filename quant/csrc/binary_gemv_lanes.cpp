@@ -11,21 +11,21 @@
 
 namespace {
 
-template <int M>
+template <int G>
 void product(const Signs& a, int ranks) {
-    const int64_t bytes = shared_bytes(M, a.share, a.group, a.depth), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
+    const int64_t bytes = shared_bytes(G, a.share, a.group, a.slices), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
-    for (int64_t first = 0; first < a.given.count; first += M) {
+    for (int64_t first = 0; first < a.given.count; first += 2 * G) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto all = [](const auto& phase) {
-                for (int t = 0; t < threads(M); t++) phase(t);
+                for (int t = 0; t < threads(G); t++) phase(t);
             };
             for (int r = 0; r < ranks; r++) {
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);
-                add_units<M>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
+                add_units<G>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
             }
             const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
-            for (int r = 0; r < ranks; r++) all([&](int t) { finish<M>(a, Place{c, first, r, ranks}, of, t); });
+            for (int r = 0; r < ranks; r++) all([&](int t) { finish<G>(a, Place{c, first, r, ranks}, of, t); });
         }
     }
 }
@@ -33,13 +33,13 @@ void product(const Signs& a, int ranks) {
 }  // namespace
 
 // As bitgrid_binary_gemv of binary_gemv.cu, for blocks that are whole units. Nothing is written where no row of x fits.
-extern "C" void bitgrid_binary_lanes(const uint32_t* words, const float* tables, const int32_t* salient, const void* x, const float* scale, void* out,
-                                     int64_t rows, int64_t k, int64_t block, int64_t count, int64_t bfloat16, int64_t at_once, int64_t ranks,
-                                     int64_t limit) {
-    Signs a = signs_of(words, tables, salient, x, scale, out, rows, k, block, count, bfloat16 != 0);
+extern "C" void bitgrid_binary_lanes(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest,
+                                     const void* x, const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count,
+                                     int64_t bfloat16, int64_t at_once, int64_t ranks, int64_t limit) {
+    Signs a = signs_of(words, tables, salient, largest, x, scale, out, rows, k, block, count, bfloat16 != 0);
     plan(a, at_once, ranks);
-    const int m = rows_at_a_time(a, limit);
-    if (m == 1) product<1>(a, int(ranks));
-    if (m == 2) product<2>(a, int(ranks));
-    if (m == 4) product<4>(a, int(ranks));
+    const int g = rows_at_a_time(a, limit);
+    if (g == 1) product<1>(a, int(ranks));
+    if (g == 2) product<2>(a, int(ranks));
+    if (g == 4) product<4>(a, int(ranks));
 }

@@ -128,14 +128,16 @@ def _row_lut_gemv(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor 
     return made
 
 
-def _binary_gemv(x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int) -> Tensor:
-    packed = binary_gemv.Packed(words, tables, salient, input_scale, (rows, x.shape[1]), block)
+def _binary_gemv(
+    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, largest: Tensor, input_scale: Tensor | None, rows: int, block: int
+) -> Tensor:
+    packed = binary_gemv.Packed(words, tables, salient, largest, input_scale, (rows, x.shape[1]), block)
     made: Tensor = kernel("binary_gemv", device=x.device).run.binary_gemv(x, packed)
     return made
 
 
 def _binary_gemv_shape(
-    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, input_scale: Tensor | None, rows: int, block: int
+    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, largest: Tensor, input_scale: Tensor | None, rows: int, block: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], rows)
 
@@ -303,7 +305,8 @@ define(
     _wq_gemm_shape,
 )
 define(
-    "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor? input_scale, SymInt rows, int block) -> Tensor",
+    "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor largest, Tensor? input_scale, SymInt rows, int block)"
+    " -> Tensor",
     _binary_gemv,
     _binary_gemv_shape,
 )
@@ -371,7 +374,7 @@ def operands(packed: Products) -> tuple[Any, ...]:
     if isinstance(packed, row_lut_gemv.Packed):
         return packed.words, packed.tables, packed.input_scale, n, packed.bits
     if isinstance(packed, binary_gemv.Packed):
-        return packed.words, packed.tables, packed.salient, packed.input_scale, n, packed.block
+        return packed.words, packed.tables, packed.salient, packed.largest, packed.input_scale, n, packed.block
     parts, kept = packed.parts, packed.apart
     apart = [] if kept is None else [kept.starts, kept.columns, kept.differences]
     return (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     last = (*packed.shape, x.shape[0], int(x.dtype is torch.bfloat16), clusters, ranks, limit)
     if isinstance(packed, binary_gemv.Packed):
         counts = (*last[:2], packed.block, *last[2:])
-        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", packed.words, packed.tables, packed.salient, x, scale, out, *counts)
+        weight = (packed.words, packed.tables, packed.salient, packed.largest)
+        native.call("binary_gemv_lanes", "bitgrid_binary_lanes", *weight, x, scale, out, *counts)
         return out
     parts, kept = lut_cuda.arguments(packed)
     tables = [torch.tensor([v.data_ptr() if isinstance(v, Tensor) else v for v in some]) for some in (parts, kept)]
@@ -87,6 +89,17 @@ def test_rows_of_x_stand_alone(operation: str) -> None:
             assert torch.equal(on_the_host(operation, x[:m], packed, **of), whole[:m])
 
 
+def test_signs_of_many_columns() -> None:
+    """A warp's units in more turns than one, whole and not, of shares of which the last is short; an odd number of tiles."""
+    tensor, x = signs(17, 7100, 128), inputs(5, 7100)
+    packed = binary_gemv.prepare(tensor)
+    for ranks in (1, 4, 5):
+        whole = on_the_host("binary_gemv", x, packed, ranks=ranks)
+        check(whole, x, tensor)
+        for m in (1, 3):
+            assert torch.equal(on_the_host("binary_gemv", x[:m], packed, ranks=ranks), whole[:m])
+
+
 @pytest.mark.parametrize("operation", CLUSTERS)
 def test_more_rows_than_one_wave(operation: str) -> None:
     tensor: Any = codebook(1100, 40, (4,)) if operation == "lut_gemv" else signs(1100, 40, 128)
@@ -105,7 +118,7 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
 
 
 def test_inputs_of_very_different_sizes_and_none() -> None:
-    """Of 31 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    """Of 28 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
     packed = binary_gemv.prepare(tensor)
     x = inputs(4, 1024)
@@ -117,6 +130,18 @@ def test_inputs_of_very_different_sizes_and_none() -> None:
     got = on_the_host("binary_gemv", x, packed)
     assert got[2].isnan().all()
     assert not got[[0, 1, 3]].isnan().any()
+
+
+def test_values_of_very_different_sizes() -> None:
+    """Of 23 bits of a row's largest value each one keeps what float32 would, as far as the sum is concerned."""
+    tensor, x = signs(19, 1024, 128), inputs(2, 1024)
+    size = 1000.0 ** torch.arange(-1, 2).repeat(8)[:8]
+    tensor = replace(tensor, scale=tensor.scale.float() * size[:, None], mean=None)
+    check(on_the_host("binary_gemv", x, binary_gemv.prepare(tensor)), x, tensor)
+    tensor.scale[5, 2, 1] = torch.inf
+    got = on_the_host("binary_gemv", x, binary_gemv.prepare(tensor))
+    assert got[:, 5].isnan().all()
+    assert not got[:, torch.arange(19) != 5].isnan().any()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
@@ -168,10 +193,11 @@ def test_kernel_on_a_gpu(operation: str) -> None:
 
 @GPU
 def test_the_device_says_how_many_clusters_fit() -> None:
-    """Of 8 blocks that have a multiprocessor each, where there are clusters."""
+    """Of 8 blocks, or 4, that have a multiprocessor each, where there are clusters."""
     device = torch.device("cuda", torch.cuda.current_device())
-    most = torch.cuda.get_device_properties(device).multi_processor_count // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
-    for operation in CLUSTERS:
+    all_there = torch.cuda.get_device_properties(device).multi_processor_count
+    for operation, size in {"lut_gemv": 8, "binary_gemv": 4}.items():
+        most = all_there // (size if torch.cuda.get_device_capability() >= (9, 0) else 1)
         found = torch.zeros(1, dtype=torch.int64)
         entry = f"bitgrid_{operation.removesuffix('_gemv')}_clusters"
         on_cuda.call(operation, entry, torch.empty(0, device=device), found.data_ptr())
@@ -197,7 +223,8 @@ def moved(packed: Any) -> Any:
     """To the GPU."""
     scale = None if packed.input_scale is None else packed.input_scale.cuda()
     if isinstance(packed, binary_gemv.Packed):
-        return binary_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), packed.salient.cuda(), scale, packed.shape, packed.block)
+        weight = (t.cuda() for t in (packed.words, packed.tables, packed.salient, packed.largest))
+        return binary_gemv.Packed(*weight, scale, packed.shape, packed.block)
     if isinstance(packed, row_lut_gemv.Packed):
         return row_lut_gemv.Packed(packed.words.cuda(), packed.tables.cuda(), scale, packed.shape, packed.bits)
     parts = tuple(lut_gemv.Part(p.words.cuda(), p.values.cuda(), p.columns.cuda(), p.bits) for p in packed.parts)

@@ -33,6 +33,8 @@ class Packed:
     """float32 `[T, B, 8, 8]`: of a tile's rows, the values of codes 0 to 3 in plain columns of the block, then in salient ones."""
     salient: Tensor
     """int32 `[U · 128]`: 4 for a salient column, 0 for another."""
+    largest: Tensor
+    """float32 `[T, 8]`: of the magnitudes of a row's values in all blocks, the largest."""
     input_scale: Tensor | None
     """float32 `[K]`."""
     shape: tuple[int, int]
@@ -43,7 +45,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        read = (self.words, self.tables, self.salient, self.input_scale)
+        read = (self.words, self.tables, self.salient, self.largest, self.input_scale)
         return sum(t.numel() * t.element_size() for t in read if t is not None)
 
     def values(self, dtype: torch.dtype) -> Tensor:
@@ -67,7 +69,7 @@ def prepare(tensor: BinaryTensor) -> Packed:
     tables = tables.view(-1, LANES, tables.shape[1], 8).transpose(1, 2).contiguous()
     salient = pad(tensor.salient.to(torch.int32) * SALIENT, (0, -k % UNIT))
     scale = None if tensor.input_scale is None else tensor.input_scale.float()
-    return Packed(laid_out(codes, BITS), tables, salient, scale, (n, k), tensor.block_size)
+    return Packed(laid_out(codes, BITS), tables, salient, tables.abs().amax(dim=(1, 3)), scale, (n, k), tensor.block_size)
 
 
 def _value(tensor: BinaryTensor, code: int, kind: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The product in CUDA C++ (`quant/csrc/binary_gemv.cu`), one launch a call.
 
-Fast for blocks of a multiple of 128 columns. There x is rounded to 31 bits of the largest |x| of an eighth of the columns, and sums are
-taken in whole numbers: each x is off by 2^-29 of the largest at most. A row of x with a number that is not finite gives one of NaN.
+Fast for blocks of a multiple of 128 columns. There x is rounded to a multiple of 2^-26 of the largest |x| of a share of the columns (on
+compute capability 9.0, a quarter), values of the weight to one of 2^-21 of the row's largest, and sums are taken in whole numbers: each
+is off by half of that at most. A row of x with a number that is not finite gives one of NaN.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     """`[M, N]` in the type of x; sums of blocks are added up in float32."""
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
-    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), given, scale, made)
+    weight = (packed.words, packed.tables, packed.salient, packed.largest)
+    tensors = (*(t.contiguous() for t in weight), given, scale, made)
     on_cuda.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], int(x.dtype is torch.bfloat16))
     return made
 
