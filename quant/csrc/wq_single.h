@@ -30,7 +30,7 @@ struct Alone {
     uint32_t w[2 * BITS], b[SLICES][4], a[4], ones[4];
     float d[2][4];                     // sums of products; only those of column 0 count
     float sums[R][2];                  // rows g and g + 8 of lane 4 g + t
-    const uint8_t *codes[R], *beside;  // what the lane copies, of step 0: codes; ranges, or (from lane 16 on) x
+    const uint8_t *codes, *beside;     // what the lane copies, of step 0: codes of the first tile; ranges, or (from lane 16 on) x
     uint32_t factor;                   // from a step to its group, as `reciprocal` of a call; of x, to itself
     int last;                          // group, or step
     int apart, to, steps;              // of `beside`: bytes from a group or step to the next; to where in a stage; steps that have it
@@ -46,52 +46,67 @@ struct Single : Arranged<BITS, R, HALF> {
 
     const Call& call;
     uint8_t* ring;
-    int now, before, warp, first, ahead;  // as in wq_fragments.h
+    int now, warp, first, ahead;  // as in wq_fragments.h
     typename P::template Of<S> state;
 
     BOTH Single(const Call& c, uint8_t* memory, int w, int tile)
-        : call(c), ring(memory + w * c.apart), now(0), before((A::DEPTH - 1) * A::SLOT), warp(w), first(tile), ahead(w) {}
+        : call(c), ring(memory + w * c.apart), now(0), warp(w), first(tile), ahead(w) {}
 
     // A tile that there is not is the last one again.
     BOTH int64_t tile(int r) const { return first + r < call.tiles ? first + r : call.tiles - 1; }
 
-    // Codes and ranges of the next step; with `X`, also x.
-    template <bool X>
+    BOTH void fetch_codes(P& p, const S& s, uint8_t* to, int lane) {
+        UNROLLED for (int r = 0; r < R; r++) {
+            const uint8_t* words = P::along(s.codes, ahead, A::CODES) + (r == 0 ? 0 : (tile(1) - first) * call.steps * A::CODES);
+            uint8_t* own = to + r * A::CODES + 16 * lane;
+            UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, words + 512 * l, true);
+            if constexpr (BITS == 3) p.fetch8(to + r * A::CODES + 512 + 8 * lane, words + 512 - 8 * lane);
+        }
+    }
+
+    // Codes, ranges and x of the next step.
     BOTH void fetch(P& p, uint8_t* to) {
         p.lanes([&](int lane) {
             const S& s = P::at(state, lane);
             const int found = int((uint64_t(uint32_t(2 * SLICES * ahead)) * s.factor) >> 32);
             const uint8_t* from = P::along(s.beside, found < s.last ? found : s.last, s.apart);
-            UNROLLED for (int r = 0; r < R; r++) {
-                const uint8_t* words = P::along(s.codes[r], ahead, A::CODES);
-                uint8_t* own = to + r * A::CODES + 16 * lane;
-                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, words + 512 * l, true);
-                if constexpr (BITS == 3) p.fetch8(to + r * A::CODES + 512 + 8 * lane, words + 512 - 8 * lane);
-            }
-            p.fetch16_or_zeros(to + s.to, from, X || lane < 16, ahead < s.steps);
+            fetch_codes(p, s, to, lane);
+            p.fetch16_or_zeros(to + s.to, from, true, ahead < s.steps);
         });
         ahead += WARPS;
     }
 
-    // Fills the ring but for one stage, and but for x.
+    // Fills the ring but for x.
     BOTH void open(P& p) {
+        constexpr int PIECES = R * A::RANGES / 16;
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            constexpr int PIECES = A::RANGES / 16;
-            const bool of_x = lane >= 16;
-            const int part = lane % (R * PIECES), chunk = lane % 16;
-            UNROLLED for (int r = 0; r < R; r++) s.codes[r] = P::kept(call.words + tile(r) * call.steps * A::CODES + 16 * lane);
-            s.beside = call.ranges + tile(part / PIECES) * call.groups * A::RANGES + part % PIECES * 16;
-            s.beside = P::kept(of_x ? call.x + chunk * 16 : s.beside);
-            s.factor = of_x ? (1u << 31) / SLICES : call.reciprocal, s.last = of_x ? call.steps : call.groups - 1;
-            s.apart = of_x ? 2 * COLUMNS : A::RANGES;
-            s.to = of_x ? A::GIVEN_AT + chunk * 16 : R * A::CODES + part * 16;
-            s.steps = of_x ? (call.columns - chunk * 8 + COLUMNS - 1) / COLUMNS : call.steps;
+            const int part = lane % PIECES;
+            s.codes = P::kept(call.words + int64_t(first) * call.steps * A::CODES + 16 * lane);
+            s.beside = P::kept(call.ranges + tile(part / (PIECES / R)) * call.groups * A::RANGES + part % (PIECES / R) * 16);
+            s.to = R * A::CODES + part * 16;
         });
-        UNROLLED for (int i = 0; i < A::DEPTH - 1; i++) {
-            if (ahead < call.steps) fetch<false>(p, ring + i * A::SLOT);
+        UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if (ahead < call.steps) {
+                p.lanes([&](int lane) {
+                    const S& s = P::at(state, lane);
+                    uint8_t* to = ring + i * A::SLOT;
+                    fetch_codes(p, s, to, lane);
+                    p.fetch16(to + s.to, P::along(s.beside, call.group_of(SLICES * ahead), A::RANGES), true);
+                });
+                ahead += WARPS;
+            }
             p.commit();
         }
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            const bool of_x = lane >= 16;
+            const int chunk = lane % 16;
+            if (of_x) s.beside = call.x + chunk * 16, s.to = A::GIVEN_AT + chunk * 16;
+            s.factor = of_x ? (1u << 31) / SLICES : call.reciprocal, s.last = of_x ? call.steps : call.groups - 1;
+            s.apart = of_x ? 2 * COLUMNS : A::RANGES;
+            s.steps = of_x ? (call.columns - chunk * 8 + COLUMNS - 1) / COLUMNS : call.steps;
+        });
     }
 
     template <int I>
@@ -112,7 +127,7 @@ struct Single : Arranged<BITS, R, HALF> {
                     UNROLLED for (int i = 0; i < 4; i++) s.b[q][i] = 0;
                     if (column + 32 * q < call.columns) P::read16(s.b[q], from + 64 * q);
                 }
-                if (number < A::DEPTH - 1)
+                if (number < A::DEPTH)
                     UNROLLED for (int q = 0; q < SLICES; q++) P::store16(to + 64 * q, s.b[q]);
                 UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f, s.ones[i] = i % 2 == 0 ? ONES : BASE;
             });
@@ -144,6 +159,8 @@ struct Single : Arranged<BITS, R, HALF> {
         if constexpr (H == 1 && Q + 1 < SLICES) products<Q + 1, 0>(p);
     }
 
+    BOTH void turn() { now = now == (A::DEPTH - 1) * A::SLOT ? 0 : now + A::SLOT; }
+
     // The step that is next, in the stage `now`; `sums`: its entry of the table.
     BOTH void use(P& p, const uint8_t* sums) {
         const uint8_t* stage = ring + now;
@@ -151,8 +168,8 @@ struct Single : Arranged<BITS, R, HALF> {
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
                 load_codes<P, BITS>(s.w, stage + r * A::CODES, lane);
-                // Of 3 bits, x is read again for the second tile: kept, it would take too many registers.
-                const uint8_t* x = stage + A::GIVEN_AT + lane % 4 * 16 + (BITS == 3 && r != 0 ? P::kept(0u, 0) : 0);
+                // Read again for a second tile: kept, it would take too many registers.
+                const uint8_t* x = stage + A::GIVEN_AT + lane % 4 * 16 + (r != 0 ? P::kept(0u, 0) : 0);
                 UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + 64 * q);
                 const uint8_t* ranges = stage + R * A::CODES + r * A::RANGES + lane / 4 * (HALF ? 8 : 16);
                 if constexpr (HALF) half_ranges<P>(s.scale, s.offset, ranges);
@@ -171,7 +188,6 @@ struct Single : Arranged<BITS, R, HALF> {
                 }
             });
         }
-        before = now, now = now == (A::DEPTH - 1) * A::SLOT ? 0 : now + A::SLOT;
     }
 
     BOTH void over(P& p) {
@@ -181,15 +197,18 @@ struct Single : Arranged<BITS, R, HALF> {
         const uint8_t* sums = ring + A::TABLE_AT;
         int left = (call.steps - warp + WARPS - 1) / WARPS;
         for (; ahead < call.steps; left--, sums += 8) {
-            p.template arrived<A::DEPTH - 2>();
-            fetch<true>(p, ring + before);
-            p.commit();
+            p.template arrived<A::DEPTH - 1>();
             use(p, sums);
+            p.together();
+            fetch(p, ring + now);
+            p.commit();
+            turn();
         }
         for (; left > 0; left--, sums += 8) {
-            p.template arrived<A::DEPTH - 2>();
-            p.commit();
+            p.template arrived<A::DEPTH - 1>();
             use(p, sums);
+            p.commit();
+            turn();
         }
     }
 
