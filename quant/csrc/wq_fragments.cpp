@@ -72,6 +72,9 @@ struct Lanes32 {
         alignas(16) static const uint8_t zeros[16] = {};
         if (there) fetch(to, inside ? from : zeros, 16);
     }
+    static void prefetch(const uint8_t* from) {
+        if (reinterpret_cast<uintptr_t>(from) % 16) std::abort();
+    }
     void commit() { pending.push_back(std::move(open)), open.clear(); }
     template <int LEFT>
     void arrived() {

@@ -3,7 +3,8 @@
 //
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
-// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor.
+// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is multiplied by
+// blocks of which four are on a multiprocessor: wq_single.h.
 
 #include <cuda_runtime.h>
 
@@ -45,6 +46,8 @@ struct Lane {
                      "r"(inside ? 16 : 0), "r"(int(there))
                      : "memory");
     }
+    // 32 bytes into the cache that all multiprocessors share.
+    static __device__ __forceinline__ void prefetch(const uint8_t* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
     template <int LEFT>
@@ -168,6 +171,8 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
 
 // Blocks of one row that a multiprocessor holds: of one product and of the next.
 constexpr int OF_FOUR = 4;
+// The share of the GPU's cache that a product's codes may take before it begins.
+constexpr int CACHED = 4;
 
 template <int BITS, int R, bool HALF>
 __global__ void __launch_bounds__(WARPS * LANES, OF_FOUR) single(const __grid_constant__ Call call) {
@@ -201,7 +206,7 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
 }
 
 struct Device {
-    int number, multiprocessors, shared_each, shared_block;
+    int number, multiprocessors, shared_each, shared_block, cache;
 
     // Bytes of shared memory for a block where two are on a multiprocessor, or of teams one; the device keeps 1 kB for each.
     int most(int teams = 1) const { return teams == 1 ? shared_each / 2 - 1024 : shared_block; }
@@ -218,6 +223,7 @@ cudaError_t found(Device& device) {
     if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
+    if ((e = cudaDeviceGetAttribute(&device.cache, cudaDevAttrL2CacheSize, number)) != cudaSuccess) return e;
     kept[number] = device;
     known.fetch_or(uint64_t(1) << number);
     return cudaSuccess;
@@ -251,6 +257,8 @@ cudaError_t single_launched(Call call, const Device& device, bool early, cudaStr
     call.apart = Arranged<BITS, R, HALF>::bytes(call);
     const int bytes = WARPS * call.apart, most = device.shared_each / OF_FOUR - 1024, least = device.shared_each / (OF_FOUR + 1);
     if (!(done = bytes <= most)) return cudaSuccess;
+    // While the kernel before still runs, memory would be idle once the rings are full.
+    call.beyond = early ? device.cache / CACHED / (WARPS * code_bytes(BITS) * call.tiles) : 0;
     // And no fifth block, for which there may be registers.
     const dim3 blocks((call.tiles + R - 1) / R);
     return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);

@@ -1,8 +1,8 @@
 // One row of x of bfloat16 times a weight of 2, 3 or 4 bits whose groups are whole steps: what a warp does where neither registers nor
 // instructions are to be spent on other rows. Layout, operands and the order of sums are those of wq_fragments.h, and so are the bits.
 //
-// A step's sum of x comes out of products with 1 and 128 in place of codes. Those of eight steps are taken at once, a step to each column of
-// the product, before the first step; the loop reads them from a table. That is half of the products, and leaves so many registers that
+// A step's sum of x comes out of products with 1 and 128 in place of codes. Those of eight steps are taken at once, a step to each column
+// of the product, before the first step; the loop reads them from a table. That is half of the products, and leaves so many registers that
 // four blocks are on a multiprocessor: two of them may be the next product's, which fetch their first codes while this one is multiplied.
 
 #pragma once
@@ -55,9 +55,11 @@ struct Single : Arranged<BITS, R, HALF> {
     // A tile that there is not is the last one again.
     BOTH int64_t tile(int r) const { return first + r < call.tiles ? first + r : call.tiles - 1; }
 
+    BOTH int64_t to_tile(int r) const { return r == 0 ? 0 : (tile(r) - first) * call.steps * A::CODES; }
+
     BOTH void fetch_codes(P& p, const S& s, uint8_t* to, int lane) {
         UNROLLED for (int r = 0; r < R; r++) {
-            const uint8_t* words = P::along(s.codes, ahead, A::CODES) + (r == 0 ? 0 : (tile(1) - first) * call.steps * A::CODES);
+            const uint8_t* words = P::along(s.codes, ahead, A::CODES) + to_tile(r);
             uint8_t* own = to + r * A::CODES + 16 * lane;
             UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(own + 512 * l, words + 512 * l, true);
             if constexpr (BITS == 3) p.fetch8(to + r * A::CODES + 512 + 8 * lane, words + 512 - 8 * lane);
@@ -76,7 +78,7 @@ struct Single : Arranged<BITS, R, HALF> {
         ahead += WARPS;
     }
 
-    // Fills the ring but for x.
+    // Fills the ring but for x, and has codes of some steps after it brought near.
     BOTH void open(P& p) {
         constexpr int PIECES = R * A::RANGES / 16;
         p.lanes([&](int lane) {
@@ -98,6 +100,12 @@ struct Single : Arranged<BITS, R, HALF> {
             }
             p.commit();
         }
+        for (int i = 0, step = ahead; i < call.beyond && step < call.steps; i++, step += WARPS)
+            p.lanes([&](int lane) {
+                const uint8_t* words = P::along(P::at(state, lane).codes, step, A::CODES) + 16 * lane;
+                if (32 * lane < A::CODES)
+                    UNROLLED for (int r = 0; r < R; r++) P::prefetch(words + to_tile(r));
+            });
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
             const bool of_x = lane >= 16;
@@ -217,8 +225,9 @@ struct Single : Arranged<BITS, R, HALF> {
         p.template arrived<0>();
         p.lanes([&](int lane) {
             float* to = reinterpret_cast<float*>(ring) + lane / 4;
+            const S& s = P::at(state, lane);
             if (lane % 4 == 0)
-                UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 2; i++) to[r * ROWS + 8 * i] = P::at(state, lane).sums[r][i];
+                UNROLLED for (int r = 0; r < R; r++) to[r * ROWS] = s.sums[r][0], to[r * ROWS + 8] = s.sums[r][1];
         });
     }
 };
