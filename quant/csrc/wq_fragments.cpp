@@ -8,8 +8,10 @@
 #pragma GCC optimize("Og")
 #endif
 
+#include "wq_single.h"
 #include "wq_weight.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <deque>
@@ -69,6 +71,9 @@ struct Lanes32 {
     void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
         alignas(16) static const uint8_t zeros[16] = {};
         if (there) fetch(to, inside ? from : zeros, 16);
+    }
+    static void prefetch(const uint8_t* from) {
+        if (reinterpret_cast<uintptr_t>(from) % 16) std::abort();
     }
     void commit() { pending.push_back(std::move(open)), open.clear(); }
     template <int LEFT>
@@ -179,6 +184,34 @@ void product(Call call, int most) {
         }
 }
 
+// One row of x, where the room is a block's.
+template <int BITS, int R, bool HALF>
+bool single(Call call, int most) {
+    call.apart = Arranged<BITS, R, HALF>::bytes(call);
+    if (WARPS * call.apart > most) return false;
+    std::vector<uint8_t> memory(WARPS * call.apart + 16);
+    for (int tile = 0; tile < call.tiles; tile += R) {
+        uint8_t* own = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16);
+        std::fill(memory.begin(), memory.end(), uint8_t(0xff));
+        for (int w = 0; w < WARPS; w++) {
+            Lanes32 p;
+            Single<Lanes32, BITS, R, HALF> work(call, own, w, tile);
+            work.open(p), work.begin(p), work.over(p), work.close(p);
+        }
+        Lanes32 p;
+        finish_single<Lanes32, R>(p, call, tile, own);
+    }
+    return true;
+}
+
+template <int BITS>
+bool single(const Call& call, int most) {
+    if (!is_single(call)) return false;
+    constexpr int WIDE = BITS == 4 ? 1 : 2;
+    if (call.tiles > 2) return call.half_ranges ? single<BITS, WIDE, true>(call, most) : single<BITS, WIDE, false>(call, most);
+    return call.half_ranges ? single<BITS, 1, true>(call, most) : single<BITS, 1, false>(call, most);
+}
+
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
 template <int BITS, int PARTS>
 void product(const Call& call, int most) {
@@ -213,6 +246,8 @@ bool by_teams(const Call& call, int most) {
 template <int BITS>
 void product(const Call& call, int most) {
     if (call.count > MOST && by_teams<BITS>(call, most)) return;
+    if constexpr (BITS != 8)
+        if (single<BITS>(call, most)) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 

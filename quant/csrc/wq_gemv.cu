@@ -3,13 +3,15 @@
 //
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
-// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor.
+// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is multiplied by
+// blocks of which four are on a multiprocessor: wq_single.h.
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 
 #include "early.h"
+#include "wq_single.h"
 #include "wq_weight.h"
 
 namespace {
@@ -44,6 +46,8 @@ struct Lane {
                      "r"(inside ? 16 : 0), "r"(int(there))
                      : "memory");
     }
+    // 32 bytes into the cache that all multiprocessors share.
+    static __device__ __forceinline__ void prefetch(const uint8_t* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
     template <int LEFT>
@@ -165,6 +169,27 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
     finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
+// Blocks of one row that a multiprocessor holds: of one product and of the next.
+constexpr int OF_FOUR = 4;
+// The share of the GPU's cache that a product's codes may take before it begins.
+constexpr int CACHED = 4;
+
+template <int BITS, int R, bool HALF>
+__global__ void __launch_bounds__(WARPS * LANES, OF_FOUR) single(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), tile = blockIdx.x * R;
+    Lane p;
+    Single<Lane, BITS, R, HALF> work(call, memory, warp, tile);
+    work.open(p);
+    release_next();
+    await_previous();
+    work.begin(p);
+    work.over(p);
+    work.close(p);
+    __syncthreads();
+    if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
+}
+
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
 // all of whose codes are on their way before the first is used.
 constexpr int TURNS = 1;
@@ -181,7 +206,7 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
 }
 
 struct Device {
-    int number, multiprocessors, shared_each, shared_block;
+    int number, multiprocessors, shared_each, shared_block, cache;
 
     // Bytes of shared memory for a block where two are on a multiprocessor, or of teams one; the device keeps 1 kB for each.
     int most(int teams = 1) const { return teams == 1 ? shared_each / 2 - 1024 : shared_block; }
@@ -198,35 +223,65 @@ cudaError_t found(Device& device) {
     if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
+    if ((e = cudaDeviceGetAttribute(&device.cache, cudaDevAttrL2CacheSize, number)) != cudaSuccess) return e;
     kept[number] = device;
     known.fetch_or(uint64_t(1) << number);
     return cudaSuccess;
 }
 
-template <int BITS, int R, int FLUSHES, int PARTS, int C>
-cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t stream) {
+using Kernel = void (*)(Call);
+
+template <Kernel KERNEL>
+cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps, int bytes, bool early, cudaStream_t stream) {
     static std::atomic<uint64_t> prepared{0};
-    const auto kernel = product<BITS, R, FLUSHES, PARTS, C>;
     cudaError_t e;
     if (!(prepared.load() >> device.number & 1)) {
-        if ((e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
-        e = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        if ((e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
+        e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
         if (e != cudaSuccess) return e;
         prepared.fetch_or(uint64_t(1) << device.number);
     }
-    int bytes = arranged(call, BITS, R, FLUSHES, device.most(C), C);
-    // And no third, for which there would be room where x is short: blocks of the next product, which begin early, would take it on some
-    // multiprocessors, and these would have more to do than others.
-    if (C == 1 && R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((call.tiles + C * R - 1) / (C * R), (call.count + call.together - 1) / call.together);
-    config.blockDim = dim3(C * WARPS * LANES);
+    config.gridDim = blocks, config.blockDim = dim3(warps * LANES);
     config.dynamicSmemBytes = bytes, config.stream = stream;
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, call);
+    return cudaLaunchKernelEx(&config, KERNEL, call);
+}
+
+// One row of x. `done`: false where it is not to be multiplied so.
+template <int BITS, int R, bool HALF>
+cudaError_t single_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    call.apart = Arranged<BITS, R, HALF>::bytes(call);
+    const int bytes = WARPS * call.apart, most = device.shared_each / OF_FOUR - 1024, least = device.shared_each / (OF_FOUR + 1);
+    if (!(done = bytes <= most)) return cudaSuccess;
+    // While the kernel before still runs, memory would be idle once the rings are full.
+    call.beyond = early ? device.cache / CACHED / (WARPS * code_bytes(BITS) * call.tiles) : 0;
+    // And no fifth block, for which there may be registers.
+    const dim3 blocks((call.tiles + R - 1) / R);
+    return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);
+}
+
+// Of so many tiles that blocks of one take more than half of a multiprocessor, a block has two, but for 4 bits: its ring would be short.
+template <int BITS, bool HALF>
+cudaError_t single_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    constexpr int WIDE = BITS == 4 ? 1 : 2;
+    const int half = OF_FOUR / 2 * device.multiprocessors;
+    if (call.tiles > 2 * half) return cudaSuccess;
+    if (call.tiles > half) return single_launched<BITS, WIDE, HALF>(call, device, early, stream, done);
+    return single_launched<BITS, 1, HALF>(call, device, early, stream, done);
+}
+
+template <int BITS, int R, int FLUSHES, int PARTS, int C>
+cudaError_t launch(Call call, const Device& device, bool early, cudaStream_t stream) {
+    int bytes = arranged(call, BITS, R, FLUSHES, device.most(C), C);
+    // And no third, for which there would be room where x is short: blocks of the next product, which begin early, would take it on some
+    // multiprocessors, and these would have more to do than others.
+    if (C == 1 && R > 1 && bytes < device.shared_each / 3) bytes = device.shared_each / 3;
+    const dim3 blocks((call.tiles + C * R - 1) / (C * R), (call.count + call.together - 1) / call.together);
+    return start<product<BITS, R, FLUSHES, PARTS, C>>(call, device, blocks, C * WARPS, bytes, early, stream);
 }
 
 // Blocks of teams: of two tiles or, where so many are not on the GPU at once, of four. With three columns a row always of two.
@@ -252,6 +307,13 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
+    if constexpr (PARTS == 1 && BITS != 8)
+        if (is_single(call)) {
+            bool done = false;
+            const cudaError_t said = call.half_ranges ? single_launched<BITS, true>(call, device, early, stream, done)
+                                                      : single_launched<BITS, false>(call, device, early, stream, done);
+            if (done) return said;
+        }
     // Few tiles are read for some rows of x after others, by blocks that are all there at once.
     if (call.count > MOST && call.tiles * parts > 2 * device.multiprocessors) {
         Call wide = fragments::by_teams(call, 2);

@@ -204,14 +204,31 @@ def test_sums_are_the_same_however_many_tiles_a_block_has(product: Product, bits
 
 
 @pytest.mark.parametrize("product", PLACES)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_row_alone_is_the_same(product: Product, bits: int) -> None:
+    """With groups of whole steps it has blocks of its own: fewer steps than warps, more than a ring or a product holds."""
+    for n, k, group in ((33, 352, 352), (5, 1152, 384), (35, 8 * 128 * 3 + 256, 128), (50, 8 * 128 * 9 + 128, 128)):
+        for dtype in (torch.float16, torch.float32):
+            tensor, x = stored(n, k, bits, group, dtype=dtype), inputs(3, k).bfloat16()
+            packed = prepare(tensor)
+            beside, alone = product(x, packed), torch.cat([product(row[None], packed) for row in x])
+            checked(alone, x, tensor)
+            assert torch.equal(alone, beside)
+            if product is on_host:
+                # Without the room for such a block: by blocks of more rows.
+                assert torch.equal(on_host(x[1:2].contiguous(), packed, 1), alone[1:2])
+
+
+@pytest.mark.parametrize("product", PLACES)
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_of_zero_leave_nothing(product: Product, bits: int) -> None:
     """What operands have besides codes is taken off without a remainder."""
-    tensor = stored(40, 1088, bits, 32)
-    tensor = replace(tensor, codes=torch.zeros_like(tensor.codes), zero=torch.zeros_like(tensor.zero))
-    for dtype in (torch.bfloat16, torch.float32):
-        for m in (3, 13):
-            assert not product(inputs(m, 1088, dtype), prepare(tensor)).any()
+    for group in (32, 1088):
+        tensor = stored(40, 1088, bits, group)
+        tensor = replace(tensor, codes=torch.zeros_like(tensor.codes), zero=torch.zeros_like(tensor.zero))
+        for dtype in (torch.bfloat16, torch.float32):
+            for m in (1, 3, 13):
+                assert not product(inputs(m, 1088, dtype), prepare(tensor)).any()
 
 
 @pytest.mark.parametrize("product", PLACES)
@@ -273,7 +290,7 @@ def test_what_the_compiler_makes_of_it(capability: tuple[int, int], tmp_path: Pa
     disassembler = pytest.importorskip("triton.knobs").nvidia.cuobjdump.path
     text = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     for function in text.split("Function : ")[1:]:
-        if "product" in function.splitlines()[0]:
+        if re.search("product|single", function.splitlines()[0]):
             assert re.search(r"LDGSTS\.E\.BYPASS(?:\.LTC128B)?\.128", function)
             assert "HMMA.16816.F32.BF16" in function
             assert not re.search(r"\b(?:LDL|STL)\b", function)
