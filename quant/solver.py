@@ -169,17 +169,24 @@ def solve_affine(
     k = w.shape[0]
     later = kernel("lazy_update", device=w.device, later=w)
     codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
-    errors = torch.empty_like(w[:block_size])
+    # Later columns of the same reach see each block's errors at once, and those beyond it all of the reach together.
+    reach = later.run.reach(block_size, w.device)
+    errors = torch.empty_like(w[:reach])
     adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
+        first = start // reach * reach
+        last = min(first + reach, k)
         affine, group = ranges(start, end, w)
-        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start], loss if adds_loss else None)
+        own = errors[start - first : end - first]
+        out = SolvedBlock(codes[start:end], values[start:end], own, loss if adds_loss else None)
         block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out, fits)
         if not adds_loss:
             loss += out.errors.square().sum(0)
-        if end < k:
-            later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors, stack)
+        if end < last:
+            later.run.lazy_update(w[end:last], upper[start:end, end:last].T, own, stack)
+        elif last < k:
+            later.run.lazy_update(w[last:], upper[first:last, last:].T, errors[: last - first], stack)
     return Solved(codes, values, loss, [*block_kernel.notes, *later.notes])
 
 
