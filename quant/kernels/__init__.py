@@ -37,6 +37,10 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.turned.triton",
         "torch": "quant.kernels.turned.eager",
     },
+    "row_sums": {
+        "triton": "quant.kernels.row_sums.triton",
+        "torch": "quant.kernels.row_sums.eager",
+    },
     "kmeans_columns": {
         "cuda": "quant.kernels.kmeans_columns.cuda",
         "cpu": "quant.kernels.kmeans_columns.cpu",

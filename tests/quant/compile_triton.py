@@ -53,8 +53,12 @@ from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.row_lut_gemv.program import rows as tables_of_rows
 from quant.kernels.row_lut_gemv.program import weight as rows_weight
+from quant.kernels.row_sums import triton as row_sums
+from quant.kernels.row_sums.program import sum_rows
 from quant.kernels.rtn_pack.program import long_groups, whole_groups
 from quant.kernels.token_log_probs.program import pick
+from quant.kernels.turned import triton as turned
+from quant.kernels.turned.program import turn
 from quant.kernels.wq_gemm.program import gemm
 from quant.kernels.wq_gemm.triton import constants as constants_of
 from quant.kernels.wq_gemm.triton import shape as cut_of
@@ -120,6 +124,10 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found.append((update, "128 columns", types, shape, {"num_warps": tile.warps, "num_stages": tile.stages}))
     if architecture == 90 and syrk.gluon_works():
         found += [_triangle(syrk.HOPPER), _by_parts(types), *_by_halves(types)]
+    types = {"source": "*fp32", "out": "*u8"} | dict.fromkeys(("r", "c", "source_stride", "out_stride"), "i32")
+    found.append((turn, "codes", types, {"ROWS": turned.ROWS, "COLUMNS": turned.COLUMNS}, {"num_warps": turned.WARPS}))
+    types = {"bits": "*i32", "odd": "*i64", "out": "*i64", "r": "i32", "c": "i32"}
+    found.append((sum_rows, "fp32", types, {"ROWS": row_sums.ROWS, "COLUMNS": row_sums.COLUMNS}, {"num_warps": row_sums.WARPS}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
