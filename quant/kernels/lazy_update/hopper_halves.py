@@ -1,8 +1,8 @@
 """The update by halves of float16 for GPUs of compute capability 9.0, in Gluon, the layer beneath Triton: the products of
-`program.update_by_halves`, in the same order.
+`program_halves.update_by_halves`, in the same order.
 
-The copy engine brings both parts of both operands for a step; three products take four operands, where each product with its own would
-take six. Two programs share a multiprocessor, so that one multiplies while the other reads and writes weights.
+The copy engine brings the parts of both operands for a step while others are multiplied. Two programs share a multiprocessor, so that one
+multiplies while the other reads and writes weights.
 """
 
 from triton.experimental import gluon
@@ -34,28 +34,23 @@ def update_by_halves(
     top = gl.program_id(0)
     strip = gl.program_id(1)
 
-    left_hi = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, ROWS], left.layout)
-    left_lo = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, ROWS], left.layout)
-    right_hi = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, COLUMNS], right.layout)
-    right_lo = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, COLUMNS], right.layout)
+    lefts = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, ROWS], left.layout)
+    rights = gl.allocate_shared_memory(gl.float16, [STAGES, STEP, COLUMNS], right.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
     for i in gl.static_range(STAGES - 1):
-        _fetch(left, right, left_hi, left_lo, right_hi, right_lo, ready, top, strip, i, PADDED, ROWS, COLUMNS, STEP, STAGES)
+        _fetch(left, right, lefts, rights, ready, top, strip, i, PADDED, ROWS, COLUMNS, STEP, STAGES)
 
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16])
     total = gl.zeros([ROWS, COLUMNS], gl.float32, mma)
-    for at in range(PADDED // STEP):
+    for at in range(3 * PADDED // STEP):
         slot = at % STAGES
         mbarrier.wait(ready.index(slot), at // STAGES & 1)
-        hi = left_hi.index(slot).permute((1, 0))
-        total = warpgroup_mma(left_lo.index(slot).permute((1, 0)), right_hi.index(slot), total, use_acc=at > 0, is_async=True)
-        total = warpgroup_mma(hi, right_lo.index(slot), total, is_async=True)
-        total = warpgroup_mma(hi, right_hi.index(slot), total, is_async=True)
-        # At most these three are under way: the place of the step before is free.
-        total = warpgroup_mma_wait(num_outstanding=3, deps=(total,))
-        _fetch(left, right, left_hi, left_lo, right_hi, right_lo, ready, top, strip, at + STAGES - 1, PADDED, ROWS, COLUMNS, STEP, STAGES)
+        total = warpgroup_mma(lefts.index(slot).permute((1, 0)), rights.index(slot), total, use_acc=at > 0, is_async=True)
+        # At most this one is under way: the place of the step before is free.
+        total = warpgroup_mma_wait(num_outstanding=1, deps=(total,))
+        _fetch(left, right, lefts, rights, ready, top, strip, at + STAGES - 1, PADDED, ROWS, COLUMNS, STEP, STAGES)
     total = warpgroup_mma_wait(num_outstanding=0, deps=(total,))
     for i in gl.static_range(STAGES):
         mbarrier.invalidate(ready.index(i))
@@ -71,18 +66,20 @@ def update_by_halves(
 
 @gluon.jit
 def _fetch(
-    left, right, left_hi, left_lo, right_hi, right_lo, ready, top, strip, step,
+    left, right, lefts, rights, ready, top, strip, step,
     PADDED: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Have the operands of a step, if there is one, copied to its place; rows and columns past the last become 0."""
+    """Have the operands of a step, if there is one, copied to its place; rows and columns past the last become 0. Steps of the smaller part
+    of left come first, then those of the smaller part of right."""
+    EACH: gl.constexpr = PADDED // STEP
     slot = step % STAGES
-    wanted = step < PADDED // STEP
+    wanted = step < 3 * EACH
     bar = ready.index(slot)
-    mbarrier.expect(bar, 4 * STEP * (ROWS + COLUMNS), pred=wanted)
-    copy(left, [PADDED + step * STEP, top * ROWS], bar, left_lo.index(slot), pred=wanted)
-    copy(right, [step * STEP, strip * COLUMNS], bar, right_hi.index(slot), pred=wanted)
-    copy(left, [step * STEP, top * ROWS], bar, left_hi.index(slot), pred=wanted)
-    copy(right, [PADDED + step * STEP, strip * COLUMNS], bar, right_lo.index(slot), pred=wanted)
+    mbarrier.expect(bar, 2 * STEP * (ROWS + COLUMNS), pred=wanted)
+    from_left = gl.where(step < EACH, EACH + step, step % EACH)
+    from_right = gl.where(step < 2 * EACH, step, step % EACH)
+    copy(left, [from_left * STEP, top * ROWS], bar, lefts.index(slot), pred=wanted)
+    copy(right, [from_right * STEP, strip * COLUMNS], bar, rights.index(slot), pred=wanted)
 
 
 @gluon.jit

@@ -79,17 +79,15 @@ def update_by_halves(
 ):
     rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, PADDED, STEP):
-        j = (first + tl.arange(0, STEP)).to(tl.int64)
-        at_left = left + (rows[:, None] + j[None, :] * left_stride)
-        at_right = right + (j[:, None] * right_stride + columns[None, :])
-        a_hi = tl.load(at_left, mask=(rows < r)[:, None], other=0.0)
-        a_lo = tl.load(at_left + PADDED * left_stride, mask=(rows < r)[:, None], other=0.0)
-        b_hi = tl.load(at_right, mask=(columns < n)[None, :], other=0.0)
-        b_lo = tl.load(at_right + PADDED * right_stride, mask=(columns < n)[None, :], other=0.0)
-        total = tl.dot(a_lo, b_hi, total)
-        total = tl.dot(a_hi, b_lo, total)
-        total = tl.dot(a_hi, b_hi, total)
+    # Small products first: a tensor core cuts off bits of the sum whenever it adds to it.
+    for product in tl.static_range(3):
+        for first in range(0, PADDED, STEP):
+            j = (first + tl.arange(0, STEP)).to(tl.int64)
+            left_row = j + PADDED if product == 0 else j
+            right_row = j + PADDED if product == 1 else j
+            a = tl.load(left + (rows[:, None] + left_row[None, :] * left_stride), mask=(rows < r)[:, None], other=0.0)
+            b = tl.load(right + (right_row[:, None] * right_stride + columns[None, :]), mask=(columns < n)[None, :], other=0.0)
+            total = tl.dot(a, b, total)
     across = tl.load(right_back + columns, mask=columns < n, other=0.0)
     down = tl.load(left_back + rows, mask=rows < r, other=0.0)
     take_off(later, total * across[None, :] * down[:, None], r, n, later_stride, ROWS, COLUMNS)

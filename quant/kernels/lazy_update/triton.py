@@ -48,7 +48,7 @@ ROOMY = Tile(128, 64, 32, 8, 3)
 HOPPER = Tile(128, 128, 64, 8, 1, parts=True, gluon=True)
 BY_PARTS = False
 """Where a GPU has what `hopper.py` needs. It was compiled and not run yet: to become True when it is measured to be right and faster."""
-WIDE = Tile(128, 128, 32, 4, 3, gluon=True, halves=True)
+WIDE = Tile(128, 128, 64, 4, 3, gluon=True, halves=True)
 """For products over many columns, where a GPU has what `hopper_halves.py` needs. Two programs share a multiprocessor."""
 LEAST_WIDE = 256
 """Columns from which on WIDE is taken."""

@@ -9,7 +9,7 @@ from quant.kernels.on_triton import unavailable
 
 __all__ = ["row_sums", "unavailable"]
 
-ROWS, COLUMNS, WARPS = 4, 1024, 4
+ROWS, COLUMNS, WARPS = 4, 512, 4
 
 
 def row_sums(bits: Tensor, odd: Tensor) -> Tensor:
