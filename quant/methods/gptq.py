@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.affine import Affine, grouped
+from quant.affine import Affine, group_of_each, grouped
 from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
@@ -284,8 +284,8 @@ class _Ranges:
         self.permuted = dynamic and method.act_order
         coded = k - kept  # positions before the columns that are kept in floating point
         # Group of each position: of permuted columns, or of the plain order whatever the solver's.
-        positions = order.tolist() if method._reorders(kept) and not self.permuted else range(k)
-        self.plan = [j // self.width for j in positions[:coded]]
+        plain = group_of_each(k, self.width)[:coded]
+        self.plan = [j // self.width for j in order[:coded].tolist()] if method._reorders(kept) and not self.permuted else list(plain)
         self.members: list[list[int]] = [[] for _ in range(k // self.width)]
         """Positions of each group, where ranges are found on the way."""
         for j, g in enumerate(self.plan if dynamic else ()):
