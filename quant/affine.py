@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,6 +89,12 @@ def group_width(scheme: WeightScheme, n: int, k: int) -> int:
         nearest = sorted(sorted(divisors, key=lambda d: abs(d - g))[:6])
         raise ValueError(f"group_size={g} does not divide in_features={k}; choose one of {', '.join(map(str, nearest))}")
     return g
+
+
+@lru_cache(maxsize=32)
+def group_of_each(k: int, width: int) -> tuple[int, ...]:
+    """Of columns 0 .. k - 1, in groups of neighbours."""
+    return tuple(j // width for j in range(k))
 
 
 def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:

@@ -10,6 +10,8 @@ QuantizationWarning       a fallback or departure that `quantize_linear` took
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,14 @@ class QuantizationWarning(UserWarning):
 
 class SingularHessianError(ValueError):
     """Names the damping values that were tried."""
+
+
+def require_all_finite(given: Sequence[tuple[str, Tensor]]) -> None:
+    """`require_finite` of each; a device is waited for once where all are."""
+    sums = [x.sum(dtype=torch.float64).to(given[0][1].device) for _, x in given]
+    if not bool(torch.isfinite(torch.stack(sums)).all()):
+        for what, x in given:
+            require_finite(what, x)
 
 
 def require_finite(what: str, x: Tensor) -> None:

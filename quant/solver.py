@@ -45,7 +45,7 @@ def revive_dead(hessian: Tensor) -> tuple[Tensor, Tensor]:
     """A copy with H_jj = 1 where it was 0 (inputs that never fired), and the mask `[K]` of those columns."""
     dead = hessian.diagonal() == 0
     revived = hessian.clone()
-    revived.diagonal()[dead] = 1
+    revived.diagonal().masked_fill_(dead, 1)
     return revived, dead
 
 
@@ -158,29 +158,60 @@ def solve_affine(
     backend: str = "auto",
     stack: Sequence[int] | None = None,
     fits: Fits | None = None,
+    spends: bool = False,
 ) -> Solved:
     """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`.
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
-    fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives."""
-    w = weight.clone(memory_format=torch.contiguous_format)
+    fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
+    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned."""
+    w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     k = w.shape[0]
     later = kernel("lazy_update", device=w.device, later=w)
-    codes, values, loss = torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0])
-    errors = torch.empty_like(w[:block_size])
+    codes, values, loss = torch.empty_like(w), torch.empty_like(w[:block_size] if spends else w), torch.zeros_like(w[0])
+    # Later columns of the same reach see each block's errors at once, and those beyond it all of the reach together.
+    reach = later.run.reach(block_size, w.device)
+    errors = torch.empty_like(w[:reach])
     adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
+        first = start // reach * reach
+        last = min(first + reach, k)
         affine, group = ranges(start, end, w)
-        out = SolvedBlock(codes[start:end], values[start:end], errors[: end - start], loss if adds_loss else None)
+        own = errors[start - first : end - first]
+        out = SolvedBlock(codes[start:end], values[: end - start] if spends else values[start:end], own, loss if adds_loss else None)
         block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out, fits)
         if not adds_loss:
             loss += out.errors.square().sum(0)
-        if end < k:
-            later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors, stack)
+        if end < last:
+            later.run.lazy_update(w[end:last], upper[start:end, end:last].T, own, stack)
+        elif last < k:
+            later.run.lazy_update(w[last:], upper[first:last, last:].T, errors[: last - first], stack)
     return Solved(codes, values, loss, [*block_kernel.notes, *later.notes])
+
+
+def by_columns(weights: Sequence[Tensor]) -> Tensor:
+    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another."""
+    rows = [len(w) for w in weights]
+    columns = weights[0].new_empty(weights[0].shape[1], sum(rows), dtype=torch.float32)
+    run = kernel("turned", device=columns.device).run
+    for w, part in zip(weights, torch.split(columns, rows, dim=1), strict=True):
+        run.turned(w.contiguous(), part)
+    return columns
+
+
+def by_rows(codes: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """`[N_i, K]` of whole codes `[K, N]`; on a GPU uint8 and contiguous."""
+    parts = torch.split(codes, list(rows), dim=1)
+    if not codes.is_cuda:
+        return [part.T for part in parts]
+    run, made = kernel("turned", device=codes.device).run, []
+    for part in parts:
+        made.append(codes.new_empty(part.shape[1], len(codes), dtype=torch.uint8))
+        run.turned(part, made[-1])
+    return made
 
 
 def stacks(weights: Sequence[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.kernels import kernel
 from quant.solver import provided_factors
 from workers.memory import free_bytes
 
@@ -275,10 +276,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return list(value.values()) if isinstance(value, Mapping) else [value[0]]
 
 
-HASHED = 2**23
-"""Numbers of a matrix at a time: 64 MB of products."""
-
-
 def matrix_digest(matrix: Tensor) -> bytes:
     """SHA-256 of a matrix `[K, K]`, or where it is not on the host of its `row_sums`: a fraction of the time of factoring it."""
     told = matrix if matrix.device.type == "cpu" else row_sums(matrix)
@@ -289,8 +286,8 @@ def row_sums(matrix: Tensor) -> Tensor:
     """`[K]` int64 of a matrix `[K, *]`: of each row the sum, modulo 2⁶⁴, of its numbers' bits times random odd ones. A row with one other
     number has another sum for certain, any other row but for one case in about 2³²; matrices of one site differ in many rows."""
     bits = matrix.contiguous().view(torch.int32)
-    odd = _odd(bits.shape[1], bits.device)
-    return torch.cat([(rows * odd).sum(1) for rows in bits.split(max(1, HASHED // bits.shape[1]))])
+    told: Tensor = kernel("row_sums", device=bits.device).run.row_sums(bits, _odd(bits.shape[1], bits.device))
+    return told
 
 
 @lru_cache(maxsize=16)

@@ -33,6 +33,14 @@ TABLE: dict[str, dict[str, str]] = {
         "triton": "quant.kernels.lazy_update.triton",
         "torch": "quant.kernels.lazy_update.eager",
     },
+    "turned": {
+        "triton": "quant.kernels.turned.triton",
+        "torch": "quant.kernels.turned.eager",
+    },
+    "row_sums": {
+        "triton": "quant.kernels.row_sums.triton",
+        "torch": "quant.kernels.row_sums.eager",
+    },
     "kmeans_columns": {
         "cuda": "quant.kernels.kmeans_columns.cuda",
         "cpu": "quant.kernels.kmeans_columns.cpu",

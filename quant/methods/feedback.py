@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.errors import require_finite
+from quant.errors import require_all_finite, require_finite
 from quant.solver import inverse_factor, revive_dead
 from quant.statistics import Statistics
 
@@ -28,14 +28,20 @@ class Prepared:
 
 def checked_hessian(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
     """H `[K, K]` as given. Raises ValueError for a missing or misshapen one, NonFiniteError for values that are not finite."""
+    hessian = _hessian(name, weight, statistics)
+    require_finite("weight", weight)
+    require_finite("Hessian", hessian)
+    return hessian
+
+
+def _hessian(name: str, weight: Tensor, statistics: Statistics) -> Tensor:
+    """Its values are not looked at."""
     statistics.require(name, "hessian")
     hessian = statistics.hessian
     assert hessian is not None
     k = weight.shape[1]
     if hessian.shape != (k, k):
         raise ValueError(f"the Hessian has shape {tuple(hessian.shape)}; a weight with {k} inputs needs {(k, k)}")
-    require_finite("weight", weight)
-    require_finite("Hessian", hessian)
     return hessian
 
 
@@ -48,14 +54,16 @@ def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor
     return given, hessian.to(given)
 
 
-def checked_together(method: str, weights: Sequence[Tensor], statistics: Statistics) -> tuple[list[Tensor], Tensor]:
-    """As `checked`, of weights of one type that read one input: the Hessian is looked at once."""
-    first, hessian = checked(method, weights[0], statistics)
+def checked_together(method: str, weights: Sequence[Tensor], statistics: Statistics, as_given: bool = False) -> tuple[list[Tensor], Tensor]:
+    """As `checked`, of weights of one type that read one input: the Hessian is looked at once. as_given: weights keep their type."""
+    given = _hessian(method, weights[0], statistics)
     for weight in weights[1:]:
-        if weight.shape[1] != len(hessian):
-            raise ValueError(f"weights that read one input have {len(hessian)} columns each, not {weight.shape[1]}")
-        require_finite("weight", weight)
-    return [first, *(w.detach().to(first) for w in weights[1:])], hessian
+        if weight.shape[1] != len(given):
+            raise ValueError(f"weights that read one input have {len(given)} columns each, not {weight.shape[1]}")
+    require_all_finite([("weight", weights[0]), ("Hessian", given), *(("weight", w) for w in weights[1:])])
+    dtype = torch.float64 if weights[0].dtype is torch.float64 else torch.float32
+    place = weights[0].device
+    return [w.detach() if as_given else w.detach().to(place, dtype) for w in weights], given.to(place, dtype)
 
 
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.affine import Affine, grouped
+from quant.affine import Affine, group_of_each, grouped
 from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
@@ -31,11 +31,15 @@ from quant.methods.feedback import checked, checked_together
 from quant.number_formats import encode, number_format
 from quant.outliers import METRICS, outlier_columns, without_columns
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
-from quant.solver import Solved, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
+from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.columns import ColumnsTensor
 from quant.tensors.floating import FloatingTensor
+
+
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
 
 
 @dataclass
@@ -104,7 +108,7 @@ class Gptq:
         Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
         w, hessian = checked("gptq", weight, statistics)
         h, dead = revive_dead(hessian)
-        given = self._given([w], scheme, dead)
+        given = self._given([w], scheme, dead, int(dead.sum()))
         if self.outlier_columns and scheme.number != "int":
             raise ValueError(
                 f"outlier_columns={self.outlier_columns} works with integer codes; weight.number={scheme.number} has none: use 0"
@@ -139,8 +143,13 @@ class Gptq:
 
     def quantize_stacked(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme]) -> list[Rounded]:
         """As `quantize` has it for each; raises ScaleDtypeError too."""
-        ready, hessian = checked_together("gptq", weights, statistics)
-        h, dead = revive_dead(hessian)
+        # On a GPU, weights are read as they are: where they are laid out by columns they become float32.
+        known = self.static_groups or all(s.granularity is not Granularity.GROUP for s in schemes)
+        lean = known and _on_gpu(weights[0]) and weights[0].dtype is not torch.float64 and not self.act_order and not self.mse
+        ready, hessian = checked_together("gptq", weights, statistics, as_given=lean)
+        dead = hessian.diagonal() == 0
+        zeroed = int(dead.sum())
+        h = revive_dead(hessian)[0] if zeroed else hessian
         # Ranges of neighbours with one scheme are found together.
         runs: list[tuple[WeightScheme, list[Tensor]]] = []
         for w, scheme in zip(ready, schemes, strict=True):
@@ -148,20 +157,21 @@ class Gptq:
                 runs[-1][1].append(w)
             else:
                 runs.append((scheme, [w]))
-        givens = [self._given(own, scheme, dead) for scheme, own in runs]
+        givens = [self._given(own, scheme, dead, zeroed) for scheme, own in runs]
         order, upper, damp = self._factor(h, torch.empty(0, dtype=torch.int64, device=h.device), givens)
-        parts = [self._ordered(g.weight, order) for g in givens]
-        columns = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        _, tensors = self._solve(givens, columns, upper, order, 0, [DTYPES[g.scheme.scale_dtype] for g in givens])
+        parts = [g.weight if lean else self._ordered(g.weight, order) for g in givens]
+        columns = by_columns(parts) if lean else torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        _, tensors = self._solve(givens, columns, upper, order, 0, [DTYPES[g.scheme.scale_dtype] for g in givens], lean)
         notes = [g.notes for g in givens for _ in g.rows]
         return [Rounded(t, damp=damp, notes=list(own)) for t, own in zip(tensors, notes, strict=True)]
 
-    def _given(self, weights: list[Tensor], scheme: WeightScheme, dead: Tensor) -> _Given:
+    def _given(self, weights: list[Tensor], scheme: WeightScheme, dead: Tensor, zeroed: int) -> _Given:
+        """zeroed: how many inputs are dead."""
         w = torch.cat(weights) if len(weights) > 1 else weights[0]
         chosen, notes = choose_grid(self.grid, scheme)
         if scheme.number != "int":
             notes = without_grid(self.grid, self.mse, scheme)
-        groups, k, zeroed = grouped(w, scheme), w.shape[1], int(dead.sum())
+        groups, k = grouped(w, scheme), w.shape[1]
         if zeroed == k:
             notes.append("no calibration token reached this input: the Hessian counts as the identity")
         elif zeroed:
@@ -190,16 +200,24 @@ class Gptq:
         return weight.T[order] if self._reorders(kept) else weight.T
 
     def _solve(
-        self, givens: list[_Given], columns: Tensor, upper: Tensor, order: Tensor, kept: int, scale_dtypes: list[torch.dtype]
+        self,
+        givens: list[_Given],
+        columns: Tensor,
+        upper: Tensor,
+        order: Tensor,
+        kept: int,
+        scale_dtypes: list[torch.dtype],
+        spends: bool = False,
     ) -> tuple[Solved, list[AffineTensor]]:
-        """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight."""
+        """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight. spends: as `solve_affine` has
+        it."""
         coded = len(columns) - kept
         stack = [n for g in givens for n in g.rows]
 
         def solve(in_launch: bool) -> tuple[list[_Ranges], Solved, bool]:
             own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
             rows = _StackedRanges(own)
-            made = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, rows.block, stack=stack, fits=rows.fits)
+            made = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, rows.block, "auto", stack, rows.fits, spends)
             return own, made, rows.odd()
 
         ranges, solved, odd = solve(in_launch=True)
@@ -210,7 +228,7 @@ class Gptq:
             plain = torch.zeros_like(columns)
             plain[order[:coded]] = solved.codes
         tensors = []
-        codes = iter(torch.split(plain.T, stack))
+        codes = iter(by_rows(plain, stack))
         for given, own, dtype in zip(givens, ranges, scale_dtypes, strict=True):
             given.notes.extend(n for n in solved.notes if n not in given.notes)
             affine, index = own.affine(), own.group_of_column()
@@ -260,16 +278,17 @@ class _Ranges:
         scheme, groups, w = given.scheme, given.groups_to_fit(), given.weight
         self.grid, self.bits, self.scale_dtype, self.mse = given.chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
-        k, self.rows = order.numel(), len(w)
+        k, self.rows, self.dtype = order.numel(), len(w), torch.float64 if w.dtype is torch.float64 else torch.float32
         self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else k
         dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
         self.permuted = dynamic and method.act_order
         coded = k - kept  # positions before the columns that are kept in floating point
         # Group of each position: of permuted columns, or of the plain order whatever the solver's.
-        plan: list[int] = (torch.arange(k) if self.permuted else order.cpu()).div(self.width, rounding_mode="floor").tolist()
-        self.plan = plan[:coded]
+        plain = group_of_each(k, self.width)[:coded]
+        self.plan = [j // self.width for j in order[:coded].tolist()] if method._reorders(kept) and not self.permuted else list(plain)
         self.members: list[list[int]] = [[] for _ in range(k // self.width)]
-        for j, g in enumerate(self.plan):
+        """Positions of each group, where ranges are found on the way."""
+        for j, g in enumerate(self.plan if dynamic else ()):
             self.members[g].append(j)
         self.known: Affine | None = None
         """`[R, G]`."""
@@ -279,11 +298,11 @@ class _Ranges:
             self.known = self._fit(groups)
         # Kept columns leave groups of any width, wide groups reach beyond a block, and a search is torch's.
         within = method.block_size % self.width == 0 and not kept
-        self.in_launch = in_launch and dynamic and within and not self.mse and w.dtype is torch.float32
+        self.in_launch = in_launch and dynamic and within and not self.mse and self.dtype is torch.float32
         if dynamic and not self.in_launch:
             ran("gptq_block_ranges", "torch")
         self.fitted: set[int] = set()
-        self.scale, self.zero = (w.new_empty(len(self.members), self.rows) for _ in range(2))
+        self.scale, self.zero = (w.new_empty(len(self.members), self.rows, dtype=self.dtype) for _ in range(2))
         """`[G, N]`."""
         if self.known is not None:
             self.scale.copy_(self.known.scale.T), self.zero.copy_(self.known.zero.T)
@@ -292,6 +311,10 @@ class _Ranges:
 
     def _fit(self, groups: Tensor) -> Affine:
         """`[..., g]` ▸ `[...]`."""
+        if _on_gpu(groups) and not self.mse:
+            # Ranges go by these two alone, which one pass finds; they are the same in float32.
+            groups = torch.stack(torch.aminmax(groups, dim=-1), dim=-1)
+        groups = groups.to(self.dtype)
         new = fit(self.grid, groups, self.bits, self.scale_dtype, self.mse)
         return Affine(new.scale[..., 0], new.zero[..., 0], self.bits, self.grid.zero)
 
@@ -336,15 +359,19 @@ class _StackedRanges:
     def __init__(self, parts: list[_Ranges]) -> None:
         self.parts, self.rows = parts, [own.rows for own in parts]
         self.affine, self.group = stacked([(Affine(own.scale, own.zero, own.bits, own.grid.zero), own.plan) for own in parts])
-        split = (torch.split(t, self.rows, dim=1) for t in (self.affine.scale, self.affine.zero))
-        for own, scale, zero in zip(parts, *split, strict=True):
-            # What is found from now on is written where the solver reads it.
-            own.scale, own.zero = scale, zero
-            own.place = [sorted({self.group[j] for j in members}) for members in own.members]
+        self.known = all(own.known is not None for own in parts)
+        if not self.known:
+            split = (torch.split(t, self.rows, dim=1) for t in (self.affine.scale, self.affine.zero))
+            for own, scale, zero in zip(parts, *split, strict=True):
+                # What is found from now on is written where the solver reads it.
+                own.scale, own.zero = scale, zero
+                own.place = [sorted({self.group[j] for j in members}) for members in own.members]
         ways = [own.how() for own in parts]
         self.fits = Fits.of(ways, self.affine.scale.device) if any(way.width for way in ways) else None
 
     def block(self, start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        if self.known:
+            return self.affine, self.group[start:end]
         for own, part in zip(self.parts, torch.split(weights, self.rows, dim=1), strict=True):
             own.begin(start, end, part)
         return self.affine, self.group[start:end]

@@ -48,12 +48,17 @@ from quant.kernels.lazy_update.program import update
 from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
 from quant.kernels.lazy_update.triton import ROOMY as UPDATED_ELSEWHERE
 from quant.kernels.lazy_update.triton import TILE as UPDATED
+from quant.kernels.lazy_update.triton import WIDE as UPDATED_BY_HALVES
 from quant.kernels.lut_gemv.program import apart, entries
 from quant.kernels.lut_gemv.program import weight as entries_weight
 from quant.kernels.row_lut_gemv.program import rows as tables_of_rows
 from quant.kernels.row_lut_gemv.program import weight as rows_weight
+from quant.kernels.row_sums import triton as row_sums
+from quant.kernels.row_sums.program import sum_rows
 from quant.kernels.rtn_pack.program import long_groups, whole_groups
 from quant.kernels.token_log_probs.program import pick
+from quant.kernels.turned import triton as turned
+from quant.kernels.turned.program import turn
 from quant.kernels.wq_gemm.program import gemm
 from quant.kernels.wq_gemm.triton import constants as constants_of
 from quant.kernels.wq_gemm.triton import shape as cut_of
@@ -62,7 +67,7 @@ from quant.kernels.wq_gemv.program import weight as codes_weight
 
 FIRST = os.environ.get("BITGRID_COMPILE") == "first"
 NEWEST = 90
-EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride")
+EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride", "left_parts_stride", "right_parts_stride")
 """Whole multiples of 16."""
 APART = (add_lower, gemm, product_of_codes)
 """What they are depends on the architecture."""
@@ -118,7 +123,11 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     shape |= {"left_row": 1, "B": 128, "PADDED": 128, "PRECISION": "tf32x3"}
     found.append((update, "128 columns", types, shape, {"num_warps": tile.warps, "num_stages": tile.stages}))
     if architecture == 90 and syrk.gluon_works():
-        found += [_triangle(syrk.HOPPER), _by_parts(types)]
+        found += [_triangle(syrk.HOPPER), _by_parts(types), *_by_halves(types)]
+    types = {"source": "*fp32", "out": "*u8"} | dict.fromkeys(("r", "c", "source_stride", "out_stride"), "i32")
+    found.append((turn, "codes", types, {"ROWS": turned.ROWS, "COLUMNS": turned.COLUMNS}, {"num_warps": turned.WARPS}))
+    types = {"bits": "*i32", "odd": "*i64", "out": "*i64", "r": "i32", "c": "i32"}
+    found.append((sum_rows, "fp32", types, {"ROWS": row_sums.ROWS, "COLUMNS": row_sums.COLUMNS}, {"num_warps": row_sums.WARPS}))
     scores = {"logits": "*bf16", "tokens": "*i64", "out": "*fp32", "vocabulary": "i32", "stride": "i32"}
     found.append((pick, "bf16", scores, {"BLOCK": 4096}, {"num_warps": 8}))
     found += transforms()
@@ -198,6 +207,25 @@ def _by_parts(types: dict[str, str]) -> tuple[Any, str, dict[str, str], dict[str
     return update_by_parts, "128 columns", types | {"tiles": "i32"}, constants, {"num_warps": tile.warps}
 
 
+def _by_halves(types: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    from triton.experimental.gluon import language as gl
+
+    from quant.kernels.lazy_update import halves
+    from quant.kernels.lazy_update.hopper_halves import update_by_halves
+    from quant.kernels.lazy_update.program_halves import split
+
+    tile, own = UPDATED_BY_HALVES, types | {"left_back": "*fp32", "right_back": "*fp32"}
+    own |= dict.fromkeys(("left_parts", "right_parts"), "*fp16") | dict.fromkeys(
+        ("left_parts_stride", "right_parts_stride", "rights"), "i32"
+    )
+    constants = {"left_row": 1, "B": 512, "PADDED": 512, "TALL": 512, "WIDE": halves.WIDE}
+    yield split, "512 columns", own, constants, {"num_warps": halves.WARPS}
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    own = own | {side: f"tensordesc<fp16[{tile.step},{n}],{layout!r}>" for side, n in (("left", tile.rows), ("right", tile.columns))}
+    constants = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "STAGES": tile.stages, "WARPS": tile.warps, "PADDED": 512}
+    yield update_by_halves, "512 columns", own, constants, {"num_warps": tile.warps}
+
+
 def _triangle(tile: syrk.Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
     from triton.experimental.gluon import language as gl
 
@@ -247,7 +275,7 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        whole = (*EVEN, "r", "n") if kernel is update else EVEN
+        whole = (*EVEN, "r", "n") if kernel is update or "left_parts" in signature else EVEN
         even = [i for i, name in enumerate(kernel.arg_names) if name in whole or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = _source(kernel)(kernel, signature, constants, attrs)

@@ -44,14 +44,32 @@ def test_each_is_what_it_is_alone(schemes: list[WeightScheme], static_groups: bo
     are_alone(method, weights, statistics, schemes)
 
 
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_are_read_as_they_are(schemes: list[WeightScheme], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: laid out by columns once, their ranges found by the least and largest of each group."""
+    weights, statistics = given(dtype=dtype)
+    method = Gptq(static_groups=True, block_size=32)
+    want = method.quantize_stacked(weights, statistics, schemes)
+    monkeypatch.setattr(gptq, "_on_gpu", lambda t: True)
+    with recorded() as kernels:
+        got = method.quantize_stacked(weights, statistics, schemes)
+    assert "turned" in kernels
+    for one, other in zip(got, want, strict=True):
+        mine, theirs = one.tensor.pack(), other.tensor.pack()
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert (one.notes, one.damp) == (other.notes, other.damp)
+
+
 @pytest.mark.gpu("nvcc")
 @pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
-def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme]) -> None:
+@pytest.mark.parametrize("method", [Gptq(act_order=True), Gptq(static_groups=True)], ids=["act-order", "static"])
+def test_each_is_what_it_is_alone_on_a_gpu(schemes: list[WeightScheme], method: Gptq) -> None:
     """Rows as queries, keys and values of a grouped model have them, columns of several blocks."""
     g = torch.Generator("cuda").manual_seed(1)
-    weights = [torch.randn(n, 1056, generator=g, device="cuda") for n in (2048, 256, 256)]
+    weights = [torch.randn(n, 1056, generator=g, device="cuda").bfloat16() for n in (2048, 256, 256)]
     x = torch.randn(2000, 1056, generator=g, device="cuda")
-    method, statistics = Gptq(act_order=True), Statistics(hessian=x.T @ x)
+    statistics = Statistics(hessian=x.T @ x)
     assert method.stacks(weights, schemes)
     for weight, scheme, got in zip(weights, schemes, method.quantize_stacked(weights, statistics, schemes), strict=True):
         mine, alone = got.tensor.pack(), method.quantize(weight, statistics, scheme).tensor.pack()

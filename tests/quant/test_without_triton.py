@@ -18,7 +18,7 @@ def imported(package):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         # What is written in Triton is imported when it runs.
         name = found.name.rpartition(".")[2]
-        if name != "hopper" and not name.startswith("program"):
+        if not name.startswith(("hopper", "program")):
             __import__(found.name)
 
 imported(quant)

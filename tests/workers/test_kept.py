@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant import solver
+from quant.kernels.row_sums import eager
 from quant.scheme import Granularity, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from tests.workers.test_run_stage import EVALUATE, FakeRunners, outcomes, request
@@ -152,7 +153,7 @@ def test_the_digest_of_a_matrix_tells_one_bit_and_one_order_from_another(
         bits = h.clone().view(torch.int32)
         bits[i, i] ^= 1
         assert told(bits.view(dtype)) != whole
-    monkeypatch.setattr(kept, "HASHED", 20)
+    monkeypatch.setattr(eager, "AT_ONCE", 20)
     assert told(h) == whole, "nor does how many rows are read at a time"
 
 

@@ -31,6 +31,9 @@ KINDS = {ZeroKind.FLOAT: 1, ZeroKind.MINIMUM: 2}
 def stacked(parts: Sequence[tuple[Affine, list[int]]]) -> tuple[Affine, list[int]]:
     """Scale and zero `[G, N_i]` of several parts of the rows, and of each column its row in them ▸ those of all rows `[G', N]` together.
     Columns that share a group in every part share one here."""
+    (first, plan), bits = parts[0], [affine.bits for affine, _ in parts]
+    if len(parts) == 1:
+        return first, plan
     columns = list(zip(*(group for _, group in parts), strict=True))
     rows = {own: row for row, own in enumerate(dict.fromkeys(columns))}
 
@@ -41,7 +44,6 @@ def stacked(parts: Sequence[tuple[Affine, list[int]]]) -> tuple[Affine, list[int
         whole = all(p == list(range(len(t))) for t, p in zip(given, picked, strict=True))
         return torch.cat(given if whole else [torch.stack([t[g] for g in p]) for t, p in zip(given, picked, strict=True)], dim=1)
 
-    first, bits = parts[0][0], [affine.bits for affine, _ in parts]
     tops = None
     if len(set(bits)) > 1:
         tops = torch.cat([affine.scale.new_full(affine.scale.shape[1:], affine.top) for affine, _ in parts])

@@ -1,7 +1,8 @@
-"""`lazy_update`: what the errors of a solved block take off all later weights, of GPTQ's lazy batches (arXiv 2210.17323, section 4).
+"""`lazy_update`: what the errors of solved blocks take off all later weights, of GPTQ's lazy batches (arXiv 2210.17323, section 4).
 
 Every twin has `lazy_update(later, left, right, stack=None)`: `later -= left @ right`, in place, later `[R, N]`, left `[R, B]`, right
-`[B, N]`, of one type, with any strides; B, the columns of a block, is small. stack: sizes of parts of N whose results are to be those that
-each has alone, bit for bit; None where there is one. Sums are float32's (float64's): their error is at most (B + 8) u Σ |left| |right|,
-u = 2^-24 (2^-53).
+`[B, N]`, of one type, with any strides; B, the columns of one block or of some, is small. stack: sizes of parts of N whose results are to
+be those that each has alone, bit for bit; None where there is one. Sums are float32's (float64's): their error is at most (B + 8) u
+Σ |left| |right|, u = 2^-24 (2^-53). And `reach(block, device)`: how many columns, of blocks of so many, are best taken off all columns
+beyond them at once.
 """

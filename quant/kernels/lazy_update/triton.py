@@ -1,4 +1,4 @@
-"""The update in Triton, float32 on tensor cores in one of two forms. A sum takes the block's columns in one order wherever it lies, so that
+"""The update in Triton, float32 on tensor cores in one of three forms. A sum takes the columns in one order wherever it lies, so that
 a stack of parts has the results of each alone.
 
 tf32: three products of TF32 each. A number is the sum of two of TF32, but for 2^-22 of it; of the four products the one of the two smaller
@@ -10,6 +10,8 @@ of |left| |right| at most. Small ones are added first: while they are, a sum is 
 B (1 + 2^-5) u Σ |left| |right|, which with what was left out is within (B + 8) u for B up to 128, the most that is taken.
 A bfloat16's last bit is worth 2^-133 at least: numbers below 2^-110 are taken to within 2^-134, which adds Σ (|left| + |right|) 2^-134 to
 the error. From 2^128 - 2^119 on (3.39e38) hi is infinite: there and with numbers that are not finite the results are not finite either.
+
+By halves: three products of float16 each, where a product is over many columns (`halves.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_triton
+from quant.kernels.lazy_update import halves
 from quant.kernels.on_triton import has_gluon, interpreted, multiprocessors, unavailable
 
-__all__ = ["lazy_update", "refuses", "unavailable"]
+__all__ = ["lazy_update", "reach", "refuses", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Tile(on_triton.Tile):
 
     parts: bool = False
     gluon: bool = False
-    """By `hopper.py`, by parts."""
+    """By `hopper.py`, by parts; by halves by `hopper_halves.py`."""
+    halves: bool = False
+    """By `halves.py`; step is the columns that are multiplied at a time."""
 
 
 TILE = Tile(128, 64, 32, 4, 3)
@@ -43,6 +48,13 @@ ROOMY = Tile(128, 64, 32, 8, 3)
 HOPPER = Tile(128, 128, 64, 8, 1, parts=True, gluon=True)
 BY_PARTS = False
 """Where a GPU has what `hopper.py` needs. It was compiled and not run yet: to become True when it is measured to be right and faster."""
+WIDE = Tile(128, 128, 64, 4, 3, gluon=True, halves=True)
+"""For products over many columns, where a GPU has what `hopper_halves.py` needs. Two programs share a multiprocessor."""
+LEAST_WIDE = 256
+"""Columns from which on WIDE is taken."""
+REACH = 512
+"""Columns of finished blocks that are taken off all later ones at once, where WIDE is taken; 0 where each block's are. More of them read
+and write later weights more rarely; but those of the blocks among them, which each of the blocks updates, become more."""
 MOST = 128
 """Columns of a block by parts: all operands of a tile are in shared memory at once."""
 SHARED = 227 * 1024
@@ -59,9 +71,16 @@ def refuses(later: Tensor) -> str | None:
 def tile_for(r: int, n: int, b: int, device: torch.device) -> Tile:
     if interpreted():
         return Tile(32, 32, 16, 4, 1)
+    if b >= LEAST_WIDE and b <= halves.MOST and has_wide(device):
+        return WIDE
     if BY_PARTS and b <= MOST and _has_hopper(device):
         return HOPPER
     return TILE if r % 16 == n % 16 == 0 and torch.cuda.get_device_capability(device) >= (9, 0) else ROOMY
+
+
+def reach(block: int, device: torch.device) -> int:
+    """Columns, a multiple of those of a block."""
+    return max(1, REACH // block) * block if has_wide(device) else block
 
 
 def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int] | None = None, tile: Tile | None = None) -> None:
@@ -78,6 +97,9 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
         raise ValueError(f"by parts a block has at most {MOST} columns, not {b}; Tile(parts=False) takes more")
     given = right if right.stride(1) == 1 else right.contiguous()
     strides = (later.stride(0), left.stride(0), left.stride(1), given.stride(0))
+    if tile.halves:
+        halves.lazy_update(later, left, given, tile)
+        return
     tops, asides = -(-r // tile.rows), -(-n // tile.columns)
     if tile.gluon:
         from quant.kernels.lazy_update.hopper import update_by_parts as on_hopper
@@ -119,6 +141,13 @@ def tiles_each(tops: int, asides: int, at_once: int) -> int:
     """Tiles of rows that one program of `hopper.py` takes, of `tops`, so that all `asides` columns of tiles are done soonest: each wave of
     `at_once` programs takes START and its tiles."""
     return min(range(1, min(tops, 16) + 1), key=lambda each: -(-(-(-tops // each) * asides) // at_once) * (each + START))
+
+
+@cache
+def has_wide(device: torch.device) -> bool:
+    if interpreted() or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    return has_gluon("quant.kernels.lazy_update.hopper_halves")
 
 
 @cache
