@@ -6,7 +6,8 @@
 #pragma GCC optimize("Og")
 #endif
 
-#include "gptq_lanes.h"
+#include "gptq_found.h"
+#include "gptq_updates.h"
 
 #include <algorithm>
 #include <vector>
@@ -15,17 +16,60 @@ namespace {
 
 using namespace gptq;
 
+constexpr int LANES = 32;
+
 template <int L, bool PLAIN>
-struct Emulated {
+struct Solvers {
     using One = Lane<L, PLAIN>;
-    One lane[L];
+    static constexpr int ROWS = LANES / L;
+    One lane[LANES];
+    typename One::Course course[LANES];
     template <class F>
     void each(F f) {
         for (One& l : lane) f(l);
     }
     void share() {
-        for (One& l : lane)
-            for (int c = 0; c < PANEL; c++) l.x[c] = lane[c / One::OWN].own[c % One::OWN];
+        for (int i = 0; i < LANES; i++)
+            for (int c = 0; c < PANEL; c++) lane[i].x[c] = lane[c / One::OWN * ROWS + i % ROWS].own[c % One::OWN];
+    }
+    void start(const Problem& p, const Shared& s, int panel) {
+        for (int i = 0; i < LANES; i++) course[i] = lane[i].start(p, s, panel);
+    }
+    void end(const Problem& p) {
+        for (int i = 0; i < LANES; i++) lane[i].end(p, course[i]);
+    }
+};
+
+template <int L>
+struct Helpers {
+    Updates<L> lane[LANES];
+    template <class F>
+    void each(F f) {
+        for (Updates<L>& l : lane) f(l);
+    }
+};
+
+// The warp that helps does what it may as soon as it may, or as late as it must.
+template <int L>
+struct Meet {
+    Helpers<L>& helpers;
+    const Problem& p;
+    const Shared& s;
+    bool late;
+    void ready(int panel) {
+        if (!late && panel == 0) help(1);
+    }
+    void send(int panel) {
+        if (!late) help(panel + 2);
+    }
+    void receive(int panel) {
+        if (late) help(panel);
+    }
+    void help(int panel) {
+        if (!late && panel == 1) update_early(helpers, p, s, panel);
+        if (late) update_early(helpers, p, s, panel);
+        if (panel < p.panels()) update_late(helpers, p, s, panel);
+        if (!late && panel + 1 < p.panels()) update_early(helpers, p, s, panel + 1);
     }
 };
 
@@ -34,7 +78,8 @@ void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
     std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
-    std::vector<float> errors(STRIDE, NAN);
+    constexpr int ROWS = LANES / L;  // of a team
+    std::vector<float> errors(ROWS * STRIDE, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)
         for (int i = 0; i < PANEL * (at + 1); i++)
@@ -45,16 +90,22 @@ void solve(const Problem& p) {
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
     const Shared shared{panels, &pivots[0].diagonal};
-    // One row beyond the last first, as a warp may have: it stores what the last row's lanes do, and not after them.
-    for (uint32_t at = 0; at <= p.rows; at++) {
-        const uint32_t row = at ? at - 1 : p.rows;
-        Emulated<L, PLAIN> lanes;
+    for (uint32_t first = 0; first < p.rows; first += ROWS) {
         std::fill(errors.begin(), errors.end(), NAN);
-        if (p.words)
-            for (uint32_t part = 0; part < L; part++) Lane<L, PLAIN>::find(p, row, part);
-        uint32_t part = 0;
-        lanes.each([&](auto& lane) { lane.begin(p, row, part++, errors.data()); });
-        sweep(lanes, p, shared, [](int) {});
+        const auto spans = [&](int lane) { return errors.data() + lane % ROWS * STRIDE; };
+        if (p.words) {
+            for (int i = 0; i < 2 * LANES; i++) survey(p, first + i % ROWS, i / ROWS, 2 * L, spans(i));
+            for (int i = 0; i < 2 * LANES; i++) find<PLAIN>(p, first + i % ROWS, i / ROWS, 2 * L, spans(i));
+        }
+        Solvers<L, PLAIN> solvers;
+        Helpers<L> helpers;
+        for (int i = 0; i < LANES; i++) {
+            solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
+            solvers.lane[i].fetch_ranges(p, 0);
+            helpers.lane[i].begin(p, i, first, errors.data());
+        }
+        Meet<L> meet{helpers, p, shared, first / ROWS % 2 == 1};
+        sweep(solvers, p, shared, meet);
     }
 }
 

@@ -1,0 +1,107 @@
+// The second warp of a team of gptq_lanes.h: while the first solves a panel, it takes the errors of the panels before off those after it.
+#pragma once
+
+#include "gptq_lanes.h"
+
+namespace gptq {
+
+// One of 32 lanes, which have a panel's columns of the team's 32 / L rows: 4 columns and 4 / L rows each, so that 16 bytes of the factor or
+// of errors serve for several products.
+template <int L>
+struct Updates {
+    static constexpr int ROWS = 4 / L, APART = 8;  // a lane's rows, and from one of them to the next
+    float sum[ROWS][4], next[ROWS][4];             // a panel less errors; the one after it as given
+    uint32_t row[ROWS];
+    uint32_t column;  // first of the lane's in a panel
+    Near errors;      // [STRIDE] of its first row
+
+    // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor then
+    // serves two lanes at once.
+    ON_LANES static uint32_t local_row(uint32_t lane) { return (lane >> 1 & 1) | (lane >> 2 & 6); }
+    ON_LANES static uint32_t local_column(uint32_t lane) { return 4 * ((lane & 1) | (lane >> 1 & 2)); }
+
+    // first_row, all_errors: of the team.
+    ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors) {
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            const uint32_t at = first_row + local_row(lane) + r * APART;
+            row[r] = at < p.rows ? at : p.rows - 1;
+        }
+        column = local_column(lane), errors = beside(all_errors, int(local_row(lane)) * STRIDE);
+        fetch(p, 1);
+    }
+
+    // A panel as given; 0 beyond the last column.
+    ON_LANES void fetch(const Problem& p, int panel) {
+        const uint32_t first = panel * PANEL + column;
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            Place from = placed(p.block + (first * p.rows + row[r]));
+            UNROLLED for (int c = 0; c < 4; c++) {
+                next[r][c] = get(from, first + c < p.columns);
+                move(from, p.rows);
+            }
+        }
+    }
+    ON_LANES void advance(const Problem& p, int panel) {
+        UNROLLED for (int r = 0; r < ROWS; r++)
+            UNROLLED for (int c = 0; c < 4; c++) sum[r][c] = next[r][c];
+        fetch(p, panel + 1);
+    }
+
+    struct Rows {
+        Four error[ROWS], factor[4];
+    };
+    ON_LANES static void load(Rows& rows, Near u, Near e) {
+        UNROLLED for (int r = 0; r < ROWS; r++) rows.error[r] = near_four(beside(e, r * APART * STRIDE));
+        UNROLLED for (int i = 0; i < 4; i++) rows.factor[i] = near_four(beside(u, i * PANEL));
+    }
+    ON_LANES void apply(const Rows& rows) {
+        UNROLLED for (int i = 0; i < 4; i++)
+            UNROLLED for (int r = 0; r < ROWS; r++)
+                UNROLLED for (int c = 0; c < 4; c++) sum[r][c] = less(sum[r][c], rows.error[r].at[i], rows.factor[i].at[c]);
+    }
+
+    // Errors of panels first .. last - 1. Some after them are loaded and not used.
+    ON_LANES void take(const Shared& s, int panel, int first, int last) {
+        Near u = beside(s.factor, panel_start(panel) + first * PANEL * PANEL + int(column)), e = beside(errors, slot_start(first));
+        Rows one, other;
+        load(one, u, e);
+        ROLLED for (int i = first * PANEL; i < last * PANEL; i += 8) {
+            load(other, beside(u, 4 * PANEL), beside(e, 4));
+            apply(one);
+            u = beside(u, 8 * PANEL), e = beside(e, 8);
+            load(one, u, e);
+            apply(other);
+        }
+    }
+
+    ON_LANES void hand_over(int panel) {
+        UNROLLED for (int r = 0; r < ROWS; r++) near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + int(column)), sum[r]);
+    }
+};
+
+// What the second warp does for a panel until it needs the errors of the last but one before it, and from there on.
+template <class Lanes>
+ON_LANES void update_early(Lanes& lanes, const Problem& p, const Shared& s, int panel) {
+    lanes.each([&](auto& lane) { lane.advance(p, panel); });
+    if (panel > 2) lanes.each([&](auto& lane) { lane.take(s, panel, 0, panel - 2); });
+}
+template <class Lanes>
+ON_LANES void update_late(Lanes& lanes, const Problem&, const Shared& s, int panel) {
+    if (panel > 1) lanes.each([&](auto& lane) { lane.take(s, panel, panel - 2, panel - 1); });
+    lanes.each([&](auto& lane) { lane.hand_over(panel); });
+}
+
+// The whole warp. `await(panel)` returns when that panel's errors are in their slots, and all of the factor is there; `hand_over(panel)` says
+// that the panel is in its slot.
+template <class Lanes, class Meet>
+ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
+    const int panels = p.panels();
+    ROLLED for (int panel = 1; panel < panels; panel++) {
+        update_early(lanes, p, s, panel);
+        if (panel > 1) meet.await(panel - 2);
+        update_late(lanes, p, s, panel);
+        meet.hand_over(panel);
+    }
+}
+
+}  // namespace gptq
