@@ -39,9 +39,9 @@ struct Solvers {
     __device__ __forceinline__ void end(const Problem& p) { lane.end(p, course); }
 };
 
-template <int L>
+template <int L, bool PLAIN>
 struct Helpers {
-    Updates<L> lane;
+    Updates<L, PLAIN> lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
         solvers.lane.fetch_ranges(p, 0);
         sweep(solvers, p, shared, meet);
     } else {
-        Helpers<L> helpers;
+        Helpers<L, PLAIN> helpers;
         if (first < p.rows) helpers.lane.begin(p, lane, first, settled(near(errors)));
         memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
         asm volatile("cp.async.wait_group 1;" ::: "memory");

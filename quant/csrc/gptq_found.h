@@ -23,10 +23,10 @@ ON_LANES void survey(const Problem& p, uint32_t row, int part, int of, Near span
     ROLLED for (int panel = part; panel < panels; panel += TOGETHER * of) {
         float w[TOGETHER][PANEL];
         UNROLLED for (int i = 0; i < TOGETHER; i++) {
-            Place from = placed(p.block + ((panel + i * of) * PANEL * p.rows + row));
+            uint32_t at = (panel + i * of) * PANEL * p.rows + row;
             UNROLLED for (int c = 0; c < PANEL; c++) {
-                w[i][c] = get(from, (panel + i * of) * PANEL + c < int(p.columns));
-                move(from, p.rows);
+                w[i][c] = get(p.block + at, (panel + i * of) * PANEL + c < int(p.columns));
+                advance(at, p.rows);
             }
         }
         UNROLLED for (int i = 0; i < TOGETHER; i++) {

@@ -40,19 +40,19 @@ struct Solvers {
     }
 };
 
-template <int L>
+template <int L, bool PLAIN>
 struct Helpers {
-    Updates<L> lane[LANES];
+    Updates<L, PLAIN> lane[LANES];
     template <class F>
     void each(F f) {
-        for (Updates<L>& l : lane) f(l);
+        for (Updates<L, PLAIN>& l : lane) f(l);
     }
 };
 
 // The warp that helps does what it may as soon as it may, or as late as it must.
-template <int L>
+template <int L, bool PLAIN>
 struct Meet {
-    Helpers<L>& helpers;
+    Helpers<L, PLAIN>& helpers;
     const Problem& p;
     const Shared& s;
     bool late;
@@ -98,13 +98,13 @@ void solve(const Problem& p) {
             for (int i = 0; i < 2 * LANES; i++) find<PLAIN>(p, first + i % ROWS, i / ROWS, 2 * L, spans(i));
         }
         Solvers<L, PLAIN> solvers;
-        Helpers<L> helpers;
+        Helpers<L, PLAIN> helpers;
         for (int i = 0; i < LANES; i++) {
             solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
             solvers.lane[i].fetch_ranges(p, 0);
             helpers.lane[i].begin(p, i, first, errors.data());
         }
-        Meet<L> meet{helpers, p, shared, first / ROWS % 2 == 1};
+        Meet<L, PLAIN> meet{helpers, p, shared, first / ROWS % 2 == 1};
         sweep(solvers, p, shared, meet);
     }
 }

@@ -114,10 +114,10 @@ struct Lane {
         loss = 0.0f, low = 0xffffffffu;
         top = p.tops ? p.tops[row] : p.top;
         const uint32_t column = part * OWN;
-        Place from = placed(p.block + (column * p.rows + row));
+        uint32_t at = column * p.rows + row;
         UNROLLED for (int c = 0; c < OWN; c++) {
-            own[c] = get(from, PLAIN || column + c < p.columns);
-            move(from, p.rows);
+            own[c] = get(p.block + at, PLAIN || column + c < p.columns);
+            advance(at, p.rows);
         }
     }
 
@@ -184,19 +184,20 @@ struct Lane {
     // than to ask.
     struct Stores {
         static constexpr int COUNT = L > 2 ? 1 : 4 - L;
-        Place place[COUNT];
+        float* base[COUNT];
+        uint32_t at;
         Stores() = default;
         ON_LANES Stores(const Problem& p, const Lane& lane, uint32_t first) {
-            const uint32_t at = first * p.rows + lane.row;
-            place[COUNT - 1] = placed((L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes) + at);
-            if (L == 2) place[0] = placed((lane.part ? p.values : p.codes) + at);
-            if (L == 1) place[0] = placed(p.codes + at), place[COUNT / 2] = placed(p.values + at);
+            base[COUNT - 1] = L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes;
+            if (L == 2) base[0] = lane.part ? p.values : p.codes;
+            if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
+            at = first * p.rows + lane.row;
         }
         ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, float error, bool real) {
-            gptq::put<PLAIN>(place[COUNT - 1], L < 4 || part > 1 ? error : part ? made.value : made.code, real);
-            if (L == 2) gptq::put<PLAIN>(place[0], part ? made.value : made.code, real);
-            if (L == 1) gptq::put<PLAIN>(place[0], made.code, real), gptq::put<PLAIN>(place[COUNT / 2], made.value, real);
-            UNROLLED for (int i = 0; i < COUNT; i++) move(place[i], p.rows);
+            gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? made.value : made.code, real);
+            if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? made.value : made.code, real);
+            if (L == 1) gptq::put<PLAIN>(base[0] + at, made.code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, made.value, real);
+            advance(at, p.rows);
         }
     };
 

@@ -7,13 +7,13 @@ namespace gptq {
 
 // One of 32 lanes, which have a panel's columns of the team's 32 / L rows: 4 columns and 4 / L rows each, so that 16 bytes of the factor or
 // of errors serve for several products.
-template <int L>
+template <int L, bool PLAIN>
 struct Updates {
     static constexpr int ROWS = 4 / L, APART = 8;  // a lane's rows, and from one of them to the next
     float sum[ROWS][4], next[ROWS][4];             // a panel less errors; the one after it as given
-    uint32_t row[ROWS];
-    uint32_t column;  // first of the lane's in a panel
-    Near errors;      // [STRIDE] of its first row
+    uint32_t row;                                  // its first
+    uint32_t column;                               // first of the lane's in a panel
+    Near errors;                                   // [STRIDE] of its first row
 
     // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor then
     // serves two lanes at once.
@@ -22,22 +22,28 @@ struct Updates {
 
     // first_row, all_errors: of the team.
     ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors) {
-        UNROLLED for (int r = 0; r < ROWS; r++) {
-            const uint32_t at = first_row + local_row(lane) + r * APART;
-            row[r] = at < p.rows ? at : p.rows - 1;
-        }
+        row = first_row + local_row(lane);
         column = local_column(lane), errors = beside(all_errors, int(local_row(lane)) * STRIDE);
         fetch(p, 1);
     }
 
-    // A panel as given; 0 beyond the last column.
+    // A panel as given; 0 beyond the last column, and of rows beyond the last what the last has.
     ON_LANES void fetch(const Problem& p, int panel) {
         const uint32_t first = panel * PANEL + column;
-        UNROLLED for (int r = 0; r < ROWS; r++) {
-            Place from = placed(p.block + (first * p.rows + row[r]));
-            UNROLLED for (int c = 0; c < 4; c++) {
-                next[r][c] = get(from, first + c < p.columns);
-                move(from, p.rows);
+        if (first >= p.columns) return;
+        const float* from = p.block + (first * p.rows + row);
+        if (PLAIN && row + (ROWS - 1) * APART < p.rows) {
+            UNROLLED for (int c = 0; c < 4; c++, from += p.rows)
+                UNROLLED for (int r = 0; r < ROWS; r++) next[r][c] = get(from + r * APART, true);
+        } else {
+            ROLLED for (int c = 0; c < 4; c++) {
+                const float* const all = p.block + (first + c) * p.rows;
+                UNROLLED for (int r = 0; r < ROWS; r++) {
+                    const uint32_t at = row + r * APART < p.rows ? row + r * APART : p.rows - 1;
+                    const float x = get(all + at, first + c < p.columns);
+                    UNROLLED for (int d = 0; d < 4; d++)
+                        if (d == c) next[r][d] = x;
+                }
             }
         }
     }
