@@ -36,7 +36,10 @@ struct Solvers {
         }
     }
     __device__ __forceinline__ void start(const Problem& p, const Shared& s, int panel) { course = lane.start(p, s, panel); }
-    __device__ __forceinline__ void end(const Problem& p) { lane.end(p, course); }
+    template <bool MORE>
+    __device__ __forceinline__ void end(const Problem& p) {
+        lane.template end<MORE>(p, course);
+    }
 };
 
 template <int L, bool PLAIN>
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
         Solvers<L, PLAIN> solvers;
         solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
         solvers.lane.fetch_ranges(p, 0);
-        sweep(solvers, p, shared, meet);
+        sweep<L>(solvers, p, shared, meet);
     } else {
         Helpers<L, PLAIN> helpers;
         if (first < p.rows) helpers.lane.begin(p, lane, first, settled(near(errors)));

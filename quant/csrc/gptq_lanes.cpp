@@ -35,8 +35,9 @@ struct Solvers {
     void start(const Problem& p, const Shared& s, int panel) {
         for (int i = 0; i < LANES; i++) course[i] = lane[i].start(p, s, panel);
     }
+    template <bool MORE>
     void end(const Problem& p) {
-        for (int i = 0; i < LANES; i++) lane[i].end(p, course[i]);
+        for (int i = 0; i < LANES; i++) lane[i].template end<MORE>(p, course[i]);
     }
 };
 
@@ -105,7 +106,7 @@ void solve(const Problem& p) {
             helpers.lane[i].begin(p, i, first, errors.data());
         }
         Meet<L, PLAIN> meet{helpers, p, shared, first / ROWS % 2 == 1};
-        sweep(solvers, p, shared, meet);
+        sweep<L>(solvers, p, shared, meet);
     }
 }
 

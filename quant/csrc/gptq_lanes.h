@@ -222,12 +222,11 @@ struct Lane {
         Course now{panel,
                    int(p.columns) - first,
                    beside(s.factor, panel_start(panel) + first * PANEL),
-                   // Where there is none they come off what nobody uses.
                    beside(s.factor, panel + 1 < p.panels() ? next : 0),
                    beside(s.pivots, 2 * first),
                    Stores(p, *this, first),
                    {}};
-        solve_columns<0, ARRIVAL>(p, now);
+        solve_columns<0, ARRIVAL, false>(p, now);
         return now;
     }
     ON_LANES void receive(int panel) {
@@ -236,16 +235,18 @@ struct Lane {
             UNROLLED for (int i = 0; i < 4; i++) own[c + i] = four.at[i];
         }
     }
+    // MORE: errors come off the panel after it. Where there is none, that costs least time if lanes have few columns of it.
+    template <bool MORE>
     ON_LANES void end(const Problem& p, Course& now) {
-        solve_columns<ARRIVAL, PANEL>(p, now);
+        solve_columns<ARRIVAL, PANEL, MORE>(p, now);
         finish_column(p, now, PANEL - 1);
-        take_own(now, taken(PANEL - 1), PANEL);
+        if (MORE) take_own(now, taken(PANEL - 1), PANEL);
         if (p.kept(now.panel)) UNROLLED for (int c = 0; c < PANEL; c += 4) near_put(beside(errors, slot_start(now.panel) + c), x + c);
     }
 
     // While a column is divided and rounded, a chain of operations that wait for each other, the error of the column before comes off the
     // others. Fences keep the compiler from putting the chains of many columns first, and what could run beside them last.
-    template <int FROM, int TO>
+    template <int FROM, int TO, bool MORE>
     ON_LANES void solve_columns(const Problem& p, Course& now) {
         UNROLLED for (int c = FROM; c < TO; c++) {
             const uint32_t before = low;
@@ -254,18 +255,18 @@ struct Lane {
             UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) made.u[d] = near_four(beside(now.u, c * PANEL + 4 * d));
             Four v[AT_ONCE][OWN / 4];
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
-                if (taken(c - 1) + k < taken(c))
+                if (MORE && taken(c - 1) + k < taken(c))
                     UNROLLED for (int d = 0; d < OWN / 4; d++) v[k][d] = near_four(beside(now.v, (taken(c - 1) + k) * PANEL + 4 * d));
             solve(p, c, now.pivots, made);
             if (c) finish_column(p, now, c - 1);
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
-                if (taken(c - 1) + k < taken(c))
+                if (MORE && taken(c - 1) + k < taken(c))
                     UNROLLED for (int d = 0; d < OWN; d++) own[d] = less(own[d], x[taken(c - 1) + k], v[k][d / 4].at[d % 4]);
             now.last = made;
             if (c % FENCED == FENCED - 1) {
                 // All that was made is made here.
                 UNROLLED for (int d = c; d < PANEL; d++) pin(x[d]);
-                if (c >= ARRIVAL) UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
+                if (MORE) UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
                 pin(loss), pin(now.last.code), pin(now.last.value);
                 fence(before);
             }
@@ -326,7 +327,7 @@ struct Lane {
 // The warp that solves. `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own
 // columns of all of them. `ready(panel)` returns when that panel of the factor and the next are in shared memory, after panel 1 all;
 // `receive(panel)` when the other warp has put that panel into its slot. `send(panel)` says that its errors are there.
-template <class Lanes, class Meet>
+template <int L, class Lanes, class Meet>
 ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
     const int panels = p.panels();
     ROLLED for (int panel = 0; panel < panels; panel++) {
@@ -336,11 +337,15 @@ ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet)
         }
         lanes.share();
         lanes.start(p, s, panel);
-        if (panel + 1 < panels) {
+        const bool more = panel + 1 < panels;
+        if (more) {
             meet.receive(panel + 1);
             lanes.each([&](auto& lane) { lane.receive(panel + 1); });
         }
-        lanes.end(p);
+        if (more || L > 1)
+            lanes.template end<true>(p);
+        else
+            lanes.template end<false>(p);
         if (p.kept(panel)) meet.send(panel);
     }
     lanes.each([&](auto& lane) { lane.finish(p); });
