@@ -13,8 +13,11 @@ namespace {
 
 using namespace gptq;
 
-// Warps that solve, and as many that help them, each on its mate's scheduler. Shared memory has room for two such blocks on a multiprocessor.
+// Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor. APART: two of its four
+// schedulers have the ones, two the others. A warp that helps hardly ever waits, and one that solves does after each few instructions: on
+// one scheduler its turns would be late.
 constexpr int TEAMS = 4, SIDE = 32 * TEAMS, THREADS = 2 * SIDE;
+constexpr bool APART = true;
 
 template <int L, bool PLAIN>
 struct Solvers {
@@ -64,7 +67,14 @@ struct Meet {
     __device__ __forceinline__ void send(int) const { arrive(errors); }
     // Of one that helps.
     __device__ __forceinline__ void hand_over(int) const { arrive(panels); }
-    __device__ __forceinline__ void await(int) const { wait(errors); }
+    __device__ static __forceinline__ void whole() {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        all();
+    }
+    __device__ __forceinline__ void await(int panel) const {
+        if (panel == 0) whole();
+        wait(errors);
+    }
 };
 
 __device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
@@ -132,10 +142,11 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
     constexpr int ROWS = 32 / L;  // of a team
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
-    const int warp = threadIdx.x / 32, team = warp % TEAMS, lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int team = APART ? warp / 4 * 2 + warp % 2 : warp % TEAMS;
+    const bool helps = APART ? warp / 2 % 2 == 1 : warp >= TEAMS;
     float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (ROWS * STRIDE);  // [ROWS, STRIDE]
-    const bool helps = warp >= TEAMS;
-    const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = threadIdx.x % SIDE;
+    const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = team * 32 + lane;  // of its side
     const Meet meet(team);
 
     // What comes from farthest first.
@@ -155,27 +166,28 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
         meet.wait(meet.errors);
     }
     // A team all of whose rows are beyond the last does nothing but to copy.
+    const bool idle = first >= p.rows;
     const Shared shared{settled(near(memory.factor)), settled(near(&memory.pivots[0].diagonal))};
     if (!helps) {
-        if (first >= p.rows) {
-            meet.all();
-            if (p.columns > PANEL) meet.all();
-            return;
-        }
         Solvers<L, PLAIN> solvers;
-        solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
-        solvers.lane.fetch_ranges(p, 0);
-        sweep<L>(solvers, p, shared, meet);
+        if (idle) {
+            UNROLLED for (int panel = 0; panel < 2; panel++)
+                if (panel < p.panels()) meet.ready(panel);
+        } else {
+            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
+            solvers.lane.fetch_ranges(p, 0);
+            sweep<L>(solvers, p, shared, meet);
+        }
     } else {
         Helpers<L, PLAIN> helpers;
-        if (first < p.rows) helpers.lane.begin(p, lane, first, settled(near(errors)));
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
         memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         meet.all();
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        if (p.columns <= PANEL) return;
-        meet.all();
-        if (first < p.rows) update(helpers, p, shared, meet);
+        if (!idle)
+            update(helpers, p, shared, meet);
+        else if (p.panels() > 1)
+            meet.whole();
     }
 }
 

@@ -10,6 +10,11 @@
 #include "gptq_updates.h"
 
 #include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -50,27 +55,69 @@ struct Helpers {
     }
 };
 
-// The warp that helps does what it may as soon as it may, or as late as it must.
-template <int L, bool PLAIN>
+// The two warps of a team, of which one runs at a time: `first` whenever it need not wait. Their barriers are those of gptq_block.cu.
+class Team {
+  public:
+    enum Warp { SOLVES, HELPS };
+    struct Barrier {
+        int arrived = 0;
+    };
+    Barrier all, errors, panels;
+
+    explicit Team(Warp first) : first_(first), runs_(first) {}
+
+    void begin(Warp warp) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        turn_.wait(lock, [&] { return runs_ == warp; });
+    }
+    void end(Warp warp) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ended_[warp] = true;
+        if (!ended_[1 - warp]) choose();
+    }
+    void meet(Warp warp, Barrier& barrier, bool wait = true) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (++barrier.arrived == 2) {
+            barrier.arrived = 0;
+            if (awaits_[1 - warp] == &barrier) awaits_[1 - warp] = nullptr;
+        } else if (wait) {
+            awaits_[warp] = &barrier;
+        }
+        choose();
+        turn_.wait(lock, [&] { return runs_ == warp; });
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable turn_;
+    const Warp first_;
+    int runs_;
+    bool ended_[2] = {};
+    Barrier* awaits_[2] = {};
+
+    void choose() {
+        const auto can = [&](int warp) { return !ended_[warp] && !awaits_[warp]; };
+        runs_ = can(first_) ? first_ : 1 - first_;
+        if (!can(runs_)) {
+            std::fputs("gptq_lanes: the warps of a team wait for each other\n", stderr);
+            std::abort();
+        }
+        turn_.notify_all();
+    }
+};
+
 struct Meet {
-    Helpers<L, PLAIN>& helpers;
-    const Problem& p;
-    const Shared& s;
-    bool late;
-    void ready(int panel) {
-        if (!late && panel == 0) help(1);
-    }
-    void send(int panel) {
-        if (!late) help(panel + 2);
-    }
-    void receive(int panel) {
-        if (late) help(panel);
-    }
-    void help(int panel) {
-        if (!late && panel == 1) update_early(helpers, p, s, panel);
-        if (late) update_early(helpers, p, s, panel);
-        if (panel < p.panels()) update_late(helpers, p, s, panel);
-        if (!late && panel + 1 < p.panels()) update_early(helpers, p, s, panel + 1);
+    Team& team;
+    // Of the warp that solves.
+    void ready(int) { team.meet(Team::SOLVES, team.all); }
+    void receive(int) { team.meet(Team::SOLVES, team.panels); }
+    void send(int) { team.meet(Team::SOLVES, team.errors, false); }
+    // Of the one that helps.
+    void hand_over(int) { team.meet(Team::HELPS, team.panels, false); }
+    void whole() { team.meet(Team::HELPS, team.all); }
+    void await(int panel) {
+        if (panel == 0) whole();
+        team.meet(Team::HELPS, team.errors);
     }
 };
 
@@ -105,8 +152,18 @@ void solve(const Problem& p) {
             solvers.lane[i].fetch_ranges(p, 0);
             helpers.lane[i].begin(p, i, first, errors.data());
         }
-        Meet<L, PLAIN> meet{helpers, p, shared, first / ROWS % 2 == 1};
+        Team team(first / ROWS % 2 ? Team::SOLVES : Team::HELPS);
+        Meet meet{team};
+        std::thread other([&] {
+            team.begin(Team::HELPS);
+            team.meet(Team::HELPS, team.all);  // the first panels of the factor
+            update(helpers, p, shared, meet);
+            team.end(Team::HELPS);
+        });
+        team.begin(Team::SOLVES);
         sweep<L>(solvers, p, shared, meet);
+        team.end(Team::SOLVES);
+        other.join();
     }
 }
 

@@ -85,29 +85,22 @@ struct Updates {
     }
 };
 
-// What the second warp does for a panel until it needs the errors of the last but one before it, and from there on.
-template <class Lanes>
-ON_LANES void update_early(Lanes& lanes, const Problem& p, const Shared& s, int panel) {
-    lanes.each([&](auto& lane) { lane.advance(p, panel); });
-    if (panel > 2) lanes.each([&](auto& lane) { lane.take(s, panel, 0, panel - 2); });
-}
-template <class Lanes>
-ON_LANES void update_late(Lanes& lanes, const Problem&, const Shared& s, int panel) {
-    if (panel > 1) lanes.each([&](auto& lane) { lane.take(s, panel, panel - 2, panel - 1); });
-    lanes.each([&](auto& lane) { lane.hand_over(panel); });
-}
-
-// The whole warp. `await(panel)` returns when that panel's errors are in their slots, and all of the factor is there; `hand_over(panel)` says
-// that the panel is in its slot.
+// The warp that helps. `await(panel)` returns when that panel's errors are in their slots, and, of panel 0, all of the factor is in shared
+// memory; `hand_over(panel)` says that the panel is in its slot.
 template <class Lanes, class Meet>
 ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
     const int panels = p.panels();
     ROLLED for (int panel = 1; panel < panels; panel++) {
-        update_early(lanes, p, s, panel);
-        if (panel > 1) meet.await(panel - 2);
-        update_late(lanes, p, s, panel);
+        lanes.each([&](auto& lane) { lane.advance(p, panel); });
+        if (panel > 2) lanes.each([&](auto& lane) { lane.take(s, panel, 0, panel - 2); });
+        if (panel > 1) {
+            meet.await(panel - 2);
+            lanes.each([&](auto& lane) { lane.take(s, panel, panel - 2, panel - 1); });
+        }
+        lanes.each([&](auto& lane) { lane.hand_over(panel); });
         meet.hand_over(panel);
     }
+    if (panels == 2) meet.whole();  // else it has been there for long
 }
 
 }  // namespace gptq
