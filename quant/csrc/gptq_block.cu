@@ -160,9 +160,10 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
     if (p.words && first < p.rows) {
         const int mine = part + helps * L;
         const Near spans = near(errors + lane % ROWS * STRIDE);
-        survey(p, row, mine, 2 * L, spans);
+        const int32_t word = row < p.rows ? p.words[row] : 0;
+        survey<L>(p, row, mine, spans);
         meet.wait(meet.errors);
-        find<PLAIN>(p, row, mine, 2 * L, spans);
+        find<L, PLAIN>(p, row, mine, word, spans);
         meet.wait(meet.errors);
     }
     // A team all of whose rows are beyond the last does nothing but to copy.

@@ -142,8 +142,11 @@ void solve(const Problem& p) {
         std::fill(errors.begin(), errors.end(), NAN);
         const auto spans = [&](int lane) { return errors.data() + lane % ROWS * STRIDE; };
         if (p.words) {
-            for (int i = 0; i < 2 * LANES; i++) survey(p, first + i % ROWS, i / ROWS, 2 * L, spans(i));
-            for (int i = 0; i < 2 * LANES; i++) find<PLAIN>(p, first + i % ROWS, i / ROWS, 2 * L, spans(i));
+            for (int i = 0; i < 2 * LANES; i++) survey<L>(p, first + i % ROWS, i / ROWS, spans(i));
+            for (int i = 0; i < 2 * LANES; i++) {
+                const uint32_t row = first + i % ROWS;
+                find<L, PLAIN>(p, row, i / ROWS, row < p.rows ? p.words[row] : 0, spans(i));
+            }
         }
         Solvers<L, PLAIN> solvers;
         Helpers<L, PLAIN> helpers;
