@@ -13,11 +13,12 @@ namespace {
 
 using namespace gptq;
 
-// Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor. APART: two of its four
-// schedulers have the ones, two the others. A warp that helps hardly ever waits, and one that solves does after each few instructions: on
-// one scheduler its turns would be late.
+// Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor.
 constexpr int TEAMS = 4, SIDE = 32 * TEAMS, THREADS = 2 * SIDE;
-constexpr bool APART = true;
+// Two of its four schedulers have the ones, two the others. A warp that helps hardly ever waits, and one that solves does after each few
+// instructions: on one scheduler its turns would be late. Where lanes share rows there is less to help with.
+template <int L>
+constexpr bool APART = L == 1;
 
 template <int L, bool PLAIN>
 struct Solvers {
@@ -45,9 +46,9 @@ struct Solvers {
     }
 };
 
-template <int L, bool PLAIN>
+template <int L>
 struct Helpers {
-    Updates<L, PLAIN> lane;
+    Updates<L> lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
@@ -138,13 +139,13 @@ struct Memory {
 };
 
 template <int L, bool PLAIN>
-__global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
     constexpr int ROWS = 32 / L;  // of a team
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int team = APART ? warp / 4 * 2 + warp % 2 : warp % TEAMS;
-    const bool helps = APART ? warp / 2 % 2 == 1 : warp >= TEAMS;
+    const int team = APART<L> ? warp / 4 * 2 + warp % 2 : warp % TEAMS;
+    const bool helps = APART<L> ? warp / 2 % 2 == 1 : warp >= TEAMS;
     float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (ROWS * STRIDE);  // [ROWS, STRIDE]
     const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = team * 32 + lane;  // of its side
     const Meet meet(team);
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN ? 2 : 1) solve(const __grid_con
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<L, PLAIN> helpers;
+        Helpers<L> helpers;
         if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
         memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
         asm volatile("cp.async.wait_group 1;" ::: "memory");

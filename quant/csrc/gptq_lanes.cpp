@@ -46,12 +46,12 @@ struct Solvers {
     }
 };
 
-template <int L, bool PLAIN>
+template <int L>
 struct Helpers {
-    Updates<L, PLAIN> lane[LANES];
+    Updates<L> lane[LANES];
     template <class F>
     void each(F f) {
-        for (Updates<L, PLAIN>& l : lane) f(l);
+        for (Updates<L>& l : lane) f(l);
     }
 };
 
@@ -149,7 +149,7 @@ void solve(const Problem& p) {
             }
         }
         Solvers<L, PLAIN> solvers;
-        Helpers<L, PLAIN> helpers;
+        Helpers<L> helpers;
         for (int i = 0; i < LANES; i++) {
             solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
             solvers.lane[i].fetch_ranges(p, 0);

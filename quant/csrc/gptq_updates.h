@@ -7,7 +7,7 @@ namespace gptq {
 
 // One of 32 lanes, which have a panel's columns of the team's 32 / L rows: 4 columns and 4 / L rows each, so that 16 bytes of the factor or
 // of errors serve for several products.
-template <int L, bool PLAIN>
+template <int L>
 struct Updates {
     static constexpr int ROWS = 4 / L, APART = 8;  // a lane's rows, and from one of them to the next
     float sum[ROWS][4], next[ROWS][4];             // a panel less errors; the one after it as given
@@ -32,7 +32,7 @@ struct Updates {
         const uint32_t first = panel * PANEL + column;
         if (first >= p.columns) return;
         const float* from = p.block + (first * p.rows + row);
-        if (PLAIN && row + (ROWS - 1) * APART < p.rows) {
+        if (first + 4 <= p.columns && row + (ROWS - 1) * APART < p.rows) {
             UNROLLED for (int c = 0; c < 4; c++, from += p.rows)
                 UNROLLED for (int r = 0; r < ROWS; r++) next[r][c] = get(from + r * APART, true);
         } else {
