@@ -29,10 +29,10 @@ struct Updates {
 
     // A panel as given; 0 beyond the last column, and of rows beyond the last what the last has.
     ON_LANES void fetch(const Problem& p, int panel) {
+        if (panel >= p.panels()) return;
         const uint32_t first = panel * PANEL + column;
-        if (first >= p.columns) return;
-        const float* from = p.block + (first * p.rows + row);
         if (first + 4 <= p.columns && row + (ROWS - 1) * APART < p.rows) {
+            const float* from = p.block + (first * p.rows + row);
             UNROLLED for (int c = 0; c < 4; c++, from += p.rows)
                 UNROLLED for (int r = 0; r < ROWS; r++) next[r][c] = get(from + r * APART, true);
         } else {
