@@ -1,4 +1,4 @@
-// gptq_block on a GPU: the loop of gptq_lanes.h, THREADS / L rows to a block of threads, the factor's panels in shared memory.
+// gptq_block on a GPU: the loop of gptq_lanes.h, TEAMS teams of two warps to a block of threads, the factor's panels in shared memory.
 //
 // Plain C ABI. Columns one after another: block, codes, values, errors are [B, N], contiguous; upper is [B, B], scale and zero are [G, N],
 // with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros, and the columns of the block and of
@@ -6,19 +6,26 @@
 // (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written to then, and odd [1] is added to. Nothing
 // is allocated, copied from the host or waited for.
 
-#include "gptq_lanes.h"
+#include "gptq_found.h"
+#include "gptq_updates.h"
 
 namespace {
 
 using namespace gptq;
 
-constexpr int THREADS = 128;  // shared memory and registers have room for two such blocks on a multiprocessor
+// Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor.
+constexpr int TEAMS = 4, SIDE = 32 * TEAMS, THREADS = 2 * SIDE;
+// Two of its four schedulers have the ones, two the others. A warp that helps hardly ever waits, and one that solves does after each few
+// instructions: on one scheduler its turns would be late. Where lanes share rows there is less to help with.
+template <int L>
+constexpr bool APART = L == 1;
 
 template <int L, bool PLAIN>
-struct Warp {
+struct Solvers {
     using One = Lane<L, PLAIN>;
     static constexpr int ROWS = 32 / L;  // neighbours in memory are neighbours in the warp
     One lane;
+    typename One::Course course;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
@@ -32,30 +39,91 @@ struct Warp {
                 lane.x[c] = __shfl_sync(0xffffffffu, lane.own[c % One::OWN], c / One::OWN * ROWS + row);
         }
     }
+    __device__ __forceinline__ void start(const Problem& p, const Shared& s, int panel) { course = lane.start(p, s, panel); }
+    template <bool MORE>
+    __device__ __forceinline__ void end(const Problem& p) {
+        lane.template end<MORE>(p, course);
+    }
+};
+
+template <int L>
+struct Helpers {
+    Updates<L> lane;
+    template <class F>
+    __device__ __forceinline__ void each(F f) {
+        f(lane);
+    }
+};
+
+// How the warps of a team meet: one barrier for errors, one for what is handed over, after those of the block.
+struct Meet {
+    int errors, panels;
+    __device__ __forceinline__ explicit Meet(int team) : errors(1 + 2 * team), panels(2 + 2 * team) {}
+    __device__ static __forceinline__ void all() { asm volatile("bar.sync 0;" ::: "memory"); }
+    __device__ static __forceinline__ void wait(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
+    __device__ static __forceinline__ void arrive(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+    // Of one that solves.
+    __device__ __forceinline__ void ready(int) const { all(); }
+    __device__ __forceinline__ void receive(int) const { wait(panels); }
+    __device__ __forceinline__ void send(int) const { arrive(errors); }
+    // Of one that helps.
+    __device__ __forceinline__ void hand_over(int) const { arrive(panels); }
+    __device__ static __forceinline__ void whole() {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        all();
+    }
+    __device__ __forceinline__ void await(int panel) const {
+        if (panel == 0) whole();
+        wait(errors);
+    }
 };
 
 __device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
-// Panels first .. last - 1 of the factor, FLOATS at a time. What is beyond the factor is 0.
 template <int FLOATS>
-__device__ __forceinline__ void stage(const Problem& p, float* factor, int first, int last) {
-    constexpr int EACH = PANEL / FLOATS, STEP = THREADS / EACH;  // threads to a row, rows at a time
-    const uint32_t i = threadIdx.x / EACH, column = threadIdx.x % EACH * FLOATS;
-    const int64_t step = STEP * p.upper_stride;
-    const float* from = p.upper + (i * p.upper_stride + first * PANEL + column);
-    uint32_t to = near(factor + panel_start(first) + i * PANEL + column);
-    ROLLED for (int panel = first; panel < last; panel++, from += PANEL) {
-        const int left = min(int(p.columns) - int(panel * PANEL + column), FLOATS);
-        const float* at = from;
-#pragma unroll 4
-        for (uint32_t k = 0; k < MOST / STEP; k++, at += step) {
-            const uint32_t row = i + k * STEP, bytes = row < p.columns && left > 0 ? 4 * left : 0;
-            asm volatile("{ .reg .pred p; setp.lt.u32 p, %0, %1; @p cp.async.ca.shared.global [%2], [%3], %4, %5; }" ::"r"(row),
-                         "r"(PANEL * (panel + 1)), "r"(to + 4 * k * STEP * PANEL), "l"(bytes ? at : p.upper), "n"(4 * FLOATS), "r"(bytes)
-                         : "memory");
+__device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t bytes = 4 * FLOATS) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(4 * FLOATS), "r"(bytes) : "memory");
+}
+
+// Panels FIRST .. LAST - 1 of a factor of MOST columns and whole vectors, by half of the threads: all addresses are so far from a few.
+template <int FIRST, int LAST>
+__device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
+    constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
+    static_assert(STEP == 2 * PANEL, "a panel's last rows are half of a step");
+    const uint32_t i = thread / EACH, column = thread % EACH * 4;
+    const float* from = p.upper + (i * p.upper_stride + column);
+    const uint32_t to = near(factor + i * PANEL + column);
+    UNROLLED for (int k = 0; k < LAST / 2; k++) {
+        UNROLLED for (int panel = FIRST; panel < LAST; panel++) {
+            if (panel > 2 * k || (panel == 2 * k && i < PANEL)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
         }
-        to += 4 * PANEL * PANEL * (panel + 1);
+        from += STEP * p.upper_stride;
     }
+}
+
+// Any factor's, FLOATS at a time. What is beyond the factor is 0.
+template <int FLOATS>
+__device__ __forceinline__ void stage(const Problem& p, float* factor, uint32_t thread, int first, int last) {
+    constexpr int EACH = PANEL / FLOATS, STEP = SIDE / EACH;
+    const uint32_t i = thread / EACH, column = thread % EACH * FLOATS;
+    ROLLED for (int panel = first; panel < last; panel++) {
+        const int left = min(int(p.columns) - int(panel * PANEL + column), FLOATS);
+        const uint32_t to = near(factor + panel_start(panel) + column);
+        ROLLED for (uint32_t row = i; row < PANEL * (panel + 1); row += STEP) {
+            const bool real = row < p.columns && left > 0;
+            copy<FLOATS>(to + 4 * row * PANEL, real ? p.upper + (row * p.upper_stride + panel * PANEL + column) : p.upper, real ? 4 * left : 0);
+        }
+    }
+}
+
+template <int FIRST, int LAST>
+__device__ __forceinline__ void staged(const Problem& p, float* factor, uint32_t thread) {
+    const bool wide = p.upper_stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.upper) % 16 == 0;
+    if (wide && p.columns == MOST)
+        stage_whole<FIRST, LAST>(p, factor, thread);
+    else
+        wide ? stage<4>(p, factor, thread, FIRST, min(LAST, p.panels())) : stage<1>(p, factor, thread, FIRST, min(LAST, p.panels()));
+    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 // A copy that the compiler has to keep: else it makes addresses anew again and again, from registers that take long to read.
@@ -64,61 +132,71 @@ __device__ __forceinline__ uint32_t settled(uint32_t x) {
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(made) : "r"(x), "r"(threadIdx.x));
     return made;
 }
-static_assert(THREADS == MOST, "a pivot for each thread");
+static_assert(SIDE == MOST, "a pivot for each thread that helps");
 struct Memory {
     alignas(16) float factor[FACTOR];
     Pivot pivots[MOST];
 };
 
 template <int L, bool PLAIN>
-__global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Problem p) {
-    constexpr int ROWS = THREADS / L;
+__global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
+    constexpr int ROWS = 32 / L;  // of a team
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
-    float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory));  // [ROWS, STRIDE]
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int team = APART<L> ? warp / 4 * 2 + warp % 2 : warp % TEAMS;
+    const bool helps = APART<L> ? warp / 2 % 2 == 1 : warp >= TEAMS;
+    float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (ROWS * STRIDE);  // [ROWS, STRIDE]
+    const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = team * 32 + lane;  // of its side
+    const Meet meet(team);
 
-    const int panels = (p.columns + PANEL - 1) / PANEL;
-    const bool wide = p.upper_stride % 4 == 0 && reinterpret_cast<uintptr_t>(p.upper) % 16 == 0;
-    const auto staged = [&](int first, int last) {
-        wide ? stage<4>(p, memory.factor, first, last) : stage<1>(p, memory.factor, first, last);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-    };
-
-    Warp<L, PLAIN> warp;
-    const int lane = threadIdx.x % 32, part = lane / (32 / L), local = threadIdx.x / 32 * (32 / L) + lane % (32 / L);
-    const uint32_t row = settled(blockIdx.x * ROWS + local);
-    if (p.words) {
-        warp.lane.find(p, row, part);
-        __syncwarp();  // all lanes read what one of them found
-    }
     // What comes from farthest first.
-    warp.lane.begin(p, row, settled(part), settled(near(errors + local * STRIDE)));
-    const uint32_t j = threadIdx.x;
-    const float diagonal = j < p.columns ? p.upper[j * (p.upper_stride + 1)] : 1.0f;
-    staged(0, min(panels, 2));
-    staged(2, panels);
-    memory.pivots[j] = j < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
-
-    if (blockIdx.x * ROWS + threadIdx.x / 32 * (32 / L) >= p.rows) {
-        // All of the warp's rows are beyond the last, which another warp solves, perhaps twice.
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();
-        return;
+    const float diagonal = helps && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
+    if (helps) {
+        staged<0, 2>(p, memory.factor, thread);
+        staged<2, MOST / PANEL>(p, memory.factor, thread);
     }
+    const uint32_t row = settled(first + lane % ROWS);
+    const int part = lane / ROWS;
+    if (p.words && first < p.rows) {
+        const int mine = part + helps * L;
+        const Near spans = near(errors + lane % ROWS * STRIDE);
+        const int32_t word = row < p.rows ? p.words[row] : 0;
+        survey<L>(p, row, mine, spans);
+        meet.wait(meet.errors);
+        find<L, PLAIN>(p, row, mine, word, spans);
+        meet.wait(meet.errors);
+    }
+    // A team all of whose rows are beyond the last does nothing but to copy.
+    const bool idle = first >= p.rows;
     const Shared shared{settled(near(memory.factor)), settled(near(&memory.pivots[0].diagonal))};
-    // What the lanes of a row store of its errors is the same: each reads its own.
-    sweep(warp, p, shared, [](int panel) {
-        if (panel)
-            asm volatile("cp.async.wait_group 0;" ::: "memory");
-        else
-            asm volatile("cp.async.wait_group 1;" ::: "memory");
-        __syncthreads();
-    });
+    if (!helps) {
+        Solvers<L, PLAIN> solvers;
+        if (idle) {
+            UNROLLED for (int panel = 0; panel < 2; panel++)
+                if (panel < p.panels()) meet.ready(panel);
+        } else {
+            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
+            solvers.lane.fetch_ranges(p, 0);
+            sweep<L>(solvers, p, shared, meet);
+        }
+    } else {
+        Helpers<L> helpers;
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
+        memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+        meet.all();
+        if (!idle)
+            update(helpers, p, shared, meet);
+        else if (p.panels() > 1)
+            meet.whole();
+    }
 }
 
 template <int L, bool PLAIN>
 cudaError_t launch(const Problem& p, cudaStream_t stream) {
-    constexpr int ROWS = THREADS / L, SHARED = sizeof(Memory) + STRIDE * ROWS * sizeof(float);
+    constexpr int ROWS = SIDE / L, SHARED = sizeof(Memory) + STRIDE * ROWS * sizeof(float);
+    static_assert(SHARED <= 99 * 1024, "what a block may have on all GPUs from compute capability 8.0 on");
     const cudaError_t failed = cudaFuncSetAttribute(solve<L, PLAIN>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (failed != cudaSuccess) return failed;
     solve<L, PLAIN><<<(p.rows + ROWS - 1) / ROWS, THREADS, SHARED, stream>>>(p);
@@ -148,7 +226,7 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
         cudaError_t failed = cudaGetDevice(&device);
         if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
         if (failed != cudaSuccess) return failed;
-        for (lanes = 4; lanes > 1 && rows * lanes > int64_t(THREADS) * processors;) lanes /= 2;
+        for (lanes = 4; lanes > 1 && rows * lanes > int64_t(SIDE) * processors;) lanes /= 2;
     }
     return launch(p, plain != 0, lanes, stream);
 }

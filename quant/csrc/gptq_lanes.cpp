@@ -6,26 +6,118 @@
 #pragma GCC optimize("Og")
 #endif
 
-#include "gptq_lanes.h"
+#include "gptq_found.h"
+#include "gptq_updates.h"
 
 #include <algorithm>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 namespace {
 
 using namespace gptq;
 
+constexpr int LANES = 32;
+
 template <int L, bool PLAIN>
-struct Emulated {
+struct Solvers {
     using One = Lane<L, PLAIN>;
-    One lane[L];
+    static constexpr int ROWS = LANES / L;
+    One lane[LANES];
+    typename One::Course course[LANES];
     template <class F>
     void each(F f) {
         for (One& l : lane) f(l);
     }
     void share() {
-        for (One& l : lane)
-            for (int c = 0; c < PANEL; c++) l.x[c] = lane[c / One::OWN].own[c % One::OWN];
+        for (int i = 0; i < LANES; i++)
+            for (int c = 0; c < PANEL; c++) lane[i].x[c] = lane[c / One::OWN * ROWS + i % ROWS].own[c % One::OWN];
+    }
+    void start(const Problem& p, const Shared& s, int panel) {
+        for (int i = 0; i < LANES; i++) course[i] = lane[i].start(p, s, panel);
+    }
+    template <bool MORE>
+    void end(const Problem& p) {
+        for (int i = 0; i < LANES; i++) lane[i].template end<MORE>(p, course[i]);
+    }
+};
+
+template <int L>
+struct Helpers {
+    Updates<L> lane[LANES];
+    template <class F>
+    void each(F f) {
+        for (Updates<L>& l : lane) f(l);
+    }
+};
+
+// The two warps of a team, of which one runs at a time: `first` whenever it need not wait. Their barriers are those of gptq_block.cu.
+class Team {
+  public:
+    enum Warp { SOLVES, HELPS };
+    struct Barrier {
+        int arrived = 0;
+    };
+    Barrier all, errors, panels;
+
+    explicit Team(Warp first) : first_(first), runs_(first) {}
+
+    void begin(Warp warp) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        turn_.wait(lock, [&] { return runs_ == warp; });
+    }
+    void end(Warp warp) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ended_[warp] = true;
+        if (!ended_[1 - warp]) choose();
+    }
+    void meet(Warp warp, Barrier& barrier, bool wait = true) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (++barrier.arrived == 2) {
+            barrier.arrived = 0;
+            if (awaits_[1 - warp] == &barrier) awaits_[1 - warp] = nullptr;
+        } else if (wait) {
+            awaits_[warp] = &barrier;
+        }
+        choose();
+        turn_.wait(lock, [&] { return runs_ == warp; });
+    }
+
+  private:
+    std::mutex mutex_;
+    std::condition_variable turn_;
+    const Warp first_;
+    int runs_;
+    bool ended_[2] = {};
+    Barrier* awaits_[2] = {};
+
+    void choose() {
+        const auto can = [&](int warp) { return !ended_[warp] && !awaits_[warp]; };
+        runs_ = can(first_) ? first_ : 1 - first_;
+        if (!can(runs_)) {
+            std::fputs("gptq_lanes: the warps of a team wait for each other\n", stderr);
+            std::abort();
+        }
+        turn_.notify_all();
+    }
+};
+
+struct Meet {
+    Team& team;
+    // Of the warp that solves.
+    void ready(int) { team.meet(Team::SOLVES, team.all); }
+    void receive(int) { team.meet(Team::SOLVES, team.panels); }
+    void send(int) { team.meet(Team::SOLVES, team.errors, false); }
+    // Of the one that helps.
+    void hand_over(int) { team.meet(Team::HELPS, team.panels, false); }
+    void whole() { team.meet(Team::HELPS, team.all); }
+    void await(int panel) {
+        if (panel == 0) whole();
+        team.meet(Team::HELPS, team.errors);
     }
 };
 
@@ -34,7 +126,8 @@ void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
     std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
-    std::vector<float> errors(STRIDE, NAN);
+    constexpr int ROWS = LANES / L;  // of a team
+    std::vector<float> errors(ROWS * STRIDE, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)
         for (int i = 0; i < PANEL * (at + 1); i++)
@@ -45,16 +138,35 @@ void solve(const Problem& p) {
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
     const Shared shared{panels, &pivots[0].diagonal};
-    // One row beyond the last first, as a warp may have: it stores what the last row's lanes do, and not after them.
-    for (uint32_t at = 0; at <= p.rows; at++) {
-        const uint32_t row = at ? at - 1 : p.rows;
-        Emulated<L, PLAIN> lanes;
+    for (uint32_t first = 0; first < p.rows; first += ROWS) {
         std::fill(errors.begin(), errors.end(), NAN);
-        if (p.words)
-            for (uint32_t part = 0; part < L; part++) Lane<L, PLAIN>::find(p, row, part);
-        uint32_t part = 0;
-        lanes.each([&](auto& lane) { lane.begin(p, row, part++, errors.data()); });
-        sweep(lanes, p, shared, [](int) {});
+        const auto spans = [&](int lane) { return errors.data() + lane % ROWS * STRIDE; };
+        if (p.words) {
+            for (int i = 0; i < 2 * LANES; i++) survey<L>(p, first + i % ROWS, i / ROWS, spans(i));
+            for (int i = 0; i < 2 * LANES; i++) {
+                const uint32_t row = first + i % ROWS;
+                find<L, PLAIN>(p, row, i / ROWS, row < p.rows ? p.words[row] : 0, spans(i));
+            }
+        }
+        Solvers<L, PLAIN> solvers;
+        Helpers<L> helpers;
+        for (int i = 0; i < LANES; i++) {
+            solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
+            solvers.lane[i].fetch_ranges(p, 0);
+            helpers.lane[i].begin(p, i, first, errors.data());
+        }
+        Team team(first / ROWS % 2 ? Team::SOLVES : Team::HELPS);
+        Meet meet{team};
+        std::thread other([&] {
+            team.begin(Team::HELPS);
+            team.meet(Team::HELPS, team.all);  // the first panels of the factor
+            update(helpers, p, shared, meet);
+            team.end(Team::HELPS);
+        });
+        team.begin(Team::SOLVES);
+        sweep<L>(solvers, p, shared, meet);
+        team.end(Team::SOLVES);
+        other.join();
     }
 }
 

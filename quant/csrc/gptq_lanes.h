@@ -1,35 +1,38 @@
 // The column loop of gptq_block for a row of the weight that several lanes of a warp share. Compiles for a GPU (gptq_block.cu) and,
 // with the exchange between lanes emulated, for the host (gptq_lanes.cpp).
 //
-// A row's columns are taken PANEL at a time. The lanes give each other their own PANEL / L columns of a panel; then each of them solves it,
-// all with the same result, so that no exchange and no barrier stands between two columns. A column is a chain of some 14 operations that
-// wait for each other. Beside it the error of the column before comes off the rest of its panel, and off the lane's own columns of the next
-// panel, off which the errors of all panels before have been taken already ("pull": many independent sums). Each column's subtractions are
-// made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation. Results are those
-// of the plain loop with such subtractions, bit for bit, however many lanes share a row.
+// A row's columns are taken PANEL at a time, by a team of two warps (`Lane`, and `Updates` of gptq_updates.h). One solves the panels: its lanes
+// give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
+// barrier stands between two columns. A column is a chain of some 14 operations that wait for each other. Beside it the error of the column
+// before comes off the rest of its panel, and off the lane's own columns of the next panel. Off these the other warp has taken the errors of
+// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. Each column's
+// subtractions are made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
+// Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
 // where a's mantissa is below b's, by up to 1.5 units less 2^-23 of one, where what is left of the error is smaller than the distance
 // to the middle. Rows where a number is too small or too large for that are solved again with plain divisions (`redo`).
 //
-// Ranges that are found here (`Problem.words`) are found before all that, from the block as it is given: the loop reads them as if given.
+// Ranges that are found here (`Problem.words`) are found before all that (gptq_found.h), from the block as it is given: the loop reads them
+// as if given.
 #pragma once
 
 #include <cstring>
 
 #include "gptq_numbers.h"
-#include "ranges.h"
 
 namespace gptq {
 
-constexpr int PANEL = 16, MOST = 128;   // columns
-constexpr int KEPT = MOST - 2 * PANEL;  // columns whose errors are taken off a later panel than the next
-constexpr int FENCED = 2;               // columns whose instructions the compiler may mix
-// Floats from one row's errors to the next: those, as many as are loaded after them and not used, and some more, so that eight rows'
-// 16 bytes at a time lie in 32 banks.
-constexpr int STRIDE = KEPT + 12;
+constexpr int PANEL = 16, MOST = 128;  // columns
+constexpr int FENCED = 2;              // columns whose instructions the compiler may mix
+constexpr int ARRIVAL = 8;             // of a panel's columns, the one before which what is next has come
+// A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors. Those of
+// the last two nobody asks for: they share a slot, which is free in time.
+constexpr int SLOTS = MOST / PANEL - 1;
+constexpr int STRIDE = SLOTS * PANEL + 4;  // eight rows' 16 bytes at a time lie in 32 banks
 static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
+ON_LANES constexpr int slot_start(int panel) { return PANEL * (panel < SLOTS ? panel : SLOTS - 1); }
 
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
@@ -56,6 +59,8 @@ struct Problem {
             fresh |= uint32_t(group[panel * PANEL] != group[(panel - 1) * PANEL]) << panel;
         busy = plain ? fresh | fresh >> 1 | 3 : ~0u;
     }
+    ON_LANES int panels() const { return int(columns + PANEL - 1) / PANEL; }
+    ON_LANES bool kept(int panel) const { return panel + 2 < panels(); }  // its errors come off more than the next panel
 };
 
 // ---- what the fast divisions take ----
@@ -92,9 +97,8 @@ struct Range {
 template <int L, bool PLAIN>
 struct Lane {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL;
-    static constexpr int PULLED = L < 4 ? 4 : 8;  // rows of the factor that a lane loads before it uses those before them
-    float x[PANEL];             // the panel that is solved; a solved column's error takes its place
-    float own[OWN], next[OWN];  // of the panel after it, and of the one after that, as given
+    float x[PANEL];  // the panel that is solved; a solved column's error takes its place
+    float own[OWN];  // of the panel after it
     Range ranges[GROUPS];
     float scales[GROUPS], zeros[GROUPS];  // of the panel after it
     float loss, top;
@@ -109,53 +113,13 @@ struct Lane {
         part = given_part, errors = given_errors;
         loss = 0.0f, low = 0xffffffffu;
         top = p.tops ? p.tops[row] : p.top;
-        Fetch first(p, *this, 0), second(p, *this, PANEL);
-        UNROLLED for (int c = 0; c < OWN; c++) own[c] = first.get(p);
-        UNROLLED for (int c = 0; c < OWN; c++) next[c] = second.get(p);
-        fetch_ranges(p, 0);
-    }
-
-    // Scales and zeros of a row's groups, which its lanes share. Another lane's may be read after they have met. Before `begin`, so that
-    // no registers hold columns meanwhile.
-    ON_LANES static void find(const Problem& p, uint32_t row, uint32_t part) {
-        const ranges::Fit fit{row < p.rows ? p.words[row] : 0};
-        const uint32_t width = fit.width();
-        if (!width) return;
-        ROLLED for (uint32_t first = part * width; first < p.columns; first += L * width) {
-            const float* from = p.block + (first * p.rows + row);
-            float low = INFINITY, high = -INFINITY, seen = 0.0f;
-            BY_SIXTEEN for (uint32_t c = 0; c < width; c++, from += p.rows) {
-                const float w = *from;
-                low = fminf(low, w), high = fmaxf(high, w);
-                seen = plus(seen, times(w, 0.0f));
-            }
-            bool odd;
-            const ranges::Affine made = fit.found(low, high, seen, odd);
-            if (odd) count(p.odd);
-            ROLLED for (uint32_t j = first; j < first + width; j++) {
-                const int32_t g = p.group[j];
-                if (j != first && g == p.group[j - 1]) continue;
-                p.scale[g * p.scale_stride + row] = made.scale, p.zero[g * p.zero_stride + row] = made.zero;
-            }
+        const uint32_t column = part * OWN;
+        uint32_t at = column * p.rows + row;
+        UNROLLED for (int c = 0; c < OWN; c++) {
+            own[c] = get(p.block + at, PLAIN || column + c < p.columns);
+            advance(at, p.rows);
         }
     }
-
-    // The lane's own columns of a panel as given, one after another; 0 beyond the last.
-    struct Fetch {
-        Place place;
-        int left;
-        ON_LANES Fetch(const Problem& p, const Lane& lane, uint32_t first) {
-            const uint32_t column = first + lane.part * OWN;
-            left = int(p.columns) - int(column);
-            place = placed(p.block + (column * p.rows + lane.row));
-        }
-        ON_LANES float get(const Problem& p) {
-            const float x = gptq::get(place, left > 0);
-            move(place, 4 * p.rows);
-            if (!PLAIN) left--;
-            return x;
-        }
-    };
 
     ON_LANES void fetch_ranges(const Problem& p, uint32_t first) {
         UNROLLED for (int c = 0; c < GROUPS; c++) {
@@ -171,40 +135,6 @@ struct Lane {
         if (PLAIN ? p.fresh >> panel & 2 : (panel + 1) * PANEL < int(p.columns)) fetch_ranges(p, (panel + 1) * PANEL);
     }
 
-    // Once all lanes have what is their own of a panel: what follows it moves up.
-    ON_LANES void advance() {
-        UNROLLED for (int c = 0; c < OWN; c++) own[c] = next[c];
-    }
-
-    struct Rows {
-        Four error[PULLED / 4];
-        Four factor[PULLED][OWN / 4];
-    };
-    ON_LANES void load(Rows& rows, Near u, Near e) {
-        UNROLLED for (int i = 0; i < PULLED; i++) {
-            if (i % 4 == 0) rows.error[i / 4] = near_four(beside(e, i));
-            UNROLLED for (int c = 0; c < OWN / 4; c++) rows.factor[i][c] = near_four(beside(u, i * PANEL + 4 * c));
-        }
-    }
-    ON_LANES void apply(const Rows& rows) {
-        UNROLLED for (int i = 0; i < PULLED; i++)
-            UNROLLED for (int c = 0; c < OWN; c++) own[c] = less(own[c], rows.error[i / 4].at[i % 4], rows.factor[i][c / 4].at[c % 4]);
-    }
-
-    // Errors of all panels before this one off the panel after it. Some rows beyond the last are loaded and not used.
-    ON_LANES void pull(const Shared& s, int panel) {
-        Near u = beside(s.factor, panel_start(panel + 1) + part * OWN), e = errors;
-        Rows one, other;
-        load(one, u, e);
-        ROLLED for (int i = 0; i < panel * PANEL; i += 2 * PULLED) {
-            load(other, beside(u, PULLED * PANEL), beside(e, PULLED));
-            apply(one);
-            u = beside(u, 2 * PULLED * PANEL), e = beside(e, 2 * PULLED);
-            load(one, u, e);
-            apply(other);
-        }
-    }
-
     ON_LANES Range range(float scale, float zero, int kind) {
         bool fits = fabsf(scale) >= LEAST_SCALE && fabsf(scale) <= MOST_SCALE;
         if (kind == WHOLE) fits &= fabsf(zero) <= MOST_ZERO && zero == nearest(zero);
@@ -214,10 +144,10 @@ struct Lane {
         return {scale, flat ? 0.0f : inverse(scale), zero};
     }
 
-    // A solved column but its error, and what of the factor this takes off: columns of its panel, and own ones of the next.
+    // A solved column but its error, and what of the factor this takes off columns of its panel.
     struct Solved {
         float code, value;
-        Four u[PANEL / 4], v[OWN / 4];
+        Four u[PANEL / 4];
     };
 
     // Its error off the columns of its panel from `first` on.
@@ -254,60 +184,109 @@ struct Lane {
     // than to ask.
     struct Stores {
         static constexpr int COUNT = L > 2 ? 1 : 4 - L;
-        Place place[COUNT];
+        float* base[COUNT];
+        uint32_t at;
+        Stores() = default;
         ON_LANES Stores(const Problem& p, const Lane& lane, uint32_t first) {
-            const uint32_t at = first * p.rows + lane.row;
-            place[COUNT - 1] = placed((L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes) + at);
-            if (L == 2) place[0] = placed((lane.part ? p.values : p.codes) + at);
-            if (L == 1) place[0] = placed(p.codes + at), place[COUNT / 2] = placed(p.values + at);
+            base[COUNT - 1] = L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes;
+            if (L == 2) base[0] = lane.part ? p.values : p.codes;
+            if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
+            at = first * p.rows + lane.row;
         }
         ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, float error, bool real) {
-            gptq::put<PLAIN>(place[COUNT - 1], L < 4 || part > 1 ? error : part ? made.value : made.code, real);
-            if (L == 2) gptq::put<PLAIN>(place[0], part ? made.value : made.code, real);
-            if (L == 1) gptq::put<PLAIN>(place[0], made.code, real), gptq::put<PLAIN>(place[COUNT / 2], made.value, real);
-            UNROLLED for (int i = 0; i < COUNT; i++) move(place[i], 4 * p.rows);
+            gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? made.value : made.code, real);
+            if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? made.value : made.code, real);
+            if (L == 1) gptq::put<PLAIN>(base[0] + at, made.code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, made.value, real);
+            advance(at, p.rows);
         }
     };
 
-    // All columns of the panel, in x. Their errors come off the panel after it, too; where there is none (`more`), off what nobody uses.
-    // While a column is divided and rounded, a chain of operations that wait for each other, the error of the column before comes off
-    // the others. Fences keep the compiler from putting the chains of many columns first, and what could run beside them last.
-    ON_LANES void round(const Problem& p, const Shared& s, int panel, bool more) {
-        const int first = panel * PANEL;
-        const Near u = beside(s.factor, panel_start(panel) + first * PANEL), pivots = beside(s.pivots, 2 * first);
-        const Near v = more ? beside(s.factor, panel_start(panel + 1) + first * PANEL + part * OWN) : s.factor;
-        const int real = int(p.columns) - first;
-        Stores to(p, *this, first);
-        Fetch from(p, *this, first + 2 * PANEL);
-        Solved last{}, now{};
-        UNROLLED for (int c = 0; c < PANEL; c++) {
+    // What goes on through the columns of a panel.
+    struct Course {
+        int panel, real;  // real: columns
+        Near u, v, pivots;
+        Stores to;
+        Solved last;
+    };
+
+    static constexpr int AT_ONCE = (2 * PANEL - ARRIVAL - 2) / (PANEL - ARRIVAL);
+    // Columns whose errors are off the panel after theirs once column c is solved: all before it, if there was time enough.
+    ON_LANES static constexpr int taken(int c) {
+        const int even = ((PANEL - 1) * (c - ARRIVAL + 1) + PANEL - ARRIVAL - 1) / (PANEL - ARRIVAL);
+        return c < ARRIVAL ? 0 : even < c ? even : c;
+    }
+
+    // The panel in x, and its columns until those of the panel after it are needed.
+    ON_LANES Course start(const Problem& p, const Shared& s, int panel) {
+        const int first = panel * PANEL, next = panel_start(panel + 1) + first * PANEL + int(part) * OWN;
+        Course now{panel,
+                   int(p.columns) - first,
+                   beside(s.factor, panel_start(panel) + first * PANEL),
+                   beside(s.factor, panel + 1 < p.panels() ? next : 0),
+                   beside(s.pivots, 2 * first),
+                   Stores(p, *this, first),
+                   {}};
+        solve_columns<0, ARRIVAL, false>(p, now);
+        return now;
+    }
+    ON_LANES void receive(int panel) {
+        UNROLLED for (int c = 0; c < OWN; c += 4) {
+            const Four four = near_four(beside(errors, slot_start(panel) + int(part) * OWN + c));
+            UNROLLED for (int i = 0; i < 4; i++) own[c + i] = four.at[i];
+        }
+    }
+    // MORE: errors come off the panel after it. Where there is none, that costs least time if lanes have few columns of it.
+    template <bool MORE>
+    ON_LANES void end(const Problem& p, Course& now) {
+        solve_columns<ARRIVAL, PANEL, MORE>(p, now);
+        finish_column(p, now, PANEL - 1);
+        if (MORE) take_own(now, taken(PANEL - 1), PANEL);
+        if (p.kept(now.panel)) UNROLLED for (int c = 0; c < PANEL; c += 4) near_put(beside(errors, slot_start(now.panel) + c), x + c);
+    }
+
+    // While a column is divided and rounded, a chain of operations that wait for each other, the error of the column before comes off the
+    // others. Fences keep the compiler from putting the chains of many columns first, and what could run beside them last.
+    template <int FROM, int TO, bool MORE>
+    ON_LANES void solve_columns(const Problem& p, Course& now) {
+        UNROLLED for (int c = FROM; c < TO; c++) {
             const uint32_t before = low;
-            if (c) take(last, x[c - 1], c, c + 1);
-            UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) now.u[d] = near_four(beside(u, c * PANEL + 4 * d));
-            UNROLLED for (int d = 0; d < OWN / 4; d++) now.v[d] = near_four(beside(v, c * PANEL + 4 * d));
-            solve(p, c, pivots, now);
-            // Not before what was loaded last has been used: the wait for it would be one for these.
-            if (c && c <= 4) UNROLLED for (int d = 0; d < OWN / 4; d++) next[(c - 1) * OWN / 4 + d] = from.get(p);
-            if (c) finish_column(p, last, to, c - 1, real);
-            last = now;
+            Solved made;
+            if (c) take(now.last, x[c - 1], c, c + 1);
+            UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) made.u[d] = near_four(beside(now.u, c * PANEL + 4 * d));
+            Four v[AT_ONCE][OWN / 4];
+            UNROLLED for (int k = 0; k < AT_ONCE; k++)
+                if (MORE && taken(c - 1) + k < taken(c))
+                    UNROLLED for (int d = 0; d < OWN / 4; d++) v[k][d] = near_four(beside(now.v, (taken(c - 1) + k) * PANEL + 4 * d));
+            solve(p, c, now.pivots, made);
+            if (c) finish_column(p, now, c - 1);
+            UNROLLED for (int k = 0; k < AT_ONCE; k++)
+                if (MORE && taken(c - 1) + k < taken(c))
+                    UNROLLED for (int d = 0; d < OWN; d++) own[d] = less(own[d], x[taken(c - 1) + k], v[k][d / 4].at[d % 4]);
+            now.last = made;
             if (c % FENCED == FENCED - 1) {
                 // All that was made is made here.
                 UNROLLED for (int d = c; d < PANEL; d++) pin(x[d]);
-                UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
-                pin(loss), pin(last.code), pin(last.value);
+                if (MORE) UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
+                pin(loss), pin(now.last.code), pin(now.last.value);
                 fence(before);
             }
         }
-        finish_column(p, last, to, PANEL - 1, real);
-        if (first < KEPT) UNROLLED for (int c = 0; c < PANEL; c += 4) near_put(beside(errors, first + c), x + c);
     }
 
     // What can wait of a column.
-    ON_LANES void finish_column(const Problem& p, const Solved& last, Stores& to, int c, int real) {
-        take(last, x[c], c + 2, PANEL);
-        UNROLLED for (int d = 0; d < OWN; d++) own[d] = less(own[d], x[c], last.v[d / 4].at[d % 4]);
+    ON_LANES void finish_column(const Problem& p, Course& now, int c) {
+        take(now.last, x[c], c + 2, PANEL);
         loss = fused(x[c], x[c], loss);
-        to.put(p, part, last, x[c], c < real);
+        now.to.put(p, part, now.last, x[c], c < now.real);
+    }
+    ON_LANES void take_own(const Course& now, int first, int end) {
+        UNROLLED for (int c = 0; c < PANEL; c++) {
+            if (c < first || c >= end) continue;
+            UNROLLED for (int d = 0; d < OWN; d += 4) {
+                const Four v = near_four(beside(now.v, c * PANEL + d));
+                UNROLLED for (int i = 0; i < 4; i++) own[d + i] = less(own[d + i], x[c], v.at[i]);
+            }
+        }
     }
 
     ON_LANES void finish(const Problem& p) {
@@ -345,21 +324,29 @@ struct Lane {
     }
 };
 
-// `Lanes` says how the lanes of a row run and exchange: `each(f)` is f of every lane, `share` gives all of them all own columns.
-// `ready(panel)` returns when that panel of the factor and the next are in shared memory; after panel 1 all are.
-template <class Lanes, class Ready>
-ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Ready ready) {
-    const int panels = (p.columns + PANEL - 1) / PANEL;
+// The warp that solves. `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own
+// columns of all of them. `ready(panel)` returns when that panel of the factor and the next are in shared memory, after panel 1 all;
+// `receive(panel)` when the other warp has put that panel into its slot. `send(panel)` says that its errors are there.
+template <int L, class Lanes, class Meet>
+ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
+    const int panels = p.panels();
     ROLLED for (int panel = 0; panel < panels; panel++) {
-        const bool more = panel + 1 < panels;
         if (p.busy >> panel & 1) {
             lanes.each([&](auto& lane) { lane.renew(p, panel); });
-            if (panel < 2) ready(panel);
+            if (panel < 2) meet.ready(panel);
         }
         lanes.share();
-        lanes.each([&](auto& lane) { lane.advance(); });
-        if (more && panel) lanes.each([&](auto& lane) { lane.pull(s, panel); });
-        lanes.each([&](auto& lane) { lane.round(p, s, panel, more); });
+        lanes.start(p, s, panel);
+        const bool more = panel + 1 < panels;
+        if (more) {
+            meet.receive(panel + 1);
+            lanes.each([&](auto& lane) { lane.receive(panel + 1); });
+        }
+        if (more || L > 1)
+            lanes.template end<true>(p);
+        else
+            lanes.template end<false>(p);
+        if (p.kept(panel)) meet.send(panel);
     }
     lanes.each([&](auto& lane) { lane.finish(p); });
 }

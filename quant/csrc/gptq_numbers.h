@@ -140,48 +140,43 @@ ON_LANES Four near_four(Near at) {
 ON_LANES void near_put(Near at, const float* x) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
 }
-
-using Place = uint64_t;  // an address
-ON_LANES Place placed(const float* at) { return reinterpret_cast<uint64_t>(at); }
 #else
 using Near = float*;
 ON_LANES Near beside(Near base, int floats) { return base + floats; }
 ON_LANES void near_two(Near at, float& a, float& b) { a = at[0], b = at[1]; }
 ON_LANES Four near_four(Near at) { return {{at[0], at[1], at[2], at[3]}}; }
 ON_LANES void near_put(Near at, const float* x) { std::memcpy(at, x, 4 * sizeof(float)); }
-
-using Place = float*;
-ON_LANES Place placed(const float* at) { return const_cast<float*>(at); }
 #endif
 
-ON_LANES void move(Place& place, uint32_t bytes) {
+// The next column's index, from the one before: not each from the first, which takes more.
+ON_LANES void advance(uint32_t& at, uint32_t rows) {
 #ifdef __CUDACC__
-    asm("add.u64 %0, %0, %1;" : "+l"(place) : "l"(uint64_t(bytes)));  // from one to the next: not each from the first, which takes more
+    asm("add.u32 %0, %0, %1;" : "+r"(at) : "r"(rows));
 #else
-    place += bytes / sizeof(float);
+    at += rows;
 #endif
 }
 
-// x at `place`. Without a branch, and without "memory": what is stored is read by `redo` alone.
+// Without a branch, and without "memory": what is stored is read by `redo` alone.
 template <bool ALWAYS>
-ON_LANES void put(const Place& place, float x, bool real) {
+ON_LANES void put(float* to, float x, bool real) {
 #ifdef __CUDACC__
     if (ALWAYS)
-        asm volatile("st.global.f32 [%0], %1;" ::"l"(place), "f"(x));
+        asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(x));
     else
-        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(place), "f"(x));
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(to), "f"(x));
 #else
-    if (ALWAYS || real) *place = x;
+    if (ALWAYS || real) *to = x;
 #endif
 }
-// What is at `place`, or 0.
-ON_LANES float get(const Place& place, bool real) {
+// What is there, or 0.
+ON_LANES float get(const float* from, bool real) {
 #ifdef __CUDACC__
     float x = 0.0f;
-    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.f32 %0, [%2]; }" : "+f"(x) : "r"(uint32_t(real)), "l"(place));
+    asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; @p ld.global.f32 %0, [%2]; }" : "+f"(x) : "r"(uint32_t(real)), "l"(from));
     return x;
 #else
-    return real ? *place : 0.0f;
+    return real ? *from : 0.0f;
 #endif
 }
 
