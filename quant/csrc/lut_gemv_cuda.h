@@ -1,253 +1,536 @@
 // A product with a table of values for each column, for a GPU: see lut_gemv.cu, which runs these phases with barriers between them.
 //
-// A cluster of `ranks` blocks has a group of row tiles; each block has a share of the columns' words, every part's, and adds up what they
-// give. Before that it makes tables in shared memory of sums of x times value: four bits of a word are an index into 16 of them (four,
-// two or one column), or, with codes of 3 bits, six bits are one into 64 (two columns). An entry is what at most two rows of x give, so
-// that 16 of them fit the 32 banks: whatever the lanes of a warp, which have a row each, look up at once, no two wait for each other. Among
-// 64 at most two do, with entries of one row. Further rows of x have planes of tables of their own.
+// Numbers. A table of a column, whose largest value is in [2^E, 2^(E+1)), is kept as digits of R = 256 (codes of 4 bits: R = 128), one
+// byte of each value in each of P planes: value = 2^(E - 6) (h0 - 128 + h1 / R + h2 / R²), with 5 and 64 for R = 128. So 16 bits (14) hold
+// what float16 holds of values down to 1/16 (1/4) of the largest, and smaller ones to 2^-16 (2^-13) of it at most; three planes hold all of
+// that. x times 2^E has four signed digits p0 to p3, as whole steps of 2^-30 (2^-27) of about twice the largest of a block's share of
+// columns. A product of digits i and j counts as R^-(i + j); those of i + 2 ⌊j / 2⌋ <= 2 (two planes: and i < 2) are added up, as integers,
+// in any order to the same bits. What is left out of a product is below 2^-21 of the share's largest x times 2^E.
 //
-// A word's eight lookups are added up as a tree, words one after the other, a quarter of the share at a time: the order does not depend on
-// the number of rows of x.
+// Tensor cores. An operand of 16 x 32 bytes is 64 rows of the weight by 8 columns: four bytes of a lane's register are a column's digits in
+// four rows, as PRMT finds them in the column's table, which a lane keeps in registers. The other operand has a digit of x at row slot j of
+// output column j and a second one at slot j of output column j + 4, and zeros.
+//
+// A cluster of `ranks` blocks has a group of tiles of 64 rows; each block has a share of the columns, of every part. A warp takes a strip of
+// columns for tile after tile; its codes are copied to shared memory well ahead of their use.
 
 #pragma once
 
-#include "lut_tables.h"
+#include <cmath>
+
+#include "byte_products.h"
 
 namespace {
 
-// A slice's words of a tile, from the one at `words` of all slices, into the second-level cache.
-BOTH void fetch_tile(const uint32_t* words, int count, int slice, int lane) {
-    for (int i = lane, word; (word = i / RUN * PERIOD + slice * RUN + i % RUN) < count; i += 32) fetch(words + word * ROWS);
+constexpr int TILE = 64;                          // rows
+constexpr int UNIT = 32;                          // columns whose codes a lane has in 2 bits words
+constexpr int GROUPS = 4;                         // products of a unit
+constexpr int MOST_TILES = 10, MOST_PARTS = 3;    // of a cluster; of a weight
+constexpr int64_t MOST_COLUMNS = 8192;            // at a time, for sums of bytes' products that fit 32 bits
+constexpr int HELPERS = 8;                        // threads that share a row's kept weights
+constexpr int DIGITS = 4;                         // of x
+constexpr int CUT = 6;                            // bits that are cut off the sums of lesser digits, so that those of many columns fit
+constexpr int HEAD = 128;                         // bytes: the largest x and sums of digits of each row of x
+
+constexpr int SLOT = 1536;                        // bytes of the codes of a strip's tile
+
+// Rows of x at a time and planes of tables.
+template <int ROWS_OF_X, int PLANES>
+struct Form {
+    static constexpr int M = ROWS_OF_X, P = PLANES;
+    static constexpr int WARPS = M == 1 && P == 2 ? 12 : 8, THREADS = 32 * WARPS;
+};
+
+// Units of a strip: as many as a thread's registers hold tables and x of. The same for all forms, as sums of strips are cut.
+ANYWHERE constexpr int span(int bits) { return bits < 4 ? 2 : 1; }
+
+struct Part {
+    const uint32_t* words;    // [T, units, 64 bits]: quant/kernels/lut_gemv/fragments.py
+    const float* values;      // [columns, 2^bits]
+    const int64_t* columns;
+    int64_t count, units;     // columns, units of a row
+    int64_t held;             // columns at a time: whole strips
+    int bits;
+};
+
+struct Lut {
+    Part part[MOST_PARTS];
+    int parts;
+    const int64_t* starts;    // of the rows' kept weights, or null
+    const int32_t* kept;      // their columns
+    const float* differences;
+    Given given;
+    void* out;
+    int64_t rows, tiles;      // of the weight
+    int64_t group;            // tiles of a cluster
+    int depth;                // places of a warp's ring
+};
+
+ANYWHERE constexpr int radix_bits(int bits) { return bits == 4 ? 7 : 8; }
+// Bits of a value's whole number from 2^E on.
+ANYWHERE constexpr int value_bits(int bits, int planes) { return radix_bits(bits) * planes - 2; }
+
+BOTH int64_t tiles_of(const Lut& a, const Place& at) { return least(a.group, a.tiles - at.cluster * a.group); }
+
+// Units of a part that a block has.
+BOTH int64_t share(const Part& part, int ranks) { return (part.units + ranks - 1) / ranks; }
+
+// Shared memory: head, sums [row of x, row of the group] in float32, integers [row of x, tile, 2, register, lane], rings, x and tables.
+template <class F>
+ANYWHERE constexpr int64_t fixed_bytes(int64_t group, int depth) {
+    return HEAD + F::M * group * (4 * TILE + 4 * 8 * 32) + int64_t(F::WARPS) * depth * SLOT;
 }
 
-// The words from `first` on of tiles `begin` to `end` of the group.
-template <int M>
-BOTH void fetch_words(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, int begin, int end, int given) {
-    const int thread = anew(given);
-    const uint32_t* words = part.words + (at.cluster * a.group * part.length + first) * ROWS;
-    const int tiles = int(least(end, tiles_of(a, at)));
-    for (int t = begin + thread / (32 * SLICES); t < tiles; t += slots(M)) {
-        fetch_tile(words + t * part.length * ROWS, int(count), thread / 32 % SLICES, thread % 32);
+template <class F>
+struct Shared {
+    uint32_t* largest;  // [M]
+    int32_t* totals;    // [M, DIGITS]
+    float* sums;
+    int32_t* whole;
+    uint32_t *rings, *x;
+    uint8_t* tables;
+    int64_t held;       // columns at a time
+
+    BOTH Shared(const Lut& a, int64_t columns, void* memory) {
+        char* const base = static_cast<char*>(memory);
+        largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(base + 4 * F::M);
+        sums = reinterpret_cast<float*>(base + HEAD);
+        whole = reinterpret_cast<int32_t*>(sums + F::M * a.group * TILE);
+        rings = reinterpret_cast<uint32_t*>(whole + F::M * a.group * 256);
+        x = rings + int64_t(F::WARPS) * a.depth * (SLOT / 4);
+        held = columns;
+        tables = reinterpret_cast<uint8_t*>(x + F::M * held);
     }
-}
+};
 
-// What does not depend on a kernel before, while that may still run: columns, values, and words of the first tiles.
-template <int M>
-BOTH void fetch_ahead(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, int given) {
-    const int thread = anew(given);
-    const int codes = 32 / part.bits, own = int(least(count * codes, part.count - first * codes));
-    for (int i = thread * 16; i < own; i += threads(M) * 16) fetch(part.columns + first * codes + i);
-    const float* values = part.values + (first * codes << part.bits);
-    for (int i = thread * 32; i < own << part.bits; i += threads(M) * 32) fetch(values + i);
-    fetch_words<M>(a, at, part, first, count, 0, AT_FIRST, given);
-}
+// 2^n, for n from -126 to 127; a number times 2^n for any n of twice that.
+BOTH float power(int n) { return from_bits(uint32_t(n + 127) << 23); }
+BOTH float scaled(float v, int n) { return v * power(n / 2) * power(n - n / 2); }
+BOTH int exponent_of(uint32_t bits) { return int(bits >> 23) - 127; }
 
-// The entry at `at`, an address in shared memory, and a constant.
+BOTH int32_t nearest(float v) {
 #if defined(__CUDA_ARCH__)
-using Address = uint32_t;
-
-BOTH Address address(const void* shared) { return Address(__cvta_generic_to_shared(shared)); }
-
-template <int M>
-BOTH Entry<M> found(Address at, uint32_t constant) {
-    Entry<M> e;
-    if constexpr (M == 1) asm volatile("ld.shared.f32 %0, [%1];" : "=f"(e.v[0]) : "r"(at + constant));
-    if constexpr (M == 2) asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(e.v[0]), "=f"(e.v[1]) : "r"(at + constant));
-    return e;
-}
-
-// `at`, a multiple of 256, with byte `i` of `word` instead of its lowest.
-BOTH Address with_byte(Address at, uint32_t word, int i) { return __byte_perm(word, at, 0x7650 | i); }
+    return __float2int_rn(v);
 #else
-using Address = const char*;
-
-BOTH Address address(const void* shared) { return static_cast<Address>(shared); }
-
-template <int M>
-BOTH Entry<M> found(Address at, uint32_t constant) {
-    return *reinterpret_cast<const Entry<M>*>(at + constant);
-}
-
-BOTH Address with_byte(Address at, uint32_t word, int i) { return at + (word >> 8 * i & 255u); }
+    return int32_t(std::nearbyintf(v));
 #endif
-
-template <int M>
-BOTH Entry<M> plus(Entry<M> a, const Entry<M>& b) {
-    UNROLL for (int m = 0; m < M; m++) a.v[m] += b.v[m];
-    return a;
 }
 
-// What the codes of a word give, whose indices have `INDEX` bits and whose tables begin at `tables` and `own`.
-template <int M, int INDEX>
-BOTH Entry<M> given_by(Address tables, uint32_t own, uint32_t word) {
-    constexpr int COUNT = 32 / INDEX, W = width(M, INDEX), PLANES = M / W;
-    constexpr int AT = W == 1 ? 2 : 3;  // of an index in an offset in bytes
-    constexpr uint32_t OWN = sizeof(Entry<W>) << INDEX;
-    static_assert(INDEX > 4 || OWN * COUNT % 256 == 0, "with_byte");
-    // The offset of an entry among 16 fits a byte: all of them at once, then a byte at a time.
-    constexpr uint32_t MASK = 0x0f0f0f0fu << AT;
-    const uint32_t even = word << AT & MASK, odd = word >> (4 - AT) & MASK;
-    Entry<M> v[8] = {};
-    UNROLL for (int i = 0; i < COUNT; i++) {
-        const Address at = INDEX == 4 ? with_byte(tables, i % 2 == 0 ? even : odd, i / 2)
-                                      : tables + ((word >> i * INDEX & ((1u << INDEX) - 1u)) << AT);
-        UNROLL for (int p = 0; p < PLANES; p++) {
-            const Entry<W> e = found<W>(at, own + (p * COUNT + i) * OWN);
-            UNROLL for (int w = 0; w < W; w++) v[i].v[p * W + w] = e.v[w];
+// A product and a sum, rounded once.
+BOTH float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+    return __fmaf_rn(a, b, c);
+#else
+    return std::fmaf(a, b, c);
+#endif
+}
+
+// A table's digits, from `first` on of columns that are taken. To `x`, for the first row: 2^E.
+template <class F, int BITS>
+BOTH void take_tables(const Lut& a, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+    const int thread = anew(given);
+    constexpr int SIZE = 1 << BITS, R = radix_bits(BITS), TOP = value_bits(BITS, F::P), MIDDLE = 1 << (TOP + 1);
+    const Shared<F> s(a, part.held, shared);
+    const int own = int(least(count * UNIT, part.count - first * UNIT));
+    NO_UNROLL for (int i = thread; i < own; i += F::THREADS) {
+        const Four* from = reinterpret_cast<const Four*>(part.values + ((first * UNIT + i) << BITS));
+        float v[SIZE];
+        UNROLL for (int e = 0; e < SIZE; e += 4) {
+            const Four four = from[e / 4];
+            UNROLL for (int j = 0; j < 4; j++) v[e + j] = four.v[j];
+        }
+        uint32_t most = 0;
+        UNROLL for (int e = 0; e < SIZE; e++) {
+            const uint32_t size = to_bits(v[e]) & 0x7fffffffu;
+            most = size > most ? size : most;
+        }
+        int exponent = exponent_of(most);
+        if (exponent < -100) exponent = -100;  // values that small are cut off as if they stood beside one of 2^-100
+        const float step = power(TOP - exponent);
+        uint32_t bytes[F::P][SIZE / 4] = {};
+        UNROLL for (int e = 0; e < SIZE; e++) {
+            int32_t u;
+            if constexpr (TOP < 20) {  // the lowest bits of a number with no others behind them
+                u = int32_t(to_bits(fused(v[e], step, 12582912.f)) - 0x4b400000u);
+            } else {
+                u = nearest(v[e] * step);
+            }
+            u += MIDDLE;
+            u = u > 2 * MIDDLE - 1 ? 2 * MIDDLE - 1 : u < 0 ? 0 : u;
+            UNROLL for (int p = 0; p < F::P; p++) bytes[p][e / 4] |= (uint32_t(u) >> R * (F::P - 1 - p) & ((1u << R) - 1u)) << 8 * (e % 4);
+        }
+        UNROLL for (int p = 0; p < F::P; p++) {
+            const auto to = reinterpret_cast<Line<SIZE / 4>*>(s.tables + ((p * s.held + i) << BITS));
+            Line<SIZE / 4> line;
+            UNROLL for (int j = 0; j < SIZE / 4; j++) line.v[j] = bytes[p][j];
+            *to = line;
+        }
+        s.x[i] = to_bits(exponent > 127 ? from_bits(0x7f800000u) : power(exponent));
+    }
+}
+
+// x times 2^E of the same columns, and the largest. Zeros beyond the last.
+template <class F>
+BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+    const int thread = anew(given);
+    const Shared<F> s(a, part.held, shared);
+    const int strip = UNIT * span(part.bits), made = int((count * UNIT + strip - 1) / strip * strip);
+    const int own = int(least(count * UNIT, part.count - first * UNIT));
+    uint32_t most[F::M] = {};
+    UNROLL_BY(4) for (int i = thread; i < made; i += F::THREADS) {
+        if (i < own) {
+            const int64_t column = part.columns[first * UNIT + i];
+            const float size = from_bits(s.x[i]);
+            UNROLL for (int m = 0; m < F::M; m++) {
+                const uint32_t v = to_bits(read_x(a.given, at.first_row + m, column) * size);
+                s.x[m * s.held + i] = v;
+                most[m] = (v & 0x7fffffffu) > most[m] ? v & 0x7fffffffu : most[m];
+            }
+        } else {
+            UNROLL for (int m = 0; m < F::M; m++) s.x[m * s.held + i] = 0;
         }
     }
-    const Entry<M> low = plus(plus(v[0], v[1]), plus(v[2], v[3]));
-    if constexpr (COUNT == 5) return plus(low, v[4]);
-    return plus(low, plus(plus(v[4], v[5]), plus(v[6], v[7])));
+    UNROLL for (int m = 0; m < F::M; m++) raise(s.largest + m, most[m]);
 }
 
-// A warp's slice of the words from `first` on, of which tables are at hand, for its tiles one after another.
-template <int M, int INDEX>
-BOTH void sweep(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
+
+// Digits instead of x: one a byte, the first lowest.
+template <class F>
+BOTH void take_digits(const Lut& a, const Part& part, int64_t count, void* shared, int given) {
     const int thread = anew(given);
-    constexpr uint32_t OWN = (sizeof(Entry<M>) << INDEX) * (32 / INDEX);  // of a word, all planes
-    const int lane = thread % 32, slice = thread / 32 % SLICES, own = int(count), tiles = int(tiles_of(a, at));
-    int tile = thread / (32 * SLICES), word = slice * RUN;
-    if (word >= own) return;
-    const uint32_t* words = part.words + ((at.cluster * a.group) * part.length + first) * ROWS + lane;
-    uint32_t now[RUN], next[RUN] = {};
-    const auto load = [&](uint32_t* to, int t, int w) {
-        const uint32_t* from = words + (int64_t(t) * part.length + w) * ROWS;
-        if (w + RUN <= own) {
-            UNROLL for (int i = 0; i < RUN; i++) to[i] = stream(from + i * ROWS);
+    const Shared<F> s(a, part.held, shared);
+    const int strip = UNIT * span(part.bits), made = int((count * UNIT + strip - 1) / strip * strip), r = radix_bits(part.bits);
+    UNROLL for (int m = 0; m < F::M; m++) {
+        const uint32_t largest = s.largest[m];
+        const int up = 4 * r - 3 - exponent_of(largest);  // to numbers below 2^(4 r - 2)
+        const float one = finite(largest) ? power(up / 2) : 0.f, other = power(up - up / 2);
+        int32_t total[DIGITS] = {};
+        for (int i = thread; i < made; i += F::THREADS) {
+            const uint32_t v = s.x[m * s.held + i];
+            int32_t q = finite(largest) ? nearest(from_bits(v) * one * other) : 0;
+            uint32_t digits = 0;
+            UNROLL for (int d = DIGITS - 1; d >= 0; d--) {
+                const int32_t half = 1 << (r - 1), digit = d == 0 ? q : ((q + half) & (2 * half - 1)) - half;
+                digits |= (uint32_t(digit) & 255u) << 8 * d, total[d] += digit;
+                q = (q - digit) >> r;
+            }
+            s.x[m * s.held + i] = digits;
+        }
+        UNROLL for (int d = 0; d < DIGITS; d++) add_all(s.totals + m * DIGITS + d, total[d]);
+    }
+}
+
+// Sums before the first part, and integers before each.
+template <class F>
+BOTH void clear(const Lut& a, const Place& at, bool sums, void* shared, int thread) {
+    const Shared<F> s(a, 0, shared);
+    const int tiles = int(tiles_of(a, at));
+    if (thread < F::M) s.largest[thread] = 0;
+    if (thread < F::M * DIGITS) s.totals[thread] = 0;
+    for (int m = 0; m < F::M; m++) {
+        for (int i = thread; i < tiles * 256; i += F::THREADS) s.whole[m * a.group * 256 + i] = 0;
+        for (int i = thread; sums && i < tiles * TILE; i += F::THREADS) s.sums[m * a.group * TILE + i] = 0.f;
+    }
+}
+
+// What four codes of a column, the lowest nibbles of `selector`, stand for. changed: the same, the highest bit of each changed, of 4 bits.
+template <int BITS>
+BOTH uint32_t decode(const uint32_t (&table)[1 << (BITS - 2)], uint32_t selector, uint32_t changed) {
+    if constexpr (BITS == 2) return permute(table[0], table[0], selector);
+    if constexpr (BITS == 3) return permute(table[0], table[1], selector);
+    // A byte below 128 that is not meant is filled with its sign: zero.
+    if constexpr (BITS == 4) return permute(table[0], table[1], selector) | permute(table[2], table[3], changed);
+}
+
+// Selectors [group of 8, column of 2], the codes of rows g in the lower half and of rows g + 8 in the upper one.
+template <int BITS>
+BOTH void select(uint32_t (&made)[GROUPS][2], const uint32_t (&w)[2 * BITS]) {
+    UNROLL for (int i = 0; i < GROUPS; i++) {
+        if constexpr (BITS == 2) made[i][0] = w[i] & 0x33333333u, made[i][1] = w[i] >> 2 & 0x33333333u;
+        if constexpr (BITS == 4) made[i][0] = w[2 * i], made[i][1] = w[2 * i + 1];
+        if constexpr (BITS == 3) {
+            const uint32_t* v = w + i / 2 * 3;
+            if (i % 2 == 0) {
+                made[i][0] = v[0] & 0x77777777u, made[i][1] = v[1] & 0x77777777u;
+            } else {
+                made[i][0] = v[2] & 0x77777777u;
+                made[i][1] = (v[0] >> 3 & 0x11111111u) | (v[1] >> 2 & 0x22222222u) | (v[2] >> 1 & 0x44444444u);
+            }
+        }
+    }
+}
+
+// A warp's tables and digits of a strip.
+template <class F, int BITS>
+struct Strip {
+    static constexpr int ALL = GROUPS * span(BITS), WORDS = 1 << (BITS - 2);
+    uint32_t table[ALL][2][HELD][F::P][WORDS];
+    uint32_t x[F::M][ALL][2][HELD][2];  // of two digits each
+
+    BOTH void load(const Shared<F>& s, int strip, int thread) {
+        UNROLL for (int i = 0; i < ALL; i++) {
+            UNROLL for (int c = 0; c < 2; c++) {
+                EACH_LANE {
+                    const int column = (strip * ALL + i) * 8 + c * 4 + LANE % 4, slot = LANE / 4 % 4, second = LANE / 16;
+                    UNROLL for (int p = 0; p < F::P; p++) {
+                        const auto line = *reinterpret_cast<const Line<WORDS>*>(s.tables + ((p * s.held + column) << BITS));
+                        UNROLL for (int j = 0; j < WORDS; j++) table[i][c][h][p][j] = line.v[j];
+                    }
+                    UNROLL for (int m = 0; m < F::M; m++) {
+                        const uint32_t digits = s.x[m * s.held + column], none = 0x4444u & ~(15u << 4 * slot);
+                        UNROLL for (int d = 0; d < 2; d++) x[m][i][d][h][c] = permute(digits, 0u, none | uint32_t(2 * d + second) << 4 * slot);
+                    }
+                }
+            }
+        }
+    }
+};
+
+// The columns of units `first` and on, of which tables are at hand, with all tiles: a warp has a run of (strip, tile) in that order.
+template <class F, int BITS>
+struct Sweep {
+    static constexpr int SPAN = span(BITS), R = radix_bits(BITS);
+    const Lut& a;
+    const Part& part;
+    Shared<F> s;
+    int thread, tiles, units, depth;
+    int item, end, tile, strip;       // to be done next
+    int ahead, ahead_tile, ahead_strip, place, ahead_place;
+    const uint32_t* words;            // of the first unit and tile
+    uint32_t* ring;
+
+    BOTH Sweep(const Lut& lut, const Place& at, const Part& of, int64_t first, int64_t count, void* shared, int given)
+        : a(lut), part(of), s(lut, of.held, shared), thread(anew(given)), tiles(int(tiles_of(lut, at))), units(int(count)), depth(lut.depth) {
+        const int warp = warp_of(thread), items = (units + SPAN - 1) / SPAN * tiles;
+        item = items * warp / F::WARPS, end = items * (warp + 1) / F::WARPS;
+        strip = item / tiles, tile = item % tiles;
+        ahead = item, ahead_tile = tile, ahead_strip = strip, place = 0, ahead_place = 0;
+        words = part.words + (at.cluster * a.group * part.units + first) * (64 * BITS);
+        ring = s.rings + warp * depth * (SLOT / 4);
+    }
+
+    BOTH void fetch_next() {
+        if (ahead < end) {
+            UNROLL for (int u = 0; u < SPAN; u++) {
+                // A unit that there is not is the last again, for which x has zeros.
+                const int unit = SPAN == 1 || ahead_strip * SPAN + u < units ? ahead_strip * SPAN + u : units - 1;
+                const uint32_t* from = words + (ahead_tile * part.units + unit) * (64 * BITS);
+                uint32_t* to = ring + ahead_place * (SLOT / 4) + u * 64 * BITS;
+                EACH_LANE {
+                    UNROLL for (int c = 0; c < BITS / 2; c++) send_words<4>(to + c * 128 + LANE * 4, from + c * 128 + LANE * 4);
+                    if constexpr (BITS == 3) send_words<2>(to + 128 + LANE * 2, from + 128 + LANE * 2);
+                }
+            }
+        }
+        sent();
+        turn();
+    }
+    BOTH void turn() {
+        ahead++;
+        if (++ahead_tile == tiles) ahead_tile = 0, ahead_strip++;
+        if (++ahead_place == depth) ahead_place = 0;
+    }
+
+    // Fetches what the ring has place for but for one; or counts that as done.
+    BOTH void open() {
+        if (HELD > 1 && thread % 32 != 0) return;
+        for (int i = 1; i < depth; i++) fetch_next();
+    }
+    BOTH void opened() {
+        for (int i = 1; i < depth; i++) turn();
+    }
+
+    BOTH void wait() const {
+        if (depth == 4) {
+            arrived<2>();
         } else {
-            UNROLL for (int i = 0; i < RUN; i++) to[i] = w + i < own ? stream(from + i * ROWS) : 0u;
+            arrived<0>();
         }
-    };
-    const auto enter = [&](int t) {
-        if (t + AHEAD < tiles) fetch_tile(words - lane + (t + AHEAD) * part.length * ROWS, own, slice, lane);
-    };
-    if (tile < tiles) load(now, tile, word), enter(tile);
-    const auto to = [&](int t) { return sums_in<M>(a, shared) + (slice * a.group + t) * ROWS + lane; };
-    Entry<M> total = {};
-    if (tile < tiles) total = *to(tile);
-    NO_UNROLL while (tile < tiles) {
-        int next_tile = tile, next_word = word + PERIOD;
-        if (next_word >= own) next_tile = tile + slots(M), next_word = slice * RUN;
-        if (next_tile < tiles) load(next, next_tile, next_word);
-        const Address tables = address(shared) + uint32_t(word) * OWN;
-        UNROLL for (int i = 0; i < RUN; i++) total = plus(total, given_by<M, INDEX>(tables, i * OWN, now[i]));
-        if (next_tile != tile) {
-            *to(tile) = total;
-            if (next_tile < tiles) total = *to(next_tile), enter(next_tile);
+    }
+
+    BOTH void run() {
+        if (HELD > 1 && thread % 32 != 0) return;
+        Strip<F, BITS> t;
+        bool fresh = true;
+        NO_UNROLL for (; item < end; item++) {
+            if (fresh) t.load(s, strip, thread);
+            wait();
+            int32_t sum[F::M][3][HELD][4] = {};
+            UNROLL for (int u = 0; u < SPAN; u++) {
+                uint32_t selectors[HELD][GROUPS][2];
+                EACH_LANE {
+                    const uint32_t* from = ring + place * (SLOT / 4) + u * 64 * BITS;
+                    uint32_t w[2 * BITS];
+                    UNROLL for (int c = 0; c < BITS / 2; c++) {
+                        const auto line = *reinterpret_cast<const Line<4>*>(from + c * 128 + LANE * 4);
+                        UNROLL for (int j = 0; j < 4; j++) w[4 * c + j] = line.v[j];
+                    }
+                    if constexpr (BITS == 3) {
+                        const auto line = *reinterpret_cast<const Line<2>*>(from + 128 + LANE * 2);
+                        w[4] = line.v[0], w[5] = line.v[1];
+                    }
+                    select<BITS>(selectors[h], w);
+                }
+                if (u == SPAN - 1) fetch_next();  // into the place before this one, which was read a turn ago
+                UNROLL for (int i = 0; i < GROUPS; i++) multiply(t, sum, selectors, u * GROUPS + i, i);
+            }
+            put(sum);
+            fresh = ++tile == tiles;
+            if (fresh) tile = 0, strip++;
+            if (++place == depth) place = 0;
         }
-        UNROLL for (int i = 0; i < RUN; i++) now[i] = next[i];
-        tile = next_tile, word = next_word;
+    }
+
+    // A group's 64 rows by 8 columns with all rows of x.
+    BOTH void multiply(const Strip<F, BITS>& t, int32_t (&sum)[F::M][3][HELD][4], const uint32_t (&selectors)[HELD][GROUPS][2], int of, int i) {
+        uint32_t operand[F::P][HELD][4];
+        EACH_LANE {
+            UNROLL for (int c = 0; c < 2; c++) {
+                const uint32_t low = selectors[h][i][c], high = upper_half<BITS>(low);
+                const uint32_t changed = BITS == 4 ? low ^ 0x88888888u : 0u;
+                const uint32_t changed_high = BITS == 4 ? changed >> 16 : 0u;
+                UNROLL for (int p = 0; p < F::P; p++) {
+                    operand[p][h][2 * c] = decode<BITS>(t.table[of][c][h][p], low, changed);
+                    operand[p][h][2 * c + 1] = decode<BITS>(t.table[of][c][h][p], high, changed_high);
+                }
+            }
+        }
+        UNROLL for (int m = 0; m < F::M; m++) {
+            multiply_bytes(sum[m][0], operand[0], t.x[m][of][0]);
+            multiply_bytes(sum[m][1], operand[1], t.x[m][of][0]);
+            multiply_bytes(sum[m][2], operand[0], t.x[m][of][1]);
+            if constexpr (F::P == 3) multiply_bytes(sum[m][2], operand[2], t.x[m][of][0]);
+        }
+    }
+
+    BOTH void put(const int32_t (&sum)[F::M][3][HELD][4]) {
+        UNROLL for (int m = 0; m < F::M; m++) {
+            int32_t* to = s.whole + (m * a.group + tile) * 256;
+            UNROLL for (int i = 0; i < 4; i++) {
+                EACH_LANE {
+                    add(to + i * 32 + LANE, sum[m][0][h][i]);
+                    add(to + 128 + i * 32 + LANE, ((sum[m][1][h][i] << R) + sum[m][2][h][i]) >> CUT);
+                }
+            }
+        }
+    }
+};
+
+// Integers as numbers, and no more of what was added to the first digit of all values.
+template <class F>
+BOTH void collect(const Lut& a, const Place& at, const Part& part, void* shared, int thread) {
+    const Shared<F> s(a, part.held, shared);
+    const int r = radix_bits(part.bits), tiles = int(tiles_of(a, at)), middle = 1 << (r - 1);
+    const float down = power(-r), down2 = power(-2 * r);
+    UNROLL for (int m = 0; m < F::M; m++) {
+        const uint32_t largest = s.largest[m];
+        const int unit = exponent_of(largest) + 5 - 2 * r;  // of the first digits' products, in powers of two
+        const int32_t* totals = s.totals + m * DIGITS;
+        for (int i = thread; i < tiles * TILE; i += F::THREADS) {
+            const int32_t* whole = s.whole + (m * a.group + i / TILE) * 256;
+            const int row = i % TILE / 4, column = i % 4;
+            float v[2];
+            UNROLL for (int half = 0; half < 2; half++) {
+                const int n = column + 4 * half, from = (row / 8 * 2 + n % 2) * 32 + row % 8 * 4 + n / 2;
+                const float lesser = float(whole[128 + from]) * float(1 << CUT) - float(middle * totals[2 + half]);
+                v[half] = fused(lesser, down2, float(whole[from] - middle * totals[half]));
+            }
+            float& to = s.sums[m * a.group * TILE + i];
+            to += finite(largest) ? scaled(fused(v[1], down, v[0]), unit) : from_bits(0x7fc00000u);
+        }
     }
 }
 
 // Rows of a group that a block finishes.
-BOTH int64_t finished_by(const Lut& a, int ranks) { return (a.group * ROWS + ranks - 1) / ranks; }
+BOTH int64_t finished_by(const Lut& a, int ranks) { return (a.group * TILE + ranks - 1) / ranks; }
 
-// What the kept weights of these rows give, in `HELPERS` parts, where tables were; and the slices' sums become the first slice's.
-template <int M>
-BOTH void gather(const Lut& a, const Place& at, void* shared, int given) {
-    const int thread = anew(given);
-    Entry<M>* sums = sums_in<M>(a, shared);
-    for (int64_t i = thread; i < a.group * ROWS; i += threads(M)) {
-        Entry<M> v = sums[i];
-        UNROLL for (int s = 1; s < SLICES; s++) v = plus(v, sums[s * a.group * ROWS + i]);
-        sums[i] = v;
-    }
+// What the kept weights of these rows give, in `HELPERS` parts: where integers, rings and tables were.
+template <class F>
+BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
     if (a.starts == nullptr) return;
     const int64_t own = finished_by(a, at.ranks);
-    for (int64_t i = thread; i < own * HELPERS; i += threads(M)) {
-        const int64_t row = at.cluster * a.group * ROWS + at.rank * own + i / HELPERS;
-        Entry<M> v = {};
+    float* to = reinterpret_cast<float*>(Shared<F>(a, 0, shared).whole);
+    for (int64_t i = thread; i < own * HELPERS; i += F::THREADS) {
+        const int64_t row = at.cluster * a.group * TILE + at.rank * own + i / HELPERS;
+        float v[F::M] = {};
         if (row < a.rows) {
             for (int64_t e = a.starts[row] + i % HELPERS; e < a.starts[row + 1]; e += HELPERS) {
-                UNROLL for (int m = 0; m < M; m++) v.v[m] += a.differences[e] * read_x(a.given, at.first_row + m, a.kept[e]);
+                UNROLL for (int m = 0; m < F::M; m++) v[m] += a.differences[e] * read_x(a.given, at.first_row + m, a.kept[e]);
             }
         }
-        static_cast<Entry<M>*>(shared)[i] = v;
+        UNROLL for (int m = 0; m < F::M; m++) to[i * F::M + m] = v[m];
     }
 }
 
 // shared_of(rank): the shared memory of each block of the cluster.
-template <int M, class SharedOf>
+template <class F, class SharedOf>
 BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
-    const int64_t own = finished_by(a, at.ranks), base = at.cluster * a.group * ROWS;
-    for (int64_t i = thread; i < own; i += threads(M)) {
+    const int64_t own = finished_by(a, at.ranks), base = at.cluster * a.group * TILE;
+    const float* kept = reinterpret_cast<const float*>(Shared<F>(a, 0, shared).whole);
+    for (int64_t i = thread; i < own; i += F::THREADS) {
         const int64_t place = at.rank * own + i, row = base + place;
-        if (place >= a.group * ROWS || row >= a.rows) continue;
-        Entry<M> v = {};
-        UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v = plus(v, sums_in<M>(a, shared_of(r))[place]);
-        if (a.starts != nullptr) {
-            for (int h = 0; h < HELPERS; h++) v = plus(v, static_cast<const Entry<M>*>(shared)[i * HELPERS + h]);
-        }
-        for (int m = 0; m < M; m++) {
+        if (place >= a.group * TILE || row >= a.rows) continue;
+        for (int m = 0; m < F::M; m++) {
             const int64_t to = at.first_row + m;
-            if (to < a.given.count) write(a.out, to * a.rows + row, v.v[m], a.given.bfloat16);
+            if (to >= a.given.count) break;
+            float v = 0.f;
+            UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v += Shared<F>(a, 0, shared_of(r)).sums[m * a.group * TILE + place];
+            if (a.starts != nullptr) {
+                for (int h = 0; h < HELPERS; h++) v += kept[(i * HELPERS + h) * F::M + m];
+            }
+            write(a.out, to * a.rows + row, v, a.given.bfloat16);
         }
     }
 }
 
-// `does(first, count)`: the words of a part whose tables a block has at a time.
-template <int M, class Does>
-BOTH void in_turns(const Lut& a, const Place& at, const Part& part, const Does& does) {
-    const int64_t own = share(part, at.ranks), begin = at.rank * own, end = least(part.length, begin + own), step = held<M>(a, part.bits);
-    NO_UNROLL for (int64_t first = begin; first < end; first += step) does(first, least(step, end - first));
-}
-
-template <int M, class Each>
-BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool fetched, void* shared, const Each& each) {
-    in_turns<M>(a, at, part, [&](int64_t first, int64_t count) {
-        each([&](int thread) {
-            if (!fetched || first > at.rank * share(part, at.ranks)) fetch_ahead<M>(a, at, part, first, count, thread);
-            take_inputs<M>(a, at, part, first, count, shared, thread);
-        });
-        each([&](int thread) {
-            fetch_words<M>(a, at, part, first, count, AT_FIRST, AHEAD, thread);
-            if (part.bits == 1) build<M, 1>(a, part, first, count, shared, thread);
-            if (part.bits == 2) build<M, 2>(a, part, first, count, shared, thread);
-            if (part.bits == 3) build<M, 3>(a, part, first, count, shared, thread);
-            if (part.bits == 4) build<M, 4>(a, part, first, count, shared, thread);
-        });
-        each([&](int thread) {
-            if (part.bits == 3) {
-                sweep<M, 6>(a, at, part, first, count, shared, thread);
-            } else {
-                sweep<M, 4>(a, at, part, first, count, shared, thread);
-            }
-        });
+// A part's units from `first` on: one turn. `previous()`: see below; `early`: nothing was waited for yet.
+template <class F, int BITS, class Previous, class Each>
+BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, bool early, void* shared,
+                   const Previous& previous, const Each& each) {
+    each([&](int thread) {
+        Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
+        clear<F>(a, at, early, shared, thread);
+        take_tables<F, BITS>(a, part, first, count, shared, thread);
     });
+    if (early) previous();
+    each([&](int thread) { take_inputs<F>(a, at, part, first, count, shared, thread); });
+    each([&](int thread) { take_digits<F>(a, part, count, shared, thread); });
+    each([&](int thread) {
+        Sweep<F, BITS> sweep(a, at, part, first, count, shared, thread);
+        sweep.opened();
+        sweep.run();
+    });
+    each([&](int thread) { collect<F>(a, at, part, shared, thread); });
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
-// read after it.
-template <int M, class Previous, class Each>
+// read after it. A block without columns of its own has a turn without any, for its sums of nothing.
+template <class F, class Previous, class Each>
 BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
-    each([&](int thread) {
-        const Part& part = a.part[0];
-        const int64_t own = share(part, at.ranks), first = at.rank * own, end = least(part.length, first + own);
-        if (first < end) fetch_ahead<M>(a, at, part, first, least(held<M>(a, part.bits), end - first), thread);
-        clear<M>(a, at, shared, thread);
-    });
-    previous();
-    NO_UNROLL for (int p = 0; p < a.parts; p++) add_part<M>(a, at, a.part[p], p == 0, shared, each);
-    each([&](int thread) { gather<M>(a, at, shared, thread); });
+    bool early = true;
+    NO_UNROLL for (int p = 0; p < a.parts; p++) {
+        const Part& part = a.part[p];
+        const int64_t own = share(part, at.ranks), begin = least(part.units, at.rank * own), end = least(part.units, begin + own);
+        const int64_t step = part.held / UNIT;
+        for (int64_t first = begin; first < end || (early && p + 1 == a.parts); first += step) {
+            const int64_t count = least(step, end - first);
+            if (part.bits == 2) add_turn<F, 2>(a, at, part, first, count, early, shared, previous, each);
+            if (part.bits == 3) add_turn<F, 3>(a, at, part, first, count, early, shared, previous, each);
+            if (part.bits == 4) add_turn<F, 4>(a, at, part, first, count, early, shared, previous, each);
+            early = false;
+        }
+    }
+    each([&](int thread) { gather<F>(a, at, shared, thread); });
 }
 
 // Part from five numbers: addresses of words, values and columns, columns, bits.
 inline Part part_of(const int64_t* v) {
-    Part p;
+    Part p = {};
     p.words = reinterpret_cast<const uint32_t*>(v[0]), p.values = reinterpret_cast<const float*>(v[1]);
     p.columns = reinterpret_cast<const int64_t*>(v[2]), p.count = v[3], p.bits = int(v[4]);
-    const int64_t codes = p.bits == 0 ? 1 : 32 / p.bits;
-    p.length = (p.count + codes - 1) / codes;
+    p.units = (p.count + UNIT - 1) / UNIT;
     return p;
-}
-
-// The most rows of x at a time for which tables of codes of 3 bits, the largest, fit a period of words.
-inline int rows_at_a_time(int64_t count, int64_t group, int64_t shared) {
-    int rows = count > 2 ? 4 : int(count);
-    while (rows > 1 && word_bytes(rows, 3) * PERIOD + int64_t(4) * rows * SLICES * group * ROWS + 1024 > shared) rows /= 2;
-    return rows;
 }
 
 // Tiles of a cluster, so that clusters come in whole waves of at most `at_once`.
@@ -256,16 +539,31 @@ inline int64_t group_of(int64_t tiles, int64_t at_once) {
     return (tiles + at_once * waves - 1) / (at_once * waves);
 }
 
-// Everything but the launch: parts come as five numbers each.
+// Columns at a time that `bytes` of shared memory have place for, beside what is fixed.
+template <class F>
+int64_t columns_held(int64_t bytes, int64_t group, int depth, int bits) {
+    return (bytes - fixed_bytes<F>(group, depth)) / (4 * F::M + (int64_t(F::P) << bits));
+}
+
+// Everything but the launch: parts come as five numbers each. limit: bytes of shared memory that a block may have.
 inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, const void* x, const float* scale, void* out, int64_t rows,
-                  int64_t k, int64_t rows_of_x, bool bfloat16) {
+                  int64_t k, int64_t rows_of_x, bool bfloat16, int64_t at_once, int64_t limit) {
     Lut a = {};
     a.parts = int(count);
     for (int p = 0; p < a.parts; p++) a.part[p] = part_of(parts + 5 * p);
     a.starts = reinterpret_cast<const int64_t*>(kept[0]), a.kept = reinterpret_cast<const int32_t*>(kept[1]);
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
-    a.out = out, a.rows = rows, a.tiles = (rows + ROWS - 1) / ROWS;
+    a.out = out, a.rows = rows, a.tiles = (rows + TILE - 1) / TILE;
+    a.group = group_of(a.tiles, at_once), a.depth = limit >= 160 * 1024 ? 4 : 2;
+    // The same however many rows x has: a row's sum depends on it.
+    for (int p = 0; p < a.parts; p++) {
+        const int bits = a.part[p].bits;
+        const int64_t one = bfloat16 ? columns_held<Form<1, 2>>(limit, a.group, a.depth, bits) : columns_held<Form<1, 3>>(limit, a.group, a.depth, bits);
+        const int64_t two = bfloat16 ? columns_held<Form<2, 2>>(limit, a.group, a.depth, bits) : columns_held<Form<2, 3>>(limit, a.group, a.depth, bits);
+        const int64_t most = one < two ? one : two, strip = UNIT * span(bits);
+        a.part[p].held = (most < MOST_COLUMNS ? most : MOST_COLUMNS) / strip * strip;
+    }
     return a;
 }
 

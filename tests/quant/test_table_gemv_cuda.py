@@ -16,15 +16,18 @@ from torch import Tensor
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
+from quant.kernels.lut_gemv import fragments
 from quant.kernels.products import written_to
 from quant.kernels.row_lut_gemv import cuda as row_cuda
 from quant.tensors.codebook import CodebookTensor
 from tests.quant.products_affine import inputs
-from tests.quant.products_tables import PREPARE, cases, check, codebook, row_codebook, signs
+from tests.quant.products_tables import PREPARE as OF_OTHERS
+from tests.quant.products_tables import cases, check, codebook, row_codebook, signs
 
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
 SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
+PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare}
 CLUSTERS = [op for op in SOURCES if op != "row_lut_gemv"]
 """Those of which a row's sums are spread over clusters."""
 GPU = pytest.mark.gpu("nvcc")
@@ -129,8 +132,8 @@ def test_whole_numbers_come_out_exactly(bits: int) -> None:
     tensor = CodebookTensor(codes.to(torch.uint8), torch.full((k,), bits), tables, 2.0)
     x = torch.randint(-31, 32, (3, k), generator=g).float()
     want = x.double() @ tensor.dequantize().double().T
-    assert torch.equal(on_the_host("lut_gemv", x, lut_gemv.prepare(tensor)).double(), want)
-    assert torch.equal(on_the_host("lut_gemv", x[:1], lut_gemv.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
+    assert torch.equal(on_the_host("lut_gemv", x, fragments.prepare(tensor)).double(), want)
+    assert torch.equal(on_the_host("lut_gemv", x[:1], fragments.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
 
 
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling for two GPUs takes a minute")
