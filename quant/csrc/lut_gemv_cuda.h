@@ -351,35 +351,41 @@ struct Sweep {
 
     BOTH void run() {
         if (HELD > 1 && thread % 32 != 0) return;
-        Strip<F, BITS> t;
-        bool fresh = true;
-        NO_UNROLL for (; item < end; item++) {
-            if (fresh) t.load(s, strip, thread);
-            wait();
-            int32_t sum[F::M][3][HELD][4] = {};
-            UNROLL for (int u = 0; u < SPAN; u++) {
-                uint32_t selectors[HELD][GROUPS][2];
-                EACH_LANE {
-                    const uint32_t* from = ring + place * (SLOT / 4) + u * 64 * BITS;
-                    uint32_t w[2 * BITS];
-                    UNROLL for (int c = 0; c < BITS / 2; c++) {
-                        const auto line = *reinterpret_cast<const Line<4>*>(from + c * 128 + LANE * 4);
-                        UNROLL for (int j = 0; j < 4; j++) w[4 * c + j] = line.v[j];
-                    }
-                    if constexpr (BITS == 3) {
-                        const auto line = *reinterpret_cast<const Line<2>*>(from + 128 + LANE * 2);
-                        w[4] = line.v[0], w[5] = line.v[1];
-                    }
-                    select<BITS>(selectors[h], w);
-                }
-                if (u == SPAN - 1) fetch_next();  // into the place before this one, which was read a turn ago
-                UNROLL for (int i = 0; i < GROUPS; i++) multiply(t, sum, selectors, u * GROUPS + i, i);
+        NO_UNROLL while (item < end) {
+            Strip<F, BITS> t;
+            t.load(s, strip, thread);
+            const int stop = end - item < tiles - tile ? tile + end - item : tiles;
+            item += stop - tile;
+            NO_UNROLL for (; tile < stop; tile++) {
+                wait();
+                add_tile(t);
+                if (++place == depth) place = 0;
             }
-            put(sum);
-            fresh = ++tile == tiles;
-            if (fresh) tile = 0, strip++;
-            if (++place == depth) place = 0;
+            tile = 0, strip++;
         }
+    }
+
+    BOTH void add_tile(const Strip<F, BITS>& t) {
+        int32_t sum[F::M][3][HELD][4] = {};
+        UNROLL for (int u = 0; u < SPAN; u++) {
+            uint32_t selectors[HELD][GROUPS][2];
+            EACH_LANE {
+                const uint32_t* from = ring + place * (SLOT / 4) + u * 64 * BITS;
+                uint32_t w[2 * BITS];
+                UNROLL for (int c = 0; c < BITS / 2; c++) {
+                    const auto line = *reinterpret_cast<const Line<4>*>(from + c * 128 + LANE * 4);
+                    UNROLL for (int j = 0; j < 4; j++) w[4 * c + j] = line.v[j];
+                }
+                if constexpr (BITS == 3) {
+                    const auto line = *reinterpret_cast<const Line<2>*>(from + 128 + LANE * 2);
+                    w[4] = line.v[0], w[5] = line.v[1];
+                }
+                select<BITS>(selectors[h], w);
+            }
+            if (u == SPAN - 1) fetch_next();  // into the place before this one, which was read a turn ago
+            UNROLL for (int i = 0; i < GROUPS; i++) multiply(t, sum, selectors, u * GROUPS + i, i);
+        }
+        put(sum);
     }
 
     // A group's 64 rows by 8 columns with all rows of x.
