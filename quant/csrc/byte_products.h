@@ -72,6 +72,15 @@ BOTH void add_all(int32_t* to, int32_t v) {
 // floating point have less to do than those that shift.
 template <int BITS>
 BOTH uint32_t upper_half(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    if constexpr (BITS < 4) {
+        uint32_t made;
+        asm("{\n\t.reg .b16 l, h;\n\t.reg .b32 p;\n\tmov.b32 {l, h}, %1;\n\tmov.b32 p, {h, h};\n\t"
+            "fma.rn.f16x2 %0, p, %2, %3;\n\t}"
+            : "=r"(made) : "r"(v), "r"(0x3c003c00u), "r"(0x80008000u));
+        return made;
+    }
+#endif
     return v >> 16;
 }
 

@@ -30,11 +30,12 @@ constexpr int64_t MOST_COLUMNS = 8192;            // at a time, for sums of byte
 constexpr int HELPERS = 8;                        // threads that share a row's kept weights
 constexpr int DIGITS = 4;                         // of x
 constexpr int CUT = 6;                            // bits that are cut off the sums of lesser digits, so that those of many columns fit
+constexpr int EARLY_ITEMS = 8;
 constexpr int HEAD = 128;                         // bytes: the largest x and sums of digits of each row of x
 
 constexpr int SLOT = 1536;                        // bytes of the codes of a strip's tile
 
-// Rows of x at a time and planes of tables.
+// Rows of x at a time, and planes of tables: two where x is bfloat16, three where it is float32.
 template <int ROWS_OF_X, int PLANES>
 struct Form {
     static constexpr int M = ROWS_OF_X, P = PLANES;
@@ -63,7 +64,8 @@ struct Lut {
     void* out;
     int64_t rows, tiles;      // of the weight
     int64_t group;            // tiles of a cluster
-    int depth;                // places of a warp's ring
+    int depth;                // places of a warp's ring: 2 or 4
+    int early;                // items that a warp fetches into the second-level cache before anything else
 };
 
 ANYWHERE constexpr int radix_bits(int bits) { return bits == 4 ? 7 : 8; }
@@ -116,6 +118,26 @@ BOTH int32_t nearest(float v) {
 #endif
 }
 
+BOTH float largest_of(float size, float v) {
+#if defined(__CUDA_ARCH__)
+    return fmaxf(size, fabsf(v));
+#else
+    return std::fmax(size, std::fabs(v));
+#endif
+}
+
+// As it is given; zero beyond the last row.
+template <class F>
+BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
+    if (row >= from.count) return 0.f;
+    const int64_t at = row * from.k + column;
+    if constexpr (F::P == 2) {
+        return from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16);
+    } else {
+        return static_cast<const float*>(from.x)[at];
+    }
+}
+
 // A product and a sum, rounded once.
 BOTH float fused(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
@@ -125,47 +147,65 @@ BOTH float fused(float a, float b, float c) {
 #endif
 }
 
-// A table's digits, from `first` on of columns that are taken. To `x`, for the first row: 2^E.
+// Digits of four whole numbers below 2^(R P), a byte each: plane 0 has the highest.
+template <int R, int P>
+BOTH void split(uint32_t* made, int apart, const uint32_t (&u)[4]) {
+    if constexpr (P == 2) {
+        const uint32_t one = permute(u[0], u[1], 0x5410u), two = permute(u[2], u[3], 0x5410u);
+        constexpr uint32_t LOW = R == 8 ? ~0u : 0x007f007fu;
+        made[apart] = permute(one & LOW, two & LOW, 0x6420u);
+        made[0] = R == 8 ? permute(one, two, 0x7531u) : permute(one >> R & LOW, two >> R & LOW, 0x6420u);
+    } else {
+        UNROLL for (int p = 0; p < P; p++) {
+            made[p * apart] = 0;
+            UNROLL for (int j = 0; j < 4; j++) made[p * apart] |= (u[j] >> R * (P - 1 - p) & ((1u << R) - 1u)) << 8 * j;
+        }
+    }
+}
+
+// Tables' digits, from `first` on of columns that are taken. To `x`, for the first row: 2^E.
 template <class F, int BITS>
 BOTH void take_tables(const Lut& a, const Part& part, int64_t first, int64_t count, void* shared, int given) {
     const int thread = anew(given);
     constexpr int SIZE = 1 << BITS, R = radix_bits(BITS), TOP = value_bits(BITS, F::P), MIDDLE = 1 << (TOP + 1);
+    constexpr int BATCH = 32 / SIZE;  // columns whose values are under way together
     const Shared<F> s(a, part.held, shared);
     const int own = int(least(count * UNIT, part.count - first * UNIT));
-    NO_UNROLL for (int i = thread; i < own; i += F::THREADS) {
-        const Four* from = reinterpret_cast<const Four*>(part.values + ((first * UNIT + i) << BITS));
-        float v[SIZE];
-        UNROLL for (int e = 0; e < SIZE; e += 4) {
-            const Four four = from[e / 4];
-            UNROLL for (int j = 0; j < 4; j++) v[e + j] = four.v[j];
+    NO_UNROLL for (int begin = thread; begin < own; begin += BATCH * F::THREADS) {
+        Four v[BATCH][SIZE / 4];
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            const Four* from = reinterpret_cast<const Four*>(part.values + ((first * UNIT + (i < own ? i : begin)) << BITS));
+            UNROLL for (int e = 0; e < SIZE / 4; e++) v[b][e] = from[e];
         }
-        uint32_t most = 0;
-        UNROLL for (int e = 0; e < SIZE; e++) {
-            const uint32_t size = to_bits(v[e]) & 0x7fffffffu;
-            most = size > most ? size : most;
-        }
-        int exponent = exponent_of(most);
-        if (exponent < -100) exponent = -100;  // values that small are cut off as if they stood beside one of 2^-100
-        const float step = power(TOP - exponent);
-        uint32_t bytes[F::P][SIZE / 4] = {};
-        UNROLL for (int e = 0; e < SIZE; e++) {
-            int32_t u;
-            if constexpr (TOP < 20) {  // the lowest bits of a number with no others behind them
-                u = int32_t(to_bits(fused(v[e], step, 12582912.f)) - 0x4b400000u);
-            } else {
-                u = nearest(v[e] * step);
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            float most = 0.f;
+            UNROLL for (int e = 0; e < SIZE; e++) most = largest_of(most, v[b][e / 4].v[e % 4]);
+            int exponent = exponent_of(to_bits(most));
+            if (exponent < -100) exponent = -100;  // values that small are cut off as if they stood beside one of 2^-100
+            if (most * power(TOP - exponent) >= float(MIDDLE) - 0.5f) exponent++;  // would be rounded up to one too many
+            const float step = power(TOP - exponent);
+            uint32_t bytes[F::P][SIZE / 4];
+            UNROLL for (int e = 0; e < SIZE / 4; e++) {
+                uint32_t u[4];
+                UNROLL for (int j = 0; j < 4; j++) {
+                    if constexpr (TOP < 20) {  // the lowest bits of a number that has none behind them
+                        u[j] = to_bits(fused(v[b][e].v[j], step, 12582912.f + MIDDLE)) - (R * F::P == 16 ? 0u : 0x4b400000u);
+                    } else {
+                        u[j] = uint32_t(nearest(v[b][e].v[j] * step) + MIDDLE);
+                    }
+                }
+                split<R, F::P>(&bytes[0][e], SIZE / 4, u);
             }
-            u += MIDDLE;
-            u = u > 2 * MIDDLE - 1 ? 2 * MIDDLE - 1 : u < 0 ? 0 : u;
-            UNROLL for (int p = 0; p < F::P; p++) bytes[p][e / 4] |= (uint32_t(u) >> R * (F::P - 1 - p) & ((1u << R) - 1u)) << 8 * (e % 4);
+            if (i >= own) break;
+            UNROLL for (int p = 0; p < F::P; p++) {
+                Line<SIZE / 4> line;
+                UNROLL for (int j = 0; j < SIZE / 4; j++) line.v[j] = bytes[p][j];
+                *reinterpret_cast<Line<SIZE / 4>*>(s.tables + ((p * s.held + i) << BITS)) = line;
+            }
+            s.x[i] = to_bits(exponent > 127 ? from_bits(0x7f800000u) : power(exponent));
         }
-        UNROLL for (int p = 0; p < F::P; p++) {
-            const auto to = reinterpret_cast<Line<SIZE / 4>*>(s.tables + ((p * s.held + i) << BITS));
-            Line<SIZE / 4> line;
-            UNROLL for (int j = 0; j < SIZE / 4; j++) line.v[j] = bytes[p][j];
-            *to = line;
-        }
-        s.x[i] = to_bits(exponent > 127 ? from_bits(0x7f800000u) : power(exponent));
     }
 }
 
@@ -173,21 +213,31 @@ BOTH void take_tables(const Lut& a, const Part& part, int64_t first, int64_t cou
 template <class F>
 BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, void* shared, int given) {
     const int thread = anew(given);
+    constexpr int BATCH = 6;  // columns that are under way together
     const Shared<F> s(a, part.held, shared);
     const int strip = UNIT * span(part.bits), made = int((count * UNIT + strip - 1) / strip * strip);
     const int own = int(least(count * UNIT, part.count - first * UNIT));
     uint32_t most[F::M] = {};
-    UNROLL_BY(4) for (int i = thread; i < made; i += F::THREADS) {
-        if (i < own) {
-            const int64_t column = part.columns[first * UNIT + i];
-            const float size = from_bits(s.x[i]);
+    NO_UNROLL for (int begin = thread; begin < made; begin += BATCH * F::THREADS) {
+        int64_t column[BATCH];
+        float x[F::M][BATCH], scale[BATCH];
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            column[b] = i < own ? part.columns[first * UNIT + i] : -1;
+        }
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = column[b] < 0 ? 0.f : stored_x<F>(a.given, at.first_row + m, column[b]);
+            scale[b] = column[b] < 0 || a.given.scale == nullptr ? 1.f : a.given.scale[column[b]];
+        }
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            if (i >= made) break;
+            const float size = i < own ? from_bits(s.x[i]) : 1.f;
             UNROLL for (int m = 0; m < F::M; m++) {
-                const uint32_t v = to_bits(read_x(a.given, at.first_row + m, column) * size);
+                const uint32_t v = to_bits((a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b]) * size);
                 s.x[m * s.held + i] = v;
                 most[m] = (v & 0x7fffffffu) > most[m] ? v & 0x7fffffffu : most[m];
             }
-        } else {
-            UNROLL for (int m = 0; m < F::M; m++) s.x[m * s.held + i] = 0;
         }
     }
     UNROLL for (int m = 0; m < F::M; m++) raise(s.largest + m, most[m]);
@@ -240,7 +290,7 @@ BOTH uint32_t decode(const uint32_t (&table)[1 << (BITS - 2)], uint32_t selector
     if constexpr (BITS == 2) return permute(table[0], table[0], selector);
     if constexpr (BITS == 3) return permute(table[0], table[1], selector);
     // A byte below 128 that is not meant is filled with its sign: zero.
-    if constexpr (BITS == 4) return permute(table[0], table[1], selector) | permute(table[2], table[3], changed);
+    if constexpr (BITS == 4) return permute(table[0], table[1], selector) + permute(table[2], table[3], changed);
 }
 
 // Selectors [group of 8, column of 2], the codes of rows g in the lower half and of rows g + 8 in the upper one.
@@ -295,31 +345,43 @@ struct Sweep {
     const Part& part;
     Shared<F> s;
     int thread, tiles, units, depth;
-    int item, end, tile, strip;       // to be done next
-    int ahead, ahead_tile, ahead_strip, place, ahead_place;
-    const uint32_t* words;            // of the first unit and tile
+    int item, end, tile, strip, place;  // to be done next; in the ring
+    int left, ahead_tile, ahead_place;  // items to fetch, and the next one
+    int64_t tile_words;                 // from a tile to the next
+    const uint32_t* from;               // codes of the next item
+    int second;                         // words from its first unit to the second
+    int ahead_strip;
+    const uint32_t* words;              // of the first unit and tile
     uint32_t* ring;
 
     BOTH Sweep(const Lut& lut, const Place& at, const Part& of, int64_t first, int64_t count, void* shared, int given)
         : a(lut), part(of), s(lut, of.held, shared), thread(anew(given)), tiles(int(tiles_of(lut, at))), units(int(count)), depth(lut.depth) {
         const int warp = warp_of(thread), items = (units + SPAN - 1) / SPAN * tiles;
         item = items * warp / F::WARPS, end = items * (warp + 1) / F::WARPS;
-        strip = item / tiles, tile = item % tiles;
-        ahead = item, ahead_tile = tile, ahead_strip = strip, place = 0, ahead_place = 0;
-        words = part.words + (at.cluster * a.group * part.units + first) * (64 * BITS);
+        strip = item / tiles, tile = item % tiles, place = 0;
+        left = end - item, ahead_tile = tile, ahead_strip = strip, ahead_place = 0;
+        tile_words = part.units * (64 * BITS);
+        words = part.words + at.cluster * a.group * tile_words + first * (64 * BITS);
         ring = s.rings + warp * depth * (SLOT / 4);
+        enter();
+    }
+
+    // The strip that is fetched next.
+    BOTH void enter() {
+        const int unit = ahead_strip * SPAN;
+        from = words + ahead_tile * tile_words + unit * (64 * BITS);
+        second = unit + 1 < units ? 64 * BITS : 0;  // a unit that there is not is the one before, for which x has zeros
     }
 
     BOTH void fetch_next() {
-        if (ahead < end) {
+        if (left > 0) {
+            uint32_t* const to = ring + ahead_place * (SLOT / 4);
             UNROLL for (int u = 0; u < SPAN; u++) {
-                // A unit that there is not is the last again, for which x has zeros.
-                const int unit = SPAN == 1 || ahead_strip * SPAN + u < units ? ahead_strip * SPAN + u : units - 1;
-                const uint32_t* from = words + (ahead_tile * part.units + unit) * (64 * BITS);
-                uint32_t* to = ring + ahead_place * (SLOT / 4) + u * 64 * BITS;
                 EACH_LANE {
-                    UNROLL for (int c = 0; c < BITS / 2; c++) send_words<4>(to + c * 128 + LANE * 4, from + c * 128 + LANE * 4);
-                    if constexpr (BITS == 3) send_words<2>(to + 128 + LANE * 2, from + 128 + LANE * 2);
+                    const uint32_t* own = from + u * second + LANE * 4;
+                    uint32_t* const there = to + u * 64 * BITS + LANE * 4;
+                    UNROLL for (int c = 0; c < BITS / 2; c++) send_words<4>(there + c * 128, own + c * 128);
+                    if constexpr (BITS == 3) send_words<2>(there + 128 - LANE * 2, own + 128 - LANE * 2);
                 }
             }
         }
@@ -327,15 +389,18 @@ struct Sweep {
         turn();
     }
     BOTH void turn() {
-        ahead++;
-        if (++ahead_tile == tiles) ahead_tile = 0, ahead_strip++;
-        if (++ahead_place == depth) ahead_place = 0;
+        left--, from += tile_words;
+        if (++ahead_tile == tiles) ahead_tile = 0, ahead_strip++, enter();
+        ahead_place = ahead_place + 1 & depth - 1;
     }
 
-    // Fetches what the ring has place for but for one; or counts that as done.
+    // Fetches what the ring has place for but for one, and what comes next into the second-level cache; or counts the former as done.
     BOTH void open() {
         if (HELD > 1 && thread % 32 != 0) return;
         for (int i = 1; i < depth; i++) fetch_next();
+        for (int i = 0; i < a.early && left > 0; i++, turn()) {
+            EACH_LANE if (LANE < SPAN * 2 * BITS) fetch(from + LANE / (2 * BITS) * second + LANE % (2 * BITS) * 32);
+        }
     }
     BOTH void opened() {
         for (int i = 1; i < depth; i++) turn();
@@ -359,7 +424,7 @@ struct Sweep {
             NO_UNROLL for (; tile < stop; tile++) {
                 wait();
                 add_tile(t);
-                if (++place == depth) place = 0;
+                place = place + 1 & depth - 1;
             }
             tile = 0, strip++;
         }
@@ -561,7 +626,7 @@ inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, cons
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
     a.out = out, a.rows = rows, a.tiles = (rows + TILE - 1) / TILE;
-    a.group = group_of(a.tiles, at_once), a.depth = limit >= 160 * 1024 ? 4 : 2;
+    a.group = group_of(a.tiles, at_once), a.depth = limit >= 160 * 1024 ? 4 : 2, a.early = EARLY_ITEMS;
     // The same however many rows x has: a row's sum depends on it.
     for (int p = 0; p < a.parts; p++) {
         const int bits = a.part[p].bits;
