@@ -1,11 +1,11 @@
 // A product with a table of values for each column, for a GPU: see lut_gemv.cu, which runs these phases with barriers between them.
 //
-// Numbers. A table of a column, whose largest value is in [2^E, 2^(E+1)), is kept as digits of R = 256 (codes of 4 bits: R = 128), one
-// byte of each value in each of P planes: value = 2^(E - 6) (h0 - 128 + h1 / R + h2 / R²), with 5 and 64 for R = 128. So 16 bits (14) hold
-// what float16 holds of values down to 1/16 (1/4) of the largest, and smaller ones to 2^-16 (2^-13) of it at most; three planes hold all of
-// that. x times 2^E has four signed digits p0 to p3, as whole steps of 2^-30 (2^-27) of about twice the largest of a block's share of
-// columns. A product of digits i and j counts as R^-(i + j); those of i + 2 ⌊j / 2⌋ <= 2 (two planes: and i < 2) are added up, as integers,
-// in any order to the same bits. What is left out of a product is below 2^-21 of the share's largest x times 2^E.
+// Numbers. A table of a column, whose largest value W is in [2^E, 2^(E+1)), is kept as digits of R = 2^8 (codes of 4 bits: 2^7), one byte
+// of each value in each of P planes: value = 2^(E - 6) (h0 - 128 + h1 / R + h2 / R²), with 5 and 64 for R = 2^7. So they are off by
+// W 2^-15 (W 2^-13) at most with two planes, and W 2^-23 (W 2^-20) with three; not at all, with two, where they are float16 and W / 16
+// (W / 4) or more. x times 2^E has four signed digits p0 to p3: whole steps of 2^-29 (2^-25) of X, the largest of a block's share of
+// columns. A product of digits h_i and p_j counts as R^-(i + j); those with i = 0 or j < 2 are added up, as integers, in any order to the
+// same bits. The others of a column make up less than X 2^-19 (X 2^-16).
 //
 // Tensor cores. An operand of 16 x 32 bytes is 64 rows of the weight by 8 columns: four bytes of a lane's register are a column's digits in
 // four rows, as PRMT finds them in the column's table, which a lane keeps in registers. The other operand has a digit of x at row slot j of
@@ -26,10 +26,9 @@ constexpr int TILE = 64;                          // rows
 constexpr int UNIT = 32;                          // columns whose codes a lane has in 2 bits words
 constexpr int GROUPS = 4;                         // products of a unit
 constexpr int MOST_TILES = 10, MOST_PARTS = 3;    // of a cluster; of a weight
-constexpr int64_t MOST_COLUMNS = 8192;            // at a time, for sums of bytes' products that fit 32 bits
+constexpr int64_t MOST_COLUMNS = 4096;            // at a time, for sums of bytes' products that fit 32 bits
 constexpr int HELPERS = 8;                        // threads that share a row's kept weights
 constexpr int DIGITS = 4;                         // of x
-constexpr int CUT = 6;                            // bits that are cut off the sums of lesser digits, so that those of many columns fit
 constexpr int EARLY_ITEMS = 8;
 constexpr int HEAD = 128;                         // bytes: the largest x and sums of digits of each row of x
 
@@ -69,6 +68,9 @@ struct Lut {
 };
 
 ANYWHERE constexpr int radix_bits(int bits) { return bits == 4 ? 7 : 8; }
+// Bits that are cut off a strip's sum of lesser digits, R c1 + c2, so that the sum of a turn's strips fits 32 bits: c1 is below R 64 (R 32)
+// a column, c2 below R² / 2 + R 64.
+ANYWHERE constexpr int cut_bits(int bits) { return bits == 4 ? 1 : 4; }
 // Bits of a value's whole number from 2^E on.
 ANYWHERE constexpr int value_bits(int bits, int planes) { return radix_bits(bits) * planes - 2; }
 
@@ -165,17 +167,17 @@ BOTH void split(uint32_t* made, int apart, const uint32_t (&u)[4]) {
 
 // Tables' digits, from `first` on of columns that are taken. To `x`, for the first row: 2^E.
 template <class F, int BITS>
-BOTH void take_tables(const Lut& a, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+BOTH void take_tables(const Lut& a, const Part& part, int first, int count, void* shared, int given) {
     const int thread = anew(given);
     constexpr int SIZE = 1 << BITS, R = radix_bits(BITS), TOP = value_bits(BITS, F::P), MIDDLE = 1 << (TOP + 1);
     constexpr int BATCH = 32 / SIZE;  // columns whose values are under way together
     const Shared<F> s(a, part.held, shared);
-    const int own = int(least(count * UNIT, part.count - first * UNIT));
+    const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
     NO_UNROLL for (int begin = thread; begin < own; begin += BATCH * F::THREADS) {
         Four v[BATCH][SIZE / 4];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
-            const Four* from = reinterpret_cast<const Four*>(part.values + ((first * UNIT + (i < own ? i : begin)) << BITS));
+            const Four* from = reinterpret_cast<const Four*>(part.values + ((int64_t(first) * UNIT + (i < own ? i : begin)) << BITS));
             UNROLL for (int e = 0; e < SIZE / 4; e++) v[b][e] = from[e];
         }
         UNROLL for (int b = 0; b < BATCH; b++) {
@@ -211,19 +213,19 @@ BOTH void take_tables(const Lut& a, const Part& part, int64_t first, int64_t cou
 
 // x times 2^E of the same columns, and the largest. Zeros beyond the last.
 template <class F>
-BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, void* shared, int given) {
+BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, void* shared, int given) {
     const int thread = anew(given);
     constexpr int BATCH = 6;  // columns that are under way together
     const Shared<F> s(a, part.held, shared);
-    const int strip = UNIT * span(part.bits), made = int((count * UNIT + strip - 1) / strip * strip);
-    const int own = int(least(count * UNIT, part.count - first * UNIT));
+    const int strip = UNIT * span(part.bits), made = (count * UNIT + strip - 1) / strip * strip;
+    const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
     uint32_t most[F::M] = {};
     NO_UNROLL for (int begin = thread; begin < made; begin += BATCH * F::THREADS) {
         int64_t column[BATCH];
         float x[F::M][BATCH], scale[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
-            column[b] = i < own ? part.columns[first * UNIT + i] : -1;
+            column[b] = i < own ? part.columns[int64_t(first) * UNIT + i] : -1;
         }
         UNROLL for (int b = 0; b < BATCH; b++) {
             UNROLL for (int m = 0; m < F::M; m++) x[m][b] = column[b] < 0 ? 0.f : stored_x<F>(a.given, at.first_row + m, column[b]);
@@ -247,10 +249,10 @@ BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
 
 // Digits instead of x: one a byte, the first lowest.
 template <class F>
-BOTH void take_digits(const Lut& a, const Part& part, int64_t count, void* shared, int given) {
+BOTH void take_digits(const Lut& a, const Part& part, int count, void* shared, int given) {
     const int thread = anew(given);
     const Shared<F> s(a, part.held, shared);
-    const int strip = UNIT * span(part.bits), made = int((count * UNIT + strip - 1) / strip * strip), r = radix_bits(part.bits);
+    const int strip = UNIT * span(part.bits), made = (count * UNIT + strip - 1) / strip * strip, r = radix_bits(part.bits);
     UNROLL for (int m = 0; m < F::M; m++) {
         const uint32_t largest = s.largest[m];
         const int up = 4 * r - 3 - exponent_of(largest);  // to numbers below 2^(4 r - 2)
@@ -354,14 +356,14 @@ struct Sweep {
     const uint32_t* words;              // of the first unit and tile
     uint32_t* ring;
 
-    BOTH Sweep(const Lut& lut, const Place& at, const Part& of, int64_t first, int64_t count, void* shared, int given)
-        : a(lut), part(of), s(lut, of.held, shared), thread(anew(given)), tiles(int(tiles_of(lut, at))), units(int(count)), depth(lut.depth) {
+    BOTH Sweep(const Lut& lut, const Place& at, const Part& of, int first, int count, void* shared, int given)
+        : a(lut), part(of), s(lut, of.held, shared), thread(anew(given)), tiles(int(tiles_of(lut, at))), units(count), depth(lut.depth) {
         const int warp = warp_of(thread), items = (units + SPAN - 1) / SPAN * tiles;
         item = items * warp / F::WARPS, end = items * (warp + 1) / F::WARPS;
         strip = item / tiles, tile = item % tiles, place = 0;
         left = end - item, ahead_tile = tile, ahead_strip = strip, ahead_place = 0;
         tile_words = part.units * (64 * BITS);
-        words = part.words + at.cluster * a.group * tile_words + first * (64 * BITS);
+        words = part.words + at.cluster * a.group * tile_words + int64_t(first) * (64 * BITS);
         ring = s.rings + warp * depth * (SLOT / 4);
         enter();
     }
@@ -481,7 +483,7 @@ struct Sweep {
             UNROLL for (int i = 0; i < 4; i++) {
                 EACH_LANE {
                     add(to + i * 32 + LANE, sum[m][0][h][i]);
-                    add(to + 128 + i * 32 + LANE, ((sum[m][1][h][i] << R) + sum[m][2][h][i]) >> CUT);
+                    add(to + 128 + i * 32 + LANE, ((sum[m][1][h][i] << R) + sum[m][2][h][i]) >> cut_bits(BITS));
                 }
             }
         }
@@ -504,7 +506,7 @@ BOTH void collect(const Lut& a, const Place& at, const Part& part, void* shared,
             float v[2];
             UNROLL for (int half = 0; half < 2; half++) {
                 const int n = column + 4 * half, from = (row / 8 * 2 + n % 2) * 32 + row % 8 * 4 + n / 2;
-                const float lesser = float(whole[128 + from]) * float(1 << CUT) - float(middle * totals[2 + half]);
+                const float lesser = float(whole[128 + from]) * float(1 << cut_bits(part.bits)) - float(middle * totals[2 + half]);
                 v[half] = fused(lesser, down2, float(whole[from] - middle * totals[half]));
             }
             float& to = s.sums[m * a.group * TILE + i];
@@ -557,7 +559,7 @@ BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& sh
 
 // A part's units from `first` on: one turn. `previous()`: see below; `early`: nothing was waited for yet.
 template <class F, int BITS, class Previous, class Each>
-BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int64_t first, int64_t count, bool early, void* shared,
+BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int first, int count, bool early, void* shared,
                    const Previous& previous, const Each& each) {
     each([&](int thread) {
         Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
@@ -582,10 +584,9 @@ BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous&
     bool early = true;
     NO_UNROLL for (int p = 0; p < a.parts; p++) {
         const Part& part = a.part[p];
-        const int64_t own = share(part, at.ranks), begin = least(part.units, at.rank * own), end = least(part.units, begin + own);
-        const int64_t step = part.held / UNIT;
-        for (int64_t first = begin; first < end || (early && p + 1 == a.parts); first += step) {
-            const int64_t count = least(step, end - first);
+        const int own = int(share(part, at.ranks)), end = int(least(part.units, (at.rank + 1) * own)), step = int(part.held / UNIT);
+        NO_UNROLL for (int first = int(least(part.units, at.rank * own)); first < end || (early && p + 1 == a.parts); first += step) {
+            const int count = int(least(step, end - first));
             if (part.bits == 2) add_turn<F, 2>(a, at, part, first, count, early, shared, previous, each);
             if (part.bits == 3) add_turn<F, 3>(a, at, part, first, count, early, shared, previous, each);
             if (part.bits == 4) add_turn<F, 4>(a, at, part, first, count, early, shared, previous, each);

@@ -1,9 +1,9 @@
 """The product in CUDA C++ (`quant/csrc/lut_gemv.cu`) on tensor cores, one launch a call; a row of out does not depend on how many there are.
 
-Sums are those of whole numbers, exact but for what is cut off these. Of a column whose largest value is W, values have 16 bits (14 where
-codes have 4): those below W / 16 (W / 4) are off by W 2^-16 (W 2^-13) at most. Where x is float32 they have 24 bits (21). A product x w is
-off by another 2^-20 at most of the largest x W of the columns that a block has. An x that is infinite, or not a number, makes all sums of
-its row not a number."""
+Sums are those of whole numbers. Of a column whose largest value is W, values are rounded to W 2^-15 at most, or W 2^-13 of 4 bits; where x
+is float32, to W 2^-23 or W 2^-20. Values in float16 of W / 16 (4 bits: W / 4) or more are not rounded. A product x w is off by another
+2^-19 (2^-16) at most of the largest x W of the columns that a block has. An x that is infinite, or not a number, makes its row of out not a
+number."""
 
 from __future__ import annotations
 
