@@ -347,37 +347,31 @@ struct Sweep {
     const Part& part;
     Shared<F> s;
     int thread, tiles, units, depth;
-    int item, end, tile, strip, place;  // to be done next; in the ring
-    int left, ahead_tile, ahead_place;  // items to fetch, and the next one
-    int64_t tile_words;                 // from a tile to the next
-    const uint32_t* from;               // codes of the next item
+    int todo, tile, strip, place;         // items to be done, and the next one; where that is in the ring
+    int left, ahead_tile, ahead_strip;    // the same of those to be fetched, into the place before
     int second;                         // words from its first unit to the second
-    int ahead_strip;
-    const uint32_t* words;              // of the first unit and tile
+    int tile_words;                     // from a tile to the next
+    const uint32_t* from;               // codes of the next item
     uint32_t* ring;
 
     BOTH Sweep(const Lut& lut, const Place& at, const Part& of, int first, int count, void* shared, int given)
         : a(lut), part(of), s(lut, of.held, shared), thread(anew(given)), tiles(int(tiles_of(lut, at))), units(count), depth(lut.depth) {
         const int warp = warp_of(thread), items = (units + SPAN - 1) / SPAN * tiles;
-        item = items * warp / F::WARPS, end = items * (warp + 1) / F::WARPS;
-        strip = item / tiles, tile = item % tiles, place = 0;
-        left = end - item, ahead_tile = tile, ahead_strip = strip, ahead_place = 0;
-        tile_words = part.units * (64 * BITS);
-        words = part.words + at.cluster * a.group * tile_words + int64_t(first) * (64 * BITS);
+        const int item = items * warp / F::WARPS;
+        todo = left = items * (warp + 1) / F::WARPS - item;
+        strip = ahead_strip = item / tiles, tile = ahead_tile = item % tiles, place = 0;
+        tile_words = int(part.units) * (64 * BITS);
+        from = part.words + (at.cluster * a.group + tile) * tile_words + (first + int64_t(strip) * SPAN) * (64 * BITS);
         ring = s.rings + warp * depth * (SLOT / 4);
         enter();
     }
 
-    // The strip that is fetched next.
-    BOTH void enter() {
-        const int unit = ahead_strip * SPAN;
-        from = words + ahead_tile * tile_words + unit * (64 * BITS);
-        second = unit + 1 < units ? 64 * BITS : 0;  // a unit that there is not is the one before, for which x has zeros
-    }
+    // A unit that there is not is the one before, for which x has zeros.
+    BOTH void enter() { second = ahead_strip * SPAN + 1 < units ? 64 * BITS : 0; }
 
-    BOTH void fetch_next() {
+    BOTH void fetch_next(int to_place) {
         if (left > 0) {
-            uint32_t* const to = ring + ahead_place * (SLOT / 4);
+            uint32_t* const to = ring + to_place * (SLOT / 4);
             UNROLL for (int u = 0; u < SPAN; u++) {
                 EACH_LANE {
                     const uint32_t* own = from + u * second + LANE * 4;
@@ -392,14 +386,13 @@ struct Sweep {
     }
     BOTH void turn() {
         left--, from += tile_words;
-        if (++ahead_tile == tiles) ahead_tile = 0, ahead_strip++, enter();
-        ahead_place = ahead_place + 1 & depth - 1;
+        if (++ahead_tile == tiles) ahead_tile = 0, ahead_strip++, from += SPAN * 64 * BITS - int64_t(tiles) * tile_words, enter();
     }
 
     // Fetches what the ring has place for but for one, and what comes next into the second-level cache; or counts the former as done.
     BOTH void open() {
         if (HELD > 1 && thread % 32 != 0) return;
-        for (int i = 1; i < depth; i++) fetch_next();
+        for (int i = 1; i < depth; i++) fetch_next(i - 1);
         for (int i = 0; i < a.early && left > 0; i++, turn()) {
             EACH_LANE if (LANE < SPAN * 2 * BITS) fetch(from + LANE / (2 * BITS) * second + LANE % (2 * BITS) * 32);
         }
@@ -418,11 +411,11 @@ struct Sweep {
 
     BOTH void run() {
         if (HELD > 1 && thread % 32 != 0) return;
-        NO_UNROLL while (item < end) {
+        NO_UNROLL while (todo > 0) {
             Strip<F, BITS> t;
             t.load(s, strip, thread);
-            const int stop = end - item < tiles - tile ? tile + end - item : tiles;
-            item += stop - tile;
+            const int stop = todo < tiles - tile ? tile + todo : tiles;
+            todo -= stop - tile;
             NO_UNROLL for (; tile < stop; tile++) {
                 wait();
                 add_tile(t);
@@ -449,7 +442,7 @@ struct Sweep {
                 }
                 select<BITS>(selectors[h], w);
             }
-            if (u == SPAN - 1) fetch_next();  // into the place before this one, which was read a turn ago
+            if (u == SPAN - 1) fetch_next(place + depth - 1 & depth - 1);  // that place was read a turn ago
             UNROLL for (int i = 0; i < GROUPS; i++) multiply(t, sum, selectors, u * GROUPS + i, i);
         }
         put(sum);
@@ -578,19 +571,18 @@ BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int first, i
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
-// read after it. A block without columns of its own has a turn without any, for its sums of nothing.
+// read after it. The first part has a turn in any block, be it without columns.
 template <class F, class Previous, class Each>
 BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
-    bool early = true;
     NO_UNROLL for (int p = 0; p < a.parts; p++) {
         const Part& part = a.part[p];
-        const int own = int(share(part, at.ranks)), end = int(least(part.units, (at.rank + 1) * own)), step = int(part.held / UNIT);
-        NO_UNROLL for (int first = int(least(part.units, at.rank * own)); first < end || (early && p + 1 == a.parts); first += step) {
-            const int count = int(least(step, end - first));
+        const int own = int(share(part, at.ranks)), begin = int(least(part.units, at.rank * own)), end = int(least(part.units, begin + own));
+        NO_UNROLL for (int first = begin; first < end || (p == 0 && first == begin); first += int(part.held / UNIT)) {
+            const int count = int(least(part.held / UNIT, end - first));
+            const bool early = p == 0 && first == begin;
             if (part.bits == 2) add_turn<F, 2>(a, at, part, first, count, early, shared, previous, each);
             if (part.bits == 3) add_turn<F, 3>(a, at, part, first, count, early, shared, previous, each);
             if (part.bits == 4) add_turn<F, 4>(a, at, part, first, count, early, shared, previous, each);
-            early = false;
         }
     }
     each([&](int thread) { gather<F>(a, at, shared, thread); });
