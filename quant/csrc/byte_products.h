@@ -68,8 +68,8 @@ BOTH void add_all(int32_t* to, int32_t v) {
 #endif
 }
 
-// The upper half of nibbles below 8 as a lower one. Of 2 and 3 bits: as a number of 16 bits, which, times one, is itself; units of
-// floating point have less to do than those that shift.
+// The upper half as the lower one; what is above does not matter. Nibbles of 2 and 3 bits are numbers in float16, never infinite, and times
+// one themselves: units of floating point have less to do than those that shift.
 template <int BITS>
 BOTH uint32_t upper_half(uint32_t v) {
 #if defined(__CUDA_ARCH__)

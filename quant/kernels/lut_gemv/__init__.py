@@ -56,14 +56,6 @@ class Packed:
     shape: tuple[int, int]
     """(N, K)."""
 
-    def read_by(self, rows: int) -> Packed:
-        """Itself. Raises ValueError where its words are laid out for other backends. rows: what a backend has side by side."""
-        for part in self.parts:
-            side = part.words.shape[-1]
-            if part.words.dim() != 3 or side != (ROWS if rows == ROWS else rows * part.bits):
-                raise ValueError(f"words are {tuple(part.words.shape)}, laid out for other backends; use what this one's prepare returns")
-        return self
-
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
@@ -90,6 +82,19 @@ class Packed:
             row = torch.repeat_interleave(torch.arange(len(weight), device=weight.device), self.apart.starts.diff())
             weight[row, self.apart.columns.long()] += self.apart.differences.to(weight)
         return weight
+
+
+def laid_out_as(packed: Packed, side: int, of_each_bit: bool) -> tuple[Part, ...]:
+    """Parts whose words lie by `side` together, or by as many for each bit. Raises ValueError where they are laid out for other backends."""
+    for part in packed.parts:
+        if part.words.dim() != 3 or part.words.shape[2] != side * (part.bits if of_each_bit else 1):
+            raise ValueError(f"words are {tuple(part.words.shape)}, laid out for other backends; use what this one's prepare returns")
+    return packed.parts
+
+
+def side_by_side(packed: Packed) -> tuple[Part, ...]:
+    """Parts, as `prepare` lays them out. Raises ValueError for others."""
+    return laid_out_as(packed, ROWS, False)
 
 
 def prepare(tensor: CodebookTensor) -> Packed:

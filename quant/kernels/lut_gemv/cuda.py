@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quant.kernels import on_cuda
 from quant.kernels.lut_gemv import Packed
-from quant.kernels.lut_gemv.fragments import TILE, prepare
+from quant.kernels.lut_gemv.fragments import parts_of, prepare
 from quant.kernels.products import written_to
 
 __all__ = ["lut_gemv", "prepare", "unavailable", "values"]
@@ -28,7 +28,7 @@ unavailable = partial(on_cuda.unavailable, "lut_gemv")
 def arguments(packed: Packed) -> tuple[list[Tensor | int], list[Tensor | int]]:
     """Five for each of at most 3 parts, and three for the weights kept aside; zeros where there are none."""
     parts: list[Tensor | int] = []
-    for part in packed.read_by(TILE).parts:
+    for part in parts_of(packed):
         parts += [part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), len(part.columns), part.bits]
     parts += [0] * (5 * MOST_PARTS - len(parts))
     kept = packed.apart
@@ -49,7 +49,7 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     # Differences of the weights kept aside are from values in float32.
     kind = dtype if dtype is torch.bfloat16 and packed.apart is None else torch.float32
     made = torch.empty(packed.shape, dtype=kind, device=packed.parts[0].words.device)
-    for part in packed.read_by(TILE).parts:
+    for part in parts_of(packed):
         tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), made)
         on_cuda.call("lut_gemv", "bitgrid_lut_values", *tensors, len(part.columns), part.bits, *packed.shape, int(kind is torch.bfloat16))
     return packed.with_apart(made).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.kernels.lut_gemv import MOST_BITS, Packed, Part, apart_of
+from quant.kernels.lut_gemv import MOST_BITS, Packed, Part, apart_of, laid_out_as
 from quant.tensors.codebook import CodebookTensor
 
 TILE, UNIT = 64, 32
@@ -33,6 +33,11 @@ def prepare(tensor: CodebookTensor) -> Packed:
     parts = tuple(_part(tensor, widths, int(b)) for b in torch.unique(widths))
     scale = None if tensor.input_scale is None else tensor.input_scale.float()
     return Packed(parts, apart_of(tensor), scale, tensor.shape)
+
+
+def parts_of(packed: Packed) -> tuple[Part, ...]:
+    """Parts, as `prepare` lays them out. Raises ValueError for others."""
+    return laid_out_as(packed, TILE, True)
 
 
 def _part(tensor: CodebookTensor, widths: Tensor, bits: int) -> Part:
