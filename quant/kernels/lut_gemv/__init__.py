@@ -3,7 +3,7 @@
 What holds for every product with a packed weight: `quant.kernels.products`. The weight is a `CodebookTensor`; columns of 1 to 4 bits, all
 of one width or not. `reference` takes any codebook tensor; `cuda` lays codes out in a way of its own (`fragments`).
 
-x folds into the tables: with T_k[c] = x_k · table_k[c] a row of the result is Σ_k T_k[code], which multiplies nothing by a weight.
+On a CPU x folds into the tables: with T_k[c] = x_k · table_k[c] a row of the result is Σ_k T_k[code], which multiplies nothing by a weight.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Packed:
 
 
 def laid_out_as(packed: Packed, side: int, of_each_bit: bool) -> tuple[Part, ...]:
-    """Parts whose words lie by `side` together, or by as many for each bit. Raises ValueError where they are laid out for other backends."""
+    """Parts whose words lie by `side` together, or by as many for each bit. Raises ValueError where they are laid out for others."""
     for part in packed.parts:
         if part.words.dim() != 3 or part.words.shape[2] != side * (part.bits if of_each_bit else 1):
             raise ValueError(f"words are {tuple(part.words.shape)}, laid out for other backends; use what this one's prepare returns")

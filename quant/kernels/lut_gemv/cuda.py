@@ -1,9 +1,9 @@
-"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`) on tensor cores, one launch a call; a row of out does not depend on how many there are.
+"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`) on tensor cores, one launch a call.
 
-Sums are those of whole numbers. Of a column whose largest value is W, values are rounded to W 2^-15 at most, or W 2^-13 of 4 bits; where x
-is float32, to W 2^-23 or W 2^-20. Values in float16 of W / 16 (4 bits: W / 4) or more are not rounded. A product x w is off by another
-2^-19 (2^-16) at most of the largest x W of the columns that a block has. An x that is infinite, or not a number, makes its row of out not a
-number."""
+A row of out does not depend on how many there are. Sums are those of whole numbers. Of a column whose largest value is W, values are
+rounded to W 2^-15 at most, or W 2^-13 of 4 bits; where x is float32, to W 2^-23 or W 2^-20. Values in float16 of W / 16 (4 bits: W / 4) or
+more are not rounded. A product x w is off by another 2^-19 (2^-16) at most of the largest x W of the columns that a block has. An x that is
+infinite, or not a number, makes its row of out not a number."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The layout that `quant/csrc/lut_gemv_cuda.h` reads: codes as lanes of a warp want them for products of 16 x 32 bytes.
 
-A unit is 64 rows by 32 columns: 2 · bits words of each of 32 lanes. Lane 4 g + t has, of the columns t and t + 4 of each of four groups of 8
-columns, the rows 4 g + j and 4 (g + 8) + j, j = 0 to 3. Of rows 4 (g + 8) + j, nibbles are in the upper half of a word, and nibble j of a
-half is row j's:
+A unit is 64 rows by 32 columns: 2 · bits words of each of 32 lanes. Lane 4 g + t has, of the columns t and t + 4 of each of four groups of
+8 columns, the rows 4 g + j and 4 (g + 8) + j, j = 0 to 3. Nibble j of a word's lower half is the former's, of its upper half the latter's:
 - 2 bits: word i is group i; the lower two bits of a nibble are column t, the others column t + 4
 - 4 bits: words 2 i and 2 i + 1 are columns t and t + 4 of group i
 - 3 bits: words 0 to 2 and 3 to 5 are two groups each: the lower three bits of their nibbles are columns t and t + 4 of the first group and
@@ -69,6 +68,6 @@ def _nibbles(some: Tensor, bits: int) -> list[tuple[slice, Tensor]]:
         return [(slice(0, 4), some[..., 0] | some[..., 1] << 2)]
     if bits == 4:
         return [(slice(0, 8), some.flatten(-2))]
-    pairs = some.unflatten(-2, (2, 2)).flatten(-2)  # [..., pair of groups, 4]
+    pairs = some.reshape(*some.shape[:-2], 2, 4)  # [..., pair of groups, 4]
     last = torch.stack([pairs[..., 3] >> b & 1 for b in range(3)], -1)
     return [(slice(0, 6), (pairs[..., :3] | last << 3).flatten(-2))]
