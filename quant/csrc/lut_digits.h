@@ -151,23 +151,35 @@ BOTH void split(uint32_t* made, int apart, const uint32_t (&u)[4]) {
     }
 }
 
-// Tables' digits, from `first` on of columns that are taken. To `x`, for the first row: 2^E.
+// Into the second-level cache: tables and numbers of the columns that are taken.
+template <class F>
+BOTH void fetch_tables(const Part& part, int first, int count, int given) {
+    const int thread = anew(given), own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
+    const float* values = part.values + (int64_t(first) * UNIT << part.bits);
+    for (int i = thread * 32; i < own << part.bits; i += F::THREADS * 32) fetch(values + i);
+    for (int i = thread * 16; i < own; i += F::THREADS * 16) fetch(part.columns + int64_t(first) * UNIT + i);
+}
+
+// Tables' digits, from `first` on of columns that are taken. To `x`, for the first row: the column and, in the lowest byte, E + 127.
 template <class F, int BITS>
 BOTH void take_tables(const Lut& a, const Part& part, int first, int count, void* shared, int given) {
     const int thread = anew(given);
     constexpr int SIZE = 1 << BITS, R = radix_bits(BITS), TOP = value_bits(BITS, F::P), MIDDLE = 1 << (TOP + 1);
-    constexpr int BATCH = 32 / SIZE;  // columns whose values are under way together
+    constexpr int BATCH = BITS == 2 ? 6 : BITS == 3 ? 3 : 2;  // columns whose values are under way together
     const Shared<F> s(a, part.held, shared);
     const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
     NO_UNROLL for (int begin = thread; begin < own; begin += BATCH * F::THREADS) {
         Four v[BATCH][SIZE / 4];
+        uint32_t column[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
-            const int i = begin + b * F::THREADS;
-            const Four* from = reinterpret_cast<const Four*>(part.values + ((int64_t(first) * UNIT + (i < own ? i : begin)) << BITS));
+            const int64_t i = int64_t(first) * UNIT + (begin + b * F::THREADS < own ? begin + b * F::THREADS : begin);
+            const Four* from = reinterpret_cast<const Four*>(part.values + (i << BITS));
             UNROLL for (int e = 0; e < SIZE / 4; e++) v[b][e] = from[e];
+            column[b] = uint32_t(part.columns[i]);
         }
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
+            if (i >= own) break;
             float most = 0.f;
             UNROLL for (int e = 0; e < SIZE; e++) most = largest_of(most, v[b][e / 4].v[e % 4]);
             int exponent = exponent_of(to_bits(most));
@@ -186,13 +198,12 @@ BOTH void take_tables(const Lut& a, const Part& part, int first, int count, void
                 }
                 split<R, F::P>(&bytes[0][e], SIZE / 4, u);
             }
-            if (i >= own) break;
             UNROLL for (int p = 0; p < F::P; p++) {
                 Line<SIZE / 4> line;
                 UNROLL for (int j = 0; j < SIZE / 4; j++) line.v[j] = bytes[p][j];
                 *reinterpret_cast<Line<SIZE / 4>*>(s.tables + ((p * s.held + i) << BITS)) = line;
             }
-            s.x[i] = to_bits(exponent > 127 ? from_bits(0x7f800000u) : power(exponent));
+            s.x[i] = column[b] << 8 | uint32_t(exponent + 127);
         }
     }
 }
@@ -201,26 +212,24 @@ BOTH void take_tables(const Lut& a, const Part& part, int first, int count, void
 template <class F>
 BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, void* shared, int given) {
     const int thread = anew(given);
-    constexpr int BATCH = 6;  // columns that are under way together
+    constexpr int BATCH = 6;  // columns whose x is under way together
     const Shared<F> s(a, part.held, shared);
     const int strip = UNIT * span(part.bits), made = (count * UNIT + strip - 1) / strip * strip;
     const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
     uint32_t most[F::M] = {};
     NO_UNROLL for (int begin = thread; begin < made; begin += BATCH * F::THREADS) {
-        int64_t column[BATCH];
+        uint32_t stored[BATCH];
         float x[F::M][BATCH], scale[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
-            column[b] = i < own ? part.columns[int64_t(first) * UNIT + i] : -1;
-        }
-        UNROLL for (int b = 0; b < BATCH; b++) {
-            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = column[b] < 0 ? 0.f : stored_x<F>(a.given, at.first_row + m, column[b]);
-            scale[b] = column[b] < 0 || a.given.scale == nullptr ? 1.f : a.given.scale[column[b]];
+            stored[b] = i < own ? s.x[i] : 0u;
+            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = i < own ? stored_x<F>(a.given, at.first_row + m, stored[b] >> 8) : 0.f;
+            scale[b] = i < own && a.given.scale != nullptr ? a.given.scale[stored[b] >> 8] : 1.f;
         }
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
             if (i >= made) break;
-            const float size = i < own ? from_bits(s.x[i]) : 1.f;
+            const float size = from_bits((stored[b] & 255u) << 23);
             UNROLL for (int m = 0; m < F::M; m++) {
                 const uint32_t v = to_bits((a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b]) * size);
                 s.x[m * s.held + i] = v;

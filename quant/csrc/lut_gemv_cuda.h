@@ -94,6 +94,7 @@ template <class F, int BITS, class Previous, class Each>
 BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int first, int count, bool early, void* shared,
                    const Previous& previous, const Each& each) {
     each([&](int thread) {
+        fetch_tables<F>(part, first, count, thread);
         Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
         clear<F>(a, at, early, shared, thread);
         take_tables<F, BITS>(a, part, first, count, shared, thread);

@@ -20,14 +20,18 @@ from quant.tensors.codebook import CodebookTensor
 TILE, UNIT = 64, 32
 LEAST_BITS = 2
 """Columns of one bit are stored as if they had two: their tables end in zeros."""
+MOST_COLUMNS = 2**24
+"""A column's number and its table's exponent share a word."""
 
 
 def prepare(tensor: CodebookTensor) -> Packed:
     """The same codes, laid out anew: words int32 `[T, U, 64 bits]`, tiles of 64 rows and units of 32 columns, padded with zeros. Raises
-    ValueError for wider columns."""
+    ValueError for wider columns, or too many."""
     widest = int(tensor.widths.max())
     if widest > MOST_BITS:
         raise ValueError(f"columns of {widest} bits; the packed layout has 1 to {MOST_BITS}: use backend=reference")
+    if tensor.shape[1] > MOST_COLUMNS:
+        raise ValueError(f"{tensor.shape[1]} columns; the packed layout has {MOST_COLUMNS}: use backend=reference")
     widths = tensor.widths.clamp(min=LEAST_BITS)
     parts = tuple(_part(tensor, widths, int(b)) for b in torch.unique(widths))
     scale = None if tensor.input_scale is None else tensor.input_scale.float()
