@@ -57,7 +57,7 @@ def tables(b: Bench) -> Iterator[Row]:
         tensor: Any = make(b, n, k)
         ours, other = (kernel(operation, backend, b.device).run for backend in ("auto", "triton"))
         packed, weight = ours.prepare(tensor), tensor.dequantize()
-        copies = [copied(packed) for _ in range(b.size(1 + int(COLD / packed.bytes), 1))]
+        copies, copies_other = ([copied(p) for _ in range(b.size(1 + int(COLD / p.bytes), 1))] for p in (packed, other.prepare(tensor)))
         for m in (1, 2, 4, 8):
             x = b.random(m, k, dtype=torch.bfloat16)
             want = x.double() @ weight.double().T
@@ -66,7 +66,7 @@ def tables(b: Bench) -> Iterator[Row]:
             took = b.time(lambda i: getattr(ours, operation)(x, copies[i]), len(copies))  # noqa: B023
             peers = {"bfloat16": beside_dense(b, x, dense)} if m in (1, 4) else {}
             if m in (1, 4):
-                peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies[i]), len(copies))  # noqa: B023
+                peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies_other[i]), len(copies_other))  # noqa: B023
             goal = Goal(0.6, "read") if m == 1 and operation != "row_lut_gemv" else None
             named, work = f"{operation} {n} x {k}, {name}, M={m}", {"float32": 2.0 * m * n * k}
             yield Row(named, error, allowed, took, known(**peers), packed.bytes, goal, work)

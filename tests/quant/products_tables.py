@@ -116,9 +116,10 @@ def exact(x: Tensor, tensor: Stored) -> tuple[Tensor, Tensor, int]:
     return given @ weight.T, given.abs() @ size.T, roundings
 
 
-def check(got: Tensor, x: Tensor, tensor: Stored) -> None:
+def check(got: Tensor, x: Tensor, tensor: Stored, off: Tensor | float = 0.0) -> None:
+    """off: what a backend's operands are off by, for each sum."""
     want, size, roundings = exact(x, tensor)
-    bound = roundings * U * size
+    bound = roundings * U * size + off
     if got.dtype is torch.bfloat16:
         bound = bound + U_BFLOAT16 * (want.abs() + bound)
     assert got.dtype == x.dtype

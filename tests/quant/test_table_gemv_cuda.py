@@ -17,15 +17,19 @@ from torch import Tensor
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
+from quant.kernels.lut_gemv import fragments
 from quant.kernels.products import written_to
 from quant.kernels.row_lut_gemv import cuda as row_cuda
 from quant.tensors.codebook import CodebookTensor
-from tests.quant.products_affine import inputs
-from tests.quant.products_tables import PREPARE, cases, check, codebook, row_codebook, signs
+from tests.quant.products_affine import U_BFLOAT16, U, inputs
+from tests.quant.products_tables import PREPARE as OF_OTHERS
+from tests.quant.products_tables import cases, codebook, exact, row_codebook, signs
+from tests.quant.products_tables import check as held_to
 
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
 SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
+PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare}
 CLUSTERS = [op for op in SOURCES if op != "row_lut_gemv"]
 """Those of which a row's sums are spread over clusters."""
 GPU = pytest.mark.gpu("nvcc")
@@ -52,6 +56,26 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     tables = [torch.tensor([v.data_ptr() if isinstance(v, Tensor) else v for v in some]) for some in (parts, kept)]
     native.call("lut_gemv_lanes", "bitgrid_lut_lanes", *tables, x, scale, out, len(packed.parts), *last)
     return out
+
+
+def cut(x: Tensor, tensor: CodebookTensor) -> Tensor:
+    """[M, 1]: what lut_gemv_cuda.h says that tables' and inputs' digits are off by, of a part all columns beside its largest x W, and what
+    is cut off a strip of 32 columns, 2^-22 of it at most."""
+    off = torch.zeros(len(x), 1, dtype=torch.float64)
+    given = x.double().abs() if tensor.input_scale is None else x.double().abs() / tensor.input_scale.double()
+    for wide in (False, True):
+        some = (tensor.widths == 4) == wide
+        if some.any():
+            radix, planes = 7 if wide else 8, 2 if x.dtype is torch.bfloat16 else 3
+            terms = given[:, some] * tensor.tables[some].double().abs().amax(1)
+            off += 2.0 ** (1 - radix * planes) * terms.sum(1, keepdim=True)
+            count = int(some.sum())
+            off += (count * 2.0 ** (5 - 3 * radix) + (count / 32 + 8) * 2.0**-22) * terms.amax(1, keepdim=True)
+    return off
+
+
+def check(got: Tensor, x: Tensor, tensor: Any) -> None:
+    held_to(got, x, tensor, cut(x, tensor) if isinstance(tensor, CodebookTensor) else 0.0)
 
 
 def taken(operation: str) -> list[Any]:
@@ -154,8 +178,56 @@ def test_whole_numbers_come_out_exactly(bits: int) -> None:
     tensor = CodebookTensor(codes.to(torch.uint8), torch.full((k,), bits), tables, 2.0)
     x = torch.randint(-31, 32, (3, k), generator=g).float()
     want = x.double() @ tensor.dequantize().double().T
-    assert torch.equal(on_the_host("lut_gemv", x, lut_gemv.prepare(tensor)).double(), want)
-    assert torch.equal(on_the_host("lut_gemv", x[:1], lut_gemv.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
+    assert torch.equal(on_the_host("lut_gemv", x, fragments.prepare(tensor)).double(), want)
+    assert torch.equal(on_the_host("lut_gemv", x[:1], fragments.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
+
+
+def tables_of_sizes(widths: tuple[int, ...], dtype: torch.dtype) -> CodebookTensor:
+    """Columns from 2^-20 to 2^20 (float16: 2^-8 to 2^8) of their tables, one of zeros, and values just below a power of two."""
+    tensor = codebook(67, 390, widths, dtype=dtype)
+    most = 20 if dtype is torch.float32 else 8
+    tables = tensor.tables * (2.0 ** (torch.arange(390) % (2 * most) - most)).to(dtype)[:, None]
+    tables[5] = 0
+    tables[7, 0], tables[7, 1] = (2 - 2.0**-23, -(2 - 2.0**-23)) if dtype is torch.float32 else (2 - 2.0**-10, -(2 - 2.0**-10))
+    return replace(tensor, tables=tables)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("widths", [(1, 2), (3,), (4,)])
+def test_digits_are_off_by_what_they_may(widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """x of very different sizes, tiny, and none; tables too."""
+    tensor = tables_of_sizes(widths, dtype)
+    packed = fragments.prepare(tensor)
+    for kind in (torch.float32, torch.bfloat16):
+        x = inputs(5, 390, kind)
+        x[0, ::7] *= 4000
+        x[1], x[2, 50:] = 0, 0
+        x[3] *= 2.0**-60
+        got = on_the_host("lut_gemv", x, packed)
+        want, size, roundings = exact(x, tensor)
+        bound = roundings * U * size + cut(x, tensor)
+        if kind is torch.bfloat16:
+            bound += U_BFLOAT16 * (want.abs() + bound)
+        assert ((got.double() - want).abs() <= bound).all()
+        assert (got[1] == 0).all()
+
+
+def test_inputs_that_are_no_numbers_spoil_their_row_alone() -> None:
+    tensor = codebook(70, 300, (2, 4))
+    x = inputs(4, 300)
+    want = on_the_host("lut_gemv", x, fragments.prepare(tensor))
+    x[1, 3], x[2, 7] = torch.inf, torch.nan
+    got = on_the_host("lut_gemv", x, fragments.prepare(tensor))
+    assert got[1:3].isnan().all()
+    assert torch.equal(got[[0, 3]], want[[0, 3]])
+
+
+def test_words_of_another_layout_are_refused() -> None:
+    tensor = codebook(70, 300, (2, 4))
+    with pytest.raises(ValueError, match="laid out for other backends"):
+        lut_cuda.arguments(lut_gemv.prepare(tensor))
+    with pytest.raises(ValueError, match="laid out for other backends"):
+        lut_gemv.side_by_side(fragments.prepare(tensor))
 
 
 @pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling for two GPUs takes a minute")
@@ -187,8 +259,9 @@ def test_kernel_on_a_gpu(operation: str) -> None:
             check(got.cpu(), x, tensor)
             assert torch.equal(getattr(backend, operation)(x[:1].cuda(), there), got[:1])
             check(getattr(torch.ops.bitgrid, operation)(x.cuda(), *operands(there)).cpu(), x, tensor)
-        assert torch.equal(backend.values(there).cpu(), packed.values(torch.float32))
-        assert torch.equal(backend.values(there, torch.bfloat16).cpu(), packed.values(torch.float32).bfloat16())
+        want = OF_OTHERS[operation](tensor).values(torch.float32)
+        assert torch.equal(backend.values(there).cpu(), want)
+        assert torch.equal(backend.values(there, torch.bfloat16).cpu(), want.bfloat16())
 
 
 @GPU

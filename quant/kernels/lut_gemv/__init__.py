@@ -1,9 +1,9 @@
 """`lut_gemv`: a few rows of activations times a weight with a table of values for each input column (CLAQ's codebooks).
 
 What holds for every product with a packed weight: `quant.kernels.products`. The weight is a `CodebookTensor`; columns of 1 to 4 bits, all
-of one width or not. `reference` takes any codebook tensor.
+of one width or not. `reference` takes any codebook tensor; `cuda` lays codes out in a way of its own (`fragments`).
 
-x folds into the tables: with T_k[c] = x_k · table_k[c] a row of the result is Σ_k T_k[code], which multiplies nothing by a weight.
+On a CPU x folds into the tables: with T_k[c] = x_k · table_k[c] a row of the result is Σ_k T_k[code], which multiplies nothing by a weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.tensors.codebook import CodebookTensor, Outliers
+from quant.tensors.codebook import CodebookTensor
 
 MOST_BITS = 4
 ROWS = 32
@@ -27,7 +27,7 @@ class Part:
 
     words: Tensor
     """int32 `[T, W, 32]`: tiles of 32 rows, padded with zeros. A word has 32 // bits codes of as many columns of one row, the first
-    lowest."""
+    lowest. Of `cuda`: `fragments.prepare`."""
     values: Tensor
     """float32 `[C, 2^bits]`."""
     columns: Tensor
@@ -84,14 +84,26 @@ class Packed:
         return weight
 
 
+def laid_out_as(packed: Packed, side: int, of_each_bit: bool) -> tuple[Part, ...]:
+    """Parts whose words lie by `side` together, or by as many for each bit. Raises ValueError where they are laid out for others."""
+    for part in packed.parts:
+        if part.words.dim() != 3 or part.words.shape[2] != side * (part.bits if of_each_bit else 1):
+            raise ValueError(f"words are {tuple(part.words.shape)}, laid out for other backends; use what this one's prepare returns")
+    return packed.parts
+
+
+def side_by_side(packed: Packed) -> tuple[Part, ...]:
+    """Parts, as `prepare` lays them out. Raises ValueError for others."""
+    return laid_out_as(packed, ROWS, False)
+
+
 def prepare(tensor: CodebookTensor) -> Packed:
     """The same codes, laid out anew. Raises ValueError for wider columns."""
     widest = int(tensor.widths.max())
     if widest > MOST_BITS:
         raise ValueError(f"columns of {widest} bits; the packed layout has 1 to {MOST_BITS}: use backend=reference")
     parts = tuple(_part(tensor, int(b)) for b in torch.unique(tensor.widths))
-    apart = None if tensor.outliers is None else _apart(tensor, tensor.outliers)
-    return Packed(parts, apart, None if tensor.input_scale is None else tensor.input_scale.float(), tensor.shape)
+    return Packed(parts, apart_of(tensor), None if tensor.input_scale is None else tensor.input_scale.float(), tensor.shape)
 
 
 def _part(tensor: CodebookTensor, bits: int) -> Part:
@@ -105,7 +117,11 @@ def _part(tensor: CodebookTensor, bits: int) -> Part:
     return Part(words.transpose(1, 2).contiguous(), tensor.tables[columns, : 2**bits].float().contiguous(), columns, bits)
 
 
-def _apart(tensor: CodebookTensor, outliers: Outliers) -> Apart:
+def apart_of(tensor: CodebookTensor) -> Apart | None:
+    """The weights of a tensor that are kept aside, where there are any."""
+    outliers = tensor.outliers
+    if outliers is None:
+        return None
     n, k = tensor.shape
     column = torch.repeat_interleave(torch.arange(k, device=outliers.rows.device), outliers.counts)
     instead = tensor.tables[column].gather(1, tensor.codes[outliers.rows, column][:, None].long())[:, 0]

@@ -1,4 +1,9 @@
-"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`), one launch a call; a row of out does not depend on how many there are."""
+"""The product in CUDA C++ (`quant/csrc/lut_gemv.cu`) on tensor cores, one launch a call.
+
+A row of out does not depend on how many there are. Sums are those of whole numbers. Of a column whose largest value is W, values are
+rounded to W 2^-15 at most, or W 2^-13 of 4 bits; where x is float32, to W 2^-23 or W 2^-20. Values in float16 of W / 16 (4 bits: W / 4) or
+more are not rounded. A product x w is off by another 2^-19 (2^-16) at most of the largest x W of the columns that a block has. An x that is
+infinite, or not a number, makes its row of out not a number."""
 
 from __future__ import annotations
 
@@ -8,20 +13,24 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.lut_gemv import MOST_BITS, Packed, prepare
+from quant.kernels.lut_gemv import Packed
+from quant.kernels.lut_gemv.fragments import parts_of, prepare
 from quant.kernels.products import written_to
 
 __all__ = ["lut_gemv", "prepare", "unavailable", "values"]
+
+MOST_PARTS = 3
+"""Of 2, 3 and 4 bits."""
 
 unavailable = partial(on_cuda.unavailable, "lut_gemv")
 
 
 def arguments(packed: Packed) -> tuple[list[Tensor | int], list[Tensor | int]]:
-    """Five for each of at most 4 parts, and three for the weights kept aside; zeros where there are none."""
+    """Five for each of at most 3 parts, and three for the weights kept aside; zeros where there are none."""
     parts: list[Tensor | int] = []
-    for part in packed.parts:
+    for part in parts_of(packed):
         parts += [part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), len(part.columns), part.bits]
-    parts += [0] * (5 * MOST_BITS - len(parts))
+    parts += [0] * (5 * MOST_PARTS - len(parts))
     kept = packed.apart
     return parts, [0, 0, 0] if kept is None else [kept.starts.contiguous(), kept.columns.contiguous(), kept.differences.contiguous()]
 
@@ -40,7 +49,7 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     # Differences of the weights kept aside are from values in float32.
     kind = dtype if dtype is torch.bfloat16 and packed.apart is None else torch.float32
     made = torch.empty(packed.shape, dtype=kind, device=packed.parts[0].words.device)
-    for part in packed.parts:
+    for part in parts_of(packed):
         tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), made)
         on_cuda.call("lut_gemv", "bitgrid_lut_values", *tensors, len(part.columns), part.bits, *packed.shape, int(kind is torch.bfloat16))
     return packed.with_apart(made).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels.lut_gemv import Packed, prepare
+from quant.kernels.lut_gemv import Packed, prepare, side_by_side
 from quant.kernels.on_triton import unavailable
 from quant.kernels.products import given_to, written_to
 
@@ -22,7 +22,7 @@ def lut_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     made, given = written_to(x, packed.shape, out), given_to(x, packed.input_scale)
     sums = torch.zeros(made.shape, device=x.device)
     n, k = packed.shape
-    for part in packed.parts:
+    for part in side_by_side(packed):
         tiles, length = part.words.shape[:2]
         entries[(tiles, x.shape[0])](
             part.words.contiguous(), part.values.contiguous(), part.columns, given, sums, n, k, len(part.columns), length,
@@ -40,7 +40,7 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     # Differences of the weights kept aside are from values in float32.
     made = torch.empty(packed.shape, dtype=dtype if packed.apart is None else torch.float32, device=packed.parts[0].words.device)
     n, k = packed.shape
-    for part in packed.parts:
+    for part in side_by_side(packed):
         tiles, length = part.words.shape[:2]
         weight[(tiles, -(-length // WORDS))](
             part.words.contiguous(), part.values.contiguous(), part.columns, made, n, k, len(part.columns), length,
