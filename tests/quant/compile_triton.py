@@ -147,6 +147,10 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     largest_aside = next(t for t in HOPPER if t.columns != t.whole) if largest.gluon else HOPPER[-2]
     found += [_sums_of_integers(tile) for tile in ((largest, largest_aside, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
+    if architecture == 90 and gluon_works():
+        # As many terms with zeros as registers are for.
+        given = [(t, z) for t in HOPPER for z in (1, 0) if t.gluon and t.registers(z)]
+        found += [_sums_of_integers(t, z) for t, z in given if z or not t.registers(1) or t.columns != t.whole]
     return [*found, *products(architecture), *attention(architecture)]
 
 
@@ -218,11 +222,11 @@ def _source(kernel: Any) -> Any:
     return GluonASTSource
 
 
-def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _sums_of_integers(tile: Tile, zeros: int = 2) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
     types = {"out": "*bf16", "row_sums": "*i32"} | dict.fromkeys(("row_scale", "row_zero", "scale", "zero", "sums"), "*fp32")
     types |= {"x": "*i8", "weight": "*i8"} | dict.fromkeys(("m", "n", "k"), "i32")
     constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "GROUP": GROUP}
-    constants |= {"ZERO": True, "ROW_ZERO": True}
+    constants |= {"ZERO": zeros > 0, "ROW_ZERO": zeros > 1}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     layout = ""
     if tile.gluon:
@@ -236,10 +240,17 @@ def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, A
     if not tile.gluon:
         return product_of_codes, of, types, constants | {"DESCRIPTORS": tile.descriptors, "WHOLE": True, "STAY": False}, options
     from quant.kernels.int8_linear.hopper import multiply as hopper
+    from quant.kernels.int8_linear.program_specialized import multiply as specialized
 
-    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.whole), "EARLY": True}
+    constants |= {"STAGES": tile.stages, "WIDE": min(128, tile.whole), "EARLY": True}
     constants |= {"COLUMNS": tile.whole, "ASIDE": tile.columns - tile.whole}
-    return hopper, of, types, constants, options
+    registers = tile.registers(zeros)
+    if registers is None:
+        return hopper, of, types, constants | {"WARPS": tile.warps}, options
+    types["x"] = f"tensordesc<i8[{tile.high},{tile.step}]{layout}>"
+    del constants["ROWS"]
+    constants |= {"HIGH": tile.high, "PARTS": tile.rows // tile.high, "FIRST": True, "REGISTERS": registers[1]}
+    return specialized, f"{of}, specialized", types, constants, {"num_warps": 4, "maxnreg": registers[0]}
 
 
 def main(architecture: int) -> None:
@@ -247,7 +258,7 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        whole = (*EVEN, "r", "n") if kernel is update else EVEN
+        whole = (*EVEN, "r", "n") if kernel is update or "specialized" in of else EVEN
         even = [i for i, name in enumerate(kernel.arg_names) if name in whole or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = _source(kernel)(kernel, signature, constants, attrs)

@@ -1,7 +1,7 @@
 """The sums in Triton, which makes the product of them too: nothing between passes through memory.
 
-Where a GPU has the instructions for it, large products are `specialized.py`'s, or `hopper.py`'s where all terms with zeros are needed, which
-take too many registers there; the rest, and other GPUs', `program.py`'s.
+Where a GPU has the instructions for it, large products are `program_specialized.py`'s, or `hopper.py`'s where terms with zeros or
+columns in odd numbers take too many registers; the rest, and other GPUs', `program.py`'s.
 """
 
 from __future__ import annotations
@@ -46,12 +46,14 @@ class Tile(on_triton.Tile):
         """Rows of a warp group, of which there are one or two."""
         return 128 if self.rows > 128 else 64
 
-    def registers(self, bare: bool) -> tuple[int, int]:
-        """The most that a thread starts with, and those of the second warp group while it multiplies. Without terms with zeros there are as
-        few as can be: programs that round the rows of x are to have room beside."""
+    def registers(self, zeros: int) -> tuple[int, int] | None:
+        """With warp specialization, the most that a thread starts with, and those of the second warp group while it multiplies; None where
+        sums and as many terms with zeros need more. As few as can be, so that programs that round the rows of x have room beside."""
         if self.rows == 64:
-            return 128, 0
-        return (112, 152) if bare and self.high * self.columns <= 64 * 192 else (168, 232)
+            return (128, 0) if zeros < 2 else None
+        if self.high * self.columns > 64 * 192:
+            return None if zeros else (168, 232)
+        return ((112, 152), (168, 232), None)[zeros]
 
 
 HOPPER = (
@@ -70,7 +72,7 @@ are for few rows, of which there is one a multiprocessor: as many stages as ther
 EARLY = True
 """Let a product with gluon start while the kernel before it still runs, up to where it reads."""
 SPECIALIZED = True
-"""Make products with gluon by `specialized.py`."""
+"""Make products with gluon by `program_specialized.py`."""
 PLAIN = (
     Tile(128, 128, 128, 8, 3, 1.0, gluon=False, descriptors=False),
     Tile(64, 64, 128, 4, 4, 0.6, gluon=False, descriptors=False),
@@ -124,7 +126,7 @@ def gluon_works() -> bool:
 
 @cache
 def specialized_works() -> bool:
-    return gluon_works() and has_gluon("quant.kernels.int8_linear.specialized")
+    return gluon_works() and has_gluon("quant.kernels.int8_linear.program_specialized")
 
 
 def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor, first: bool = False) -> None:
@@ -146,15 +148,16 @@ def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor, 
         from quant.kernels.int8_linear.hopper import multiply as hopper
 
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-        aside, apart = tile.columns - tile.whole, SPECIALIZED and specialized_works() and (packed.zero is None or packed.symmetric)
+        aside, registers = tile.columns - tile.whole, tile.registers((packed.zero is not None) + (not packed.symmetric))
+        apart = registers is not None and n % ALIGNED == 0 and SPECIALIZED and specialized_works()
         heights = ((codes, tile.high if apart else tile.rows), (weight, tile.whole), (weight, aside or tile.whole))
         described = [Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in heights]
         constants |= {"COLUMNS": tile.whole, "ASIDE": aside, "STAGES": tile.stages, "WIDE": min(128, tile.whole), "EARLY": EARLY}
-        if apart:
-            from quant.kernels.int8_linear.specialized import multiply as specialized
+        if apart and registers is not None:
+            from quant.kernels.int8_linear.program_specialized import multiply as specialized
 
             del constants["ROWS"]
-            most, second = tile.registers(packed.zero is None and packed.symmetric)
+            most, second = registers
             specialized[(tiles,)](
                 *described, *shared, **constants, HIGH=tile.high, PARTS=tile.rows // tile.high, FIRST=first, REGISTERS=second,
                 num_warps=4, maxnreg=most, launch_pdl=EARLY,
