@@ -42,7 +42,7 @@ from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.program_per_token import attend_per_token
-from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
+from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN, WINDOW_STAGES
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
 from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
@@ -186,6 +186,7 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
     for bits, rows in ((4, 1), (2, 1), (8, 8)):
         warps, most = attention_shape(128, 64, rows)
         own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
+        own["WINDOW_STAGES"] = WINDOW_STAGES
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
     given |= {"ranges": "*i32"}
     for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0)):
