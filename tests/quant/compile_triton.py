@@ -182,10 +182,10 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
     yield attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}
     yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32, "EARLY": architecture >= 90}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
-    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
+    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window", "heavy"), "i32")
     for bits, rows in ((4, 1), (2, 1), (8, 8)):
         warps, most = attention_shape(128, 64, rows)
-        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
+        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW}
         own["WINDOW_STAGES"] = WINDOW_STAGES
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
     given |= {"ranges": "*i32"}

@@ -218,7 +218,7 @@ def write(partial, weights, place, own, sums, lows, most, weight, W: tl.constexp
     tl.store(weights + 2 * place + 1, weight, mask=own)
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "window"])
+@triton.jit(do_not_specialize=["blocks", "splits", "window", "heavy"])
 def attend(
     q,  # [S, H, D]
     keys,  # int16 [S, KV, C, KW]
@@ -234,6 +234,7 @@ def attend(
     blocks,  # C / T
     splits,
     window,
+    heavy,  # blocks whose codes take as long as a block of the window
     KV: tl.constexpr,
     ROWS: tl.constexpr,  # query heads of a KV head
     R: tl.constexpr,  # the same, as columns of a product
@@ -245,7 +246,6 @@ def attend(
     KW: tl.constexpr,
     VW: tl.constexpr,
     FEW: tl.constexpr,  # tokens of the window at a time, of one block
-    HEAVY: tl.constexpr,  # blocks whose codes take as long as a block of the window
     STAGES: tl.constexpr,
     WINDOW_STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
@@ -259,7 +259,7 @@ def attend(
     coded_values = tl.load(counts + 3 * sequence + 1)
     length = tl.load(counts + 3 * sequence + 2)
     whole = tl.minimum(coded_keys, coded_values) // T
-    work = whole + HEAVY * tl.cdiv(length - whole * T, T)
+    work = whole + heavy * tl.cdiv(length - whole * T, T)
     last = split == splits - 1
     begin = tl.minimum(whole, work * split // splits)
     end = tl.where(last, whole, tl.minimum(whole, work * (split + 1) // splits))
@@ -289,9 +289,8 @@ def attend(
         s = code_scores(words, key_ranges + block * D, planes, factor, T, R, KB, KW, D, PLAIN)
         p, fade, most, weight = softened(s, most, weight)
         here = value_ranges + block * (T * (D // G))
-        sums, lows = add_values(
-            p, fade, sums, lows, values + block * (T * VW), here, token, every, every, T, VB, VW, PIECE, D, G, False, PLAIN
-        )  # fmt: skip
+        codes = values + block * (T * VW)
+        sums, lows = add_values(p, fade, sums, lows, codes, here, token, every, every, T, VB, VW, PIECE, D, G, False, PLAIN)
     sums = scaled(sums, VW, PIECE, D, VB)
 
     # The window, and codes of tokens of which the other one is in the window; fewer at a time, for the sake of registers. Keys are one
@@ -320,9 +319,8 @@ def attend(
         here = value_ranges + block * (T * (D // G))
         # As it is, but known to be a multiple: tokens are read together.
         inside = start % T // FEW * FEW + few
-        sums, lows = add_values(
-            p, fade, sums, lows, values + block * (T * VW), here, inside, coded, same < coded_values, T, VB, VW, PIECE, D, G, True, PLAIN
-        )  # fmt: skip
+        codes, read = values + block * (T * VW), same < coded_values
+        sums, lows = add_values(p, fade, sums, lows, codes, here, inside, coded, read, T, VB, VW, PIECE, D, G, True, PLAIN)
         sums = add_window(p, sums, window_values, slot, alive & (at >= coded_values), VW, PIECE, D, PLAIN)
 
     place = (pair.to(tl.int64) * ROWS + row) * splits + split

@@ -65,9 +65,9 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
         warps, most = shape(d, packed.block, rows)
         attend[grid](
             given, packed.keys, ranges[0], packed.values, ranges[1], packed.window_keys, packed.window_values, packed.counts,
-            partial, weights, ends, packed.capacity // packed.block, parts, packed.window,
+            partial, weights, ends, packed.capacity // packed.block, parts, packed.window, heavy,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.block, KB=field(packed.key_bits), VB=field(packed.value_bits),
-            KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, HEAVY=heavy, STAGES=STAGES,
+            KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, STAGES=STAGES,
             WINDOW_STAGES=WINDOW_STAGES, PLAIN=plain, num_warps=warps, maxnreg=most, **first,
         )  # fmt: skip
     merge[(s * h,)](
