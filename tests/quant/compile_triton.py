@@ -251,7 +251,7 @@ def _sums_of_integers(tile: Tile, zeros: int = 2) -> tuple[Any, str, dict[str, s
     types["x"] = f"tensordesc<i8[{tile.high},{tile.step}]{layout}>"
     del constants["ROWS"]
     constants |= {"HIGH": tile.high, "PARTS": tile.rows // tile.high, "FIRST": True, "REGISTERS": registers[1]}
-    return specialized, f"{of}, specialized", types, constants, {"num_warps": 4, "maxnreg": registers[0]}
+    return specialized, f"specialized {of}", types, constants, {"num_warps": 4, "maxnreg": registers[0]}
 
 
 def main(architecture: int) -> None:
