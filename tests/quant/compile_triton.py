@@ -42,7 +42,7 @@ from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.program_per_token import attend_per_token
-from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN
+from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN, WINDOW_STAGES
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
 from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
@@ -156,6 +156,10 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     largest = HOPPER[0] if gluon_works() else next(t for t in HOPPER if not t.gluon)
     largest_aside = next(t for t in HOPPER if t.columns != t.whole) if largest.gluon else HOPPER[-2]
     found += [_sums_of_integers(tile) for tile in ((largest, largest_aside, HOPPER[-1]) if architecture == 90 else PLAIN[:1])]
+    if architecture == 90 and gluon_works():
+        # As many terms with zeros as registers are for.
+        given = [(t, z) for t in HOPPER for z in (1, 0) if t.gluon and t.registers(z)]
+        found += [_sums_of_integers(t, z) for t, z in given if z or not t.registers(1) or t.columns != t.whole]
     return [*found, *products(architecture), *attention(architecture)]
 
 
@@ -187,10 +191,11 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
     yield attend_plain, "bf16", given, constants, {"num_warps": WARPS_PLAIN}
     yield merge, "bf16", split | {"out": "*bf16"}, {"D": 128, "SPLITS": 32, "EARLY": architecture >= 90}, {"num_warps": 4}
     given = given | dict.fromkeys(("keys", "values"), "*i16") | dict.fromkeys(("key_ranges", "value_ranges"), "*i32")
-    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window"), "i32")
+    given |= dict.fromkeys(("window_keys", "window_values"), "*bf16") | dict.fromkeys(("blocks", "window", "heavy"), "i32")
     for bits, rows in ((4, 1), (2, 1), (8, 8)):
         warps, most = attention_shape(128, 64, rows)
-        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW, "HEAVY": 4}
+        own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW}
+        own["WINDOW_STAGES"] = WINDOW_STAGES
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
     given |= {"ranges": "*i32"}
     for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0)):
@@ -246,11 +251,11 @@ def _source(kernel: Any) -> Any:
     return GluonASTSource
 
 
-def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _sums_of_integers(tile: Tile, zeros: int = 2) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
     types = {"out": "*bf16", "row_sums": "*i32"} | dict.fromkeys(("row_scale", "row_zero", "scale", "zero", "sums"), "*fp32")
     types |= {"x": "*i8", "weight": "*i8"} | dict.fromkeys(("m", "n", "k"), "i32")
     constants: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STEP": tile.step, "GROUP": GROUP}
-    constants |= {"ZERO": True, "ROW_ZERO": True}
+    constants |= {"ZERO": zeros > 0, "ROW_ZERO": zeros > 1}
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     layout = ""
     if tile.gluon:
@@ -264,10 +269,17 @@ def _sums_of_integers(tile: Tile) -> tuple[Any, str, dict[str, str], dict[str, A
     if not tile.gluon:
         return product_of_codes, of, types, constants | {"DESCRIPTORS": tile.descriptors, "WHOLE": True, "STAY": False}, options
     from quant.kernels.int8_linear.hopper import multiply as hopper
+    from quant.kernels.int8_linear.program_specialized import multiply as specialized
 
-    constants |= {"STAGES": tile.stages, "WARPS": tile.warps, "WIDE": min(128, tile.whole), "EARLY": True}
+    constants |= {"STAGES": tile.stages, "WIDE": min(128, tile.whole), "EARLY": True}
     constants |= {"COLUMNS": tile.whole, "ASIDE": tile.columns - tile.whole}
-    return hopper, of, types, constants, options
+    registers = tile.registers(zeros)
+    if registers is None:
+        return hopper, of, types, constants | {"WARPS": tile.warps}, options
+    types["x"] = f"tensordesc<i8[{tile.high},{tile.step}]{layout}>"
+    del constants["ROWS"]
+    constants |= {"HIGH": tile.high, "PARTS": tile.rows // tile.high, "FIRST": True, "REGISTERS": registers[1]}
+    return specialized, f"specialized {of}", types, constants, {"num_warps": 4, "maxnreg": registers[0]}
 
 
 def main(architecture: int) -> None:
@@ -275,7 +287,8 @@ def main(architecture: int) -> None:
     for kernel, of, types, constants, options in chosen(architecture):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         # Multiples of 16, as the launcher finds them: addresses, and the channels of models.
-        whole = (*EVEN, "r", "n") if kernel is update or "left_parts" in signature else EVEN
+        named = kernel is update or "left_parts" in signature or "specialized" in of
+        whole = (*EVEN, "r", "n") if named else EVEN
         even = [i for i, name in enumerate(kernel.arg_names) if name in whole or signature[name].startswith("*")]
         attrs = {(i,): [["tt.divisibility", 16]] for i in even}
         source = _source(kernel)(kernel, signature, constants, attrs)

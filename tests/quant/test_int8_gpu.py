@@ -55,9 +55,11 @@ def test_every_tile_sums_up_exactly(tile: Tile, dtype: torch.dtype, symmetric: b
         pytest.skip("this Triton has another Gluon")
     for m, n, k in ((300, 528, 1040), (1, 144, 128), (257, 16, 80), (2048, 1536, 512)):
         rows, packed = problem(m, n, k, zeros, symmetric)
-        out = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
-        triton.run(tile, rows.codes, rows, packed, out)
-        assert torch.equal(out, exact(rows, packed).float().to(dtype)), (m, n, k)
+        want = exact(rows, packed).float().to(dtype)
+        for first in (False, True):
+            out = torch.full((m, n), torch.nan, dtype=dtype, device="cuda")
+            triton.run(tile, rows.codes, rows, packed, out, first)
+            assert torch.equal(out, want), (m, n, k, first)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 4096, 4096), (16, 64, 96), (40, 11008, 512), (5, 33, 77), (700, 1001, 4096)])

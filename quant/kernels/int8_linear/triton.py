@@ -1,6 +1,7 @@
 """The sums in Triton, which makes the product of them too: nothing between passes through memory.
 
-Where a GPU has the instructions for it, large products are `hopper.py`'s; the rest, and other GPUs', `program.py`'s.
+Where a GPU has the instructions for it, large products are `program_specialized.py`'s, or `hopper.py`'s where terms with zeros or
+columns in odd numbers take too many registers; the rest, and other GPUs', `program.py`'s.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ class Tile(on_triton.Tile):
         """Columns that are multiplied in one, a power of two; what is left of them is aside."""
         return 1 << self.columns.bit_length() - 1
 
+    @property
+    def high(self) -> int:
+        """Rows of a warp group, of which there are one or two."""
+        return 128 if self.rows > 128 else 64
+
+    def registers(self, zeros: int) -> tuple[int, int] | None:
+        """With warp specialization, the most that a thread starts with, and those of the second warp group while it multiplies; None where
+        sums and as many terms with zeros need more. As few as can be, so that programs that round the rows of x have room beside."""
+        if self.rows == 64:
+            return (128, 0) if zeros < 2 else None
+        if self.high * self.columns > 64 * 192:
+            return None if zeros else (168, 232)
+        return ((112, 152), (168, 232), None)[zeros]
+
 
 HOPPER = (
     Tile(128, 256, 128, 8, 4, 1.0),
@@ -56,6 +71,8 @@ HOPPER = (
 are for few rows, of which there is one a multiprocessor: as many stages as there is room for, or its loads do not keep up."""
 EARLY = True
 """Let a product with gluon start while the kernel before it still runs, up to where it reads."""
+SPECIALIZED = True
+"""Make products with gluon by `program_specialized.py`."""
 PLAIN = (
     Tile(128, 128, 128, 8, 3, 1.0, gluon=False, descriptors=False),
     Tile(64, 64, 128, 4, 4, 0.6, gluon=False, descriptors=False),
@@ -72,6 +89,11 @@ def fastest(tiles: tuple[Tile, ...], m: int, n: int, processors: int) -> Tile:
 
 
 def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _product(rows, packed, dtype, False)
+
+
+def _product(rows: RowCodes, packed: Packed, dtype: torch.dtype, first: bool) -> Tensor:
+    """first: as in `run`."""
     codes = rows.codes.contiguous()
     m, k = codes.shape
     n = packed.codes.shape[0]
@@ -79,7 +101,7 @@ def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32)
     kind = torch.float32 if dtype not in (torch.float32, torch.bfloat16, torch.float16) or interpreted() else dtype
     out = torch.empty(m, n, dtype=kind, device=codes.device)
     if out.numel():
-        run(chosen(m, n, k, codes, packed), codes, rows, packed, out)
+        run(chosen(m, n, k, codes, packed), codes, rows, packed, out, first)
     return out.to(dtype)
 
 
@@ -102,8 +124,14 @@ def gluon_works() -> bool:
     return has_gluon("quant.kernels.int8_linear.hopper")
 
 
-def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) -> None:
-    """Write the product to out, with one of the tiles."""
+@cache
+def specialized_works() -> bool:
+    return gluon_works() and has_gluon("quant.kernels.int8_linear.program_specialized")
+
+
+def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor, first: bool = False) -> None:
+    """Write the product to out, with one of the tiles. first: the weight may be read before the kernel in front is over, which therefore
+    must not write it, nor have started itself before a kernel was over that does."""
     (m, k), (n, _) = codes.shape, packed.codes.shape
     weight = packed.codes.contiguous()
     tiles = -(-m // tile.rows) * -(-n // tile.columns)
@@ -120,13 +148,22 @@ def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) 
         from quant.kernels.int8_linear.hopper import multiply as hopper
 
         layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-        aside = tile.columns - tile.whole
-        heights = ((codes, tile.rows), (weight, tile.whole), (weight, aside or tile.whole))
-        hopper[(tiles,)](
-            *(Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in heights), *shared,
-            **constants | {"COLUMNS": tile.whole, "ASIDE": aside},
-            STAGES=tile.stages, WARPS=tile.warps, WIDE=min(128, tile.whole), EARLY=EARLY, num_warps=tile.warps, launch_pdl=EARLY,
-        )  # fmt: skip
+        aside, registers = tile.columns - tile.whole, tile.registers((packed.zero is not None) + (not packed.symmetric))
+        apart = registers is not None and n % ALIGNED == 0 and SPECIALIZED and specialized_works()
+        heights = ((codes, tile.high if apart else tile.rows), (weight, tile.whole), (weight, aside or tile.whole))
+        described = [Descriptor.from_tensor(t, [high, tile.step], layout) for t, high in heights]
+        constants |= {"COLUMNS": tile.whole, "ASIDE": aside, "STAGES": tile.stages, "WIDE": min(128, tile.whole), "EARLY": EARLY}
+        if apart and registers is not None:
+            from quant.kernels.int8_linear.program_specialized import multiply as specialized
+
+            del constants["ROWS"]
+            most, second = registers
+            specialized[(tiles,)](
+                *described, *shared, **constants, HIGH=tile.high, PARTS=tile.rows // tile.high, FIRST=first, REGISTERS=second,
+                num_warps=4, maxnreg=most, launch_pdl=EARLY,
+            )  # fmt: skip
+            return
+        hopper[(tiles,)](*described, *shared, **constants, WARPS=tile.warps, num_warps=tile.warps, launch_pdl=EARLY)
         return
     from quant.kernels.int8_linear.program import multiply as program
 
@@ -143,4 +180,5 @@ def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor) 
 
 
 def int8_linear(x: Tensor, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    return multiply(rounded(x, packed), packed, dtype)
+    # What rounds the rows does not write the weight, and waits for what does.
+    return _product(rounded(x, packed), packed, dtype, True)

@@ -119,20 +119,21 @@ def add_codes(
 
 @triton.jit
 def add_values(
-    p, fade, sums, lows, words, ranges, token, alive,
+    p, fade, sums, lows, words, ranges, token, alive, read,
     T: tl.constexpr, BITS: tl.constexpr, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, G: tl.constexpr, FINAL: tl.constexpr,
     PLAIN: tl.constexpr,
 ):  # fmt: skip
     """`sums` and `lows` with tokens of a block added: p float32 [tokens, R]; words int16 [W, T]; ranges int32 [D / G, T].
 
-    FINAL: sums are values already; otherwise in the codes' units."""
+    alive: tokens that count; read: those whose codes are read, these at least. FINAL: sums are values already; otherwise in the codes'
+    units."""
     weighted = ()
     added = ()
     for g in tl.static_range(D // G):
         step, low = halves(tl.load(ranges + T * g + token, mask=alive, other=0))
         weighted = weighted + ((p * step[:, None].to(tl.float32)).to(tl.float16),)
         added = added + (lows[g] * fade + tl.sum(p * low[:, None].to(tl.float32), 0),)
-    made = add_codes(weighted, fade, sums, words, token, alive, T, BITS, W, PIECE, D, G, FINAL, PLAIN)
+    made = add_codes(weighted, fade, sums, words, token, read, T, BITS, W, PIECE, D, G, FINAL, PLAIN)
     return made, added
 
 
@@ -148,15 +149,14 @@ def scaled(sums, W: tl.constexpr, PIECE: tl.constexpr, D: tl.constexpr, BITS: tl
 
 
 @triton.jit
-def window_scores(q, held, slot, alive, row, own, W: tl.constexpr, D: tl.constexpr, PLAIN: tl.constexpr):
-    """float32 [T, R] of tokens `slot` of a window [WINDOW, D], W channels at a time."""
+def window_scores(given, held, slot, alive, W: tl.constexpr, D: tl.constexpr, PLAIN: tl.constexpr):
+    """float32 [T, R] of tokens `slot` of a window [WINDOW, D], W channels at a time; given: those of q, [W, R]."""
     line = tl.arange(0, W)
-    total = tl.zeros([slot.shape[0], row.shape[0]], tl.float32)
-    for first in tl.static_range(0, D, W):
-        inside = first + line < D
-        keys = tl.load(held + slot[:, None] * D + (first + line)[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
-        given = tl.load(q + row[None, :] * D + (first + line)[:, None], mask=own[None, :] & inside[:, None], other=0.0)
-        total = multiply(keys, given.to(keys.dtype), total, PLAIN)
+    total = tl.zeros([slot.shape[0], given[0].shape[1]], tl.float32)
+    for j in tl.static_range((D + W - 1) // W):
+        inside = j * W + line < D
+        keys = tl.load(held + slot[:, None] * D + (j * W + line)[None, :], mask=alive[:, None] & inside[None, :], other=0.0)
+        total = multiply(keys, given[j], total, PLAIN)
     return total
 
 
@@ -218,7 +218,7 @@ def write(partial, weights, place, own, sums, lows, most, weight, W: tl.constexp
     tl.store(weights + 2 * place + 1, weight, mask=own)
 
 
-@triton.jit(do_not_specialize=["blocks", "splits", "window"])
+@triton.jit(do_not_specialize=["blocks", "splits", "window", "heavy"])
 def attend(
     q,  # [S, H, D]
     keys,  # int16 [S, KV, C, KW]
@@ -234,6 +234,7 @@ def attend(
     blocks,  # C / T
     splits,
     window,
+    heavy,  # blocks whose codes take as long as a block of the window
     KV: tl.constexpr,
     ROWS: tl.constexpr,  # query heads of a KV head
     R: tl.constexpr,  # the same, as columns of a product
@@ -245,8 +246,8 @@ def attend(
     KW: tl.constexpr,
     VW: tl.constexpr,
     FEW: tl.constexpr,  # tokens of the window at a time, of one block
-    HEAVY: tl.constexpr,  # blocks whose codes take as long as a block of the window
     STAGES: tl.constexpr,
+    WINDOW_STAGES: tl.constexpr,
     PLAIN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -258,7 +259,7 @@ def attend(
     coded_values = tl.load(counts + 3 * sequence + 1)
     length = tl.load(counts + 3 * sequence + 2)
     whole = tl.minimum(coded_keys, coded_values) // T
-    work = whole + HEAVY * tl.cdiv(length - whole * T, T)
+    work = whole + heavy * tl.cdiv(length - whole * T, T)
     last = split == splits - 1
     begin = tl.minimum(whole, work * split // splits)
     end = tl.where(last, whole, tl.minimum(whole, work * (split + 1) // splits))
@@ -288,26 +289,38 @@ def attend(
         s = code_scores(words, key_ranges + block * D, planes, factor, T, R, KB, KW, D, PLAIN)
         p, fade, most, weight = softened(s, most, weight)
         here = value_ranges + block * (T * (D // G))
-        sums, lows = add_values(p, fade, sums, lows, values + block * (T * VW), here, token, every, T, VB, VW, PIECE, D, G, False, PLAIN)
+        codes = values + block * (T * VW)
+        sums, lows = add_values(p, fade, sums, lows, codes, here, token, every, every, T, VB, VW, PIECE, D, G, False, PLAIN)
     sums = scaled(sums, VW, PIECE, D, VB)
 
-    # The window, and codes of tokens of which the other one is in the window; fewer at a time, for the sake of registers.
+    # The window, and codes of tokens of which the other one is in the window; fewer at a time, for the sake of registers. Keys are one
+    # or the other for all of them. So are values, but where one block ends: there codes that count for nothing are read.
     few = tl.arange(0, FEW)
-    for start in tl.range(tl.where(last, whole * T, length), length, FEW, num_stages=1):
+    given = ()
+    # Only where there is a window is q waited for.
+    asked = row < tl.where(last, ROWS, 0)
+    for j in tl.static_range((D + KW - 1) // KW):
+        channel = j * KW + key_line
+        whole_q = tl.load(q + row[None, :] * D + channel[:, None], mask=asked[None, :] & (channel < D)[:, None], other=0.0)
+        given = given + (whole_q.to(window_keys.dtype.element_ty),)
+    for start in tl.range(tl.where(last, whole * T, length), length, FEW, num_stages=WINDOW_STAGES):
         at = start + few
         block = start // T
-        coded = at < coded_keys
+        same = start + 0 * few
+        coded = same < coded_keys
         words = tl.load(keys + start * KW + few[:, None] * KW + key_line[None, :], mask=coded[:, None], other=0)
         s = code_scores(words, key_ranges + block * D, planes, factor, FEW, R, KB, KW, D, PLAIN)
         slot = at % window
         alive = at < length
-        held = window_scores(q, window_keys, slot, alive & (at >= coded_keys), row, own, KW, D, PLAIN)
+        held = window_scores(given, window_keys, slot, alive & (same >= coded_keys), KW, D, PLAIN)
         s = tl.where(coded[:, None], s, tl.where(alive[:, None], held * scale, -float("inf")))
         p, fade, most, weight = softened(s, most, weight)
         coded = at < coded_values
         here = value_ranges + block * (T * (D // G))
-        inside = start % T + few
-        sums, lows = add_values(p, fade, sums, lows, values + block * (T * VW), here, inside, coded, T, VB, VW, PIECE, D, G, True, PLAIN)
+        # As it is, but known to be a multiple: tokens are read together.
+        inside = start % T // FEW * FEW + few
+        codes, read = values + block * (T * VW), same < coded_values
+        sums, lows = add_values(p, fade, sums, lows, codes, here, inside, coded, read, T, VB, VW, PIECE, D, G, True, PLAIN)
         sums = add_window(p, sums, window_values, slot, alive & (at >= coded_values), VW, PIECE, D, PLAIN)
 
     place = (pair.to(tl.int64) * ROWS + row) * splits + split

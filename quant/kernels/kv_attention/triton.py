@@ -23,8 +23,10 @@ EARLY = True
 """Start both launches before what is in front of them is over, where the device can; they wait for that."""
 START, MOST_SPLITS = 2, 128
 """Blocks that a program could read in the time that its start and end take."""
-FEW, STAGES, WARPS_PLAIN = 16, 3, 4
-"""Tokens of the window at a time; blocks in flight, with the one at work; warps where nothing is quantized."""
+FEW, STAGES, WINDOW_STAGES, WARPS_PLAIN = 16, 3, 2, 4
+"""Tokens of the window at a time; blocks in flight, with the one at work; the same of the window; warps where nothing is quantized."""
+HEAVY = 4.0
+"""Bytes of a channel of a token in the window: it takes as long as so many of codes."""
 
 
 def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
@@ -59,14 +61,14 @@ def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | No
         )  # fmt: skip
     else:
         ranges = [x.view(torch.int32) for x in (packed.key_ranges, packed.value_ranges)]
-        heavy = max(1, round(4 * d * packed.block / packed.block_bytes))
+        heavy = max(1, round(HEAVY * d * packed.block / packed.block_bytes))
         warps, most = shape(d, packed.block, rows)
         attend[grid](
             given, packed.keys, ranges[0], packed.values, ranges[1], packed.window_keys, packed.window_values, packed.counts,
-            partial, weights, ends, packed.capacity // packed.block, parts, packed.window,
+            partial, weights, ends, packed.capacity // packed.block, parts, packed.window, heavy,
             KV=kv, ROWS=rows, R=columns, D=d, T=packed.block, G=packed.block, KB=field(packed.key_bits), VB=field(packed.value_bits),
-            KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, HEAVY=heavy, STAGES=STAGES, PLAIN=plain,
-            num_warps=warps, maxnreg=most, **first,
+            KW=packed.keys.shape[4], VW=packed.values.shape[3], FEW=FEW, STAGES=STAGES,
+            WINDOW_STAGES=WINDOW_STAGES, PLAIN=plain, num_warps=warps, maxnreg=most, **first,
         )  # fmt: skip
     merge[(s * h,)](
         partial, weights, made, parts, D=d, SPLITS=1 << (parts - 1).bit_length(), num_warps=min(4, max(1, d // 32)), **first
