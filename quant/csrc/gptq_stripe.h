@@ -26,21 +26,28 @@
 #define LANES_ARE_FUSED
 #endif
 
+#if defined(__GNUC__)
+#define INLINED __attribute__((always_inline))
+#else
+#define INLINED
+#endif
+
 namespace {
 
 enum Kind : int64_t { SHIFTED = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
-// Vectors of W bytes; a stripe is VECTORS of them: the errors of 128 columns leave half of the first-level cache to all else.
 template <typename T, int W>
 using Vector __attribute__((vector_size(W))) = T;
 template <typename T, int W>
 constexpr int64_t WIDTH = W / sizeof(T);
-constexpr int VECTORS = 2;
-template <typename T, int W>
-constexpr int64_t ROWS = VECTORS * WIDTH<T, W>;
-// As many columns as have room in registers, of which there are 16, and 32 of 64 bytes (and of a NEON's 16).
+// A stripe is VECTORS vectors of rows, a panel PANEL columns: its weights lie in half of the registers, or three quarters of 16. Enough
+// for the time that a fused operation takes; and a stripe's errors leave the first-level cache room for all else.
+template <int W>
+constexpr int VECTORS = W == 32 ? 3 : 2;
 template <int W>
 constexpr int64_t PANEL = W == 32 ? 4 : 8;
+template <typename T, int W>
+constexpr int64_t ROWS = VECTORS<W> * WIDTH<T, W>;
 
 // x - e · u, rounded once.
 template <typename T, int W>
@@ -121,14 +128,15 @@ template <typename T, int W>
 struct Stripe {
     static constexpr int64_t width = WIDTH<T, W>, all = ROWS<T, W>, panel = PANEL<W>;
     using Vec = Vector<T, W>;
-    using Sums = Vec[panel][VECTORS];
+    using Few = Vec[VECTORS<W>];
+    using Sums = Few[panel];
     const Block<T>& b;
     const int64_t first;
     T *own, *given;
-    Vec tops[VECTORS];
+    Vec tops[VECTORS<W>];
 
     INLINE Stripe(const Block<T>& b, int64_t first, T* own) : b(b), first(first), own(own), given(own + b.columns * all) {
-        for (int v = 0; v < VECTORS; v++) tops[v] = b.tops ? at(b.tops + first, v) : b.top - Vec{};
+        for (int v = 0; v < VECTORS<W>; v++) tops[v] = b.tops ? at(b.tops + first, v) : b.top - Vec{};
     }
 
     INLINE static Vec at(const T* from, int v) {
@@ -137,6 +145,11 @@ struct Stripe {
         return x;
     }
     INLINE static void put(T* to, int v, Vec x) { std::memcpy(to + v * width, &x, sizeof x); }
+
+    INLINE static void fetch(const T* from, Few& to) {
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS<W>; v++) to[v] = at(from, v);
+    }
 
     // Columns lie pages apart and often share a few sets of the caches: fetched a little before their turn, and no sooner.
     INLINE void ahead(int64_t j) const {
@@ -155,36 +168,28 @@ struct Stripe {
 #pragma GCC unroll 8
         for (int64_t c = 0; c < panel; c++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[c][v] = start + c < b.columns ? at(b.block + (start + c) * b.rows + first, v) : Vec{};
+            for (int v = 0; v < VECTORS<W>; v++) sums[c][v] = start + c < b.columns ? at(b.block + (start + c) * b.rows + first, v) : Vec{};
     }
 
     // Error i off a panel's columns; u: its row of the factor.
     INLINE void subtract(int64_t i, const T* u, Sums& sums) const {
-        Vec e[VECTORS];
+        Vec e[VECTORS<W>];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) e[v] = at(own + i * all, v);
+        for (int v = 0; v < VECTORS<W>; v++) e[v] = at(own + i * all, v);
 #pragma GCC unroll 8
         for (int64_t c = 0; c < panel; c++) {
             const Vec factor = u[c] - Vec{};
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sums[c][v] = less<T, W>(sums[c][v], e[v], factor);
+            for (int v = 0; v < VECTORS<W>; v++) sums[c][v] = less<T, W>(sums[c][v], e[v], factor);
         }
     }
 
-    // Column j, `c` of the panel whose rows of the factor are `u`.
-    INLINE void round(int64_t j, int64_t c, const T* u) const {
+    // Of a panel whose rows of the factor are `u`: column j, its `c`th, is w; its errors come back.
+    INLINE void round(int64_t j, int64_t c, const T* u, const Few& w, Few& errors) const {
         const int64_t grid = b.group[j] * b.rows + first, to = j * b.rows + first;
         const Vec diagonal = u[j * panel + c] - Vec{};
-        Vec w[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) w[v] = at(given + c * all, v);
-        for (int64_t i = j - c; i < j; i++) {
-            const Vec factor = u[i * panel + c] - Vec{};
-#pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) w[v] = less<T, W>(w[v], at(own + i * all, v), factor);
-        }
-#pragma GCC unroll 4
-        for (int v = 0; v < VECTORS; v++) {
+        for (int v = 0; v < VECTORS<W>; v++) {
             const Vec scale = at(b.scale + grid, v), zero = at(b.zero + grid, v);
             Vec code, value;
             if (b.kind == MINIMUM) {
@@ -197,11 +202,41 @@ struct Stripe {
                 code = limited<T, W>(code, tops[v]);
                 value = (code - zero) * scale;
             }
-            const Vec error = (w[v] - value) / diagonal;
-            put(own + j * all, v, error);
+            errors[v] = (w[v] - value) / diagonal;
+            put(own + j * all, v, errors[v]);
             put(b.codes + to, v, code);
             put(b.values + to, v, value);
-            put(b.errors + to, v, error);
+            put(b.errors + to, v, errors[v]);
+        }
+    }
+
+    // Error i off `w`, the `c`th column of a panel.
+    INLINE static void subtract(const T* u, int64_t i, int64_t c, const Few& error, Few& w) {
+        const Vec factor = u[i * panel + c] - Vec{};
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS<W>; v++) w[v] = less<T, W>(w[v], error[v], factor);
+    }
+
+    // Columns start .. end - 1, one panel. between(): what is done after each while it is not finished.
+    template <typename Between>
+    INLINE void solve(int64_t start, int64_t end, const T* u, const Between& between) const {
+        Few w, error;
+        fetch(given, w);
+        for (int64_t j = start; j < end; j++) {
+            ahead(j);
+            round(j, j - start, u, w, error);
+            // The next column but for this one's error, which is at hand: not by way of memory.
+            if (j + 1 < end) {
+                const int64_t c = j + 1 - start;
+                fetch(given + c * all, w);
+                for (int64_t i = start; i < j; i++) {
+                    Few before;
+                    fetch(own + i * all, before);
+                    subtract(u, i, c, before, w);
+                }
+                subtract(u, j, c, error, w);
+            }
+            between();
         }
     }
 
@@ -213,19 +248,17 @@ struct Stripe {
 #pragma GCC unroll 8
             for (int64_t c = 0; c < panel; c++)
 #pragma GCC unroll 4
-                for (int v = 0; v < VECTORS; v++) put(given + c * all, v, sums[c][v]);
+                for (int v = 0; v < VECTORS<W>; v++) put(given + c * all, v, sums[c][v]);
             const int64_t end = std::min(start + panel, b.columns);
             if (end == b.columns) {
-                for (int64_t j = start; j < end; j++) ahead(j), round(j, j - start, mine);
+                solve(start, end, mine, [] {});
                 break;
             }
             load(end, sums);
             int64_t i = 0;
-            for (int64_t j = start; j < end; j++) {
-                ahead(j);
-                round(j, j - start, mine);
+            solve(start, end, mine, [&]() INLINED {
                 for (const int64_t share = i + start / panel; i < share; i++) subtract(i, later + i * panel, sums);
-            }
+            });
             for (; i < end; i++) subtract(i, later + i * panel, sums);
         }
     }
@@ -239,7 +272,7 @@ struct Finding {
     const Block<float>& b;
     const int64_t first, count;
 
-    INLINE void load(int64_t j, Vec (&to)[VECTORS]) const {
+    INLINE void load(int64_t j, Vec (&to)[VECTORS<W>]) const {
         const float* from = b.block + j * b.rows + first;
         float padded[all];
         for (int64_t l = 0; l < all; l++) padded[l] = l < count ? from[l] : 0.0f;
@@ -257,12 +290,12 @@ struct Finding {
 
     // Of one group in those rows from `from` on that have this word.
     INLINE void find(ranges::Fit fit, const int32_t* words, int64_t from, int64_t start) const {
-        Vec low[VECTORS], high[VECTORS], seen[VECTORS]{}, w[VECTORS];
+        Vec low[VECTORS<W>], high[VECTORS<W>], seen[VECTORS<W>]{}, w[VECTORS<W>];
         load(start, low);
         std::memcpy(high, low, sizeof high);
         for (int64_t j = start; j < start + fit.width(); j++) {
             load(j, w);
-            for (int v = 0; v < VECTORS; v++) {
+            for (int v = 0; v < VECTORS<W>; v++) {
                 low[v] = w[v] < low[v] ? w[v] : low[v];
                 high[v] = w[v] > high[v] ? w[v] : high[v];
                 seen[v] += w[v] * 0.0f;
