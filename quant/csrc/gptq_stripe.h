@@ -54,7 +54,7 @@ template <typename T, int W>
 INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, Vector<T, W> u) {
 #ifdef ON_X86
     if constexpr (W > 16) {
-        // Compilers make it of no expression that they would not make of others, too.
+        // No expression: where compilers may fuse one product, they may fuse others.
         if constexpr (std::is_same_v<T, float>)
             asm("vfnmadd231ps %2, %1, %0" : "+v"(x) : "v"(e), "v"(u));
         else
@@ -64,6 +64,21 @@ INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, Vector<T, W> u) {
 #endif
     for (int64_t l = 0; l < WIDTH<T, W>; l++) x[l] = std::fma(-e[l], u[l], x[l]);
     return x;
+}
+
+// The same of one number for all lanes, which AVX-512 takes from memory: the fewer instructions, the further a processor sees ahead.
+template <typename T, int W>
+INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, const T* u) {
+#ifdef ON_X86
+    if constexpr (W == 64) {
+        if constexpr (std::is_same_v<T, float>)
+            asm("vfnmadd231ps %2%{1to16%}, %1, %0" : "+v"(x) : "v"(e), "m"(*u));
+        else
+            asm("vfnmadd231pd %2%{1to8%}, %1, %0" : "+v"(x) : "v"(e), "m"(*u));
+        return x;
+    }
+#endif
+    return less<T, W>(x, e, *u - Vector<T, W>{});
 }
 
 // To a whole number, half to even.
@@ -92,7 +107,10 @@ INLINE Vector<T, W> nearest(Vector<T, W> x) {
 // NaN stays.
 template <typename T, int W>
 INLINE Vector<T, W> limited(Vector<T, W> x, Vector<T, W> top) {
-    const Vector<T, W> none{};
+    Vector<T, W> none{};
+#ifdef ON_X86
+    if constexpr (W > 16) asm("" : "+v"(none));  // of a zero that they know, compilers make two instructions
+#endif
     x = none > x ? none : x;
     return top < x ? top : x;
 }
@@ -177,11 +195,9 @@ struct Stripe {
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS<W>; v++) e[v] = at(own + i * all, v);
 #pragma GCC unroll 8
-        for (int64_t c = 0; c < panel; c++) {
-            const Vec factor = u[c] - Vec{};
+        for (int64_t c = 0; c < panel; c++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS<W>; v++) sums[c][v] = less<T, W>(sums[c][v], e[v], factor);
-        }
+            for (int v = 0; v < VECTORS<W>; v++) sums[c][v] = less<T, W>(sums[c][v], e[v], u + c);
     }
 
     // Of a panel whose rows of the factor are `u`: column j, its `c`th, is w; its errors come back.
@@ -212,9 +228,8 @@ struct Stripe {
 
     // Error i off `w`, the `c`th column of a panel.
     INLINE static void subtract(const T* u, int64_t i, int64_t c, const Few& error, Few& w) {
-        const Vec factor = u[i * panel + c] - Vec{};
 #pragma GCC unroll 4
-        for (int v = 0; v < VECTORS<W>; v++) w[v] = less<T, W>(w[v], error[v], factor);
+        for (int v = 0; v < VECTORS<W>; v++) w[v] = less<T, W>(w[v], error[v], u + i * panel + c);
     }
 
     // Columns start .. end - 1, one panel. between(): what is done after each while it is not finished.
