@@ -21,6 +21,58 @@
 
 namespace {
 
+// The last rows of a block, which fill no stripe, in memory of their own that does.
+template <typename T>
+struct Padded {
+    const Block<T>& b;
+    const int64_t first, count, all, groups = *std::max_element(b.group, b.group + b.columns) + 1;
+    std::vector<T> block, scale, zero, tops, codes, values, errors;
+
+    Padded(const Block<T>& b, int64_t first, int64_t count, int64_t all) : b(b), first(first), count(count), all(all) {
+        block = rows_of(b.block, b.columns, T(0));
+        scale = rows_of(b.scale, groups, T(1)), zero = rows_of(b.zero, groups, T(0));
+        if (b.tops) tops = rows_of(b.tops, 1, T(0));
+        for (std::vector<T>* made : {&codes, &values, &errors}) made->resize(block.size());
+    }
+
+    std::vector<T> rows_of(const T* from, int64_t columns, T otherwise) const {
+        std::vector<T> made(columns * all, otherwise);
+        for (int64_t j = 0; j < columns; j++) std::copy_n(from + j * b.rows + first, count, made.data() + j * all);
+        return made;
+    }
+
+    Block<T> whole() {
+        Block<T> made = b;
+        made.block = block.data(), made.scale = scale.data(), made.zero = zero.data(), made.tops = b.tops ? tops.data() : nullptr;
+        made.codes = codes.data(), made.values = values.data(), made.errors = errors.data(), made.rows = all;
+        return made;
+    }
+
+    void give_back() const {
+        for (int64_t j = 0; j < b.columns; j++) {
+            const int64_t from = j * all, to = j * b.rows + first;
+            std::copy_n(codes.data() + from, count, b.codes + to);
+            std::copy_n(values.data() + from, count, b.values + to);
+            std::copy_n(errors.data() + from, count, b.errors + to);
+        }
+    }
+};
+
+template <typename T, int W>
+INLINE void found_and_solved(const Block<T>& b, const T* panels, int64_t first, int64_t count, T* own) {
+    constexpr int64_t all = ROWS<T, W>;
+    if constexpr (std::is_same_v<T, float>)
+        if (b.words) Finding<W>{b, first, count}.find();
+    if (count == all) {
+        Stripe<T, W>(b, first, own).solve(panels);
+        return;
+    }
+    Padded<T> padded(b, first, count, all);
+    const Block<T> whole = padded.whole();
+    Stripe<T, W>(whole, 0, own).solve(panels);
+    padded.give_back();
+}
+
 constexpr int64_t RUN = 4;  // neighbouring stripes that one thread takes together
 
 // LANES calls a library's function for each number where the compiler knows no instruction: right, and for tests alone there.
@@ -36,16 +88,16 @@ struct Way {
     int64_t rows, columns;
 };
 
-#define WAYS(NAME, TARGET, W)                                                                                          \
-    TARGET void NAME(const Block<float>& b, const float* panels, int64_t first, int64_t count, float* own) {           \
-        found_and_solved<float, W>(b, panels, first, count, own);                                                      \
-    }                                                                                                                  \
-    TARGET void NAME(const Block<double>& b, const double* panels, int64_t first, int64_t count, double* own) {        \
-        found_and_solved<double, W>(b, panels, first, count, own);                                                     \
-    }                                                                                                                  \
-    template <typename T>                                                                                              \
-    Way<T> NAME##_way() {                                                                                              \
-        return {static_cast<Run<T>>(NAME), ROWS<T, W>, PANEL<W>};                                                      \
+#define WAYS(NAME, TARGET, W)                                                                                                              \
+    TARGET void NAME(const Block<float>& b, const float* panels, int64_t first, int64_t count, float* own) {                               \
+        found_and_solved<float, W>(b, panels, first, count, own);                                                                          \
+    }                                                                                                                                      \
+    TARGET void NAME(const Block<double>& b, const double* panels, int64_t first, int64_t count, double* own) {                            \
+        found_and_solved<double, W>(b, panels, first, count, own);                                                                         \
+    }                                                                                                                                      \
+    template <typename T>                                                                                                                  \
+    Way<T> NAME##_way() {                                                                                                                  \
+        return {static_cast<Run<T>>(NAME), ROWS<T, W>, PANEL<W>};                                                                          \
     }
 
 WAYS(lanes, , 16)
@@ -115,12 +167,12 @@ extern "C" void bitgrid_gptq_block_forms(int64_t* forms) {
 #endif
 }
 
-#define ENTRY(NAME, T)                                                                                                                       \
-    extern "C" void NAME(const T* block, const T* upper, T* scale, T* zero, const T* tops, const int64_t* group, const int32_t* words,       \
-                         int32_t* odd, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors,             \
-                         int64_t threads, int64_t form) {                                                                                    \
-        solve(Block<T>{block, upper, scale, zero, tops, group, words, odd, columns, rows, T(top), kind, codes, values, errors}, threads,     \
-              form);                                                                                                                         \
+#define ENTRY(NAME, T)                                                                                                                     \
+    extern "C" void NAME(const T* block, const T* upper, T* scale, T* zero, const T* tops, const int64_t* group, const int32_t* words,     \
+                         int32_t* odd, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors,           \
+                         int64_t threads, int64_t form) {                                                                                  \
+        const Block<T> b{block, upper, scale, zero, tops, group, words, odd, columns, rows, T(top), kind, codes, values, errors};          \
+        solve(b, threads, form);                                                                                                           \
     }
 
 ENTRY(bitgrid_gptq_block_f32, float)

@@ -19,8 +19,17 @@
 #include "ranges.h"
 #include "versions.h"
 
-#if !defined(BITGRID_PLAIN) && defined(__GNUC__) && defined(__x86_64__)
+// Clang has functions of whole vectors, and takes vectors of 64 bytes in no assembly of a function that is not for AVX-512 itself.
+#if defined(__has_builtin)
+#if defined(__clang__) && __has_builtin(__builtin_elementwise_fma) && __has_builtin(__builtin_elementwise_roundeven)
+#define ELEMENTWISE
+#endif
+#endif
+#if !defined(BITGRID_PLAIN) && defined(__x86_64__) && (defined(ELEMENTWISE) || (defined(__GNUC__) && !defined(__clang__)))
 #define ON_X86
+#if !defined(__clang__)
+#define BY_ASSEMBLY
+#endif
 #endif
 #if defined(__aarch64__) || (defined(__FP_FAST_FMA) && defined(__FP_FAST_FMAF))
 #define LANES_ARE_FUSED
@@ -52,7 +61,7 @@ constexpr int64_t ROWS = VECTORS<W> * WIDTH<T, W>;
 // x - e · u, rounded once.
 template <typename T, int W>
 INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, Vector<T, W> u) {
-#ifdef ON_X86
+#ifdef BY_ASSEMBLY
     if constexpr (W > 16) {
         // No expression: where compilers may fuse one product, they may fuse others.
         if constexpr (std::is_same_v<T, float>)
@@ -62,14 +71,18 @@ INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, Vector<T, W> u) {
         return x;
     }
 #endif
+#ifdef ELEMENTWISE
+    return __builtin_elementwise_fma(-e, u, x);
+#else
     for (int64_t l = 0; l < WIDTH<T, W>; l++) x[l] = std::fma(-e[l], u[l], x[l]);
     return x;
+#endif
 }
 
 // The same of one number for all lanes, which AVX-512 takes from memory: the fewer instructions, the further a processor sees ahead.
 template <typename T, int W>
 INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, const T* u) {
-#ifdef ON_X86
+#ifdef BY_ASSEMBLY
     if constexpr (W == 64) {
         if constexpr (std::is_same_v<T, float>)
             asm("vfnmadd231ps %2%{1to16%}, %1, %0" : "+v"(x) : "v"(e), "m"(*u));
@@ -84,7 +97,7 @@ INLINE Vector<T, W> less(Vector<T, W> x, Vector<T, W> e, const T* u) {
 // To a whole number, half to even.
 template <typename T, int W>
 INLINE Vector<T, W> nearest(Vector<T, W> x) {
-#ifdef ON_X86
+#ifdef BY_ASSEMBLY
     if constexpr (W == 64) {
         if constexpr (std::is_same_v<T, float>)
             asm("vrndscaleps $8, %1, %0" : "=v"(x) : "v"(x));
@@ -100,15 +113,19 @@ INLINE Vector<T, W> nearest(Vector<T, W> x) {
         return x;
     }
 #endif
+#ifdef ELEMENTWISE
+    return __builtin_elementwise_roundeven(x);
+#else
     for (int64_t l = 0; l < WIDTH<T, W>; l++) x[l] = std::nearbyint(x[l]);
     return x;
+#endif
 }
 
 // NaN stays.
 template <typename T, int W>
 INLINE Vector<T, W> limited(Vector<T, W> x, Vector<T, W> top) {
     Vector<T, W> none{};
-#ifdef ON_X86
+#ifdef BY_ASSEMBLY
     if constexpr (W > 16) asm("" : "+v"(none));  // of a zero that they know, compilers make two instructions
 #endif
     x = none > x ? none : x;
@@ -333,57 +350,5 @@ struct Finding {
         if (odds) __atomic_fetch_add(b.odd, odds, __ATOMIC_RELAXED);
     }
 };
-
-// The last rows of a block, which fill no stripe, in memory of their own that does.
-template <typename T>
-struct Padded {
-    const Block<T>& b;
-    const int64_t first, count, all, groups = *std::max_element(b.group, b.group + b.columns) + 1;
-    std::vector<T> block, scale, zero, tops, codes, values, errors;
-
-    Padded(const Block<T>& b, int64_t first, int64_t count, int64_t all) : b(b), first(first), count(count), all(all) {
-        block = rows_of(b.block, b.columns, T(0));
-        scale = rows_of(b.scale, groups, T(1)), zero = rows_of(b.zero, groups, T(0));
-        if (b.tops) tops = rows_of(b.tops, 1, T(0));
-        for (std::vector<T>* made : {&codes, &values, &errors}) made->resize(block.size());
-    }
-
-    std::vector<T> rows_of(const T* from, int64_t columns, T otherwise) const {
-        std::vector<T> made(columns * all, otherwise);
-        for (int64_t j = 0; j < columns; j++) std::copy_n(from + j * b.rows + first, count, made.data() + j * all);
-        return made;
-    }
-
-    Block<T> whole() {
-        Block<T> made = b;
-        made.block = block.data(), made.scale = scale.data(), made.zero = zero.data(), made.tops = b.tops ? tops.data() : nullptr;
-        made.codes = codes.data(), made.values = values.data(), made.errors = errors.data(), made.rows = all;
-        return made;
-    }
-
-    void give_back() const {
-        for (int64_t j = 0; j < b.columns; j++) {
-            const int64_t from = j * all, to = j * b.rows + first;
-            std::copy_n(codes.data() + from, count, b.codes + to);
-            std::copy_n(values.data() + from, count, b.values + to);
-            std::copy_n(errors.data() + from, count, b.errors + to);
-        }
-    }
-};
-
-template <typename T, int W>
-INLINE void found_and_solved(const Block<T>& b, const T* panels, int64_t first, int64_t count, T* own) {
-    constexpr int64_t all = ROWS<T, W>;
-    if constexpr (std::is_same_v<T, float>)
-        if (b.words) Finding<W>{b, first, count}.find();
-    if (count == all) {
-        Stripe<T, W>(b, first, own).solve(panels);
-        return;
-    }
-    Padded<T> padded(b, first, count, all);
-    const Block<T> whole = padded.whole();
-    Stripe<T, W>(whole, 0, own).solve(panels);
-    padded.give_back();
-}
 
 }  // namespace
