@@ -141,11 +141,26 @@ def test_without_the_operation_torch_solves_and_says_so(monkeypatch: pytest.Monk
         cpu.solve_block(w, upper, affine, group, form=cpu.AVX2)
 
 
-def test_a_library_for_any_processor_has_one_form(tmp_path: Path) -> None:
-    """What a compiler that cannot make the others' instructions leaves: the same bits, and on x86 nothing to be chosen."""
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        pytest.param([], not X86, id="any"),
+        pytest.param(["-mfma"], True, id="fma", marks=pytest.mark.skipif(not X86, reason="a flag of x86")),
+    ],
+)
+def test_a_library_for_one_kind_of_processor(flags: list[str], chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler that makes no functions for other processors leaves: one form, whose bits are the same; nothing for any x86."""
     compiler = next(filter(None, map(shutil.which, native.COMPILERS)))
     made = tmp_path / "plain.so"
-    subprocess.run([compiler, *native.FLAGS, "-DBITGRID_PLAIN", native.SOURCES / "gptq_block.cpp", "-o", made], check=True)
-    forms = ctypes.c_int64(-1)
-    ctypes.CDLL(str(made)).bitgrid_gptq_block_forms(ctypes.byref(forms))
-    assert forms.value == (0 if platform.machine() in ("x86_64", "AMD64") else 1 << cpu.LANES)
+    subprocess.run([compiler, *native.FLAGS, "-DBITGRID_PLAIN", *flags, native.SOURCES / "gptq_block.cpp", "-o", made], check=True)
+    library, forms = ctypes.CDLL(str(made)), ctypes.c_int64(-1)
+    library.bitgrid_gptq_block_forms(ctypes.byref(forms))
+    assert forms.value == (chosen << cpu.LANES)
+    if not cpu.forms():  # found out, and kept, with the library as it is
+        pytest.skip("this processor does not run it")
+    monkeypatch.setattr(native, "library", lambda name: library)
+    given = problem(37, 48, "g_asym", 4, torch.float32)
+    same(cpu.solve_block(*given), plain_loop(*given))
