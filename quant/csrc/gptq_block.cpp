@@ -2,10 +2,10 @@
 // The twin of quant/kernels/gptq_block/reference.py, but that an error times the factor is taken off by one operation, rounded once
 // (docs/adr/0027-the-block-fuses-on-cpus.md): what `plain_loop` of tests/quant/plain_loop.py gives, bit for bit.
 //
-// Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B], scale and
-// zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the largest code of each row, or null: then it is top
-// in all. kind: how codes and values belong together, see `Kind`. words is [N], or null: of each row how its ranges are found, see `Fit`;
-// scale and zero are written to then, and odd is added to. For float alone.
+// Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B] with `stride`
+// numbers from row to row, scale and zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the largest code of
+// each row, or null: then it is top in all. kind: how codes and values belong together, see `Kind`. words is [N], or null: of each row how
+// its ranges are found, see `ranges::Fit`; scale and zero are written to then, and odd is added to. For float alone.
 // block is not changed. threads >= 1: rows are independent of each other. form: see `Form`; one that works here, or BEST.
 
 #include <algorithm>
@@ -132,7 +132,7 @@ std::vector<T> in_panels(const Block<T>& b, int64_t columns) {
     for (int64_t p = 0; p < panels; p++) {
         const int64_t start = p * columns, width = std::min(columns, b.columns - start);
         for (int64_t i = 0; i < start + width; i++)
-            std::copy_n(b.upper + i * b.columns + start, width, made.data() + (p * b.columns + i) * columns);
+            std::copy_n(b.upper + i * b.stride + start, width, made.data() + (p * b.columns + i) * columns);
     }
     return made;
 }
@@ -169,9 +169,9 @@ extern "C" void bitgrid_gptq_block_forms(int64_t* forms) {
 
 #define ENTRY(NAME, T)                                                                                                                     \
     extern "C" void NAME(const T* block, const T* upper, T* scale, T* zero, const T* tops, const int64_t* group, const int32_t* words,     \
-                         int32_t* odd, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values, T* errors,           \
-                         int64_t threads, int64_t form) {                                                                                  \
-        const Block<T> b{block, upper, scale, zero, tops, group, words, odd, columns, rows, T(top), kind, codes, values, errors};          \
+                         int32_t* odd, int64_t stride, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values,      \
+                         T* errors, int64_t threads, int64_t form) {                                                                       \
+        const Block<T> b{block, upper, scale, zero, tops, group, words, odd, stride, columns, rows, T(top), kind, codes, values, errors};  \
         solve(b, threads, form);                                                                                                           \
     }
 

@@ -140,7 +140,7 @@ struct Block {
     const int64_t* group;
     const int32_t* words;
     int32_t* odd;
-    int64_t columns, rows;
+    int64_t stride, columns, rows;
     T top;
     int64_t kind;
     T *codes, *values, *errors;

@@ -10,6 +10,7 @@ C library's takes longer than torch's loop does.
 
 from __future__ import annotations
 
+from array import array
 from functools import cache
 
 import torch
@@ -54,15 +55,17 @@ def solve_block(
     if fits is not None:
         fits.check(block, affine)
     w = block.contiguous()
-    u, scale, zero = (t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
+    # A view's rows may lie apart; only their numbers must lie together.
+    u = upper if upper.stride(-1) == 1 and upper.dtype == w.dtype else upper.to(w).contiguous()
+    scale, zero = (t.to(w).contiguous() for t in (affine.scale, affine.zero))
     tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
-    rows = torch.tensor(group, dtype=torch.int64)
+    rows = array("q", group)
     out = SolvedBlock.like(w) if out is None else out
     made = [out.codes, out.values, out.errors]
     if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape for t in made):
         got = [(tuple(t.shape), t.dtype) for t in made]
         raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
     found = (0, 0) if fits is None else (fits.words, fits.odd)
-    numbers = (*w.shape, affine.top, KINDS.get(affine.kind, 0), *made, torch.get_num_threads(), form)
-    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, tops, rows, *found, *numbers)
+    numbers = (u.stride(0), *w.shape, affine.top, KINDS.get(affine.kind, 0), *made, torch.get_num_threads(), form)
+    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, tops, rows.buffer_info()[0], *found, *numbers)
     return out
