@@ -31,7 +31,7 @@ except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
 SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-# No fused multiply-add: results equal those of the torch twins bit for bit.
+# Compilers fuse no multiply-add by themselves: results equal those of the torch twins bit for bit, or fuse where the source says so.
 FLAGS = ("-O3", "-std=c++17", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 COMPILERS = ("c++", "g++", "clang++")
 LONGEST = 300

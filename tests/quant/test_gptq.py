@@ -83,20 +83,36 @@ def test_factor_is_that_of_the_inverse_and_its_diagonal_the_remaining_columns_de
         torch.testing.assert_close(u[j, j] ** 2, torch.linalg.inv(h[j:, j:])[0, 0], rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize(("dtype", "equal"), [(torch.float64, 1.0), (torch.float32, 0.9999)])
-def test_one_cholesky_gives_the_codes_of_three_steps(dtype: torch.dtype, equal: float) -> None:
-    """Reference: H⁻¹ from a factor of H, then its own factor, as the published code computes U."""
+@pytest.mark.parametrize(("dtype", "expected", "most"), [(torch.float64, 1e-9, 0), (torch.float32, 0.1, 3)])
+def test_one_cholesky_gives_the_codes_of_three_steps(dtype: torch.dtype, expected: float, most: int) -> None:
+    """Reference: H⁻¹ from a factor of H, then its own factor, as the published code computes U.
+
+    The two round otherwise, and so do BLAS libraries and numbers of threads. A weight whose code is another by that takes the rest of its
+    row along: rows are counted, not codes. As many part as weights have the middle between two codes between them as updated by one factor
+    and by the other: of a step, the difference's share each, all together `expected` rows at most. Above `most` lie 4e-6 of Poisson's
+    distribution with that mean (float64: 1e-9)."""
     w, _, h = problem(160, 128, 3, dtype=dtype)
     u, _ = inverse_factor(h, 0.01)
     damped = h + 0.01 * h.diagonal().mean() * torch.eye(128, dtype=dtype)
     three_steps = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    step, one = 0.4, torch.ones(w.shape[0], dtype=dtype)
+    affine = Affine(step * one, 4 * one, 3, ZeroKind.CONSTANT)
 
-    def codes(upper: Tensor) -> Tensor:
-        one = torch.ones(w.shape[0], dtype=dtype)
-        affine = Affine(0.4 * one, 4 * one, 3, ZeroKind.CONSTANT)
-        return solve_columns(w.T, upper, 128, lambda j, c, _: (affine.encode(c), affine.round(c))).codes
+    def codes(upper: Tensor) -> tuple[Tensor, Tensor]:
+        """And the weights as updated; both `[K, N]`."""
+        updated: list[Tensor] = []
 
-    assert float((codes(u) == codes(three_steps)).double().mean()) >= equal
+        def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            updated.append(column.clone())
+            return affine.encode(column), affine.round(column)
+
+        return solve_columns(w.T, upper, 128, round_column).codes, torch.stack(updated)
+
+    (ours, mine), (theirs, other) = codes(u), codes(three_steps)
+    differ = ours != theirs
+    together = differ.cumsum(0) - differ.int() == 0  # until a row's first other code, and that
+    assert float((mine - other).abs()[together].sum()) / step <= expected
+    assert int(differ.any(0).sum()) <= most
 
 
 def test_after_every_column_the_others_are_the_least_squares_optimum() -> None:

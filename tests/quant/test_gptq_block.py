@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
+from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit, fit_unchecked, unfit_float16
 from quant.kernels import TABLE, kernel
 from quant.kernels.gptq_block import KINDS, NUMBERS, Fit, Fits, SolvedBlock, stacked
@@ -27,6 +27,23 @@ def problem(rows: int, columns: int, grid: str, bits: int, dtype: torch.dtype) -
     ranges = fit(GRIDS[grid], w.T.reshape(rows, columns // 16, 16), bits, torch.float32)
     affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), bits, GRIDS[grid].zero)
     return w, upper, affine, [j // 16 for j in range(columns)]
+
+
+def with_odd_numbers(kind: ZeroKind) -> tuple[Tensor, Tensor, Affine, list[int]]:
+    """Rows with one such number each, beside a plain one: NaN, infinity, 0, far too large or small, in weights, scales and zeros."""
+    odd = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, -1e-42, 1e-30, 1e-20, 1e20, -1e30, 3e38, 3e7, -3e7]
+    g = torch.Generator().manual_seed(3)
+    rows = 3 * len(odd) + 1
+    w, _, _, group = problem(rows, 48, "g_asym", 3, torch.float32)
+    tops = torch.tensor([3.0, 7.0, 255.0]).repeat(rows)[:rows]
+    _, upper, _, _ = problem(4, 48, "g_asym", 3, torch.float32)
+    scale, zero = torch.rand(3, rows, generator=g) + 0.1, torch.randint(0, 8, (3, rows), generator=g).float()
+    for i, x in enumerate(odd):
+        w[5 + i % 3, i] = x
+        scale[1, len(odd) + i] = x
+        zero[1, 2 * len(odd) + i] = x
+    affine = Affine(scale, zero, 8, kind, tops)
+    return w, upper, affine, group
 
 
 SolveBlock = Callable[[Tensor, Tensor, Affine, list[int]], SolvedBlock]

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
 from quant.kernels import kernel, native, on_cuda, recorded
 from quant.kernels.gptq_block import Fits, SolvedBlock, cuda, triton
-from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others
+from tests.quant.plain_loop import plain_loop, same
+from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 GPU = pytest.mark.gpu("nvcc")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
@@ -63,57 +63,14 @@ def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes
 RUNS = [pytest.param(emulated, id="host"), pytest.param(on_gpu, id="gpu", marks=GPU)]
 
 
-def less(x: Tensor, e: Tensor, u: Tensor) -> Tensor:
-    """x - e · u of float32, rounded once. In float64 products are exact; a difference that is not is moved to the neighbour whose last
-    bit is 1 ("round to odd"), after which rounding to half as many bits gives what one rounding gives (Boldo and Melquiond 2008)."""
-    p, x = e.double() * u.double(), x.double()
-    s = x - p
-    q = s - x
-    rest = (x - (s - q)) - (p + q)
-    toward = torch.where(rest > 0, torch.inf, -torch.inf).double()
-    even = torch.isfinite(rest) & (rest != 0) & (s.view(torch.int64) & 1 == 0)
-    return torch.where(even, torch.nextafter(s, toward), s).float()
-
-
-def plain_loop(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
-    w = block.clone()
-    out = SolvedBlock.like(w)
-    for j in range(len(w)):
-        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
-        out.codes[j] = own.encode(w[j])
-        out.values[j] = own.decode(out.codes[j])
-        out.errors[j] = (w[j] - out.values[j]) / upper[j, j]
-        w[j + 1 :] = less(w[j + 1 :], out.errors[j], upper[j, j + 1 :, None])
-    return out
-
-
 def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> None:
     want = plain_loop(block, upper, affine, group)
-    for name in ("codes", "values", "errors"):
-        ours, theirs = getattr(got, name), getattr(want, name)
-        assert torch.equal(ours.nan_to_num(12345.0), theirs.nan_to_num(12345.0)), name
+    same(got, want)
     sums = want.errors.double().square().sum(0) + 0.5
     assert got.loss is not None
     # A sum of B terms in float32, each rounded once more.
     fine = torch.isfinite(sums) & (sums < 1e30)
     assert torch.allclose(got.loss.double()[fine], sums[fine], rtol=(len(block) + 1) * 2.0**-24, atol=0)
-
-
-def test_a_difference_is_rounded_once() -> None:
-    """Against whole numbers of any size. Where x is next to e · u, and where their sum is next to the middle of two floats, too."""
-    g = torch.Generator().manual_seed(5)
-    e, u = (1 + torch.randint(-(2**23), 2**23, (2, 3000), generator=g) * 2.0**-23).unbind()
-    x = torch.randn(3000, generator=g) * 2.0 ** torch.randint(-30, 30, (3000,), generator=g)
-    x[:1000] = (e * u)[:1000]
-    x[1000:2000] = (1 + torch.randint(0, 4, (1000,), generator=g) * 2.0**-23) * 2.0 ** torch.randint(23, 27, (1000,), generator=g)
-    got = less(x, e, u)
-    once = [Fraction(a) - Fraction(b) * Fraction(c) for a, b, c in zip(x.tolist(), e.tolist(), u.tolist(), strict=True)]
-    # No float lies nearer; ties are decided by the last bit.
-    for near in (torch.nextafter(got, torch.full_like(got, torch.inf)), torch.nextafter(got, torch.full_like(got, -torch.inf))):
-        for mine, other, exact, last in zip(got.tolist(), near.tolist(), once, (got.view(torch.int32) & 1).tolist(), strict=True):
-            off, beside = abs(Fraction(mine) - exact), abs(Fraction(other) - exact)
-            assert off < beside or (off == beside and not last)
-    assert not torch.equal(got, x - e * u)
 
 
 @pytest.mark.parametrize("grid", sorted(GRIDS))
@@ -202,19 +159,7 @@ def test_any_number_of_columns_of_one_group(run: Any, lanes: int) -> None:
 @pytest.mark.parametrize("kind", list(ZeroKind))
 @pytest.mark.parametrize("lanes", [1, 4])
 def test_numbers_that_the_fast_division_cannot_take(run: Any, kind: ZeroKind, lanes: int) -> None:
-    """Rows with one such number each, beside a plain one: NaN, infinity, 0, far too large or small, in weights, scales and zeros."""
-    odd = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-42, -1e-42, 1e-30, 1e-20, 1e20, -1e30, 3e38, 3e7, -3e7]
-    g = torch.Generator().manual_seed(3)
-    rows = 3 * len(odd) + 1
-    w, _, _, group = problem(rows, 48, "g_asym", 3, torch.float32)
-    tops = torch.tensor([3.0, 7.0, 255.0]).repeat(rows)[:rows]
-    _, upper, _, _ = problem(4, 48, "g_asym", 3, torch.float32)
-    scale, zero = torch.rand(3, rows, generator=g) + 0.1, torch.randint(0, 8, (3, rows), generator=g).float()
-    for i, x in enumerate(odd):
-        w[5 + i % 3, i] = x
-        scale[1, len(odd) + i] = x
-        zero[1, 2 * len(odd) + i] = x
-    affine = Affine(scale, zero, 8, kind, tops)
+    w, upper, affine, group = with_odd_numbers(kind)
     for many in (group, [j // 32 for j in range(48)]):
         agrees(run(w, upper, affine, many, lanes), w, upper, affine, many)
     for factor in (1e-35, 1e-12, 1e12, 1e35, torch.nan, 0.0):
