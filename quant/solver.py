@@ -145,6 +145,29 @@ def _inverse(upper: Tensor) -> Tensor:
     return inverse
 
 
+@dataclass(frozen=True)
+class Reach:
+    """From which later columns the errors of finished blocks are taken off: after a block its own, from those of its reach; after the last
+    block of a reach all of the reach's, from those beyond. Later weights are read and written so much more rarely."""
+
+    size: int
+    """Columns, a multiple of a block's."""
+    k: int
+
+    def after(self, start: int, end: int) -> tuple[slice, slice] | None:
+        """Of block start .. end - 1: columns whose errors are taken off, and from which."""
+        first = start // self.size * self.size
+        last = min(first + self.size, self.k)
+        if end < last:
+            return slice(start, end), slice(end, last)
+        return (slice(first, last), slice(last, self.k)) if last < self.k else None
+
+    def held(self, columns: slice) -> slice:
+        """Where the errors of columns of one reach lie, of those of a reach that are held."""
+        first = columns.start // self.size * self.size
+        return slice(columns.start - first, columns.stop - first)
+
+
 Ranges = Callable[[int, int, Tensor], tuple[Affine, list[int]]]
 """(start, end, weights `[K, N]`) ▸ scale and zero `[G, N]`, and of each column start .. end - 1 its row in them. The weights hold the
 updates of all finished blocks."""
@@ -159,36 +182,34 @@ def solve_affine(
     stack: Sequence[int] | None = None,
     fits: Fits | None = None,
     spends: bool = False,
+    looks_ahead: bool = True,
 ) -> Solved:
     """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`.
 
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned."""
+    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned.
+    looks_ahead: `ranges` may read weights beyond the block; elsewhere those beyond its `Reach` lack some errors."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     k = w.shape[0]
     later = kernel("lazy_update", device=w.device, later=w)
     codes, values, loss = torch.empty_like(w), torch.empty_like(w[:block_size] if spends else w), torch.zeros_like(w[0])
-    # Later columns of the same reach see each block's errors at once, and those beyond it all of the reach together.
-    reach = later.run.reach(block_size, w.device)
-    errors = torch.empty_like(w[:reach])
+    reach = Reach(block_size if looks_ahead else later.run.reach(block_size, w.device), k)
+    errors = torch.empty_like(w[: reach.size])
     adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
-        first = start // reach * reach
-        last = min(first + reach, k)
         affine, group = ranges(start, end, w)
-        own = errors[start - first : end - first]
+        own = errors[reach.held(slice(start, end))]
         out = SolvedBlock(codes[start:end], values[: end - start] if spends else values[start:end], own, loss if adds_loss else None)
         block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out, fits)
         if not adds_loss:
             loss += out.errors.square().sum(0)
-        if end < last:
-            later.run.lazy_update(w[end:last], upper[start:end, end:last].T, own, stack)
-        elif last < k:
-            later.run.lazy_update(w[last:], upper[first:last, last:].T, errors[: last - first], stack)
+        if (off := reach.after(start, end)) is not None:
+            done, rest = off
+            later.run.lazy_update(w[rest], upper[done, rest].T, errors[reach.held(done)], stack)
     return Solved(codes, values, loss, [*block_kernel.notes, *later.notes])
 
 
@@ -257,19 +278,25 @@ SolveBlock = Callable[[int, list[Tensor], Tensor, list[SolvedBlock]], None]
 block at work may be changed."""
 
 
-def solve_blocks(weights: Sequence[Tensor], upper: Tensor, block_size: int, solve_block: SolveBlock) -> list[Solved]:
+def solve_blocks(
+    weights: Sequence[Tensor], upper: Tensor, block_size: int, solve_block: SolveBlock, looks_ahead: bool = True
+) -> list[Solved]:
     """Rounds the blocks of columns of weights `[K, N_i]` in order, that of all weights at once: each as alone, bit for bit. The weights
-    given are not changed."""
+    given are not changed. looks_ahead: as in `solve_affine`, of `solve_block`."""
     works = [to_work_on(w) for w in weights]
     later, k = kernel("lazy_update", device=upper.device, later=works[0]), len(upper)
     made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), list(later.notes)) for w in works]
-    errors = [torch.empty_like(w[:block_size]) for w in works]
+    reach = Reach(block_size if looks_ahead else later.run.reach(block_size, upper.device), k)
+    errors = [torch.empty_like(w[: reach.size]) for w in works]
     for start in range(0, k, block_size):
         end = min(start + block_size, k)
-        outs = [SolvedBlock(m.codes[start:end], m.values[start:end], e[: end - start]) for m, e in zip(made, errors, strict=True)]
+        own = reach.held(slice(start, end))
+        outs = [SolvedBlock(m.codes[start:end], m.values[start:end], e[own]) for m, e in zip(made, errors, strict=True)]
         solve_block(start, works, upper[start:end, start:end], outs)
-        for w, m, out in zip(works, made, outs, strict=True):
+        off = reach.after(start, end)
+        for w, m, e, out in zip(works, made, errors, outs, strict=True):
             m.loss.add_(out.errors.square().sum(0))
-            if end < k:
-                later.run.lazy_update(w[end:], upper[start:end, end:].T, out.errors)
+            if off is not None:
+                done, rest = off
+                later.run.lazy_update(w[rest], upper[done, rest].T, e[reach.held(done)])
     return made

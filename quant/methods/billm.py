@@ -36,7 +36,7 @@ from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.scheme import Supports, WeightScheme
-from quant.solver import solve_columns, to_work_on
+from quant.solver import Reach, solve_columns, to_work_on
 from quant.statistics import Statistics
 from quant.tensors.binary import BinaryTensor
 
@@ -99,10 +99,15 @@ class Billm:
         later = kernel("lazy_update", device=w.device, later=w)
         notes[:] = [*block.notes, *later.notes]
         solve = block.run.solver(w, upper, wanted, out)
+        reach, errors = Reach(later.run.reach(self.block_size, w.device), k), list[Tensor]()
         for start in range(0, k, self.block_size):
-            end, errors = min(start + self.block_size, k), solve(start)
-            if end < k:
-                later.run.lazy_update(w[:, end:], errors, upper[start:end, end:])
+            end = min(start + self.block_size, k)
+            errors.append(solve(start))
+            if (off := reach.after(start, end)) is not None:
+                done, rest = off
+                later.run.lazy_update(w[:, rest], torch.cat(errors, 1) if done.start < start else errors[-1], upper[done, rest])
+            if end % reach.size == 0:
+                errors.clear()
         must_fit(out.wrong, out.scale.numel() + out.mean.numel(), scale_dtype)
         flags = (out.signs, out.second, out.split, out.salient)
         return BinaryTensor(*flags, out.scale.to(scale_dtype), out.mean.to(scale_dtype), self.block_size)

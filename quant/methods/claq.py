@@ -163,7 +163,8 @@ class Claq:
 
     def _solve(self, work: _Work, dtypes: Sequence[torch.dtype]) -> list[CodebookTensor]:
         fitted = [Codebooks(p.widths, p.fractions, d, self.kmeans_start, p.centres) for p, d in zip(work.parts, dtypes, strict=True)]
-        made = solve_blocks([p.columns for p in work.parts], work.upper, self.block_size, side_by_side(work.block, fitted))
+        solve = side_by_side(work.block, fitted)
+        made = solve_blocks([p.columns for p in work.parts], work.upper, self.block_size, solve, looks_ahead=False)
         for solved, p in zip(made, work.parts, strict=True):
             p.notes.extend(n for n in solved.notes if n not in p.notes)
         return [f.tensor(solved, work.order, p.label) for f, solved, p in zip(fitted, made, work.parts, strict=True)]

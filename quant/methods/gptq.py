@@ -217,7 +217,9 @@ class Gptq:
         def solve(in_launch: bool) -> tuple[list[_Ranges], Solved, bool]:
             own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
             rows = _StackedRanges(own)
-            made = solve_affine(columns[:coded], upper[:coded, :coded], self.block_size, rows.block, "auto", stack, rows.fits, spends)
+            ahead = any(r.known is None and not r.in_launch for r in own)
+            factor = upper[:coded, :coded]
+            made = solve_affine(columns[:coded], factor, self.block_size, rows.block, "auto", stack, rows.fits, spends, ahead)
             return own, made, rows.odd()
 
         ranges, solved, odd = solve(in_launch=True)
