@@ -114,6 +114,10 @@ def input_sites(structure: Structure, kinds: frozenset[str]) -> tuple[str, ...]:
     return (*(s.linears[0] for s in structure.sites), *routers)
 
 
+class _AllSeen(Exception):
+    """The last site of a forward was observed, and nobody needs the rest."""
+
+
 def collect(
     block: nn.Module,
     structure: Structure,
@@ -122,8 +126,10 @@ def collect(
     hidden: list[Tensor],
     kept_sequences: int,
     only: Iterable[str] | None = None,
+    statistics_alone: bool = False,
 ) -> tuple[BlockStatistics, list[Tensor]]:
-    """Run the block on all batches: statistics of its sites (or of `only` those), and its outputs.
+    """Run the block on all batches: statistics of its sites (or of `only` those), and its outputs. statistics_alone: no outputs, and no
+    more of the block than its sites need, where each sees every token.
 
     `hidden` holds batches `[B, T, K]`, `calls` the block's other arguments for each; `samples` keeps the first
     `kept_sequences` sequences, in the model's own dtype (exact). Raises NumericalError for values that are not finite.
@@ -143,6 +149,8 @@ def collect(
         flat = x.reshape(-1, x.shape[-1])
         if tokens is None:
             collectors[name].add_sequences(flat.view(*shape, -1))
+            if statistics_alone and not routed and not unseen:
+                raise _AllSeen
             return x
         for i in range(shape[0]):
             collectors[name].add(flat[tokens // shape[1] == i])
@@ -155,7 +163,12 @@ def collect(
             for call, h in zip(calls, hidden, strict=True):
                 shape[:] = h.shape[:2]
                 unseen.update(names)
-                outputs.append(call.run(block, h))
+                try:
+                    made = call.run(block, h)
+                except _AllSeen:
+                    continue
+                if not statistics_alone:
+                    outputs.append(made)
                 for name in unseen:  # an expert that no token of the batch was sent to; its sequences count all the same
                     for _ in range(shape[0]):
                         collectors[name].add(h.new_zeros(0, widths[name]))

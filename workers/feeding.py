@@ -138,7 +138,8 @@ class FedStatistics:
             return self.stored.collect(block, structure, only)
         if not self.kinds:
             return []
-        return [collect(self.model.blocks[block], structure, self.kinds, self._calls(block), self.hidden, self.kept, only)[0]]
+        module, calls = self.model.blocks[block], self._calls(block)
+        return [collect(module, structure, self.kinds, calls, self.hidden, self.kept, only, statistics_alone=True)[0]]
 
     def stages(self, *, static: bool) -> bool:
         """Whether `staged` serves a block: statistics are collected here, no ranges of the quantized block are wanted, and there is memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,3 +94,45 @@ def test_experts_equal_brute_force() -> None:
             assert torch.equal(torch.stack(found.ranges[name]), torch.stack([all_.amin(0), all_.amax(0)]))
     assert EXPERTS[2] not in found.ranges
     assert not found.sites[EXPERTS[2]].hessian.any()
+
+
+class Chain(nn.Module):
+    """Two linears, the second of which reads the first one's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.done = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = hidden + self.down(self.up(hidden).relu())
+        self.done += 1
+        return out
+
+
+@pytest.mark.parametrize("only", [None, ("up",)])
+def test_statistics_alone_are_the_same_and_no_forward_is_finished(only: tuple[str, ...] | None) -> None:
+    chain = replace(STRUCTURE, sites=(Site(("up",), (2 * WIDTH,), WIDTH), Site(("down",), (WIDTH,), 2 * WIDTH)), experts=None)
+    hidden = list(inputs().split(2))
+    calls = [Call((None,), {}) for _ in hidden]
+    kinds = frozenset({"hessian", "absmax"})
+    block = Chain()
+    whole, outputs = collect(block, chain, kinds, calls, hidden, 0, only)
+    assert (block.done, len(outputs)) == (3, 3)
+    alone, none = collect(block, chain, kinds, calls, hidden, 0, only, statistics_alone=True)
+    assert (block.done, none) == (3, [])
+    assert alone.tokens == whole.tokens
+    assert alone.sites.keys() == whole.sites.keys() == set(only or ("up", "down"))
+    for name, found in whole.sites.items():
+        assert torch.equal(alone.sites[name].hessian, found.hessian)
+        assert torch.equal(alone.sites[name].absmax, found.absmax)
+
+
+def test_statistics_alone_of_experts_see_all_of_them() -> None:
+    hidden = list(inputs().split(2))
+    calls = [Call((None,), {}) for _ in hidden]
+    found, outputs = collect(Block(), STRUCTURE, frozenset({"hessian"}), calls, hidden, 0, statistics_alone=True)
+    assert not outputs
+    for name in (DENSE, *EXPERTS):
+        assert torch.equal(found.sites[name].hessian, collected(2, torch.float32).sites[name].hessian)
