@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.fake_quantize import RowCodes
-from quant.kernels.on_triton import early, interpreted, unavailable
+from quant.kernels.on_triton import early, interpreted, leave_shared_memory, starts_early, unavailable
 
 __all__ = ["encode", "fake_quantize", "unavailable"]
 
@@ -46,11 +46,14 @@ def _run(values: Tensor, out: Tensor, scale: Tensor, zero: Tensor, sums: Tensor,
     if not values.numel():
         return
     block = min(BLOCK, max(16, 1 << (n - 1).bit_length()))
-    round_rows[(rows,)](
+    codes = out.dtype is torch.int8
+    made = round_rows[(rows,)](
         values, out, scale, zero, sums, n, clip, float(2**bits - 1), float(2 ** (bits - 1)),
-        SYMMETRIC=symmetric, CODES=out.dtype is torch.int8, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not interpreted(),
+        SYMMETRIC=symmetric, CODES=codes, BLOCK=block, ONCE=block >= n, WHOLE=n % block == 0, FMA=not interpreted(),
         num_warps=warps_for(block), enable_fp_fusion=False, **(early(values.device) if EARLY else {"EARLY": False}),
     )  # fmt: skip
+    if codes and starts_early(values.device):
+        leave_shared_memory(made.function)
 
 
 def warps_for(block: int) -> int:

@@ -101,7 +101,10 @@ def _product(rows: RowCodes, packed: Packed, dtype: torch.dtype, first: bool) ->
     kind = torch.float32 if dtype not in (torch.float32, torch.bfloat16, torch.float16) or interpreted() else dtype
     out = torch.empty(m, n, dtype=kind, device=codes.device)
     if out.numel():
-        run(chosen(m, n, k, codes, packed), codes, rows, packed, out, first)
+        tile = chosen(m, n, k, codes, packed)
+        # Where tiles come in several waves, a weight read ahead is in the way of the rounding in front.
+        one_wave = -(-m // tile.rows) * -(-n // tile.columns) <= _device(codes.device)[1] if first and tile.gluon else False
+        run(tile, codes, rows, packed, out, one_wave)
     return out.to(dtype)
 
 

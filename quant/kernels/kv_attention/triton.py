@@ -23,7 +23,7 @@ EARLY = True
 """Start both launches before what is in front of them is over, where the device can; they wait for that."""
 START, MOST_SPLITS = 2, 128
 """Blocks that a program could read in the time that its start and end take."""
-FEW, STAGES, WINDOW_STAGES, WARPS_PLAIN = 16, 3, 2, 4
+FEW, STAGES, WINDOW_STAGES, WARPS_PLAIN = 16, 3, 3, 4
 """Tokens of the window at a time; blocks in flight, with the one at work; the same of the window; warps where nothing is quantized."""
 HEAVY = 4.0
 """Bytes of a channel of a token in the window: it takes as long as so many of codes."""
