@@ -195,3 +195,10 @@ def replaying(replays: Replays | None = None) -> Iterator[None]:
 
 def current() -> Replays | None:
     return _current.get()
+
+
+def give_back(reason: str) -> None:
+    """The memory of all graphs, and there are no more: a device has run out of it."""
+    replays = _current.get()
+    if replays is not None:
+        replays.clear(reason)
