@@ -88,17 +88,11 @@ class Replays:
         return tensors, None
 
     def clear(self, reason: str | None = None) -> None:
-        """Give all memory back. reason: why there are to be no graphs from now on."""
+        """Give all memory back, while no other thread is at work. reason: why there are to be no graphs from now on."""
         self._refused = reason or self._refused
-        for place in self._places.values():
-            self._wait(place)
+        for device in {p.memory.device for p in self._places.values() if p.memory.is_cuda and any(p.graphs.values())}:
+            torch.cuda.synchronize(device)
         self._places.clear()
-
-    @staticmethod
-    def _wait(place: _Place) -> None:
-        """For replays, whose graphs are to go."""
-        if any(place.graphs.values()) and place.memory.is_cuda:
-            torch.cuda.synchronize(place.memory.device)
 
     def _place(self, device: torch.device) -> _Place:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -118,7 +112,8 @@ class Replays:
                 reason = self._short(device, 4 * (place.most + place.most // 3))
                 if reason is not None:
                     return reason
-                self._wait(place)
+                if place.memory.is_cuda:  # the device is not to be waited for while other threads capture
+                    torch.cuda.current_stream(device).synchronize()
                 place.graphs = dict.fromkeys(place.graphs)
                 place.memory = torch.empty(place.most, device=device)
                 place.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -181,13 +176,13 @@ _current: ContextVar[Replays | None] = ContextVar("replays", default=None)
 
 
 @contextmanager
-def replaying(replays: Replays | None = None) -> Iterator[None]:
+def replaying(replays: Replays | None = None) -> Iterator[Replays]:
     """While it lasts, loops are replayed in this thread and in those that run in copies of its context; their memory is given back at its
     end."""
     replays = Replays() if replays is None else replays
     token = _current.set(replays)
     try:
-        yield
+        yield replays
     finally:
         _current.reset(token)
         replays.clear()

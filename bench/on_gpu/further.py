@@ -7,6 +7,7 @@ captures of those."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.torch_version import TorchVersion
 
 from bench.on_gpu.clock import Bench, Goal, Row, known
 from quant.methods.gptq import Gptq
@@ -158,6 +160,8 @@ def busy(b: Bench, work: Callable[[], object]) -> float | None:
     if b.dry:
         work()
         return None
+    if TorchVersion(torch.version.cuda or "0") < "12.6":  # there CUPTI is not to begin again where CUDA graphs are, as torch itself has it
+        os.environ.update(DISABLE_CUPTI_LAZY_REINIT="1", TEARDOWN_CUPTI="0")
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as told:
         work()

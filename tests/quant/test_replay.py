@@ -132,6 +132,23 @@ def test_what_is_not_captured_is_told() -> None:
             assert [n for n in later if said in n]
 
 
+def test_memory_that_is_given_back() -> None:
+    """Where a device has run out of it: no more graphs for as long as the context lasts, and those who would have one say why."""
+    want = packed(*given(0), SCHEMES["one"])
+    captures = Captures()
+    with replaying(Replays(captures, enough)) as replays:
+        for _ in range(2):
+            packed(*given(0), SCHEMES["one"])
+        replay.give_back("memory had run out")
+        assert not replays._places
+        for _ in range(2):
+            [first, _] = METHOD.quantize_stacked(*given(0), SCHEMES["one"])
+        assert first.notes == ["memory had run out"]
+        assert same(packed(*given(0), SCHEMES["one"]), want)
+    assert captures.made == 1
+    replay.give_back("nobody has any")
+
+
 def test_ranges_that_go_by_the_weights_are_not_replayed() -> None:
     captures = Captures()
     with replaying(Replays(captures, enough)):
