@@ -166,7 +166,7 @@ def test_blocks_of_the_diagonal(k: int) -> None:
     assert all(b.stride(1) == 1 and torch.equal(b, w) for b, w in zip(blocks, want, strict=True))
 
 
-@pytest.mark.gpu("nvcc")
+@pytest.mark.gpu("triton")
 def test_graphs_on_a_gpu() -> None:
     """Several reaches of columns; on streams of their own, side by side, and on the default one."""
     inputs = [given(seed, k=1200, rows=(512, 256), device="cuda") for seed in range(6)]
