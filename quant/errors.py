@@ -34,7 +34,7 @@ class SingularHessianError(ValueError):
 
 def require_all_finite(given: Sequence[tuple[str, Tensor]]) -> None:
     """`require_finite` of each; a device is waited for once where all are."""
-    sums = [x.sum(dtype=torch.float64).to(given[0][1].device) for _, x in given]
+    sums = [_total(x).to(given[0][1].device, torch.float64) for _, x in given]
     if not bool(torch.isfinite(torch.stack(sums)).all()):
         for what, x in given:
             require_finite(what, x)
@@ -42,7 +42,7 @@ def require_all_finite(given: Sequence[tuple[str, Tensor]]) -> None:
 
 def require_finite(what: str, x: Tensor) -> None:
     """Raises NonFiniteError when `x` holds NaN or infinity."""
-    if bool(torch.isfinite(x.sum(dtype=torch.float64))):
+    if bool(torch.isfinite(_total(x))):
         return
     bad = ~torch.isfinite(x)
     count = int(bad.sum())
@@ -52,3 +52,9 @@ def require_finite(what: str, x: Tensor) -> None:
             f"{what} of shape {tuple(x.shape)} has {count} NaN or infinite values, the first at {position}; "
             "check the checkpoint, or the data type it was run in"
         )
+
+
+def _total(x: Tensor) -> Tensor:
+    """Finite only where all of x is. In float32, where that holds what x may: for a sum in float64 a GPU writes x out in it. Where a sum of
+    finite numbers is too large, they are looked at one by one."""
+    return x.sum(dtype=torch.float32 if x.dtype in (torch.float32, torch.bfloat16, torch.float16) else torch.float64)

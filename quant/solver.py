@@ -10,15 +10,17 @@ contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from quant import replay
 from quant.affine import Affine
 from quant.errors import SingularHessianError
 from quant.kernels import kernel
@@ -189,34 +191,80 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned.
+    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned. Codes are read before the next
+    call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
     looks_ahead: `ranges` may read weights beyond the block; elsewhere those beyond its `Reach` lack some errors."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
-    k = w.shape[0]
     later = kernel("lazy_update", device=w.device, later=w)
-    codes, values, loss = torch.empty_like(w), torch.empty_like(w[:block_size] if spends else w), torch.zeros_like(w[0])
+    (k, n), notes, replays = w.shape, [*block_kernel.notes, *later.notes], replay.current()
     reach = Reach(block_size if looks_ahead else later.run.reach(block_size, w.device), k)
-    errors = torch.empty_like(w[: reach.size])
-    adds_loss = getattr(block_kernel.run, "ADDS_LOSS", False)
-    for start in range(0, k, block_size):
-        end = min(start + block_size, k)
-        affine, group = ranges(start, end, w)
-        own = errors[reach.held(slice(start, end))]
-        out = SolvedBlock(codes[start:end], values[: end - start] if spends else values[start:end], own, loss if adds_loss else None)
-        block_kernel.run.solve_block(w[start:end], upper[start:end, start:end], affine, group, out, fits)
-        if not adds_loss:
-            loss += out.errors.square().sum(0)
-        if (off := reach.after(start, end)) is not None:
-            done, rest = off
-            later.run.lazy_update(w[rest], upper[done, rest].T, errors[reach.held(done)], stack)
-    return Solved(codes, values, loss, [*block_kernel.notes, *later.notes])
+    loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits)
+    made = {"codes": (k, n), "values": (min(k, block_size) if spends else k, n), "errors": (min(k, reach.size), n), "loss": (n,)}
+    if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
+        outs = {name: w.new_empty(shape) for name, shape in made.items()}
+        loop.run(w, upper, ranges, **outs)
+        return Solved(outs["codes"], outs["values"], outs["loss"], notes)
+    affine, group = ranges(0, k, w)
+    given = {"w": w, "upper": upper, "scale": affine.scale, "zero": affine.zero, **({} if affine.tops is None else {"tops": affine.tops})}
+
+    def solve(m: Mapping[str, Tensor]) -> None:
+        own = Affine(m["scale"], m["zero"], affine.bits, affine.kind, m.get("tops"))
+        loop.run(m["w"], m["upper"], lambda start, end, _: (own, group[start:end]), **{name: m[name] for name in made})
+
+    key = (block_kernel.backend, later.backend, block_size, reach.size, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
+    found, note = replays.run(key, given, made, solve)
+    return Solved(found["codes"], found["values"], found["loss"].clone(), notes if note is None else [*notes, note])
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """Over the blocks of columns."""
+
+    block_kernel: Any
+    later: Any
+    block_size: int
+    reach: Reach
+    stack: Sequence[int] | None
+    fits: Fits | None
+
+    def run(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
+        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` or, those of the last block, `[B, N]`, errors `[reach, N]` and loss
+        `[N]` are filled."""
+        k, reach = len(w), self.reach
+        adds_loss = getattr(self.block_kernel, "ADDS_LOSS", False)
+        blocks = diagonal_blocks(upper, self.block_size) if upper.is_cuda and upper.stride(1) != 1 else None
+        loss.zero_()
+        for start in range(0, k, self.block_size):
+            end = min(start + self.block_size, k)
+            affine, group = ranges(start, end, w)
+            own = errors[reach.held(slice(start, end))]
+            whole = len(values) == k
+            out = SolvedBlock(codes[start:end], values[start:end] if whole else values[: end - start], own, loss if adds_loss else None)
+            u = upper[start:end, start:end] if blocks is None else blocks[start // self.block_size]
+            self.block_kernel.solve_block(w[start:end], u, affine, group, out, self.fits)
+            if not adds_loss:
+                loss.add_(out.errors.square().sum(0))
+            if (off := reach.after(start, end)) is not None:
+                done, rest = off
+                self.later.lazy_update(w[rest], upper[done, rest].T, errors[reach.held(done)], self.stack)
+
+
+def diagonal_blocks(upper: Tensor, size: int) -> list[Tensor]:
+    """Of `[K, K]`, `[size, size]` each and the last one what is left, with contiguous rows, which kernels take: whole ones by one copy."""
+    (k, _), (down, across) = upper.shape, upper.stride()
+    whole = k // size
+    at = upper.storage_offset()
+    packed = upper.as_strided((whole, size, size), (size * (down + across), down, across), at).contiguous()
+    left = upper[whole * size :, whole * size :]
+    return [*packed, *([left.contiguous()] if left.numel() else [])]
 
 
 def by_columns(weights: Sequence[Tensor]) -> Tensor:
-    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another."""
+    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another; where loops are replayed, to be solved before others are made."""
     rows = [len(w) for w in weights]
-    columns = weights[0].new_empty(weights[0].shape[1], sum(rows), dtype=torch.float32)
+    k, n, replays = weights[0].shape[1], sum(rows), replay.current()
+    columns = weights[0].new_empty(k, n, dtype=torch.float32) if replays is None else replays.lent(weights[0], k, n)
     run = kernel("turned", device=columns.device).run
     for w, part in zip(weights, torch.split(columns, rows, dim=1), strict=True):
         run.turned(w.contiguous(), part)

@@ -15,12 +15,14 @@ Payload: `recipe.json`, `tensors_0000.safetensors` ... (one per block), `layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quant.replay import replaying
 from quant.statistics import Statistics
 from workers import families
 from workers.calibrate import calibration_tokens
@@ -113,11 +115,12 @@ def quantize_blocks(
         tuning = _tuning(spec, made, source, context, model)
         width = 1 if tuning is None else tuning.tuner.blocks
         run = _Run(spec, made, model, source, context, writer, layers, rotator, tuning)
-        for first in range(0, model.structure.count, width):
-            indices = range(first, min(first + width, model.structure.count))
-            run.blocks(indices)
-            for b in indices:
-                done(b)
+        with replaying() if context.device.type == "cuda" else nullcontext():
+            for first in range(0, model.structure.count, width):
+                indices = range(first, min(first + width, model.structure.count))
+                run.blocks(indices)
+                for b in indices:
+                    done(b)
         with context.phase("write"):
             writer.close()
     finally:

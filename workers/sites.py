@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from quant import replay
 from quant.solver import shared_factors
 from workers.context import Context
 from workers.feeding import FedStatistics, OriginalStatistics
@@ -70,6 +71,7 @@ def _made_side_by_side(worker: BlockQuantizer, origin: str | None, context: Cont
     failed = {name: f for name, f in found.items() if isinstance(f, Exception)}
     if any(isinstance(e, torch.OutOfMemoryError) for e in failed.values()):
         context.notes.append(f"block {worker.index}: not all inputs' linears fit the device's memory side by side: some had it alone")
+        replay.give_back("the solver's blocks were queued one by one: memory had run out before")
         torch.cuda.empty_cache()
     # Told where the stage succeeds all the same: rounded alone, linears that cannot be rounded end it.
     for name, e in failed.items():

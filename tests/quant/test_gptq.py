@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.errors import NonFiniteError, SingularHessianError
+from quant.errors import NonFiniteError, SingularHessianError, require_all_finite, require_finite
 from quant.methods.gptq import Gptq
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
@@ -277,6 +277,12 @@ def test_values_that_are_not_finite_are_located() -> None:
         Gptq().quantize(w, Statistics(hessian=torch.eye(4)), CHANNEL3)
     with pytest.raises(NonFiniteError, match="Hessian"):
         Gptq().quantize(torch.ones(3, 4), Statistics(hessian=torch.full((4, 4), float("inf"))), CHANNEL3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_values_whose_sum_is_not_are_taken(dtype: torch.dtype) -> None:
+    require_finite("weight", torch.full((3, 4), 3e38, dtype=dtype))
+    require_all_finite([("weight", torch.full((3, 4), 3e38, dtype=dtype)), ("Hessian", torch.eye(4))])
 
 
 def test_damping_ladder_ends_at_one() -> None:

@@ -9,7 +9,7 @@ It refuses float64 blocks and wider ones. A call copies nothing from the host an
 from __future__ import annotations
 
 from array import array
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -63,16 +63,21 @@ def arguments(
         raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
     if out.loss is not None and not (out.loss.is_contiguous() and out.loss.dtype == w.dtype and out.loss.shape == w.shape[1:]):
         raise ValueError(f"out.loss is {tuple(out.loss.shape)}, {out.loss.dtype}; it must be contiguous, one float32 for each row")
-    rows = array("i", group)
-    if len(rows) != w.shape[0] or min(rows) < 0 or max(rows) >= affine.scale.shape[0]:
-        raise ValueError(
-            f"group has {len(rows)} numbers in {min(rows)} .. {max(rows)} for {w.shape[0]} columns and {len(affine.scale)} groups"
-        )
+    rows, least, most, in_panels = _rows(tuple(group))
+    if len(rows) != w.shape[0] or least < 0 or most >= affine.scale.shape[0]:
+        raise ValueError(f"group has {len(rows)} numbers in {least} .. {most} for {w.shape[0]} columns and {len(affine.scale)} groups")
     # A view's rows may lie apart; only their floats must lie together.
     u, scale, zero = (t if t.stride(-1) == 1 and t.dtype == w.dtype else t.to(w).contiguous() for t in (upper, affine.scale, affine.zero))
     tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     kind = KINDS.get(affine.kind, 0)
-    plain = kind == 0 and len(rows) % PANEL == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
-    numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(plain))
+    numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(kind == 0 and in_panels))
     found = (0, 0) if fits is None else (fits.words, fits.odd)
     return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops, *found], rows
+
+
+@lru_cache(maxsize=1024)  # blocks of a model's layers, which come again
+def _rows(group: tuple[int, ...]) -> tuple[array[int], int, int, bool]:
+    """The groups of a block's columns as C++ reads them, the least and the most of them, and whether every panel has one."""
+    rows = array("i", group)
+    panels = len(rows) % PANEL == 0 and all(len(set(rows[at : at + PANEL])) == 1 for at in range(0, len(rows), PANEL))
+    return rows, min(rows), max(rows), panels

@@ -10,7 +10,8 @@ that are not finite make their row or column not finite.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -50,15 +51,21 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, tile: Tile) -> None:
             num_stages=tile.stages,
         )  # fmt: skip
         return
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from quant.kernels.lazy_update.hopper_halves import update_by_halves as on_hopper
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     described = [
-        TensorDescriptor.from_tensor(parts, [tile.step, wide], layout) for parts, wide in ((lefts, tile.rows), (rights, tile.columns))
+        TensorDescriptor.from_tensor(parts, [tile.step, wide], _layout()) for parts, wide in ((lefts, tile.rows), (rights, tile.columns))
     ]
     on_hopper[(tops, asides)](
         later, *described, left_back, right_back, r, n, later.stride(0), **shape, STAGES=tile.stages, WARPS=tile.warps
     )
+
+
+@cache
+def _layout() -> Any:
+    """Of a descriptor's blocks in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

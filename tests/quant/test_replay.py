@@ -1,0 +1,198 @@
+"""Loops over a site's blocks that are replayed: the bits of those that are queued block by block. On a CPU a loop stands for its graph, on
+the memory that the graph would have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant import replay
+from quant.methods import gptq
+from quant.methods.gptq import Gptq
+from quant.replay import Replays, replaying
+from quant.scheme import Granularity, WeightScheme
+from quant.solver import diagonal_blocks
+from quant.statistics import Statistics
+
+METHOD = Gptq(static_groups=True, block_size=32)
+G16 = WeightScheme(4, granularity=Granularity.GROUP, group_size=16)
+SCHEMES = {"one": [G16] * 2, "bits": [G16, WeightScheme(2)]}
+
+
+def given(seed: int, k: int = 80, rows: tuple[int, ...] = (32, 16), device: str = "cpu") -> tuple[list[Tensor], Statistics]:
+    g = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(2 * k, k, generator=g, device=device)
+    return [torch.randn(n, k, generator=g, device=device).bfloat16() for n in rows], Statistics(hessian=x.T @ x)
+
+
+def packed(weights: list[Tensor], statistics: Statistics, schemes: list[WeightScheme]) -> list[dict[str, Tensor]]:
+    return [dict(r.tensor.pack()) for r in METHOD.quantize_stacked(weights, statistics, schemes)]
+
+
+def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
+    return all(torch.equal(a[name], b[name]) for a, b in zip(one, other, strict=True) for name in b)
+
+
+class Captures:
+    """Stands for a GPU's."""
+
+    def __init__(self) -> None:
+        self.made, self.replayed = 0, 0
+
+    def __call__(self, work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+        self.made += 1
+
+        def again() -> None:
+            self.replayed += 1
+            work()
+
+        return again
+
+
+def enough(device: torch.device, needed: int) -> None:
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _weights_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_on_gpu", lambda t: True)
+
+
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+def test_bits_are_those_of_blocks_one_by_one(schemes: list[WeightScheme]) -> None:
+    """The first time queued, the second captured; inputs that differ do not meet."""
+    inputs = [given(seed) for seed in range(4)]
+    want = [packed(*i, schemes) for i in inputs]
+    captures = Captures()
+    with replaying(Replays(captures, enough)):
+        got = [packed(*i, schemes) for i in inputs]
+    assert all(same(*pair) for pair in zip(got, want, strict=True))
+    assert (captures.made, captures.replayed) == (1, 3)
+
+
+def test_shapes_in_turn_share_memory() -> None:
+    """Sites of a block: the memory is that of the largest one seen, and grows where a larger one comes, whose graphs are made anew."""
+    small, large = given(0), given(1, k=160)
+    want = [packed(*small, SCHEMES["one"]), packed(*large, SCHEMES["one"])]
+    captures, replays = Captures(), Replays(Captures(), enough)
+    replays._capture = captures
+    with replaying(replays):
+        for _ in range(4):
+            assert same(packed(*small, SCHEMES["one"]), want[0])
+        assert (captures.made, captures.replayed) == (1, 3)
+        [place] = replays._places.values()
+        before = place.memory.numel()
+        for _ in range(3):
+            assert same(packed(*large, SCHEMES["one"]), want[1])
+            assert same(packed(*small, SCHEMES["one"]), want[0])
+        assert place.memory.numel() == place.most > before
+        assert captures.made == 3
+    assert not replays._places, "given back"
+
+
+def test_settings_are_graphs_of_their_own() -> None:
+    captures = Captures()
+    with replaying(Replays(captures, enough)):
+        for scheme in (G16, WeightScheme(3, granularity=Granularity.GROUP, group_size=16)):
+            want = packed(*given(0), [scheme] * 2)
+            assert same(packed(*given(0), [scheme] * 2), want)
+    assert captures.made == 2
+
+
+def test_threads_have_memory_of_their_own() -> None:
+    inputs = [given(seed) for seed in range(8)]
+    want = [packed(*i, SCHEMES["one"]) for i in inputs]
+    replays = Replays(Captures(), enough)
+    with replaying(replays), ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(copy_context().run, partial(packed, *i, SCHEMES["one"])) for i in inputs]
+        assert all(same(f.result(), w) for f, w in zip(waiting, want, strict=True))
+
+
+def test_what_is_not_captured_is_told() -> None:
+    def fails(work: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
+        raise RuntimeError("no graph\nmore")
+
+    want = packed(*given(0), SCHEMES["one"])
+    for replays, said in (
+        (Replays(fails, enough), "the solver's blocks were queued one by one: capturing them raised 'no graph'"),
+        (Replays(Captures(), lambda device, needed: f"short of {needed}"), "short of"),
+    ):
+        with replaying(replays):
+            notes = [METHOD.quantize_stacked(*given(0), SCHEMES["one"])[0].notes for _ in range(3)]
+            assert same(packed(*given(0), SCHEMES["one"]), want)
+        assert not any(said in n for n in notes[0])
+        for later in notes[1:]:
+            assert [n for n in later if said in n]
+
+
+def test_memory_that_is_given_back() -> None:
+    """Where a device has run out of it: no more graphs for as long as the context lasts, and those who would have one say why."""
+    want = packed(*given(0), SCHEMES["one"])
+    captures = Captures()
+    with replaying(Replays(captures, enough)) as replays:
+        for _ in range(2):
+            packed(*given(0), SCHEMES["one"])
+        replay.give_back("memory had run out")
+        assert not replays._places
+        for _ in range(2):
+            [first, _] = METHOD.quantize_stacked(*given(0), SCHEMES["one"])
+        assert first.notes == ["memory had run out"]
+        assert same(packed(*given(0), SCHEMES["one"]), want)
+    assert captures.made == 1
+    replay.give_back("nobody has any")
+
+
+def test_ranges_that_go_by_the_weights_are_not_replayed() -> None:
+    captures = Captures()
+    with replaying(Replays(captures, enough)):
+        for _ in range(3):
+            Gptq(block_size=32).quantize_stacked(*given(0), SCHEMES["one"])
+            Gptq(static_groups=True, act_order=True, block_size=32).quantize_stacked(*given(0), SCHEMES["one"])
+    assert captures.made == 0
+
+
+@pytest.mark.parametrize("k", [64, 80, 16])
+def test_blocks_of_the_diagonal(k: int) -> None:
+    by_columns = torch.randn(k, k).T
+    blocks = diagonal_blocks(by_columns, 32)
+    want = [by_columns[at : at + 32, at : at + 32] for at in range(0, k, 32)]
+    assert all(b.stride(1) == 1 and torch.equal(b, w) for b, w in zip(blocks, want, strict=True))
+
+
+@pytest.mark.gpu("triton")
+def test_graphs_on_a_gpu() -> None:
+    """Several reaches of columns; on streams of their own, side by side, and on the default one."""
+    inputs = [given(seed, k=1200, rows=(512, 256), device="cuda") for seed in range(6)]
+    method = Gptq(static_groups=True)
+    scheme = WeightScheme(4, granularity=Granularity.GROUP, group_size=16)
+
+    def run(seed: int) -> list[dict[str, Tensor]]:
+        return [dict(r.tensor.pack()) for r in method.quantize_stacked(*inputs[seed], [scheme] * 2)]
+
+    def on_a_stream(seed: int) -> list[dict[str, Tensor]]:
+        with torch.cuda.stream(own[seed % 2]):
+            found = [run(seed) for _ in range(3)][-1]
+            torch.cuda.current_stream().synchronize()
+            return found
+
+    want = [run(seed) for seed in range(6)]
+    own = [torch.cuda.Stream() for _ in range(2)]  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    replays = Replays()
+    with replaying(replays):
+        got = [run(seed) for seed in range(6)]
+        assert all(same(*pair) for pair in zip(got, want, strict=True))
+        [place] = replays._places.values()
+        assert all(place.graphs.values()), replays._refused
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(copy_context().run, partial(on_a_stream, seed)) for seed in range(6)]
+            assert all(same(f.result(), w) for f, w in zip(waiting, want, strict=True))
+        assert replays._refused is None
+    assert replay.current() is None
