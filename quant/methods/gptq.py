@@ -217,7 +217,7 @@ class Gptq:
         def solve(in_launch: bool) -> tuple[list[_Ranges], Solved, bool]:
             own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
             rows = _StackedRanges(own)
-            ahead = any(r.known is None and not r.in_launch for r in own)
+            ahead = any(r.looks_ahead for r in own)
             factor = upper[:coded, :coded]
             made = solve_affine(columns[:coded], factor, self.block_size, rows.block, "auto", stack, rows.fits, spends, ahead)
             return own, made, rows.odd()
@@ -300,6 +300,8 @@ class _Ranges:
             self.known = self._fit(groups)
         # Kept columns leave groups of any width, wide groups reach beyond a block, and a search is torch's.
         within = method.block_size % self.width == 0 and not kept
+        self.looks_ahead = dynamic and not within
+        """Whether weights beyond the block at work are read."""
         self.in_launch = in_launch and dynamic and within and not self.mse and self.dtype is torch.float32
         if dynamic and not self.in_launch:
             ran("gptq_block_ranges", "torch")
