@@ -207,9 +207,8 @@ bool single(Call call, int most) {
 template <int BITS>
 bool single(const Call& call, int most) {
     if (!is_single(call)) return false;
-    constexpr int WIDE = BITS == 4 ? 1 : 2;
-    if (call.tiles > 2) return call.half_ranges ? single<BITS, WIDE, true>(call, most) : single<BITS, WIDE, false>(call, most);
-    return call.half_ranges ? single<BITS, 1, true>(call, most) : single<BITS, 1, false>(call, most);
+    constexpr int R = wide_alone(BITS);
+    return call.half_ranges ? single<BITS, R, true>(call, most) : single<BITS, R, false>(call, most);
 }
 
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
@@ -246,7 +245,7 @@ bool by_teams(const Call& call, int most) {
 template <int BITS>
 void product(const Call& call, int most) {
     if (call.count > MOST && by_teams<BITS>(call, most)) return;
-    if constexpr (BITS != 8)
+    if constexpr (BITS == 2 || BITS == 4)
         if (single<BITS>(call, most)) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }

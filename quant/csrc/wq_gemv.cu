@@ -3,8 +3,8 @@
 //
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
-// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is multiplied by
-// blocks of which four are on a multiprocessor: wq_single.h.
+// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is for some sizes
+// multiplied by blocks of which three or four are on a multiprocessor: wq_single.h.
 
 #include <cuda_runtime.h>
 
@@ -169,13 +169,11 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
     finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
-// Blocks of one row that a multiprocessor holds: of one product and of the next.
-constexpr int OF_FOUR = 4;
 // The share of the GPU's cache that a product's codes may take before it begins.
 constexpr int CACHED = 4;
 
 template <int BITS, int R, bool HALF>
-__global__ void __launch_bounds__(WARPS * LANES, OF_FOUR) single(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), tile = blockIdx.x * R;
     Lane p;
@@ -251,27 +249,22 @@ cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps
     return cudaLaunchKernelEx(&config, KERNEL, call);
 }
 
-// One row of x. `done`: false where it is not to be multiplied so.
-template <int BITS, int R, bool HALF>
+// One row of x. `done`: false where it is not to be multiplied so, but by blocks of more rows, which are measured to be faster: but for
+// 4 bits with as many tiles as two blocks of a multiprocessor have and all of a warp's steps in its ring, and 2 bits with twice as many of
+// both.
+template <int BITS, bool HALF>
 cudaError_t single_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    constexpr int R = wide_alone(BITS), OF = blocks_alone(BITS), DEPTH = deep_alone(BITS), TURNS = BITS == 2 ? 2 : 1;
     call.apart = Arranged<BITS, R, HALF>::bytes(call);
-    const int bytes = WARPS * call.apart, most = device.shared_each / OF_FOUR - 1024, least = device.shared_each / (OF_FOUR + 1);
-    if (!(done = bytes <= most)) return cudaSuccess;
+    const int bytes = WARPS * call.apart, most = device.shared_each / OF - 1024, least = device.shared_each / (OF + 1);
+    done = bytes <= most && call.tiles <= 2 * R * device.multiprocessors && call.steps <= TURNS * DEPTH * WARPS;
+    if (BITS == 2) done = done && call.tiles > 2 * device.multiprocessors;
+    if (!done) return cudaSuccess;
     // While the kernel before still runs, memory would be idle once the rings are full.
     call.beyond = early ? device.cache / CACHED / (WARPS * code_bytes(BITS) * call.tiles) : 0;
-    // And no fifth block, for which there may be registers.
+    // And no block more, for which there may be registers.
     const dim3 blocks((call.tiles + R - 1) / R);
     return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);
-}
-
-// Of so many tiles that blocks of one take more than half of a multiprocessor, a block has two, but for 4 bits: its ring would be short.
-template <int BITS, bool HALF>
-cudaError_t single_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    constexpr int WIDE = BITS == 4 ? 1 : 2;
-    const int half = OF_FOUR / 2 * device.multiprocessors;
-    if (call.tiles > 2 * half) return cudaSuccess;
-    if (call.tiles > half) return single_launched<BITS, WIDE, HALF>(call, device, early, stream, done);
-    return single_launched<BITS, 1, HALF>(call, device, early, stream, done);
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
@@ -307,7 +300,7 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
-    if constexpr (PARTS == 1 && BITS != 8)
+    if constexpr (PARTS == 1 && (BITS == 2 || BITS == 4))
         if (is_single(call)) {
             bool done = false;
             const cudaError_t said = call.half_ranges ? single_launched<BITS, true>(call, device, early, stream, done)
