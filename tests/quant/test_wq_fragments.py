@@ -215,8 +215,9 @@ def test_a_row_alone_is_the_same(product: Product, bits: int) -> None:
             checked(alone, x, tensor)
             assert torch.equal(alone, beside)
             if product is on_host:
-                # Without the room for such a block: by blocks of more rows.
-                assert torch.equal(on_host(x[1:2].contiguous(), packed, 1), alone[1:2])
+                # Without the room for two teams: by other blocks of one row; and by blocks of more.
+                for room in (76 << 10, 1):
+                    assert torch.equal(on_host(x[1:2].contiguous(), packed, room), alone[1:2])
 
 
 @pytest.mark.parametrize("product", PLACES)
