@@ -291,7 +291,7 @@ def test_what_the_compiler_makes_of_it(capability: tuple[int, int], tmp_path: Pa
     disassembler = pytest.importorskip("triton.knobs").nvidia.cuobjdump.path
     text = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     for function in text.split("Function : ")[1:]:
-        if re.search("product|single", function.splitlines()[0]):
+        if re.search("product|single|balanced", function.splitlines()[0]):
             assert re.search(r"LDGSTS\.E\.BYPASS(?:\.LTC128B)?\.128", function)
             assert "HMMA.16816.F32.BF16" in function
             assert not re.search(r"\b(?:LDL|STL)\b", function)
