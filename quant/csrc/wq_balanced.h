@@ -63,7 +63,7 @@ struct Balanced : Divided<BITS, HALF, LONG> {
 
     const Call& call;
     uint8_t* memory;
-    int ring, now, number, warp, blocks;  // ring, now: where its stages begin, and the one to use next; number: in the block; warp: in its team
+    int ring, now, number, warp, blocks;  // ring, now: its stages, and the one to use next; number: in the block; warp: in its team
     int first, tiles, own;                // of the team: its first tile, and how many; of the warp: steps of a tile
     int ahead, at, jump, left;            // the step to fetch next; as it is counted; from a tile to the next; steps to fetch, of all tiles
     typename P::template Of<S> state;
@@ -221,7 +221,8 @@ struct Balanced : Divided<BITS, HALF, LONG> {
             p.lanes([&](int lane) {
                 const int team = lane / ROWS, tile = block + (i * TEAMS + team) * blocks, n = tile * ROWS + lane % ROWS;
                 if (n >= call.rows) return;
-                const float* from = reinterpret_cast<const float*>(memory + A::sums_at(call)) + (i * TEAMS + team) * WARPS * ROWS + lane % ROWS;
+                const float* from = reinterpret_cast<const float*>(memory + A::sums_at(call));
+                from += (i * TEAMS + team) * WARPS * ROWS + lane % ROWS;
                 float total = 0.f;
                 UNROLLED for (int w = 0; w < WARPS; w++) total += from[w * ROWS];
                 *reinterpret_cast<uint16_t*>(call.out + 2 * int64_t(n)) = uint16_t(P::pack2(total, 0.f));
