@@ -3,155 +3,21 @@
 //
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
-// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is multiplied by
-// blocks of which four are on a multiprocessor: wq_single.h.
+// multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is for some sizes
+// multiplied by blocks of which three or four are on a multiprocessor (wq_single.h), or by one on each (wq_balanced.h).
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 
-#include "early.h"
+#include "wq_balanced.h"
+#include "wq_lane.h"
 #include "wq_single.h"
 #include "wq_weight.h"
 
 namespace {
 
 using namespace fragments;
-
-struct Lane {
-    template <class T>
-    using Of = T;
-
-    template <class T>
-    static __device__ __forceinline__ T& at(T& v, int) {
-        return v;
-    }
-    template <class F>
-    __device__ __forceinline__ void lanes(const F& f) {
-        f(int(threadIdx.x % LANES));
-    }
-
-    static __device__ __forceinline__ uint32_t shared(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
-    __device__ __forceinline__ void fetch16(uint8_t* to, const uint8_t* from, bool there) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %2, 0; @p cp.async.cg.shared.global [%0], [%1], 16;}" ::"r"(shared(to)), "l"(from),
-                     "r"(int(there))
-                     : "memory");
-    }
-    __device__ __forceinline__ void fetch8(uint8_t* to, const uint8_t* from) {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared(to)), "l"(from) : "memory");
-    }
-    // Zeros where `inside` is false.
-    __device__ __forceinline__ void fetch16_or_zeros(uint8_t* to, const uint8_t* from, bool there, bool inside) {
-        asm volatile("{.reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0], [%1], 16, %2;}" ::"r"(shared(to)), "l"(from),
-                     "r"(inside ? 16 : 0), "r"(int(there))
-                     : "memory");
-    }
-    // 32 bytes into the cache that all multiprocessors share.
-    static __device__ __forceinline__ void prefetch(const uint8_t* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory"); }
-    __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-    // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
-    template <int LEFT>
-    __device__ __forceinline__ void arrived() {
-        asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-        __syncwarp();
-    }
-    // Warps of team `number` wait for each other; what they have copied and stored is there for both.
-    template <int C>
-    __device__ __forceinline__ void team(int number) {
-        if constexpr (C != 1) asm volatile("bar.sync %0, %1;" ::"r"(number + 1), "n"(C * LANES) : "memory");
-    }
-    // What the warp's lanes have stored is there for each other.
-    __device__ __forceinline__ void together() { __syncwarp(); }
-
-    static __device__ __forceinline__ void load16(uint32_t* to, const uint8_t* from) {
-        const uint4 v = *reinterpret_cast<const uint4*>(from);
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
-    static __device__ __forceinline__ void load8(uint32_t* to, const uint8_t* from) {
-        const uint2 v = *reinterpret_cast<const uint2*>(from);
-        to[0] = v.x, to[1] = v.y;
-    }
-    // Past the first cache: what a kernel before has just written may be read.
-    static __device__ __forceinline__ void read16(uint32_t* to, const uint8_t* from) {
-        const uint4 v = __ldcg(reinterpret_cast<const uint4*>(from));
-        to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
-    }
-    static __device__ __forceinline__ void read8(uint32_t* to, const uint8_t* from) {
-        const uint2 v = __ldcg(reinterpret_cast<const uint2*>(from));
-        to[0] = v.x, to[1] = v.y;
-    }
-    static __device__ __forceinline__ void store8(uint8_t* to, const uint32_t* v) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(v[0], v[1]);
-    }
-    static __device__ __forceinline__ void store16(uint8_t* to, const uint32_t* v) {
-        *reinterpret_cast<uint4*>(to) = make_uint4(v[0], v[1], v[2], v[3]);
-    }
-
-    // The same in registers of their own: the compiler would reckon them anew at each use. That threadIdx.y and z are 0 it does not know.
-    static __device__ __forceinline__ uint32_t kept(uint32_t v, int number) { return v ^ (number == 0 ? threadIdx.y : threadIdx.z); }
-    static __device__ __forceinline__ const uint8_t* kept(const uint8_t* v) {
-        asm volatile("" : "+l"(v));
-        return v;
-    }
-
-    // `number` times `apart` bytes after `from`, in one instruction.
-    static __device__ __forceinline__ const uint8_t* along(const uint8_t* from, int number, int apart) {
-        const uint8_t* at;
-        asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(number), "r"(apart), "l"(from));
-        return at;
-    }
-
-    static __device__ __forceinline__ float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-    static __device__ __forceinline__ float half(uint32_t bits) {
-        float v;
-        asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(v) : "r"(bits));
-        return v;
-    }
-    static __device__ __forceinline__ uint32_t pack2(float low, float high) {
-        uint32_t made;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(made) : "f"(high), "f"(low));
-        return made;
-    }
-    static __device__ __forceinline__ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
-        uint32_t made;
-        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(c));
-        return made;
-    }
-    // (word & mask) | base in one instruction, which the compiler makes two of.
-    static __device__ __forceinline__ uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) {
-        uint32_t made;
-        asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(made) : "r"(word), "r"(mask), "r"(base));
-        return made;
-    }
-
-    template <class S, class F>
-    static __device__ __forceinline__ void multiply(S& s, const F& of) {
-        const Operands o = of(s);
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(o.d[0]), "+f"(o.d[1]), "+f"(o.d[2]), "+f"(o.d[3])
-            : "r"(o.a[0]), "r"(o.a[1]), "r"(o.a[2]), "r"(o.a[3]), "r"(o.b[0]), "r"(o.b[1]));
-    }
-
-    template <int KIND>
-    static __device__ __forceinline__ void pack8(uint32_t* made, const float* v) {
-        UNROLLED for (int i = 0; i < 4; i++) {
-            if constexpr (KIND == 1) made[i] = pack2(v[2 * i], v[2 * i + 1]);
-            if constexpr (KIND == 2) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(made[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
-        }
-    }
-    static __device__ __forceinline__ void store_floats(uint8_t* out, const float* v) {
-        float4* to = reinterpret_cast<float4*>(out);
-        to[0] = make_float4(v[0], v[1], v[2], v[3]), to[1] = make_float4(v[4], v[5], v[6], v[7]);
-    }
-    template <class S>
-    static __device__ __forceinline__ void exchange(S& s) {
-        const bool odd = threadIdx.x & 4;
-        UNROLLED for (int i = 0; i < 2; i++) UNROLLED for (int j = 0; j < 4; j++) {
-            const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? s.made[0][i][j] : s.made[1][i][j], 4);
-            s.made[0][i][j] = odd ? got : s.made[0][i][j], s.made[1][i][j] = odd ? s.made[1][i][j] : got;
-        }
-    }
-};
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
 __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid_constant__ Call call) {
@@ -169,13 +35,11 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
     finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
-// Blocks of one row that a multiprocessor holds: of one product and of the next.
-constexpr int OF_FOUR = 4;
 // The share of the GPU's cache that a product's codes may take before it begins.
 constexpr int CACHED = 4;
 
 template <int BITS, int R, bool HALF>
-__global__ void __launch_bounds__(WARPS * LANES, OF_FOUR) single(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), tile = blockIdx.x * R;
     Lane p;
@@ -188,6 +52,25 @@ __global__ void __launch_bounds__(WARPS * LANES, OF_FOUR) single(const __grid_co
     work.close(p);
     __syncthreads();
     if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
+}
+
+// Bytes of codes that all warps together have brought to the GPU's own cache before they begin.
+constexpr int NEAR = 0;
+
+template <int BITS, bool HALF, bool LONG>
+__global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    Lane p;
+    Balanced<Lane, BITS, HALF, LONG> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
+    work.open(p);
+    if (RELEASED == 0) release_next();
+    await_previous();
+    if (RELEASED == 1) release_next();
+    work.begin(p);
+    __syncthreads();
+    work.over(p);
+    __syncthreads();
+    work.finish(p, blockIdx.x);
 }
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
@@ -251,27 +134,51 @@ cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps
     return cudaLaunchKernelEx(&config, KERNEL, call);
 }
 
-// One row of x. `done`: false where it is not to be multiplied so.
-template <int BITS, int R, bool HALF>
+// Whether one block on each multiprocessor is measured to be the fastest: not yet, as none has been timed.
+template <int BITS>
+bool is_balanced(const Call&) {
+    return false;
+}
+
+// One row of x. `done`: false where it is not to be multiplied so, but by blocks of more rows, which are measured to be faster: but for
+// 4 bits with as many tiles as two blocks of a multiprocessor have and all of a warp's steps in its ring, and 2 bits with twice as many of
+// both.
+template <int BITS, bool HALF>
 cudaError_t single_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    constexpr int R = wide_alone(BITS), OF = blocks_alone(BITS), DEPTH = deep_alone(BITS), TURNS = BITS == 2 ? 2 : 1;
     call.apart = Arranged<BITS, R, HALF>::bytes(call);
-    const int bytes = WARPS * call.apart, most = device.shared_each / OF_FOUR - 1024, least = device.shared_each / (OF_FOUR + 1);
-    if (!(done = bytes <= most)) return cudaSuccess;
+    const int bytes = WARPS * call.apart, most = device.shared_each / OF - 1024, least = device.shared_each / (OF + 1);
+    done = bytes <= most && call.tiles <= 2 * R * device.multiprocessors && call.steps <= TURNS * DEPTH * WARPS;
+    if (BITS == 2) done = done && call.tiles > 2 * device.multiprocessors;
+    if (!done) return cudaSuccess;
     // While the kernel before still runs, memory would be idle once the rings are full.
     call.beyond = early ? device.cache / CACHED / (WARPS * code_bytes(BITS) * call.tiles) : 0;
-    // And no fifth block, for which there may be registers.
+    // And no block more, for which there may be registers.
     const dim3 blocks((call.tiles + R - 1) / R);
     return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);
 }
 
-// Of so many tiles that blocks of one take more than half of a multiprocessor, a block has two, but for 4 bits: its ring would be short.
+// One row by blocks that leave half of a multiprocessor to the next product's. `done`: false where there is no room for it.
+template <int BITS, bool HALF, bool LONG>
+cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    using D = Divided<BITS, HALF, LONG>;
+    const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
+    const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
+    if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
+    call.beyond = early ? NEAR / (TEAMS * WARPS * D::CODES * blocks) : 0;
+    // And no third block, for which there may be room.
+    return start<balanced<BITS, HALF, LONG>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
+}
+
 template <int BITS, bool HALF>
-cudaError_t single_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    constexpr int WIDE = BITS == 4 ? 1 : 2;
-    const int half = OF_FOUR / 2 * device.multiprocessors;
-    if (call.tiles > 2 * half) return cudaSuccess;
-    if (call.tiles > half) return single_launched<BITS, WIDE, HALF>(call, device, early, stream, done);
-    return single_launched<BITS, 1, HALF>(call, device, early, stream, done);
+cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    if (is_balanced<BITS>(call)) {
+        cudaError_t said = balanced_launched<BITS, HALF, false>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<BITS, HALF, true>(call, device, early, stream, done);
+        if (done) return said;
+    }
+    if constexpr (BITS != 3) return single_launched<BITS, HALF>(call, device, early, stream, done);
+    return cudaSuccess;
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
@@ -310,8 +217,8 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     if constexpr (PARTS == 1 && BITS != 8)
         if (is_single(call)) {
             bool done = false;
-            const cudaError_t said = call.half_ranges ? single_launched<BITS, true>(call, device, early, stream, done)
-                                                      : single_launched<BITS, false>(call, device, early, stream, done);
+            const cudaError_t said = call.half_ranges ? alone_launched<BITS, true>(call, device, early, stream, done)
+                                                      : alone_launched<BITS, false>(call, device, early, stream, done);
             if (done) return said;
         }
     // Few tiles are read for some rows of x after others, by blocks that are all there at once.

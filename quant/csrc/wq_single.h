@@ -1,9 +1,9 @@
-// One row of x of bfloat16 times a weight of 2, 3 or 4 bits whose groups are whole steps: what a warp does where neither registers nor
+// One row of x of bfloat16 times a weight of 2 or 4 bits whose groups are whole steps: what a warp does where neither registers nor
 // instructions are to be spent on other rows. Layout, operands and the order of sums are those of wq_fragments.h, and so are the bits.
 //
 // A step's sum of x comes out of products with 1 and 128 in place of codes. Those of eight steps are taken at once, a step to each column
 // of the product, before the first step; the loop reads them from a table. That is half of the products, and leaves so many registers that
-// four blocks are on a multiprocessor: two of them may be the next product's, which fetch their first codes while this one is multiplied.
+// three or four blocks are on a multiprocessor: some may be the next product's, which fetch their first codes while this one is multiplied.
 
 #pragma once
 
@@ -11,19 +11,19 @@
 
 namespace fragments {
 
-// Stages of a warp's ring where four blocks share the 228 kB of a multiprocessor.
-BOTH constexpr int deep_of_four(int bits, int r) { return r == 1 ? 9 - bits : bits == 2 ? 4 : 3; }
+// Of a warp: tiles; blocks that share the 228 kB of a multiprocessor; and stages of its ring, as many as these find room for.
+BOTH constexpr int wide_alone(int bits) { return bits == 2 ? 2 : 1; }
+BOTH constexpr int blocks_alone(int bits) { return bits == 2 ? 4 : 3; }
+BOTH constexpr int deep_alone(int bits) { return bits == 2 ? 4 : 6; }
 
 template <int BITS, int R, bool HALF>
 struct Arranged {
     static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), GIVEN_AT = R * (CODES + RANGES);
-    static constexpr int DEPTH = deep_of_four(BITS, R), SLOT = GIVEN_AT + 2 * COLUMNS, TABLE_AT = DEPTH * SLOT;
+    static constexpr int DEPTH = deep_alone(BITS), SLOT = GIVEN_AT + 2 * COLUMNS, TABLE_AT = DEPTH * SLOT;
 
     // Of a warp: after its ring, it has for each of its steps the sum of x and what 128 adds.
     static int bytes(const Call& c) { return TABLE_AT + 8 * MOST * ((c.steps + WARPS * MOST - 1) / (WARPS * MOST)); }
 };
-
-inline bool is_single(const Call& c) { return c.count == 1 && c.parts == 1 && (c.groups == 1 || c.columns / c.groups % COLUMNS == 0); }
 
 template <int BITS, int R>
 struct Alone {
