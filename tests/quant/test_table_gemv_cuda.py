@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
+from quant.kernels.binary_gemv import digits
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.lut_gemv import fragments
@@ -29,7 +30,7 @@ from tests.quant.products_tables import check as held_to
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
 SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
-PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare}
+PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare, "binary_gemv": digits.prepare}
 CLUSTERS = [op for op in SOURCES if op != "row_lut_gemv"]
 """Those of which a row's sums are spread over clusters."""
 GPU = pytest.mark.gpu("nvcc")
@@ -116,7 +117,7 @@ def test_rows_of_x_stand_alone(operation: str) -> None:
 def test_signs_of_many_columns() -> None:
     """A warp's units in more turns than one, whole and not, of shares of which the last is short; an odd number of tiles."""
     tensor, x = signs(17, 7100, 128), inputs(5, 7100)
-    packed = binary_gemv.prepare(tensor)
+    packed = digits.prepare(tensor)
     for ranks in (1, 4, 5):
         whole = on_the_host("binary_gemv", x, packed, ranks=ranks)
         check(whole, x, tensor)
@@ -144,7 +145,7 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
 def test_inputs_of_very_different_sizes_and_none() -> None:
     """Of 28 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
-    packed = binary_gemv.prepare(tensor)
+    packed = digits.prepare(tensor)
     x = inputs(4, 1024)
     x[0, ::7] *= 4000
     x[1], x[2, 500:] = 0, 0
@@ -161,9 +162,9 @@ def test_values_of_very_different_sizes() -> None:
     tensor, x = signs(19, 1024, 128), inputs(2, 1024)
     size = 1000.0 ** torch.arange(-1, 2).repeat(8)[:8]
     tensor = replace(tensor, scale=tensor.scale.float() * size[:, None], mean=None)
-    check(on_the_host("binary_gemv", x, binary_gemv.prepare(tensor)), x, tensor)
+    check(on_the_host("binary_gemv", x, digits.prepare(tensor)), x, tensor)
     tensor.scale[5, 2, 1] = torch.inf
-    got = on_the_host("binary_gemv", x, binary_gemv.prepare(tensor))
+    got = on_the_host("binary_gemv", x, digits.prepare(tensor))
     assert got[:, 5].isnan().all()
     assert not got[:, torch.arange(19) != 5].isnan().any()
 
