@@ -1,9 +1,9 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. 16 rows of 128 columns take 132 instructions of a warp, 69 of them (permutations and masks) such as half of a scheduler's
-// turns can issue, with one or two rows of x and 12 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 12 products.
-// 8192 x 16384 weights on 128 multiprocessors, 32 clusters of 4: 128 times that each scheduler, 17 700 turns, 9 us at 1.98 GHz; the weight
-// has 67 MB with blocks of 128, 15.4 us at 4.35 TB/s.
+// What bounds it. With one or two rows of x in bfloat16, 16 rows of 128 columns take 87 instructions of a warp, 58 of them (permutations,
+// masks, shifts) such as half of a scheduler's turns can issue, and 8 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 8
+// products. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8: 140 times that each scheduler, 16 200 turns, 8.2 us at 1.98 GHz;
+// of the weight are read, with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(threads(G, PLANES_FOR<X>), 1) product(const __
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
-    cluster.barrier_arrive();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
 #endif
     add_units<X, G>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));

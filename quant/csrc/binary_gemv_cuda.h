@@ -18,10 +18,10 @@ namespace {
 
 constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
 constexpr int SLICES = 8;  // at most
-ANYWHERE constexpr int warps(int g, int planes) { return g == 1 && planes == 2 ? 16 : 8; }  // more sums take more registers
-constexpr bool AHEAD = true;  // a warp's first loads are on their way while digits of x are made
+ANYWHERE constexpr int warps(int g, int planes) { return g <= 2 && planes == 2 ? 16 : 8; }  // more sums take more registers
+constexpr int CHUNK = 4;  // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
+constexpr int AHEAD = CHUNK;  // units of a warp that are on their way while digits of x are made
 ANYWHERE constexpr int threads(int g, int planes) { return 32 * warps(g, planes); }
-constexpr int CHUNK = 4;        // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
 constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
 
@@ -101,21 +101,21 @@ BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
     for (int i = thread; i < a.slices * int(a.group) * PAIR * 2 * G; i += threads(G, PLANES)) held.sums[i] = 0.0f;
 }
 
-// The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes: of lane t's two words the
-// even codes, then the odd ones, four bits each.
+// The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes, four bits each: of each
+// word the even codes, then the odd ones.
 BOTH int column_of(int v, int lane) { return 8 * v + lane; }
 BOTH int kind_of(const uint32_t* kinds, int column) {
     const int v = column / 8;
-    return int(kinds[column % 8 * 2 + v % 2] >> v / 2 * 4 & 4u);
+    return int(kinds[v % 2 * 8 + column % 8] >> v / 2 * 4 & 4u);
 }
 
 // N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column.
 template <class X, int N, class Column>
 BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column) {
-    const X* x = static_cast<const X*>(from.x) + row * from.k;
     const int last = int(from.k) - 1;
+    const uint32_t begin = uint32_t(row) * uint32_t(from.k);  // fewer than 2^16 units: see block_of
     X kept[N];
-    UNROLL for (int i = 0; i < N; i++) kept[i] = x[column(i) < last ? column(i) : last];
+    UNROLL for (int i = 0; i < N; i++) kept[i] = static_cast<const X*>(from.x)[begin + uint32_t(column(i) < last ? column(i) : last)];
     UNROLL for (int i = 0; i < N; i++) {
         if constexpr (sizeof(X) == 2) {
             v[i] = from_bits(uint32_t(kept[i]) << 16);
@@ -179,7 +179,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
                         digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d][h] += digit, left = up;
                     }
                 }
-                uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step / 2) * 128 + step % 2 * 2 + lane % 2;
+                uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step % 2) * 128 + step / 2 * 2 + lane % 2;
                 UNROLL for (int d = 0; d < DIGITS; d++) to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
             }
             UNROLL for (int d = 0; d < DIGITS; d++) {
@@ -191,7 +191,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
 }
 
 // What a warp has on its way: of a pair, a chunk.
-struct Ahead {
+struct Reads {
     Read read[CHUNK][HELD];
 };
 
@@ -220,27 +220,26 @@ BOTH void load(Read& to, const Signs& a, const Source& from, int u, uint32_t val
 
 // A warp's first units.
 template <int G, int PLANES>
-BOTH void load_first(const Signs& a, const Place& at, Ahead& ahead, int thread) {
-    if (HELD > 1 || !AHEAD) return;
+BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
+    if (HELD > 1) return;
     const int warp = warp_of(thread), first = warp % a.slices * a.slice, slot = warp / a.slices;
     const int count = int(least(units_of(a, at), first + a.slice)) - first;
     if (slot >= pairs_of(a, at)) return;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     const Source source = source_of(a, at, slot, unit, thread % 32);
-    UNROLL for (int u = 0; u < CHUNK; u++)
-        if (u < count) load<PLANES>(ahead.read[u][0], a, source, u, block_of(a, unit + u) * 32);
+    UNROLL for (int u = 0; u < AHEAD; u++)
+        if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
 }
 
-// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: those of the first pair are on
+// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: AHEAD of the first pair are on
 // their way.
 template <int G, int PLANES, bool FULL>
-BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Ahead& ahead, bool there, int slice, int slot, int chunk, int last,
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk, int last,
                       int thread) {
     const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
     const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
     uint32_t values_at[CHUNK];
     int32_t start[G][HELD][2] = {};  // takes off what digits are stored with
-    float worth[G][HELD];            // of 1 in a chunk's sums
     UNROLL for (int u = 0; u < CHUNK; u++) {
         if (!FULL && u >= count) break;
         values_at[u] = block_of(a, unit + u) * 32;
@@ -249,19 +248,18 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Ahea
                 UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
         }
     }
-    EACH_LANE UNROLL for (int g = 0; g < G; g++) {
-        const int of = slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
-        worth[g][h] = unit_of<X_BITS>(held.largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks + of]);
-    }
+    // Of 1 in a chunk's sums; of more rows of x it is found out again, for want of registers.
+    const uint32_t* largest = held.largest + slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
+    const auto worth_of = [&](int g, int h) { return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]); };
+    float worth[HELD];
+    EACH_LANE worth[h] = worth_of(0, h);
     Source source[HELD] = {};
     const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
-    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(ahead.read[u][h], a, source[h], u, values_at[u]); };
+    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
     if (slot >= pairs) return;
-    if (!there) {
-        seek(slot);
-        UNROLL for (int u = 0; u < CHUNK; u++)
-            if (FULL || u < count) load_unit(u);
-    }
+    seek(slot);
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if ((u >= AHEAD || !there) && (FULL || u < count)) load_unit(u);
     NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
         int32_t c[G][PLANES][HELD][4] = {};
         EACH_LANE UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) {
@@ -272,10 +270,10 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Ahea
         if (more) seek(pair + slots);
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (!FULL && u >= count) break;
-            const auto digits = [&](int g, int h, int half) {
-                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
+            const auto digits = [&](int g, int h, int odd) {
+                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + odd) * 128 + LANE * 4);
             };
-            add_unit<G, PLANES>(c, ahead.read[u], held.kinds + (chunk + u) * 16, digits, thread);
+            add_unit<G, PLANES>(c, held_of.read[u], held.kinds + (chunk + u) * 16, digits, thread);
             if (more) load_unit(u);
         }
         UNROLL for (int g = 0; g < G; g++) {
@@ -293,7 +291,7 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Ahea
             of_neighbour(given);
             EACH_LANE {
                 const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * worth[g][h];
+                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h));
             }
         }
     }
@@ -301,17 +299,17 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Ahea
 
 // A warp's slice of the units for its pairs.
 template <int G, int PLANES>
-BOTH void sweep(const Signs& a, const Place& at, void* shared, Ahead& ahead, int thread) {
+BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
     const int last = int(least(units_of(a, at), first + a.slice));
     NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
-        const bool there = HELD == 1 && AHEAD && chunk == first;
+        const bool there = HELD == 1 && chunk == first;
         if (chunk + CHUNK <= last) {
-            sweep_chunk<G, PLANES, true>(a, at, held, ahead, there, slice, slot, chunk, chunk + CHUNK, thread);
+            sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, chunk, chunk + CHUNK, thread);
         } else {
-            sweep_chunk<G, PLANES, false>(a, at, held, ahead, there, slice, slot, chunk, last, thread);
+            sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, chunk, last, thread);
         }
     }
 }
@@ -347,17 +345,19 @@ BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
 template <class X, int G, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     constexpr int PLANES = PLANES_FOR<X>;
-    Ahead ahead;
+    Reads held_of;
     each([&](int thread) {
-        load_first<G, PLANES>(a, at, ahead, thread);
+        load_first<G, PLANES>(a, at, held_of, thread);
         clear<G, PLANES>(a, at, shared, thread);
-        for (int i = thread; i < units_of(a, at) * 16; i += threads(G, PLANES)) {
-            held_in<G>(a, at, shared).kinds[i] = a.kinds[first_unit(a, at) * 16 + i];
+        for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) {
+            send<4>(held_in<G>(a, at, shared).kinds + 4 * i, a.kinds + first_unit(a, at) * 16 + 4 * i);
         }
+        sent();
         previous();
         take_digits<X, G>(a, at, shared, thread);
+        arrived<0>();
     });
-    each([&](int thread) { sweep<G, PLANES>(a, at, shared, ahead, thread); });
+    each([&](int thread) { sweep<G, PLANES>(a, at, shared, held_of, thread); });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.

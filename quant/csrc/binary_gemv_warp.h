@@ -6,16 +6,16 @@
 
 namespace {
 
-constexpr int STEPS = 4;   // matrices of 16 x 32 in a unit of two tiles
-constexpr int DIGITS = 4;  // of an x
+constexpr int STEPS = 4;    // matrices of 16 x 32 in a unit of two tiles
+constexpr int DIGITS = 4;   // of an x
 constexpr int X_BITS = 27;  // and a sign
 
 // Digits of a value that are multiplied, of the four that are stored: two where x is bfloat16, three where it is float32.
 template <class X>
 constexpr int PLANES_FOR = sizeof(X) == 2 ? 2 : 3;
 
-// What the largest value of a row is stored as; what stands beside each: 0 in all digits but the second, which has a sign only through the
-// first, is 128, so that digits that are left out are as many above as below.
+// What the largest value of a row is stored as, and what is added to each so that digits have no sign, and those that are left out are as
+// many above as below.
 constexpr double MOST = 2147483648.0 - 65536.0;
 constexpr uint32_t OFFSET = 0x80008080u;
 constexpr float ONE_OF_MOST = float(1.0 / MOST);
@@ -154,32 +154,34 @@ struct Read {
     Line<2> third[2];
 };
 
-// A unit of a pair: += the products of its values' digits, the highest first, with those of x.
+// A unit of a pair: += the products of its values' digits, the highest first, with those of x. kinds, digits: for even and odd codes.
 template <int G, int PLANES, class Digits>
 BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], const Read (&read)[HELD], const uint32_t* kinds, const Digits& digits, int thread) {
-    uint32_t selectors[2][2][2][HELD];  // of a row, a word, and even or odd codes
-    EACH_LANE {
-        const auto kind = *reinterpret_cast<const Line<4>*>(kinds + LANE % 4 * 4);
-        UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-            selectors[r][w][0][h] = masked(read[h].words[r].v[w], 0x33333333u, kind.v[2 * w]);
-            selectors[r][w][1][h] = masked(read[h].words[r].v[w] >> 2, 0x33333333u, kind.v[2 * w + 1]);
-        }
-    }
-    UNROLL for (int s = 0; s < STEPS; s++) {
-        uint32_t factor[PLANES][HELD][4];
-        EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-            const uint32_t both = selectors[r][w][s % 2][h], selector = s < 2 ? both : both >> 16;
-            const Read& of = read[h];
-            UNROLL for (int p = 0; p < 2; p++) factor[p][h][r + 2 * w] = picked(of.high[r].v[p], of.high[r].v[2 + p], selector);
-            if constexpr (PLANES == 3) factor[2][h][r + 2 * w] = picked(of.third[r].v[0], of.third[r].v[1], selector);
-        }
-        UNROLL for (int g = 0; g < G; g++) {
-            uint32_t b[HELD][2];
-            EACH_LANE {
-                const Line<4> of = digits(g, h, s / 2);
-                UNROLL for (int i = 0; i < 2; i++) b[h][i] = of.v[s % 2 * 2 + i];
+    UNROLL for (int odd = 0; odd < 2; odd++) {
+        uint32_t selectors[2][2][HELD];  // of a row and a word: for even or odd codes
+        EACH_LANE {
+            const auto kind = *reinterpret_cast<const Line<2>*>(kinds + odd * 8 + LANE % 4 * 2);
+            UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
+                selectors[r][w][h] = masked(read[h].words[r].v[w] >> 2 * odd, 0x33333333u, kind.v[w]);
             }
-            UNROLL for (int p = 0; p < PLANES; p++) multiply(c[g][p], factor[p], b);
+        }
+        uint32_t b[G][HELD][4];
+        EACH_LANE UNROLL for (int g = 0; g < G; g++) {
+            const Line<4> of = digits(g, h, odd);
+            UNROLL for (int i = 0; i < 4; i++) b[g][h][i] = of.v[i];
+        }
+        UNROLL for (int s = 0; s < STEPS / 2; s++) {
+            uint32_t factor[PLANES][HELD][4], of_x[HELD][2];
+            EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
+                const uint32_t selector = s == 0 ? selectors[r][w][h] : selectors[r][w][h] >> 16;
+                const Read& of = read[h];
+                UNROLL for (int p = 0; p < 2; p++) factor[p][h][r + 2 * w] = picked(of.high[r].v[p], of.high[r].v[2 + p], selector);
+                if constexpr (PLANES == 3) factor[2][h][r + 2 * w] = picked(of.third[r].v[0], of.third[r].v[1], selector);
+            }
+            UNROLL for (int g = 0; g < G; g++) {
+                EACH_LANE UNROLL for (int i = 0; i < 2; i++) of_x[h][i] = b[g][h][2 * s + i];
+                UNROLL for (int p = 0; p < PLANES; p++) multiply(c[g][p], factor[p], of_x);
+            }
         }
     }
 }

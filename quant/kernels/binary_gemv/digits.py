@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from quant.kernels import binary_gemv
 from quant.kernels.binary_gemv import UNIT, Packed
@@ -24,15 +23,15 @@ def prepare(tensor: BinaryTensor) -> Packed:
     """As `quant.kernels.binary_gemv.prepare`, but for
     - tables: int32 `[2, T, B, 8, 4]`, of a row first the two highest digits of its values in plain columns, then those in salient ones;
       and the third digits of both kinds, then the fourth
-    - salient: int32 `[U, 16]`; words 2 l and 2 l + 1 have 4 in four bits for each of the salient columns among 8 (2 i) + l, and
-      8 (2 i + 1) + l, of i = 0 to 7"""
+    - salient: int32 `[U, 16]`; word 8 odd + l has 4 in the four bits from 4 i on where column 8 (2 i + odd) + l is salient"""
     packed = binary_gemv.prepare(tensor)
     largest = packed.largest.double()[:, None, :, None]
     numbers = (packed.tables * (MOST / largest.clamp(min=LEAST))).nan_to_num(0).round().long() + OFFSET
-    numbers = torch.where(largest.isfinite(), numbers, OFFSET).unflatten(-1, (2, 4))  # [T, B, 8, kind, code]
+    numbers = torch.where(largest.isfinite(), numbers, OFFSET)
+    numbers = numbers.view(*numbers.shape[:3], 2, 4)  # [T, B, 8, kind, code]
     digits = torch.stack([_word((numbers >> shift) & 255, 8) for shift in (24, 16, 8, 0)], dim=-1)  # [T, B, 8, kind, digit]
     tables = torch.stack([digits[..., :2].flatten(-2), digits[..., 2:].mT.flatten(-2)])
-    columns = packed.salient.view(-1, UNIT // 16, 2, 8).permute(0, 3, 2, 1).long()  # [U, l, odd, i]
+    columns = packed.salient.view(-1, UNIT // 16, 2, 8).permute(0, 2, 3, 1).long()  # [U, odd, l, i]
     return Packed(packed.words, tables, _word(columns, 4).flatten(1), packed.largest, packed.input_scale, packed.shape, packed.block)
 
 
@@ -44,8 +43,8 @@ def check(packed: Packed) -> None:
 
 def values_of(tables: Tensor, largest: Tensor) -> Tensor:
     """float32 `[T, B, 8, 8]`, as `quant.kernels.binary_gemv.prepare` has them, off by 2^-32 of the row's largest, and three roundings."""
-    high, low = tables.long() & 0xFFFFFFFF
-    digits = torch.cat([high.unflatten(-1, (2, 2)), low.unflatten(-1, (2, 2)).mT], dim=-1)  # [T, B, 8, kind, digit]
+    high, low = (tables.long() & 0xFFFFFFFF).view(*tables.shape[:4], 2, 2)
+    digits = torch.cat([high, low.mT], dim=-1)  # [T, B, 8, kind, digit]
     shifts = torch.tensor([24, 16, 8, 0], device=tables.device)
     numbers = torch.stack([((digits >> 8 * code & 255) << shifts).sum(-1) for code in range(4)], dim=-1).flatten(-2) - OFFSET
     one = torch.tensor(1 / MOST, dtype=torch.float32, device=tables.device)
@@ -55,10 +54,10 @@ def values_of(tables: Tensor, largest: Tensor) -> Tensor:
 def salient_of(kinds: Tensor) -> Tensor:
     """int32 `[U · 128]`, as `quant.kernels.binary_gemv.prepare` has them."""
     shifts = torch.arange(0, 32, 4, device=kinds.device, dtype=torch.int32)
-    return (kinds.view(-1, 8, 2, 1) >> shifts & 4).permute(0, 3, 2, 1).flatten()
+    return (kinds.view(-1, 2, 8, 1) >> shifts & 4).permute(0, 3, 1, 2).flatten()
 
 
 def _word(parts: Tensor, bits: int) -> Tensor:
     """int32: the last dimension's numbers, the first lowest."""
-    whole = sum(parts[..., i] << bits * i for i in range(parts.shape[-1]))
+    whole = torch.stack([parts[..., i] << bits * i for i in range(parts.shape[-1])]).sum(0)
     return torch.where(whole >= 2**31, whole - 2**32, whole).int()
