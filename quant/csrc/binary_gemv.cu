@@ -1,8 +1,8 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
 // What bounds it. With one or two rows of x in bfloat16, 16 rows of 128 columns take 87 instructions of a warp, 58 of them (permutations,
-// masks, shifts) such as half of a scheduler's turns can issue, and 8 matrix products of 16 x 8 x 32 bytes; each two further rows of x add 8
-// products. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8: 140 times that each scheduler, 16 200 turns, 8.2 us at 1.98 GHz;
+// masks, shifts) such as half of a scheduler's turns can issue, and 8 matrix products of 16 x 8 x 32 bytes; each two further rows of x add
+// 8 products. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8: 140 times that each scheduler, 16 200 turns, 8.2 us at 1.98 GHz;
 // of the weight are read, with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s.
 
 #include <cooperative_groups.h>
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(threads(G, PLANES_FOR<X>), 1) product(const __
     });
 #if __CUDA_ARCH__ >= 900
     cluster.barrier_wait();  // all of its blocks have begun, and so have shared memory
-    give<G, PLANES_FOR<X>>(a, at, memory, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
+    const auto shared_of = [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); };
+    give<G, PLANES_FOR<X>>(a, at, memory, shared_of, int(threadIdx.x));
     cluster.sync();
 #else
     give<G, PLANES_FOR<X>>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
@@ -65,7 +66,8 @@ template <class X, int G>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     const int64_t shared = shared_bytes(G, a, device.ranks());
-    return launch_clusters(product<X, G>, a, device, wide, (a.given.count + 2 * G - 1) / (2 * G), threads(G, PLANES_FOR<X>), shared, stream);
+    const int64_t high = (a.given.count + 2 * G - 1) / (2 * G);
+    return launch_clusters(product<X, G>, a, device, wide, high, threads(G, PLANES_FOR<X>), shared, stream);
 }
 
 template <class X>

@@ -47,7 +47,8 @@ template <int G>
 struct Held {
     uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
     uint32_t* kinds;    // [units, 16]: 4 where a column is salient
-    int32_t* whole;     // [units, G, 8]: sums of the digits of x
+    float* row_largest;  // [group * 16]: those of a rank's own rows
+    int32_t* whole;     // [units, G, 8]: sums of the digits of x, of a unit, or of a chunk at its first unit: see parts
     float* sums;        // [slices, group * 16, 2 G]
     float* arrived;     // [ranks, rows of a rank, 2 G]: sums of the cluster's blocks
     uint32_t* largest;  // [2 G, slices * chunks]
@@ -57,7 +58,8 @@ struct Held {
 ANYWHERE inline int64_t own_rows(int64_t group, int64_t ranks) { return (group * PAIR + ranks - 1) / ranks; }
 
 ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
-    return a.share * (g * (1024 + 32) + 64) + (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
+    return a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
+           (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
 }
 
 template <int G>
@@ -65,7 +67,8 @@ BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     Held<G> held;
     held.digits = static_cast<uint32_t*>(shared);
     held.kinds = held.digits + a.share * G * 256;
-    held.whole = reinterpret_cast<int32_t*>(held.kinds + a.share * 16);
+    held.row_largest = reinterpret_cast<float*>(held.kinds + a.share * 16);
+    held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
     held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
     held.arrived = held.sums + a.slices * a.group * PAIR * 2 * G;
     held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * own_rows(a.group, at.ranks) * 2 * G);
@@ -101,47 +104,14 @@ BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
     for (int i = thread; i < a.slices * int(a.group) * PAIR * 2 * G; i += threads(G, PLANES)) held.sums[i] = 0.0f;
 }
 
-// The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes, four bits each: of each
-// word the even codes, then the odd ones.
-BOTH int column_of(int v, int lane) { return 8 * v + lane; }
-BOTH int kind_of(const uint32_t* kinds, int column) {
-    const int v = column / 8;
-    return int(kinds[v % 2 * 8 + column % 8] >> v / 2 * 4 & 4u);
-}
+// In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
+ANYWHERE constexpr int parts(int g) { return g == 1 ? CHUNK : 1; }
 
-// N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column.
-template <class X, int N, class Column>
-BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column) {
-    const int last = int(from.k) - 1;
-    const uint32_t begin = uint32_t(row) * uint32_t(from.k);  // fewer than 2^16 units: see block_of
-    X kept[N];
-    UNROLL for (int i = 0; i < N; i++) kept[i] = static_cast<const X*>(from.x)[begin + uint32_t(column(i) < last ? column(i) : last)];
-    UNROLL for (int i = 0; i < N; i++) {
-        if constexpr (sizeof(X) == 2) {
-            v[i] = from_bits(uint32_t(kept[i]) << 16);
-        } else {
-            v[i] = kept[i];
-        }
-    }
-    if (from.scale != nullptr) {
-        UNROLL for (int i = 0; i < N; i++) v[i] /= from.scale[column(i) < last ? column(i) : last];
-    }
-    UNROLL for (int i = 0; i < N; i++) v[i] = column(i) > last ? 0.0f : v[i];
-}
-
-BOTH int32_t rounded(float v) {
-#if defined(__CUDA_ARCH__)
-    return __float2int_rn(v);
-#else
-    return int32_t(__builtin_rintf(v));
-#endif
-}
-
-// A warp makes the digits of a chunk of a row of x, or of one unit of it, where warps would be left; a lane those of four columns of a
+// A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a
 // unit: a register of each of four lanes. Infinite numbers, and what is none, count as the largest.
 template <class X, int G>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
-    constexpr int PLANES = PLANES_FOR<X>, PARTS = G == 1 ? CHUNK : 1;
+    constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int chunks = a.slices * a.chunks, items = rows_of<G>(a, at) * chunks * PARTS;
@@ -154,7 +124,8 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         EACH_LANE {
             // Beginning with its own.
             const int base = int(first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
-            read<X>(v[h], a.given, at.first_row + m, [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); });
+            const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
+            read<X>(v[h], a.given, at.first_row + m, column);
             most[h] = 0;
             UNROLL for (int i = 0; i < CHUNK * 4; i++) {
                 const uint32_t bits = first + (part + i / 4) % CHUNK < last ? to_bits(v[h][i]) & 0x7fffffffu : 0;
@@ -164,14 +135,13 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         const uint32_t largest = most_of(most);
         const float by = factor_of<X_BITS>(largest);
         if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + chunk] = largest;
+        int32_t whole[DIGITS][HELD] = {};
         UNROLL for (int j = 0; j < CHUNK / PARTS; j++) {
             const int unit = first + (part + j) % CHUNK;
             if (unit >= last) continue;
-            int32_t whole[DIGITS][HELD];
             EACH_LANE {
                 const int step = LANE / 8, lane = LANE % 8;
                 uint32_t digits[DIGITS] = {};
-                UNROLL for (int d = 0; d < DIGITS; d++) whole[d][h] = 0;
                 UNROLL for (int b = 0; b < 4; b++) {
                     int32_t left = rounded(by == 0.0f ? 0.0f : v[h][j * 4 + b] * by);
                     UNROLL for (int d = 0; d < DIGITS; d++) {
@@ -182,12 +152,26 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
                 uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step % 2) * 128 + step / 2 * 2 + lane % 2;
                 UNROLL for (int d = 0; d < DIGITS; d++) to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
             }
-            UNROLL for (int d = 0; d < DIGITS; d++) {
-                const int32_t sum = sum_of(whole[d]);
-                EACH_LANE if (LANE == 0) held.whole[(unit * G + m / 2) * COLUMNS + m % 2 * DIGITS + d] = sum;
-            }
+        }
+        UNROLL for (int d = 0; d < DIGITS; d++) {
+            const int32_t sum = sum_of(whole[d]);
+            EACH_LANE if (LANE == 0 && first + part < last) held.whole[((first + part) * G + m / 2) * COLUMNS + m % 2 * DIGITS + d] = sum;
         }
     }
+}
+
+// Copies kinds, and the largest values of rows that the rank adds up; four of them at a time.
+template <int G, int PLANES>
+BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) {
+    const Held<G> held = held_in<G>(a, at, shared);
+    const uint32_t* kinds = a.kinds + first_unit(a, at) * 16;
+    for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) send<4>(held.kinds + 4 * i, kinds + 4 * i);
+    const int64_t all = a.group * PAIR, own = own_rows(a.group, at.ranks), start = at.cluster * all;
+    const int64_t last = least(least(all, (at.rank + 1) * own), a.tiles * TILE - start);
+    for (int64_t i = at.rank * own / 4 * 4 + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
+        send<4>(reinterpret_cast<uint32_t*>(held.row_largest + i), reinterpret_cast<const uint32_t*>(a.largest + start + i));
+    }
+    sent();
 }
 
 // What a warp has on its way: of a pair, a chunk.
@@ -234,21 +218,22 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
 // A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: AHEAD of the first pair are on
 // their way.
 template <int G, int PLANES, bool FULL>
-BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk, int last,
-                      int thread) {
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk,
+                      int last, int thread) {
     const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
     const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
     uint32_t values_at[CHUNK];
-    int32_t start[G][HELD][2] = {};  // takes off what digits are stored with
-    UNROLL for (int u = 0; u < CHUNK; u++) {
-        if (!FULL && u >= count) break;
-        values_at[u] = block_of(a, unit + u) * 32;
-        EACH_LANE {
-            UNROLL for (int g = 0; g < G; g++)
-                UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
-        }
-    }
-    // Of 1 in a chunk's sums; of more rows of x it is found out again, for want of registers.
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if (FULL || u < count) values_at[u] = block_of(a, unit + u) * 32;
+    // Takes off what digits are stored with. Of more rows of x it is found out again, and so is what 1 is worth, for want of registers.
+    const auto start_of = [&](int g, int h, int i) {
+        int32_t sum = 0;
+        UNROLL for (int u = 0; u < parts(G); u++)
+            if (FULL || u < count) sum -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
+        return sum;
+    };
+    int32_t start[HELD][2];
+    EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i);
     const uint32_t* largest = held.largest + slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
     const auto worth_of = [&](int g, int h) { return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]); };
     float worth[HELD];
@@ -263,8 +248,8 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
     NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
         int32_t c[G][PLANES][HELD][4] = {};
         EACH_LANE UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) {
-            c[g][0][h][i] = start[g][h][i % 2];
-            if constexpr (PLANES == 3) c[g][2][h][i] = start[g][h][i % 2];
+            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2);
+            if constexpr (PLANES == 3) c[g][2][h][i] = c[g][0][h][i];
         }
         const bool more = pair + slots < pairs;
         if (more) seek(pair + slots);
@@ -336,7 +321,7 @@ BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
         if (place >= all || row >= a.rows || to >= a.given.count) continue;
         float v = 0.0f;
         for (int r = 0; r < at.ranks; r++) v += held.arrived[r * own * 2 * G + i];
-        write(a.out, to * a.rows + row, v * unit_of_values<PLANES>(a.largest[row]), a.given.bfloat16);
+        write(a.out, to * a.rows + row, v * unit_of_values<PLANES>(held.row_largest[place]), a.given.bfloat16);
     }
 }
 
@@ -349,10 +334,7 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
     each([&](int thread) {
         load_first<G, PLANES>(a, at, held_of, thread);
         clear<G, PLANES>(a, at, shared, thread);
-        for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) {
-            send<4>(held_in<G>(a, at, shared).kinds + 4 * i, a.kinds + first_unit(a, at) * 16 + 4 * i);
-        }
-        sent();
+        fetch_rest<G, PLANES>(a, at, shared, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
         arrived<0>();

@@ -47,6 +47,42 @@ BOTH float unit_of(uint32_t largest) {
     return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
 }
 
+// The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes, four bits each: of each
+// word the even codes, then the odd ones.
+BOTH int column_of(int v, int lane) { return 8 * v + lane; }
+BOTH int kind_of(const uint32_t* kinds, int column) {
+    const int v = column / 8;
+    return int(kinds[v % 2 * 8 + column % 8] >> v / 2 * 4 & 4u);
+}
+
+// N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column.
+template <class X, int N, class Column>
+BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column) {
+    const int last = int(from.k) - 1;
+    const uint32_t begin = uint32_t(row) * uint32_t(from.k);  // fewer than 2^16 units: see block_of
+    X kept[N];
+    UNROLL for (int i = 0; i < N; i++) kept[i] = static_cast<const X*>(from.x)[begin + uint32_t(column(i) < last ? column(i) : last)];
+    UNROLL for (int i = 0; i < N; i++) {
+        if constexpr (sizeof(X) == 2) {
+            v[i] = from_bits(uint32_t(kept[i]) << 16);
+        } else {
+            v[i] = kept[i];
+        }
+    }
+    if (from.scale != nullptr) {
+        UNROLL for (int i = 0; i < N; i++) v[i] /= from.scale[column(i) < last ? column(i) : last];
+    }
+    UNROLL for (int i = 0; i < N; i++) v[i] = column(i) > last ? 0.0f : v[i];
+}
+
+BOTH int32_t rounded(float v) {
+#if defined(__CUDA_ARCH__)
+    return __float2int_rn(v);
+#else
+    return int32_t(__builtin_rintf(v));
+#endif
+}
+
 // Read once.
 template <int N>
 BOTH Line<N> stream_line(const void* from) {
