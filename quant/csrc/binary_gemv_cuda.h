@@ -1,13 +1,14 @@
 // A product with signs, for a GPU: see binary_gemv.cu, which runs these phases with barriers between them.
 //
-// A weight has a code of two bits and its column one of two kinds: a row has eight values in a block of columns. They are rounded to 23
-// bits of the row's largest anywhere, x to 28 bits of the largest of a block's share of columns (float32 has 24 of each), and multiplied
-// by tensor cores in whole numbers: three digits of a byte of a value by four digits of seven bits of an x. A row's eight values are two
-// registers for a digit, out of which a byte permutation takes those of four weights: codes and kinds, four bits apart in a word, are its
-// selector as they are. What a block of columns is worth is in the digits already, so that sums run on across blocks.
+// A weight has a code of two bits and its column one of two kinds: a row has eight values in a block of columns. They are stored as whole
+// numbers of 32 bits of the row's largest anywhere, in four digits of a byte, of which a product takes the highest two (x in bfloat16) or
+// three (float32, of 24 bits itself); x has 28 bits of the largest of a warp's columns, in four digits of seven. Tensor cores multiply
+// digits and add up whole numbers. A row's eight values are two registers for a digit, out of which a byte permutation takes those of four
+// weights: codes and kinds, four bits apart in a word, are its selector as they are. What a block of columns is worth is in the digits
+// already, so that sums run on across blocks.
 //
 // A cluster of `ranks` thread blocks has a group of row tiles; each thread block a share of the units of 128 columns, whose digits of x lie
-// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units at a time.
+// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time.
 
 #pragma once
 
@@ -17,17 +18,17 @@ namespace {
 
 constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
 constexpr int SLICES = 8;  // at most
-ANYWHERE constexpr int warps(int g) { return g == 1 ? 16 : 8; }  // sums of more rows of x take more registers
-ANYWHERE constexpr int threads(int g) { return 32 * warps(g); }
-constexpr int CHUNK = 4;        // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
+ANYWHERE constexpr int warps(int g, int planes) { return g <= 2 && planes == 2 ? 16 : 8; }  // more sums take more registers
+constexpr int CHUNK = 4;  // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
+constexpr int AHEAD = CHUNK;  // units of a warp that are on their way while digits of x are made
+ANYWHERE constexpr int threads(int g, int planes) { return 32 * warps(g, planes); }
 constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
-constexpr int EARLY_PAIRS = 2;  // of a warp, that are fetched into the second-level cache while x may still be written
 
 struct Signs {
     const uint32_t* words;   // [T, units, 8, 8]
-    const float* tables;     // [T, blocks, 8, 8]
-    const int32_t* salient;  // [units * 128]
+    const uint32_t* tables;  // [2, T, blocks, 8, 4]
+    const uint32_t* kinds;   // [units, 16]
     const float* largest;    // [T, 8]
     Given given;
     void* out;
@@ -38,6 +39,7 @@ struct Signs {
     int64_t share;       // units of a rank
     int slices;          // of a share: warps side by side
     int slice;           // units of a slice
+    int chunks;          // of a slice
 };
 
 // What a thread block has in shared memory, for 2 G rows of x.
@@ -45,23 +47,31 @@ template <int G>
 struct Held {
     uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
     uint32_t* kinds;    // [units, 16]: 4 where a column is salient
-    int32_t* whole;     // [units, G, 8]: sums of the digits of x
+    float* row_largest;  // [group * 16]: those of a rank's own rows
+    int32_t* whole;     // [units, G, 8]: sums of the digits of x, of a unit, or of a chunk at its first unit: see parts
     float* sums;        // [slices, group * 16, 2 G]
-    uint32_t* largest;  // [2 G]
+    float* arrived;     // [ranks, rows of a rank, 2 G]: sums of the cluster's blocks
+    uint32_t* largest;  // [2 G, slices * chunks]
 };
 
-ANYWHERE constexpr int64_t shared_bytes(int g, int64_t share, int64_t group, int slices) {
-    return share * (g * (1024 + 32) + 64) + slices * group * PAIR * 2 * g * 4 + 2 * g * 4;
+// Rows of a cluster whose sums a rank adds up.
+ANYWHERE inline int64_t own_rows(int64_t group, int64_t ranks) { return (group * PAIR + ranks - 1) / ranks; }
+
+ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
+    return a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
+           (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
 }
 
 template <int G>
-BOTH Held<G> held_in(const Signs& a, void* shared) {
+BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     Held<G> held;
     held.digits = static_cast<uint32_t*>(shared);
     held.kinds = held.digits + a.share * G * 256;
-    held.whole = reinterpret_cast<int32_t*>(held.kinds + a.share * 16);
+    held.row_largest = reinterpret_cast<float*>(held.kinds + a.share * 16);
+    held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
     held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
-    held.largest = reinterpret_cast<uint32_t*>(held.sums + a.slices * a.group * PAIR * 2 * G);
+    held.arrived = held.sums + a.slices * a.group * PAIR * 2 * G;
+    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * own_rows(a.group, at.ranks) * 2 * G);
     return held;
 }
 
@@ -77,203 +87,179 @@ BOTH int rows_of(const Signs& a, const Place& at) {
     return int(least(a.given.count - at.first_row, 2 * G));
 }
 
-// Rows of x that are not there stay zeros.
-template <int G>
+// Rows of x that are not there are zeros.
+template <int G, int PLANES>
 BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
-    const Held<G> held = held_in<G>(a, shared);
-    for (int64_t i = thread; i < a.share * G * 64 && rows_of<G>(a, at) < 2 * G; i += threads(G)) {
-        *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
-    }
-    for (int64_t i = thread; i < a.share * G * COLUMNS; i += threads(G)) held.whole[i] = 0;
-    for (int64_t i = thread; i < a.slices * a.group * PAIR * 2 * G; i += threads(G)) held.sums[i] = 0.0f;
-    if (thread < 2 * G) held.largest[thread] = 0;
-}
-
-// The column of a unit whose weight is code number `v` of a lane's word.
-BOTH int column_of(int v, int lane) { return 8 * v + lane; }
-
-// What selectors need besides codes: of lane t's two words the even codes, then the odd ones.
-template <int G>
-BOTH void take_kinds(const Signs& a, const Place& at, void* shared, int thread) {
-    for (int i = thread; i < units_of(a, at) * 16; i += threads(G)) {
-        const int32_t* from = a.salient + (first_unit(a, at) + i / 16) * UNIT;
-        uint32_t made = 0;
-        UNROLL for (int v = 0; v < 8; v++) made |= uint32_t(from[column_of(2 * v + i % 2, i % 16 / 2)]) << 4 * v;
-        held_in<G>(a, shared).kinds[i] = made;
-    }
-}
-
-// N numbers of a row of x, `apart` columns from each other, on their way at the same time; zeros beyond the last column.
-template <class T, int N>
-BOTH void read_as(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
-    const T* x = static_cast<const T*>(from.x) + row * from.k;
-    T kept[N];
-    float scale[N];
-    UNROLL for (int i = 0; i < N; i++) kept[i] = x[least(column + i * apart, from.k - 1)];
-    UNROLL for (int i = 0; i < N; i++) scale[i] = from.scale == nullptr ? 1.0f : from.scale[least(column + i * apart, from.k - 1)];
-    UNROLL for (int i = 0; i < N; i++) {
-        if constexpr (sizeof(T) == 2) {
-            v[i] = from_bits(uint32_t(kept[i]) << 16);
-        } else {
-            v[i] = kept[i];
+    const Held<G> held = held_in<G>(a, at, shared);
+    const int rows = rows_of<G>(a, at), share = int(a.share);
+    if (rows < 2 * G) {
+        for (int i = thread; i < share * G * 64; i += threads(G, PLANES)) {
+            if (i / 64 % G * 2 + i % 32 / 16 >= rows) *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
         }
-        if (from.scale != nullptr) v[i] /= scale[i];
-        if (column + i * apart >= from.k) v[i] = 0.0f;
-    }
-}
-template <int N>
-BOTH void read(float (&v)[N], const Given& from, int64_t row, int64_t column, int apart) {
-    if (from.bfloat16) {
-        read_as<uint16_t>(v, from, row, column, apart);
-    } else {
-        read_as<float>(v, from, row, column, apart);
-    }
-}
-
-// Bits of the largest |x|, infinite and not a number above all.
-template <int G>
-BOTH void find_largest(const Signs& a, const Place& at, void* shared, int thread) {
-    constexpr int N = 8;
-    const int64_t first = first_unit(a, at) * UNIT, count = units_of(a, at) * UNIT;
-    NO_UNROLL for (int m = 0; m < rows_of<G>(a, at); m++) {
-        uint32_t most = 0;
-        for (int64_t i = thread; i < count; i += N * threads(G)) {
-            float v[N];
-            read(v, a.given, at.first_row + m, first + i, threads(G));
-            UNROLL for (int j = 0; j < N; j++) {
-                const uint32_t bits = i + j * threads(G) < count ? to_bits(v[j]) & 0x7fffffffu : 0;
-                most = bits > most ? bits : most;
-            }
+        for (int i = thread; i < share * G * COLUMNS; i += threads(G, PLANES)) {
+            if (i / COLUMNS % G * 2 + i % COLUMNS / DIGITS >= rows) held.whole[i] = 0;
         }
-        raise(held_in<G>(a, shared).largest + m, most);
+        for (int i = thread + rows * a.slices * a.chunks; i < 2 * G * a.slices * a.chunks; i += threads(G, PLANES)) held.largest[i] = 0;
     }
+    for (int i = thread; i < a.slices * int(a.group) * PAIR * 2 * G; i += threads(G, PLANES)) held.sums[i] = 0.0f;
 }
 
-BOTH int32_t rounded(float v) {
-#if defined(__CUDA_ARCH__)
-    return __float2int_rn(v);
-#else
-    return int32_t(__builtin_rintf(v));
-#endif
-}
+// In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
+ANYWHERE constexpr int parts(int g) { return g == 1 ? CHUNK : 1; }
 
-// *to += v of all lanes of a warp, which have one `to`.
-BOTH void add_all(int32_t* to, int32_t v) {
-#if defined(__CUDA_ARCH__)
-    v = __reduce_add_sync(~0u, v);
-    if (threadIdx.x % 32 == 0) *to = v;
-#else
-    *to += v;
-#endif
-}
-
-// A warp makes the digits of a unit of a row of x, a thread those of four columns: a register of each of four lanes.
-template <int G>
+// A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a
+// unit: a register of each of four lanes. Infinite numbers, and what is none, count as the largest.
+template <class X, int G>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
-    const Held<G> held = held_in<G>(a, shared);
-    const int count = units_of(a, at) * 32;
-    for (int i = thread; i < count * rows_of<G>(a, at); i += threads(G)) {
-        const int m = i / count, unit = i % count / 32, step = i % 32 / 8, lane = i % 8;
-        const float by = factor_of<X_BITS>(held.largest[m]);
-        uint32_t digits[DIGITS] = {};
-        int32_t whole[DIGITS] = {};
-        float v[4];
-        const int64_t column = (first_unit(a, at) + unit) * UNIT + column_of(step % 2 + step / 2 * 8, lane);
-        read(v, a.given, at.first_row + m, column, column_of(2, 0));
-        UNROLL for (int b = 0; b < 4; b++) {
-            int32_t left = rounded(by == 0.0f ? 0.0f : v[b] * by);
-            UNROLL for (int d = 0; d < DIGITS; d++) {
-                const int32_t up = d == DIGITS - 1 ? 0 : (left + 64) >> 7, digit = left - up * 128;
-                digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d] += digit, left = up;
+    constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
+    if (HELD > 1 && thread % 32 != 0) return;
+    const Held<G> held = held_in<G>(a, at, shared);
+    const int chunks = a.slices * a.chunks, items = rows_of<G>(a, at) * chunks * PARTS;
+    for (int item = warp_of(thread); item < items; item += warps(G, PLANES)) {
+        const int part = item % PARTS, chunk = item / PARTS % chunks, m = item / PARTS / chunks;
+        const int first = chunk / a.chunks * a.slice + chunk % a.chunks * CHUNK;
+        const int last = int(least(units_of(a, at), least(first + CHUNK, (chunk / a.chunks + 1) * a.slice)));
+        float v[HELD][CHUNK * 4];
+        uint32_t most[HELD];
+        EACH_LANE {
+            // Beginning with its own.
+            const int base = int(first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
+            const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
+            read<X>(v[h], a.given, at.first_row + m, column);
+            most[h] = 0;
+            UNROLL for (int i = 0; i < CHUNK * 4; i++) {
+                const uint32_t bits = first + (part + i / 4) % CHUNK < last ? to_bits(v[h][i]) & 0x7fffffffu : 0;
+                most[h] = bits > most[h] ? bits : most[h];
             }
         }
-        uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step / 2) * 128 + step % 2 * 2 + lane % 2;
+        const uint32_t largest = most_of(most);
+        const float by = factor_of<X_BITS>(largest);
+        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + chunk] = largest;
+        int32_t whole[DIGITS][HELD] = {};
+        UNROLL for (int j = 0; j < CHUNK / PARTS; j++) {
+            const int unit = first + (part + j) % CHUNK;
+            if (unit >= last) continue;
+            EACH_LANE {
+                const int step = LANE / 8, lane = LANE % 8;
+                uint32_t digits[DIGITS] = {};
+                UNROLL for (int b = 0; b < 4; b++) {
+                    int32_t left = rounded(by == 0.0f ? 0.0f : v[h][j * 4 + b] * by);
+                    UNROLL for (int d = 0; d < DIGITS; d++) {
+                        const int32_t up = d == DIGITS - 1 ? 0 : (left + 64) >> 7, digit = left - up * 128;
+                        digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d][h] += digit, left = up;
+                    }
+                }
+                uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step % 2) * 128 + step / 2 * 2 + lane % 2;
+                UNROLL for (int d = 0; d < DIGITS; d++) to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
+            }
+        }
         UNROLL for (int d = 0; d < DIGITS; d++) {
-            to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
-            add_all(held.whole + unit * G * COLUMNS + m * DIGITS + d, whole[d]);
+            const int32_t sum = sum_of(whole[d]);
+            EACH_LANE if (LANE == 0 && first + part < last) held.whole[((first + part) * G + m / 2) * COLUMNS + m % 2 * DIGITS + d] = sum;
         }
     }
 }
 
-// Where a lane reads: words of row g of each tile of a pair, and the four values of one tile and kind.
+// Copies kinds, and the largest values of rows that the rank adds up; four of them at a time.
+template <int G, int PLANES>
+BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) {
+    const Held<G> held = held_in<G>(a, at, shared);
+    const uint32_t* kinds = a.kinds + first_unit(a, at) * 16;
+    for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) send<4>(held.kinds + 4 * i, kinds + 4 * i);
+    const int64_t all = a.group * PAIR, own = own_rows(a.group, at.ranks), start = at.cluster * all;
+    const int64_t last = least(least(all, (at.rank + 1) * own), a.tiles * TILE - start);
+    for (int64_t i = at.rank * own / 4 * 4 + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
+        send<4>(reinterpret_cast<uint32_t*>(held.row_largest + i), reinterpret_cast<const uint32_t*>(a.largest + start + i));
+    }
+    sent();
+}
+
+// What a warp has on its way: of a pair, a chunk.
+struct Reads {
+    Read read[CHUNK][HELD];
+};
+
+// Where a lane reads: row g of each tile of a pair.
 struct Source {
-    const uint32_t* words[2];
-    const float* values;
-    const uint32_t* largest;  // of the values' row
+    const uint32_t *words[2], *tables[2];
 };
 
 // Numbers of tiles and units of a weight have 32 bits, and so has their product.
 BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, int lane) {
     const int tile = 2 * (int(at.cluster) * int(a.group) + pair), last = int(a.tiles) - 1;
-    const int second = tile < last ? tile + 1 : last, of = lane % 4 < 2 ? tile : second;  // rows that are not there are not written
+    const int second = tile < last ? tile + 1 : last;  // rows that are not there are not written
     const auto words = [&](int t) { return a.words + uint64_t(uint32_t(t) * uint32_t(a.units) + unit) * 64 + uint32_t(lane * 2); };
-    return {{words(tile), words(second)},
-            a.tables + uint64_t(uint32_t(of) * uint32_t(a.blocks)) * 64 + uint32_t(lane / 4 * 8 + lane % 2 * 4),
-            reinterpret_cast<const uint32_t*>(a.largest) + uint32_t(of * TILE + lane / 4)};
+    const auto tables = [&](int t) { return a.tables + uint64_t(uint32_t(t) * uint32_t(a.blocks)) * 32 + uint32_t(lane / 4 * 4); };
+    return {{words(tile), words(second)}, {tables(tile), tables(second)}};
 }
 
-// Into the second-level cache: what a warp reads first, and which columns of the share are salient.
-template <int G>
-BOTH void fetch_first(const Signs& a, const Place& at, int thread) {
-    for (int i = thread; i < units_of(a, at) * 4; i += threads(G)) fetch(a.salient + first_unit(a, at) * UNIT + i * 32);
-    const int warp = thread / 32, lane = thread % 32, slots = warps(G) / a.slices;
-    const int first = warp % a.slices * a.slice, count = int(least(least(a.slice, units_of(a, at) - first), CHUNK));
-    for (int i = 0; i < EARLY_PAIRS; i++) {
-        const int pair = warp / a.slices + i * slots;
-        if (pair >= pairs_of(a, at) || lane / 8 >= count) continue;
-        const int64_t tile = least(2 * (at.cluster * a.group + pair) + lane % 2, a.tiles - 1), unit = first_unit(a, at) + first + lane / 8;
-        const int part = lane / 4 % 2 * 32;
-        const uint32_t* words = a.words + (tile * a.units + unit) * 64 + part;
-        const float* tables = a.tables + (tile * a.blocks + block_of(a, uint32_t(unit))) * 64 + part;
-        fetch(lane / 2 % 2 == 0 ? static_cast<const void*>(words) : static_cast<const void*>(tables));
+// Unit u of a chunk.
+template <int PLANES>
+BOTH void load(Read& to, const Signs& a, const Source& from, int u, uint32_t values_at) {
+    UNROLL for (int r = 0; r < 2; r++) {
+        to.words[r] = stream_line<2>(from.words[r] + u * 64), to.high[r] = stream_line<4>(from.tables[r] + values_at);
+        if constexpr (PLANES == 3) to.third[r] = stream_line<2>(from.tables[r] + a.tiles * a.blocks * 32 + values_at);
     }
 }
 
-// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many.
-template <int G, bool FULL>
-BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int slice, int slot, int chunk, int last, int thread) {
-    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G) / a.slices;
+// A warp's first units.
+template <int G, int PLANES>
+BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
+    if (HELD > 1) return;
+    const int warp = warp_of(thread), first = warp % a.slices * a.slice, slot = warp / a.slices;
+    const int count = int(least(units_of(a, at), first + a.slice)) - first;
+    if (slot >= pairs_of(a, at)) return;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + first;
+    const Source source = source_of(a, at, slot, unit, thread % 32);
+    UNROLL for (int u = 0; u < AHEAD; u++)
+        if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
+}
+
+// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: AHEAD of the first pair are on
+// their way.
+template <int G, int PLANES, bool FULL>
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk,
+                      int last, int thread) {
+    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
     const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
     uint32_t values_at[CHUNK];
-    int32_t start[G][HELD][2] = {};  // takes the 2^22 off
-    UNROLL for (int u = 0; u < CHUNK; u++) {
-        if (!FULL && u >= count) break;
-        values_at[u] = block_of(a, unit + u) * 64;
-        EACH_LANE {
-            UNROLL for (int g = 0; g < G; g++)
-                UNROLL for (int i = 0; i < 2; i++) start[g][h][i] -= 64 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
-        }
-    }
-    Source source[HELD] = {};
-    Read held_of[CHUNK][HELD] = {};
-    uint32_t largest[HELD];
-    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE), largest[h] = *source[h].largest; };
-    const auto load = [&](int u) {
-        EACH_LANE {
-            UNROLL for (int i = 0; i < 2; i++) held_of[u][h].words[i] = stream_line<2>(source[h].words[i] + u * 64);
-            held_of[u][h].values = stream_line<4>(source[h].values + values_at[u]);
-        }
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if (FULL || u < count) values_at[u] = block_of(a, unit + u) * 32;
+    // Takes off what digits are stored with. Of more rows of x it is found out again, and so is what 1 is worth, for want of registers.
+    const auto start_of = [&](int g, int h, int i) {
+        int32_t sum = 0;
+        UNROLL for (int u = 0; u < parts(G); u++)
+            if (FULL || u < count) sum -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
+        return sum;
     };
+    int32_t start[HELD][2];
+    EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i);
+    const uint32_t* largest = held.largest + slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
+    const auto worth_of = [&](int g, int h) { return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]); };
+    float worth[HELD];
+    EACH_LANE worth[h] = worth_of(0, h);
+    Source source[HELD] = {};
+    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
+    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
     if (slot >= pairs) return;
     seek(slot);
     UNROLL for (int u = 0; u < CHUNK; u++)
-        if (FULL || u < count) load(u);
+        if ((u >= AHEAD || !there) && (FULL || u < count)) load_unit(u);
     NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
-        float by[HELD];
         int32_t c[G][PLANES][HELD][4] = {};
-        EACH_LANE {
-            by[h] = factor_of<VALUE_BITS>(largest[h]);
-            UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) c[g][PLANES - 1][h][i] = start[g][h][i % 2];
+        EACH_LANE UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) {
+            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2);
+            if constexpr (PLANES == 3) c[g][2][h][i] = c[g][0][h][i];
         }
         const bool more = pair + slots < pairs;
         if (more) seek(pair + slots);
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (!FULL && u >= count) break;
-            const auto digits = [&](int g, int h, int half) {
-                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + half) * 128 + LANE * 4);
+            const auto digits = [&](int g, int h, int odd) {
+                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + odd) * 128 + LANE * 4);
             };
-            add_unit<G>(c, held_of[u], by, held.kinds + (chunk + u) * 16, digits, thread);
-            if (more) load(u);
+            add_unit<G, PLANES>(c, held_of.read[u], held.kinds + (chunk + u) * 16, digits, thread);
+            if (more) load_unit(u);
         }
         UNROLL for (int g = 0; g < G; g++) {
             float own[HELD], given[HELD];
@@ -281,7 +267,7 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
                 float sum[2];
                 UNROLL for (int r = 0; r < 2; r++) {
                     float v = 0.0f;
-                    UNROLL for (int p = PLANES - 1; p >= 0; p--) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
+                    UNROLL for (int p = 0; p < PLANES; p++) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
                     sum[r] = LANE % 2 == 0 ? v : v * 16384.0f;
                 }
                 // An even lane gets row g, the next one row g + 8.
@@ -290,69 +276,70 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, int 
             of_neighbour(given);
             EACH_LANE {
                 const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[row * 2 * G + 2 * g + t / 2] += own[h] + given[h];
+                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h));
             }
         }
     }
 }
 
 // A warp's slice of the units for its pairs.
-template <int G>
-BOTH void sweep(const Signs& a, const Place& at, void* shared, int thread) {
+template <int G, int PLANES>
+BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
-    const Held<G> held = held_in<G>(a, shared);
-    const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice;
+    const Held<G> held = held_in<G>(a, at, shared);
+    const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
     const int last = int(least(units_of(a, at), first + a.slice));
     NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
+        const bool there = HELD == 1 && chunk == first;
         if (chunk + CHUNK <= last) {
-            sweep_chunk<G, true>(a, at, held, slice, warp / a.slices, chunk, chunk + CHUNK, thread);
+            sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, chunk, chunk + CHUNK, thread);
         } else {
-            sweep_chunk<G, false>(a, at, held, slice, warp / a.slices, chunk, last, thread);
+            sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, chunk, last, thread);
         }
     }
 }
 
-// The slices' sums become the first slice's, in units of x's largest.
-template <int G>
-BOTH void gather(const Signs& a, void* shared, int thread) {
-    const Held<G> held = held_in<G>(a, shared);
-    const int64_t own = a.group * PAIR * 2 * G;
-    for (int64_t i = thread; i < own; i += threads(G)) {
+// The slices' sums, to the rank that adds up those of a row. shared_of(rank): the shared memory of each block of the cluster.
+template <int G, int PLANES, class SharedOf>
+BOTH void give(const Signs& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
+    const Held<G> held = held_in<G>(a, at, shared);
+    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    for (int i = thread; i < all * 2 * G; i += threads(G, PLANES)) {
         float sum = held.sums[i];
-        for (int s = 1; s < a.slices; s++) sum += held.sums[s * own + i];
-        held.sums[i] = sum * unit_of<X_BITS>(held.largest[i % (2 * G)]);
+        for (int s = 1; s < a.slices; s++) sum += held.sums[s * all * 2 * G + i];
+        const int place = i / (2 * G), to = place / own;
+        held_in<G>(a, at, shared_of(to)).arrived[(at.rank * own + place - to * own) * 2 * G + i % (2 * G)] = sum;
     }
 }
 
-// shared_of(rank): the shared memory of each block of the cluster.
-template <int G, class SharedOf>
-BOTH void finish(const Signs& a, const Place& at, const SharedOf& shared_of, int thread) {
-    const int64_t all = a.group * PAIR, own = (all + at.ranks - 1) / at.ranks;
-    for (int64_t i = thread; i < own * 2 * G; i += threads(G)) {
+template <int G, int PLANES>
+BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
+    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    const Held<G> held = held_in<G>(a, at, shared);
+    for (int i = thread; i < own * 2 * G; i += threads(G, PLANES)) {
         const int64_t place = at.rank * own + i / (2 * G), row = at.cluster * all + place, to = at.first_row + i % (2 * G);
         if (place >= all || row >= a.rows || to >= a.given.count) continue;
         float v = 0.0f;
-        for (int r = 0; r < at.ranks; r++) v += held_in<G>(a, shared_of(r)).sums[place * 2 * G + i % (2 * G)];
-        write(a.out, to * a.rows + row, v * unit_of<VALUE_BITS>(to_bits(a.largest[row])), a.given.bfloat16);
+        for (int r = 0; r < at.ranks; r++) v += held.arrived[r * own * 2 * G + i];
+        write(a.out, to * a.rows + row, v * unit_of_values<PLANES>(held.row_largest[place]), a.given.bfloat16);
     }
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
 // read after it.
-template <int G, class Previous, class Each>
+template <class X, int G, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
+    constexpr int PLANES = PLANES_FOR<X>;
+    Reads held_of;
     each([&](int thread) {
-        fetch_first<G>(a, at, thread);
-        clear<G>(a, at, shared, thread);
+        load_first<G, PLANES>(a, at, held_of, thread);
+        clear<G, PLANES>(a, at, shared, thread);
+        fetch_rest<G, PLANES>(a, at, shared, thread);
+        previous();
+        take_digits<X, G>(a, at, shared, thread);
+        arrived<0>();
     });
-    previous();
-    each([&](int thread) { find_largest<G>(a, at, shared, thread); });
-    each([&](int thread) {
-        take_kinds<G>(a, at, shared, thread);
-        take_digits<G>(a, at, shared, thread);
-    });
-    each([&](int thread) { sweep<G>(a, at, shared, thread); });
-    each([&](int thread) { gather<G>(a, shared, thread); });
+    each([&](int thread) { sweep<G, PLANES>(a, at, shared, held_of, thread); });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.
@@ -363,19 +350,20 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     a.slices = 1;
     while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2;
     a.slice = int((a.share + a.slices - 1) / a.slices);
+    a.chunks = (a.slice + CHUNK - 1) / CHUNK;
 }
 
 // Half the rows of x at a time; 0 if not even two fit.
-inline int rows_at_a_time(const Signs& a, int64_t limit) {
+inline int rows_at_a_time(const Signs& a, int64_t ranks, int64_t limit) {
     int g = a.given.count > 4 ? 4 : a.given.count > 2 ? 2 : 1;
-    while (g > 0 && shared_bytes(g, a.share, a.group, a.slices) > limit) g /= 2;
+    while (g > 0 && shared_bytes(g, a, ranks) > limit) g /= 2;
     return g;
 }
 
-inline Signs signs_of(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest, const void* x,
+inline Signs signs_of(const uint32_t* words, const uint32_t* tables, const uint32_t* kinds, const float* largest, const void* x,
                       const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count, bool bfloat16) {
     Signs a = {};
-    a.words = words, a.tables = tables, a.salient = salient, a.largest = largest;
+    a.words = words, a.tables = tables, a.kinds = kinds, a.largest = largest;
     a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
     a.per_block = uint32_t(block / UNIT);

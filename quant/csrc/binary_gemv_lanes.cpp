@@ -11,35 +11,45 @@
 
 namespace {
 
-template <int G>
+template <class X, int G>
 void product(const Signs& a, int ranks) {
-    const int64_t bytes = shared_bytes(G, a.share, a.group, a.slices), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
+    const int64_t bytes = shared_bytes(G, a, ranks), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
+    const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
+    const auto all = [](const auto& phase) {
+        for (int t = 0; t < threads(G, PLANES_FOR<X>); t++) phase(t);
+    };
     for (int64_t first = 0; first < a.given.count; first += 2 * G) {
         for (int64_t c = 0; c < clusters; c++) {
-            const auto all = [](const auto& phase) {
-                for (int t = 0; t < threads(G); t++) phase(t);
-            };
-            for (int r = 0; r < ranks; r++) {
+            const auto place = [&](int r) { return Place{c, first, r, ranks}; };
+            for (int r = 0; r < ranks; r++)
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);
-                add_units<G>(a, Place{c, first, r, ranks}, shared[r].data(), [] {}, all);
-            }
-            const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
-            for (int r = 0; r < ranks; r++) all([&](int t) { finish<G>(a, Place{c, first, r, ranks}, of, t); });
+            for (int r = 0; r < ranks; r++) add_units<X, G>(a, place(r), of(r), [] {}, all);
+            for (int r = 0; r < ranks; r++) all([&](int t) { give<G, PLANES_FOR<X>>(a, place(r), of(r), of, t); });
+            for (int r = 0; r < ranks; r++) all([&](int t) { finish<G, PLANES_FOR<X>>(a, place(r), of(r), t); });
         }
     }
+}
+
+template <class X>
+void product_of(const Signs& a, int g, int ranks) {
+    if (g == 1) product<X, 1>(a, ranks);
+    if (g == 2) product<X, 2>(a, ranks);
+    if (g == 4) product<X, 4>(a, ranks);
 }
 
 }  // namespace
 
 // As bitgrid_binary_gemv of binary_gemv.cu, for blocks that are whole units. Nothing is written where no row of x fits.
-extern "C" void bitgrid_binary_lanes(const uint32_t* words, const float* tables, const int32_t* salient, const float* largest,
+extern "C" void bitgrid_binary_lanes(const uint32_t* words, const uint32_t* tables, const uint32_t* kinds, const float* largest,
                                      const void* x, const float* scale, void* out, int64_t rows, int64_t k, int64_t block, int64_t count,
                                      int64_t bfloat16, int64_t at_once, int64_t ranks, int64_t limit) {
-    Signs a = signs_of(words, tables, salient, largest, x, scale, out, rows, k, block, count, bfloat16 != 0);
+    Signs a = signs_of(words, tables, kinds, largest, x, scale, out, rows, k, block, count, bfloat16 != 0);
     plan(a, at_once, ranks);
-    const int g = rows_at_a_time(a, limit);
-    if (g == 1) product<1>(a, int(ranks));
-    if (g == 2) product<2>(a, int(ranks));
-    if (g == 4) product<4>(a, int(ranks));
+    const int g = rows_at_a_time(a, ranks, limit);
+    if (bfloat16 != 0) {
+        product_of<uint16_t>(a, g, int(ranks));
+    } else {
+        product_of<float>(a, g, int(ranks));
+    }
 }

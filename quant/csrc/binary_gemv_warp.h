@@ -6,10 +6,29 @@
 
 namespace {
 
-constexpr int STEPS = 4;   // matrices of 16 x 32 in a unit of two tiles
-constexpr int PLANES = 3;  // digits of a value
-constexpr int DIGITS = 4;  // of an x
-constexpr int X_BITS = 27, VALUE_BITS = 22;  // and a sign
+constexpr int STEPS = 4;    // matrices of 16 x 32 in a unit of two tiles
+constexpr int DIGITS = 4;   // of an x
+constexpr int X_BITS = 27;  // and a sign
+
+// Digits of a value that are multiplied, of the four that are stored: two where x is bfloat16, three where it is float32.
+template <class X>
+constexpr int PLANES_FOR = sizeof(X) == 2 ? 2 : 3;
+
+// What the largest value of a row is stored as, and what is added to each so that digits have no sign, and those that are left out are as
+// many above as below.
+constexpr double MOST = 2147483648.0 - 65536.0;
+constexpr uint32_t OFFSET = 0x80008080u;
+constexpr float ONE_OF_MOST = float(1.0 / MOST);
+
+// Numbers too small to be told from zero beside one of 2^-97 are not.
+BOTH float at_least(float largest) { return largest < 6.310887241768095e-30f ? 6.310887241768095e-30f : largest; }
+
+// What 1 is worth in sums of PLANES digits of a row's values: not a number if one of them is not finite.
+template <int PLANES>
+BOTH float unit_of_values(float largest) {
+    constexpr float ONE = float((PLANES == 2 ? 65536.0 : 256.0) / MOST);
+    return !(largest <= 3.402823466e38f) ? from_bits(0x7fc00000u) : ONE * at_least(largest);
+}
 
 // The exponent e of the largest |v| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
 BOTH int exponent(uint32_t largest) {
@@ -26,6 +45,42 @@ BOTH float factor_of(uint32_t largest) {
 template <int BITS>
 BOTH float unit_of(uint32_t largest) {
     return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
+}
+
+// The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes, four bits each: of each
+// word the even codes, then the odd ones.
+BOTH int column_of(int v, int lane) { return 8 * v + lane; }
+BOTH int kind_of(const uint32_t* kinds, int column) {
+    const int v = column / 8;
+    return int(kinds[v % 2 * 8 + column % 8] >> v / 2 * 4 & 4u);
+}
+
+// N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column.
+template <class X, int N, class Column>
+BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column) {
+    const int last = int(from.k) - 1;
+    const uint32_t begin = uint32_t(row) * uint32_t(from.k);  // fewer than 2^16 units: see block_of
+    X kept[N];
+    UNROLL for (int i = 0; i < N; i++) kept[i] = static_cast<const X*>(from.x)[begin + uint32_t(column(i) < last ? column(i) : last)];
+    UNROLL for (int i = 0; i < N; i++) {
+        if constexpr (sizeof(X) == 2) {
+            v[i] = from_bits(uint32_t(kept[i]) << 16);
+        } else {
+            v[i] = kept[i];
+        }
+    }
+    if (from.scale != nullptr) {
+        UNROLL for (int i = 0; i < N; i++) v[i] /= from.scale[column(i) < last ? column(i) : last];
+    }
+    UNROLL for (int i = 0; i < N; i++) v[i] = column(i) > last ? 0.0f : v[i];
+}
+
+BOTH int32_t rounded(float v) {
+#if defined(__CUDA_ARCH__)
+    return __float2int_rn(v);
+#else
+    return int32_t(__builtin_rintf(v));
+#endif
 }
 
 // Read once.
@@ -75,30 +130,6 @@ BOTH uint32_t masked(uint32_t v, uint32_t mask, uint32_t base) {
 #endif
 }
 
-// Shifts by arithmetic where instructions of another kind, of which there are twice as many a turn, do the same: permutations and masks
-// take all turns of the one that shifts. `upper`: a selector's upper half, in the lower one; as a number in half precision it is finite.
-constexpr bool BY_ARITHMETIC = true;
-
-BOTH uint32_t upper(uint32_t v) {
-#if defined(__CUDA_ARCH__)
-    if constexpr (BY_ARITHMETIC) {
-        uint32_t made;
-        asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; add.rn.f16x2 %0, both, %2;}"
-            : "=r"(made)
-            : "r"(v), "r"(0x80008000u));  // -0 changes nothing
-        return made;
-    }
-#endif
-    return v >> 16;
-}
-
-BOTH uint32_t quarter(uint32_t v) {
-#if defined(__CUDA_ARCH__)
-    if constexpr (BY_ARITHMETIC) return __umulhi(v, 1u << 30);
-#endif
-    return v >> 2;
-}
-
 // c = a b + c, a 16 x 32 of unsigned bytes, b 32 x 8 of signed ones, as lanes hold them.
 BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
 #if defined(__CUDA_ARCH__)
@@ -119,12 +150,24 @@ BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const ui
 #endif
 }
 
-// What lane `of` of each four neighbours has.
-BOTH void of_lane(uint32_t (&to)[HELD], const uint32_t (&v)[HELD], int of) {
+// Of all lanes of a warp.
+BOTH uint32_t most_of(const uint32_t (&v)[HELD]) {
 #if defined(__CUDA_ARCH__)
-    to[0] = __shfl_sync(~0u, v[0], of, 4);
+    return __reduce_max_sync(~0u, v[0]);
 #else
-    for (int h = 0; h < HELD; h++) to[h] = v[h / 4 * 4 + of];
+    uint32_t most = 0;
+    for (int h = 0; h < HELD; h++) most = v[h] > most ? v[h] : most;
+    return most;
+#endif
+}
+
+BOTH int32_t sum_of(const int32_t (&v)[HELD]) {
+#if defined(__CUDA_ARCH__)
+    return __reduce_add_sync(~0u, v[0]);
+#else
+    int32_t sum = 0;
+    for (int h = 0; h < HELD; h++) sum += v[h];
+    return sum;
 #endif
 }
 
@@ -140,49 +183,41 @@ BOTH void of_neighbour(float (&v)[HELD]) {
 #endif
 }
 
-// A lane's four values as digits without a sign, a register for each: of value + 2^22 times the row's unit.
-BOTH void digits_of(uint32_t (&to)[PLANES][HELD], const Line<4>& values, float by, int h) {
-    uint32_t v[4];
-    UNROLL for (int i = 0; i < 4; i++) v[i] = to_bits(from_bits(values.v[i]) * by + 12582912.0f);  // 1.5 * 2^23: a whole number is left
-    const uint32_t low[2] = {picked(v[0], v[1], 0x5140u), picked(v[2], v[3], 0x5140u)};
-    to[0][h] = picked(low[0], low[1], 0x5410u), to[1][h] = picked(low[0], low[1], 0x7632u);
-    to[2][h] = picked(picked(v[0], v[1], 0x62u), picked(v[2], v[3], 0x62u), 0x5410u);
-}
-
-// What a lane has of a unit: words of row g of each tile, and the four values of a tile (t / 2) and kind (t % 2).
+// What a lane has of a unit, of row g of each tile: words, and digits of its values as they are stored.
 struct Read {
     Line<2> words[2];
-    Line<4> values;
+    Line<4> high[2];  // of plain columns the two highest, then of salient ones
+    Line<2> third[2];
 };
 
-// A unit of a pair: += the products of its values' digits with those of x.
-template <int G, class Digits>
-BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], Read (&read)[HELD], const float (&by)[HELD], const uint32_t* kinds,
-                   const Digits& digits, int thread) {
-    uint32_t own[PLANES][HELD], table[2][PLANES][2][HELD];
-    EACH_LANE digits_of(own, read[h].values, by[h], h);
-    UNROLL for (int of = 0; of < 4; of++) UNROLL for (int p = 0; p < PLANES; p++) of_lane(table[of / 2][p][of % 2], own[p], of);
-    uint32_t selectors[2][2][2][HELD];  // of a row, a word, and even or odd codes
-    EACH_LANE {
-        const auto kind = *reinterpret_cast<const Line<4>*>(kinds + LANE % 4 * 4);
-        UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-            selectors[r][w][0][h] = masked(read[h].words[r].v[w], 0x33333333u, kind.v[2 * w]);
-            selectors[r][w][1][h] = masked(quarter(read[h].words[r].v[w]), 0x33333333u, kind.v[2 * w + 1]);
-        }
-    }
-    UNROLL for (int s = 0; s < STEPS; s++) {
-        uint32_t factor[PLANES][HELD][4];
-        EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-            const uint32_t both = selectors[r][w][s % 2][h], selector = s < 2 ? both : upper(both);
-            UNROLL for (int p = 0; p < PLANES; p++) factor[p][h][r + 2 * w] = picked(table[r][p][0][h], table[r][p][1][h], selector);
-        }
-        UNROLL for (int g = 0; g < G; g++) {
-            uint32_t b[HELD][2];
-            EACH_LANE {
-                const Line<4> of = digits(g, h, s / 2);
-                UNROLL for (int i = 0; i < 2; i++) b[h][i] = of.v[s % 2 * 2 + i];
+// A unit of a pair: += the products of its values' digits, the highest first, with those of x. kinds, digits: for even and odd codes.
+template <int G, int PLANES, class Digits>
+BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], const Read (&read)[HELD], const uint32_t* kinds, const Digits& digits, int thread) {
+    UNROLL for (int odd = 0; odd < 2; odd++) {
+        uint32_t selectors[2][2][HELD];  // of a row and a word: for even or odd codes
+        EACH_LANE {
+            const auto kind = *reinterpret_cast<const Line<2>*>(kinds + odd * 8 + LANE % 4 * 2);
+            UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
+                selectors[r][w][h] = masked(read[h].words[r].v[w] >> 2 * odd, 0x33333333u, kind.v[w]);
             }
-            UNROLL for (int p = 0; p < PLANES; p++) multiply(c[g][p], factor[p], b);
+        }
+        uint32_t b[G][HELD][4];
+        EACH_LANE UNROLL for (int g = 0; g < G; g++) {
+            const Line<4> of = digits(g, h, odd);
+            UNROLL for (int i = 0; i < 4; i++) b[g][h][i] = of.v[i];
+        }
+        UNROLL for (int s = 0; s < STEPS / 2; s++) {
+            uint32_t factor[PLANES][HELD][4], of_x[HELD][2];
+            EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
+                const uint32_t selector = s == 0 ? selectors[r][w][h] : selectors[r][w][h] >> 16;
+                const Read& of = read[h];
+                UNROLL for (int p = 0; p < 2; p++) factor[p][h][r + 2 * w] = picked(of.high[r].v[p], of.high[r].v[2 + p], selector);
+                if constexpr (PLANES == 3) factor[2][h][r + 2 * w] = picked(of.third[r].v[0], of.third[r].v[1], selector);
+            }
+            UNROLL for (int g = 0; g < G; g++) {
+                EACH_LANE UNROLL for (int i = 0; i < 2; i++) of_x[h][i] = b[g][h][2 * s + i];
+                UNROLL for (int p = 0; p < PLANES; p++) multiply(c[g][p], factor[p], of_x);
+            }
         }
     }
 }

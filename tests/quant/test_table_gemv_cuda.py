@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv, kernel, lut_gemv, native, on_cuda, row_lut_gemv
+from quant.kernels.binary_gemv import cpu, digits
 from quant.kernels.library import operands
 from quant.kernels.lut_gemv import cuda as lut_cuda
 from quant.kernels.lut_gemv import fragments
 from quant.kernels.products import written_to
 from quant.kernels.row_lut_gemv import cuda as row_cuda
+from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from tests.quant.products_affine import U_BFLOAT16, U, inputs
 from tests.quant.products_tables import PREPARE as OF_OTHERS
@@ -29,7 +31,7 @@ from tests.quant.products_tables import check as held_to
 LIMITS = {90: 232448, 86: 101376}
 """Compute capability ▸ bytes of shared memory a block may have. NVIDIA, CUDA C++ Programming Guide, table of compute capabilities."""
 SOURCES = {op: f"{op}_lanes" for op in ("lut_gemv", "row_lut_gemv", "binary_gemv")}
-PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare}
+PREPARE = OF_OTHERS | {"lut_gemv": fragments.prepare, "binary_gemv": digits.prepare}
 CLUSTERS = [op for op in SOURCES if op != "row_lut_gemv"]
 """Those of which a row's sums are spread over clusters."""
 GPU = pytest.mark.gpu("nvcc")
@@ -58,7 +60,24 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
     return out
 
 
-def cut(x: Tensor, tensor: CodebookTensor) -> Tensor:
+def cut(x: Tensor, tensor: Any) -> Tensor | float:
+    """What operands are off by, for each sum."""
+    if isinstance(tensor, CodebookTensor):
+        return cut_of_codebook(x, tensor)
+    return cut_of_signs(x, tensor) if isinstance(tensor, BinaryTensor) else 0.0
+
+
+def cut_of_signs(x: Tensor, tensor: BinaryTensor) -> Tensor:
+    """[M, N]: digits of a value that are left out are half of the last one's unit and 2^-8 of it, of 2^-15 or 2^-23 of the row's largest
+    (2^31 - 2^16: 2^-15 more); an x is rounded to 2^-26 of the largest at most."""
+    given = x.double().abs() if tensor.input_scale is None else x.double().abs() / tensor.input_scale.double()
+    largest = binary_gemv.prepare(tensor).largest.flatten()[: tensor.shape[0]].double()
+    weight = replace(tensor, input_scale=None).dequantize().double().abs()
+    last = 2.0**-15 if x.dtype is torch.bfloat16 else 2.0**-23
+    return (0.5 + 2.0**-7) * last * given.sum(1, keepdim=True) * largest + 2.0**-27 * given.amax(1, keepdim=True) * weight.sum(1)
+
+
+def cut_of_codebook(x: Tensor, tensor: CodebookTensor) -> Tensor:
     """[M, 1]: what lut_gemv_cuda.h says that tables' and inputs' digits are off by, of a part all columns beside its largest x W, and what
     is cut off a strip of 32 columns, 2^-22 of it at most."""
     off = torch.zeros(len(x), 1, dtype=torch.float64)
@@ -75,7 +94,7 @@ def cut(x: Tensor, tensor: CodebookTensor) -> Tensor:
 
 
 def check(got: Tensor, x: Tensor, tensor: Any) -> None:
-    held_to(got, x, tensor, cut(x, tensor) if isinstance(tensor, CodebookTensor) else 0.0)
+    held_to(got, x, tensor, cut(x, tensor))
 
 
 def taken(operation: str) -> list[Any]:
@@ -116,7 +135,7 @@ def test_rows_of_x_stand_alone(operation: str) -> None:
 def test_signs_of_many_columns() -> None:
     """A warp's units in more turns than one, whole and not, of shares of which the last is short; an odd number of tiles."""
     tensor, x = signs(17, 7100, 128), inputs(5, 7100)
-    packed = binary_gemv.prepare(tensor)
+    packed = digits.prepare(tensor)
     for ranks in (1, 4, 5):
         whole = on_the_host("binary_gemv", x, packed, ranks=ranks)
         check(whole, x, tensor)
@@ -142,9 +161,9 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
 
 
 def test_inputs_of_very_different_sizes_and_none() -> None:
-    """Of 28 bits of the largest of a share of columns each x keeps what float32 would, as far as the sum is concerned."""
+    """Of 28 bits of the largest of some columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
-    packed = binary_gemv.prepare(tensor)
+    packed = digits.prepare(tensor)
     x = inputs(4, 1024)
     x[0, ::7] *= 4000
     x[1], x[2, 500:] = 0, 0
@@ -156,14 +175,46 @@ def test_inputs_of_very_different_sizes_and_none() -> None:
     assert not got[[0, 1, 3]].isnan().any()
 
 
+def test_digits_are_those_of_values() -> None:
+    """Off by half of 2^-31 of the row's largest, and three roundings; a row with one that is none has none."""
+    for tensor in (*cases("binary_gemv"), signs(17, 512, 512, False)):
+        plain, packed = binary_gemv.prepare(tensor), digits.prepare(tensor)
+        assert torch.equal(digits.salient_of(packed.salient), plain.salient)
+        got, want = digits.values_of(packed.tables, packed.largest), plain.tables
+        assert ((got - want).double().abs() <= 2.0**-31 * plain.largest[:, None, :, None] + 3 * U * want.abs()).all()
+    tensor.scale[3, 0, 1] = torch.nan
+    rows = digits.prepare(tensor).values(torch.float32)
+    assert rows[3].isnan().all()
+    assert not rows[torch.arange(17) != 3].isnan().any()
+
+
+def test_other_backends_refuse_tables_of_digits() -> None:
+    tensor, x = signs(9, 256, 128), inputs(1, 256)
+    with pytest.raises(ValueError, match="laid out for other backends"):
+        cpu.binary_gemv(x, digits.prepare(tensor))
+    with pytest.raises(ValueError, match="laid out for other backends"):
+        digits.check(binary_gemv.prepare(tensor))
+
+
+def test_products_with_bfloat16_are_rounded_to_it_once() -> None:
+    """What comes out is the rounding of a number as near as `cut_of_signs` says, far nearer than bfloat16 has any."""
+    for tensor in (signs(40, 1500, 128), signs(24, 900, 256, True, torch.float32, True)):
+        x = inputs(3, tensor.shape[1], torch.bfloat16)
+        got = on_the_host("binary_gemv", x, digits.prepare(tensor))
+        want, size, roundings = exact(x, tensor)
+        off = roundings * U * size + cut_of_signs(x, tensor)
+        assert ((want - off).bfloat16() <= got).all()
+        assert (got <= (want + off).bfloat16()).all()
+
+
 def test_values_of_very_different_sizes() -> None:
-    """Of 23 bits of a row's largest value each one keeps what float32 would, as far as the sum is concerned."""
+    """Of 24 bits of a row's largest value each one keeps what float32 would, as far as the sum is concerned."""
     tensor, x = signs(19, 1024, 128), inputs(2, 1024)
     size = 1000.0 ** torch.arange(-1, 2).repeat(8)[:8]
     tensor = replace(tensor, scale=tensor.scale.float() * size[:, None], mean=None)
-    check(on_the_host("binary_gemv", x, binary_gemv.prepare(tensor)), x, tensor)
+    check(on_the_host("binary_gemv", x, digits.prepare(tensor)), x, tensor)
     tensor.scale[5, 2, 1] = torch.inf
-    got = on_the_host("binary_gemv", x, binary_gemv.prepare(tensor))
+    got = on_the_host("binary_gemv", x, digits.prepare(tensor))
     assert got[:, 5].isnan().all()
     assert not got[:, torch.arange(19) != 5].isnan().any()
 
@@ -205,7 +256,7 @@ def test_digits_are_off_by_what_they_may(widths: tuple[int, ...], dtype: torch.d
         x[3] *= 2.0**-60
         got = on_the_host("lut_gemv", x, packed)
         want, size, roundings = exact(x, tensor)
-        bound = roundings * U * size + cut(x, tensor)
+        bound = roundings * U * size + cut_of_codebook(x, tensor)
         if kind is torch.bfloat16:
             bound += U_BFLOAT16 * (want.abs() + bound)
         assert ((got.double() - want).abs() <= bound).all()
@@ -259,18 +310,18 @@ def test_kernel_on_a_gpu(operation: str) -> None:
             check(got.cpu(), x, tensor)
             assert torch.equal(getattr(backend, operation)(x[:1].cuda(), there), got[:1])
             check(getattr(torch.ops.bitgrid, operation)(x.cuda(), *operands(there)).cpu(), x, tensor)
-        want = OF_OTHERS[operation](tensor).values(torch.float32)
+        want = (PREPARE if operation == "binary_gemv" else OF_OTHERS)[operation](tensor).values(torch.float32)
         assert torch.equal(backend.values(there).cpu(), want)
         assert torch.equal(backend.values(there, torch.bfloat16).cpu(), want.bfloat16())
 
 
 @GPU
 def test_the_device_says_how_many_clusters_fit() -> None:
-    """Of 8 blocks, or 4, that have a multiprocessor each, where there are clusters."""
+    """Of 8 blocks that have a multiprocessor each, where there are clusters."""
     device = torch.device("cuda", torch.cuda.current_device())
     all_there = torch.cuda.get_device_properties(device).multi_processor_count
-    for operation, size in {"lut_gemv": 8, "binary_gemv": 4}.items():
-        most = all_there // (size if torch.cuda.get_device_capability() >= (9, 0) else 1)
+    for operation in CLUSTERS:
+        most = all_there // (8 if torch.cuda.get_device_capability() >= (9, 0) else 1)
         found = torch.zeros(1, dtype=torch.int64)
         entry = f"bitgrid_{operation.removesuffix('_gemv')}_clusters"
         on_cuda.call(operation, entry, torch.empty(0, device=device), found.data_ptr())

@@ -26,6 +26,8 @@ PLAIN, SALIENT = 0, 4
 
 @dataclass(frozen=True)
 class Packed:
+    """As `prepare` below lays it out; `quant.kernels.binary_gemv.digits` has its own tables and salient columns."""
+
     words: Tensor
     """int32 `[T, U, 1, 8, 8]`, laid out as codes of 2 bits in `quant.kernels.wq_gemv`: the sign, and above it the second sign or the
     half."""
@@ -43,18 +45,35 @@ class Packed:
     """Columns."""
 
     @property
+    def has_digits(self) -> bool:
+        return self.tables.dim() == 5
+
+    @property
     def bytes(self) -> int:
-        """What a call reads of the weight."""
-        read = (self.words, self.tables, self.salient, self.largest, self.input_scale)
+        """What a call reads of the weight; of tables of digits the half that one with bfloat16 inputs reads."""
+        tables = self.tables[0] if self.has_digits else self.tables
+        read = (self.words, tables, self.salient, self.largest, self.input_scale)
         return sum(t.numel() * t.element_size() for t in read if t is not None)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` before the input scale."""
         n, k = self.shape
-        entry = read_out(self.words, BITS, self.shape).long() + self.salient[:k]
+        tables, salient = self.tables, self.salient
+        if self.has_digits:
+            from quant.kernels.binary_gemv.digits import salient_of, values_of
+
+            tables, salient = values_of(tables, self.largest), salient_of(salient)
+        entry = read_out(self.words, BITS, self.shape).long() + salient[:k]
         block = torch.arange(k, device=entry.device) // self.block
-        rows = self.tables.permute(0, 2, 1, 3).reshape(-1, self.tables.shape[1], 8)[:n]
+        rows = tables.permute(0, 2, 1, 3).reshape(-1, tables.shape[1], 8)[:n]
         return rows[torch.arange(n, device=entry.device)[:, None], block, entry].to(dtype)
+
+
+def with_values(packed: Packed) -> Packed:
+    """The same. Raises ValueError for tables of digits."""
+    if packed.has_digits:
+        raise ValueError("tables are laid out for other backends; this one takes those of quant.kernels.binary_gemv")
+    return packed
 
 
 def prepare(tensor: BinaryTensor) -> Packed:

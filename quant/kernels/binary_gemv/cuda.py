@@ -1,8 +1,9 @@
 """The product in CUDA C++ (`quant/csrc/binary_gemv.cu`), one launch a call.
 
-Fast for blocks of a multiple of 128 columns. There x is rounded to a multiple of 2^-26 of the largest |x| of a share of the columns (on
-compute capability 9.0, a quarter), values of the weight to one of 2^-21 of the row's largest, and sums are taken in whole numbers: each
-is off by half of that at most. A row of x with a number that is not finite gives one of NaN.
+Fast for blocks of a multiple of 128 columns. There x is rounded to a multiple of 2^-26 of the largest |x| of at most 512 columns, which a
+warp takes together. Sums are those of whole numbers: each product is off by half of that at most, and by what a value of the weight is. It
+is rounded to a multiple of 2^-23 of its row's largest where x is float32, of 2^-15 where x is bfloat16, that has itself 2^-8 of each.
+A row of x with a number that is not finite gives one of NaN.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_cuda
-from quant.kernels.binary_gemv import Packed, prepare
+from quant.kernels.binary_gemv import Packed
+from quant.kernels.binary_gemv.digits import check, prepare
 from quant.kernels.products import written_to
 
 __all__ = ["binary_gemv", "prepare", "unavailable", "values"]
@@ -22,7 +24,8 @@ unavailable = partial(on_cuda.unavailable, "binary_gemv")
 
 
 def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
-    """`[M, N]` in the type of x; sums of blocks are added up in float32."""
+    """`[M, N]` in the type of x; sums of columns that warps take together are added up in float32."""
+    check(packed)
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
     weight = (packed.words, packed.tables, packed.salient, packed.largest)
@@ -32,8 +35,9 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    check(packed)
     kind = dtype if dtype is torch.bfloat16 else torch.float32
     made = torch.empty(packed.shape, dtype=kind, device=packed.words.device)
-    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), made)
+    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), packed.largest.contiguous(), made)
     on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, int(kind is torch.bfloat16))
     return made.to(dtype)

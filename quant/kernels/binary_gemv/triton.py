@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels.binary_gemv import Packed, prepare
+from quant.kernels.binary_gemv import Packed, prepare, with_values
 from quant.kernels.on_triton import unavailable
 from quant.kernels.products import given_to, written_to
 
@@ -24,7 +24,7 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     n, k = packed.shape
     tiles, units = packed.words.shape[:2]
     signs[(tiles, x.shape[0])](
-        packed.words.contiguous(), packed.tables.contiguous(), packed.salient, given, sums,
+        with_values(packed).words.contiguous(), packed.tables.contiguous(), packed.salient, given, sums,
         n, k, units, packed.tables.shape[1], packed.block, UNITS=UNITS, num_warps=4,
     )  # fmt: skip
     return made if sums is made else made.copy_(sums)
@@ -37,7 +37,7 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     n, k = packed.shape
     tiles, units = packed.words.shape[:2]
     weight[(tiles, -(-units // UNITS))](
-        packed.words.contiguous(), packed.tables.contiguous(), packed.salient, made,
+        with_values(packed).words.contiguous(), packed.tables.contiguous(), packed.salient, made,
         n, k, units, packed.tables.shape[1], packed.block, UNITS=UNITS, num_warps=4,
     )  # fmt: skip
     return made
