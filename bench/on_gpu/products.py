@@ -69,7 +69,7 @@ def tables(b: Bench) -> Iterator[Row]:
                 peers["triton"] = b.time(lambda i: getattr(other, operation)(x, copies_other[i]), len(copies_other))  # noqa: B023
             goal = Goal(0.6, "read") if m == 1 and operation != "row_lut_gemv" else None
             named, work = f"{operation} {n} x {k}, {name}, M={m}", {"float32": 2.0 * m * n * k}
-            yield Row(named, error, allowed, took, known(**peers), packed.bytes, goal, work)
+            yield Row(named, error, allowed, took, known(**peers), getattr(packed, "read", packed.bytes), goal, work)
 
 
 def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int, int], Goal]) -> Iterator[Row]:

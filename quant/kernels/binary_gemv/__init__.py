@@ -50,10 +50,12 @@ class Packed:
 
     @property
     def bytes(self) -> int:
-        """What a call reads of the weight; of tables of digits the half that one with bfloat16 inputs reads."""
-        tables = self.tables[0] if self.has_digits else self.tables
-        read = (self.words, tables, self.salient, self.largest, self.input_scale)
-        return sum(t.numel() * t.element_size() for t in read if t is not None)
+        return _size(self.words, self.tables, self.salient, self.largest, self.input_scale)
+
+    @property
+    def read(self) -> int:
+        """Bytes of the weight that a call reads; of tables of digits the half that one with bfloat16 inputs reads."""
+        return self.bytes - (_size(self.tables[1]) if self.has_digits else 0)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` before the input scale."""
@@ -67,6 +69,11 @@ class Packed:
         block = torch.arange(k, device=entry.device) // self.block
         rows = tables.permute(0, 2, 1, 3).reshape(-1, tables.shape[1], 8)[:n]
         return rows[torch.arange(n, device=entry.device)[:, None], block, entry].to(dtype)
+
+
+def _size(*tensors: Tensor | None) -> int:
+    """Bytes."""
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 def with_values(packed: Packed) -> Packed:
