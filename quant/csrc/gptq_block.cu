@@ -15,10 +15,6 @@ using namespace gptq;
 
 // Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor.
 constexpr int TEAMS = 4, SIDE = 32 * TEAMS, THREADS = 2 * SIDE;
-// Two of its four schedulers have the ones, two the others. A warp that helps hardly ever waits, and one that solves does after each few
-// instructions: on one scheduler its turns would be late. Where lanes share rows there is less to help with.
-template <int L>
-constexpr bool APART = L == 1;
 
 template <int L, bool PLAIN>
 struct Solvers {
@@ -144,8 +140,8 @@ __global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const 
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int team = APART<L> ? warp / 4 * 2 + warp % 2 : warp % TEAMS;
-    const bool helps = APART<L> ? warp / 2 % 2 == 1 : warp >= TEAMS;
+    const int team = warp % TEAMS;
+    const bool helps = warp >= TEAMS;
     float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (ROWS * STRIDE);  // [ROWS, STRIDE]
     const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = team * 32 + lane;  // of its side
     const Meet meet(team);

@@ -25,7 +25,7 @@
 namespace gptq {
 
 constexpr int PANEL = 16, MOST = 128;  // columns
-constexpr int FENCED = 2;              // columns whose instructions the compiler may mix
+constexpr int FENCED = 4;              // columns whose instructions the compiler may mix
 constexpr int ARRIVAL = 8;             // of a panel's columns, the one before which what is next has come
 // A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors. Those of
 // the last two nobody asks for: they share a slot, which is free in time.
