@@ -42,9 +42,9 @@ struct Solvers {
     }
 };
 
-template <int L>
+template <int L, bool PLAIN>
 struct Helpers {
-    Updates<L> lane;
+    Updates<L, PLAIN> lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
@@ -62,6 +62,7 @@ struct Meet {
     __device__ __forceinline__ void ready(int) const { all(); }
     __device__ __forceinline__ void receive(int) const { wait(panels); }
     __device__ __forceinline__ void send(int) const { arrive(errors); }
+    __device__ __forceinline__ void send_last() const { arrive(panels); }
     // Of one that helps.
     __device__ __forceinline__ void hand_over(int) const { arrive(panels); }
     __device__ static __forceinline__ void whole() {
@@ -72,6 +73,8 @@ struct Meet {
         if (panel == 0) whole();
         wait(errors);
     }
+    __device__ __forceinline__ void await_last() const { wait(panels); }
+    __device__ static __forceinline__ void together() { __syncwarp(); }
 };
 
 __device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
@@ -85,13 +88,13 @@ __device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t by
 template <int FIRST, int LAST>
 __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
     constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
-    static_assert(STEP == 2 * PANEL, "a panel's last rows are half of a step");
     const uint32_t i = thread / EACH, column = thread % EACH * 4;
     const float* from = p.upper + (i * p.upper_stride + column);
     const uint32_t to = near(factor + i * PANEL + column);
-    UNROLLED for (int k = 0; k < LAST / 2; k++) {
+    UNROLLED for (int k = 0; k * STEP < LAST * PANEL; k++) {
         UNROLLED for (int panel = FIRST; panel < LAST; panel++) {
-            if (panel > 2 * k || (panel == 2 * k && i < PANEL)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
+            const int left = PANEL * (panel + 1) - k * STEP;  // rows
+            if (left >= STEP || (left > 0 && int(i) < left)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
         }
         from += STEP * p.upper_stride;
     }
@@ -153,7 +156,7 @@ __global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const 
         staged<2, MOST / PANEL>(p, memory.factor, thread);
     }
     const uint32_t row = settled(first + lane % ROWS);
-    const int part = lane / ROWS;
+    const int part = L == 1 ? 0 : int(settled(lane / ROWS));
     if (p.words && first < p.rows) {
         const int mine = part + helps * L;
         const Near spans = near(errors + lane % ROWS * STRIDE);
@@ -172,13 +175,16 @@ __global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const 
             UNROLLED for (int panel = 0; panel < 2; panel++)
                 if (panel < p.panels()) meet.ready(panel);
         } else {
-            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
+            solvers.lane.begin(p, row, part, settled(near(errors + lane % ROWS * STRIDE)));
             solvers.lane.fetch_ranges(p, 0);
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<L> helpers;
-        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
+        Helpers<L, PLAIN> helpers;
+        if (!idle) {
+            helpers.lane.begin(p, lane, first, settled(near(errors)));
+            helpers.lane.results.begin(p, row, part, settled(near(errors + lane % ROWS * STRIDE)));
+        }
         memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         meet.all();

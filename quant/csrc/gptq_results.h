@@ -1,0 +1,133 @@
+// What the second warp of a team of gptq_lanes.h stores: codes, values and errors of panels that are solved, and the loss. It also finds rows
+// that have to be solved again.
+#pragma once
+
+#include "gptq_lanes.h"
+
+namespace gptq {
+
+// One of the L lanes of a row: it stores its own columns of each panel.
+template <int L, bool PLAIN>
+struct Results {
+    static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : OWN, WORD = word_of<L>;
+    float scale[GROUPS], zero[GROUPS];
+    float loss;
+    bool odd;  // some difference, scale or zero is not what the fast divisions take
+    uint32_t row, part;
+    bool alive;                // false beyond the last row: such lanes store what those of the last row do, and solve nothing again
+    Near errors;               // [STRIDE]
+    uint32_t codes[OWN / WORD];  // see `Lane`
+
+    ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
+        alive = given_row < p.rows;
+        row = alive ? given_row : p.rows - 1;
+        part = given_part, errors = given_errors;
+        loss = 0.0f, odd = false;
+    }
+
+    // Takes the codes of a panel from where those of the next may come.
+    ON_LANES void read(const Problem& p, int panel) {
+        const Near from = beside(errors, codes_start(panel, p.panels()) + int(part) * (OWN / WORD));
+        UNROLLED for (int i = 0; i < OWN / WORD; i++) codes[i] = near_word(beside(from, i));
+    }
+
+    ON_LANES void renew(const Problem& p, int first) {
+        UNROLLED for (int c = 0; c < GROUPS; c++) {
+            const bool real = PLAIN || first + c < int(p.columns);
+            const int group = p.group[real ? first + c : 0];
+            scale[c] = p.scale[group * p.scale_stride + row], zero[c] = p.zero[group * p.zero_stride + row];
+        }
+        UNROLLED for (int c = 0; c < GROUPS; c++) odd |= !(fits(scale[c], zero[c], p.kind) || (p.kind == MINIMUM && scale[c] == 0.0f));
+    }
+
+    // Of a panel whose codes have been read, and whose errors are in their slot.
+    ON_LANES void write(const Problem& p, const Shared& s, int panel) {
+        const int first = panel * PANEL, mine = first + int(part) * OWN;
+        if (!PLAIN || p.fresh >> panel & 1) renew(p, mine);
+        const Near slot = beside(errors, slot_start(panel));
+        uint32_t at = mine * p.rows + row;
+        UNROLLED for (int d = 0; d < PANEL / 4; d++) {
+            const Four error = near_four(beside(slot, 4 * d));
+            check(s, first + 4 * d, error);
+            if (L == 1) store(p, mine, 4 * d, error.at, at);
+        }
+        if (L > 1) {
+            float own[OWN];
+            near_some<OWN>(beside(slot, int(part) * OWN), own);
+            UNROLLED for (int c = 0; c < OWN; c += WORD) store(p, mine, c, own + c, at);
+        }
+    }
+
+    // An error is not 0 and too small, if its difference is. One that is 0 is right: with d the diagonal, y = 1 / d rounded and m > 0 the
+    // difference, m y rounded is 0 only if m < 2^-120 (|y| >= 2^-30) is at most 2^-150 / y. Were m / d above 2^-150, d would be below the float
+    // m 2^150, and the product of that and y, for d's next float at least 1 + 2^-48, not at most 1.
+    ON_LANES void check(const Shared& s, int column, const Four& error) {
+        UNROLLED for (int i = 0; i < 4; i += 2) {
+            const Four pivots = near_four(beside(s.pivots, 2 * (column + i)));
+            UNROLLED for (int k = 0; k < 2; k++) {
+                const float e = error.at[i + k];
+                loss = fused(e, e, loss);
+                if (e != 0.0f && fabsf(e) < times(fabsf(pivots.at[2 * k + 1]), LEAST_MISSED)) odd = true;
+            }
+        }
+    }
+
+    // A word's columns, from the lane's own column c on.
+    ON_LANES void store(const Problem& p, int mine, int c, const float* error, uint32_t& at) {
+        uint32_t word = codes[c / WORD];
+        UNROLLED for (int i = 0; i < WORD; i++) {
+            const float z = PLAIN || p.kind == WHOLE ? zero[(c + i) % GROUPS] : 0.0f;
+            word += (whole_bits(z) - 2 * WHOLE_BITS) << 8 * i;
+        }
+        UNROLLED for (int i = 0; i < WORD; i++) {
+            const bool real = PLAIN || mine + c + i < int(p.columns);
+            const float code = byte_of(word, i), z = zero[(c + i) % GROUPS], step = scale[(c + i) % GROUPS];
+            float value;
+            if (PLAIN)
+                value = times(minus(code, z), step);
+            else
+                value = p.kind == MINIMUM ? plus(times(code, step), z) : times(minus(code, z), step);
+            put<PLAIN>(p.codes + at, code, real);
+            put<PLAIN>(p.values + at, value, real);
+            put<PLAIN>(p.errors + at, error[i], real);
+            advance(at, p.rows);
+        }
+    }
+
+    ON_LANES void finish(const Problem& p) {
+#ifdef __CUDACC__
+        __syncwarp();  // what all of the row's lanes stored comes before what one of them may
+#endif
+        if (!alive || part) return;
+        if (odd || !(loss < MOST_LOSS)) redo(p);
+        if (p.loss) p.loss[row] = plus(p.loss[row], loss);
+    }
+
+    // The row once more, with divisions for any number.
+    ON_LANES void redo(const Problem& p) {
+        const float top = p.tops ? p.tops[row] : p.top;
+        loss = 0.0f;
+        ROLLED for (uint32_t j = 0; j < p.columns; j++) {
+            const uint32_t at = j * p.rows + row;
+            float w = p.block[at];
+            ROLLED for (uint32_t i = 0; i < j; i++) w = less(w, p.errors[i * p.rows + row], p.upper[i * p.upper_stride + j]);
+            const float scale = p.scale[p.group[j] * p.scale_stride + row], zero = p.zero[p.group[j] * p.zero_stride + row];
+            float code, value;
+            if (p.kind == MINIMUM) {
+                code = scale == 0.0f ? 0.0f : over(minus(w, zero), scale);
+                code = rintf(code < 0.0f ? 0.0f : code > top ? top : code);
+                value = plus(times(code, scale), zero);
+            } else {
+                code = over(w, scale);
+                code = p.kind == REAL_ZERO ? rintf(plus(code, zero)) : plus(rintf(code), zero);
+                code = code < 0.0f ? 0.0f : code > top ? top : code;
+                value = times(minus(code, zero), scale);
+            }
+            const float error = over(minus(w, value), p.upper[j * p.upper_stride + j]);
+            loss = fused(error, error, loss);
+            p.codes[at] = code, p.values[at] = value, p.errors[at] = error;
+        }
+    }
+};
+
+}  // namespace gptq
