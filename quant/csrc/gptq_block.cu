@@ -138,7 +138,7 @@ struct Memory {
 };
 
 template <int L, bool PLAIN>
-__global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Problem p) {
     constexpr int ROWS = 32 / L;  // of a team
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
