@@ -38,7 +38,7 @@ ON_LANES constexpr int codes_start(int panel, int panels) { return panel + 1 < p
 // Columns whose codes lie together, each in a byte.
 template <int L>
 constexpr int word_of = PANEL / L < 4 ? PANEL / L : 4;
-static_assert(STRIDE - SLOTS * PANEL >= PANEL / word_of<4>, "a byte for a code");
+static_assert(STRIDE - SLOTS * PANEL >= PANEL / word_of<4>, "a byte for a code, and a float for each of four lanes");
 
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 

@@ -170,8 +170,10 @@ template <int N>
 ON_LANES void near_put_words(Near at, const uint32_t* x) {
     if (N == 4)
         asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x[0]), "r"(x[1]), "r"(x[N - 2]), "r"(x[N - 1]) : "memory");
+    else if (N == 1)
+        asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(x[0]) : "memory");
     else
-        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x[0]), "r"(x[1]) : "memory");
+        asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x[0]), "r"(x[N - 1]) : "memory");
 }
 // The compiler moves no volatile instruction across, and nothing that makes x [n]. Never taken, which it does not know: an address that is a
 // multiple of 16.

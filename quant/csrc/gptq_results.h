@@ -12,7 +12,7 @@ struct Results {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : OWN, WORD = word_of<L>;
     float scale[GROUPS], zero[GROUPS];
     float loss;
-    bool odd;  // some difference, scale or zero is not what the fast divisions take
+    uint32_t odd;  // not 0: some difference, scale or zero is not what the fast divisions take
     uint32_t row, part;
     bool alive;                // false beyond the last row: such lanes store what those of the last row do, and solve nothing again
     Near errors;               // [STRIDE]
@@ -22,7 +22,7 @@ struct Results {
         alive = given_row < p.rows;
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
-        loss = 0.0f, odd = false;
+        loss = 0.0f, odd = 0;
     }
 
     // Takes the codes of a panel from where those of the next may come.
@@ -48,28 +48,27 @@ struct Results {
         uint32_t at = mine * p.rows + row;
         UNROLLED for (int d = 0; d < PANEL / 4; d++) {
             const Four error = near_four(beside(slot, 4 * d));
-            check(s, first + 4 * d, error);
-            if (L == 1) store(p, mine, 4 * d, error.at, at);
+            UNROLLED for (int i = 0; i < 4; i++) loss = fused(error.at[i], error.at[i], loss);
+            if (L == 1) check(s, mine + 4 * d, error.at), store(p, mine, 4 * d, error.at, at);
         }
         if (L > 1) {
             float own[OWN];
             near_some<OWN>(beside(slot, int(part) * OWN), own);
-            UNROLLED for (int c = 0; c < OWN; c += WORD) store(p, mine, c, own + c, at);
+            UNROLLED for (int c = 0; c < OWN; c += WORD) check(s, mine + c, own + c), store(p, mine, c, own + c, at);
         }
     }
 
     // An error is not 0 and too small, if its difference is. One that is 0 is right: with d the diagonal, y = 1 / d rounded and m > 0 the
     // difference, m y rounded is 0 only if m < 2^-120 (|y| >= 2^-30) is at most 2^-150 / y. Were m / d above 2^-150, d would be below the float
     // m 2^150, and the product of that and y, for d's next float at least 1 + 2^-48, not at most 1.
-    ON_LANES void check(const Shared& s, int column, const Four& error) {
-        UNROLLED for (int i = 0; i < 4; i += 2) {
+    ON_LANES void check(const Shared& s, int column, const float* error) {
+        bool small = false;
+        UNROLLED for (int i = 0; i < WORD; i += 2) {
             const Four pivots = near_four(beside(s.pivots, 2 * (column + i)));
-            UNROLLED for (int k = 0; k < 2; k++) {
-                const float e = error.at[i + k];
-                loss = fused(e, e, loss);
-                if (e != 0.0f && fabsf(e) < times(fabsf(pivots.at[2 * k + 1]), LEAST_MISSED)) odd = true;
-            }
+            UNROLLED for (int k = 0; k < 2; k++)
+                small |= (error[i + k] != 0.0f) & (fabsf(error[i + k]) < times(fabsf(pivots.at[2 * k + 1]), LEAST_MISSED));
         }
+        odd |= small;
     }
 
     // A word's columns, from the lane's own column c on.
@@ -94,11 +93,12 @@ struct Results {
         }
     }
 
+    // To the others of the row.
+    ON_LANES void tell() { near_put_words<1>(beside(errors, SLOTS * PANEL + int(part)), &odd); }
+    // After all have told, and stored what one of them may store again.
     ON_LANES void finish(const Problem& p) {
-#ifdef __CUDACC__
-        __syncwarp();  // what all of the row's lanes stored comes before what one of them may
-#endif
         if (!alive || part) return;
+        UNROLLED for (int i = 1; i < L; i++) odd |= near_word(beside(errors, SLOTS * PANEL + i));
         if (odd || !(loss < MOST_LOSS)) redo(p);
         if (p.loss) p.loss[row] = plus(p.loss[row], loss);
     }

@@ -9,19 +9,20 @@ namespace gptq {
 // of errors serves for several products.
 template <int L, bool PLAIN>
 struct Updates {
-    static constexpr int COLUMNS = L < 4 ? 4 : 2, ROWS = PANEL / L / COLUMNS;  // of a lane
+    static constexpr int COLUMNS = word_of<L>, ROWS = PANEL / L / COLUMNS;     // of a lane
     static constexpr int APART = 32 / L / ROWS;                                // from one of its rows to the next
     using Tile = float[ROWS][COLUMNS];
     Tile sum, further, next;  // a panel less errors; the one after it less some of them; the one after that as given
     uint32_t row;             // its first
     uint32_t column;          // first of the lane's in a panel
     Near errors;              // [STRIDE] of its first row
+    Near last_u, last_e;
     Results<L, PLAIN> results;
 
     // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor then
     // serves two lanes at once.
-    ON_LANES static uint32_t local_row(uint32_t lane) { return L < 4 ? lane >> 1 : (lane >> 1 & 1) | (lane >> 2 & 6); }
-    ON_LANES static uint32_t local_column(uint32_t lane) { return COLUMNS * (L < 4 ? lane & 1 : (lane & 1) | (lane >> 1 & 2)); }
+    ON_LANES static uint32_t local_row(uint32_t lane) { return PANEL / COLUMNS == 2 ? lane >> 1 : (lane >> 1 & 1) | (lane >> 2 & 6); }
+    ON_LANES static uint32_t local_column(uint32_t lane) { return COLUMNS * (PANEL / COLUMNS == 2 ? lane & 1 : (lane & 1) | (lane >> 1 & 2)); }
 
     // first_row, all_errors: of the team.
     ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors) {
@@ -86,12 +87,18 @@ struct Updates {
         }
     }
 
-    // Those of one panel.
-    ON_LANES void take_last(const Shared& s, int panel, int last) {
-        const Near u = beside(s.factor, panel_start(panel) + last * PANEL * PANEL + int(column)), e = beside(errors, slot_start(last));
-        Rows rows[PANEL / 4];
-        UNROLLED for (int i = 0; i < PANEL / 4; i++) load(rows[i], beside(u, 4 * i * PANEL), beside(e, 4 * i));
-        UNROLLED for (int i = 0; i < PANEL / 4; i++) apply(sum, rows[i]);
+    // Those of the one panel that has been aimed at, which is waited for.
+    ON_LANES void take_last() {
+        UNROLLED for (int i = 0; i < PANEL; i += 8) {
+            Rows one, other;
+            load(one, beside(last_u, i * PANEL), beside(last_e, i));
+            load(other, beside(last_u, (i + 4) * PANEL), beside(last_e, i + 4));
+            apply(sum, one);
+            apply(sum, other);
+        }
+    }
+    ON_LANES void aim(const Shared& s, int panel, int last) {
+        last_u = beside(s.factor, panel_start(panel) + last * PANEL * PANEL + int(column)), last_e = beside(errors, slot_start(last));
     }
 
     ON_LANES void hand_over(int panel) {
@@ -104,7 +111,10 @@ struct Updates {
 
 // Panels whose errors come off this one already while the panel before it waits for its last: as many as give the warp as much to do from
 // one panel to the next.
-ON_LANES constexpr int ahead(int panel) { return panel < 4 ? 0 : panel < 9 ? panel - 3 : 5; }
+ON_LANES constexpr int ahead(int panel) {
+    if (PANEL == 16) return panel < 4 ? 0 : panel == 4 || panel == 7 ? 1 : 2;
+    return panel < 4 ? 0 : panel < 9 ? panel - 3 : 5;
+}
 
 // The warp that helps. `await(panel)` returns when that panel's errors and codes are in their slots, and, of panel 0, all of the factor is in
 // shared memory, `await_last()` when the last one's are; `hand_over(panel)` says that the panel is in its slot.
@@ -114,8 +124,9 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
     ROLLED for (int panel = 1; panel < panels + 2; panel++) {
         const bool more = panel < panels;
         if (panel > 1) {
+            if (more) lanes.each([&](auto& lane) { lane.aim(s, panel, panel - 2); });
             panel - 1 < panels ? meet.await(panel - 2) : meet.await_last();
-            if (more) lanes.each([&](auto& lane) { lane.take_last(s, panel, panel - 2); });
+            if (more) lanes.each([&](auto& lane) { lane.take_last(); });
             lanes.each([&](auto& lane) { lane.results.read(p, panel - 2); });
             meet.together();
         }
@@ -130,6 +141,8 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
             if (panel + 2 < panels) lane.take(s, lane.further, panel + 2, 0, ahead(panel + 2));
         });
     }
+    lanes.each([&](auto& lane) { lane.results.tell(); });
+    meet.together();
     lanes.each([&](auto& lane) { lane.results.finish(p); });
 }
 
