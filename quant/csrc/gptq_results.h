@@ -12,7 +12,7 @@ struct Results {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : OWN, WORD = word_of<L>;
     float scale[GROUPS], zero[GROUPS];
     float loss;
-    uint32_t odd;  // not 0: some difference, scale or zero is not what the fast divisions take
+    uint32_t least;  // least |error| but 0, as the float's bits without the sign, less 1; 0 where a scale or zero is not what fast divisions take
     uint32_t row, part;
     bool alive;                // false beyond the last row: such lanes store what those of the last row do, and solve nothing again
     Near errors;               // [STRIDE]
@@ -22,7 +22,7 @@ struct Results {
         alive = given_row < p.rows;
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
-        loss = 0.0f, odd = 0;
+        loss = 0.0f, least = 0xffffffffu;
     }
 
     // Takes the codes of a panel from where those of the next may come.
@@ -37,11 +37,12 @@ struct Results {
             const int group = p.group[real ? first + c : 0];
             scale[c] = p.scale[group * p.scale_stride + row], zero[c] = p.zero[group * p.zero_stride + row];
         }
-        UNROLLED for (int c = 0; c < GROUPS; c++) odd |= !(fits(scale[c], zero[c], p.kind) || (p.kind == MINIMUM && scale[c] == 0.0f));
+        UNROLLED for (int c = 0; c < GROUPS; c++)
+            if (!(fits(scale[c], zero[c], p.kind) || (p.kind == MINIMUM && scale[c] == 0.0f))) least = 0;
     }
 
     // Of a panel whose codes have been read, and whose errors are in their slot.
-    ON_LANES void write(const Problem& p, const Shared& s, int panel) {
+    ON_LANES void write(const Problem& p, int panel) {
         const int first = panel * PANEL, mine = first + int(part) * OWN;
         if (!PLAIN || p.fresh >> panel & 1) renew(p, mine);
         const Near slot = beside(errors, slot_start(panel));
@@ -49,26 +50,20 @@ struct Results {
         UNROLLED for (int d = 0; d < PANEL / 4; d++) {
             const Four error = near_four(beside(slot, 4 * d));
             UNROLLED for (int i = 0; i < 4; i++) loss = fused(error.at[i], error.at[i], loss);
-            if (L == 1) check(s, mine + 4 * d, error.at), store(p, mine, 4 * d, error.at, at);
+            if (L == 1) check(error.at), store(p, mine, 4 * d, error.at, at);
         }
         if (L > 1) {
             float own[OWN];
             near_some<OWN>(beside(slot, int(part) * OWN), own);
-            UNROLLED for (int c = 0; c < OWN; c += WORD) check(s, mine + c, own + c), store(p, mine, c, own + c, at);
+            UNROLLED for (int c = 0; c < OWN; c += WORD) check(own + c), store(p, mine, c, own + c, at);
         }
     }
 
-    // An error is not 0 and too small, if its difference is. One that is 0 is right: with d the diagonal, y = 1 / d rounded and m > 0 the
-    // difference, m y rounded is 0 only if m < 2^-120 (|y| >= 2^-30) is at most 2^-150 / y. Were m / d above 2^-150, d would be below the float
-    // m 2^150, and the product of that and y, for d's next float at least 1 + 2^-48, not at most 1.
-    ON_LANES void check(const Shared& s, int column, const float* error) {
-        bool small = false;
-        UNROLLED for (int i = 0; i < WORD; i += 2) {
-            const Four pivots = near_four(beside(s.pivots, 2 * (column + i)));
-            UNROLLED for (int k = 0; k < 2; k++)
-                small |= (error[i + k] != 0.0f) & (fabsf(error[i + k]) < times(fabsf(pivots.at[2 * k + 1]), LEAST_MISSED));
+    ON_LANES void check(const float* error) {
+        UNROLLED for (int i = 0; i < WORD; i++) {
+            const uint32_t size = 2u * bits_of(error[i]) - 1u;
+            least = size < least ? size : least;
         }
-        odd |= small;
     }
 
     // A word's columns, from the lane's own column c on.
@@ -94,12 +89,26 @@ struct Results {
     }
 
     // To the others of the row.
-    ON_LANES void tell() { near_put_words<1>(beside(errors, SLOTS * PANEL + int(part)), &odd); }
+    ON_LANES void tell() { near_put_words<1>(beside(errors, SLOTS * PANEL + int(part)), &least); }
     // After all have told, and stored what one of them may store again.
-    ON_LANES void finish(const Problem& p) {
+    //
+    // A difference m of less than 2^-60 makes an error of less than 2^-59 of the greatest 1 / diagonal, or of 0. That is right: with y the
+    // inverse of a diagonal d, m y <= 2^-150 for a quotient above it takes a d below the float 2^150 m; but y times d's next float is above 1.
+    ON_LANES void finish(const Problem& p, const Shared& s) {
         if (!alive || part) return;
-        UNROLLED for (int i = 1; i < L; i++) odd |= near_word(beside(errors, SLOTS * PANEL + i));
-        if (odd || !(loss < MOST_LOSS)) redo(p);
+        UNROLLED for (int i = 1; i < L; i++) {
+            const uint32_t other = near_word(beside(errors, SLOTS * PANEL + i));
+            least = other < least ? other : least;
+        }
+        uint32_t most = 0;
+        ROLLED for (int c = 0; c < MOST; c += 2) {
+            const Four pivots = near_four(beside(s.pivots, 2 * c));
+            UNROLLED for (int i = 0; i < 2; i++) {
+                const uint32_t size = bits_of(fabsf(pivots.at[2 * i + 1]));
+                most = size > most ? size : most;
+            }
+        }
+        if (least < 2u * bits_of(times(float_of(most), LEAST_MISSED)) || !(loss < MOST_LOSS)) redo(p);
         if (p.loss) p.loss[row] = plus(p.loss[row], loss);
     }
 

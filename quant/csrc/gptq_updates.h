@@ -135,7 +135,7 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
             meet.hand_over(panel);
         }
         lanes.each([&](auto& lane) {
-            if (panel > 1) lane.results.write(p, s, panel - 2);
+            if (panel > 1) lane.results.write(p, panel - 2);
             lane.advance(p, panel + 3);
             if (panel + 1 < panels) lane.take(s, lane.sum, panel + 1, ahead(panel + 1), panel - 1);
             if (panel + 2 < panels) lane.take(s, lane.further, panel + 2, 0, ahead(panel + 2));
@@ -143,7 +143,7 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
     }
     lanes.each([&](auto& lane) { lane.results.tell(); });
     meet.together();
-    lanes.each([&](auto& lane) { lane.results.finish(p); });
+    lanes.each([&](auto& lane) { lane.results.finish(p, s); });
 }
 
 }  // namespace gptq
