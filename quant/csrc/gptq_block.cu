@@ -223,6 +223,9 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     p.count_groups(plain != 0);
+    const int64_t stride = scale_stride > zero_stride ? scale_stride : zero_stride;
+    for (int64_t j = 0; j < columns; j++)
+        if ((group[j] + 1) * stride >> 32) return cudaErrorInvalidValue;
     if (!lanes) {
         int device = 0, processors = 0;
         cudaError_t failed = cudaGetDevice(&device);

@@ -5,14 +5,15 @@
 // give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
 // barrier stands between two columns. A column is a chain of some 14 operations that wait for each other. Beside it the error of the column
 // before comes off the rest of its panel, and off the lane's own columns of the next panel. Off these the other warp has taken the errors of
-// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. Each column's
+// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. It also stores what
+// is solved (`Results` of gptq_results.h), from errors and codes in shared memory. Each column's
 // subtractions are made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
 // Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
 // where a's mantissa is below b's, by up to 1.5 units less 2^-23 of one, where what is left of the error is smaller than the distance
-// to the middle. Rows where a number is too small or too large for that are solved again with plain divisions (`redo`).
+// to the middle. Rows where a number is too small or too large for that are solved again with plain divisions (`Results::redo`).
 //
 // Ranges that are found here (`Problem.words`) are found before all that (gptq_found.h), from the block as it is given: the loop reads them
 // as if given.
@@ -65,6 +66,9 @@ struct Problem {
             fresh |= uint32_t(group[panel * PANEL] != group[(panel - 1) * PANEL]) << panel;
         busy = plain ? fresh | fresh >> 1 | 3 : ~0u;
     }
+    // G times the larger stride is below 2^32.
+    ON_LANES float scale_of(int column, uint32_t row) const { return scale[uint32_t(group[column]) * uint32_t(scale_stride) + row]; }
+    ON_LANES float zero_of(int column, uint32_t row) const { return zero[uint32_t(group[column]) * uint32_t(zero_stride) + row]; }
     ON_LANES int panels() const { return int(columns + PANEL - 1) / PANEL; }
 };
 
@@ -131,8 +135,8 @@ struct Lane {
     ON_LANES void fetch_ranges(const Problem& p, uint32_t first) {
         UNROLLED for (int c = 0; c < GROUPS; c++) {
             const bool real = PLAIN || first + c < p.columns;
-            scales[c] = real ? p.scale[p.group[first + c] * p.scale_stride + row] : 1.0f;
-            zeros[c] = real ? p.zero[p.group[first + c] * p.zero_stride + row] : 0.0f;
+            scales[c] = real ? p.scale_of(first + c, row) : 1.0f;
+            zeros[c] = real ? p.zero_of(first + c, row) : 0.0f;
         }
     }
 

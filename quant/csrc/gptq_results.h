@@ -34,8 +34,7 @@ struct Results {
     ON_LANES void renew(const Problem& p, int first) {
         UNROLLED for (int c = 0; c < GROUPS; c++) {
             const bool real = PLAIN || first + c < int(p.columns);
-            const int group = p.group[real ? first + c : 0];
-            scale[c] = p.scale[group * p.scale_stride + row], zero[c] = p.zero[group * p.zero_stride + row];
+            scale[c] = p.scale_of(real ? first + c : 0, row), zero[c] = p.zero_of(real ? first + c : 0, row);
         }
         UNROLLED for (int c = 0; c < GROUPS; c++)
             if (!(fits(scale[c], zero[c], p.kind) || (p.kind == MINIMUM && scale[c] == 0.0f))) least = 0;
@@ -120,7 +119,7 @@ struct Results {
             const uint32_t at = j * p.rows + row;
             float w = p.block[at];
             ROLLED for (uint32_t i = 0; i < j; i++) w = less(w, p.errors[i * p.rows + row], p.upper[i * p.upper_stride + j]);
-            const float scale = p.scale[p.group[j] * p.scale_stride + row], zero = p.zero[p.group[j] * p.zero_stride + row];
+            const float scale = p.scale_of(j, row), zero = p.zero_of(j, row);
             float code, value;
             if (p.kind == MINIMUM) {
                 code = scale == 0.0f ? 0.0f : over(minus(w, zero), scale);
