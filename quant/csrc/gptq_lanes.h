@@ -27,7 +27,7 @@ namespace gptq {
 
 constexpr int PANEL = 8, MOST = 128;  // columns
 constexpr int FENCED = 2;              // columns whose instructions the compiler may mix
-constexpr int ARRIVAL = 4;             // of a panel's columns, the one before which what is next has come
+constexpr int ARRIVAL = 5;             // of a panel's columns, the one before which what is next has come
 // A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors; and the
 // codes of one. The last of eight panels takes a slot whose errors have been used, and the last one's codes lie in another.
 constexpr int SLOTS = MOST / PANEL - 1;
