@@ -5,10 +5,10 @@
 // give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
 // barrier stands between two columns. A column is a chain of some 14 operations that wait for each other. Beside it the error of the column
 // before comes off the rest of its panel, and off the lane's own columns of the next panel. Off these the other warp has taken the errors of
-// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. It also stores what
-// is solved (`Results` of gptq_results.h), from errors and codes in shared memory. Each column's
-// subtractions are made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
-// Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
+// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. It also stores
+// what is solved (`Results` of gptq_results.h), from errors and codes in shared memory. Each column's subtractions are made in the order of
+// the plain loop, each fused with its product (`less`); all else is rounded operation by operation. Results are those of the plain loop with
+// such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
@@ -28,8 +28,8 @@ namespace gptq {
 constexpr int PANEL = 8, MOST = 128;  // columns
 constexpr int FENCED = 2;              // columns whose instructions the compiler may mix
 constexpr int ARRIVAL = 5;             // of a panel's columns, the one before which what is next has come
-// A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors; and the
-// codes of one. The last of eight panels takes a slot whose errors have been used, and the last one's codes lie in another.
+// A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors; and
+// the codes of one. Where there is one slot too few, the last panel takes the first, whose errors have been used; its codes lie in another.
 constexpr int SLOTS = MOST / PANEL - 1;
 constexpr int STRIDE = SLOTS * PANEL + 4;  // eight rows' 16 bytes at a time lie in 32 banks
 static_assert(STRIDE % 8 == 4, "an odd multiple of 4");

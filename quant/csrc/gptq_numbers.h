@@ -175,7 +175,7 @@ ON_LANES void near_put_words(Near at, const uint32_t* x) {
     else
         asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(at), "r"(x[0]), "r"(x[N - 1]) : "memory");
 }
-// The compiler moves no volatile instruction across, and nothing that makes x [n]. Never taken, which it does not know: an address that is a
+// The compiler moves no volatile instruction across, and nothing that makes x [n]. Never taken, which it does not know: the address is a
 // multiple of 16.
 ON_LANES void fence(Near at, int which, const float* x, int n) {
     if (at == uint32_t(16 * which + 2)) {

@@ -1,5 +1,5 @@
-// What the second warp of a team of gptq_lanes.h stores: codes, values and errors of panels that are solved, and the loss. It also finds rows
-// that have to be solved again.
+// What the second warp of a team of gptq_lanes.h stores: codes, values and errors of panels that are solved, and the loss. It also finds
+// rows that have to be solved again.
 #pragma once
 
 #include "gptq_lanes.h"
@@ -12,10 +12,11 @@ struct Results {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : OWN, WORD = word_of<L>;
     float scale[GROUPS], zero[GROUPS];
     float loss;
-    uint32_t least;  // least |error| but 0, as the float's bits without the sign, less 1; 0 where a scale or zero is not what fast divisions take
+    // Least |error| but 0, as the float's bits without the sign, less 1. 0 where a scale or zero is not what the fast divisions take.
+    uint32_t least;
     uint32_t row, part;
-    bool alive;                // false beyond the last row: such lanes store what those of the last row do, and solve nothing again
-    Near errors;               // [STRIDE]
+    bool alive;                  // false beyond the last row: such lanes store what those of the last row do, and solve nothing again
+    Near errors;                 // [STRIDE]
     uint32_t codes[OWN / WORD];  // see `Lane`
 
     ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
@@ -91,8 +92,9 @@ struct Results {
     ON_LANES void tell() { near_put_words<1>(beside(errors, SLOTS * PANEL + int(part)), &least); }
     // After all have told, and stored what one of them may store again.
     //
-    // A difference m of less than 2^-60 makes an error of less than 2^-59 of the greatest 1 / diagonal, or of 0. That is right: with y the
-    // inverse of a diagonal d, m y <= 2^-150 for a quotient above it takes a d below the float 2^150 m; but y times d's next float is above 1.
+    // A difference m of less than 2^-60 makes an error below 2^-59 times the greatest 1 / |diagonal|. One that is 0 is right: let y be the
+    // inverse of a diagonal d, rounded. Were m y at most 2^-150 and m / d above, d would be below the float 2^150 m; but y times the float
+    // after d is above 1.
     ON_LANES void finish(const Problem& p, const Shared& s) {
         if (!alive || part) return;
         UNROLLED for (int i = 1; i < L; i++) {

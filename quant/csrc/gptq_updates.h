@@ -5,8 +5,8 @@
 
 namespace gptq {
 
-// One of 32 lanes, which have a panel's columns of the team's 32 / L rows: some columns and rows each, so that what is loaded of the factor or
-// of errors serves for several products.
+// One of 32 lanes, which have a panel's columns of the team's 32 / L rows: some columns and rows each, so that what is loaded of the
+// factor or of errors serves for several products.
 template <int L, bool PLAIN>
 struct Updates {
     static constexpr int COLUMNS = word_of<L>, ROWS = PANEL / L / COLUMNS;     // of a lane
@@ -21,8 +21,9 @@ struct Updates {
 
     // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor then
     // serves two lanes at once.
-    ON_LANES static uint32_t local_row(uint32_t lane) { return PANEL / COLUMNS == 2 ? lane >> 1 : (lane >> 1 & 1) | (lane >> 2 & 6); }
-    ON_LANES static uint32_t local_column(uint32_t lane) { return COLUMNS * (PANEL / COLUMNS == 2 ? lane & 1 : (lane & 1) | (lane >> 1 & 2)); }
+    static constexpr bool TWO = PANEL / COLUMNS == 2;
+    ON_LANES static uint32_t local_row(uint32_t lane) { return TWO ? lane >> 1 : (lane >> 1 & 1) | (lane >> 2 & 6); }
+    ON_LANES static uint32_t local_column(uint32_t lane) { return COLUMNS * (TWO ? lane & 1 : (lane & 1) | (lane >> 1 & 2)); }
 
     // first_row, all_errors: of the team.
     ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors) {
@@ -116,8 +117,8 @@ ON_LANES constexpr int ahead(int panel) {
     return panel < 4 ? 0 : panel < 9 ? panel - 3 : 5;
 }
 
-// The warp that helps. `await(panel)` returns when that panel's errors and codes are in their slots, and, of panel 0, all of the factor is in
-// shared memory, `await_last()` when the last one's are; `hand_over(panel)` says that the panel is in its slot.
+// The warp that helps. `await(panel)` returns when that panel's errors and codes are in their slots, and, of panel 0, all of the factor is
+// in shared memory, `await_last()` when the last one's are; `hand_over(panel)` says that the panel is in its slot.
 template <class Lanes, class Meet>
 ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
     const int panels = p.panels();
