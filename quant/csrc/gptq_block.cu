@@ -42,9 +42,9 @@ struct Solvers {
     }
 };
 
-template <int L, bool PLAIN>
+template <int L>
 struct Helpers {
-    Updates<L, PLAIN> lane;
+    Updates<L> lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
@@ -62,7 +62,6 @@ struct Meet {
     __device__ __forceinline__ void ready(int) const { all(); }
     __device__ __forceinline__ void receive(int) const { wait(panels); }
     __device__ __forceinline__ void send(int) const { arrive(errors); }
-    __device__ __forceinline__ void send_last() const { arrive(panels); }
     // Of one that helps.
     __device__ __forceinline__ void hand_over(int) const { arrive(panels); }
     __device__ static __forceinline__ void whole() {
@@ -73,8 +72,6 @@ struct Meet {
         if (panel == 0) whole();
         wait(errors);
     }
-    __device__ __forceinline__ void await_last() const { wait(panels); }
-    __device__ static __forceinline__ void together() { __syncwarp(); }
 };
 
 __device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
@@ -88,13 +85,13 @@ __device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t by
 template <int FIRST, int LAST>
 __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
     constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
+    static_assert(STEP == 2 * PANEL, "a panel's last rows are half of a step");
     const uint32_t i = thread / EACH, column = thread % EACH * 4;
     const float* from = p.upper + (i * p.upper_stride + column);
     const uint32_t to = near(factor + i * PANEL + column);
-    UNROLLED for (int k = 0; k * STEP < LAST * PANEL; k++) {
+    UNROLLED for (int k = 0; k < LAST / 2; k++) {
         UNROLLED for (int panel = FIRST; panel < LAST; panel++) {
-            const int left = PANEL * (panel + 1) - k * STEP;  // rows
-            if (left >= STEP || (left > 0 && int(i) < left)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
+            if (panel > 2 * k || (panel == 2 * k && i < PANEL)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
         }
         from += STEP * p.upper_stride;
     }
@@ -138,7 +135,7 @@ struct Memory {
 };
 
 template <int L, bool PLAIN>
-__global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
     constexpr int ROWS = 32 / L;  // of a team
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
@@ -156,7 +153,7 @@ __global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Prob
         staged<2, MOST / PANEL>(p, memory.factor, thread);
     }
     const uint32_t row = settled(first + lane % ROWS);
-    const int part = L == 1 ? 0 : int(settled(lane / ROWS));
+    const int part = lane / ROWS;
     if (p.words && first < p.rows) {
         const int mine = part + helps * L;
         const Near spans = near(errors + lane % ROWS * STRIDE);
@@ -175,16 +172,13 @@ __global__ void __launch_bounds__(THREADS, 2) solve(const __grid_constant__ Prob
             UNROLLED for (int panel = 0; panel < 2; panel++)
                 if (panel < p.panels()) meet.ready(panel);
         } else {
-            solvers.lane.begin(p, row, part, settled(near(errors + lane % ROWS * STRIDE)));
+            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
             solvers.lane.fetch_ranges(p, 0);
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<L, PLAIN> helpers;
-        if (!idle) {
-            helpers.lane.begin(p, lane, first, settled(near(errors)));
-            helpers.lane.results.begin(p, row, part, settled(near(errors + lane % ROWS * STRIDE)));
-        }
+        Helpers<L> helpers;
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
         memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
         asm volatile("cp.async.wait_group 1;" ::: "memory");
         meet.all();
@@ -223,9 +217,6 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     p.count_groups(plain != 0);
-    const int64_t stride = scale_stride > zero_stride ? scale_stride : zero_stride;
-    for (int64_t j = 0; j < columns; j++)
-        if ((group[j] + 1) * stride >> 32) return cudaErrorInvalidValue;
     if (!lanes) {
         int device = 0, processors = 0;
         cudaError_t failed = cudaGetDevice(&device);

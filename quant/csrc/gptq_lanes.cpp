@@ -46,12 +46,12 @@ struct Solvers {
     }
 };
 
-template <int L, bool PLAIN>
+template <int L>
 struct Helpers {
-    Updates<L, PLAIN> lane[LANES];
+    Updates<L> lane[LANES];
     template <class F>
     void each(F f) {
-        for (Updates<L, PLAIN>& l : lane) f(l);
+        for (Updates<L>& l : lane) f(l);
     }
 };
 
@@ -112,7 +112,6 @@ struct Meet {
     void ready(int) { team.meet(Team::SOLVES, team.all); }
     void receive(int) { team.meet(Team::SOLVES, team.panels); }
     void send(int) { team.meet(Team::SOLVES, team.errors, false); }
-    void send_last() { team.meet(Team::SOLVES, team.panels, false); }
     // Of the one that helps.
     void hand_over(int) { team.meet(Team::HELPS, team.panels, false); }
     void whole() { team.meet(Team::HELPS, team.all); }
@@ -120,8 +119,6 @@ struct Meet {
         if (panel == 0) whole();
         team.meet(Team::HELPS, team.errors);
     }
-    void await_last() { team.meet(Team::HELPS, team.panels); }
-    void together() {}
 };
 
 template <int L, bool PLAIN>
@@ -152,12 +149,11 @@ void solve(const Problem& p) {
             }
         }
         Solvers<L, PLAIN> solvers;
-        Helpers<L, PLAIN> helpers;
+        Helpers<L> helpers;
         for (int i = 0; i < LANES; i++) {
             solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
             solvers.lane[i].fetch_ranges(p, 0);
             helpers.lane[i].begin(p, i, first, errors.data());
-            helpers.lane[i].results.begin(p, first + i % ROWS, i / ROWS, spans(i));
         }
         Team team(first / ROWS % 2 ? Team::SOLVES : Team::HELPS);
         Meet meet{team};

@@ -99,15 +99,16 @@ class Billm:
         later = kernel("lazy_update", device=w.device, later=w)
         notes[:] = [*block.notes, *later.notes]
         solve = block.run.solver(w, upper, wanted, out)
-        reach, errors = Reach(later.run.reach(self.block_size, w.device), k), list[Tensor]()
+        reach = Reach(later.run.reach(self.block_size, w.device), k)
+        held = w.new_empty(len(w), min(reach.size, k)) if reach.size > self.block_size else None
         for start in range(0, k, self.block_size):
-            end = min(start + self.block_size, k)
-            errors.append(solve(start))
+            end, errors = min(start + self.block_size, k), solve(start)
+            if held is not None:  # the next block's errors may lie where these do
+                held[:, reach.held(slice(start, end))] = errors
             if (off := reach.after(start, end)) is not None:
                 done, rest = off
-                later.run.lazy_update(w[:, rest], torch.cat(errors, 1) if done.start < start else errors[-1], upper[done, rest])
-            if end % reach.size == 0:
-                errors.clear()
+                left = errors if done.start == start or held is None else held[:, reach.held(done)]
+                later.run.lazy_update(w[:, rest], left, upper[done, rest])
         must_fit(out.wrong, out.scale.numel() + out.mean.numel(), scale_dtype)
         flags = (out.signs, out.second, out.split, out.salient)
         return BinaryTensor(*flags, out.scale.to(scale_dtype), out.mean.to(scale_dtype), self.block_size)

@@ -247,8 +247,6 @@ def test_what_does_not_fit_is_said() -> None:
         cuda.arguments(w, upper, affine, group, SolvedBlock.like(w[:8]))
     with pytest.raises(ValueError, match=r"out\.loss"):
         cuda.arguments(w, upper, affine, group, SolvedBlock(w, w, w, torch.zeros(4)))
-    with pytest.raises(ValueError, match="codes of 9 bits"):
-        cuda.arguments(w, upper, Affine(affine.scale, affine.zero, 9, affine.kind), group, SolvedBlock.like(w))
     with pytest.raises(ValueError, match="group has"):
         cuda.arguments(w, upper, affine, [1] * 16, SolvedBlock.like(w))
 

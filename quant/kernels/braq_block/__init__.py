@@ -24,6 +24,7 @@ __all__ = ["MOST_SALIENT", "SPLITS", "Binarized", "Solve", "Wanted", "chosen", "
 MOST_SALIENT, SPLITS = 49, 81
 """Salient columns of a block at most; thresholds that are tried."""
 Solve = Callable[[int], Tensor]
+"""First column of a block ▸ its errors `[N, B]`, which may lie where the next block's will."""
 
 
 @dataclass(frozen=True)

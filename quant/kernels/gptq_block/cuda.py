@@ -63,8 +63,6 @@ def arguments(
         raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
     if out.loss is not None and not (out.loss.is_contiguous() and out.loss.dtype == w.dtype and out.loss.shape == w.shape[1:]):
         raise ValueError(f"out.loss is {tuple(out.loss.shape)}, {out.loss.dtype}; it must be contiguous, one float32 for each row")
-    if affine.bits > 8:
-        raise ValueError(f"codes of {affine.bits} bits; the kernel hands them from warp to warp as bytes")
     rows, least, most, in_panels = _rows(tuple(group))
     if len(rows) != w.shape[0] or least < 0 or most >= affine.scale.shape[0]:
         raise ValueError(f"group has {len(rows)} numbers in {least} .. {most} for {w.shape[0]} columns and {len(affine.scale)} groups")
