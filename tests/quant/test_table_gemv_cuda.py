@@ -59,18 +59,16 @@ def on_the_host(operation: str, x: Tensor, packed: Any, clusters: int = 2, ranks
 
 
 def cut(x: Tensor, tensor: CodebookTensor) -> Tensor:
-    """[M, 1]: what lut_gemv_cuda.h says that tables' and inputs' digits are off by, of a part all columns beside its largest x W, and what
-    is cut off a strip of 32 columns, 2^-22 of it at most."""
+    """[M, 1]: what lut_gemv_cuda.h says that tables' terms and whole numbers are off by, of a part all columns beside its largest x W; and,
+    where x is float32, a rounding of each of a column's 2^(bits - 1) terms, which count twice, and of its first value."""
     off = torch.zeros(len(x), 1, dtype=torch.float64)
     given = x.double().abs() if tensor.input_scale is None else x.double().abs() / tensor.input_scale.double()
-    for wide in (False, True):
-        some = (tensor.widths == 4) == wide
-        if some.any():
-            radix, planes = 7 if wide else 8, 2 if x.dtype is torch.bfloat16 else 3
-            terms = given[:, some] * tensor.tables[some].double().abs().amax(1)
-            off += 2.0 ** (1 - radix * planes) * terms.sum(1, keepdim=True)
-            count = int(some.sum())
-            off += (count * 2.0 ** (5 - 3 * radix) + (count / 32 + 8) * 2.0**-22) * terms.amax(1, keepdim=True)
+    half = x.dtype is torch.bfloat16
+    widths = tensor.widths.clamp(min=2)
+    for bits in widths.unique().tolist():
+        terms = given[:, widths == bits] * tensor.tables[widths == bits].double().abs().amax(1)
+        off += (2.0 ** (bits - 24) + (0 if half else (2.0**bits + 1) * 2.0**-24)) * terms.sum(1, keepdim=True)
+        off += terms.shape[1] * (2.0 ** (bits - 1) + 0.5) * 2.0 ** (-21 if half else -29) * terms.amax(1, keepdim=True)
     return off
 
 

@@ -29,10 +29,15 @@ class Part:
     """int32 `[T, W, 32]`: tiles of 32 rows, padded with zeros. A word has 32 // bits codes of as many columns of one row, the first
     lowest. Of `cuda`: `fragments.prepare`."""
     values: Tensor
-    """float32 `[C, 2^bits]`."""
+    """float32 `[C, 2^bits]`. Of `cuda`: `fragments.LanesPart`."""
     columns: Tensor
     """int64 `[C]`: of x."""
     bits: int
+
+    @property
+    def bytes(self) -> int:
+        """What a call reads."""
+        return sum(t.numel() * t.element_size() for t in (self.words, self.values, self.columns))
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,9 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        read = [t for p in self.parts for t in (p.words, p.values, p.columns)]
-        read += [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
+        read = [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
         read += [] if self.input_scale is None else [self.input_scale]
-        return sum(t.numel() * t.element_size() for t in read)
+        return sum(p.bytes for p in self.parts) + sum(t.numel() * t.element_size() for t in read)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` before the input scale."""

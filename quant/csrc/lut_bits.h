@@ -1,0 +1,231 @@
+// What blocks of lut_gemv_cuda.h, which says what for, have in shared memory, and how they make bits of x and tables.
+
+#pragma once
+
+#include <cmath>
+
+#include "bit_products.h"
+
+namespace {
+
+constexpr int TILE = 32;                          // rows
+constexpr int UNIT = 256;                         // columns
+constexpr int MOST_TILES = 20, MOST_PARTS = 3;    // of a cluster; of a weight
+constexpr int HELPERS = 8;                        // threads that share a row's kept weights
+constexpr int HEAD = 128;                         // bytes: the largest x and sums of first values of each row of x
+constexpr int WORDS = UNIT / 32;                  // of a unit's columns
+constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
+constexpr int WARPS_OF_BLOCK = 8;
+constexpr int RING = 12 * 1024, SMALL = 8 * 1024; // bytes of codes that a warp has place for; where shared memory is less
+constexpr int PLAIN = 160 * 1024;                 // bytes of shared memory from which it is not
+
+// Rows of x at a time, and bytes of a product's whole number: three where x is bfloat16, four where it is float32.
+template <int ROWS_OF_X, int BYTES>
+struct Form {
+    static constexpr int M = ROWS_OF_X, P = BYTES, WARPS = WARPS_OF_BLOCK, THREADS = 32 * WARPS;
+    static constexpr int TOP = P == 3 ? 22 : 30;  // whole numbers are below 2^TOP
+};
+
+// Parities of a code's bits that there are, but for the empty one.
+ANYWHERE constexpr int parities(int bits) { return (1 << bits) - 1; }
+ANYWHERE constexpr int slot_words(int bits) { return TILE * UNIT / 32 * bits; }
+
+struct Part {
+    const uint32_t* words;    // [T, units, 256 bits]: quant/kernels/lut_gemv/fragments.py, as for the rest
+    const float* values;      // [columns, 2^bits]
+    const float* terms;       // [units, parities, 8, 8, 4]
+    const float* firsts;      // [units, 256, 2]
+    const int64_t* columns;
+    int64_t count, units;     // columns, units of a row
+    int64_t held;             // units at a time
+    int bits;
+};
+
+struct Lut {
+    Part part[MOST_PARTS];
+    int parts;
+    const int64_t* starts;    // of the rows' kept weights, or null
+    const int32_t* kept;      // their columns
+    const float* differences;
+    Given given;
+    void* out;
+    int64_t rows, tiles;      // of the weight
+    int64_t group;            // tiles of a cluster
+    int ring;                 // bytes
+};
+
+BOTH int64_t tiles_of(const Lut& a, const Place& at) { return least(a.group, a.tiles - at.cluster * a.group); }
+
+// Units of a part that a block has.
+BOTH int64_t share(const Part& part, int ranks) { return (part.units + ranks - 1) / ranks; }
+
+// Shared memory: head, sums [row of x, row of the group] in float32, integers [row of x, byte, row of the group], rings, x and bits.
+template <class F>
+ANYWHERE constexpr int64_t fixed_bytes(int64_t group, int ring) {
+    return HEAD + F::M * group * TILE * 4 * (1 + F::P) + int64_t(F::WARPS) * ring;
+}
+template <class F>
+ANYWHERE constexpr int64_t unit_bytes(int bits) {
+    return F::M * (4 * WORDS * APART + parities(bits) * F::P * UNIT);
+}
+
+template <class F>
+struct Shared {
+    uint32_t* largest;  // [M]
+    int32_t* totals;    // [M, 2]: the lowest 15 bits, and the others
+    float* sums;
+    int32_t* whole;
+    uint32_t* rings;
+    float* x;
+    uint32_t* bits;     // [unit, parity, M, P, 8 places of bits, 8 words]
+    int64_t row_of_x;
+
+    BOTH Shared(const Lut& a, int64_t units, void* memory) {
+        char* const base = static_cast<char*>(memory);
+        largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(base + 4 * F::M);
+        sums = reinterpret_cast<float*>(base + HEAD);
+        whole = reinterpret_cast<int32_t*>(sums + F::M * a.group * TILE);
+        rings = reinterpret_cast<uint32_t*>(whole + F::M * F::P * a.group * TILE);
+        x = reinterpret_cast<float*>(rings + int64_t(F::WARPS) * (a.ring / 4));
+        row_of_x = units * WORDS * APART;
+        bits = reinterpret_cast<uint32_t*>(x + F::M * row_of_x);
+    }
+};
+
+// 2^n, for n from -126 to 127; a number times 2^n for any n of twice that.
+BOTH float power(int n) { return from_bits(uint32_t(n + 127) << 23); }
+BOTH float scaled(float v, int n) { return v * power(n / 2) * power(n - n / 2); }
+BOTH int exponent_of(uint32_t bits) { return int(bits >> 23) - 127; }
+BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
+
+// Of the power of two that products count whole steps of, by the largest of them.
+template <class F>
+BOTH int steps(uint32_t largest) {
+    const int n = F::TOP - 1 - exponent_of(largest);
+    return n < 126 ? n : 126;
+}
+
+// The whole number nearest a product.
+template <class F>
+BOTH int32_t nearest(float a, float b) {
+    if constexpr (F::P == 3) {  // the lowest bits of a number that has none behind them
+#if defined(__CUDA_ARCH__)
+        return int32_t(to_bits(__fmaf_rn(a, b, 12582912.f)) - 0x4b400000u);
+#else
+        return int32_t(to_bits(std::fmaf(a, b, 12582912.f)) - 0x4b400000u);
+#endif
+    } else {
+#if defined(__CUDA_ARCH__)
+        return __float2int_rn(__fmul_rn(a, b));
+#else
+        return int32_t(std::nearbyintf(a * b));
+#endif
+    }
+}
+
+// As it is given; zero beyond the last row.
+template <class F>
+BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
+    if (row >= from.count) return 0.f;
+    const int64_t at = row * from.k + column;
+    if constexpr (F::P == 3) {
+        return from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16);
+    } else {
+        return static_cast<const float*>(from.x)[at];
+    }
+}
+
+// Into the second-level cache: what of tables and numbers a turn reads.
+template <class F>
+BOTH void fetch_tables(const Part& part, int first, int count, int given) {
+    const int thread = anew(given), unit = parities(part.bits) * UNIT;
+    for (int i = thread * 32; i < count * unit; i += F::THREADS * 32) fetch(part.terms + int64_t(first) * unit + i);
+    for (int i = thread * 16; i < count * UNIT; i += F::THREADS * 16) fetch(part.firsts + (int64_t(first) * UNIT + i) * 2);
+    const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
+    for (int i = thread * 16; i < own; i += F::THREADS * 16) fetch(part.columns + int64_t(first) * UNIT + i);
+}
+
+// x of a block's columns: the largest product, if that is `wanted`, and of the first `kept` units x itself. Zeros beyond the last column.
+template <class F>
+BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, int kept, bool wanted, void* shared, int given) {
+    const int thread = anew(given);
+    constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
+    const Shared<F> s(a, part.held, shared);
+    const int made = count * UNIT, own = int(least(made, part.count - int64_t(first) * UNIT));
+    uint32_t most[F::M] = {};
+    NO_UNROLL for (int begin = thread; begin < made; begin += BATCH * F::THREADS) {
+        float x[F::M][BATCH], scale[BATCH], size[BATCH];
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            const int64_t to = int64_t(first) * UNIT + i, column = i < own ? part.columns[to] : 0;
+            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = i < own ? stored_x<F>(a.given, at.first_row + m, column) : 0.f;
+            scale[b] = i < own && a.given.scale != nullptr ? a.given.scale[column] : 1.f;
+            size[b] = i < own && wanted ? part.firsts[2 * to] : 0.f;
+        }
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            const int i = begin + b * F::THREADS;
+            if (i >= made) break;
+            UNROLL for (int m = 0; m < F::M; m++) {
+                const float v = a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b];
+                if (i < kept * UNIT) s.x[m * s.row_of_x + i / 32 * APART + i % 32] = v;
+                const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
+                most[m] = product > most[m] ? product : most[m];
+            }
+        }
+    }
+    UNROLL for (int m = 0; m < F::M; m++) {
+        if (wanted) raise(s.largest + m, most[m]);
+    }
+}
+
+// Bits of x times tables' terms: a thread has 32 columns and a parity, all the same of each row of x. And sums of first values.
+template <class F, int BITS>
+BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* shared, int given) {
+    const int thread = anew(given);
+    constexpr int N = parities(BITS);
+    const Shared<F> s(a, part.held, shared);
+    float step[F::M];
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = finite(s.largest[m]) ? power(steps<F>(s.largest[m])) : 0.f;
+    const Four* terms = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4);
+    NO_UNROLL for (int i = thread; i < count * N * WORDS; i += F::THREADS) {
+        const int word = i % WORDS, which = i / WORDS, unit = which / N, parity = which % N;
+        Four term[8];
+        UNROLL for (int j = 0; j < 8; j++) term[j] = terms[(which * 8 + j) * WORDS + word];
+        UNROLL for (int m = 0; m < F::M; m++) {
+            const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
+            uint32_t whole[32], made[8 * F::P];
+            UNROLL for (int j = 0; j < 8; j++) {
+                const Four four = x[j];
+                UNROLL for (int e = 0; e < 4; e++) {
+                    const float v = step[m] != 0.f ? four.v[e] * step[m] : 0.f;
+                    whole[4 * j + e] = uint32_t(nearest<F>(v, term[j].v[e]));
+                }
+            }
+            transpose<F::P>(made, whole);
+            uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
+            UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
+        }
+    }
+    int32_t low[F::M] = {}, high[F::M] = {};
+    for (int i = thread; i < count * UNIT; i += F::THREADS) {
+        const float value = part.firsts[2 * (int64_t(first) * UNIT + i) + 1];
+        UNROLL for (int m = 0; m < F::M; m++) {
+            const float v = step[m] != 0.f ? s.x[m * s.row_of_x + i / 32 * APART + i % 32] * step[m] : 0.f;
+            const int32_t q = nearest<F>(v, value);
+            low[m] += q & 32767, high[m] += q >> 15;
+        }
+    }
+    UNROLL for (int m = 0; m < F::M; m++) add_all(s.totals + 2 * m, low[m]), add_all(s.totals + 2 * m + 1, high[m]);
+}
+
+// Sums before the first part, and integers before each.
+template <class F>
+BOTH void clear(const Lut& a, bool sums, void* shared, int thread) {
+    const Shared<F> s(a, 0, shared);
+    if (thread < F::M) s.largest[thread] = 0;
+    if (thread < F::M * 2) s.totals[thread] = 0;
+    for (int i = thread; i < F::M * F::P * a.group * TILE; i += F::THREADS) s.whole[i] = 0;
+    for (int i = thread; sums && i < F::M * a.group * TILE; i += F::THREADS) s.sums[i] = 0.f;
+}
+
+}  // namespace
