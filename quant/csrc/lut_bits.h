@@ -15,14 +15,15 @@ constexpr int HELPERS = 8;                        // threads that share a row's 
 constexpr int HEAD = 128;                         // bytes: the largest x and sums of first values of each row of x
 constexpr int WORDS = UNIT / 32;                  // of a unit's columns
 constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
-constexpr int WARPS_OF_BLOCK = 8;
+constexpr int WARPS_OF_ONE = 8;                   // of a block with one row of bfloat16
+constexpr int AHEAD = 8 * 1024;                   // bytes of codes, more than it has place for, that a warp fetches into the second-level cache
 constexpr int RING = 12 * 1024, SMALL = 8 * 1024; // bytes of codes that a warp has place for; where shared memory is less
 constexpr int PLAIN = 160 * 1024;                 // bytes of shared memory from which it is not
 
 // Rows of x at a time, and bytes of a product's whole number: three where x is bfloat16, four where it is float32.
 template <int ROWS_OF_X, int BYTES>
 struct Form {
-    static constexpr int M = ROWS_OF_X, P = BYTES, WARPS = WARPS_OF_BLOCK, THREADS = 32 * WARPS;
+    static constexpr int M = ROWS_OF_X, P = BYTES, WARPS = M == 1 && P == 3 ? WARPS_OF_ONE : 8, THREADS = 32 * WARPS;
     static constexpr int TOP = P == 3 ? 22 : 30;  // whole numbers are below 2^TOP
 };
 
@@ -98,7 +99,7 @@ BOTH float scaled(float v, int n) { return v * power(n / 2) * power(n - n / 2); 
 BOTH int exponent_of(uint32_t bits) { return int(bits >> 23) - 127; }
 BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
 
-// Of the power of two that products count whole steps of, by the largest of them.
+// The power of two that products are times, as whole numbers, by the largest of them.
 template <class F>
 BOTH int steps(uint32_t largest) {
     const int n = F::TOP - 1 - exponent_of(largest);
@@ -118,7 +119,7 @@ BOTH int32_t nearest(float a, float b) {
 #if defined(__CUDA_ARCH__)
         return __float2int_rn(__fmul_rn(a, b));
 #else
-        return int32_t(std::nearbyintf(a * b));
+        return std::fabs(a * b) < 2147483648.f ? int32_t(std::nearbyintf(a * b)) : 0;
 #endif
     }
 }
@@ -185,7 +186,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* 
     constexpr int N = parities(BITS);
     const Shared<F> s(a, part.held, shared);
     float step[F::M];
-    UNROLL for (int m = 0; m < F::M; m++) step[m] = finite(s.largest[m]) ? power(steps<F>(s.largest[m])) : 0.f;
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
     const Four* terms = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4);
     NO_UNROLL for (int i = thread; i < count * N * WORDS; i += F::THREADS) {
         const int word = i % WORDS, which = i / WORDS, unit = which / N, parity = which % N;
@@ -197,8 +198,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* 
             UNROLL for (int j = 0; j < 8; j++) {
                 const Four four = x[j];
                 UNROLL for (int e = 0; e < 4; e++) {
-                    const float v = step[m] != 0.f ? four.v[e] * step[m] : 0.f;
-                    whole[4 * j + e] = uint32_t(nearest<F>(v, term[j].v[e]));
+                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step[m], term[j].v[e]));
                 }
             }
             transpose<F::P>(made, whole);
@@ -210,8 +210,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* 
     for (int i = thread; i < count * UNIT; i += F::THREADS) {
         const float value = part.firsts[2 * (int64_t(first) * UNIT + i) + 1];
         UNROLL for (int m = 0; m < F::M; m++) {
-            const float v = step[m] != 0.f ? s.x[m * s.row_of_x + i / 32 * APART + i % 32] * step[m] : 0.f;
-            const int32_t q = nearest<F>(v, value);
+            const int32_t q = nearest<F>(s.x[m * s.row_of_x + i / 32 * APART + i % 32] * step[m], value);
             low[m] += q & 32767, high[m] += q >> 15;
         }
     }

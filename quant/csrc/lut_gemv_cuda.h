@@ -84,7 +84,8 @@ BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& sh
 template <class F, int BITS, class Previous, class Each>
 BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
     const int own = int(share(part, at.ranks)), begin = int(least(part.units, at.rank * own));
-    const int all = int(least(part.units, begin + own)) - begin, held = int(part.held);
+    const int all = int(least(part.units, begin + own)) - begin;
+    const int turns = all > 0 ? (all + int(part.held) - 1) / int(part.held) : 1, held = (all + turns - 1) / turns;
     each([&](int thread) {
         fetch_tables<F>(part, begin, all, thread);
         Sweep<F, BITS>(a, at, part, begin, int(least(held, all)), shared, thread).open();
@@ -96,7 +97,9 @@ BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, 
     do {
         const int first = begin + done, count = int(least(held, all - done)), next = int(least(held, all - done - count));
         each([&](int thread) {
-            if (done > 0) Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
+            Sweep<F, BITS> sweep(a, at, part, first, count, shared, thread);
+            done > 0 ? sweep.open() : sweep.opened();
+            sweep.early();
             take_bits<F, BITS>(a, part, first, count, shared, thread);
         });
         each([&](int thread) {

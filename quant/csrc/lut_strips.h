@@ -57,6 +57,17 @@ struct Sweep {
         for (int i = 1; i < depth; i++) turn();
     }
 
+    // What comes after that: once tables, which are waited for first, are there.
+    BOTH void early() {
+        if (thread % 32 != 0) return;
+        for (int todo = AHEAD / 4 / SLOT; todo > 0 && left > 0;) {
+            const int run = int(least(least(todo, left), units - ahead));
+            fetch_all(from, uint32_t(run) * SLOT * 4);
+            todo -= run, left -= run, from += run * SLOT;
+            if ((ahead += run) == units) ahead = 0, from += jump;
+        }
+    }
+
     BOTH void wait() const {
         if (a.ring == RING) {
             arrived<LONG - 2>();
