@@ -36,7 +36,7 @@ struct Part {
     const float* values;      // [columns, 2^bits]
     const float* terms;       // [units, parities, 8, 8, 4]
     const float* firsts;      // [units, 256, 2]
-    const int64_t* columns;
+    const int64_t* columns;   // ascending: those of all columns are not read
     int64_t count, units;     // columns, units of a row
     int64_t held;             // units at a time
     int bits;
@@ -99,22 +99,28 @@ BOTH float scaled(float v, int n) { return v * power(n / 2) * power(n - n / 2); 
 BOTH int exponent_of(uint32_t bits) { return int(bits >> 23) - 127; }
 BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
 
-// The power of two that products are times, as whole numbers, by the largest of them.
+// The power of two that products are times, as whole numbers, by the largest of them: which is not to be rounded up to 2^TOP.
 template <class F>
 BOTH int steps(uint32_t largest) {
-    const int n = F::TOP - 1 - exponent_of(largest);
+    const int n = F::TOP - 1 - exponent_of(largest + 2);
     return n < 126 ? n : 126;
 }
 
-// The whole number nearest a product.
+// The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind them:
+// the word that stands for the highest bit then counts all numbers.
+template <class F>
+BOTH uint32_t shifted(float a, float b) {
+    static_assert(F::P == 3, "23 bits");
+#if defined(__CUDA_ARCH__)
+    return to_bits(__fmaf_rn(a, b, 12582912.f));
+#else
+    return to_bits(std::fmaf(a, b, 12582912.f));
+#endif
+}
 template <class F>
 BOTH int32_t nearest(float a, float b) {
-    if constexpr (F::P == 3) {  // the lowest bits of a number that has none behind them
-#if defined(__CUDA_ARCH__)
-        return int32_t(to_bits(__fmaf_rn(a, b, 12582912.f)) - 0x4b400000u);
-#else
-        return int32_t(to_bits(std::fmaf(a, b, 12582912.f)) - 0x4b400000u);
-#endif
+    if constexpr (F::P == 3) {
+        return int32_t(shifted<F>(a, b) - 0x4b400000u);
     } else {
 #if defined(__CUDA_ARCH__)
         return __float2int_rn(__fmul_rn(a, b));
@@ -138,12 +144,13 @@ BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
 
 // Into the second-level cache: what of tables and numbers a turn reads.
 template <class F>
-BOTH void fetch_tables(const Part& part, int first, int count, int given) {
+BOTH void fetch_tables(const Lut& a, const Part& part, int first, int count, int given) {
+    const bool wanted = part.count != a.given.k;  // columns of part of them
     const int thread = anew(given), unit = parities(part.bits) * UNIT;
     for (int i = thread * 32; i < count * unit; i += F::THREADS * 32) fetch(part.terms + int64_t(first) * unit + i);
     for (int i = thread * 16; i < count * UNIT; i += F::THREADS * 16) fetch(part.firsts + (int64_t(first) * UNIT + i) * 2);
     const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
-    for (int i = thread * 16; i < own; i += F::THREADS * 16) fetch(part.columns + int64_t(first) * UNIT + i);
+    for (int i = thread * 16; i < own && wanted; i += F::THREADS * 16) fetch(part.columns + int64_t(first) * UNIT + i);
 }
 
 // x of a block's columns: the largest product, if that is `wanted`, and of the first `kept` units x itself. Zeros beyond the last column.
@@ -158,7 +165,7 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
         float x[F::M][BATCH], scale[BATCH], size[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * F::THREADS;
-            const int64_t to = int64_t(first) * UNIT + i, column = i < own ? part.columns[to] : 0;
+            const int64_t to = int64_t(first) * UNIT + i, column = i >= own ? 0 : part.count == a.given.k ? to : part.columns[to];
             UNROLL for (int m = 0; m < F::M; m++) x[m][b] = i < own ? stored_x<F>(a.given, at.first_row + m, column) : 0.f;
             scale[b] = i < own && a.given.scale != nullptr ? a.given.scale[column] : 1.f;
             size[b] = i < own && wanted ? part.firsts[2 * to] : 0.f;
@@ -179,33 +186,36 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
     }
 }
 
-// Bits of x times tables' terms: a thread has 32 columns and a parity, all the same of each row of x. And sums of first values.
+// Bits of x times tables' terms: a thread has 32 columns, a parity and a row of x. And sums of first values.
 template <class F, int BITS>
 BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* shared, int given) {
     const int thread = anew(given);
     constexpr int N = parities(BITS);
     const Shared<F> s(a, part.held, shared);
-    float step[F::M];
-    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
     const Four* terms = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4);
-    NO_UNROLL for (int i = thread; i < count * N * WORDS; i += F::THREADS) {
-        const int word = i % WORDS, which = i / WORDS, unit = which / N, parity = which % N;
-        Four term[8];
-        UNROLL for (int j = 0; j < 8; j++) term[j] = terms[(which * 8 + j) * WORDS + word];
-        UNROLL for (int m = 0; m < F::M; m++) {
-            const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
-            uint32_t whole[32], made[8 * F::P];
-            UNROLL for (int j = 0; j < 8; j++) {
-                const Four four = x[j];
-                UNROLL for (int e = 0; e < 4; e++) {
-                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step[m], term[j].v[e]));
+    const int all = count * N * WORDS;
+    NO_UNROLL for (int i = thread; i < F::M * all; i += F::THREADS) {
+        const int m = F::M == 1 ? 0 : i / all, at = i - m * all, word = at % WORDS, which = at / WORDS, unit = which / N, parity = which % N;
+        const float step = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
+        const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
+        uint32_t whole[32], made[8 * F::P];
+        UNROLL for (int j = 0; j < 8; j++) {
+            const Four four = x[j], term = terms[(which * 8 + j) * WORDS + word];
+            UNROLL for (int e = 0; e < 4; e++) {
+                if constexpr (F::P == 3) {
+                    whole[4 * j + e] = shifted<F>(four.v[e] * step, term.v[e]);
+                } else {
+                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step, term.v[e]));
                 }
             }
-            transpose<F::P>(made, whole);
-            uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
-            UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
         }
+        transpose<F::P>(made, whole);
+        if constexpr (F::P == 3) made[23] = ~0u;
+        uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
+        UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
     }
+    float step[F::M];
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest[m]));
     int32_t low[F::M] = {}, high[F::M] = {};
     for (int i = thread; i < count * UNIT; i += F::THREADS) {
         const float value = part.firsts[2 * (int64_t(first) * UNIT + i) + 1];

@@ -43,6 +43,7 @@ cudaError_t launch(const Lut& a, const Device& device, cudaStream_t stream) {
 }
 
 using Most = Form<1, 3>;  // threads
+constexpr int RANKS = 8;  // of a cluster
 
 // A warp has 32 rows, each thread 32 columns of one: quant/kernels/lut_gemv/fragments.py.
 template <class T>
@@ -82,6 +83,7 @@ extern "C" int bitgrid_lut_gemv(
     const int64_t five[] = {words0, values0, columns0, count0, bits0, words1, values1, columns1, count1, bits1, words2, values2, columns2, count2, bits2};
     const int64_t three[] = {starts, kept, differences};
     Device device;
+    device.size = RANKS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
     const cudaError_t failed = find(device, clusters, product<Most>, Most::THREADS);
@@ -97,7 +99,7 @@ extern "C" int bitgrid_lut_gemv(
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<Most>, Most::THREADS);
+    return tell_clusters(found, product<Most>, Most::THREADS, RANKS);
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.

@@ -9,7 +9,8 @@
 //
 // Tensor cores. Parities of 256 columns of 16 rows are an operand of 16 x 256 bits, from words of the codes' bits with one exclusive or of
 // each; the other operand is 8 bits of each whole number, those of x times a subset's terms. Nothing is looked up. What is counted for a
-// bit, over all subsets and columns, counts 2^bit, the highest as a sign.
+// bit, over all subsets and columns, counts 2^bit, the highest as a sign; of three bytes the other 23 are those of a number plus 2^22, and
+// the highest is a one of all, which counts -2^22.
 //
 // A cluster of `ranks` blocks has a group of tiles of 32 rows; each block has a share of the columns, of every part. A warp takes a tile's
 // units of 256 columns, tile after tile; its codes are copied to shared memory well ahead of their use.
@@ -87,7 +88,7 @@ BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, 
     const int all = int(least(part.units, begin + own)) - begin;
     const int turns = all > 0 ? (all + int(part.held) - 1) / int(part.held) : 1, held = (all + turns - 1) / turns;
     each([&](int thread) {
-        fetch_tables<F>(part, begin, all, thread);
+        fetch_tables<F>(a, part, begin, all, thread);
         Sweep<F, BITS>(a, at, part, begin, int(least(held, all)), shared, thread).open();
         clear<F>(a, early, shared, thread);
     });

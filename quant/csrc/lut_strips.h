@@ -123,7 +123,7 @@ struct Sweep {
         }
     }
 
-    // A lane has two neighbouring bits of a byte; the highest of all counts as a sign.
+    // A lane has two neighbouring bits of a byte; for the highest of all see lut_gemv_cuda.h.
     BOTH void put(Sums& sum) {
         UNROLL for (int m = 0; m < F::M; m++) {
             UNROLL for (int p = 0; p < F::P; p++) {
@@ -132,8 +132,8 @@ struct Sweep {
                     EACH_LANE {
                         UNROLL for (int half = 0; half < 2; half++) {
                             int32_t(&v)[4] = sum[m][p][t][h];
-                            const int32_t second = p == F::P - 1 && LANE % 4 == 3 ? -v[2 * half + 1] : v[2 * half + 1];
-                            add(to + t * 16 + half * 8 + LANE / 4, (v[2 * half] + 2 * second) * (1 << LANE % 4 * 2));
+                            const int times = p < F::P - 1 || LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2;
+                            add(to + t * 16 + half * 8 + LANE / 4, (v[2 * half] + times * v[2 * half + 1]) * (1 << LANE % 4 * 2));
                             v[2 * half] = v[2 * half + 1] = 0;
                         }
                     }

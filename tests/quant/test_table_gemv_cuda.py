@@ -180,6 +180,40 @@ def test_whole_numbers_come_out_exactly(bits: int) -> None:
     assert torch.equal(on_the_host("lut_gemv", x[:1], fragments.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
 
 
+@pytest.mark.parametrize(("bits", "k"), [(3, 1700), (4, 1500)])
+def test_turns_change_nothing(bits: int, k: int) -> None:
+    """Where a block has no place for bits of all of its columns times all rows of x."""
+    tensor, x = codebook(37, k, (bits,)), inputs(5, k, torch.bfloat16)
+    packed = fragments.prepare(tensor)
+    for limit in LIMITS.values():
+        whole = on_the_host("lut_gemv", x, packed, ranks=1, limit=limit)
+        check(whole, x, tensor)
+        for m in (1, 2):
+            assert torch.equal(on_the_host("lut_gemv", x[:m], packed, ranks=1, limit=limit), whole[:m])
+    check(on_the_host("lut_gemv", x.float(), packed, ranks=1), x.float(), tensor)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_product_is_just_below_a_power_of_two(bits: int) -> None:
+    """A term that float32 has no number between and one, of each parity, with both signs: not to be rounded up to one bit more."""
+    code = torch.arange(2**bits)
+    for subset in range(1, 2**bits):
+        odd = torch.tensor([(c & subset).bit_count() % 2 == 1 for c in code.tolist()])
+        table = torch.where(odd, -1, 1) * (1 - 2.0**-24)
+        tensor = CodebookTensor(code.to(torch.uint8)[:, None], torch.full((1,), bits), table.float()[None], 2.0)
+        for x in (torch.ones(1, 1), torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16)):
+            got = on_the_host("lut_gemv", x, fragments.prepare(tensor))
+            assert torch.equal(got.bfloat16(), (x.double() * table).bfloat16())
+
+
+def test_a_call_reads_no_tables() -> None:
+    packed = fragments.prepare(codebook(70, 300, (2, 4)))
+    for part, bits in zip(packed.parts, (2, 4), strict=True):
+        assert part.words.shape == (3, 1, 256 * bits)
+        assert part.bytes == 3 * 1024 * bits + 4 * 256 * (2**bits + 1) + 8 * 150
+    assert packed.bytes == sum(p.bytes for p in packed.parts)
+
+
 def tables_of_sizes(widths: tuple[int, ...], dtype: torch.dtype) -> CodebookTensor:
     """Columns from 2^-20 to 2^20 (float16: 2^-8 to 2^8) of their tables, one of zeros, and values just below a power of two."""
     tensor = codebook(67, 390, widths, dtype=dtype)
