@@ -194,21 +194,29 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* 
     const Shared<F> s(a, part.held, shared);
     const Four* terms = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4);
     const int all = count * N * WORDS;
+    const auto load = [&](Four (&to)[8], int i) {  // ahead of their use
+        if (i >= F::M * all) return;
+        const int at = F::M == 1 ? i : i % all;
+        UNROLL for (int j = 0; j < 8; j++) to[j] = terms[(at / WORDS * 8 + j) * WORDS + at % WORDS];
+    };
+    Four next[8] = {};
+    load(next, thread);
     NO_UNROLL for (int i = thread; i < F::M * all; i += F::THREADS) {
         const int m = F::M == 1 ? 0 : i / all, at = i - m * all, word = at % WORDS, which = at / WORDS, unit = which / N, parity = which % N;
         const float step = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
         const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
         uint32_t whole[32], made[8 * F::P];
         UNROLL for (int j = 0; j < 8; j++) {
-            const Four four = x[j], term = terms[(which * 8 + j) * WORDS + word];
+            const Four four = x[j];
             UNROLL for (int e = 0; e < 4; e++) {
                 if constexpr (F::P == 3) {
-                    whole[4 * j + e] = shifted<F>(four.v[e] * step, term.v[e]);
+                    whole[4 * j + e] = shifted<F>(four.v[e] * step, next[j].v[e]);
                 } else {
-                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step, term.v[e]));
+                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step, next[j].v[e]));
                 }
             }
         }
+        load(next, i + F::THREADS);
         transpose<F::P>(made, whole);
         if constexpr (F::P == 3) made[23] = ~0u;
         uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;

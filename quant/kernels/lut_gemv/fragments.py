@@ -1,7 +1,7 @@
 """The layout that `quant/csrc/lut_gemv_cuda.h` reads: codes as lanes of a warp want them for products of 16 x 256 bits.
 
-A unit is 32 rows by 256 columns. Of each half of 16 rows and each bit of the codes, the lowest first, there are 4 words of each of 32 lanes:
-lane 4 g + t has rows g and g + 8 of columns 32 t to 32 t + 31, the first lowest, then the same of 128 columns further on.
+A unit is 32 rows by 256 columns. Of each half of 16 rows and each bit of the codes, the lowest first, there are 4 words of each of 32
+lanes: lane 4 g + t has rows g and g + 8 of columns 32 t to 32 t + 31, the first lowest, then the same of 128 columns further on.
 
 Tables become terms of the parities of codes' bits, which that file says what for: of a unit's 256 columns, first of each subset, in the
 order of a Gray code, 8 x 8 x 4 numbers: number 4 j + e of each 32 columns, w, at (j, w, e).
@@ -29,8 +29,8 @@ LEAST = 2.0**-90
 
 @dataclass(frozen=True)
 class LanesPart(Part):
-    """`values` are float32, one after another: tables `[C, 2^bits]`, terms `[U, 2^bits - 1, 8, 8, 4]` and `[U, 256, 2]`: each column's largest
-    term, and its table's first value."""
+    """`values` are float32, one after another: tables `[C, 2^bits]`, terms `[U, 2^bits - 1, 8, 8, 4]` and `[U, 256, 2]`, each column's
+    largest term and its table's first value. `columns` ascend."""
 
     @property
     def bytes(self) -> int:
@@ -71,8 +71,8 @@ def _part(tensor: CodebookTensor, widths: Tensor, bits: int) -> Part:
 
 
 def terms_of(tables: Tensor) -> Tensor:
-    """float32 `[C, 2^bits - 1]`: a table `[C, 2^bits]` is its first value less twice those of its terms whose subset i ^ i >> 1 of the code's
-    bits has an odd number of ones, i = 1 and on."""
+    """float32 `[C, 2^bits - 1]`: a value of a table `[C, 2^bits]` is its first one less twice those of its terms whose subset i ^ i >> 1 of
+    the code's bits has an odd number of ones, i = 1 and on."""
     size = tables.shape[1]
     code, subset = torch.arange(size), torch.arange(1, size)
     both = (subset ^ subset >> 1)[None] & code[:, None]
