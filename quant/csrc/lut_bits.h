@@ -16,7 +16,7 @@ constexpr int HEAD = 128;                         // bytes: the largest x and su
 constexpr int WORDS = UNIT / 32;                  // of a unit's columns
 constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
 constexpr int WARPS_OF_ONE = 8;                   // of a block with one row of bfloat16
-constexpr int AHEAD = 8 * 1024;                   // bytes of codes, more than it has place for, that a warp fetches into the second-level cache
+constexpr int AHEAD = 8 * 1024;                   // bytes of codes beyond those that a warp fetches into the second-level cache
 constexpr int RING = 12 * 1024, SMALL = 8 * 1024; // bytes of codes that a warp has place for; where shared memory is less
 constexpr int PLAIN = 160 * 1024;                 // bytes of shared memory from which it is not
 
@@ -106,8 +106,8 @@ BOTH int steps(uint32_t largest) {
     return n < 126 ? n : 126;
 }
 
-// The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind them:
-// the word that stands for the highest bit then counts all numbers.
+// The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind
+// them: the word that stands for the highest bit then counts all numbers.
 template <class F>
 BOTH uint32_t shifted(float a, float b) {
     static_assert(F::P == 3, "23 bits");
@@ -155,7 +155,8 @@ BOTH void fetch_tables(const Lut& a, const Part& part, int first, int count, int
 
 // x of a block's columns: the largest product, if that is `wanted`, and of the first `kept` units x itself. Zeros beyond the last column.
 template <class F>
-BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, int kept, bool wanted, void* shared, int given) {
+BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, int kept, bool wanted, void* shared,
+                      int given) {
     const int thread = anew(given);
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
     const Shared<F> s(a, part.held, shared);
@@ -202,7 +203,8 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* 
     Four next[8] = {};
     load(next, thread);
     NO_UNROLL for (int i = thread; i < F::M * all; i += F::THREADS) {
-        const int m = F::M == 1 ? 0 : i / all, at = i - m * all, word = at % WORDS, which = at / WORDS, unit = which / N, parity = which % N;
+        const int m = F::M == 1 ? 0 : i / all, at = i - m * all, word = at % WORDS, which = at / WORDS;
+        const int unit = which / N, parity = which % N;
         const float step = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
         const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
         uint32_t whole[32], made[8 * F::P];

@@ -2,8 +2,8 @@
 // Phases and layouts: lut_gemv_cuda.h.
 //
 // What bounds it. Parities of 32 x 256 weights are 6 products of 16 x 8 x 256 bits for each of 3, 7 or 15 subsets, where one row of x is
-// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 614, 1434 and 3072 for each of 480 schedulers. At 8 turns each that is 2.5, 5.8
-// and 12.4 us at 1.98 GHz; what is read takes 7.9, 11.8 and 15.9 at 4.3 TB/s.
+// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 614, 1434 and 3072 for each of 480 schedulers. At 8 turns each that is 2.5,
+// 5.8 and 12.4 us at 1.98 GHz; what is read takes 7.9, 11.8 and 15.9 at 4.3 TB/s.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -80,7 +80,8 @@ extern "C" int bitgrid_lut_gemv(
     int64_t count1, int64_t bits1, int64_t words2, int64_t values2, int64_t columns2, int64_t count2, int64_t bits2, int64_t starts,
     int64_t kept, int64_t differences, int64_t x, int64_t scale, int64_t out, int64_t parts, int64_t rows, int64_t k, int64_t rows_of_x,
     int64_t bfloat16, int64_t stream) {
-    const int64_t five[] = {words0, values0, columns0, count0, bits0, words1, values1, columns1, count1, bits1, words2, values2, columns2, count2, bits2};
+    const int64_t five[] = {words0, values0, columns0, count0, bits0, words1,   values1, columns1,
+                            count1, bits1,   words2,   values2, columns2, count2, bits2};
     const int64_t three[] = {starts, kept, differences};
     Device device;
     device.size = RANKS;
@@ -88,8 +89,8 @@ extern "C" int bitgrid_lut_gemv(
     // The clusters are those of any number of rows of x.
     const cudaError_t failed = find(device, clusters, product<Most>, Most::THREADS);
     if (failed != cudaSuccess) return failed;
-    Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out),
-                   rows, k, rows_of_x, bfloat16 != 0, clusters, device.shared);
+    Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
+                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters, device.shared);
     cudaError_t done = cudaSuccess;
     const bool found = with_form(a, device.shared, [&](auto form) {
         done = launch<decltype(form)>(a, device, reinterpret_cast<cudaStream_t>(stream));

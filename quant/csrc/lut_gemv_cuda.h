@@ -154,7 +154,8 @@ bool place_units(Lut& a, int64_t limit) {
     return placed;
 }
 
-// Rows of x at a time: as many as there are, of those that a block has place for. Codes of 4 bits have so many parities that two are cheaper.
+// Rows of x at a time: as many as there are, of those that a block has place for. Codes of 4 bits have so many parities that four rows
+// would take twice as many turns.
 inline int rows_at_once(Lut& a, int64_t limit) {
     bool wide = false;
     for (int p = 0; p < a.parts; p++) wide = wide || a.part[p].bits == 4;
