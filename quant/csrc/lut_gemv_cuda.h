@@ -1,18 +1,19 @@
 // A product with a table of values for each column, for a GPU: see lut_gemv.cu, which runs these phases with barriers between them.
 //
-// Numbers. A table of a column, whose largest value W is in [2^E, 2^(E+1)), is kept as digits of R = 2^8 (codes of 4 bits: 2^7), one byte
-// of each value in each of P planes: value = 2^(E - 6) (h0 - 128 + h1 / R + h2 / R²), with 5 and 64 for R = 2^7. So they are off by
-// W 2^-15 (W 2^-13) at most with two planes, and W 2^-23 (W 2^-20) with three; not at all, with two, where they are float16 and W / 16
-// (W / 4) or more. x times 2^E has four signed digits p0 to p3: whole steps of 2^-29 (2^-25) of X, the largest of a block's share of
-// columns. A product of digits h_i and p_j counts as R^-(i + j); those with i = 0 or j < 2 are added up, as integers, in any order to the
-// same bits. The others of a column make up less than X 2^-19 (X 2^-16).
+// Numbers. A table's value is its first one less twice the sum of `terms` of those subsets of the code's bits whose parity is odd:
+// value[c] = value[0] - 2 sum of t_S over S with popcount(S & c) odd, where t_S = 2^-bits sum over c of (-1)^popcount(S & c) value[c]; none
+// is larger than the largest value. x value[0] and x t_S are rounded to whole numbers of 2^-22 (float32: 2^-30) times the power of two
+// above X, the largest of a block's share of columns. A share's sum of whole numbers is exact and rounded once. A column is off by
+// 2^(bits - 1) + 1/2 steps at most: X 2^-19.6, 2^-18.8 and 2^-17.9 with 2, 3 and 4 bits (float32: 2^8 less). Terms are float32's nearest,
+// which is 2^(bits - 24) of the column's largest value at most.
 //
-// Tensor cores. An operand of 16 x 32 bytes is 64 rows of the weight by 8 columns: four bytes of a lane's register are a column's digits in
-// four rows, as PRMT finds them in the column's table, which a lane keeps in registers. The other operand has a digit of x at row slot j of
-// output column j and a second one at slot j of output column j + 4, and zeros.
+// Tensor cores. Parities of 256 columns of 16 rows are an operand of 16 x 256 bits, from words of the codes' bits with one exclusive or of
+// each; the other operand is 8 bits of each whole number, those of x times a subset's terms. Nothing is looked up. What is counted for a
+// bit, over all subsets and columns, counts 2^bit, the highest as a sign; of three bytes the other 23 are those of a number plus 2^22, and
+// the highest is a one of all, which counts -2^22.
 //
-// A cluster of `ranks` blocks has a group of tiles of 64 rows; each block has a share of the columns, of every part. A warp takes a strip of
-// columns for tile after tile; its codes are copied to shared memory well ahead of their use.
+// A cluster of `ranks` blocks has a group of tiles of 32 rows; each block has a share of the columns, of every part. A warp takes a tile's
+// units of 256 columns, tile after tile; its codes are copied to shared memory well ahead of their use.
 
 #pragma once
 
@@ -22,27 +23,18 @@
 
 namespace {
 
-// Integers as numbers, and no more of what was added to the first digit of all values.
+// Integers as numbers.
 template <class F>
 BOTH void collect(const Lut& a, const Place& at, const Part& part, void* shared, int thread) {
     const Shared<F> s(a, part.held, shared);
-    const int r = radix_bits(part.bits), tiles = int(tiles_of(a, at)), middle = 1 << (r - 1);
-    const float down = power(-r), down2 = power(-2 * r);
+    const int rows = int(tiles_of(a, at)) * TILE;
     UNROLL for (int m = 0; m < F::M; m++) {
         const uint32_t largest = s.largest[m];
-        const int unit = exponent_of(largest) + 5 - 2 * r;  // of the first digits' products, in powers of two
-        const int32_t* totals = s.totals + m * DIGITS;
-        for (int i = thread; i < tiles * TILE; i += F::THREADS) {
-            const int32_t* whole = s.whole + (m * a.group + i / TILE) * 256;
-            const int row = i % TILE / 4, column = i % 4;
-            float v[2];
-            UNROLL for (int half = 0; half < 2; half++) {
-                const int n = column + 4 * half, from = (row / 8 * 2 + n % 2) * 32 + row % 8 * 4 + n / 2;
-                const float lesser = float(whole[128 + from]) * float(1 << cut_bits(part.bits)) - float(middle * totals[2 + half]);
-                v[half] = fused(lesser, down2, float(whole[from] - middle * totals[half]));
-            }
-            float& to = s.sums[m * a.group * TILE + i];
-            to += finite(largest) ? scaled(fused(v[1], down, v[0]), unit) : from_bits(0x7fc00000u);
+        const int64_t first = s.totals[2 * m] + int64_t(s.totals[2 * m + 1]) * 32768;
+        for (int i = thread; i < rows; i += F::THREADS) {
+            int64_t odd = 0;
+            UNROLL for (int p = 0; p < F::P; p++) odd += int64_t(s.whole[(m * F::P + p) * (a.group * TILE) + i]) * (1 << 8 * p);
+            s.sums[m * a.group * TILE + i] += finite(largest) ? scaled(float(first - 2 * odd), -steps<F>(largest)) : from_bits(0x7fc00000u);
         }
     }
 }
@@ -89,41 +81,46 @@ BOTH void finish(const Lut& a, const Place& at, void* shared, const SharedOf& sh
     }
 }
 
-// A part's units from `first` on: one turn. `previous()`: see below; `early`: nothing was waited for yet.
+// A part. `previous()`: see below; `early`: nothing was waited for yet. A block without columns of it has a turn of none.
 template <class F, int BITS, class Previous, class Each>
-BOTH void add_turn(const Lut& a, const Place& at, const Part& part, int first, int count, bool early, void* shared,
-                   const Previous& previous, const Each& each) {
+BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
+    const int own = int(share(part, at.ranks)), begin = int(least(part.units, at.rank * own));
+    const int all = int(least(part.units, begin + own)) - begin;
+    const int turns = all > 0 ? (all + int(part.held) - 1) / int(part.held) : 1, held = (all + turns - 1) / turns;
     each([&](int thread) {
-        fetch_tables<F>(part, first, count, thread);
-        Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
-        clear<F>(a, at, early, shared, thread);
-        take_tables<F, BITS>(a, part, first, count, shared, thread);
+        fetch_tables<F>(a, part, begin, all, thread);
+        Sweep<F, BITS>(a, at, part, begin, int(least(held, all)), shared, thread).open();
+        clear<F>(a, early, shared, thread);
     });
     if (early) previous();
-    each([&](int thread) { take_inputs<F>(a, at, part, first, count, shared, thread); });
-    each([&](int thread) { take_digits<F>(a, part, count, shared, thread); });
-    each([&](int thread) {
-        Sweep<F, BITS> sweep(a, at, part, first, count, shared, thread);
-        sweep.opened();
-        sweep.run();
-    });
+    each([&](int thread) { take_inputs<F>(a, at, part, begin, all, held, true, shared, thread); });
+    int done = 0;
+    do {
+        const int first = begin + done, count = int(least(held, all - done)), next = int(least(held, all - done - count));
+        each([&](int thread) {
+            if (done > 0) Sweep<F, BITS>(a, at, part, first, count, shared, thread).open();
+            take_bits<F, BITS>(a, part, first, count, shared, thread);
+        });
+        each([&](int thread) {
+            Sweep<F, BITS> sweep(a, at, part, first, count, shared, thread);
+            sweep.opened();
+            sweep.run();
+            if (next > 0) take_inputs<F>(a, at, part, first + count, next, next, false, shared, thread);
+        });
+        done += count;
+    } while (done < all);
     each([&](int thread) { collect<F>(a, at, part, shared, thread); });
 }
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
-// read after it. The first part has a turn in any block, be it without columns.
+// read after it.
 template <class F, class Previous, class Each>
 BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     NO_UNROLL for (int p = 0; p < a.parts; p++) {
         const Part& part = a.part[p];
-        const int own = int(share(part, at.ranks)), begin = int(least(part.units, at.rank * own)), end = int(least(part.units, begin + own));
-        NO_UNROLL for (int first = begin; first < end || (p == 0 && first == begin); first += int(part.held / UNIT)) {
-            const int count = int(least(part.held / UNIT, end - first));
-            const bool early = p == 0 && first == begin;
-            if (part.bits == 2) add_turn<F, 2>(a, at, part, first, count, early, shared, previous, each);
-            if (part.bits == 3) add_turn<F, 3>(a, at, part, first, count, early, shared, previous, each);
-            if (part.bits == 4) add_turn<F, 4>(a, at, part, first, count, early, shared, previous, each);
-        }
+        if (part.bits == 2) add_part<F, 2>(a, at, part, p == 0, shared, previous, each);
+        if (part.bits == 3) add_part<F, 3>(a, at, part, p == 0, shared, previous, each);
+        if (part.bits == 4) add_part<F, 4>(a, at, part, p == 0, shared, previous, each);
     }
     each([&](int thread) { gather<F>(a, at, shared, thread); });
 }
@@ -134,6 +131,7 @@ inline Part part_of(const int64_t* v) {
     p.words = reinterpret_cast<const uint32_t*>(v[0]), p.values = reinterpret_cast<const float*>(v[1]);
     p.columns = reinterpret_cast<const int64_t*>(v[2]), p.count = v[3], p.bits = int(v[4]);
     p.units = (p.count + UNIT - 1) / UNIT;
+    p.terms = p.values + (p.count << p.bits), p.firsts = p.terms + p.units * UNIT * parities(p.bits);
     return p;
 }
 
@@ -143,10 +141,26 @@ inline int64_t group_of(int64_t tiles, int64_t at_once) {
     return (tiles + at_once * waves - 1) / (at_once * waves);
 }
 
-// Columns at a time that `bytes` of shared memory have place for, beside what is fixed.
+// Units at a time that a block has place for, of every part; none: this form is not for it.
 template <class F>
-int64_t columns_held(int64_t bytes, int64_t group, int depth, int bits) {
-    return (bytes - fixed_bytes<F>(group, depth)) / (4 * F::M + (int64_t(F::P) << bits));
+bool place_units(Lut& a, int64_t limit) {
+    bool placed = true;
+    for (int p = 0; p < a.parts; p++) {
+        a.part[p].held = std::max<int64_t>((limit - fixed_bytes<F>(a.group, a.ring)) / unit_bytes<F>(a.part[p].bits), 0);
+        placed = placed && a.part[p].held > 0;
+    }
+    return placed;
+}
+
+// Rows of x at a time: as many as there are, of those that a block has place for. Codes of 4 bits have so many parities that four rows
+// would take twice as many turns.
+inline int rows_at_once(Lut& a, int64_t limit) {
+    bool wide = false;
+    for (int p = 0; p < a.parts; p++) wide = wide || a.part[p].bits == 4;
+    const bool half = a.given.bfloat16;
+    if (half && !wide && a.given.count > 2 && place_units<Form<4, 3>>(a, limit)) return 4;
+    if (a.given.count > 1 && (half ? place_units<Form<2, 3>>(a, limit) : place_units<Form<2, 4>>(a, limit))) return 2;
+    return (half ? place_units<Form<1, 3>>(a, limit) : place_units<Form<1, 4>>(a, limit)) ? 1 : 0;
 }
 
 // Everything but the launch: parts come as five numbers each. limit: bytes of shared memory that a block may have.
@@ -159,16 +173,18 @@ inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, cons
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
     a.out = out, a.rows = rows, a.tiles = (rows + TILE - 1) / TILE;
-    a.group = group_of(a.tiles, at_once), a.depth = limit >= 160 * 1024 ? DEPTH : 2;
-    // The same however many rows x has: a row's sum depends on it.
-    for (int p = 0; p < a.parts; p++) {
-        const int bits = a.part[p].bits;
-        const auto one = bfloat16 ? columns_held<Form<1, 2>> : columns_held<Form<1, 3>>;
-        const auto two = bfloat16 ? columns_held<Form<2, 2>> : columns_held<Form<2, 3>>;
-        const int64_t most = std::min(one(limit, a.group, a.depth, bits), two(limit, a.group, a.depth, bits)), strip = UNIT * span(bits);
-        a.part[p].held = std::min(most, MOST_COLUMNS) / strip * strip;
-    }
+    a.group = group_of(a.tiles, at_once), a.ring = limit >= PLAIN ? RING : SMALL;
     return a;
+}
+
+// `launch(form)` of the form that is for this product; false where there is none.
+template <class Launch>
+bool with_form(Lut& a, int64_t limit, const Launch& launch) {
+    const int at_once = rows_at_once(a, limit);
+    if (at_once == 4) launch(Form<4, 3>());
+    if (at_once == 2) a.given.bfloat16 ? launch(Form<2, 3>()) : launch(Form<2, 4>());
+    if (at_once == 1) a.given.bfloat16 ? launch(Form<1, 3>()) : launch(Form<1, 4>());
+    return at_once > 0;
 }
 
 }  // namespace

@@ -78,18 +78,16 @@ def cut_of_signs(x: Tensor, tensor: BinaryTensor) -> Tensor:
 
 
 def cut_of_codebook(x: Tensor, tensor: CodebookTensor) -> Tensor:
-    """[M, 1]: what lut_gemv_cuda.h says that tables' and inputs' digits are off by, of a part all columns beside its largest x W, and what
-    is cut off a strip of 32 columns, 2^-22 of it at most."""
+    """[M, 1]: what lut_gemv_cuda.h says that tables' terms and whole numbers are off by, of a part all columns beside its largest x W; and,
+    where x is float32, a rounding of each of a column's 2^(bits - 1) terms, which count twice, and of its first value."""
     off = torch.zeros(len(x), 1, dtype=torch.float64)
     given = x.double().abs() if tensor.input_scale is None else x.double().abs() / tensor.input_scale.double()
-    for wide in (False, True):
-        some = (tensor.widths == 4) == wide
-        if some.any():
-            radix, planes = 7 if wide else 8, 2 if x.dtype is torch.bfloat16 else 3
-            terms = given[:, some] * tensor.tables[some].double().abs().amax(1)
-            off += 2.0 ** (1 - radix * planes) * terms.sum(1, keepdim=True)
-            count = int(some.sum())
-            off += (count * 2.0 ** (5 - 3 * radix) + (count / 32 + 8) * 2.0**-22) * terms.amax(1, keepdim=True)
+    half = x.dtype is torch.bfloat16
+    widths = tensor.widths.clamp(min=2)
+    for bits in widths.unique().tolist():
+        terms = given[:, widths == bits] * tensor.tables[widths == bits].double().abs().amax(1)
+        off += (2.0 ** (bits - 24) + (0 if half else (2.0**bits + 1) * 2.0**-24)) * terms.sum(1, keepdim=True)
+        off += terms.shape[1] * (2.0 ** (bits - 1) + 0.5) * 2.0 ** (-21 if half else -29) * terms.amax(1, keepdim=True)
     return off
 
 
@@ -231,6 +229,41 @@ def test_whole_numbers_come_out_exactly(bits: int) -> None:
     want = x.double() @ tensor.dequantize().double().T
     assert torch.equal(on_the_host("lut_gemv", x, fragments.prepare(tensor)).double(), want)
     assert torch.equal(on_the_host("lut_gemv", x[:1], fragments.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
+
+
+@pytest.mark.parametrize(("bits", "k"), [(3, 1700), (4, 1500)])
+def test_turns_change_nothing(bits: int, k: int) -> None:
+    """Where a block has no place for bits of all of its columns times all rows of x."""
+    tensor, x = codebook(37, k, (bits,)), inputs(5, k, torch.bfloat16)
+    packed = fragments.prepare(tensor)
+    for limit in LIMITS.values():
+        whole = on_the_host("lut_gemv", x, packed, ranks=1, limit=limit)
+        check(whole, x, tensor)
+        for m in (1, 2):
+            assert torch.equal(on_the_host("lut_gemv", x[:m], packed, ranks=1, limit=limit), whole[:m])
+    check(on_the_host("lut_gemv", x.float(), packed, ranks=1), x.float(), tensor)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_product_is_just_below_a_power_of_two(bits: int) -> None:
+    """A term that float32 has no number between and one, of each parity, with both signs: not to be rounded up to one bit more."""
+    code = torch.arange(2**bits)
+    for subset in range(1, 2**bits):
+        odd = torch.tensor([(c & subset).bit_count() % 2 == 1 for c in code.tolist()])
+        table = torch.where(odd, -1, 1) * (1 - 2.0**-24)
+        tensor = CodebookTensor(code.to(torch.uint8)[:, None], torch.full((1,), bits), table.float()[None], 2.0)
+        for x in (torch.ones(1, 1), torch.tensor([[1.0], [-1.0]], dtype=torch.bfloat16)):
+            got = on_the_host("lut_gemv", x, fragments.prepare(tensor))
+            assert torch.equal(got.bfloat16(), (x.double() * table).bfloat16())
+
+
+def test_a_call_reads_no_tables() -> None:
+    packed = fragments.prepare(codebook(70, 300, (2, 4)))
+    for part, bits in zip(packed.parts, (2, 4), strict=True):
+        assert part.words.shape == (3, 1, 256 * bits)
+        assert part.read == 3 * 1024 * bits + 4 * 256 * (2**bits + 1) + 8 * 150
+        assert part.bytes == part.read + 4 * 150 * 2**bits
+    assert (packed.read, packed.bytes) == tuple(sum(getattr(p, size) for p in packed.parts) for size in ("read", "bytes"))
 
 
 def tables_of_sizes(widths: tuple[int, ...], dtype: torch.dtype) -> CodebookTensor:

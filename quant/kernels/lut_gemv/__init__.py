@@ -29,10 +29,19 @@ class Part:
     """int32 `[T, W, 32]`: tiles of 32 rows, padded with zeros. A word has 32 // bits codes of as many columns of one row, the first
     lowest. Of `cuda`: `fragments.prepare`."""
     values: Tensor
-    """float32 `[C, 2^bits]`."""
+    """float32 `[C, 2^bits]`. Of `cuda`: `fragments.LanesPart`."""
     columns: Tensor
     """int64 `[C]`: of x."""
     bits: int
+
+    @property
+    def bytes(self) -> int:
+        return self.words.nbytes + self.values.nbytes + self.columns.nbytes
+
+    @property
+    def read(self) -> int:
+        """Bytes that a call reads."""
+        return self.bytes
 
 
 @dataclass(frozen=True)
@@ -58,11 +67,14 @@ class Packed:
 
     @property
     def bytes(self) -> int:
-        """What a call reads of the weight."""
-        read = [t for p in self.parts for t in (p.words, p.values, p.columns)]
-        read += [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
-        read += [] if self.input_scale is None else [self.input_scale]
-        return sum(t.numel() * t.element_size() for t in read)
+        more = [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
+        more += [] if self.input_scale is None else [self.input_scale]
+        return sum(p.bytes for p in self.parts) + sum(t.nbytes for t in more)
+
+    @property
+    def read(self) -> int:
+        """Bytes of the weight that a call reads."""
+        return self.bytes - sum(p.bytes - p.read for p in self.parts)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` before the input scale."""

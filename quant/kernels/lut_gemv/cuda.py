@@ -1,8 +1,8 @@
 """The product in CUDA C++ (`quant/csrc/lut_gemv.cu`) on tensor cores, one launch a call.
 
-A row of out does not depend on how many there are. Sums are those of whole numbers. Of a column whose largest value is W, values are
-rounded to W 2^-15 at most, or W 2^-13 of 4 bits; where x is float32, to W 2^-23 or W 2^-20. Values in float16 of W / 16 (4 bits: W / 4) or
-more are not rounded. A product x w is off by another 2^-19 (2^-16) at most of the largest x W of the columns that a block has. An x that is
+A row of out does not depend on how many there are. Sums are those of whole numbers. A value of a column of b bits whose largest is W is
+rounded to W 2^(b - 24) at most. A product x w is off by another (2^(b - 1) + 1/2) 2^-21, or, where x is float32, 2^-29, at most of the
+largest x W of the columns that a block has, where that is 2^-90 of x or more. An x that is
 infinite, or not a number, makes its row of out not a number."""
 
 from __future__ import annotations

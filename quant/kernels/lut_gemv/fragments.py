@@ -1,14 +1,15 @@
-"""The layout that `quant/csrc/lut_gemv_cuda.h` reads: codes as lanes of a warp want them for products of 16 x 32 bytes.
+"""The layout that `quant/csrc/lut_gemv_cuda.h` reads: codes as lanes of a warp want them for products of 16 x 256 bits.
 
-A unit is 64 rows by 32 columns: 2 · bits words of each of 32 lanes. Lane 4 g + t has, of the columns t and t + 4 of each of four groups of
-8 columns, the rows 4 g + j and 4 (g + 8) + j, j = 0 to 3. Nibble j of a word's lower half is the former's, of its upper half the latter's:
-- 2 bits: word i is group i; the lower two bits of a nibble are column t, the others column t + 4
-- 4 bits: words 2 i and 2 i + 1 are columns t and t + 4 of group i
-- 3 bits: words 0 to 2 and 3 to 5 are two groups each: the lower three bits of their nibbles are columns t and t + 4 of the first group and
-  t of the second, the highest bits of the three words the three bits of the second's column t + 4.
+A unit is 32 rows by 256 columns. Of each half of 16 rows and each bit of the codes, the lowest first, there are 4 words of each of 32
+lanes: lane 4 g + t has rows g and g + 8 of columns 32 t to 32 t + 31, the first lowest, then the same of 128 columns further on.
+
+Tables become terms of the parities of codes' bits, which that file says what for: of a unit's 256 columns, first of each subset, in the
+order of a Gray code, 8 x 8 x 4 numbers: number 4 j + e of each 32 columns, w, at (j, w, e).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +18,28 @@ from torch.nn.functional import pad
 from quant.kernels.lut_gemv import MOST_BITS, Packed, Part, apart_of, laid_out_as
 from quant.tensors.codebook import CodebookTensor
 
-TILE, UNIT = 64, 32
+TILE, UNIT = 32, 256
 LEAST_BITS = 2
 """Columns of one bit are stored as if they had two: their tables end in zeros."""
-MOST_COLUMNS = 2**24
-"""A column's number and its table's exponent share a word."""
+MOST_COLUMNS = 2**16
+"""For sums that fit 32 bits."""
+LEAST = 2.0**-90
+"""A column's largest term counts as this where it is smaller, so that no step is too small for float32."""
+
+
+@dataclass(frozen=True)
+class LanesPart(Part):
+    """`values` are float32, one after another: tables `[C, 2^bits]`, terms `[U, 2^bits - 1, 8, 8, 4]` and `[U, 256, 2]`, each column's
+    largest term and its table's first value. `columns` ascend."""
+
+    @property
+    def read(self) -> int:
+        """Of tables, only `values` reads what they were made of."""
+        return self.bytes - 4 * (len(self.columns) << self.bits)
 
 
 def prepare(tensor: CodebookTensor) -> Packed:
-    """The same codes, laid out anew: words int32 `[T, U, 64 bits]`, tiles of 64 rows and units of 32 columns, padded with zeros. Raises
+    """The same codes, laid out anew: words int32 `[T, U, 256 bits]`, tiles of 32 rows and units of 256 columns, padded with zeros. Raises
     ValueError for wider columns, or too many."""
     widest = int(tensor.widths.max())
     if widest > MOST_BITS:
@@ -40,38 +54,41 @@ def prepare(tensor: CodebookTensor) -> Packed:
 
 def parts_of(packed: Packed) -> tuple[Part, ...]:
     """Parts, as `prepare` lays them out. Raises ValueError for others."""
-    return laid_out_as(packed, TILE, True)
+    return laid_out_as(packed, UNIT, True)
 
 
 def _part(tensor: CodebookTensor, widths: Tensor, bits: int) -> Part:
     columns = (widths == bits).nonzero()[:, 0]
-    values = tensor.tables[columns, : 2**bits].float()
-    values = pad(values, (0, 2**bits - values.shape[1])).contiguous()
-    return Part(laid_out(tensor.codes[:, columns], bits), values, columns, bits)
+    tables = tensor.tables[columns, : 2**bits].float()
+    tables = pad(tables, (0, 2**bits - tables.shape[1]))
+    terms = terms_of(tables)
+    largest = terms.abs().amax(1).maximum(tables[:, 0].abs()).clamp(min=LEAST)
+    more = -len(columns) % UNIT
+    firsts = pad(torch.stack([largest, tables[:, 0]], 1), (0, 0, 0, more))
+    lanes = pad(terms, (0, 0, 0, more)).view(-1, 8, 8, 4, 2**bits - 1).permute(0, 4, 2, 1, 3)
+    values = torch.cat([tables.flatten(), lanes.flatten(), firsts.flatten()])
+    return LanesPart(laid_out(tensor.codes[:, columns], bits), values, columns, bits)
+
+
+def terms_of(tables: Tensor) -> Tensor:
+    """float32 `[C, 2^bits - 1]`: a value of a table `[C, 2^bits]` is its first one less twice those of its terms whose subset i ^ i >> 1 of
+    the code's bits has an odd number of ones, i = 1 and on."""
+    size = tables.shape[1]
+    code, subset = torch.arange(size), torch.arange(1, size)
+    both = (subset ^ subset >> 1)[None] & code[:, None]
+    signs = torch.tensor([[1 - 2 * (v.bit_count() % 2) for v in row] for row in both.tolist()], dtype=torch.float64, device=tables.device)
+    return (tables.double() @ signs / size).float()
 
 
 def laid_out(codes: Tensor, bits: int) -> Tensor:
     """Words of codes uint8 `[N, C]`."""
     n, count = codes.shape
     tiles, units = -(-n // TILE), -(-count // UNIT)
-    given = pad(codes, (0, units * UNIT - count, 0, tiles * TILE - n)).view(tiles, 2, 8, 4, units, 4, 2, 4)
-    given = given.permute(0, 4, 2, 7, 5, 6, 1, 3)  # [T, U, g, t, group, column of 2, half, j]
-    words = torch.zeros(tiles, units, 8, 4, 2 * bits, dtype=torch.int32, device=codes.device)
-    for half in range(2):
-        for j in range(4):
-            some = given[..., half, j].to(torch.int32)
-            for where, word in _nibbles(some, bits):
-                words[..., where] |= word << (16 * half + 4 * j)
-    words = words.view(tiles, units, 32, 2 * bits)
-    return torch.cat([words[..., i : i + 4].reshape(tiles, units, -1) for i in range(0, 2 * bits, 4)], 2)
-
-
-def _nibbles(some: Tensor, bits: int) -> list[tuple[slice, Tensor]]:
-    """Words of a lane, and what a row's codes `[..., group, column of 2]` put into a nibble of each."""
-    if bits == 2:
-        return [(slice(0, 4), some[..., 0] | some[..., 1] << 2)]
-    if bits == 4:
-        return [(slice(0, 8), some.flatten(-2))]
-    pairs = some.reshape(*some.shape[:-2], 2, 4)  # [..., pair of groups, 4]
-    last = torch.stack([pairs[..., 3] >> b & 1 for b in range(3)], -1)
-    return [(slice(0, 6), (pairs[..., :3] | last << 3).flatten(-2))]
+    given = pad(codes, (0, units * UNIT - count, 0, tiles * TILE - n)).view(tiles, 2, 2, 8, units, 2, 4, 32)
+    given = given.permute(0, 4, 1, 3, 6, 5, 2, 7)  # [T, U, half, g, t, half of columns, half of 16 rows, column]
+    words = torch.zeros(tiles, units, 2, bits, *given.shape[3:7], dtype=torch.int32, device=codes.device)
+    for j in range(32):
+        some = given[..., j].to(torch.int32)
+        for bit in range(bits):
+            words[:, :, :, bit] |= (some >> bit & 1) << j
+    return words.view(tiles, units, -1)
