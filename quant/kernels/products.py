@@ -26,7 +26,11 @@ every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 m
 
 
 TENSOR_CORE_ROWS = 256
-"""Rows of x on a GPU up to which `wq_gemm` multiplies with codes, from `rows_alone` on. Not measured yet."""
+"""Rows of x on a GPU up to which `wq_gemm` multiplies with codes, from `rows_alone` on."""
+
+
+SMALL = 2**24
+"""Weights of a linear up to which `wq_gemv` is given all the rows that it takes in one pass."""
 
 
 def most_rows(backend: Any) -> int:
@@ -37,8 +41,11 @@ def most_rows(backend: Any) -> int:
 
 def rows_alone(backend: Any, packed: Any, dtype: torch.dtype) -> int:
     """Rows of x, of a type, up to which a backend of `wq_gemv` is not left for `wq_gemm`: `MOST_ROWS`, or as many as the backend multiplies
-    in one pass through the codes. It does so only with bfloat16 that no input scale divides: others take three columns a row."""
-    return most_rows(backend) if dtype is torch.bfloat16 and packed.input_scale is None else MOST_ROWS
+    in one pass through the codes. It does so only with bfloat16 that no input scale divides: others take three columns a row. And only of
+    small weights is that faster: 16 rows by 4-bit codes take 8.2 us on an H200 with 4096 x 4096 weights (9.4 by `wq_gemm`), but 15.3 with
+    4096 x 11008 (13.5) and 17.9 with 8192 x 8192 (17.2)."""
+    small = packed.shape[0] * packed.shape[1] <= SMALL
+    return most_rows(backend) if small and dtype is torch.bfloat16 and packed.input_scale is None else MOST_ROWS
 
 
 def written_to(x: Tensor, shape: tuple[int, int], out: Tensor | None, most: int = MOST_ROWS) -> Tensor:
