@@ -156,7 +156,7 @@ def clocked(b: Bench, work: Callable[[], object], turns: int) -> float | None:
 
 
 def busy(b: Bench, work: Callable[[], object]) -> float | None:
-    """Microseconds that the device's kernels, copies and fills take together."""
+    """Microseconds that the device's kernels, copies and fills take together; None, and a line, where nothing tells."""
     if b.dry:
         work()
         return None
@@ -168,5 +168,6 @@ def busy(b: Bench, work: Callable[[], object]) -> float | None:
         torch.cuda.synchronize()
     took = [e.time_range.elapsed_us() for e in told.events() if e.device_type is DeviceType.CUDA]
     if not took:
-        raise RuntimeError("torch's profiler saw no kernel: CUPTI does not work here")
+        print("   time of the device's own kernels not known: torch's profiler saw none, so CUPTI does not work here", flush=True)
+        return None
     return float(sum(took))
