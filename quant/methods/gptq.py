@@ -209,17 +209,15 @@ class Gptq:
         scale_dtypes: list[torch.dtype],
         spends: bool = False,
     ) -> tuple[Solved, list[AffineTensor]]:
-        """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight. spends: as `solve_affine` has
-        it."""
+        """Of the weights' columns `[K, N]` in order, all but the last `kept`; and the codes of each weight. spends: see `solve_affine`."""
         coded = len(columns) - kept
         stack = [n for g in givens for n in g.rows]
 
         def solve(in_launch: bool) -> tuple[list[_Ranges], Solved, bool]:
             own = [_Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
             rows = _StackedRanges(own)
-            ahead = any(r.looks_ahead for r in own)
-            factor = upper[:coded, :coded]
-            made = solve_affine(columns[:coded], factor, self.block_size, rows.block, "auto", stack, rows.fits, spends, ahead)
+            given, ahead = (columns[:coded], upper[:coded, :coded]), any(r.looks_ahead for r in own)
+            made = solve_affine(*given, self.block_size, rows.block, "auto", stack, rows.fits, spends, ahead)
             return own, made, rows.odd()
 
         ranges, solved, odd = solve(in_launch=True)
@@ -298,11 +296,10 @@ class _Ranges:
             if kept:
                 groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
             self.known = self._fit(groups)
-        # Kept columns leave groups of any width, wide groups reach beyond a block, and a search is torch's.
-        within = method.block_size % self.width == 0 and not kept
-        self.looks_ahead = dynamic and not within
-        """Whether weights beyond the block at work are read."""
-        self.in_launch = in_launch and dynamic and within and not self.mse and self.dtype is torch.float32
+        self.looks_ahead = dynamic and (kept > 0 or method.block_size % self.width != 0)
+        """Kept columns leave groups of any width, and wide groups reach beyond a block."""
+        # A search is torch's.
+        self.in_launch = in_launch and dynamic and not (self.looks_ahead or self.mse) and self.dtype is torch.float32
         if dynamic and not self.in_launch:
             ran("gptq_block_ranges", "torch")
         self.fitted: set[int] = set()
@@ -394,8 +391,8 @@ def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:
     rest = columns[coded:] - upper[:coded, coded:].T @ errors
     half = rest.half().to(rest)
     # Twice float16's own precision, which values below its normal ones miss.
-    fits = bool(((half - rest).abs() <= 2.0**-10 * rest.abs().amax(1, keepdim=True)).all())
-    dtype = torch.float16 if fits else torch.float32
+    fits = ((half - rest).abs() <= 2.0**-10 * rest.abs().amax(1, keepdim=True)).all()
+    dtype = torch.float16 if bool(fits) else torch.float32
 
     def keep(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         return column, column.to(dtype).to(column)
