@@ -137,23 +137,37 @@ std::vector<T> in_panels(const Block<T>& b, int64_t columns) {
     return made;
 }
 
+// Shared by the threads that solve a block's stripes: one that begins when all of them are taken finds so, and is not waited for.
 template <typename T>
-void solve(const Block<T>& b, int64_t threads, int64_t form) {
-    const Way<T> way = ::way<T>(form);
-    const std::vector<T> panels = in_panels(b, way.columns);
-    const int64_t all = way.rows, stripes = (b.rows + all - 1) / all;
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
+struct Work {
+    const Block<T> b;
+    const Way<T> way;
+    const std::vector<T> panels;
+    const int64_t stripes;
+    std::atomic<int64_t> next{0}, left;
+
+    Work(const Block<T>& block, const Way<T>& w)
+        : b(block), way(w), panels(in_panels(b, way.columns)), stripes((b.rows + way.rows - 1) / way.rows), left(stripes) {}
+
+    void go() {
+        int64_t s = next.fetch_add(RUN);
+        if (s >= stripes) return;
+        const int64_t all = way.rows;
         const Own<T> own((b.columns + way.columns) * all);
-        for (int64_t s; (s = next.fetch_add(RUN)) < stripes;) {
+        for (; s < stripes; s = next.fetch_add(RUN)) {
             for (int64_t first = s * all, end = std::min(b.rows, first + RUN * all); first < end; first += all)
                 way.run(b, panels.data(), first, std::min(all, b.rows - first), own.start);
+            left.fetch_sub(std::min(RUN, stripes - s), std::memory_order_release);
         }
-    };
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < std::min(threads, (stripes + RUN - 1) / RUN); t++) others.emplace_back(work);
-    work();
-    for (std::thread& t : others) t.join();
+    }
+};
+
+template <typename T>
+void solve(const Block<T>& b, int64_t threads, int64_t form) {
+    const auto work = std::make_shared<Work<T>>(b, way<T>(form));
+    for (int64_t t = 1; t < std::min(threads, (work->stripes + RUN - 1) / RUN); t++) std::thread([work] { work->go(); }).detach();
+    work->go();
+    while (work->left.load(std::memory_order_acquire) > 0) std::this_thread::yield();
 }
 
 }  // namespace
