@@ -47,7 +47,7 @@ ROOMY = Tile(128, 64, 32, 8, 3)
 """Where that one would spill: before 9.0, and where sizes are no multiples of 16."""
 HOPPER = Tile(128, 128, 64, 8, 1, parts=True, gluon=True)
 BY_PARTS = False
-"""Where a GPU has what `hopper.py` needs. It was compiled and not run yet: to become True when it is measured to be right and faster."""
+"""Whether blocks go by `hopper.py` where a GPU has what it needs: right there, but a whole configuration of GPTQ took no less time."""
 WIDE = Tile(128, 128, 64, 4, 3, gluon=True, halves=True)
 """For products over many columns, where a GPU has what `hopper_halves.py` needs. Two programs share a multiprocessor."""
 LEAST_WIDE = 256
