@@ -104,21 +104,6 @@ BOTH Line<N> stream_line(const void* from) {
 #endif
 }
 
-// Four bytes of a and b, numbered from 0 to 7, as the lowest four digits in base 16 of `of` say.
-BOTH uint32_t picked(uint32_t a, uint32_t b, uint32_t of) {
-#if defined(__CUDA_ARCH__)
-    // __byte_perm masks the selector first, of which bit 3 is never set here.
-    uint32_t made;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(of));
-    return made;
-#else
-    const uint64_t both = uint64_t(b) << 32 | a;
-    uint32_t made = 0;
-    for (int i = 0; i < 4; i++) made |= uint32_t(both >> 8 * (of >> 4 * i & 7u) & 255u) << 8 * i;
-    return made;
-#endif
-}
-
 // (v & mask) | base in one instruction.
 BOTH uint32_t masked(uint32_t v, uint32_t mask, uint32_t base) {
 #if defined(__CUDA_ARCH__)
@@ -137,16 +122,14 @@ BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const ui
         : "+r"(c[0][0]), "+r"(c[0][1]), "+r"(c[0][2]), "+r"(c[0][3])
         : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
 #else
-    for (int i = 0; i < 16; i++) {
-        for (int n = 0; n < 8; n++) {
-            int32_t sum = 0;
-            for (int k = 0; k < 32; k++) {
-                const int t = k % 16 / 4, bits = 8 * (k % 4);
-                sum += int32_t(a[i % 8 * 4 + t][i / 8 + k / 16 * 2] >> bits & 255u) * int8_t(b[n * 4 + t][k / 16] >> bits & 255u);
-            }
-            c[i % 8 * 4 + n / 2][i / 8 * 2 + n % 2] += sum;
+    add_to_sums(c, [&](int i, int n) {
+        int32_t sum = 0;
+        for (int k = 0; k < 32; k++) {
+            const int t = k % 16 / 4, bits = 8 * (k % 4);
+            sum += int32_t(a[i % 8 * 4 + t][i / 8 + k / 16 * 2] >> bits & 255u) * int8_t(b[n * 4 + t][k / 16] >> bits & 255u);
         }
-    }
+        return sum;
+    });
 #endif
 }
 

@@ -6,18 +6,6 @@
 
 namespace {
 
-// prmt.b32 of the PTX ISA, without signs: a nibble of the selector picks one of the eight bytes of b:a.
-BOTH uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
-#if defined(__CUDA_ARCH__)
-    return __byte_perm(a, b, selector);
-#else
-    const uint64_t both = uint64_t(b) << 32 | a;
-    uint32_t made = 0;
-    for (int i = 0; i < 4; i++) made |= (uint32_t(both >> 8 * (selector >> 4 * i & 7u)) & 255u) << 8 * i;
-    return made;
-#endif
-}
-
 // d += a b, numbers of places where both have a one, a 16 x 256 and b 256 x 8: mma.m16n8k256 of the PTX ISA.
 BOTH void multiply_bits(int32_t (&d)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
 #if defined(__CUDA_ARCH__)
@@ -25,17 +13,15 @@ BOTH void multiply_bits(int32_t (&d)[HELD][4], const uint32_t (&a)[HELD][4], con
         : "+r"(d[0][0]), "+r"(d[0][1]), "+r"(d[0][2]), "+r"(d[0][3])
         : "r"(a[0][0]), "r"(a[0][1]), "r"(a[0][2]), "r"(a[0][3]), "r"(b[0][0]), "r"(b[0][1]));
 #else
-    for (int i = 0; i < 16; i++) {
-        for (int n = 0; n < 8; n++) {
-            int32_t sum = 0;
-            for (int w = 0; w < 8; w++) {
-                uint32_t v = a[i % 8 * 4 + w % 4][i / 8 + w / 4 * 2] & b[n * 4 + w % 4][w / 4];
-                v -= v >> 1 & 0x55555555u, v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-                sum += int32_t(((v + (v >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
-            }
-            d[i % 8 * 4 + n / 2][i / 8 * 2 + n % 2] += sum;
+    add_to_sums(d, [&](int i, int n) {
+        int32_t sum = 0;
+        for (int w = 0; w < 8; w++) {
+            uint32_t v = a[i % 8 * 4 + w % 4][i / 8 + w / 4 * 2] & b[n * 4 + w % 4][w / 4];
+            v -= v >> 1 & 0x55555555u, v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
+            sum += int32_t(((v + (v >> 4)) & 0x0f0f0f0fu) * 0x01010101u >> 24);
         }
-    }
+        return sum;
+    });
 #endif
 }
 
@@ -54,11 +40,11 @@ BOTH uint32_t select(uint32_t keep, uint32_t a, uint32_t b) {
 template <int PLANES>
 BOTH void transpose(uint32_t (&made)[8 * PLANES], const uint32_t (&v)[32]) {
     UNROLL for (int g = 0; g < 8; g++) {
-        const uint32_t low = permute(v[g], v[g + 8], 0x5140u), low2 = permute(v[g + 16], v[g + 24], 0x5140u);
-        const uint32_t high = permute(v[g], v[g + 8], 0x7362u), high2 = permute(v[g + 16], v[g + 24], 0x7362u);
-        made[g] = permute(low, low2, 0x5410u), made[8 + g] = permute(low, low2, 0x7632u);
-        made[16 + g] = permute(high, high2, 0x5410u);
-        if constexpr (PLANES == 4) made[24 + g] = permute(high, high2, 0x7632u);
+        const uint32_t low = picked(v[g], v[g + 8], 0x5140u), low2 = picked(v[g + 16], v[g + 24], 0x5140u);
+        const uint32_t high = picked(v[g], v[g + 8], 0x7362u), high2 = picked(v[g + 16], v[g + 24], 0x7362u);
+        made[g] = picked(low, low2, 0x5410u), made[8 + g] = picked(low, low2, 0x7632u);
+        made[16 + g] = picked(high, high2, 0x5410u);
+        if constexpr (PLANES == 4) made[24 + g] = picked(high, high2, 0x7632u);
     }
     UNROLL for (int p = 0; p < PLANES; p++) {
         UNROLL for (int s = 4; s > 0; s /= 2) {

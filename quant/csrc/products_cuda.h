@@ -112,6 +112,28 @@ constexpr int HELD = 32;
 #define EACH_LANE for (int h = 0; h < HELD; h++)
 #define LANE (HELD == 1 ? int(uint32_t(thread) % 32u) : h)
 
+// Four bytes of a and b, numbered from 0 to 7, as the lowest four digits in base 16 of `of` say, none of which is 8 or more.
+BOTH uint32_t picked(uint32_t a, uint32_t b, uint32_t of) {
+#if defined(__CUDA_ARCH__)
+    // __byte_perm masks the selector first, of which bit 3 is never set.
+    uint32_t made;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(of));
+    return made;
+#else
+    const uint64_t both = uint64_t(b) << 32 | a;
+    uint32_t made = 0;
+    for (int i = 0; i < 4; i++) made |= uint32_t(both >> 8 * (of >> 4 * i & 7u) & 255u) << 8 * i;
+    return made;
+#endif
+}
+
+// To a warp's sums of a product of 16 x 8, as lanes hold them, what `of(row, column)` gives: tensor cores on the host.
+template <class Of>
+BOTH void add_to_sums(int32_t (&sums)[HELD][4], const Of& of) {
+    for (int i = 0; i < 16; i++)
+        for (int n = 0; n < 8; n++) sums[i % 8 * 4 + n / 2][i / 8 * 2 + n % 2] += of(i, n);
+}
+
 template <int N>
 struct alignas(4 * N) Line {
     uint32_t v[N];
