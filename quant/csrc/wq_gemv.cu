@@ -18,12 +18,9 @@ namespace {
 
 using namespace fragments;
 
-template <int BITS, int R, int FLUSHES, int PARTS, int C>
-__global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid_constant__ Call call) {
-    extern __shared__ __align__(128) uint8_t memory[];
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * (C * R);
-    Lane p;
-    Warp<Lane, BITS, R, FLUSHES, PARTS, C> work(call, memory, warp, tile, first);
+// What a warp does, and then all warps of the block have done. What does not depend on a kernel before comes before that is waited for.
+template <class Work>
+__device__ __forceinline__ void multiply(Work& work, Lane& p) {
     work.open(p);
     release_next();
     await_previous();
@@ -31,6 +28,15 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
     work.over(p);
     work.close(p);
     __syncthreads();
+}
+
+template <int BITS, int R, int FLUSHES, int PARTS, int C>
+__global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), first = blockIdx.y * call.together, tile = blockIdx.x * (C * R);
+    Lane p;
+    Warp<Lane, BITS, R, FLUSHES, PARTS, C> work(call, memory, warp, tile, first);
+    multiply(work, p);
     finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
@@ -43,13 +49,7 @@ __global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(cons
     const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), tile = blockIdx.x * R;
     Lane p;
     Single<Lane, BITS, R, HALF> work(call, memory, warp, tile);
-    work.open(p);
-    release_next();
-    await_previous();
-    work.begin(p);
-    work.over(p);
-    work.close(p);
-    __syncthreads();
+    multiply(work, p);
     if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
 }
 
