@@ -18,6 +18,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 copy = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
+@gluon.jit
+def place(m, n, ROWS: gl.constexpr, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """First row and column of the program's tile of out [m, n], of which GROUP rows are gone through together."""
+    across = GROUP * gl.cdiv(n, COLUMNS)
+    index = gl.program_id(0)
+    top = index // across * GROUP
+    high = gl.minimum(gl.cdiv(m, ROWS) - top, GROUP)
+    return (top + index % across % high) * ROWS, (index % across // high) * COLUMNS
+
+
 # Compiled once for all numbers of rows.
 @gluon.jit(do_not_specialize=["m"])
 def multiply(
@@ -46,12 +56,7 @@ def multiply(
     ROW_ZERO: gl.constexpr,
     EARLY: gl.constexpr,  # the kernel before may still run, and the next, which waits likewise, may be started
 ):
-    across = GROUP * gl.cdiv(n, COLUMNS + ASIDE)
-    index = gl.program_id(0)
-    top = index // across * GROUP
-    high = gl.minimum(gl.cdiv(m, ROWS) - top, GROUP)
-    first_row = (top + index % across % high) * ROWS
-    first_column = (index % across // high) * (COLUMNS + ASIDE)
+    first_row, first_column = place(m, n, ROWS, COLUMNS + ASIDE, GROUP)
 
     lefts = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, STEP], x.layout)
     rights = gl.allocate_shared_memory(gl.int8, [STAGES, COLUMNS, STEP], weight.layout)

@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from quant.kernels.int8_linear.hopper import _store, copy
+from quant.kernels.int8_linear.hopper import _store, copy, place
 
 # Before Triton 3.7 and from then on.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -53,12 +53,7 @@ def multiply(
     FIRST: gl.constexpr,  # that kernel does not write the weight
     REGISTERS: gl.constexpr,  # of a thread of the second part
 ):
-    across = GROUP * gl.cdiv(n, COLUMNS + ASIDE)
-    index = gl.program_id(0)
-    top = index // across * GROUP
-    high = gl.minimum(gl.cdiv(m, PARTS * HIGH) - top, GROUP)
-    first_row = (top + index % across % high) * (PARTS * HIGH)
-    first_column = (index % across // high) * (COLUMNS + ASIDE)
+    first_row, first_column = place(m, n, PARTS * HIGH, COLUMNS + ASIDE, GROUP)
     steps = gl.cdiv(k, STEP)
 
     lefts = gl.allocate_shared_memory(gl.int8, [STAGES, HIGH, STEP], x.layout)

@@ -41,6 +41,10 @@ class Tile(on_triton.Tile):
         """Columns that are multiplied in one, a power of two; what is left of them is aside."""
         return 1 << self.columns.bit_length() - 1
 
+    def count(self, m: int, n: int) -> int:
+        """Of an out [m, n]."""
+        return -(-m // self.rows) * -(-n // self.columns)
+
     @property
     def high(self) -> int:
         """Rows of a warp group, of which there are one or two."""
@@ -85,7 +89,7 @@ SMALL = (Tile(16, 32, 32, 4, 1, 1.0, gluon=False), Tile(16, 32, 32, 4, 1, 1.0, g
 
 def fastest(tiles: tuple[Tile, ...], m: int, n: int, processors: int) -> Tile:
     """By the multiprocessor that has the most tiles to make."""
-    return min(tiles, key=lambda t: -(-(-(-m // t.rows) * -(-n // t.columns)) // processors) * t.rows * t.columns / t.speed)
+    return min(tiles, key=lambda t: -(-t.count(m, n) // processors) * t.rows * t.columns / t.speed)
 
 
 def multiply(rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +107,7 @@ def _product(rows: RowCodes, packed: Packed, dtype: torch.dtype, first: bool) ->
     if out.numel():
         tile = chosen(m, n, k, codes, packed)
         # Where tiles come in several waves, a weight read ahead is in the way of the rounding in front.
-        one_wave = -(-m // tile.rows) * -(-n // tile.columns) <= _device(codes.device)[1] if first and tile.gluon else False
+        one_wave = first and tile.gluon and tile.count(m, n) <= _device(codes.device)[1]
         run(tile, codes, rows, packed, out, one_wave)
     return out.to(dtype)
 
@@ -137,7 +141,7 @@ def run(tile: Tile, codes: Tensor, rows: RowCodes, packed: Packed, out: Tensor, 
     must not write it, nor have started itself before a kernel was over that does."""
     (m, k), (n, _) = codes.shape, packed.codes.shape
     weight = packed.codes.contiguous()
-    tiles = -(-m // tile.rows) * -(-n // tile.columns)
+    tiles = tile.count(m, n)
     # What a program does not read stands for what it is not given.
     added = packed.scale if packed.zero is None else rows.sums if rows.sums is not None else codes.sum(1, dtype=torch.int32)
     zero = packed.scale if packed.zero is None else packed.zero
