@@ -9,20 +9,12 @@ from pathlib import Path
 
 from bench.on_gpu.clock import Bench, Row
 from bench.whole.runs import GB, Work, model_in, together
-from bench.whole.stages import committed
-from quant.methods.registry import ROUNDINGS
+from bench.whole.stages import committed, grouped, quantize, spec_of
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from workers.environment import environment
 from workers.measure import TOLERANCE
 from workers.request import Hints
-from workers.specs import Component, MeasureSpec, MethodSpec, ModelSpec, QuantizeSpec, Rule, StageKind, Workload
-
-DTYPE = "bfloat16"
-
-
-def grouped(bits: int) -> WeightScheme:
-    return WeightScheme(bits, granularity=Granularity.GROUP, group_size=128)
-
+from workers.specs import MeasureSpec, StageKind, Workload
 
 VARIANTS: tuple[tuple[str, WeightScheme, ActivationScheme | None, tuple[KVScheme | None, ...]], ...] = (
     ("w4a16_g128", grouped(4), None, (None, KVScheme(4, kind="kivi", group_size=64, residual_length=64))),
@@ -38,7 +30,7 @@ def decoded(root: Path, b: Bench, hints: Hints) -> Iterator[Row]:
     work = Work("rtn", "dry" if b.dry else "7b", layers=b.layers)
     layers = work.layers or (1 if b.dry else 32)
     folder = model_in(root, work, layers, b.device.type)
-    model, device = ModelSpec("model", DTYPE), environment(str(b.device))["device_name"]
+    model, device = work.spec.model, environment(str(b.device))["device_name"]
     loads = tuple(replace(w, prompt=80, tokens=3) if b.dry else w for w in (Workload(1, 512, 64), Workload(16, 512, 64)))
 
     def row(name: str, spec: MeasureSpec, inputs: dict[str, Path], plain: dict[Workload, float]) -> Row:
@@ -58,7 +50,7 @@ def decoded(root: Path, b: Bench, hints: Hints) -> Iterator[Row]:
             print(f"  note: {note}", flush=True)
         shutil.rmtree(made.folder)
         return Row(
-            f"decoding a token, {name}, {layers} layers, {work.shape}-shaped, {said}", found["check_error"] or 0.0, TOLERANCE[DTYPE],
+            f"decoding a token, {name}, {layers} layers, {work.shape}-shaped, {said}", found["check_error"] or 0.0, TOLERANCE[model.dtype],
             None if b.dry else took, {"bfloat16": plain[load]} if inputs and not b.dry else {}, found["weights_bytes"], details=found,
         )  # fmt: skip
 
@@ -66,8 +58,7 @@ def decoded(root: Path, b: Bench, hints: Hints) -> Iterator[Row]:
     for load in loads:
         yield row("not quantized", MeasureSpec(model, load, device), {}, plain)
     for name, scheme, activation, caches in VARIANTS:
-        method = MethodSpec(Component("rtn", ROUNDINGS["rtn"].version, ()))
-        made = committed(StageKind.QUANTIZE, QuantizeSpec(model, (Rule("*", method, scheme),)), {}, folder, {}, root, hints)
+        made = quantize(spec_of("rtn", work.samples, work.length, {}, weight=scheme), folder, root, hints)
         for kv in caches:
             for load in loads:
                 named = name if kv is None else f"{name}kv{kv.bits}"

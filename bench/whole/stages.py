@@ -16,6 +16,11 @@ from workers.request import Hints, Input, Location, Outcome, Request, StageReque
 from workers.run_stage import RUNNERS, Runners, run_request
 from workers.specs import CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, Spec, StageKind, TextSpec, to_json
 
+
+def grouped(bits: int) -> WeightScheme:
+    return WeightScheme(bits, granularity=Granularity.GROUP, group_size=128)
+
+
 SCHEMES = {"billm": WeightScheme(1), "claq": WeightScheme(2)}
 """Method ▸ the scheme where 4 bits in groups of 128 is not what it is for."""
 
@@ -37,9 +42,12 @@ def text_of(model: Path) -> Location:
     return Location("file", str(model / TEXT))
 
 
-def spec_of(method: str, samples: int, length: int, params: dict[str, Any], propagation: str = "quantized") -> QuantizeSpec:
+def spec_of(
+    method: str, samples: int, length: int, params: dict[str, Any], propagation: str = "quantized", weight: WeightScheme | None = None
+) -> QuantizeSpec:
+    """weight: the method's own of `SCHEMES` when left out."""
     component = Component(method, ROUNDINGS[method].version, tuple(sorted(params.items())))
-    scheme = SCHEMES.get(method, WeightScheme(4, granularity=Granularity.GROUP, group_size=128))
+    scheme = weight or SCHEMES.get(method, grouped(4))
     feeds = propagation == "quantized" and bool(ROUNDINGS[method].needs)
     return QuantizeSpec(
         ModelSpec("model", "bfloat16"),
