@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from workers.families import LinearShape
 from workers.rounding import LinearResult
+from workers.rounding_errors import Errors
 
 SCHEMA = pa.schema(
     [
@@ -35,19 +36,20 @@ class Layers:
     def __init__(self, shapes: Mapping[str, LinearShape]) -> None:
         self._shapes = shapes
         self._rows: list[dict[str, Any]] = []
+        self._errors: list[Errors] = []
+        """Of the rows, in their order: not read before the end, as a GPU may still be at work on them."""
 
     def add(self, block: int, results: list[LinearResult], input_bits: Mapping[str, float]) -> None:
         """input_bits: linear ▸ its share of what is stored of its input, in bits per weight."""
         for r in results:
             shape = self._shapes[r.name]
+            self._errors.append(r.errors)
             self._rows.append(
                 {
                     "module": r.name,
                     "block": block,
                     "rows": shape.rows,
                     "cols": shape.cols,
-                    "weight_error": r.weight_error,
-                    "output_error": r.output_error,
                     "bits_nominal": float(r.rounded.tensor.bits_nominal),
                     "bits_stored": float(r.rounded.tensor.bits_stored) + input_bits.get(r.name, 0.0),
                     "damp": r.rounded.damp,
@@ -58,7 +60,13 @@ class Layers:
             )
 
     def write(self, path: Path) -> None:
-        pq.write_table(pa.Table.from_pylist(self._rows, schema=SCHEMA), path)
+        rows = [{**r, "weight_error": w, "output_error": o} for r, w, o in zip(self._rows, *self._found, strict=True)]
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), path)
+
+    @property
+    def _found(self) -> tuple[list[float], list[float | None]]:
+        """Errors of weights, and of outputs."""
+        return [e.weight for e in self._errors], [e.output for e in self._errors]
 
     def notes(self) -> Iterator[tuple[str, str]]:
         return ((r["module"], r["notes"]) for r in self._rows if r["notes"])
@@ -66,12 +74,13 @@ class Layers:
     def summary(self) -> dict[str, Any]:
         """bits weighted by weights; errors averaged over linears. None where nothing was quantized."""
         weights = sum(r["rows"] * r["cols"] for r in self._rows)
-        outputs = [r["output_error"] for r in self._rows if r["output_error"] is not None]
+        weight_errors, found = self._found
+        outputs = [o for o in found if o is not None]
         return {
             "n_linears": len(self._rows),
             "bits_nominal": self._weighted("bits_nominal") / weights if weights else None,
             "bits_stored": self._weighted("bits_stored") / weights if weights else None,
-            "weight_error": sum(r["weight_error"] for r in self._rows) / len(self._rows) if self._rows else None,
+            "weight_error": sum(weight_errors) / len(weight_errors) if weight_errors else None,
             "output_error": sum(outputs) / len(outputs) if outputs else None,
         }
 

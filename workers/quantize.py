@@ -25,6 +25,7 @@ import torch
 from quant.replay import replaying
 from quant.statistics import Statistics
 from workers import families
+from workers.aside import aside, join, moment
 from workers.calibrate import calibration_tokens
 from workers.capture import Range
 from workers.context import Context
@@ -220,7 +221,7 @@ class _Run:
         context, worker = self.context, self._worker(b, {}, {})
         sites = {s.linears[0]: s for s in worker.structure.sites if any(n in worker.methods for n in s.linears)}
         forward = self.source.staged(b, {name: site.cols for name, site in sites.items()})
-        stops, rounded = forward.sites(), dict[str, list[LinearResult]]()
+        stops, rounded, done = forward.sites(), dict[str, list[LinearResult]](), None
         while True:
             with context.phase("forward"):
                 stop = next(stops, None)
@@ -231,8 +232,9 @@ class _Run:
             worker.statistics = statistics  # one Hessian at a time is in memory
             worker.tokens.update(tokens)
             rounded[site] = round_site(worker, sites[site], None, context)
+            done = moment(context.device)
         self.source.hidden = forward.outputs
-        self._write(worker, [r for name in sites for r in rounded[name]], {})
+        self._write(worker, [r for name in sites for r in rounded[name]], {}, done)
 
     def _transformed(self, b: int) -> BlockQuantizer:
         with self.context.phase("forward"):
@@ -264,13 +266,17 @@ class _Run:
         )
 
     def _finish(self, worker: BlockQuantizer, results: list[LinearResult]) -> None:
+        done = moment(self.context.device)
         with self.context.phase("forward"):
             ranges = self.source.advance(worker.index, static=self._static)
-        self._write(worker, results, ranges)
+        self._write(worker, results, ranges, None if ranges else done)
 
-    def _write(self, worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range]) -> None:
+    def _write(
+        self, worker: BlockQuantizer, results: list[LinearResult], ranges: Mapping[str, Range], done: torch.cuda.Event | None
+    ) -> None:
+        """done: when all but the block's forward was; None: that is to be over, too."""
         b = worker.index
-        with self.context.phase("write"):
+        with self.context.phase("write"), aside(self.context.device, after=done):
             operations, tensors = block_operations(worker, results, ranges, self.rotator)
             self.replaced |= {m.name for m in results}
             for name in worker.structure.linear_names():
@@ -279,6 +285,7 @@ class _Run:
                     operations.append({"op": "keep", **self.kept[-1]})
             self.writer.add_block(f"tensors_{b:04d}.safetensors", operations, tensors)
             self.layers.add(b, results, input_bits(worker))
+        join(self.context.device)
 
 
 def _tuning(

@@ -20,11 +20,13 @@ from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
 from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
+from workers.aside import aside
 from workers.capture import KINDS, BlockStatistics
 from workers.errors import InputError, NumericalError
 from workers.families import LinearShape, ScaleRule, Structure
 from workers.fold import BlockWeights
 from workers.reassemble import OTHERS, REASSEMBLED, reassemble
+from workers.rounding_errors import Errors, in_quadratic_form, size
 from workers.scaling import GroupForward
 from workers.specs import Component, Rule
 
@@ -145,10 +147,7 @@ class LinearResult:
 
     name: str
     rounded: Rounded
-    weight_error: float
-    """||W' - W|| / ||W||, W' the stored weight with the scales taken back out."""
-    output_error: float | None
-    """tr(E H Eᵀ) / tr(W H Wᵀ); None without a Hessian."""
+    errors: Errors
     seconds: float
     notes: list[str] = field(default_factory=list)
 
@@ -300,12 +299,10 @@ class BlockQuantizer:
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
         rounded = rounded or self.rounded(name)
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
-        output_error = self._output_error(name, stored, self.statistics_of(name).hessian)
         self.weights.current[name] = stored
         self.weights.views[name].write(stored)
-        return LinearResult(
-            self.path(name), rounded, self.weight_error(name), output_error, time.perf_counter() - start, [*notes, *rounded.notes]
-        )
+        errors = self.errors(name, self.statistics_of(name).hessian)
+        return LinearResult(self.path(name), rounded, errors, time.perf_counter() - start, [*notes, *rounded.notes])
 
     def rounded(self, name: str) -> Rounded:
         """What its rounding makes of a linear; nothing in the block changes."""
@@ -327,22 +324,19 @@ class BlockQuantizer:
         bias = self.weights.biases.get(name, self.weights.views[name].bias)
         return Linear(self.path(name), self.seed, None if bias is None else bias.detach())
 
-    def weight_error(self, name: str) -> float:
-        """||W' - W|| / ||W|| of the present weight, with all scales taken back out."""
-        original = self.weights.original[name].double()
-        norm = float(original.norm())
-        return float((self.weights.unscaled(name, self.weights.current[name].double()) - original).norm()) / norm if norm else 0.0
-
-    def _output_error(self, name: str, stored: Tensor, hessian: Tensor | None) -> float | None:
-        if hessian is None or not bool(hessian.any()):
-            return None
-        h = hessian.double()
-        difference, full = stored.double(), self.weights.scaled_original(name).double()
-        if name in self.weights.rows:
-            rows = self.weights.rows[name].double()[:, None]
-            difference, full = difference / rows, full / rows
-        base = _size(full, h)
-        return _in_quadratic_form(difference - full, h) / base if base > 0 else None
+    def errors(self, name: str, hessian: Tensor | None = None) -> Errors:
+        """Of the present weight, with all scales taken back out; found aside."""
+        stored = self.weights.current[name]
+        with aside(stored.device, *(() if hessian is None else (hessian,))):
+            original = self.weights.original[name].double()
+            distance = (self.weights.unscaled(name, stored.double()) - original).norm(), original.norm()
+            if hessian is None:
+                return Errors(distance)
+            h, given, full = hessian.double(), stored.double(), self.weights.scaled_original(name).double()
+            if name in self.weights.rows:
+                rows = self.weights.rows[name].double()[:, None]
+                given, full = given / rows, full / rows
+            return Errors(distance, (in_quadratic_form(given - full, h), size(full, h)))
 
     def statistics_of(self, name: str) -> Statistics:
         """Of the input of a linear."""
@@ -350,34 +344,6 @@ class BlockQuantizer:
 
     def _of(self, site: str) -> Statistics:
         return self.statistics.get(site, Statistics())
-
-
-def _size(w: Tensor, h: Tensor) -> float:
-    """tr(w h wᵀ). A weight's terms do not cancel as those of its errors do: on a GPU products of rounded operands (TF32) are exact enough,
-    and take no time."""
-    if not w.is_cuda:
-        return _in_quadratic_form(w, h)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        narrow = w.float()
-        return float(((narrow @ h.float()) * narrow).sum(dtype=torch.float64))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-PANELS = 8
-
-
-def _in_quadratic_form(e: Tensor, h: Tensor) -> float:
-    """tr(e h eᵀ), h symmetric: of its blocks of columns only those on and above the diagonal, (PANELS + 1) / (2 PANELS) of the products."""
-    k = h.shape[0]
-    step, total = -(-k // PANELS), e.new_zeros(())
-    for first in range(0, k, step):
-        end = min(first + step, k)
-        part = (e[:, first:end] @ h[first:end, first:]) * e[:, first:]
-        total += 2 * part.sum() - part[:, : end - first].sum()
-    return float(total)
 
 
 def missing_statistics(made: tuple[Method, ...], given: frozenset[str]) -> list[str]:

@@ -303,4 +303,4 @@ def _write(workers: list[BlockQuantizer], tuned: Tuned) -> None:
 
 def _accept(worker: BlockQuantizer, name: str, rounded: Rounded, seconds: float) -> LinearResult:
     notes = [*worker.linear_notes.get(name, ()), *rounded.notes]
-    return LinearResult(worker.path(name), rounded, worker.weight_error(name), None, seconds, notes)
+    return LinearResult(worker.path(name), rounded, worker.errors(name), seconds, notes)

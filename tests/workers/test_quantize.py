@@ -32,11 +32,11 @@ from tests.workers.stage_runs import (
     quantized,
     tiny_context,
 )
-from workers import datasets, families
+from workers import datasets, families, feeding
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.rebuild import rebuild
-from workers.rounding import _in_quadratic_form
+from workers.rounding_errors import in_quadratic_form
 from workers.specs import Component, MethodSpec, ModelSpec, QuantizeSpec, Rule
 
 TOKENS = torch.arange(2, 38).view(3, 12)
@@ -137,7 +137,7 @@ def test_a_quadratic_form_needs_one_triangle(k: int) -> None:
     g = torch.Generator().manual_seed(k)
     e, x = (torch.randn(5, k, generator=g, dtype=torch.float64) for _ in range(2))
     h = x.T @ x
-    assert _in_quadratic_form(e, h) == pytest.approx(float((e @ h @ e.T).trace()), rel=1e-12)
+    assert float(in_quadratic_form(e, h)) == pytest.approx(float((e @ h @ e.T).trace()), rel=1e-12)
 
 
 def test_weight_error_is_relative_to_the_original_weight(tmp_path: Path) -> None:
@@ -220,6 +220,15 @@ def test_propagation_matters_and_agrees_on_the_first_block(tmp_path: Path) -> No
     same = [torch.equal(p, q) for p, q in zip(first.model.layers[0].parameters(), second.model.layers[0].parameters(), strict=True)]
     assert all(same)
     assert not torch.equal(first.model.layers[1].mlp.down_proj.weight, second.model.layers[1].mlp.down_proj.weight)
+
+
+def test_text_passes_every_quantized_block_but_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = tiny_context("llama", tmp_path)
+    passed: list[torch.nn.Module] = []
+    run = feeding.run_block
+    monkeypatch.setattr(feeding, "run_block", lambda block, *rest: passed.append(block) or run(block, *rest))
+    quantized(ctx, tmp_path / "q", quantize_spec("gptq", propagation="quantized"), {})
+    assert len(passed) == original("llama").config.num_hidden_layers - 1, "nobody reads what the last one puts out"
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
