@@ -45,7 +45,6 @@ from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN, WINDOW_STAGES
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
-from quant.kernels.lazy_update.triton import HOPPER as UPDATED_BY_PARTS
 from quant.kernels.lazy_update.triton import ROOMY as UPDATED_ELSEWHERE
 from quant.kernels.lazy_update.triton import TILE as UPDATED
 from quant.kernels.lazy_update.triton import WIDE as UPDATED_BY_HALVES
@@ -123,7 +122,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     shape |= {"left_row": 1, "B": 128, "PADDED": 128, "PRECISION": "tf32x3"}
     found.append((update, "128 columns", types, shape, {"num_warps": tile.warps, "num_stages": tile.stages}))
     if architecture == 90 and syrk.gluon_works():
-        found += [_triangle(syrk.HOPPER), _by_parts(types), *_by_halves(types)]
+        found += [_triangle(syrk.HOPPER), *_by_halves(types)]
     types = {"source": "*fp32", "out": "*u8"} | dict.fromkeys(("r", "c", "source_stride", "out_stride"), "i32")
     found.append((turn, "codes", types, {"ROWS": turned.ROWS, "COLUMNS": turned.COLUMNS}, {"num_warps": turned.WARPS}))
     types = {"bits": "*i32", "odd": "*i64", "out": "*i64", "r": "i32", "c": "i32"}
@@ -202,14 +201,6 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
-
-
-def _by_parts(types: dict[str, str]) -> tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]:
-    from quant.kernels.lazy_update.hopper import update_by_parts
-
-    tile = UPDATED_BY_PARTS
-    constants = {"left_row": 1, "B": 128, "PADDED": 128, "ROWS": tile.rows, "COLUMNS": tile.columns, "WARPS": tile.warps, "WHOLE": True}
-    return update_by_parts, "128 columns", types | {"tiles": "i32"}, constants, {"num_warps": tile.warps}
 
 
 def _by_halves(types: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

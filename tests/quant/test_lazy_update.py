@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quant.kernels import kernel
 from quant.kernels.lazy_update import halves, triton
-from quant.kernels.lazy_update.triton import HOPPER, LEAST_WIDE, MOST, ROOMY, TILE, WIDE, Tile, tile_for, tiles_each
-from quant.kernels.on_triton import has_gluon, unavailable
+from quant.kernels.lazy_update.triton import LEAST_WIDE, ROOMY, TILE, WIDE, Tile, tile_for
+from quant.kernels.on_triton import unavailable
 from quant.methods.gptq import Gptq
 from quant.scheme import Granularity, WeightScheme
 from quant.solver import solve_columns
@@ -20,15 +20,15 @@ from quant.statistics import Statistics
 
 CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(unavailable(CPU) is not None, reason=str(unavailable(CPU)))
-PLACES = ["torch", pytest.param("triton", marks=INTERPRETED), *(pytest.param(form, marks=INTERPRETED) for form in ("parts", "halves"))]
+PLACES = ["torch", *(pytest.param(form, marks=INTERPRETED) for form in ("triton", "halves"))]
 GPU = pytest.mark.gpu("triton")
 UNIT = 2.0**-24
-FORMS = {"parts": Tile(32, 32, 16, 4, 1, parts=True), "halves": Tile(32, 32, 16, 4, 1, halves=True)}
+HALVES = Tile(32, 32, 16, 4, 1, halves=True)
 Update = Callable[..., None]
 
 
 def update(backend: str) -> Update:
-    run = partial(triton.lazy_update, tile=FORMS[backend]) if backend in FORMS else kernel("lazy_update", backend).run.lazy_update
+    run = partial(triton.lazy_update, tile=HALVES) if backend == "halves" else kernel("lazy_update", backend).run.lazy_update
     return run
 
 
@@ -42,8 +42,8 @@ def given(r: int, n: int, b: int, device: torch.device = CPU) -> tuple[Tensor, T
 def check(run: Update, later: Tensor, left: Tensor, right: Tensor) -> None:
     want, size = later.double() - left.double() @ right.double(), left.double().abs() @ right.double().abs()
     run(later, left, right)
-    # Products are off by 3 u at most (of two parts of TF32 each, the smallest product left out; 1 u of three parts of bfloat16; 8 u of two
-    # of float16), sums of B by B u more (and by parts B u / 32), and the last by one.
+    # Products are off by 3 u at most (of two parts of TF32 each, the smallest product left out; 8 u of two of float16), sums of B by B
+    # u more, and the last by one.
     bound = (left.shape[1] + 8) * UNIT * size + UNIT * want.abs()
     assert ((later.double() - want).abs() <= bound).all()
 
@@ -88,24 +88,6 @@ def test_float64_is_torchs() -> None:
             triton.lazy_update(later, torch.zeros(2, 1, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64))
 
 
-def check_parts(run: Update, device: torch.device, least: float = 2.0**-110, off: float = 2.0**-134) -> None:
-    """Taken once, a number comes out as it went in, down to its last bit; those below `least` to within `off`."""
-    whole = given(1, 40, 48)[2] * 2.0**-20
-    whole[:, :8] *= least / whole[:, :8].abs().min()
-    whole[0, 8:11] = torch.tensor([least * (1 + 2.0**-23), 3.38e38, -(1 + 2.0**-8 + 2.0**-17)])
-    small = whole[:, :8] * 2.0**-6
-    for numbers, error in ((whole, 0.0), (small, off)):
-        for left, right in ((torch.eye(48), numbers), (numbers.T, torch.eye(48))):
-            later = torch.zeros(len(left), right.shape[1], device=device)
-            run(later, left.to(device), right.to(device))
-            assert ((later.cpu().double() + left.double() @ right.double()).abs() <= error).all()
-
-
-@INTERPRETED
-def test_three_parts_are_the_number() -> None:
-    check_parts(update("parts"), CPU)
-
-
 def check_halves(run: Update, device: torch.device) -> None:
     """Taken once, a number comes out as it went in, but for its last bit, and small ones to within 2^-39 of the largest of their column."""
     whole = given(1, 40, 48)[2]
@@ -140,12 +122,6 @@ def test_what_is_not_finite_stays_so(backend: str, number: float) -> None:
 
 
 @INTERPRETED
-def test_by_parts_a_block_has_few_columns() -> None:
-    with pytest.raises(ValueError, match="at most 128 columns, not 129"):
-        update("parts")(*given(4, 4, MOST + 1))
-
-
-@INTERPRETED
 def test_by_halves_a_product_is_over_few_columns() -> None:
     with pytest.raises(ValueError, match="at most 1024 columns, not 1025"):
         update("halves")(*given(4, 4, halves.MOST + 1))
@@ -174,35 +150,15 @@ def test_what_is_taken_off_at_once_is_what_blocks_take_off(monkeypatch: pytest.M
 
 def test_forms_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "interpreted", lambda: False)
-    monkeypatch.setattr(triton, "_has_hopper", lambda device: True)
     for capability, even in (((9, 0), TILE), ((8, 0), ROOMY)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
-        assert [tile_for(r, n, MOST, CPU) for r, n in ((32, 48), (31, 48), (32, 40))] == [even, ROOMY, ROOMY]
-    monkeypatch.setattr(triton, "BY_PARTS", True)
-    assert [tile_for(32, 48, b, CPU) for b in (MOST, MOST + 1)] == [HOPPER, ROOMY]
+        assert [tile_for(r, n, 128, CPU) for r, n in ((32, 48), (31, 48), (32, 40))] == [even, ROOMY, ROOMY]
     monkeypatch.setattr(triton, "has_wide", lambda device: True)
-    tiles = [tile_for(32, 48, b, CPU) for b in (MOST, LEAST_WIDE, halves.MOST, halves.MOST + 1)]
-    assert tiles == [HOPPER, WIDE, WIDE, ROOMY]
-
-
-@pytest.mark.parametrize(
-    ("tops", "asides", "each"),
-    [
-        (16, 32, 4),  # 128 programs: one wave
-        (1, 32, 1),
-        (43, 32, 11),
-        # Two waves of 9.6 tiles each; by 4, three of 4.6 would do 12 of 16.
-        (16, 96, 4),
-    ],
-)
-def test_programs_fill_waves(tops: int, asides: int, each: int) -> None:
-    assert tiles_each(tops, asides, 132) == each
+    assert [tile_for(32, 48, b, CPU) for b in (128, LEAST_WIDE, halves.MOST, halves.MOST + 1)] == [ROOMY, WIDE, WIDE, ROOMY]
 
 
 def _forms() -> Sequence[Tile | None]:
-    forms: list[Tile | None] = [None, Tile(64, 64, 64, 4, 1, parts=True), Tile(64, 64, 32, 4, 2, halves=True)]
-    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and has_gluon("quant.kernels.lazy_update.hopper"):
-        forms += [HOPPER, Tile(64, 64, 64, 4, 1, parts=True, gluon=True)]
+    forms: list[Tile | None] = [None, Tile(64, 64, 32, 4, 2, halves=True)]
     if torch.cuda.is_available() and triton.has_wide(torch.device("cuda")):
         forms += [WIDE]
     return forms
@@ -220,8 +176,6 @@ def test_solvers_say_that_later_blocks_are_updated_by_torch() -> None:
 @pytest.mark.parametrize("tile", _forms())
 @pytest.mark.parametrize(("r", "n", "b"), [(130, 4096, 128), (1000, 300, 128), (7, 5, 44), (2048, 512, 128), (900, 1000, 512)])
 def test_on_a_gpu(r: int, n: int, b: int, tile: Tile | None) -> None:
-    if tile is not None and tile.parts and b > MOST:
-        pytest.skip("by parts a block has at most 128 columns")
     run = partial(triton.lazy_update, tile=tile)
     later, left, right = given(r, n, b, torch.device("cuda"))
     check(run, later.clone(), left, right)
@@ -229,12 +183,6 @@ def test_on_a_gpu(r: int, n: int, b: int, tile: Tile | None) -> None:
     run(alone, left, right[:, : n // 2])
     run(later, left, right)
     assert torch.equal(later[:, : n // 2], alone)
-
-
-@GPU
-@pytest.mark.parametrize("tile", [t for t in _forms() if t and t.parts])
-def test_three_parts_are_the_number_on_a_gpu(tile: Tile) -> None:
-    check_parts(partial(triton.lazy_update, tile=tile), torch.device("cuda"))
 
 
 @GPU

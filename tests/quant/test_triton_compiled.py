@@ -32,22 +32,19 @@ def test_kernels_compile() -> None:
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
     wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply", "update"}
     wanted |= {"turn", "sum_rows"}
-    if has_gluon("quant.kernels.lazy_update.hopper"):
-        wanted |= {"update_by_parts", "update_by_halves", "split"}
+    if has_gluon("quant.kernels.lazy_update.hopper_halves"):
+        wanted |= {"update_by_halves", "split"}
     assert {r["kernel"] for r in rows if r["architecture"] == max(MOST_SHARED)} == wanted
     for row in rows:
         assert row["shared"] <= MOST_SHARED[row["architecture"]], row
         assert row["stack"] == 0, row
         if row["kernel"] in ("gemm", "attend", "attend_plain", "attend_per_token") or (row["kernel"], row["of"]) == ("add_lower", "bf16"):
             assert row["tensor_cores"], row
-        if row["kernel"] == "update_by_parts":
-            # Parts are free one after another.
-            assert row["waits"] == ["0", "3", "5"], row
         if row["kernel"] == "update_by_halves":
             # A step's products go on while the next one's operands come; two programs share a multiprocessor.
             assert row["waits"] == ["0", "1"], row
             assert 2 * (row["shared"] + 1024) <= MOST_SHARED[90] + 1024, row
-        if row["kernel"] in ("multiply", "update", "update_by_parts", "update_by_halves"):
+        if row["kernel"] in ("multiply", "update", "update_by_halves"):
             assert row["tensor_cores"], row
             # A large product goes on while that of the step before is waited for.
             large = row["architecture"] == 90 and gluon_works() and not {"192", "256"}.isdisjoint(row["of"].split())

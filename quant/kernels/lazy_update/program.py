@@ -1,4 +1,4 @@
-"""A tile of `later` for Triton, minus a product over few columns, on tensor cores with nearly the accuracy of float32: in two forms."""
+"""A tile of `later` for Triton, minus a product over few columns, on tensor cores with nearly the accuracy of float32."""
 
 import triton
 import triton.language as tl
@@ -52,47 +52,3 @@ def update(
         a, b = operands(left, right, j, r, n, left_row, left_column, right_stride, B, ROWS, COLUMNS)
         total = tl.dot(a, b, total, input_precision=PRECISION)
     take_off(later, total, r, n, later_stride, ROWS, COLUMNS)
-
-
-@triton.jit
-def update_by_parts(
-    later,  # [R, N]
-    left,  # [R, B]
-    right,  # [B, N]
-    r,
-    n,
-    later_stride,
-    left_row,
-    left_column,
-    right_stride,
-    B: tl.constexpr,
-    PADDED: tl.constexpr,  # a power of two, B or more
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TYPE: tl.constexpr,  # of the parts that are multiplied: bfloat16, or float32 where that has no products
-):
-    a, b = operands(left, right, tl.arange(0, PADDED), r, n, left_row, left_column, right_stride, B, ROWS, COLUMNS)
-    a_hi, a_mid, a_lo = parts(a, TYPE)
-    b_hi, b_mid, b_lo = parts(b, TYPE)
-    total = tl.dot(a_lo, b_hi, input_precision="ieee")
-    total = tl.dot(a_mid, b_mid, total, input_precision="ieee")
-    total = tl.dot(a_mid, b_hi, total, input_precision="ieee")
-    total = tl.dot(a_hi, b_lo, total, input_precision="ieee")
-    total = tl.dot(a_hi, b_mid, total, input_precision="ieee")
-    total = tl.dot(a_hi, b_hi, total, input_precision="ieee")
-    take_off(later, total, r, n, later_stride, ROWS, COLUMNS)
-
-
-@triton.jit
-def parts(x, TYPE: tl.constexpr):
-    """Three numbers of bfloat16 whose sum x is."""
-    hi = rounded(x)
-    rest = x - hi
-    mid = rounded(rest)
-    return hi.to(TYPE), mid.to(TYPE), rounded(rest - mid).to(TYPE)
-
-
-@triton.jit
-def rounded(x):
-    """To the nearest number of bfloat16, as float32."""
-    return ((x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
