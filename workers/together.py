@@ -42,7 +42,8 @@ def make(worker: BlockQuantizer, names: Sequence[str]) -> Made:
 
 
 def _alike(worker: BlockQuantizer, names: Sequence[str]) -> list[list[str]]:
-    """Linears of one method that takes several, two or more each."""
+    """Linears of one method that takes several: two or more each, and on a GPU one, too, whose blocks of columns are replayed then
+    (`quant.replay`)."""
     found: list[list[str]] = []
     for name in names:
         rounding = worker.methods[name].rounding
@@ -52,7 +53,7 @@ def _alike(worker: BlockQuantizer, names: Sequence[str]) -> list[list[str]]:
                 found.append([name])
             else:
                 own.append(name)
-    return [f for f in found if len(f) > 1]
+    return [f for f in found if len(f) > 1 or worker.weights.current[f[0]].is_cuda]
 
 
 def _rounded(worker: BlockQuantizer, names: list[str]) -> dict[str, Rounded]:

@@ -44,7 +44,7 @@ def decoded(root: Path, b: Bench, hints: Hints) -> Iterator[Row]:
         print(
             f"  {name}, {said}: {found['decode_tokens_per_s']:.0f} tokens/s, prompt {1e3 * found['prefill_p50_s']:.1f} ms, weights "
             f"{found['weights_bytes'] / GB:.2f} GB, peak {found['peak_memory_bytes'] / GB:.2f} GB{energy}, {found['backends']}, "
-            f"graph {found['graph']}"
+            f"graph {found['graph']}; stage {made.stage_s:.1f} s"
         )
         for note in together(made.record["notes"]):
             print(f"  note: {note}", flush=True)
