@@ -25,12 +25,11 @@ BOTH constexpr int least_side(int r) { return r == 1 ? 6 : 3; }
 
 struct Slices {
     Call call;
-    float* sums;       // [tiles, WARPS, PART]
-    int* arrived;      // [tiles]; zeros before and after
-    int most, blocks;  // steps of a slice; blocks that share its tiles
-    int together;      // tiles of a block
-    int slot;          // bytes of a stage of a warp's ring
-    int beyond;        // steps after its ring whose codes a warp has brought to the GPU's own cache
+    float* sums;         // [tiles, WARPS, PART]
+    int* arrived;        // [tiles]; zeros before and after
+    int most, together;  // steps of a slice; tiles of a block
+    int slot;            // bytes of a stage of a warp's ring
+    int beyond;          // steps after its ring whose codes a warp has brought to the GPU's own cache
 };
 
 inline bool is_sliced(const Call& c) {
@@ -39,7 +38,7 @@ inline bool is_sliced(const Call& c) {
 
 // Divides the work among blocks, and the shared memory of one among x and rings of `depth` stages; returns its bytes.
 inline int64_t sliced(Slices& s, int bits, int r, int blocks, int depth) {
-    s.most = (s.call.steps + WARPS - 1) / WARPS, s.blocks = blocks, s.together = (s.call.tiles + blocks - 1) / blocks;
+    s.most = (s.call.steps + WARPS - 1) / WARPS, s.together = (s.call.tiles + blocks - 1) / blocks;
     s.slot = stage_bytes(bits, r, 1, s.call.pieces(), 0);
     return int64_t(s.most) * (X_BYTES + TABLE_BYTES) + SIDE * depth * s.slot;
 }

@@ -32,8 +32,10 @@ AT_ONCE = (2, 1)
 """Tiles (16 rows) that a warp may have at once: that number by which more of a block's warps have tiles at all times, or the first."""
 FULL = 0.8
 """Least share of a block's warps that have tiles; where it is less, the product is by blocks that have all of K."""
-LEAST_STAGES = 3
-"""Of codes, that a warp's ring must have."""
+LEAST_STAGES = {1: 6, 2: 3}
+"""Tiles at once ▸ stages that a warp's ring must have."""
+BEYOND = 2
+"""Steps after its ring whose codes a warp brings to the GPU's own cache, while x is copied."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -57,12 +59,12 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     words, ranges, half = _read(packed)
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
     n, k = packed.shape
-    at_once, blocks = by_slices(packed, x.dtype, *_device(x.device)) if len(x) > FEW_ROWS else (0, 0)
+    at_once, blocks = by_slices(packed, x.dtype) if len(x) > FEW_ROWS else (0, 0)
     if at_once:
         tiles = -(-n // ROWS)
         sums = torch.empty(tiles * SLICES * ROWS * ROWS, dtype=torch.float32, device=x.device)
         arrived = counters(x.device).take(tiles)
-        cut = (n, k, packed.groups, packed.bits, len(x), half, at_once, blocks, _early(x.device))
+        cut = (n, k, packed.groups, packed.bits, len(x), half, at_once, blocks, BEYOND, _early(x.device))
         on_cuda.call("wq_slices", "bitgrid_wq_slices", words, ranges, given, made, sums, arrived, *cut)
         return made
     numbers = (n, k, packed.groups, packed.bits, len(x), half, int(x.dtype is torch.bfloat16), _early(x.device))
@@ -70,20 +72,22 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     return made
 
 
-def by_slices(packed: Packed, dtype: torch.dtype, multiprocessors: int = 132, shared: int = 227 * 1024) -> tuple[int, int]:
+def by_slices(packed: Packed, dtype: torch.dtype, device: tuple[int, int] | None = None) -> tuple[int, int]:
     """Whether 9 to 16 rows of x are multiplied by blocks that have a slice of K each: tiles that a warp has at once, and blocks that share
-    the rows of the weight; 0 and 0 where they are not. shared: bytes of shared memory that a block may ask for."""
+    the rows of the weight; 0 and 0 where they are not. device: multiprocessors, and bytes of shared memory that a block may ask for, in
+    place of those of the weight's device."""
     n, k = packed.shape
-    width, tiles, blocks = k // packed.groups, -(-n // ROWS), multiprocessors // SLICES
-    whole = packed.groups == 1 or width % STEP == 0
-    if packed.bits != 4 or dtype is not torch.bfloat16 or packed.input_scale is not None or not blocks or not whole:
+    width = k // packed.groups
+    if packed.bits != 4 or dtype is not torch.bfloat16 or packed.input_scale is not None or (packed.groups > 1 and width % STEP):
         return 0, 0
+    multiprocessors, shared = device or _device(packed.words.device)
+    tiles, blocks = -(-n // ROWS), max(multiprocessors // SLICES, 1)
     each = -(-tiles // blocks)
     full, at_once = max((tiles / (blocks * at * WARPS * -(-each // (at * WARPS))), at) for at in AT_ONCE)
     # Of each step of the slice 16 rows of x and their sums; of each warp stages of codes and ranges.
     stage = at_once * ROWS * (STEP // 2 + (4 if packed.ranges.dtype is torch.float16 else 8))
     steps = -(-k // (SLICES * STEP))
-    fits = steps * (2 * ROWS * STEP + 128) + LEAST_STAGES * WARPS * stage <= shared
+    fits = steps * (2 * ROWS * STEP + 128) + LEAST_STAGES[at_once] * WARPS * stage <= shared
     return (at_once, blocks) if full >= FULL and fits else (0, 0)
 
 
