@@ -83,12 +83,13 @@ def by_slices(packed: Packed, dtype: torch.dtype, device: tuple[int, int] | None
     multiprocessors, shared = device or _device(packed.words.device)
     tiles, blocks = -(-n // ROWS), max(multiprocessors // SLICES, 1)
     each = -(-tiles // blocks)
-    full, at_once = max((tiles / (blocks * at * WARPS * -(-each // (at * WARPS))), at) for at in AT_ONCE)
+    shares = {at: tiles / (blocks * at * WARPS * -(-each // (at * WARPS))) for at in AT_ONCE}
+    at_once = max(shares, key=lambda at: shares[at])
     # Of each step of the slice 16 rows of x and their sums; of each warp stages of codes and ranges.
     stage = at_once * ROWS * (STEP // 2 + (4 if packed.ranges.dtype is torch.float16 else 8))
     steps = -(-k // (SLICES * STEP))
     fits = steps * (2 * ROWS * STEP + 128) + LEAST_STAGES[at_once] * WARPS * stage <= shared
-    return (at_once, blocks) if full >= FULL and fits else (0, 0)
+    return (at_once, blocks) if shares[at_once] >= FULL and fits else (0, 0)
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
