@@ -9,6 +9,7 @@
 #endif
 
 #include "wq_single.h"
+#include "wq_slices.h"
 #include "wq_weight.h"
 
 #include <algorithm>
@@ -99,6 +100,9 @@ struct Lanes32 {
     static void read8(uint32_t* to, const uint8_t* from) { load(to, from, 8); }
     static void store16(uint8_t* to, const uint32_t* from) { memcpy(to, from, 16); }
     static void store8(uint8_t* to, const uint32_t* from) { memcpy(to, from, 8); }
+
+    static int counted(int* counter) { return (*counter)++; }
+    static void cleared(int* counter) { *counter = 0; }
 
     static float fma(float a, float b, float c) { return std::fma(a, b, c); }
     static float half(uint32_t bits) {
@@ -250,6 +254,28 @@ void product(const Call& call, int most) {
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 
+// Blocks that come in any order: the last ones first.
+template <int BITS, int R, int DEPTH>
+int slices(Slices s, int blocks, int64_t most) {
+    const int64_t bytes = sliced(s, BITS, R, blocks, DEPTH);
+    if (bytes > most) {
+        if constexpr (DEPTH != least_side(R)) return slices<BITS, R, least_side(R)>(s, blocks, most);
+        return 1;
+    }
+    std::vector<uint8_t> space(bytes + 128);
+    uint8_t* memory = space.data() + (128 - reinterpret_cast<uintptr_t>(space.data()) % 128);
+    for (int block = WARPS * blocks - 1; block >= 0; block--) {
+        memset(memory, 0xff, bytes);
+        std::vector<Lanes32> p(SIDE);
+        std::vector<SideWarp<Lanes32, BITS, R, DEPTH>> work;
+        for (int w = 0; w < SIDE; w++) work.emplace_back(s, memory, w, block);
+        for (int w = 0; w < SIDE; w++) work[w].open(p[w]), work[w].bring(p[w]);
+        for (int w = 0; w < SIDE; w++) work[w].sums_of_x(p[w]);
+        for (int w = 0; w < SIDE; w++) work[w].over(p[w]);
+    }
+    return 0;
+}
+
 template <int BITS>
 void weight(const Call& call) {
     Lanes32 p;
@@ -269,6 +295,18 @@ extern "C" void bitgrid_wq_gemv(int64_t words, int64_t ranges, int64_t x, int64_
     const Call call = described(words, ranges, x, input_scale, out, rows, columns, groups, count, half_ranges, half_x);
     const int m = int(most);
     bits == 2 ? product<2>(call, m) : bits == 3 ? product<3>(call, m) : bits == 4 ? product<4>(call, m) : product<8>(call, m);
+}
+
+// As in wq_slices.cu, of `most` bytes of shared memory. 1 where that is not enough, or the product is not one of these.
+extern "C" int bitgrid_wq_slices(int64_t words, int64_t ranges, int64_t x, int64_t out, int64_t sums, int64_t arrived, int64_t rows,
+                                 int64_t columns, int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t at_once,
+                                 int64_t blocks, int64_t beyond, int64_t most) {
+    Slices s = {};
+    s.call = described(words, ranges, x, 0, out, rows, columns, groups, count, half_ranges, 1);
+    s.sums = reinterpret_cast<float*>(sums), s.arrived = reinterpret_cast<int*>(arrived);
+    s.beyond = int(beyond);
+    if (!is_sliced(s.call) || bits != 4) return 1;
+    return at_once == 1 ? slices<4, 1, deep_side(1)>(s, int(blocks), most) : slices<4, 2, deep_side(2)>(s, int(blocks), most);
 }
 
 // half_out: 1: out is bfloat16, 0: float32.

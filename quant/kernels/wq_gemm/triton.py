@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.kernels.counters import counters
 from quant.kernels.on_triton import interpreted, unavailable
 from quant.kernels.wq_gemm import PANEL, UNIT, Packed, given_out
 from quant.kernels.wq_gemm import prepare as laid_out
@@ -22,8 +23,6 @@ __all__ = ["Shape", "candidates", "prepare", "shape", "unavailable", "wq_gemm"]
 
 OPERAND = 128
 """Rows of x that a program has, from which on scales go into the operand."""
-COUNTERS = 1 << 18
-"""Of programs that arrived: calls take the next ones in turn, so that calls at the same time have their own."""
 MAGIC = {torch.float16: 0x64006400, torch.bfloat16: 0x43004300}
 """2^10 and 2^7, twice."""
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -92,7 +91,7 @@ def prepare(tensor: Any) -> Packed:
     """See `quant.kernels.wq_gemm.prepare`."""
     packed = laid_out(tensor)
     # Before a graph is captured, whose own memory these must not be.
-    _counters(packed.low.device)
+    counters(packed.low.device)
     return packed
 
 
@@ -110,7 +109,7 @@ def wq_gemm(x: Tensor, packed: Packed, out: Tensor | None = None, cut: Shape | N
     sums, arrived = given, given
     if grid[2] > 1:
         sums = torch.empty(tiles * grid[2] * cut.bn * cut.bm, dtype=torch.float32, device=x.device)
-        arrived = _counters(x.device).take(tiles)
+        arrived = counters(x.device).take(tiles)
     gemm[grid](
         packed.low, packed.low if packed.high is None else packed.high, packed.scale, packed.scale if packed.zero is None else packed.zero,
         given.contiguous(), made, sums, arrived, n, k, m, units, PANEL * packed.low.shape[0], each, MAGIC[x.dtype],
@@ -167,26 +166,6 @@ def constants(bits: int, k: int, group: int, zeros: bool, offsets: bool, cut: Sh
         "WARPS": cut.warps,
         "STAGES": cut.stages,
     }
-
-
-class _Counters:
-    """Zeros, which every call leaves as zeros."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._all = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        self._next = 0
-
-    def take(self, count: int) -> Tensor:
-        if self._next + count > COUNTERS:
-            self._next = 0
-        start = self._next
-        self._next += -(-count // 4) * 4
-        return self._all[start : start + count]
-
-
-@cache
-def _counters(device: torch.device) -> _Counters:
-    return _Counters(device)
 
 
 @cache

@@ -1,0 +1,39 @@
+"""Of blocks of a kernel that have arrived somewhere: numbers on a device that every call finds as zeros and leaves as zeros."""
+
+from __future__ import annotations
+
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+COUNTERS = 1 << 18
+"""Of a device: calls take the next ones in turn, so that calls at the same time have their own."""
+
+
+_lock = Lock()
+_made: dict[torch.device, Counters] = {}
+
+
+class Counters:
+    """Zeros, which every call leaves as zeros."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._all = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        self._next = 0
+
+    def take(self, count: int) -> Tensor:
+        """int32 `[count]`, at an address that is a multiple of 16."""
+        with _lock:
+            start = self._next if self._next + count <= COUNTERS else 0
+            self._next = start + -(-count // 4) * 4
+        return self._all[start : start + count]
+
+
+def counters(device: torch.device) -> Counters:
+    """Those of a device; to be asked for before a graph is captured, whose own memory they must not be."""
+    with _lock:
+        # One for all threads: memory of another would be given back while a kernel counts in it.
+        if device not in _made:
+            _made[device] = Counters(device)
+        return _made[device]
