@@ -17,34 +17,41 @@ namespace {
 extern __shared__ __align__(1024) char memory[];
 
 template <class F>
-__global__ void __launch_bounds__(F::THREADS, 1) product(const __grid_constant__ Lut a) {
+__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * F::M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
     at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
 #endif
-    add_parts<F>(a, at, memory, await_previous, [&](const auto& phase) {
+    const auto each = [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
-    });
+    };
+    add_parts<F>(a, at, memory, await_previous, each);
 #if __CUDA_ARCH__ >= 900
+    cluster.barrier_wait();  // all of its blocks have begun, and so have shared memory
+    const auto shared_of = [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); };
+    each([&](int thread) { give<F>(a, at, memory, shared_of, thread); });
+    gather<F>(a, at, memory, int(threadIdx.x));
     cluster.sync();
-    finish<F>(a, at, memory, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
-    cluster.sync();  // no block leaves while another reads its sums
 #else
-    finish<F>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
+    each([&](int thread) { give<F>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, thread); });
+    each([&](int thread) { gather<F>(a, at, memory, thread); });
 #endif
+    finish<F>(a, at, memory, int(threadIdx.x));
 }
 
 template <class F>
 cudaError_t launch(const Lut& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = (a.tiles + a.group - 1) / a.group, high = (a.given.count + F::M - 1) / F::M;
-    return launch_clusters(product<F>, a, device, wide, high, F::THREADS, device.shared, stream);
+    return launch_clusters(product<F>, a, device, wide, high, THREADS, device.shared, stream);
 }
 
-using Most = Form<1, 3>;  // threads
+using Most = Form<1, 3>;
 constexpr int RANKS = 8;  // of a cluster
+static_assert(RANKS <= MOST_RANKS, "places for sums");
 
 // A warp has 32 rows, each thread 32 columns of one: quant/kernels/lut_gemv/fragments.py.
 template <class T>
@@ -88,12 +95,12 @@ extern "C" int bitgrid_lut_gemv(
     device.size = RANKS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
-    const cudaError_t failed = find(device, clusters, product<Most>, Most::THREADS);
+    const cudaError_t failed = find(device, clusters, product<Most>, THREADS);
     if (failed != cudaSuccess) return failed;
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
-                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters, device.shared);
+                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters);
     cudaError_t done = cudaSuccess;
-    const bool found = with_form(a, device.shared, [&](auto form) {
+    const bool found = with_form(a, device.ranks(), device.shared, [&](auto form) {
         done = launch<decltype(form)>(a, device, reinterpret_cast<cudaStream_t>(stream));
     });
     return found ? done : cudaErrorLaunchOutOfResources;
@@ -101,7 +108,7 @@ extern "C" int bitgrid_lut_gemv(
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<Most>, Most::THREADS, RANKS);
+    return tell_clusters(found, product<Most>, THREADS, RANKS);
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.
