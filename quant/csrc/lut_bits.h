@@ -40,8 +40,15 @@ struct Part {
     const float* firsts;      // [units, 256, 2]
     const int64_t* columns;   // ascending: those of all columns are not read
     int64_t count, units;     // columns, units of a row
-    int64_t held;             // units at a time
+    int share, held;          // units of a block; those at a time
     int bits;
+};
+
+// Divides whole numbers below 2^28 / 2^20 times the divisor.
+struct Divisor {
+    uint32_t by, inverse;
+    explicit Divisor(uint32_t d = 1) : by(d), inverse(((1u << 20) + d - 1) / d) {}
+    BOTH int of(int v) const { return int(uint32_t(v) * inverse >> 20); }
 };
 
 struct Lut {
@@ -55,15 +62,11 @@ struct Lut {
     int64_t rows, tiles;      // of the weight
     int64_t group;            // tiles of a cluster
     int ring;                 // bytes
+    int own;                  // rows of a group that a block finishes
+    Divisor by_own, by_tiles, by_last;  // the latter: tiles of the last cluster
 };
 
 BOTH int64_t tiles_of(const Lut& a, const Place& at) { return least(a.group, a.tiles - at.cluster * a.group); }
-
-// Units of a part that a block has.
-BOTH int64_t share(const Part& part, int ranks) { return (part.units + ranks - 1) / ranks; }
-
-// Rows of a group that a block finishes.
-BOTH int finished_by(const Lut& a, int ranks) { return (int(a.group) * TILE + ranks - 1) / ranks; }
 
 // Shared memory: head, sums [row of x, row of the group] in float32, those that arrive [rank, row of x, row of the rank], whole numbers
 // [row of x, number, row of the group], rings, x and bits.
@@ -158,9 +161,9 @@ BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
 }
 
 // Terms of tables that a thread makes bits of: 32 columns of a parity, those of its first turns ahead of their use.
-template <int BITS>
+template <class F, int BITS>
 struct Terms {
-    static constexpr int N = parities(BITS), AHEAD = BITS == 2 ? 1 : 2;
+    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : 2;
     Four v[AHEAD][8];
 
     BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {
@@ -169,7 +172,10 @@ struct Terms {
         UNROLL for (int j = 0; j < 8; j++) to[j] = from[j * WORDS];
     }
     BOTH void load(const Part& part, int first, int count, int thread) {
-        UNROLL for (int t = 0; t < AHEAD; t++) load_one(v[t], part, first, count, thread + t * THREADS);
+        UNROLL for (int t = 0; t < AHEAD; t++) {
+            UNROLL for (int j = 0; j < 8; j++) v[t][j] = {};  // those of a turn before do not take registers until then
+            load_one(v[t], part, first, count, thread + t * THREADS);
+        }
     }
     // Into the second-level cache, of `all` units what comes after those.
     BOTH void fetch_rest(const Part& part, int first, int count, int all, int thread) const {
@@ -203,10 +209,10 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
     int begin = thread;
     do {
         float x[F::M][BATCH], scale[BATCH], size[BATCH];
-        int64_t column[BATCH];
+        int column[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * THREADS;
-            column[b] = i >= own ? 0 : some ? part.columns[int64_t(first) * UNIT + i] : int64_t(first) * UNIT + i;
+            column[b] = i >= own ? 0 : some ? int(part.columns[int64_t(first) * UNIT + i]) : first * UNIT + i;
             size[b] = i < own && wanted ? sizes[2 * i] : 0.f;
         }
         if (begin == thread) before();
@@ -255,9 +261,9 @@ BOTH void make_bits(uint32_t* to, const float* from, const Four (&terms)[8], flo
 
 // Bits of x times tables' terms: a thread has 32 columns of a parity. And sums of first values.
 template <class F, int BITS>
-BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<BITS>& terms, void* shared, int given) {
+BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<F, BITS>& terms, void* shared, int given) {
     const int thread = anew(given);
-    constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<BITS>::AHEAD;
+    constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<F, BITS>::AHEAD;
     const Shared<F> s(a, part.held, shared);
     float step[F::M];
     UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that

@@ -22,7 +22,10 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
     Place at = {blockIdx.x, int64_t(blockIdx.y) * F::M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks());
+    uint32_t number;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+    at.cluster = number;
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
 #endif
     const auto each = [&](const auto& phase) {
@@ -98,9 +101,9 @@ extern "C" int bitgrid_lut_gemv(
     const cudaError_t failed = find(device, clusters, product<Most>, THREADS);
     if (failed != cudaSuccess) return failed;
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
-                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters);
+                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters, device.ranks());
     cudaError_t done = cudaSuccess;
-    const bool found = with_form(a, device.ranks(), device.shared, [&](auto form) {
+    const bool found = with_form(a, device.shared, [&](auto form) {
         done = launch<decltype(form)>(a, device, reinterpret_cast<cudaStream_t>(stream));
     });
     return found ? done : cudaErrorLaunchOutOfResources;

@@ -53,11 +53,11 @@ BOTH void collect(const Lut& a, const Place& at, bool first, void* shared, int t
 // A block's sums, to the block that finishes a row. shared_of(rank): the shared memory of each block of the cluster.
 template <class F, class SharedOf>
 BOTH void give(const Lut& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
-    const int own = finished_by(a, at.ranks);
+    const int own = a.own;
     const float* sums = Shared<F>(a, 0, shared).sums;
     numbers_of<F>(a, at, shared, thread, [&](int m, int row, float sum) {
         if (a.parts > 1) sum += sums[m * int(a.group) * TILE + row];
-        const int to = row / own;
+        const int to = a.by_own.of(row);
         Shared<F>(a, 0, shared_of(to)).arrived[(at.rank * F::M + m) * own + row - to * own] = sum;
     });
 }
@@ -66,7 +66,7 @@ BOTH void give(const Lut& a, const Place& at, void* shared, const SharedOf& shar
 template <class F>
 BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
     if (a.starts == nullptr) return;
-    const int own = finished_by(a, at.ranks);
+    const int own = a.own;
     float* to = reinterpret_cast<float*>(Shared<F>(a, 0, shared).whole);
     for (int i = thread; i < own * HELPERS; i += THREADS) {
         const int64_t row = at.cluster * a.group * TILE + at.rank * own + i / HELPERS;
@@ -82,7 +82,7 @@ BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
 
 template <class F>
 BOTH void finish(const Lut& a, const Place& at, void* shared, int thread) {
-    const int own = finished_by(a, at.ranks), rows = int(tiles_of(a, at)) * TILE;
+    const int own = a.own, rows = int(tiles_of(a, at)) * TILE;
     const Shared<F> s(a, 0, shared);
     const float* kept = reinterpret_cast<const float*>(s.whole);
     for (int i = thread; i < own * F::M; i += THREADS) {
@@ -101,7 +101,7 @@ BOTH void finish(const Lut& a, const Place& at, void* shared, int thread) {
 // What a thread keeps from phase to phase; on the host there are those of all threads.
 template <class F, int BITS>
 struct Kept {
-    Terms<BITS> terms[HELD > 1 ? THREADS : 1];
+    Terms<F, BITS> terms[HELD > 1 ? THREADS : 1];
     Sweep<F, BITS> sweep[HELD > 1 ? THREADS : 1];
 };
 
@@ -110,42 +110,32 @@ constexpr int EARLY_PLACES = 2;  // of a ring, filled before x is waited for
 // A part. `previous()`: see below; `early`: nothing was waited for yet. A block without columns of it has a turn of none.
 template <class F, int BITS, class Previous, class Each>
 BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
-    const int own = int(share(part, at.ranks)), begin = int(least(part.units, at.rank * own));
-    const int all = int(least(part.units, begin + own)) - begin;
-    const int turns = all > int(part.held) ? (all + int(part.held) - 1) / int(part.held) : 1, held = (all + turns - 1) / turns;
+    const int begin = int(least(part.units, at.rank * part.share)), all = int(least(part.units, begin + part.share)) - begin;
     Kept<F, BITS> kept;
     const auto mine = [](int thread) { return HELD > 1 ? thread : 0; };
-    each([&](int thread) {
-        auto& terms = kept.terms[mine(thread)];
-        auto& sweep = kept.sweep[mine(thread)];
-        terms.load(part, begin, held, thread);
-        take_inputs<F>(
-            a, at, part, begin, all, held, true, shared, thread,
-            [&] {
-                terms.fetch_rest(part, begin, held, all, thread);
-                sweep.begin(a, at, part, begin, held, shared, thread);
-                sweep.open(0, EARLY_PLACES);
-                if (early) previous();
-            },
-            [&] {
-                sweep.open(EARLY_PLACES, sweep.depth);
-                clear<F>(a, shared, thread);
-            });
-    });
     int done = 0;
     do {
-        const int first = begin + done, count = int(least(held, all - done)), next = int(least(held, all - done - count));
-        each([&](int thread) { take_bits<F, BITS>(a, part, first, count, kept.terms[mine(thread)], shared, thread); });
+        const int first = begin + done, count = int(least(part.held, all - done));
+        const bool opens = done == 0;
         each([&](int thread) {
+            auto& terms = kept.terms[mine(thread)];
             auto& sweep = kept.sweep[mine(thread)];
-            sweep.run(a, part, shared);
-            if (next > 0) {
-                kept.terms[mine(thread)].load(part, first + count, next, thread);
-                sweep.begin(a, at, part, first + count, next, shared, thread);
-                sweep.open(0, sweep.depth);
-                take_inputs<F>(a, at, part, first + count, next, next, false, shared, thread, [] {}, [] {});
-            }
+            terms.load(part, first, count, thread);
+            take_inputs<F>(
+                a, at, part, first, opens ? all : count, count, opens, shared, thread,
+                [&] {
+                    if (opens) terms.fetch_rest(part, begin, count, all, thread);
+                    sweep.begin(a, at, part, first, count, shared, thread);
+                    sweep.open(0, EARLY_PLACES);
+                    if (opens && early) previous();
+                },
+                [&] {
+                    sweep.open(EARLY_PLACES, sweep.depth);
+                    if (opens) clear<F>(a, shared, thread);
+                });
         });
+        each([&](int thread) { take_bits<F, BITS>(a, part, first, count, kept.terms[mine(thread)], shared, thread); });
+        each([&](int thread) { kept.sweep[mine(thread)].run(a, part, shared); });
         done += count;
     } while (done < all);
 }
@@ -183,52 +173,55 @@ inline int64_t group_of(int64_t tiles, int64_t at_once) {
     return (tiles + at_once * waves - 1) / (at_once * waves);
 }
 
-// Units at a time that a block has place for, of every part; none: this form is not for it. The ring is the largest that leaves place for
+// Units at a time that a block has place for, of every part; false: this form is not for it. The ring is the largest that leaves place for
 // all units of a block, or else the second, where there is place for it.
 template <class F>
-bool place_units(Lut& a, int64_t ranks, int64_t limit) {
-    const auto held = [&](int ring, int p) { return (limit - fixed_bytes<F>(a.group, ring)) / unit_bytes<F>(a.part[p].bits); };
+bool place_units(Lut& a, int64_t limit) {
+    const auto most = [&](int ring, const Part& part) { return (limit - fixed_bytes<F>(a.group, ring)) / unit_bytes<F>(part.bits); };
     const auto leaves = [&](int ring, bool all) {
-        bool placed = true;
-        for (int p = 0; p < a.parts; p++) placed = placed && held(ring, p) >= (all ? std::max<int64_t>(share(a.part[p], int(ranks)), 1) : 1);
-        return placed;
+        return std::all_of(a.part, a.part + a.parts, [&](const Part& part) {
+            return part.bits <= F::MOST_BITS && most(ring, part) >= (all ? std::max(part.share, 1) : 1);
+        });
     };
-    a.ring = 0;
-    for (const int ring : {WIDE, RING, SMALL}) a.ring = a.ring == 0 && leaves(ring, true) ? ring : a.ring;
-    for (const int ring : {RING, SMALL}) a.ring = a.ring == 0 && leaves(ring, false) ? ring : a.ring;
+    a.ring = leaves(WIDE, true) ? WIDE : leaves(RING, true) ? RING : leaves(SMALL, true) ? SMALL : leaves(RING, false) ? RING : SMALL;
+    if (!leaves(a.ring, false)) return false;
     for (int p = 0; p < a.parts; p++) {
-        a.part[p].held = a.ring == 0 ? 0 : held(a.ring, p);
-        if (a.part[p].bits > F::MOST_BITS) return false;
+        const int64_t held = most(a.ring, a.part[p]), turns = (a.part[p].share + held - 1) / held;
+        a.part[p].held = int(turns > 1 ? (a.part[p].share + turns - 1) / turns : held);
     }
-    return a.ring > 0;
+    return true;
 }
 
 // Rows of x at a time: as many as there are, of those that a block has place for.
-inline int rows_at_once(Lut& a, int64_t ranks, int64_t limit) {
+inline int rows_at_once(Lut& a, int64_t limit) {
     const bool half = a.given.bfloat16;
-    if (half && a.given.count > 2 && place_units<Form<4, 3>>(a, ranks, limit)) return 4;
-    if (a.given.count > 1 && (half ? place_units<Form<2, 3>>(a, ranks, limit) : place_units<Form<2, 4>>(a, ranks, limit))) return 2;
-    return (half ? place_units<Form<1, 3>>(a, ranks, limit) : place_units<Form<1, 4>>(a, ranks, limit)) ? 1 : 0;
+    if (half && a.given.count > 2 && place_units<Form<4, 3>>(a, limit)) return 4;
+    if (a.given.count > 1 && (half ? place_units<Form<2, 3>>(a, limit) : place_units<Form<2, 4>>(a, limit))) return 2;
+    return (half ? place_units<Form<1, 3>>(a, limit) : place_units<Form<1, 4>>(a, limit)) ? 1 : 0;
 }
 
 // Everything but the launch: parts come as five numbers each.
 inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, const void* x, const float* scale, void* out, int64_t rows,
-                  int64_t k, int64_t rows_of_x, bool bfloat16, int64_t at_once) {
+                  int64_t k, int64_t rows_of_x, bool bfloat16, int64_t at_once, int64_t ranks) {
     Lut a = {};
     a.parts = int(count);
-    for (int p = 0; p < a.parts; p++) a.part[p] = part_of(parts + 5 * p);
+    for (int p = 0; p < a.parts; p++) {
+        a.part[p] = part_of(parts + 5 * p);
+        a.part[p].share = int((a.part[p].units + ranks - 1) / ranks);
+    }
     a.starts = reinterpret_cast<const int64_t*>(kept[0]), a.kept = reinterpret_cast<const int32_t*>(kept[1]);
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
     a.out = out, a.rows = rows, a.tiles = (rows + TILE - 1) / TILE;
-    a.group = group_of(a.tiles, at_once);
+    a.group = group_of(a.tiles, at_once), a.own = int((a.group * TILE + ranks - 1) / ranks);
+    a.by_own = Divisor(a.own), a.by_tiles = Divisor(uint32_t(a.group)), a.by_last = Divisor(uint32_t((a.tiles - 1) % a.group + 1));
     return a;
 }
 
 // `launch(form)` of the form that is for this product; false where there is none. limit: bytes of shared memory that a block may have.
 template <class Launch>
-bool with_form(Lut& a, int64_t ranks, int64_t limit, const Launch& launch) {
-    const int at_once = rows_at_once(a, ranks, limit);
+bool with_form(Lut& a, int64_t limit, const Launch& launch) {
+    const int at_once = rows_at_once(a, limit);
     if (at_once == 4) launch(Form<4, 3>());
     if (at_once == 2) a.given.bfloat16 ? launch(Form<2, 3>()) : launch(Form<2, 4>());
     if (at_once == 1) a.given.bfloat16 ? launch(Form<1, 3>()) : launch(Form<1, 4>());

@@ -43,6 +43,6 @@ void product(const Lut& a, int64_t limit, int ranks) {
 // As bitgrid_lut_gemv of lut_gemv.cu, with parts and kept weights as lists of addresses and numbers.
 extern "C" void bitgrid_lut_lanes(const int64_t* parts, const int64_t* kept, const void* x, const float* scale, void* out, int64_t count,
                                   int64_t rows, int64_t k, int64_t rows_of_x, int64_t bfloat16, int64_t at_once, int64_t ranks, int64_t limit) {
-    Lut a = lut_of(parts, count, kept, x, scale, out, rows, k, rows_of_x, bfloat16 != 0, at_once);
-    with_form(a, ranks, limit, [&](auto form) { product<decltype(form)>(a, limit, int(ranks)); });
+    Lut a = lut_of(parts, count, kept, x, scale, out, rows, k, rows_of_x, bfloat16 != 0, at_once, ranks);
+    with_form(a, limit, [&](auto form) { product<decltype(form)>(a, limit, int(ranks)); });
 }

@@ -40,7 +40,7 @@ struct Sweep {
         thread = given, tiles = int(tiles_of(a, at)), depth = a.ring / (4 * SLOT);
         const int warp = warp_of(thread), items = tiles * units, item = items * warp / WARPS;
         todo = left = items * (warp + 1) / WARPS - item;
-        unit = item / tiles, tile = ahead = item - unit * tiles, place = 0;
+        unit = (tiles == a.group ? a.by_tiles : a.by_last).of(item), tile = ahead = item - unit * tiles, place = 0;
         step = int(part.units) * SLOT, jump = SLOT - tiles * step;
         from = part.words + ((at.cluster * a.group + tile) * part.units + first + unit) * SLOT;
         ring = Shared<F>(a, part.held, shared).rings + warp * (a.ring / 4);
