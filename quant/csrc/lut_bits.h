@@ -39,7 +39,8 @@ struct Part {
     const float* terms;       // [units, parities, 8, 8, 4]
     const float* firsts;      // [units, 256, 2]
     const int64_t* columns;   // ascending: those of all columns are not read
-    int64_t count, units;     // columns, units of a row
+    int64_t count;            // columns
+    int units;                // of a row
     int share, held;          // units of a block; those at a time
     int bits;
 };
@@ -59,19 +60,20 @@ struct Lut {
     const float* differences;
     Given given;
     void* out;
-    int64_t rows, tiles;      // of the weight
-    int64_t group;            // tiles of a cluster
+    int64_t rows;             // of the weight
+    int tiles, group;         // of the weight; of a cluster
     int ring;                 // bytes
     int own;                  // rows of a group that a block finishes
     Divisor by_own, by_tiles, by_last;  // the latter: tiles of the last cluster
 };
 
-BOTH int64_t tiles_of(const Lut& a, const Place& at) { return least(a.group, a.tiles - at.cluster * a.group); }
+BOTH int smaller(int a, int b) { return a < b ? a : b; }
+BOTH int tiles_of(const Lut& a, const Place& at) { return smaller(a.group, a.tiles - int(at.cluster) * a.group); }
 
 // Shared memory: head, sums [row of x, row of the group] in float32, those that arrive [rank, row of x, row of the rank], whole numbers
 // [row of x, number, row of the group], rings, x and bits.
 template <class F>
-ANYWHERE constexpr int64_t fixed_bytes(int64_t group, int ring) {
+ANYWHERE constexpr int64_t fixed_bytes(int group, int ring) {
     return HEAD + F::M * group * TILE * 4 * (2 + F::COUNTS) + F::M * MOST_RANKS * 4 + int64_t(WARPS) * ring;
 }
 template <class F>
@@ -91,16 +93,16 @@ struct Shared {
     uint32_t* bits;     // [unit, parity, M, P, 8 places of bits, 8 words]
     int row_of_x;
 
-    BOTH Shared(const Lut& a, int64_t units, void* memory) {
+    BOTH Shared(const Lut& a, int units, void* memory) {
         char* const base = static_cast<char*>(memory);
-        const int rows = F::M * int(a.group) * TILE;
+        const int rows = F::M * a.group * TILE;
         largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(largest + F::M * WARPS);
         sums = reinterpret_cast<float*>(base + HEAD);
         arrived = sums + rows;
         whole = reinterpret_cast<int32_t*>(arrived + rows + F::M * MOST_RANKS);
         rings = reinterpret_cast<uint32_t*>(whole + F::COUNTS * rows);
         x = reinterpret_cast<float*>(rings + WARPS * (a.ring / 4));
-        row_of_x = int(units) * WORDS * APART;
+        row_of_x = units * WORDS * APART;
         bits = reinterpret_cast<uint32_t*>(x + F::M * row_of_x);
     }
 
@@ -168,7 +170,7 @@ struct Terms {
 
     BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {
         if (at >= count * N * WORDS) return;
-        const Four* from = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4) + at / WORDS * (UNIT / 4) + at % WORDS;
+        const Four* from = reinterpret_cast<const Four*>(part.terms) + (first * N + at / WORDS) * (UNIT / 4) + at % WORDS;
         UNROLL for (int j = 0; j < 8; j++) to[j] = from[j * WORDS];
     }
     BOTH void load(const Part& part, int first, int count, int thread) {
@@ -179,8 +181,8 @@ struct Terms {
     }
     // Into the second-level cache, of `all` units what comes after those.
     BOTH void fetch_rest(const Part& part, int first, int count, int all, int thread) const {
-        const int done = int(least(count * N * WORDS, AHEAD * THREADS));
-        for (int i = thread + done; i < all * N * WORDS; i += THREADS) fetch(part.terms + int64_t(first) * (N * UNIT) + i * 32);
+        const int done = smaller(count * N * WORDS, AHEAD * THREADS);
+        for (int i = thread + done; i < all * N * WORDS; i += THREADS) fetch(part.terms + first * (N * UNIT) + i * 32);
     }
 };
 
@@ -202,8 +204,8 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
     const int thread = anew(given);
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
     const Shared<F> s(a, part.held, shared);
-    const int made = count * UNIT, own = int(least(made, part.count - int64_t(first) * UNIT));
-    const float* sizes = part.firsts + int64_t(first) * (2 * UNIT);
+    const int made = count * UNIT, own = smaller(made, int(part.count) - first * UNIT);
+    const float* sizes = part.firsts + first * (2 * UNIT);
     const bool some = part.count != a.given.k;
     uint32_t most[F::M] = {};
     int begin = thread;
@@ -212,7 +214,7 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
         int column[BATCH];
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * THREADS;
-            column[b] = i >= own ? 0 : some ? int(part.columns[int64_t(first) * UNIT + i]) : first * UNIT + i;
+            column[b] = i >= own ? 0 : some ? int(part.columns[first * UNIT + i]) : first * UNIT + i;
             size[b] = i < own && wanted ? sizes[2 * i] : 0.f;
         }
         if (begin == thread) before();
@@ -267,7 +269,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
     const Shared<F> s(a, part.held, shared);
     float step[F::M];
     UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that
-    const float* values = part.firsts + int64_t(first) * (2 * UNIT) + 1;
+    const float* values = part.firsts + first * (2 * UNIT) + 1;
     float value[BATCH] = {};
     UNROLL for (int b = 0; b < BATCH; b++) {
         if (b < count) value[b] = values[2 * (thread + b * THREADS)];
@@ -305,7 +307,7 @@ template <class F>
 BOTH void clear(const Lut& a, void* shared, int thread) {
     const Shared<F> s(a, 0, shared);
     if (thread < F::M * 2) s.totals[thread] = 0;
-    for (int i = thread; i < F::M * F::COUNTS * int(a.group) * TILE; i += THREADS) s.whole[i] = 0;
+    for (int i = thread; i < F::M * F::COUNTS * a.group * TILE; i += THREADS) s.whole[i] = 0;
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
     const int64_t row = int64_t(blockIdx.x) * TILE + threadIdx.x % TILE, unit = blockIdx.y;
     const int i = threadIdx.x % 16, tile = threadIdx.x % TILE / 16, w = threadIdx.x / TILE;
     if (row >= rows) return;
-    const uint32_t* words = part.words + (blockIdx.x * part.units + unit) * slot_words(part.bits) + tile * part.bits * 128 +
+    const uint32_t* words = part.words + (int64_t(blockIdx.x) * part.units + unit) * slot_words(part.bits) + tile * part.bits * 128 +
                             (i % 8 * 4 + w % 4) * 4 + w / 4 * 2 + i / 8;
     uint32_t plane[4] = {};
     UNROLL for (int b = 0; b < 4; b++) {

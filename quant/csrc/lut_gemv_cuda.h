@@ -28,7 +28,7 @@ namespace {
 template <class F, class EachSum>
 BOTH void numbers_of(const Lut& a, const Place& at, void* shared, int thread, const EachSum& each_sum) {
     const Shared<F> s(a, 0, shared);
-    const int rows = int(tiles_of(a, at)) * TILE, apart = int(a.group) * TILE;
+    const int rows = tiles_of(a, at) * TILE, apart = a.group * TILE;
     UNROLL for (int m = 0; m < F::M; m++) {
         const uint32_t largest = s.largest_of(m);
         const int64_t first = s.totals[2 * m] + int64_t(s.totals[2 * m + 1]) * 32768;
@@ -45,7 +45,7 @@ template <class F>
 BOTH void collect(const Lut& a, const Place& at, bool first, void* shared, int thread) {
     const Shared<F> s(a, 0, shared);
     numbers_of<F>(a, at, shared, thread, [&](int m, int row, float sum) {
-        float& to = s.sums[m * int(a.group) * TILE + row];
+        float& to = s.sums[m * a.group * TILE + row];
         to = first ? sum : to + sum;
     });
 }
@@ -56,7 +56,7 @@ BOTH void give(const Lut& a, const Place& at, void* shared, const SharedOf& shar
     const int own = a.own;
     const float* sums = Shared<F>(a, 0, shared).sums;
     numbers_of<F>(a, at, shared, thread, [&](int m, int row, float sum) {
-        if (a.parts > 1) sum += sums[m * int(a.group) * TILE + row];
+        if (a.parts > 1) sum += sums[m * a.group * TILE + row];
         const int to = a.by_own.of(row);
         Shared<F>(a, 0, shared_of(to)).arrived[(at.rank * F::M + m) * own + row - to * own] = sum;
     });
@@ -82,7 +82,7 @@ BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
 
 template <class F>
 BOTH void finish(const Lut& a, const Place& at, void* shared, int thread) {
-    const int own = a.own, rows = int(tiles_of(a, at)) * TILE;
+    const int own = a.own, rows = tiles_of(a, at) * TILE;
     const Shared<F> s(a, 0, shared);
     const float* kept = reinterpret_cast<const float*>(s.whole);
     for (int i = thread; i < own * F::M; i += THREADS) {
@@ -110,17 +110,17 @@ constexpr int EARLY_PLACES = 2;  // of a ring, filled before x is waited for
 // A part. `previous()`: see below; `early`: nothing was waited for yet. A block without columns of it has a turn of none.
 template <class F, int BITS, class Previous, class Each>
 BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
-    const int begin = int(least(part.units, at.rank * part.share)), all = int(least(part.units, begin + part.share)) - begin;
+    const int begin = smaller(part.units, at.rank * part.share), all = smaller(part.units, begin + part.share) - begin;
     Kept<F, BITS> kept;
     const auto mine = [](int thread) { return HELD > 1 ? thread : 0; };
     int done = 0;
     do {
-        const int first = begin + done, count = int(least(part.held, all - done));
+        const int first = begin + done, count = smaller(part.held, all - done);
         const bool opens = done == 0;
         each([&](int thread) {
             auto& terms = kept.terms[mine(thread)];
             auto& sweep = kept.sweep[mine(thread)];
-            terms.load(part, first, count, thread);
+            terms.load(part, first, count, anew(thread));
             take_inputs<F>(
                 a, at, part, first, opens ? all : count, count, opens, shared, thread,
                 [&] {
@@ -162,8 +162,8 @@ inline Part part_of(const int64_t* v) {
     Part p = {};
     p.words = reinterpret_cast<const uint32_t*>(v[0]), p.values = reinterpret_cast<const float*>(v[1]);
     p.columns = reinterpret_cast<const int64_t*>(v[2]), p.count = v[3], p.bits = int(v[4]);
-    p.units = (p.count + UNIT - 1) / UNIT;
-    p.terms = p.values + (p.count << p.bits), p.firsts = p.terms + p.units * UNIT * parities(p.bits);
+    p.units = int((p.count + UNIT - 1) / UNIT);
+    p.terms = p.values + (p.count << p.bits), p.firsts = p.terms + int64_t(p.units) * UNIT * parities(p.bits);
     return p;
 }
 
@@ -212,8 +212,8 @@ inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, cons
     a.starts = reinterpret_cast<const int64_t*>(kept[0]), a.kept = reinterpret_cast<const int32_t*>(kept[1]);
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
-    a.out = out, a.rows = rows, a.tiles = (rows + TILE - 1) / TILE;
-    a.group = group_of(a.tiles, at_once), a.own = int((a.group * TILE + ranks - 1) / ranks);
+    a.out = out, a.rows = rows, a.tiles = int((rows + TILE - 1) / TILE);
+    a.group = int(group_of(a.tiles, at_once)), a.own = int((a.group * TILE + ranks - 1) / ranks);
     a.by_own = Divisor(a.own), a.by_tiles = Divisor(uint32_t(a.group)), a.by_last = Divisor(uint32_t((a.tiles - 1) % a.group + 1));
     return a;
 }

@@ -37,11 +37,11 @@ struct Sweep {
     uint32_t* ring;
 
     BOTH void begin(const Lut& a, const Place& at, const Part& part, int first, int units, void* shared, int given) {
-        thread = given, tiles = int(tiles_of(a, at)), depth = a.ring / (4 * SLOT);
+        thread = anew(given), tiles = tiles_of(a, at), depth = a.ring / (4 * SLOT);
         const int warp = warp_of(thread), items = tiles * units, item = items * warp / WARPS;
         todo = left = items * (warp + 1) / WARPS - item;
         unit = (tiles == a.group ? a.by_tiles : a.by_last).of(item), tile = ahead = item - unit * tiles, place = 0;
-        step = int(part.units) * SLOT, jump = SLOT - tiles * step;
+        step = part.units * SLOT, jump = SLOT - tiles * step;
         from = part.words + ((at.cluster * a.group + tile) * part.units + first + unit) * SLOT;
         ring = Shared<F>(a, part.held, shared).rings + warp * (a.ring / 4);
     }
@@ -78,16 +78,17 @@ struct Sweep {
     BOTH void run(const Lut& a, const Part& part, void* shared) {
         if (HELD > 1 && thread % 32 != 0) return;
         const Shared<F> s(a, part.held, shared);
+        thread = anew(thread);
         Bits bits;
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
             take(bits, s.bits + unit * (N * F::M * F::P * 64));
-            const int last = int(least(tiles, tile + todo));
+            const int last = smaller(tiles, tile + todo);
             todo -= last - tile;
             NO_UNROLL for (; tile < last; tile++) {
                 wait(a.ring);
                 Sums sum = {};
                 add_item(sum, bits);
-                put(sum, s.whole + tile * TILE, int(a.group) * TILE);
+                put(sum, s.whole + tile * TILE, a.group * TILE);
             }
         }
     }
