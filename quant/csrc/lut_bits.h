@@ -150,15 +150,19 @@ BOTH int32_t nearest(float a, float b) {
     }
 }
 
-// As it is given; zero beyond the last row.
-template <class F>
-BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
-    if (row >= from.count) return 0.f;
-    const int64_t at = row * from.k + column;
-    if constexpr (F::P == 3) {
-        return from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16);
+// Of some columns of a row of x, as it is given; zeros beyond the last row.
+template <class F, int N>
+BOTH void load_x(float (&to)[N], const Given& from, int64_t row, const int (&column)[N]) {
+    if (row < from.count) {
+        if constexpr (F::P == 3) {
+            const uint16_t* x = static_cast<const uint16_t*>(from.x) + row * from.k;
+            UNROLL for (int i = 0; i < N; i++) to[i] = from_bits(uint32_t(x[column[i]]) << 16);
+        } else {
+            const float* x = static_cast<const float*>(from.x) + row * from.k;
+            UNROLL for (int i = 0; i < N; i++) to[i] = x[column[i]];
+        }
     } else {
-        return static_cast<const float*>(from.x)[at];
+        UNROLL for (int i = 0; i < N; i++) to[i] = 0.f;
     }
 }
 
@@ -205,30 +209,29 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
     const Shared<F> s(a, part.held, shared);
     const int made = count * UNIT, own = smaller(made, int(part.count) - first * UNIT);
-    const float* sizes = part.firsts + first * (2 * UNIT);
-    const bool some = part.count != a.given.k;
     uint32_t most[F::M] = {};
     int begin = thread;
     do {
-        float x[F::M][BATCH], scale[BATCH], size[BATCH];
-        int column[BATCH];
-        UNROLL for (int b = 0; b < BATCH; b++) {
-            const int i = begin + b * THREADS;
-            column[b] = i >= own ? 0 : some ? int(part.columns[first * UNIT + i]) : first * UNIT + i;
-            size[b] = i < own && wanted ? sizes[2 * i] : 0.f;
+        float x[F::M][BATCH], scale[BATCH], size[BATCH] = {};
+        int column[BATCH];  // no load waits for a branch: beyond the last column that one is read
+        UNROLL for (int b = 0; b < BATCH; b++) column[b] = smaller(first * UNIT + begin + b * THREADS, int(part.count) - 1);
+        if (wanted) {
+            UNROLL for (int b = 0; b < BATCH; b++) size[b] = part.firsts[2 * column[b]];
+        }
+        if (part.count != a.given.k) {
+            UNROLL for (int b = 0; b < BATCH; b++) column[b] = int(part.columns[column[b]]);
         }
         if (begin == thread) before();
-        UNROLL for (int b = 0; b < BATCH; b++) {
-            const bool there = begin + b * THREADS < own;
-            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = there ? stored_x<F>(a.given, at.first_row + m, column[b]) : 0.f;
-            scale[b] = there && a.given.scale != nullptr ? a.given.scale[column[b]] : 1.f;
+        UNROLL for (int m = 0; m < F::M; m++) load_x<F>(x[m], a.given, at.first_row + m, column);
+        if (a.given.scale != nullptr) {
+            UNROLL for (int b = 0; b < BATCH; b++) scale[b] = a.given.scale[column[b]];
         }
         if (begin == thread) beside();
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * THREADS;
             if (i >= made) break;
             UNROLL for (int m = 0; m < F::M; m++) {
-                const float v = a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b];
+                const float v = i >= own ? 0.f : a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b];
                 if (i < kept * UNIT) s.x[m * s.row_of_x + i / 32 * APART + i % 32] = v;
                 const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
                 most[m] = product > most[m] ? product : most[m];
