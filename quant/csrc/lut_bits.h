@@ -190,6 +190,9 @@ struct Terms {
     }
 };
 
+// Where x of a column lies.
+ANYWHERE constexpr int place_of(int i) { return i / 32 * APART + i % 32; }
+
 // The largest of a warp.
 BOTH void keep_largest(uint32_t* to, uint32_t v, int thread) {
 #if defined(__CUDA_ARCH__)
@@ -227,12 +230,17 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
             UNROLL for (int b = 0; b < BATCH; b++) scale[b] = a.given.scale[column[b]];
         }
         if (begin == thread) beside();
+        if (a.given.scale != nullptr) {
+            UNROLL for (int b = 0; b < BATCH; b++) {
+                UNROLL for (int m = 0; m < F::M; m++) x[m][b] /= scale[b];
+            }
+        }
+        float* to = s.x + place_of(begin);
         UNROLL for (int b = 0; b < BATCH; b++) {
             const int i = begin + b * THREADS;
-            if (i >= made) break;
             UNROLL for (int m = 0; m < F::M; m++) {
-                const float v = i >= own ? 0.f : a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b];
-                if (i < kept * UNIT) s.x[m * s.row_of_x + i / 32 * APART + i % 32] = v;
+                const float v = i < own ? x[m][b] : 0.f;
+                if (i < kept * UNIT) to[m * s.row_of_x + b * place_of(THREADS)] = v;
                 const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
                 most[m] = product > most[m] ? product : most[m];
             }
@@ -295,9 +303,9 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
     NO_UNROLL for (int begin = 0; begin < count; begin += BATCH) {
         UNROLL for (int b = 0; b < BATCH; b++) {
             if (begin + b >= count) break;
-            const int i = thread + (begin + b) * THREADS;
+            if (begin > 0) value[b] = values[2 * (thread + (begin + b) * THREADS)];
             UNROLL for (int m = 0; m < F::M; m++) {
-                const int32_t q = nearest<F>(s.x[m * s.row_of_x + i / 32 * APART + i % 32] * step[m], begin == 0 ? value[b] : values[2 * i]);
+                const int32_t q = nearest<F>(s.x[m * s.row_of_x + place_of(thread) + (begin + b) * place_of(THREADS)] * step[m], value[b]);
                 low[m] += q & 32767, high[m] += q >> 15;
             }
         }
