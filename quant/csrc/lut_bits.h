@@ -12,7 +12,7 @@ constexpr int TILE = 32;                          // rows
 constexpr int UNIT = 256;                         // columns
 constexpr int MOST_TILES = 20, MOST_PARTS = 3;    // of a cluster; of a weight
 constexpr int HELPERS = 8;                        // threads that share a row's kept weights
-constexpr int HEAD = 256;                         // bytes: the largest x of each warp and row of x, and sums of first values
+constexpr int HEAD = 256;                         // bytes: the largest x of each warp and row of x, sums of first values, a counter
 constexpr int WORDS = UNIT / 32;                  // of a unit's columns
 constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
 constexpr int WARPS = 8, THREADS = 32 * WARPS;    // of a block
@@ -45,7 +45,7 @@ struct Part {
     int bits;
 };
 
-// Divides whole numbers below 2^28 / 2^20 times the divisor.
+// Divides whole numbers below 2^11 times the divisor, whose product with it is below 2^20.
 struct Divisor {
     uint32_t by, inverse;
     explicit Divisor(uint32_t d = 1) : by(d), inverse(((1u << 20) + d - 1) / d) {}
@@ -63,7 +63,7 @@ struct Lut {
     int64_t rows;             // of the weight
     int tiles, group;         // of the weight; of a cluster
     int ring;                 // bytes
-    int own;                  // rows of a group that a block finishes
+    int ranks, own;           // blocks of a cluster; rows of a group that one of them finishes
     Divisor by_own, by_tiles, by_last;  // the latter: tiles of the last cluster
 };
 
@@ -71,7 +71,7 @@ BOTH int smaller(int a, int b) { return a < b ? a : b; }
 BOTH int tiles_of(const Lut& a, const Place& at) { return smaller(a.group, a.tiles - int(at.cluster) * a.group); }
 
 // Shared memory: head, sums [row of x, row of the group] in float32, those that arrive [rank, row of x, row of the rank], whole numbers
-// [row of x, number, row of the group], rings, x and bits.
+// [row of x, number, row of the group], rings, bits and x.
 template <class F>
 ANYWHERE constexpr int64_t fixed_bytes(int group, int ring) {
     return HEAD + F::M * group * TILE * 4 * (2 + F::COUNTS) + F::M * MOST_RANKS * 4 + int64_t(WARPS) * ring;
@@ -85,25 +85,29 @@ template <class F>
 struct Shared {
     uint32_t* largest;  // [M, WARPS]
     int32_t* totals;    // [M, 2]: the lowest 15 bits, and the others
+    uint64_t* counter;  // of bytes that other blocks send
     float* sums;
     float* arrived;
     int32_t* whole;
     uint32_t* rings;
-    float* x;
     uint32_t* bits;     // [unit, parity, M, P, 8 places of bits, 8 words]
+    float* x;           // of a part, as is what follows
     int row_of_x;
 
-    BOTH Shared(const Lut& a, int units, void* memory) {
+    BOTH Shared(const Lut& a, void* memory) {
         char* const base = static_cast<char*>(memory);
         const int rows = F::M * a.group * TILE;
         largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(largest + F::M * WARPS);
+        counter = reinterpret_cast<uint64_t*>(base + HEAD) - 1;
         sums = reinterpret_cast<float*>(base + HEAD);
         arrived = sums + rows;
         whole = reinterpret_cast<int32_t*>(arrived + rows + F::M * MOST_RANKS);
         rings = reinterpret_cast<uint32_t*>(whole + F::COUNTS * rows);
-        x = reinterpret_cast<float*>(rings + WARPS * (a.ring / 4));
-        row_of_x = units * WORDS * APART;
-        bits = reinterpret_cast<uint32_t*>(x + F::M * row_of_x);
+        bits = rings + WARPS * (a.ring / 4);
+    }
+    BOTH Shared(const Lut& a, const Part& part, void* memory) : Shared(a, memory) {
+        x = reinterpret_cast<float*>(bits + part.held * (parities(part.bits) * F::M * F::P * 64));
+        row_of_x = part.held * WORDS * APART;
     }
 
     BOTH uint32_t largest_of(int m) const {
@@ -210,7 +214,7 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
                       int given, const Before& before, const Beside& beside) {
     const int thread = anew(given);
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
-    const Shared<F> s(a, part.held, shared);
+    const Shared<F> s(a, part, shared);
     const int made = count * UNIT, own = smaller(made, int(part.count) - first * UNIT);
     uint32_t most[F::M] = {};
     int begin = thread;
@@ -277,7 +281,7 @@ template <class F, int BITS>
 BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<F, BITS>& terms, void* shared, int given) {
     const int thread = anew(given);
     constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<F, BITS>::AHEAD;
-    const Shared<F> s(a, part.held, shared);
+    const Shared<F> s(a, part, shared);
     float step[F::M];
     UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that
     const float* values = part.firsts + first * (2 * UNIT) + 1;
@@ -316,7 +320,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
 // Sums of whole numbers, before each part.
 template <class F>
 BOTH void clear(const Lut& a, void* shared, int thread) {
-    const Shared<F> s(a, 0, shared);
+    const Shared<F> s(a, shared);
     if (thread < F::M * 2) s.totals[thread] = 0;
     for (int i = thread; i < F::M * F::COUNTS * a.group * TILE; i += THREADS) s.whole[i] = 0;
 }

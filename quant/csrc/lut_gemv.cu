@@ -16,17 +16,45 @@ namespace {
 
 extern __shared__ __align__(1024) char memory[];
 
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t shared_address(const void* of) { return uint32_t(__cvta_generic_to_shared(of)); }
+
+// Sums come to a block of a cluster with a count of their bytes (st.async of the PTX ISA), so that it waits for no block but for these.
+// By one thread, before the others of the cluster may send.
+__device__ __forceinline__ void expect(uint64_t* counter, int bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(counter)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void send_to(int rank, const float* place, float v, const uint64_t* counter) {
+    uint32_t to, counted;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(counter)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v), "r"(counted) : "memory");
+}
+
+__device__ __forceinline__ void await_all(const uint64_t* counter) {
+    asm volatile(
+        "{\n.reg .pred there;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], 0;\n@!there bra again;\n}" ::"r"(
+            shared_address(counter))
+        : "memory");
+}
+#endif
+
 template <class F>
 __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * F::M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks());
+    at.rank = int(cluster.block_rank()), at.ranks = a.ranks;
     uint32_t number;
     asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
     at.cluster = number;
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
+    if (threadIdx.x == 0) expect(Shared<F>(a, memory).counter, bytes_given<F>(a, at));
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing else was written that others are to see
 #endif
     const auto each = [&](const auto& phase) {
         phase(int(threadIdx.x));
@@ -35,13 +63,15 @@ __global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lu
     add_parts<F>(a, at, memory, await_previous, each);
 #if __CUDA_ARCH__ >= 900
     cluster.barrier_wait();  // all of its blocks have begun, and so have shared memory
-    const auto shared_of = [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); };
-    each([&](int thread) { give<F>(a, at, memory, shared_of, thread); });
-    gather<F>(a, at, memory, int(threadIdx.x));
-    cluster.sync();
+    const uint64_t* counter = Shared<F>(a, memory).counter;
+    give<F>(a, at, memory, [&](int rank, const float* place, float v) { send_to(rank, place, v, counter); }, int(threadIdx.x));
+    if (a.starts != nullptr) __syncthreads();
 #else
-    each([&](int thread) { give<F>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, thread); });
-    each([&](int thread) { gather<F>(a, at, memory, thread); });
+    each([&](int thread) { give<F>(a, at, memory, [](int, float* place, float v) { *place = v; }, thread); });
+#endif
+    if (a.starts != nullptr) each([&](int thread) { gather<F>(a, at, memory, thread); });
+#if __CUDA_ARCH__ >= 900
+    await_all(counter);
 #endif
     finish<F>(a, at, memory, int(threadIdx.x));
 }

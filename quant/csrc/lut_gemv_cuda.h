@@ -27,7 +27,7 @@ namespace {
 // Integers of a part as numbers: `each_sum(row of x, row of the group, sum)`.
 template <class F, class EachSum>
 BOTH void numbers_of(const Lut& a, const Place& at, void* shared, int thread, const EachSum& each_sum) {
-    const Shared<F> s(a, 0, shared);
+    const Shared<F> s(a, shared);
     const int rows = tiles_of(a, at) * TILE, apart = a.group * TILE;
     UNROLL for (int m = 0; m < F::M; m++) {
         const uint32_t largest = s.largest_of(m);
@@ -43,23 +43,29 @@ BOTH void numbers_of(const Lut& a, const Place& at, void* shared, int thread, co
 // Sums of all parts but the last.
 template <class F>
 BOTH void collect(const Lut& a, const Place& at, bool first, void* shared, int thread) {
-    const Shared<F> s(a, 0, shared);
+    const Shared<F> s(a, shared);
     numbers_of<F>(a, at, shared, thread, [&](int m, int row, float sum) {
         float& to = s.sums[m * a.group * TILE + row];
         to = first ? sum : to + sum;
     });
 }
 
-// A block's sums, to the block that finishes a row. shared_of(rank): the shared memory of each block of the cluster.
-template <class F, class SharedOf>
-BOTH void give(const Lut& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
-    const int own = a.own;
-    const float* sums = Shared<F>(a, 0, shared).sums;
+// A block's sums, to the block that finishes a row: `send(rank, place in its shared memory as in this one's, sum)`.
+template <class F, class Send>
+BOTH void give(const Lut& a, const Place& at, void* shared, const Send& send, int thread) {
+    const Shared<F> s(a, shared);
     numbers_of<F>(a, at, shared, thread, [&](int m, int row, float sum) {
-        if (a.parts > 1) sum += sums[m * a.group * TILE + row];
+        if (a.parts > 1) sum += s.sums[m * a.group * TILE + row];
         const int to = a.by_own.of(row);
-        Shared<F>(a, 0, shared_of(to)).arrived[(at.rank * F::M + m) * own + row - to * own] = sum;
+        send(to, s.arrived + (at.rank * F::M + m) * a.own + row - to * a.own, sum);
     });
+}
+
+// Bytes that are sent to a block.
+template <class F>
+BOTH int bytes_given(const Lut& a, const Place& at) {
+    const int left = tiles_of(a, at) * TILE - at.rank * a.own;
+    return left > 0 ? smaller(left, a.own) * a.ranks * F::M * 4 : 0;
 }
 
 // What the kept weights of these rows give, in `HELPERS` parts: where integers, rings and tables were.
@@ -67,7 +73,7 @@ template <class F>
 BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
     if (a.starts == nullptr) return;
     const int own = a.own;
-    float* to = reinterpret_cast<float*>(Shared<F>(a, 0, shared).whole);
+    float* to = reinterpret_cast<float*>(Shared<F>(a, shared).whole);
     for (int i = thread; i < own * HELPERS; i += THREADS) {
         const int64_t row = at.cluster * a.group * TILE + at.rank * own + i / HELPERS;
         float v[F::M] = {};
@@ -83,14 +89,14 @@ BOTH void gather(const Lut& a, const Place& at, void* shared, int thread) {
 template <class F>
 BOTH void finish(const Lut& a, const Place& at, void* shared, int thread) {
     const int own = a.own, rows = tiles_of(a, at) * TILE;
-    const Shared<F> s(a, 0, shared);
+    const Shared<F> s(a, shared);
     const float* kept = reinterpret_cast<const float*>(s.whole);
     for (int i = thread; i < own * F::M; i += THREADS) {
         const int m = F::M == 1 ? 0 : i / own, line = i - m * own, place = at.rank * own + line;
         const int64_t row = at.cluster * a.group * TILE + place, to = at.first_row + m;
         if (place >= rows || row >= a.rows || to >= a.given.count) continue;
         float v = 0.f;
-        UNROLL_BY(8) for (int r = 0; r < at.ranks; r++) v += s.arrived[(r * F::M + m) * own + line];
+        UNROLL_BY(8) for (int r = 0; r < a.ranks; r++) v += s.arrived[(r * F::M + m) * own + line];
         if (a.starts != nullptr) {
             for (int h = 0; h < HELPERS; h++) v += kept[(line * HELPERS + h) * F::M + m];
         }
@@ -135,7 +141,7 @@ BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, 
                 });
         });
         each([&](int thread) { take_bits<F, BITS>(a, part, first, count, kept.terms[mine(thread)], shared, thread); });
-        each([&](int thread) { kept.sweep[mine(thread)].run(a, part, shared); });
+        each([&](int thread) { kept.sweep[mine(thread)].run(a, shared); });
         done += count;
     } while (done < all);
 }
@@ -146,7 +152,7 @@ template <class F, class Previous, class Each>
 BOTH void add_parts(const Lut& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     NO_UNROLL for (int p = 0; p < a.parts; p++) {
         const Part& part = a.part[p];
-        if (p > 0) each([&](int thread) { collect<F>(a, at, p == 1, shared, thread); });
+        if (p > 0) each([&](int thread) { collect<F>(a, at, p == 1, shared, anew(thread)); });
         if (part.bits == 2) add_part<F, 2>(a, at, part, p == 0, shared, previous, each);
         if constexpr (F::MOST_BITS > 2) {
             if (part.bits == 3) add_part<F, 3>(a, at, part, p == 0, shared, previous, each);
@@ -213,7 +219,7 @@ inline Lut lut_of(const int64_t* parts, int64_t count, const int64_t* kept, cons
     a.differences = reinterpret_cast<const float*>(kept[2]);
     a.given = {x, scale, k, rows_of_x, bfloat16};
     a.out = out, a.rows = rows, a.tiles = int((rows + TILE - 1) / TILE);
-    a.group = int(group_of(a.tiles, at_once)), a.own = int((a.group * TILE + ranks - 1) / ranks);
+    a.group = int(group_of(a.tiles, at_once)), a.ranks = int(ranks), a.own = int((a.group * TILE + ranks - 1) / ranks);
     a.by_own = Divisor(a.own), a.by_tiles = Divisor(uint32_t(a.group)), a.by_last = Divisor(uint32_t((a.tiles - 1) % a.group + 1));
     return a;
 }

@@ -43,7 +43,7 @@ struct Sweep {
         unit = (tiles == a.group ? a.by_tiles : a.by_last).of(item), tile = ahead = item - unit * tiles, place = 0;
         step = part.units * SLOT, jump = SLOT - tiles * step;
         from = part.words + ((at.cluster * a.group + tile) * part.units + first + unit) * SLOT;
-        ring = Shared<F>(a, part.held, shared).rings + warp * (a.ring / 4);
+        ring = Shared<F>(a, shared).rings + warp * (a.ring / 4);
     }
 
     BOTH void fetch_next() {
@@ -75,9 +75,9 @@ struct Sweep {
         }
     }
 
-    BOTH void run(const Lut& a, const Part& part, void* shared) {
+    BOTH void run(const Lut& a, void* shared) {
         if (HELD > 1 && thread % 32 != 0) return;
-        const Shared<F> s(a, part.held, shared);
+        const Shared<F> s(a, shared);
         thread = anew(thread);
         Bits bits;
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
