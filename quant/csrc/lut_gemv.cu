@@ -2,9 +2,10 @@
 // Phases and layouts: lut_gemv_cuda.h.
 //
 // What bounds it. Parities of 32 x 256 weights are 6 products of 16 x 8 x 256 bits for each of 3, 7 or 15 subsets, where one row of x is
-// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 614, 1434 and 3072 for each of 480 schedulers. At 8 turns each that is 2.5,
-// 5.8 and 12.4 us at 1.98 GHz; what is read takes 7.9, 11.8 and 15.9 at 4.3 TB/s. Measured on an H200: 14.8, 20.8 and 30.9, and 9.2, 10.3
-// and 12.0 without a product: start, bits of x and the cluster's sum.
+// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 648, 1512 and 3240 for each of 480 schedulers. At 8 turns each that is 2.6,
+// 6.1 and 13.1 us at 1.98 GHz; with all else a scheduler issues 128, 182 and 292 instructions for 18, 42 and 90 products. What is read
+// takes 7.9, 11.8 and 15.9 us at 4.3 TB/s. Before and after that: the start, one latency of memory for x and tables, whose bits then are made
+// while rings of codes fill, and sums sent through the cluster.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -36,8 +37,9 @@ __device__ __forceinline__ void send_to(int rank, const float* place, float v, c
 
 __device__ __forceinline__ void await_all(const uint64_t* counter) {
     asm volatile(
-        "{\n.reg .pred there;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], 0;\n@!there bra again;\n}" ::"r"(
-            shared_address(counter))
+        "{\n.reg .pred there;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], 0;\n"
+        "@!there bra again;\n}" ::"r"(shared_address(counter))
         : "memory");
 }
 #endif

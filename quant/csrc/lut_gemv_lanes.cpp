@@ -37,7 +37,7 @@ void product(const Lut& a, int64_t limit, int ranks) {
             }
             for (int r = 0; r < ranks; r++) {
                 const Place at = {c, first, r, ranks};
-                if (given[r] != bytes_given<F>(a, at)) continue;  // a block of a GPU would wait for ever: its rows are not written
+                if (given[r] != bytes_given<F>(a, at)) continue;  // a GPU's would wait for ever
                 all([&](int t) { gather<F>(a, at, of(r), t); });
                 all([&](int t) { finish<F>(a, at, of(r), t); });
             }
@@ -49,7 +49,8 @@ void product(const Lut& a, int64_t limit, int ranks) {
 
 // As bitgrid_lut_gemv of lut_gemv.cu, with parts and kept weights as lists of addresses and numbers.
 extern "C" void bitgrid_lut_lanes(const int64_t* parts, const int64_t* kept, const void* x, const float* scale, void* out, int64_t count,
-                                  int64_t rows, int64_t k, int64_t rows_of_x, int64_t bfloat16, int64_t at_once, int64_t ranks, int64_t limit) {
+                                  int64_t rows, int64_t k, int64_t rows_of_x, int64_t bfloat16, int64_t at_once, int64_t ranks,
+                                  int64_t limit) {
     Lut a = lut_of(parts, count, kept, x, scale, out, rows, k, rows_of_x, bfloat16 != 0, at_once, ranks);
     with_form(a, limit, [&](auto form) { product<decltype(form)>(a, limit, int(ranks)); });
 }

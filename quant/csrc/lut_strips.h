@@ -98,7 +98,8 @@ struct Sweep {
             UNROLL for (int m = 0; m < F::M; m++) {
                 UNROLL for (int p = 0; p < F::P; p++) {
                     EACH_LANE {
-                        const auto line = *reinterpret_cast<const Line<2>*>(from + ((i * F::M + m) * F::P + p) * 64 + (LANE ^ i % 8 * 4) * 2);
+                        const int place = ((i * F::M + m) * F::P + p) * 64 + (LANE ^ i % 8 * 4) * 2;
+                        const auto line = *reinterpret_cast<const Line<2>*>(from + place);
                         bits[i][m][p][h][0] = line.v[0], bits[i][m][p][h][1] = line.v[1];
                     }
                 }
