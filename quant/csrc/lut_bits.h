@@ -177,20 +177,20 @@ struct Terms {
     Four v[AHEAD][8];
 
     BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {
-        if (at >= count * N * WORDS) return;
+        if (at >= count * N * WORDS) {
+            UNROLL for (int j = 0; j < 8; j++) to[j] = {};  // so that those of a turn before do not take registers until then
+            return;
+        }
         const Four* from = reinterpret_cast<const Four*>(part.terms) + (first * N + at / WORDS) * (UNIT / 4) + at % WORDS;
         UNROLL for (int j = 0; j < 8; j++) to[j] = from[j * WORDS];
     }
     BOTH void load(const Part& part, int first, int count, int thread) {
-        UNROLL for (int t = 0; t < AHEAD; t++) {
-            UNROLL for (int j = 0; j < 8; j++) v[t][j] = {};  // those of a turn before do not take registers until then
-            load_one(v[t], part, first, count, thread + t * THREADS);
-        }
+        UNROLL for (int t = 0; t < AHEAD; t++) load_one(v[t], part, first, count, thread + t * THREADS);
     }
     // Into the second-level cache, of `all` units what comes after those.
     BOTH void fetch_rest(const Part& part, int first, int count, int all, int thread) const {
         const int done = smaller(count * N * WORDS, AHEAD * THREADS);
-        for (int i = thread + done; i < all * N * WORDS; i += THREADS) fetch(part.terms + first * (N * UNIT) + i * 32);
+        NO_UNROLL for (int i = thread + done; i < all * N * WORDS; i += THREADS) fetch(part.terms + first * (N * UNIT) + i * 32);
     }
 };
 
@@ -322,7 +322,7 @@ template <class F>
 BOTH void clear(const Lut& a, void* shared, int thread) {
     const Shared<F> s(a, shared);
     if (thread < F::M * 2) s.totals[thread] = 0;
-    for (int i = thread; i < F::M * F::COUNTS * a.group * TILE; i += THREADS) s.whole[i] = 0;
+    NO_UNROLL for (int i = thread; i < F::M * F::COUNTS * a.group * TILE; i += THREADS) s.whole[i] = 0;
 }
 
 }  // namespace

@@ -115,29 +115,31 @@ constexpr int EARLY_PLACES = 2;  // of a ring, filled before x is waited for
 
 // A part. `previous()`: see below; `early`: nothing was waited for yet. A block without columns of it has a turn of none.
 template <class F, int BITS, class Previous, class Each>
-BOTH void add_part(const Lut& a, const Place& at, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
-    const int begin = smaller(part.units, at.rank * part.share), all = smaller(part.units, begin + part.share) - begin;
+BOTH void add_part(const Lut& a, const Place& block, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
+    const int begin = smaller(part.units, block.rank * part.share), all = smaller(part.units, begin + part.share) - begin;
     Kept<F, BITS> kept;
     const auto mine = [](int thread) { return HELD > 1 ? thread : 0; };
     int done = 0;
     do {
         const int first = begin + done, count = smaller(part.held, all - done);
         const bool opens = done == 0;
-        each([&](int thread) {
+        each([&](int given) {
+            const int thread = anew(given);  // no loop's numbers are made ahead of the loads
+            const Place at = {anew(int(block.cluster)), block.first_row, anew(block.rank), a.ranks};
             auto& terms = kept.terms[mine(thread)];
             auto& sweep = kept.sweep[mine(thread)];
-            terms.load(part, first, count, anew(thread));
+            terms.load(part, first, count, thread);
             take_inputs<F>(
                 a, at, part, first, opens ? all : count, count, opens, shared, thread,
                 [&] {
-                    if (opens) terms.fetch_rest(part, begin, count, all, thread);
+                    if (opens) terms.fetch_rest(part, begin, count, all, anew(thread));
                     sweep.begin(a, at, part, first, count, shared, thread);
                     sweep.open(0, EARLY_PLACES);
                     if (opens && early) previous();
                 },
                 [&] {
                     sweep.open(EARLY_PLACES, sweep.depth);
-                    if (opens) clear<F>(a, shared, thread);
+                    if (opens) clear<F>(a, shared, anew(thread));
                 });
         });
         each([&](int thread) { take_bits<F, BITS>(a, part, first, count, kept.terms[mine(thread)], shared, thread); });
