@@ -115,7 +115,8 @@ constexpr int EARLY_PLACES = 2;  // of a ring, filled before x is waited for
 
 // A part. `previous()`: see below; `early`: nothing was waited for yet. A block without columns of it has a turn of none.
 template <class F, int BITS, class Previous, class Each>
-BOTH void add_part(const Lut& a, const Place& block, const Part& part, bool early, void* shared, const Previous& previous, const Each& each) {
+BOTH void add_part(const Lut& a, const Place& block, const Part& part, bool early, void* shared, const Previous& previous,
+                   const Each& each) {
     const int begin = smaller(part.units, block.rank * part.share), all = smaller(part.units, begin + part.share) - begin;
     Kept<F, BITS> kept;
     const auto mine = [](int thread) { return HELD > 1 ? thread : 0; };
