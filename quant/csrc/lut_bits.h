@@ -12,18 +12,21 @@ constexpr int TILE = 32;                          // rows
 constexpr int UNIT = 256;                         // columns
 constexpr int MOST_TILES = 20, MOST_PARTS = 3;    // of a cluster; of a weight
 constexpr int HELPERS = 8;                        // threads that share a row's kept weights
-constexpr int HEAD = 128;                         // bytes: the largest x and sums of first values of each row of x
+constexpr int HEAD = 256;                         // bytes: the largest x of each warp and row of x, sums of first values, a counter
 constexpr int WORDS = UNIT / 32;                  // of a unit's columns
 constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
-constexpr int WARPS_OF_ONE = 8;                   // of a block with one row of bfloat16
-constexpr int RING = 12 * 1024, SMALL = 8 * 1024; // bytes of codes that a warp has place for; where shared memory is less
-constexpr int PLAIN = 160 * 1024;                 // bytes of shared memory from which it is not
+constexpr int WARPS = 8, THREADS = 32 * WARPS;    // of a block
+constexpr int MOST_RANKS = 8;                     // blocks of a cluster
+constexpr int WIDE = 16 * 1024, RING = 12 * 1024, SMALL = 8 * 1024;  // bytes of codes that a warp has place for
 
 // Rows of x at a time, and bytes of a product's whole number: three where x is bfloat16, four where it is float32.
 template <int ROWS_OF_X, int BYTES>
 struct Form {
-    static constexpr int M = ROWS_OF_X, P = BYTES, WARPS = M == 1 && P == 3 ? WARPS_OF_ONE : 8, THREADS = 32 * WARPS;
-    static constexpr int TOP = P == 3 ? 22 : 30;  // whole numbers are below 2^TOP
+    static constexpr int M = ROWS_OF_X, P = BYTES;
+    static constexpr int TOP = P == 3 ? 22 : 30;   // whole numbers are below 2^TOP
+    static constexpr int COUNTS = P == 3 ? 2 : 3;  // numbers of 16 bits, but for the last, that a row's sum is
+    // Of wider codes the operand of a unit's columns has more words than a lane has registers for.
+    static constexpr int MOST_BITS = M == 1 ? 4 : P == 3 && M == 2 ? 3 : 2;
 };
 
 // Parities of a code's bits that there are, but for the empty one.
@@ -36,9 +39,17 @@ struct Part {
     const float* terms;       // [units, parities, 8, 8, 4]
     const float* firsts;      // [units, 256, 2]
     const int64_t* columns;   // ascending: those of all columns are not read
-    int64_t count, units;     // columns, units of a row
-    int64_t held;             // units at a time
+    int64_t count;            // columns
+    int units;                // of a row
+    int share, held;          // units of a block; those at a time
     int bits;
+};
+
+// Divides whole numbers below 2^11 times the divisor, whose product with it is below 2^20.
+struct Divisor {
+    uint32_t by, inverse;
+    explicit Divisor(uint32_t d = 1) : by(d), inverse(((1u << 20) + d - 1) / d) {}
+    BOTH int of(int v) const { return int(uint32_t(v) * inverse >> 20); }
 };
 
 struct Lut {
@@ -49,20 +60,21 @@ struct Lut {
     const float* differences;
     Given given;
     void* out;
-    int64_t rows, tiles;      // of the weight
-    int64_t group;            // tiles of a cluster
+    int64_t rows;             // of the weight
+    int tiles, group;         // of the weight; of a cluster
     int ring;                 // bytes
+    int ranks, own;           // blocks of a cluster; rows of a group that one of them finishes
+    Divisor by_own, by_tiles, by_last;  // the latter: tiles of the last cluster
 };
 
-BOTH int64_t tiles_of(const Lut& a, const Place& at) { return least(a.group, a.tiles - at.cluster * a.group); }
+BOTH int smaller(int a, int b) { return a < b ? a : b; }
+BOTH int tiles_of(const Lut& a, const Place& at) { return smaller(a.group, a.tiles - int(at.cluster) * a.group); }
 
-// Units of a part that a block has.
-BOTH int64_t share(const Part& part, int ranks) { return (part.units + ranks - 1) / ranks; }
-
-// Shared memory: head, sums [row of x, row of the group] in float32, integers [row of x, byte, row of the group], rings, x and bits.
+// Shared memory: head, sums [row of x, row of the group] in float32, those that arrive [rank, row of x, row of the rank], whole numbers
+// [row of x, number, row of the group], rings, bits and x.
 template <class F>
-ANYWHERE constexpr int64_t fixed_bytes(int64_t group, int ring) {
-    return HEAD + F::M * group * TILE * 4 * (1 + F::P) + int64_t(F::WARPS) * ring;
+ANYWHERE constexpr int64_t fixed_bytes(int group, int ring) {
+    return HEAD + F::M * group * TILE * 4 * (2 + F::COUNTS) + F::M * MOST_RANKS * 4 + int64_t(WARPS) * ring;
 }
 template <class F>
 ANYWHERE constexpr int64_t unit_bytes(int bits) {
@@ -71,24 +83,37 @@ ANYWHERE constexpr int64_t unit_bytes(int bits) {
 
 template <class F>
 struct Shared {
-    uint32_t* largest;  // [M]
+    uint32_t* largest;  // [M, WARPS]
     int32_t* totals;    // [M, 2]: the lowest 15 bits, and the others
+    uint64_t* counter;  // of bytes that other blocks send
     float* sums;
+    float* arrived;
     int32_t* whole;
     uint32_t* rings;
-    float* x;
     uint32_t* bits;     // [unit, parity, M, P, 8 places of bits, 8 words]
-    int64_t row_of_x;
+    float* x;           // of a part, as is what follows
+    int row_of_x;
 
-    BOTH Shared(const Lut& a, int64_t units, void* memory) {
+    BOTH Shared(const Lut& a, void* memory) {
         char* const base = static_cast<char*>(memory);
-        largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(base + 4 * F::M);
+        const int rows = F::M * a.group * TILE;
+        largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(largest + F::M * WARPS);
+        counter = reinterpret_cast<uint64_t*>(base + HEAD) - 1;
         sums = reinterpret_cast<float*>(base + HEAD);
-        whole = reinterpret_cast<int32_t*>(sums + F::M * a.group * TILE);
-        rings = reinterpret_cast<uint32_t*>(whole + F::M * F::P * a.group * TILE);
-        x = reinterpret_cast<float*>(rings + int64_t(F::WARPS) * (a.ring / 4));
-        row_of_x = units * WORDS * APART;
-        bits = reinterpret_cast<uint32_t*>(x + F::M * row_of_x);
+        arrived = sums + rows;
+        whole = reinterpret_cast<int32_t*>(arrived + rows + F::M * MOST_RANKS);
+        rings = reinterpret_cast<uint32_t*>(whole + F::COUNTS * rows);
+        bits = rings + WARPS * (a.ring / 4);
+    }
+    BOTH Shared(const Lut& a, const Part& part, void* memory) : Shared(a, memory) {
+        x = reinterpret_cast<float*>(bits + part.held * (parities(part.bits) * F::M * F::P * 64));
+        row_of_x = part.held * WORDS * APART;
+    }
+
+    BOTH uint32_t largest_of(int m) const {
+        uint32_t most = 0;
+        UNROLL for (int w = 0; w < WARPS; w++) most = largest[m * WARPS + w] > most ? largest[m * WARPS + w] : most;
+        return most;
     }
 };
 
@@ -129,121 +154,175 @@ BOTH int32_t nearest(float a, float b) {
     }
 }
 
-// As it is given; zero beyond the last row.
-template <class F>
-BOTH float stored_x(const Given& from, int64_t row, int64_t column) {
-    if (row >= from.count) return 0.f;
-    const int64_t at = row * from.k + column;
-    if constexpr (F::P == 3) {
-        return from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16);
+// Of some columns of a row of x, as it is given; zeros beyond the last row.
+template <class F, int N>
+BOTH void load_x(float (&to)[N], const Given& from, int64_t row, const int (&column)[N]) {
+    if (row < from.count) {
+        if constexpr (F::P == 3) {
+            const uint16_t* x = static_cast<const uint16_t*>(from.x) + row * from.k;
+            UNROLL for (int i = 0; i < N; i++) to[i] = from_bits(uint32_t(x[column[i]]) << 16);
+        } else {
+            const float* x = static_cast<const float*>(from.x) + row * from.k;
+            UNROLL for (int i = 0; i < N; i++) to[i] = x[column[i]];
+        }
     } else {
-        return static_cast<const float*>(from.x)[at];
+        UNROLL for (int i = 0; i < N; i++) to[i] = 0.f;
     }
 }
 
-// Into the second-level cache: what of tables and numbers a turn reads.
-template <class F>
-BOTH void fetch_tables(const Lut& a, const Part& part, int first, int count, int given) {
-    const bool wanted = part.count != a.given.k;  // columns of part of them
-    const int thread = anew(given), unit = parities(part.bits) * UNIT;
-    for (int i = thread * 32; i < count * unit; i += F::THREADS * 32) fetch(part.terms + int64_t(first) * unit + i);
-    for (int i = thread * 16; i < count * UNIT; i += F::THREADS * 16) fetch(part.firsts + (int64_t(first) * UNIT + i) * 2);
-    const int own = int(least(count * UNIT, part.count - int64_t(first) * UNIT));
-    for (int i = thread * 16; i < own && wanted; i += F::THREADS * 16) fetch(part.columns + int64_t(first) * UNIT + i);
+// Terms of tables that a thread makes bits of: 32 columns of a parity, those of its first turns ahead of their use.
+template <class F, int BITS>
+struct Terms {
+    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : 2;
+    Four v[AHEAD][8];
+
+    BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {
+        if (at >= count * N * WORDS) {
+            UNROLL for (int j = 0; j < 8; j++) to[j] = {};  // so that those of a turn before do not take registers until then
+            return;
+        }
+        const Four* from = reinterpret_cast<const Four*>(part.terms) + (first * N + at / WORDS) * (UNIT / 4) + at % WORDS;
+        UNROLL for (int j = 0; j < 8; j++) to[j] = from[j * WORDS];
+    }
+    BOTH void load(const Part& part, int first, int count, int thread) {
+        UNROLL for (int t = 0; t < AHEAD; t++) load_one(v[t], part, first, count, thread + t * THREADS);
+    }
+    // Into the second-level cache, of `all` units what comes after those.
+    BOTH void fetch_rest(const Part& part, int first, int count, int all, int thread) const {
+        const int done = smaller(count * N * WORDS, AHEAD * THREADS);
+        NO_UNROLL for (int i = thread + done; i < all * N * WORDS; i += THREADS) fetch(part.terms + first * (N * UNIT) + i * 32);
+    }
+};
+
+// Where x of a column lies.
+ANYWHERE constexpr int place_of(int i) { return i / 32 * APART + i % 32; }
+
+// The largest of a warp.
+BOTH void keep_largest(uint32_t* to, uint32_t v, int thread) {
+#if defined(__CUDA_ARCH__)
+    v = __reduce_max_sync(~0u, v);
+    if (thread % 32 == 0) *to = v;
+#else
+    if (thread % 32 == 0 || v > *to) *to = v;
+#endif
 }
 
 // x of a block's columns: the largest product, if that is `wanted`, and of the first `kept` units x itself. Zeros beyond the last column.
-template <class F>
+// `before()`: when all is under way but for x; `beside()`: when x is.
+template <class F, class Before, class Beside>
 BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, int kept, bool wanted, void* shared,
-                      int given) {
+                      int given, const Before& before, const Beside& beside) {
     const int thread = anew(given);
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
-    const Shared<F> s(a, part.held, shared);
-    const int made = count * UNIT, own = int(least(made, part.count - int64_t(first) * UNIT));
+    const Shared<F> s(a, part, shared);
+    const int made = count * UNIT, own = smaller(made, int(part.count) - first * UNIT);
     uint32_t most[F::M] = {};
-    NO_UNROLL for (int begin = thread; begin < made; begin += BATCH * F::THREADS) {
-        float x[F::M][BATCH], scale[BATCH], size[BATCH];
-        UNROLL for (int b = 0; b < BATCH; b++) {
-            const int i = begin + b * F::THREADS;
-            const int64_t to = int64_t(first) * UNIT + i, column = i >= own ? 0 : part.count == a.given.k ? to : part.columns[to];
-            UNROLL for (int m = 0; m < F::M; m++) x[m][b] = i < own ? stored_x<F>(a.given, at.first_row + m, column) : 0.f;
-            scale[b] = i < own && a.given.scale != nullptr ? a.given.scale[column] : 1.f;
-            size[b] = i < own && wanted ? part.firsts[2 * to] : 0.f;
+    int begin = thread;
+    do {
+        float x[F::M][BATCH], scale[BATCH], size[BATCH] = {};
+        int column[BATCH];  // no load waits for a branch: beyond the last column that one is read
+        UNROLL for (int b = 0; b < BATCH; b++) column[b] = smaller(first * UNIT + begin + b * THREADS, int(part.count) - 1);
+        if (wanted) {
+            UNROLL for (int b = 0; b < BATCH; b++) size[b] = part.firsts[2 * column[b]];
         }
+        if (part.count != a.given.k) {
+            UNROLL for (int b = 0; b < BATCH; b++) column[b] = int(part.columns[column[b]]);
+        }
+        if (begin == thread) before();
+        UNROLL for (int m = 0; m < F::M; m++) load_x<F>(x[m], a.given, at.first_row + m, column);
+        if (a.given.scale != nullptr) {
+            UNROLL for (int b = 0; b < BATCH; b++) scale[b] = a.given.scale[column[b]];
+        }
+        if (begin == thread) beside();
+        if (a.given.scale != nullptr) {
+            UNROLL for (int b = 0; b < BATCH; b++) {
+                UNROLL for (int m = 0; m < F::M; m++) x[m][b] /= scale[b];
+            }
+        }
+        float* to = s.x + place_of(begin);
         UNROLL for (int b = 0; b < BATCH; b++) {
-            const int i = begin + b * F::THREADS;
-            if (i >= made) break;
+            const int i = begin + b * THREADS;
             UNROLL for (int m = 0; m < F::M; m++) {
-                const float v = a.given.scale == nullptr ? x[m][b] : x[m][b] / scale[b];
-                if (i < kept * UNIT) s.x[m * s.row_of_x + i / 32 * APART + i % 32] = v;
+                const float v = i < own ? x[m][b] : 0.f;
+                if (i < kept * UNIT) to[m * s.row_of_x + b * place_of(THREADS)] = v;
                 const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
                 most[m] = product > most[m] ? product : most[m];
             }
         }
-    }
+        begin += BATCH * THREADS;
+    } while (begin < made);
     UNROLL for (int m = 0; m < F::M; m++) {
-        if (wanted) raise(s.largest + m, most[m]);
+        if (wanted) keep_largest(s.largest + m * WARPS + warp_of(thread), most[m], thread);
     }
 }
 
-// Bits of x times tables' terms: a thread has 32 columns, a parity and a row of x. And sums of first values.
-template <class F, int BITS>
-BOTH void take_bits(const Lut& a, const Part& part, int first, int count, void* shared, int given) {
-    const int thread = anew(given);
-    constexpr int N = parities(BITS);
-    const Shared<F> s(a, part.held, shared);
-    const Four* terms = reinterpret_cast<const Four*>(part.terms) + int64_t(first) * N * (UNIT / 4);
-    const int all = count * N * WORDS;
-    const auto load = [&](Four (&to)[8], int i) {  // ahead of their use
-        if (i >= F::M * all) return;
-        const int at = F::M == 1 ? i : i % all;
-        UNROLL for (int j = 0; j < 8; j++) to[j] = terms[(at / WORDS * 8 + j) * WORDS + at % WORDS];
-    };
-    Four next[8] = {};
-    load(next, thread);
-    NO_UNROLL for (int i = thread; i < F::M * all; i += F::THREADS) {
-        const int m = F::M == 1 ? 0 : i / all, at = i - m * all, word = at % WORDS, which = at / WORDS;
-        const int unit = which / N, parity = which % N;
-        const float step = power(steps<F>(s.largest[m]));  // of what is not finite, too: `collect` drops that
-        const Four* x = reinterpret_cast<const Four*>(s.x + m * s.row_of_x + (unit * WORDS + word) * APART);
-        uint32_t whole[32], made[8 * F::P];
-        UNROLL for (int j = 0; j < 8; j++) {
-            const Four four = x[j];
-            UNROLL for (int e = 0; e < 4; e++) {
-                if constexpr (F::P == 3) {
-                    whole[4 * j + e] = shifted<F>(four.v[e] * step, next[j].v[e]);
-                } else {
-                    whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step, next[j].v[e]));
-                }
+// Bits of x times 32 columns' terms of a parity.
+template <class F>
+BOTH void make_bits(uint32_t* to, const float* from, const Four (&terms)[8], float step, int parity) {
+    const Four* x = reinterpret_cast<const Four*>(from);
+    uint32_t whole[32], made[8 * F::P];
+    UNROLL for (int j = 0; j < 8; j++) {
+        const Four four = x[j];
+        UNROLL for (int e = 0; e < 4; e++) {
+            if constexpr (F::P == 3) {
+                whole[4 * j + e] = shifted<F>(four.v[e] * step, terms[j].v[e]);
+            } else {
+                whole[4 * j + e] = uint32_t(nearest<F>(four.v[e] * step, terms[j].v[e]));
             }
         }
-        load(next, i + F::THREADS);
-        transpose<F::P>(made, whole);
-        if constexpr (F::P == 3) made[23] = ~0u;
-        uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
-        UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
     }
+    transpose<F::P>(made, whole);
+    if constexpr (F::P == 3) made[23] = ~0u;
+    UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
+}
+
+// Bits of x times tables' terms: a thread has 32 columns of a parity. And sums of first values.
+template <class F, int BITS>
+BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<F, BITS>& terms, void* shared, int given) {
+    const int thread = anew(given);
+    constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<F, BITS>::AHEAD;
+    const Shared<F> s(a, part, shared);
     float step[F::M];
-    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest[m]));
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that
+    const float* values = part.firsts + first * (2 * UNIT) + 1;
+    float value[BATCH] = {};
+    UNROLL for (int b = 0; b < BATCH; b++) {
+        if (b < count) value[b] = values[2 * (thread + b * THREADS)];
+    }
+    const int all = count * N * WORDS;
+    NO_UNROLL for (int begin = thread; begin < all; begin += AHEAD * THREADS) {
+        UNROLL for (int t = 0; t < AHEAD; t++) {
+            const int i = begin + t * THREADS;
+            if (i >= all) break;
+            const int word = i % WORDS, which = i / WORDS, unit = which / N, parity = which % N;
+            UNROLL for (int m = 0; m < F::M; m++) {
+                uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
+                make_bits<F>(to, s.x + m * s.row_of_x + (unit * WORDS + word) * APART, terms.v[t], step[m], parity);
+            }
+            terms.load_one(terms.v[t], part, first, count, i + AHEAD * THREADS);
+        }
+    }
     int32_t low[F::M] = {}, high[F::M] = {};
-    for (int i = thread; i < count * UNIT; i += F::THREADS) {
-        const float value = part.firsts[2 * (int64_t(first) * UNIT + i) + 1];
-        UNROLL for (int m = 0; m < F::M; m++) {
-            const int32_t q = nearest<F>(s.x[m * s.row_of_x + i / 32 * APART + i % 32] * step[m], value);
-            low[m] += q & 32767, high[m] += q >> 15;
+    static_assert(THREADS == UNIT, "a thread has a column of each unit");
+    NO_UNROLL for (int begin = 0; begin < count; begin += BATCH) {
+        UNROLL for (int b = 0; b < BATCH; b++) {
+            if (begin + b >= count) break;
+            if (begin > 0) value[b] = values[2 * (thread + (begin + b) * THREADS)];
+            UNROLL for (int m = 0; m < F::M; m++) {
+                const int32_t q = nearest<F>(s.x[m * s.row_of_x + place_of(thread) + (begin + b) * place_of(THREADS)] * step[m], value[b]);
+                low[m] += q & 32767, high[m] += q >> 15;
+            }
         }
     }
     UNROLL for (int m = 0; m < F::M; m++) add_all(s.totals + 2 * m, low[m]), add_all(s.totals + 2 * m + 1, high[m]);
 }
 
-// Sums before the first part, and integers before each.
+// Sums of whole numbers, before each part.
 template <class F>
-BOTH void clear(const Lut& a, bool sums, void* shared, int thread) {
-    const Shared<F> s(a, 0, shared);
-    if (thread < F::M) s.largest[thread] = 0;
+BOTH void clear(const Lut& a, void* shared, int thread) {
+    const Shared<F> s(a, shared);
     if (thread < F::M * 2) s.totals[thread] = 0;
-    for (int i = thread; i < F::M * F::P * a.group * TILE; i += F::THREADS) s.whole[i] = 0;
-    for (int i = thread; sums && i < F::M * a.group * TILE; i += F::THREADS) s.sums[i] = 0.f;
+    NO_UNROLL for (int i = thread; i < F::M * F::COUNTS * a.group * TILE; i += THREADS) s.whole[i] = 0;
 }
 
 }  // namespace

@@ -2,9 +2,10 @@
 // Phases and layouts: lut_gemv_cuda.h.
 //
 // What bounds it. Parities of 32 x 256 weights are 6 products of 16 x 8 x 256 bits for each of 3, 7 or 15 subsets, where one row of x is
-// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 614, 1434 and 3072 for each of 480 schedulers. At 8 turns each that is 2.5,
-// 5.8 and 12.4 us at 1.98 GHz; what is read takes 7.9, 11.8 and 15.9 at 4.3 TB/s. Measured on an H200: 14.8, 20.8 and 30.9, and 9.2, 10.3
-// and 12.0 without a product: start, bits of x and the cluster's sum.
+// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 648, 1512 and 3240 for each of 480 schedulers. At 8 turns each that is 2.6,
+// 6.1 and 13.1 us at 1.98 GHz; with all else a scheduler issues 128, 182 and 292 instructions for 18, 42 and 90 products. What is read
+// takes 7.9, 11.8 and 15.9 us at 4.3 TB/s. Before and after that: the start, one latency of memory for x and tables, whose bits then are
+// made while rings of codes fill, and sums sent through the cluster.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -16,35 +17,76 @@ namespace {
 
 extern __shared__ __align__(1024) char memory[];
 
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32_t shared_address(const void* of) { return uint32_t(__cvta_generic_to_shared(of)); }
+
+// Sums come to a block of a cluster with a count of their bytes (st.async of the PTX ISA), so that it waits for no block but for these.
+// By one thread, before the others of the cluster may send.
+__device__ __forceinline__ void expect(uint64_t* counter, int bytes) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(counter)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void send_to(int rank, const float* place, float v, const uint64_t* counter) {
+    uint32_t to, counted;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(place)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(counter)), "r"(rank));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];" ::"r"(to), "f"(v), "r"(counted) : "memory");
+}
+
+__device__ __forceinline__ void await_all(const uint64_t* counter) {
+    asm volatile(
+        "{\n.reg .pred there;\n"
+        "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [%0], 0;\n"
+        "@!there bra again;\n}" ::"r"(shared_address(counter))
+        : "memory");
+}
+#endif
+
 template <class F>
-__global__ void __launch_bounds__(F::THREADS, 1) product(const __grid_constant__ Lut a) {
+__global__ void __launch_bounds__(THREADS, 1) product(const __grid_constant__ Lut a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * F::M, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+    at.rank = int(cluster.block_rank()), at.ranks = a.ranks;
+    uint32_t number;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+    at.cluster = number;
+    if (threadIdx.x == 0) expect(Shared<F>(a, memory).counter, bytes_given<F>(a, at));
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing else was written that others are to see
 #endif
-    add_parts<F>(a, at, memory, await_previous, [&](const auto& phase) {
+    const auto each = [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
-    });
+    };
+    add_parts<F>(a, at, memory, await_previous, each);
 #if __CUDA_ARCH__ >= 900
-    cluster.sync();
-    finish<F>(a, at, memory, [&](int rank) { return static_cast<void*>(cluster.map_shared_rank(&memory[0], rank)); }, int(threadIdx.x));
-    cluster.sync();  // no block leaves while another reads its sums
+    cluster.barrier_wait();  // all of its blocks have begun, and so have shared memory
+    const uint64_t* counter = Shared<F>(a, memory).counter;
+    give<F>(a, at, memory, [&](int rank, const float* place, float v) { send_to(rank, place, v, counter); }, int(threadIdx.x));
+    if (a.starts != nullptr) __syncthreads();
 #else
-    finish<F>(a, at, memory, [&](int) { return static_cast<void*>(memory); }, int(threadIdx.x));
+    each([&](int thread) { give<F>(a, at, memory, [](int, float* place, float v) { *place = v; }, thread); });
 #endif
+    if (a.starts != nullptr) each([&](int thread) { gather<F>(a, at, memory, thread); });
+#if __CUDA_ARCH__ >= 900
+    await_all(counter);
+#endif
+    finish<F>(a, at, memory, int(threadIdx.x));
 }
 
 template <class F>
 cudaError_t launch(const Lut& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = (a.tiles + a.group - 1) / a.group, high = (a.given.count + F::M - 1) / F::M;
-    return launch_clusters(product<F>, a, device, wide, high, F::THREADS, device.shared, stream);
+    return launch_clusters(product<F>, a, device, wide, high, THREADS, device.shared, stream);
 }
 
-using Most = Form<1, 3>;  // threads
+using Most = Form<1, 3>;
 constexpr int RANKS = 8;  // of a cluster
+static_assert(RANKS <= MOST_RANKS, "places for sums");
 
 // A warp has 32 rows, each thread 32 columns of one: quant/kernels/lut_gemv/fragments.py.
 template <class T>
@@ -52,7 +94,7 @@ __global__ void weight(const Part part, T* out, int64_t rows, int64_t k) {
     const int64_t row = int64_t(blockIdx.x) * TILE + threadIdx.x % TILE, unit = blockIdx.y;
     const int i = threadIdx.x % 16, tile = threadIdx.x % TILE / 16, w = threadIdx.x / TILE;
     if (row >= rows) return;
-    const uint32_t* words = part.words + (blockIdx.x * part.units + unit) * slot_words(part.bits) + tile * part.bits * 128 +
+    const uint32_t* words = part.words + (int64_t(blockIdx.x) * part.units + unit) * slot_words(part.bits) + tile * part.bits * 128 +
                             (i % 8 * 4 + w % 4) * 4 + w / 4 * 2 + i / 8;
     uint32_t plane[4] = {};
     UNROLL for (int b = 0; b < 4; b++) {
@@ -88,10 +130,10 @@ extern "C" int bitgrid_lut_gemv(
     device.size = RANKS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
-    const cudaError_t failed = find(device, clusters, product<Most>, Most::THREADS);
+    const cudaError_t failed = find(device, clusters, product<Most>, THREADS);
     if (failed != cudaSuccess) return failed;
     Lut a = lut_of(five, parts, three, reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
-                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters, device.shared);
+                   reinterpret_cast<void*>(out), rows, k, rows_of_x, bfloat16 != 0, clusters, device.ranks());
     cudaError_t done = cudaSuccess;
     const bool found = with_form(a, device.shared, [&](auto form) {
         done = launch<decltype(form)>(a, device, reinterpret_cast<cudaStream_t>(stream));
@@ -101,7 +143,7 @@ extern "C" int bitgrid_lut_gemv(
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<Most>, Most::THREADS, RANKS);
+    return tell_clusters(found, product<Most>, THREADS, RANKS);
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.
