@@ -12,39 +12,14 @@
 
 #pragma once
 
-#include "binary_gemv_warp.h"
+#include "binary_gemv_reads.h"
 
 namespace {
-
-constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
-constexpr int SLICES = 8;  // at most
-ANYWHERE constexpr int warps(int g, int planes) { return g <= 2 && planes == 2 ? 16 : 8; }  // more sums take more registers
-constexpr int CHUNK = 4;  // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
-constexpr int AHEAD = CHUNK;  // units of a warp that are on their way while digits of x are made
-ANYWHERE constexpr int threads(int g, int planes) { return 32 * warps(g, planes); }
-constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
-constexpr int MOST_PAIRS = 40;
-
-struct Signs {
-    const uint32_t* words;   // [T, units, 8, 8]
-    const uint32_t* tables;  // [2, T, blocks, 8, 4]
-    const uint32_t* kinds;   // [units, 16]
-    const float* largest;    // [T, 8]
-    Given given;
-    void* out;
-    int64_t rows, tiles, units, blocks, block;  // columns of a block: a multiple of a unit
-    int64_t group;       // pairs of a cluster
-    uint32_t per_block;  // units of a block
-    uint32_t inverse;    // 2^32 / per_block, rounded up
-    int64_t share;       // units of a rank
-    int slices;          // of a share: warps side by side
-    int slice;           // units of a slice
-    int chunks;          // of a slice
-};
 
 // What a thread block has in shared memory, for 2 G rows of x.
 template <int G>
 struct Held {
+    uint32_t* rings;    // of warps: chunks, and halves of them, as copies come
     uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
     uint32_t* kinds;    // [units, 16]: 4 where a column is salient
     float* row_largest;  // [group * 16]: those of a rank's own rows
@@ -58,14 +33,15 @@ struct Held {
 ANYWHERE inline int64_t own_rows(int64_t group, int64_t ranks) { return (group * PAIR + ranks - 1) / ranks; }
 
 ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
-    return a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
+    return a.ring * 4 + a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
            (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
 }
 
 template <int G>
 BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     Held<G> held;
-    held.digits = static_cast<uint32_t*>(shared);
+    held.rings = static_cast<uint32_t*>(shared);
+    held.digits = held.rings + a.ring;
     held.kinds = held.digits + a.share * G * 256;
     held.row_largest = reinterpret_cast<float*>(held.kinds + a.share * 16);
     held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
@@ -74,12 +50,6 @@ BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * own_rows(a.group, at.ranks) * 2 * G);
     return held;
 }
-
-// unit / per_block, for fewer than 2^16 units.
-BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : uint32_t(uint64_t(unit) * a.inverse >> 32); }
-BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units, at.rank * a.share); }
-BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
-BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
 
 // Rows of x that there are.
 template <int G>
@@ -174,93 +144,47 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     sent();
 }
 
-// What a warp has on its way: of a pair, a chunk.
-struct Reads {
-    Read read[CHUNK][HELD];
-};
-
-// Where a lane reads: row g of each tile of a pair.
-struct Source {
-    const uint32_t *words[2], *tables[2];
-};
-
-// Numbers of tiles and units of a weight have 32 bits, and so has their product.
-BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, int lane) {
-    const int tile = 2 * (int(at.cluster) * int(a.group) + pair), last = int(a.tiles) - 1;
-    const int second = tile < last ? tile + 1 : last;  // rows that are not there are not written
-    const auto words = [&](int t) { return a.words + uint64_t(uint32_t(t) * uint32_t(a.units) + unit) * 64 + uint32_t(lane * 2); };
-    const auto tables = [&](int t) { return a.tables + uint64_t(uint32_t(t) * uint32_t(a.blocks)) * 32 + uint32_t(lane / 4 * 4); };
-    return {{words(tile), words(second)}, {tables(tile), tables(second)}};
-}
-
-// Unit u of a chunk.
-template <int PLANES>
-BOTH void load(Read& to, const Signs& a, const Source& from, int u, uint32_t values_at) {
-    UNROLL for (int r = 0; r < 2; r++) {
-        to.words[r] = stream_line<2>(from.words[r] + u * 64), to.high[r] = stream_line<4>(from.tables[r] + values_at);
-        if constexpr (PLANES == 3) to.third[r] = stream_line<2>(from.tables[r] + a.tiles * a.blocks * 32 + values_at);
-    }
-}
-
-// A warp's first units.
+// A chunk of a warp's slice: units from `first` on, of a rank, and what its sums begin with and are worth.
 template <int G, int PLANES>
-BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
-    if (HELD > 1) return;
-    const int warp = warp_of(thread), first = warp % a.slices * a.slice, slot = warp / a.slices;
-    const int count = int(least(units_of(a, at), first + a.slice)) - first;
-    if (slot >= pairs_of(a, at)) return;
-    const uint32_t unit = uint32_t(first_unit(a, at)) + first;
-    const Source source = source_of(a, at, slot, unit, thread % 32);
-    UNROLL for (int u = 0; u < AHEAD; u++)
-        if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
-}
+struct Chunk {
+    const Signs& a;
+    const Held<G>& held;
+    int slice, first, count;
+    int32_t start[HELD][2];
+    float worth[HELD];
 
-// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: AHEAD of the first pair are on
-// their way.
-template <int G, int PLANES, bool FULL>
-BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk,
-                      int last, int thread) {
-    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
-    const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
-    uint32_t values_at[CHUNK];
-    UNROLL for (int u = 0; u < CHUNK; u++)
-        if (FULL || u < count) values_at[u] = block_of(a, unit + u) * 32;
+    BOTH Chunk(const Signs& a, const Held<G>& held, int slice, int first, int last, int thread)
+        : a(a), held(held), slice(slice), first(first), count(last - first) {
+        EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i, thread);
+        EACH_LANE worth[h] = worth_of(0, h, thread);
+    }
+
     // Takes off what digits are stored with. Of more rows of x it is found out again, and so is what 1 is worth, for want of registers.
-    const auto start_of = [&](int g, int h, int i) {
+    BOTH int32_t start_of(int g, int h, int i, int thread) const {
         int32_t sum = 0;
         UNROLL for (int u = 0; u < parts(G); u++)
-            if (FULL || u < count) sum -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
+            if (u < count) sum -= 128 * held.whole[((first + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
         return sum;
-    };
-    int32_t start[HELD][2];
-    EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i);
-    const uint32_t* largest = held.largest + slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
-    const auto worth_of = [&](int g, int h) { return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]); };
-    float worth[HELD];
-    EACH_LANE worth[h] = worth_of(0, h);
-    Source source[HELD] = {};
-    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
-    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
-    if (slot >= pairs) return;
-    seek(slot);
-    UNROLL for (int u = 0; u < CHUNK; u++)
-        if ((u >= AHEAD || !there) && (FULL || u < count)) load_unit(u);
-    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
-        int32_t c[G][PLANES][HELD][4] = {};
+    }
+    BOTH float worth_of(int g, int h, int thread) const {
+        const uint32_t* largest = held.largest + slice * a.chunks + (first - slice * a.slice) / CHUNK;
+        return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]);
+    }
+    BOTH Line<4> digits(int u, int g, int h, int odd, int thread) const {
+        return *reinterpret_cast<const Line<4>*>(held.digits + (((first + u) * G + g) * 2 + odd) * 128 + LANE * 4);
+    }
+    BOTH Line<2> kinds(int u, int h, int odd, int thread) const {
+        return *reinterpret_cast<const Line<2>*>(held.kinds + (first + u) * 16 + odd * 8 + LANE % 4 * 2);
+    }
+
+    BOTH void begin(int32_t (&c)[G][PLANES][HELD][4], int thread) const {
         EACH_LANE UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) {
-            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2);
+            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2, thread), c[g][1][h][i] = 0;
             if constexpr (PLANES == 3) c[g][2][h][i] = c[g][0][h][i];
         }
-        const bool more = pair + slots < pairs;
-        if (more) seek(pair + slots);
-        UNROLL for (int u = 0; u < CHUNK; u++) {
-            if (!FULL && u >= count) break;
-            const auto digits = [&](int g, int h, int odd) {
-                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + odd) * 128 + LANE * 4);
-            };
-            add_unit<G, PLANES>(c, held_of.read[u], held.kinds + (chunk + u) * 16, digits, thread);
-            if (more) load_unit(u);
-        }
+    }
+
+    BOTH void end(const int32_t (&c)[G][PLANES][HELD][4], int pair, int thread) const {
         UNROLL for (int g = 0; g < G; g++) {
             float own[HELD], given[HELD];
             EACH_LANE {
@@ -276,25 +200,116 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
             of_neighbour(given);
             EACH_LANE {
                 const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h));
+                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
             }
         }
+    }
+};
+
+// A warp's pairs, of up to CHUNK units from `first` on that end before `last`, by registers. FULL: of as many. there: AHEAD of the first
+// pair are on their way.
+template <int G, int PLANES, bool FULL>
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
+                      int last, int thread) {
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + first;
+    uint32_t values_at[CHUNK];
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if (u < count) values_at[u] = block_of(a, unit + u) * 32;
+    const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
+    Source source[HELD] = {};
+    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
+    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
+    if (slot >= pairs) return;
+    seek(slot);
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if ((u >= AHEAD || !there) && u < count) load_unit(u);
+    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
+        int32_t c[G][PLANES][HELD][4];
+        chunk.begin(c, thread);
+        const bool more = pair + slots < pairs;
+        if (more) seek(pair + slots);
+        UNROLL for (int u = 0; u < CHUNK; u++) {
+            if (u >= count) break;
+            const auto kinds = [&](int h, int odd) { return chunk.kinds(u, h, odd, thread); };
+            const auto digits = [&](int g, int h, int odd) { return chunk.digits(u, g, h, odd, thread); };
+            add_unit<G, PLANES>(c, held_of.read[u], kinds, digits, thread);
+            if (more) load_unit(u);
+        }
+        chunk.end(c, pair, thread);
+    }
+}
+
+// The same by the warp's ring, of whose chunks number `place` is the first pair's.
+template <int G, int PLANES, bool FULL>
+BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Feed& feed, int& place, int slice, int slot, int first, int last,
+                     int thread) {
+    constexpr int DEPTH = depth(G, PLANES), WORDS = half_words(PLANES);
+    // Of a row or two of x its digits stay in registers.
+    constexpr bool STAY = G == 1 && PLANES == 2;
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
+    const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
+    uint32_t* ring = held.rings + warp_of(thread) * DEPTH * 2 * WORDS;
+    Line<4> own_digits[STAY ? CHUNK : 1][2][HELD];
+    Line<2> own_kinds[STAY ? CHUNK : 1][2][HELD];
+    if constexpr (STAY) {
+        UNROLL for (int u = 0; u < CHUNK; u++)
+            if (u < count) EACH_LANE UNROLL for (int odd = 0; odd < 2; odd++) {
+                own_digits[u][odd][h] = chunk.digits(u, 0, h, odd, thread), own_kinds[u][odd][h] = chunk.kinds(u, h, odd, thread);
+            }
+    }
+    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
+        int32_t c[G][PLANES][HELD][4];
+        chunk.begin(c, thread);
+        uint32_t* from = ring + place * 2 * WORDS;
+        UNROLL for (int half = 0; half < 2; half++) {
+            Read read[HALF][HELD];
+            arrived<2 * DEPTH - 1>();
+            barrier();
+            take_half<PLANES>(read, from + half * WORDS, thread);
+            barrier();
+            copy_half<PLANES>(feed, a, at, from + half * WORDS, half, thread);
+            UNROLL for (int i = 0; i < HALF; i++) {
+                const int u = half * HALF + i;
+                if (u >= count) break;
+                const auto kinds = [&](int h, int odd) {
+                    if constexpr (STAY) return own_kinds[u][odd][h];
+                    return chunk.kinds(u, h, odd, thread);
+                };
+                const auto digits = [&](int g, int h, int odd) {
+                    if constexpr (STAY) return own_digits[u][odd][h];
+                    return chunk.digits(u, g, h, odd, thread);
+                };
+                add_unit<G, PLANES>(c, read[i], kinds, digits, thread);
+            }
+        }
+        advance(feed, a, at, thread);
+        place = place + 1 == DEPTH ? 0 : place + 1;
+        chunk.end(c, pair, thread);
     }
 }
 
 // A warp's slice of the units for its pairs.
-template <int G, int PLANES>
+template <int G, int PLANES, bool RING>
 BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
     const int last = int(least(units_of(a, at), first + a.slice));
-    NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
-        const bool there = HELD == 1 && chunk == first;
-        if (chunk + CHUNK <= last) {
-            sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, chunk, chunk + CHUNK, thread);
+    Feed feed = {};
+    int place = 0;
+    if constexpr (RING) {
+        feed = feed_of<G, PLANES>(a, at, thread);
+        for (int i = 0; i < depth(G, PLANES); i++) advance(feed, a, at, thread);
+    }
+    NO_UNROLL for (int c = first; c < last; c += CHUNK) {
+        const bool there = HELD == 1 && c == first;
+        if (c + CHUNK <= last) {
+            if constexpr (RING) sweep_ring<G, PLANES, true>(a, at, held, feed, place, slice, slot, c, last, thread);
+            else sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, c, last, thread);
         } else {
-            sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, chunk, last, thread);
+            if constexpr (RING) sweep_ring<G, PLANES, false>(a, at, held, feed, place, slice, slot, c, last, thread);
+            else sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, c, last, thread);
         }
     }
 }
@@ -327,19 +342,20 @@ BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
 // read after it.
-template <class X, int G, class Previous, class Each>
+template <class X, int G, bool RING, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     constexpr int PLANES = PLANES_FOR<X>;
     Reads held_of;
     each([&](int thread) {
-        load_first<G, PLANES>(a, at, held_of, thread);
-        clear<G, PLANES>(a, at, shared, thread);
+        if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
+        if constexpr (RING) fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
+        clear<G, PLANES>(a, at, shared, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
-        arrived<0>();
+        arrived<RING ? 2 * depth(G, PLANES) : 0>();
     });
-    each([&](int thread) { sweep<G, PLANES>(a, at, shared, held_of, thread); });
+    each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, thread); });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.
@@ -353,10 +369,14 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     a.chunks = (a.slice + CHUNK - 1) / CHUNK;
 }
 
-// Half the rows of x at a time; 0 if not even two fit.
-inline int rows_at_a_time(const Signs& a, int64_t ranks, int64_t limit) {
+// Half the rows of x at a time; 0 if not even two fit. And whether there is room for rings besides.
+inline int rows_at_a_time(Signs& a, int64_t ranks, int64_t limit) {
     int g = a.given.count > 4 ? 4 : a.given.count > 2 ? 2 : 1;
+    a.ring = 0;
     while (g > 0 && shared_bytes(g, a, ranks) > limit) g /= 2;
+    if (g == 0) return 0;
+    a.ring = ring_words(g, a.given.bfloat16 ? 2 : 3);
+    if (shared_bytes(g, a, ranks) > limit) a.ring = 0;
     return g;
 }
 
