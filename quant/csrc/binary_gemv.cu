@@ -72,7 +72,10 @@ cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
 
 template <class X, int G>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
-    return a.ring > 0 ? launch<X, G, true>(a, device, stream) : launch<X, G, false>(a, device, stream);
+    if constexpr (has_ring(G)) {
+        if (a.ring > 0) return launch<X, G, true>(a, device, stream);
+    }
+    return launch<X, G, false>(a, device, stream);
 }
 
 template <class X>

@@ -152,11 +152,16 @@ struct Chunk {
     int slice, first, count;
     int32_t start[HELD][2];
     float worth[HELD];
+    float* to[HELD];
 
     BOTH Chunk(const Signs& a, const Held<G>& held, int slice, int first, int last, int thread)
         : a(a), held(held), slice(slice), first(first), count(last - first) {
         EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i, thread);
-        EACH_LANE worth[h] = worth_of(0, h, thread);
+        EACH_LANE {
+            const int lane = LANE, t = lane % 4;
+            worth[h] = worth_of(0, h, thread);
+            to[h] = held.sums + (slice * int(a.group) * PAIR + t % 2 * TILE + lane / 4) * 2 * G + t / 2;
+        }
     }
 
     // Takes off what digits are stored with. Of more rows of x it is found out again, and so is what 1 is worth, for want of registers.
@@ -198,10 +203,7 @@ struct Chunk {
                 own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
             }
             of_neighbour(given);
-            EACH_LANE {
-                const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
-            }
+            EACH_LANE to[h][pair * PAIR * 2 * G + 2 * g] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
         }
     }
 };
@@ -240,51 +242,51 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
     }
 }
 
-// The same by the warp's ring, of whose chunks number `place` is the first pair's.
+// Where a warp is in its ring.
+struct Turn {
+    uint32_t *begin, *now, *before;
+    Feed feed;
+};
+
+// The same by the warp's ring.
 template <int G, int PLANES, bool FULL>
-BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Feed& feed, int& place, int slice, int slot, int first, int last,
-                     int thread) {
-    constexpr int DEPTH = depth(G, PLANES), WORDS = half_words(PLANES);
-    // Of a row or two of x its digits stay in registers.
-    constexpr bool STAY = G == 1 && PLANES == 2;
-    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
+BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn& turn, int slice, int slot, int first, int last, int thread) {
+    constexpr bool STAY = PLANES == 2;  // digits of x, in registers
+    const int count = FULL ? CHUNK : last - first;
     const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
-    uint32_t* ring = held.rings + warp_of(thread) * DEPTH * 2 * WORDS;
-    Line<4> own_digits[STAY ? CHUNK : 1][2][HELD];
-    Line<2> own_kinds[STAY ? CHUNK : 1][2][HELD];
+    Line<4> own_digits[CHUNK][2][HELD];
+    Line<2> own_kinds[CHUNK][2][HELD];
     if constexpr (STAY) {
         UNROLL for (int u = 0; u < CHUNK; u++)
             if (u < count) EACH_LANE UNROLL for (int odd = 0; odd < 2; odd++) {
                 own_digits[u][odd][h] = chunk.digits(u, 0, h, odd, thread), own_kinds[u][odd][h] = chunk.kinds(u, h, odd, thread);
             }
     }
-    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
+    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
-        uint32_t* from = ring + place * 2 * WORDS;
-        UNROLL for (int half = 0; half < 2; half++) {
-            Read read[HALF][HELD];
-            arrived<2 * DEPTH - 1>();
-            barrier();
-            take_half<PLANES>(read, from + half * WORDS, thread);
-            barrier();
-            copy_half<PLANES>(feed, a, at, from + half * WORDS, half, thread);
-            UNROLL for (int i = 0; i < HALF; i++) {
-                const int u = half * HALF + i;
-                if (u >= count) break;
-                const auto kinds = [&](int h, int odd) {
-                    if constexpr (STAY) return own_kinds[u][odd][h];
-                    return chunk.kinds(u, h, odd, thread);
-                };
-                const auto digits = [&](int g, int h, int odd) {
-                    if constexpr (STAY) return own_digits[u][odd][h];
-                    return chunk.digits(u, g, h, odd, thread);
-                };
-                add_unit<G, PLANES>(c, read[i], kinds, digits, thread);
-            }
+        arrived<DEPTH - 2>();
+        barrier();  // and all lanes have read what was before
+        if (turn.before != turn.now) {
+            copy_next<PLANES>(turn.feed, a, turn.before, thread);
+            advance<G, PLANES>(turn.feed, a, at, thread);
         }
-        advance(feed, a, at, thread);
-        place = place + 1 == DEPTH ? 0 : place + 1;
+        UNROLL for (int u = 0; u < CHUNK; u++) {
+            if (u >= count) break;
+            Read read[HELD];
+            take<PLANES>(read, turn.now, u, thread);
+            const auto kinds = [&](int h, int odd) {
+                if constexpr (STAY) return own_kinds[u][odd][h];
+                return chunk.kinds(u, h, odd, thread);
+            };
+            const auto digits = [&](int g, int h, int odd) {
+                if constexpr (STAY) return own_digits[u][odd][h];
+                return chunk.digits(u, g, h, odd, thread);
+            };
+            add_unit<G, PLANES>(c, read, kinds, digits, thread);
+        }
+        turn.before = turn.now, turn.now += ring_chunk(PLANES);
+        if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
         chunk.end(c, pair, thread);
     }
 }
@@ -296,19 +298,18 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, i
     const Held<G> held = held_in<G>(a, at, shared);
     const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
     const int last = int(least(units_of(a, at), first + a.slice));
-    Feed feed = {};
-    int place = 0;
+    Turn turn = {};
     if constexpr (RING) {
-        feed = feed_of<G, PLANES>(a, at, thread);
-        for (int i = 0; i < depth(G, PLANES); i++) advance(feed, a, at, thread);
+        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp), turn.feed = feed_of<G, PLANES>(a, at, thread);
+        NO_UNROLL for (int i = 0; i < DEPTH; i++) advance<G, PLANES>(turn.feed, a, at, thread);
     }
     NO_UNROLL for (int c = first; c < last; c += CHUNK) {
         const bool there = HELD == 1 && c == first;
         if (c + CHUNK <= last) {
-            if constexpr (RING) sweep_ring<G, PLANES, true>(a, at, held, feed, place, slice, slot, c, last, thread);
+            if constexpr (RING) sweep_ring<G, PLANES, true>(a, at, held, turn, slice, slot, c, last, thread);
             else sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, c, last, thread);
         } else {
-            if constexpr (RING) sweep_ring<G, PLANES, false>(a, at, held, feed, place, slice, slot, c, last, thread);
+            if constexpr (RING) sweep_ring<G, PLANES, false>(a, at, held, turn, slice, slot, c, last, thread);
             else sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, c, last, thread);
         }
     }
@@ -353,7 +354,7 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
         clear<G, PLANES>(a, at, shared, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
-        arrived<RING ? 2 * depth(G, PLANES) : 0>();
+        arrived<RING ? DEPTH : 0>();
     });
     each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, thread); });
 }
@@ -386,6 +387,7 @@ inline Signs signs_of(const uint32_t* words, const uint32_t* tables, const uint3
     a.words = words, a.tables = tables, a.kinds = kinds, a.largest = largest;
     a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
+    a.bytes_of_words = uint32_t(a.units * 256), a.bytes_of_tables = uint32_t(a.blocks * 128);
     a.per_block = uint32_t(block / UNIT);
     a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
     return a;

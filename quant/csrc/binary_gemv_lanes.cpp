@@ -33,7 +33,10 @@ void product(const Signs& a, int ranks) {
 
 template <class X, int G>
 void product(const Signs& a, int ranks) {
-    a.ring > 0 ? product<X, G, true>(a, ranks) : product<X, G, false>(a, ranks);
+    if constexpr (has_ring(G)) {
+        if (a.ring > 0) return product<X, G, true>(a, ranks);
+    }
+    product<X, G, false>(a, ranks);
 }
 
 template <class X>

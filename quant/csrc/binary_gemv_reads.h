@@ -32,6 +32,7 @@ struct Signs {
     int slice;           // units of a slice
     int chunks;          // of a slice
     int64_t ring;        // words of a thread block's rings; 0: units come into registers
+    uint32_t bytes_of_words, bytes_of_tables;  // of a tile
 };
 
 // unit / per_block, for fewer than 2^16 units.
@@ -81,84 +82,111 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
         if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
 }
 
-constexpr int HALF = CHUNK / 2;  // units that lanes copy to a ring at a time
-
-// In words: of each of its units those of both tiles; of each tile digits of both units' values, the highest, then the others.
-ANYWHERE constexpr int half_words(int planes) { return HALF * 128 + (planes - 1) * HALF * 64; }
-// Chunks that a ring holds.
-ANYWHERE constexpr int depth(int g, int planes) { return g == 1 && planes == 2 ? 3 : 2; }
-ANYWHERE constexpr int ring_words(int g, int planes) { return warps(g, planes) * depth(g, planes) * 2 * half_words(planes); }
+// A chunk in a warp's ring, in words: of each of its units those of both tiles; of its halves, of each tile, digits of two units' values, the
+// highest; then the others.
+ANYWHERE constexpr int ring_chunk(int planes) { return CHUNK * 128 + (planes - 1) * CHUNK * 64; }
+constexpr int DEPTH = 3;  // chunks: one is multiplied, the others are on their way
+constexpr bool has_ring(int g) { return g == 1; }  // sums of more rows of x leave less room
+ANYWHERE constexpr int ring_words(int g, int planes) { return has_ring(g) ? warps(g, planes) * DEPTH * ring_chunk(planes) : 0; }
 
 // What comes into a warp's ring next: of a pair, units of a chunk.
 struct Feed {
-    int slot, slots, pairs, last;  // the warp's first pair, how far it is to the next, and ends
+    int slots, pairs;  // how far it is to the next pair, and the last one's end
     int chunk, pair;
-    int count;                // units; 0: nothing is left
-    uint32_t unit;            // the first, of the weight
-    uint32_t block[2][HELD];  // of the units of a half whose tables a lane copies
+    int count;            // units; 0: nothing is left
+    int tile[HELD];       // of a lane: the first 16 copy one, the others the next
+    const char* words[HELD];  // what a lane copies of tile 0
+    const char* tables[HELD];
+    uint32_t further[HELD];  // bytes to those of the other half's units
 };
 
+template <int G, int PLANES>
 BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
-    const int left = feed.last - feed.chunk;
-    feed.pair = feed.slot, feed.count = feed.slot >= feed.pairs || left < 0 ? 0 : left < CHUNK ? left : CHUNK;
-    feed.unit = uint32_t(first_unit(a, at)) + feed.chunk;
-    EACH_LANE UNROLL for (int half = 0; half < 2; half++) feed.block[half][h] = block_of(a, feed.unit + half * HALF + LANE / 8 % HALF);
+    const int warp = warp_of(thread), slice = warp % a.slices;
+    const int left = int(least(units_of(a, at), (slice + 1) * a.slice)) - feed.chunk;
+    feed.pair = warp / a.slices;
+    feed.count = feed.pair >= feed.pairs || left < 0 ? 0 : left < CHUNK ? left : CHUNK;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + feed.chunk;
+    EACH_LANE {
+        const int lane = LANE;
+        const uint32_t own = unit + lane / 8 % 2, block = block_of(a, own);
+        feed.tile[h] = 2 * (int(at.cluster) * int(a.group) + feed.pair) + lane / 16;
+        feed.words[h] = reinterpret_cast<const char*>(a.words) + (uint64_t(unit) * 256 + lane % 16 * 16);
+        feed.tables[h] = reinterpret_cast<const char*>(a.tables) + (uint64_t(block) * 128 + lane % 8 * 16);
+        feed.further[h] = (block_of(a, own + CHUNK / 2) - block) * 128;
+    }
 }
 
 template <int G, int PLANES>
 BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
-    const int warp = warp_of(thread), first = warp % a.slices * a.slice;
-    Feed feed = {warp / a.slices, warps(G, PLANES) / a.slices, pairs_of(a, at), int(least(units_of(a, at), first + a.slice)), first};
-    begin_chunk(feed, a, at, thread);
+    Feed feed = {};
+    feed.slots = warps(G, PLANES) / a.slices, feed.pairs = pairs_of(a, at);
+    feed.chunk = warp_of(thread) % a.slices * a.slice;
+    begin_chunk<G, PLANES>(feed, a, at, thread);
     return feed;
 }
 
+template <int G, int PLANES>
 BOTH void advance(Feed& feed, const Signs& a, const Place& at, int thread) {
     feed.pair += feed.slots;
+    EACH_LANE feed.tile[h] += 2 * feed.slots;
     if (feed.pair < feed.pairs) return;
     feed.chunk += CHUNK;
-    begin_chunk(feed, a, at, thread);
+    begin_chunk<G, PLANES>(feed, a, at, thread);
 }
 
-// Starts to copy half of what comes next.
+// Starts to copy what comes next.
 template <int PLANES>
-BOTH void copy_half(const Feed& feed, const Signs& a, const Place& at, uint32_t* to, int half, int thread) {
+BOTH void copy_next(const Feed& feed, const Signs& a, uint32_t* ring, int thread) {
     EACH_LANE {
-        int tile = 2 * (int(at.cluster) * int(a.group) + feed.pair) + LANE / 16;
-        tile = tile < int(a.tiles) ? tile : int(a.tiles) - 1;  // rows that are not there are not written
-        const int first = half * HALF, lane = LANE;
-        const uint32_t* words = a.words + uint64_t(uint32_t(tile) * uint32_t(a.units) + feed.unit + first) * 64 + lane % 16 * 4;
-        UNROLL for (int u = 0; u < HALF; u++)
-            if (first + u < feed.count) send<4>(to + u * 128 + lane * 4, words + u * 64);
-        const uint32_t* high = a.tables + uint64_t(uint32_t(tile) * uint32_t(a.blocks) + feed.block[half][h]) * 32 + lane % 8 * 4;
-        if (first + lane / 8 % HALF < feed.count) {
-            send<4>(to + HALF * 128 + lane * 4, high);
-            if constexpr (PLANES == 3) send<4>(to + HALF * 192 + lane * 4, high + a.tiles * a.blocks * 32);
+        const int last = int(a.tiles) - 1, lane = LANE;
+        const uint32_t tile = uint32_t(feed.tile[h] < last ? feed.tile[h] : last);  // rows that are not there are not written
+        uint32_t* to = ring + lane * 4;
+        const char *words = feed.words[h] + uint64_t(tile) * a.bytes_of_words, *high = feed.tables[h] + uint64_t(tile) * a.bytes_of_tables;
+        const auto copy = [&](int place, const char* from) { send<4>(to + place, reinterpret_cast<const uint32_t*>(from)); };
+        const auto copy_digits = [&](int half) {
+            const char* from = half == 0 ? high : high + feed.further[h];
+            copy(CHUNK * 128 + half * 128, from);
+            if constexpr (PLANES == 3) copy(CHUNK * 192 + half * 128, from + uint64_t(a.tiles) * a.bytes_of_tables);
+        };
+        if (feed.count == CHUNK) {
+            UNROLL for (int u = 0; u < CHUNK; u++) copy(u * 128, words + u * 256);
+            UNROLL for (int half = 0; half < 2; half++) copy_digits(half);
+        } else {
+            UNROLL for (int u = 0; u < CHUNK - 1; u++)
+                if (u < feed.count) copy(u * 128, words + u * 256);
+            UNROLL for (int half = 0; half < 2; half++)
+                if (half * 2 + lane / 8 % 2 < feed.count) copy_digits(half);
         }
     }
     sent();
+}
+
+template <int PLANES>
+BOTH uint32_t* ring_of(uint32_t* rings, int warp) {
+    return rings + warp * DEPTH * ring_chunk(PLANES);
 }
 
 // A warp's first chunks.
 template <int G, int PLANES>
 BOTH void fill(const Signs& a, const Place& at, uint32_t* rings, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
-    uint32_t* to = rings + warp_of(thread) * depth(G, PLANES) * 2 * half_words(PLANES);
     Feed feed = feed_of<G, PLANES>(a, at, thread);
-    UNROLL for (int i = 0; i < 2 * depth(G, PLANES); i++) {
-        copy_half<PLANES>(feed, a, at, to + i * half_words(PLANES), i % 2, thread);
-        if (i % 2 == 1) advance(feed, a, at, thread);
+    uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread));
+    NO_UNROLL for (int i = 0; i < DEPTH; i++, ring += ring_chunk(PLANES)) {
+        copy_next<PLANES>(feed, a, ring, thread);
+        advance<G, PLANES>(feed, a, at, thread);
     }
 }
 
-// Units of a half that has arrived.
+// Unit u of a chunk that has arrived.
 template <int PLANES>
-BOTH void take_half(Read (&read)[HALF][HELD], const uint32_t* from, int thread) {
-    EACH_LANE UNROLL for (int u = 0; u < HALF; u++) UNROLL for (int r = 0; r < 2; r++) {
-        const uint32_t* high = from + HALF * 128 + r * HALF * 32 + u * 32 + LANE / 4 * 4;
-        read[u][h].words[r] = *reinterpret_cast<const Line<2>*>(from + u * 128 + r * 64 + LANE * 2);
-        read[u][h].high[r] = *reinterpret_cast<const Line<4>*>(high);
-        if constexpr (PLANES == 3) read[u][h].third[r] = *reinterpret_cast<const Line<2>*>(high + HALF * 64);
+BOTH void take(Read (&read)[HELD], const uint32_t* from, int u, int thread) {
+    EACH_LANE UNROLL for (int r = 0; r < 2; r++) {
+        const uint32_t* high = from + LANE / 4 * 4 + CHUNK * 128 + u / 2 * 128 + r * 64 + u % 2 * 32;
+        read[h].words[r] = *reinterpret_cast<const Line<2>*>(from + LANE * 2 + u * 128 + r * 64);
+        read[h].high[r] = *reinterpret_cast<const Line<4>*>(high);
+        if constexpr (PLANES == 3) read[h].third[r] = *reinterpret_cast<const Line<2>*>(high + CHUNK * 64);
     }
 }
 
