@@ -21,7 +21,9 @@ __global__ void __launch_bounds__(threads(G, PLANES_FOR<X>), 1) product(const __
     Place at = {blockIdx.x, int64_t(blockIdx.y) * 2 * G, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+    uint32_t number;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = number;
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
 #endif
     add_units<X, G, RING>(a, at, memory, await_previous, [&](const auto& phase) {

@@ -29,12 +29,9 @@ struct Held {
     uint32_t* largest;  // [2 G, slices * chunks]
 };
 
-// Rows of a cluster whose sums a rank adds up.
-ANYWHERE inline int64_t own_rows(int64_t group, int64_t ranks) { return (group * PAIR + ranks - 1) / ranks; }
-
 ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
     return a.ring * 4 + a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
-           (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
+           (a.slices * a.group * PAIR + ranks * a.own + a.slices * a.chunks) * 2 * g * 4;
 }
 
 template <int G>
@@ -47,31 +44,14 @@ BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
     held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
     held.arrived = held.sums + a.slices * a.group * PAIR * 2 * G;
-    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * own_rows(a.group, at.ranks) * 2 * G);
+    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * a.own * 2 * G);
     return held;
 }
 
-// Rows of x that there are.
+// Rows of x that there are. Of others sums are made of whatever lies there, which nobody looks at.
 template <int G>
 BOTH int rows_of(const Signs& a, const Place& at) {
     return int(least(a.given.count - at.first_row, 2 * G));
-}
-
-// Rows of x that are not there are zeros.
-template <int G, int PLANES>
-BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
-    const Held<G> held = held_in<G>(a, at, shared);
-    const int rows = rows_of<G>(a, at), share = int(a.share);
-    if (rows < 2 * G) {
-        for (int i = thread; i < share * G * 64; i += threads(G, PLANES)) {
-            if (i / 64 % G * 2 + i % 32 / 16 >= rows) *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
-        }
-        for (int i = thread; i < share * G * COLUMNS; i += threads(G, PLANES)) {
-            if (i / COLUMNS % G * 2 + i % COLUMNS / DIGITS >= rows) held.whole[i] = 0;
-        }
-        for (int i = thread + rows * a.slices * a.chunks; i < 2 * G * a.slices * a.chunks; i += threads(G, PLANES)) held.largest[i] = 0;
-    }
-    for (int i = thread; i < a.slices * int(a.group) * PAIR * 2 * G; i += threads(G, PLANES)) held.sums[i] = 0.0f;
 }
 
 // In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
@@ -84,11 +64,13 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
     constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
-    const int chunks = a.slices * a.chunks, items = rows_of<G>(a, at) * chunks * PARTS;
-    for (int item = warp_of(thread); item < items; item += warps(G, PLANES)) {
-        const int part = item % PARTS, chunk = item / PARTS % chunks, m = item / PARTS / chunks;
-        const int first = chunk / a.chunks * a.slice + chunk % a.chunks * CHUNK;
-        const int last = int(least(units_of(a, at), least(first + CHUNK, (chunk / a.chunks + 1) * a.slice)));
+    const int chunks = a.slices * a.chunks, rows = rows_of<G>(a, at);
+    for (int item = warp_of(thread), m = 0;; item += warps(G, PLANES)) {
+        for (; item >= chunks * PARTS; m++) item -= chunks * PARTS;
+        if (m >= rows) break;
+        const int part = item % PARTS, slice = slice_of(a, item / PARTS), chunk = item / PARTS >> a.slice_bits;
+        const int first = slice * a.slice + chunk * CHUNK;
+        const int last = int(least(units_of(a, at), least(first + CHUNK, (slice + 1) * a.slice)));
         float v[HELD][CHUNK * 4];
         uint32_t most[HELD];
         EACH_LANE {
@@ -104,7 +86,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         }
         const uint32_t largest = most_of(most);
         const float by = factor_of<X_BITS>(largest);
-        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + chunk] = largest;
+        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + slice * a.chunks + chunk] = largest;
         int32_t whole[DIGITS][HELD] = {};
         UNROLL for (int j = 0; j < CHUNK / PARTS; j++) {
             const int unit = first + (part + j) % CHUNK;
@@ -136,7 +118,7 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     const Held<G> held = held_in<G>(a, at, shared);
     const uint32_t* kinds = a.kinds + first_unit(a, at) * 16;
     for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) send<4>(held.kinds + 4 * i, kinds + 4 * i);
-    const int64_t all = a.group * PAIR, own = own_rows(a.group, at.ranks), start = at.cluster * all;
+    const int64_t all = a.group * PAIR, own = a.own, start = at.cluster * all;
     const int64_t last = least(least(all, (at.rank + 1) * own), a.tiles * TILE - start);
     for (int64_t i = at.rank * own / 4 * 4 + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
         send<4>(reinterpret_cast<uint32_t*>(held.row_largest + i), reinterpret_cast<const uint32_t*>(a.largest + start + i));
@@ -203,7 +185,10 @@ struct Chunk {
                 own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
             }
             of_neighbour(given);
-            EACH_LANE to[h][pair * PAIR * 2 * G + 2 * g] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
+            EACH_LANE {
+                float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
+                *sum = (first == slice * a.slice ? 0.0f : *sum) + (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
+            }
         }
     }
 };
@@ -213,7 +198,7 @@ struct Chunk {
 template <int G, int PLANES, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
                       int last, int thread) {
-    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) >> a.slice_bits;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     uint32_t values_at[CHUNK];
     UNROLL for (int u = 0; u < CHUNK; u++)
@@ -250,7 +235,8 @@ struct Turn {
 
 // The same by the warp's ring.
 template <int G, int PLANES, bool FULL>
-BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn& turn, int slice, int slot, int first, int last, int thread) {
+BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn& turn, int slice, int slot, int first, int last,
+                     int thread) {
     constexpr bool STAY = PLANES == 2;  // digits of x, in registers
     const int count = FULL ? CHUNK : last - first;
     const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
@@ -267,14 +253,14 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
         chunk.begin(c, thread);
         arrived<DEPTH - 2>();
         barrier();  // and all lanes have read what was before
-        if (turn.before != turn.now) {
-            copy_next<PLANES>(turn.feed, a, turn.before, thread);
-            advance<G, PLANES>(turn.feed, a, at, thread);
-        }
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (u >= count) break;
             Read read[HELD];
             take<PLANES>(read, turn.now, u, thread);
+            if (u == 0 && turn.before != turn.now) {
+                copy_next<PLANES>(turn.feed, a, turn.before, thread);
+                advance<G, PLANES>(turn.feed, a, at, thread);
+            }
             const auto kinds = [&](int h, int odd) {
                 if constexpr (STAY) return own_kinds[u][odd][h];
                 return chunk.kinds(u, h, odd, thread);
@@ -296,12 +282,17 @@ template <int G, int PLANES, bool RING>
 BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
-    const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
+    const int warp = warp_of(thread), slice = slice_of(a, warp), first = slice * a.slice, slot = slot_of(a, warp);
     const int last = int(least(units_of(a, at), first + a.slice));
     Turn turn = {};
     if constexpr (RING) {
         turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp), turn.feed = feed_of<G, PLANES>(a, at, thread);
         NO_UNROLL for (int i = 0; i < DEPTH; i++) advance<G, PLANES>(turn.feed, a, at, thread);
+    }
+    if (first >= last) {
+        for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
+            EACH_LANE UNROLL for (int i = 0; i < G; i++) held.sums[((slice * int(a.group) + pair) * G + i) * 32 + LANE] = 0.0f;
+        }
     }
     NO_UNROLL for (int c = first; c < last; c += CHUNK) {
         const bool there = HELD == 1 && c == first;
@@ -319,18 +310,18 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, i
 template <int G, int PLANES, class SharedOf>
 BOTH void give(const Signs& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
     const Held<G> held = held_in<G>(a, at, shared);
-    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    const int all = int(a.group) * PAIR, own = a.own;
     for (int i = thread; i < all * 2 * G; i += threads(G, PLANES)) {
         float sum = held.sums[i];
         for (int s = 1; s < a.slices; s++) sum += held.sums[s * all * 2 * G + i];
-        const int place = i / (2 * G), to = place / own;
+        const int place = i / (2 * G), to = int(uint64_t(uint32_t(place)) * a.of_own >> 32);
         held_in<G>(a, at, shared_of(to)).arrived[(at.rank * own + place - to * own) * 2 * G + i % (2 * G)] = sum;
     }
 }
 
 template <int G, int PLANES>
 BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
-    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    const int all = int(a.group) * PAIR, own = a.own;
     const Held<G> held = held_in<G>(a, at, shared);
     for (int i = thread; i < own * 2 * G; i += threads(G, PLANES)) {
         const int64_t place = at.rank * own + i / (2 * G), row = at.cluster * all + place, to = at.first_row + i % (2 * G);
@@ -351,7 +342,6 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
         if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
         if constexpr (RING) fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
-        clear<G, PLANES>(a, at, shared, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
         arrived<RING ? DEPTH : 0>();
@@ -364,8 +354,9 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     const int64_t pairs = (a.tiles + 1) / 2, waves = (pairs + at_once * MOST_PAIRS - 1) / (at_once * MOST_PAIRS);
     a.group = (pairs + at_once * waves - 1) / (at_once * waves);
     a.share = (a.units + ranks - 1) / ranks;
-    a.slices = 1;
-    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2;
+    a.own = int((a.group * PAIR + ranks - 1) / ranks), a.of_own = uint32_t((uint64_t(1) << 32) / uint32_t(a.own) + 1);
+    a.slices = 1, a.slice_bits = 0;
+    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2, a.slice_bits++;
     a.slice = int((a.share + a.slices - 1) / a.slices);
     a.chunks = (a.slice + CHUNK - 1) / CHUNK;
 }

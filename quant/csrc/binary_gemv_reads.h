@@ -28,7 +28,10 @@ struct Signs {
     uint32_t per_block;  // units of a block
     uint32_t inverse;    // 2^32 / per_block, rounded up
     int64_t share;       // units of a rank
+    int own;             // rows of a cluster whose sums a rank adds up
+    uint32_t of_own;     // 2^32 / own, rounded up
     int slices;          // of a share: warps side by side
+    int slice_bits;      // of their number, a power of two
     int slice;           // units of a slice
     int chunks;          // of a slice
     int64_t ring;        // words of a thread block's rings; 0: units come into registers
@@ -39,6 +42,8 @@ struct Signs {
 BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : uint32_t(uint64_t(unit) * a.inverse >> 32); }
 BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units, at.rank * a.share); }
 BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
+BOTH int slice_of(const Signs& a, int warp) { return warp & (a.slices - 1); }
+BOTH int slot_of(const Signs& a, int warp) { return warp >> a.slice_bits; }
 BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
 
 // What a warp has on its way: of a pair, a chunk.
@@ -73,7 +78,7 @@ BOTH void load(Read& to, const Signs& a, const Source& from, int u, uint32_t val
 template <int G, int PLANES>
 BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
     if (HELD > 1) return;
-    const int warp = warp_of(thread), first = warp % a.slices * a.slice, slot = warp / a.slices;
+    const int warp = warp_of(thread), first = slice_of(a, warp) * a.slice, slot = slot_of(a, warp);
     const int count = int(least(units_of(a, at), first + a.slice)) - first;
     if (slot >= pairs_of(a, at)) return;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
@@ -102,9 +107,9 @@ struct Feed {
 
 template <int G, int PLANES>
 BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
-    const int warp = warp_of(thread), slice = warp % a.slices;
+    const int warp = warp_of(thread), slice = slice_of(a, warp);
     const int left = int(least(units_of(a, at), (slice + 1) * a.slice)) - feed.chunk;
-    feed.pair = warp / a.slices;
+    feed.pair = slot_of(a, warp);
     feed.count = feed.pair >= feed.pairs || left < 0 ? 0 : left < CHUNK ? left : CHUNK;
     const uint32_t unit = uint32_t(first_unit(a, at)) + feed.chunk;
     EACH_LANE {
@@ -120,8 +125,8 @@ BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
 template <int G, int PLANES>
 BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
     Feed feed = {};
-    feed.slots = warps(G, PLANES) / a.slices, feed.pairs = pairs_of(a, at);
-    feed.chunk = warp_of(thread) % a.slices * a.slice;
+    feed.slots = warps(G, PLANES) >> a.slice_bits, feed.pairs = pairs_of(a, at);
+    feed.chunk = slice_of(a, warp_of(thread)) * a.slice;
     begin_chunk<G, PLANES>(feed, a, at, thread);
     return feed;
 }
