@@ -8,7 +8,8 @@
 // already, so that sums run on across blocks.
 //
 // A cluster of `ranks` thread blocks has a group of row tiles; each thread block a share of the units of 128 columns, whose digits of x lie
-// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time.
+// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time. With one or
+// two rows of x in bfloat16 a chunk's digits stay in registers, and units of the weight come through a ring, from before x is looked at.
 
 #pragma once
 
@@ -19,7 +20,7 @@ namespace {
 // What a thread block has in shared memory, for 2 G rows of x.
 template <int G>
 struct Held {
-    uint32_t* rings;    // of warps: chunks, and halves of them, as copies come
+    uint32_t* rings;    // [warps, DEPTH]: chunks
     uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
     uint32_t* kinds;    // [units, 16]: 4 where a column is salient
     float* row_largest;  // [group * 16]: those of a rank's own rows
@@ -237,7 +238,7 @@ struct Turn {
 template <int G, int PLANES, bool FULL>
 BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn& turn, int slice, int slot, int first, int last,
                      int thread) {
-    constexpr bool STAY = PLANES == 2;  // digits of x, in registers
+    constexpr bool STAY = G == 1 && PLANES == 2;  // digits of x, in registers
     const int count = FULL ? CHUNK : last - first;
     const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
     Line<4> own_digits[CHUNK][2][HELD];

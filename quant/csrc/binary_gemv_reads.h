@@ -1,5 +1,5 @@
-// How warps of a product with signs (binary_gemv_cuda.h) get their units of the weight: into registers, a chunk ahead, or, where there is room,
-// through rings in shared memory, some chunks ahead, that run on from pair to pair and from chunk to chunk.
+// How warps of a product with signs (binary_gemv_cuda.h) get their units of the weight: into registers, a chunk ahead, or, where there is
+// room, through rings in shared memory, some chunks ahead, that run on from pair to pair and from chunk to chunk.
 
 #pragma once
 
@@ -87,11 +87,11 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
         if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
 }
 
-// A chunk in a warp's ring, in words: of each of its units those of both tiles; of its halves, of each tile, digits of two units' values, the
-// highest; then the others.
+// A chunk in a warp's ring, in words: of each of its units those of both tiles; then, of its halves and in them of each tile, digits of two
+// units' values, the highest two; then the others.
 ANYWHERE constexpr int ring_chunk(int planes) { return CHUNK * 128 + (planes - 1) * CHUNK * 64; }
 constexpr int DEPTH = 3;  // chunks: one is multiplied, the others are on their way
-constexpr bool has_ring(int g) { return g == 1; }  // sums of more rows of x leave less room
+ANYWHERE constexpr bool has_ring(int g) { return g == 1; }  // sums of more rows of x leave less room
 ANYWHERE constexpr int ring_words(int g, int planes) { return has_ring(g) ? warps(g, planes) * DEPTH * ring_chunk(planes) : 0; }
 
 // What comes into a warp's ring next: of a pair, units of a chunk.
