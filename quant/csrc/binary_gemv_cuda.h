@@ -52,7 +52,7 @@ BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
 // Rows of x that there are. Of others sums are made of whatever lies there, which nobody looks at.
 template <int G>
 BOTH int rows_of(const Signs& a, const Place& at) {
-    return int(least(a.given.count - at.first_row, 2 * G));
+    return lesser(int(a.given.count - at.first_row), 2 * G);
 }
 
 // In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
@@ -71,12 +71,12 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         if (m >= rows) break;
         const int part = item % PARTS, slice = slice_of(a, item / PARTS), chunk = item / PARTS >> a.slice_bits;
         const int first = slice * a.slice + chunk * CHUNK;
-        const int last = int(least(units_of(a, at), least(first + CHUNK, (slice + 1) * a.slice)));
+        const int last = lesser(units_of(a, at), lesser(first + CHUNK, (slice + 1) * a.slice));
         float v[HELD][CHUNK * 4];
         uint32_t most[HELD];
         EACH_LANE {
             // Beginning with its own.
-            const int base = int(first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
+            const int base = (first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
             const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
             read<X>(v[h], a.given, at.first_row + m, column);
             most[h] = 0;
@@ -119,9 +119,10 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     const Held<G> held = held_in<G>(a, at, shared);
     const uint32_t* kinds = a.kinds + first_unit(a, at) * 16;
     for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) send<4>(held.kinds + 4 * i, kinds + 4 * i);
-    const int64_t all = a.group * PAIR, own = a.own, start = at.cluster * all;
-    const int64_t last = least(least(all, (at.rank + 1) * own), a.tiles * TILE - start);
-    for (int64_t i = at.rank * own / 4 * 4 + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
+    const int all = int(a.group) * PAIR, first = at.rank * a.own / 4 * 4;
+    const int64_t start = at.cluster * all;
+    const int last = lesser(lesser(all, (at.rank + 1) * a.own), int(a.tiles * TILE - start));
+    for (int i = first + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
         send<4>(reinterpret_cast<uint32_t*>(held.row_largest + i), reinterpret_cast<const uint32_t*>(a.largest + start + i));
     }
     sent();
@@ -284,7 +285,7 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, i
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int warp = warp_of(thread), slice = slice_of(a, warp), first = slice * a.slice, slot = slot_of(a, warp);
-    const int last = int(least(units_of(a, at), first + a.slice));
+    const int last = lesser(units_of(a, at), first + a.slice);
     Turn turn = {};
     if constexpr (RING) {
         turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp), turn.feed = feed_of<G, PLANES>(a, at, thread);

@@ -40,11 +40,15 @@ struct Signs {
 
 // unit / per_block, for fewer than 2^16 units.
 BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : uint32_t(uint64_t(unit) * a.inverse >> 32); }
-BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units, at.rank * a.share); }
-BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
+// In 32 bits, of which a thread has fewer to do.
+BOTH int lesser(int a, int b) { return a < b ? a : b; }
+BOTH int first_unit(const Signs& a, const Place& at) { return lesser(int(a.units), at.rank * int(a.share)); }
+BOTH int units_of(const Signs& a, const Place& at) { return lesser(int(a.units) - first_unit(a, at), int(a.share)); }
 BOTH int slice_of(const Signs& a, int warp) { return warp & (a.slices - 1); }
 BOTH int slot_of(const Signs& a, int warp) { return warp >> a.slice_bits; }
-BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
+BOTH int pairs_of(const Signs& a, const Place& at) {
+    return lesser(int(a.group), (int(a.tiles) + 1) / 2 - int(at.cluster) * int(a.group));
+}
 
 // What a warp has on its way: of a pair, a chunk.
 struct Reads {
@@ -79,7 +83,7 @@ template <int G, int PLANES>
 BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
     if (HELD > 1) return;
     const int warp = warp_of(thread), first = slice_of(a, warp) * a.slice, slot = slot_of(a, warp);
-    const int count = int(least(units_of(a, at), first + a.slice)) - first;
+    const int count = lesser(units_of(a, at), first + a.slice) - first;
     if (slot >= pairs_of(a, at)) return;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     const Source source = source_of(a, at, slot, unit, thread % 32);
@@ -108,7 +112,7 @@ struct Feed {
 template <int G, int PLANES>
 BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
     const int warp = warp_of(thread), slice = slice_of(a, warp);
-    const int left = int(least(units_of(a, at), (slice + 1) * a.slice)) - feed.chunk;
+    const int left = lesser(units_of(a, at), (slice + 1) * a.slice) - feed.chunk;
     feed.pair = slot_of(a, warp);
     feed.count = feed.pair >= feed.pairs || left < 0 ? 0 : left < CHUNK ? left : CHUNK;
     const uint32_t unit = uint32_t(first_unit(a, at)) + feed.chunk;
