@@ -281,15 +281,16 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
 
 // A warp's slice of the units for its pairs.
 template <int G, int PLANES, bool RING>
-BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
+BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, const Feed& feed, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int warp = warp_of(thread), slice = slice_of(a, warp), first = slice * a.slice, slot = slot_of(a, warp);
     const int last = lesser(units_of(a, at), first + a.slice);
     Turn turn = {};
     if constexpr (RING) {
-        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp), turn.feed = feed_of<G, PLANES>(a, at, thread);
-        NO_UNROLL for (int i = 0; i < DEPTH; i++) advance<G, PLANES>(turn.feed, a, at, thread);
+        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp);
+        // On the host a warp that was here before left its own.
+        turn.feed = HELD > 1 ? fill<G, PLANES>(a, at, held.rings, thread) : feed;
     }
     if (first >= last) {
         for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
@@ -340,15 +341,16 @@ template <class X, int G, bool RING, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     constexpr int PLANES = PLANES_FOR<X>;
     Reads held_of;
+    Feed feed = {};
     each([&](int thread) {
         if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
-        if constexpr (RING) fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
+        if constexpr (RING && HELD == 1) feed = fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
         arrived<RING ? DEPTH : 0>();
     });
-    each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, thread); });
+    each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.

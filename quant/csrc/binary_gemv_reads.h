@@ -176,16 +176,16 @@ BOTH uint32_t* ring_of(uint32_t* rings, int warp) {
     return rings + warp * DEPTH * ring_chunk(PLANES);
 }
 
-// A warp's first chunks.
+// A warp's first chunks, all that its ring holds: returns what comes after them.
 template <int G, int PLANES>
-BOTH void fill(const Signs& a, const Place& at, uint32_t* rings, int thread) {
-    if (HELD > 1 && thread % 32 != 0) return;
+BOTH Feed fill(const Signs& a, const Place& at, uint32_t* rings, int thread) {
     Feed feed = feed_of<G, PLANES>(a, at, thread);
     uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread));
     NO_UNROLL for (int i = 0; i < DEPTH; i++, ring += ring_chunk(PLANES)) {
         copy_next<PLANES>(feed, a, ring, thread);
         advance<G, PLANES>(feed, a, at, thread);
     }
+    return feed;
 }
 
 // Unit u of a chunk that has arrived.
