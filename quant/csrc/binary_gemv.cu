@@ -1,9 +1,9 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. With one or two rows of x in bfloat16, 16 rows of 128 columns take 87 instructions of a warp, 58 of them (permutations,
-// masks, shifts) such as half of a scheduler's turns can issue, and 8 matrix products of 16 x 8 x 32 bytes; each two further rows of x add
-// 8 products. 8192 x 16384 weights on 120 multiprocessors, 15 clusters of 8: 140 times that each scheduler, 16 200 turns, 8.2 us at 1.98 GHz;
-// of the weight are read, with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s.
+// What bounds it. With one or two rows of x in bfloat16, 16 rows of 512 columns take 340 instructions of a warp, of which half of a
+// scheduler's turns can issue 194 (128 permutations, 34 masks, 16 shifts), and 32 matrix products of 16 x 8 x 32 bytes. 8192 x 16384
+// weights on 120 multiprocessors, 15 clusters of 8: 35 times that each scheduler, 13 600 turns, 6.9 us at 1.98 GHz; of the weight are read,
+// with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s, of which 147 KB a multiprocessor are on their way while digits of x are made.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -15,16 +15,18 @@ namespace {
 
 extern __shared__ __align__(1024) char memory[];
 
-template <class X, int G>
+template <class X, int G, bool RING>
 __global__ void __launch_bounds__(threads(G, PLANES_FOR<X>), 1) product(const __grid_constant__ Signs a) {
     release_next();
     Place at = {blockIdx.x, int64_t(blockIdx.y) * 2 * G, 0, 1};
 #if __CUDA_ARCH__ >= 900
     const auto cluster = cooperative_groups::this_cluster();
-    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = blockIdx.x / at.ranks;
+    uint32_t number;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+    at.rank = int(cluster.block_rank()), at.ranks = int(cluster.num_blocks()), at.cluster = number;
     asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // nothing was written that others are to see
 #endif
-    add_units<X, G>(a, at, memory, await_previous, [&](const auto& phase) {
+    add_units<X, G, RING>(a, at, memory, await_previous, [&](const auto& phase) {
         phase(int(threadIdx.x));
         __syncthreads();
     });
@@ -62,12 +64,20 @@ __global__ void product_of_rows(const __grid_constant__ Signs a) {
     if (threadIdx.x % 32 == 0) write(a.out, m * a.rows + row, sum, a.given.bfloat16);
 }
 
-template <class X, int G>
+template <class X, int G, bool RING>
 cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
     const int64_t wide = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     const int64_t shared = shared_bytes(G, a, device.ranks());
     const int64_t high = (a.given.count + 2 * G - 1) / (2 * G);
-    return launch_clusters(product<X, G>, a, device, wide, high, threads(G, PLANES_FOR<X>), shared, stream);
+    return launch_clusters(product<X, G, RING>, a, device, wide, high, threads(G, PLANES_FOR<X>), shared, stream);
+}
+
+template <class X, int G>
+cudaError_t launch(const Signs& a, const Device& device, cudaStream_t stream) {
+    if constexpr (has_ring(G)) {
+        if (a.ring > 0) return launch<X, G, true>(a, device, stream);
+    }
+    return launch<X, G, false>(a, device, stream);
 }
 
 template <class X>
@@ -103,7 +113,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t kinds,
     Device device;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
-    const cudaError_t failed = find(device, clusters, product<uint16_t, 1>, threads(1, 2));
+    const cudaError_t failed = find(device, clusters, product<uint16_t, 1, true>, threads(1, 2));
     if (failed != cudaSuccess) return failed;
     plan(a, clusters, device.ranks());
     const int g = block % UNIT == 0 ? rows_at_a_time(a, device.ranks(), device.shared) : 0;
@@ -115,7 +125,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t kinds,
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_binary_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<uint16_t, 1>, threads(1, 2));
+    return tell_clusters(found, product<uint16_t, 1, true>, threads(1, 2));
 }
 
 // The weight [N, K], float32 or bfloat16.

@@ -8,43 +8,19 @@
 // already, so that sums run on across blocks.
 //
 // A cluster of `ranks` thread blocks has a group of row tiles; each thread block a share of the units of 128 columns, whose digits of x lie
-// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time.
+// in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time. With one or
+// two rows of x in bfloat16 a chunk's digits stay in registers, and units of the weight come through a ring, from before x is looked at.
 
 #pragma once
 
-#include "binary_gemv_warp.h"
+#include "binary_gemv_reads.h"
 
 namespace {
-
-constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a matrix; columns
-constexpr int SLICES = 8;  // at most
-ANYWHERE constexpr int warps(int g, int planes) { return g <= 2 && planes == 2 ? 16 : 8; }  // more sums take more registers
-constexpr int CHUNK = 4;  // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
-constexpr int AHEAD = CHUNK;  // units of a warp that are on their way while digits of x are made
-ANYWHERE constexpr int threads(int g, int planes) { return 32 * warps(g, planes); }
-constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
-constexpr int MOST_PAIRS = 40;
-
-struct Signs {
-    const uint32_t* words;   // [T, units, 8, 8]
-    const uint32_t* tables;  // [2, T, blocks, 8, 4]
-    const uint32_t* kinds;   // [units, 16]
-    const float* largest;    // [T, 8]
-    Given given;
-    void* out;
-    int64_t rows, tiles, units, blocks, block;  // columns of a block: a multiple of a unit
-    int64_t group;       // pairs of a cluster
-    uint32_t per_block;  // units of a block
-    uint32_t inverse;    // 2^32 / per_block, rounded up
-    int64_t share;       // units of a rank
-    int slices;          // of a share: warps side by side
-    int slice;           // units of a slice
-    int chunks;          // of a slice
-};
 
 // What a thread block has in shared memory, for 2 G rows of x.
 template <int G>
 struct Held {
+    uint32_t* rings;    // [warps, DEPTH]: chunks
     uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
     uint32_t* kinds;    // [units, 16]: 4 where a column is salient
     float* row_largest;  // [group * 16]: those of a rank's own rows
@@ -54,54 +30,29 @@ struct Held {
     uint32_t* largest;  // [2 G, slices * chunks]
 };
 
-// Rows of a cluster whose sums a rank adds up.
-ANYWHERE inline int64_t own_rows(int64_t group, int64_t ranks) { return (group * PAIR + ranks - 1) / ranks; }
-
 ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
-    return a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
-           (a.slices * a.group * PAIR + ranks * own_rows(a.group, ranks) + a.slices * a.chunks) * 2 * g * 4;
+    return a.ring * 4 + a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
+           (a.slices * a.group * PAIR + ranks * a.own + a.slices * a.chunks) * 2 * g * 4;
 }
 
 template <int G>
 BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
     Held<G> held;
-    held.digits = static_cast<uint32_t*>(shared);
+    held.rings = static_cast<uint32_t*>(shared);
+    held.digits = held.rings + a.ring;
     held.kinds = held.digits + a.share * G * 256;
     held.row_largest = reinterpret_cast<float*>(held.kinds + a.share * 16);
     held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
     held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
     held.arrived = held.sums + a.slices * a.group * PAIR * 2 * G;
-    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * own_rows(a.group, at.ranks) * 2 * G);
+    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * a.own * 2 * G);
     return held;
 }
 
-// unit / per_block, for fewer than 2^16 units.
-BOTH uint32_t block_of(const Signs& a, uint32_t unit) { return a.per_block == 1 ? unit : uint32_t(uint64_t(unit) * a.inverse >> 32); }
-BOTH int64_t first_unit(const Signs& a, const Place& at) { return least(a.units, at.rank * a.share); }
-BOTH int units_of(const Signs& a, const Place& at) { return int(least(a.units - first_unit(a, at), a.share)); }
-BOTH int pairs_of(const Signs& a, const Place& at) { return int(least(a.group, (a.tiles + 1) / 2 - at.cluster * a.group)); }
-
-// Rows of x that there are.
+// Rows of x that there are. Of others sums are made of whatever lies there, which nobody looks at.
 template <int G>
 BOTH int rows_of(const Signs& a, const Place& at) {
-    return int(least(a.given.count - at.first_row, 2 * G));
-}
-
-// Rows of x that are not there are zeros.
-template <int G, int PLANES>
-BOTH void clear(const Signs& a, const Place& at, void* shared, int thread) {
-    const Held<G> held = held_in<G>(a, at, shared);
-    const int rows = rows_of<G>(a, at), share = int(a.share);
-    if (rows < 2 * G) {
-        for (int i = thread; i < share * G * 64; i += threads(G, PLANES)) {
-            if (i / 64 % G * 2 + i % 32 / 16 >= rows) *reinterpret_cast<Line<4>*>(held.digits + i * 4) = {};
-        }
-        for (int i = thread; i < share * G * COLUMNS; i += threads(G, PLANES)) {
-            if (i / COLUMNS % G * 2 + i % COLUMNS / DIGITS >= rows) held.whole[i] = 0;
-        }
-        for (int i = thread + rows * a.slices * a.chunks; i < 2 * G * a.slices * a.chunks; i += threads(G, PLANES)) held.largest[i] = 0;
-    }
-    for (int i = thread; i < a.slices * int(a.group) * PAIR * 2 * G; i += threads(G, PLANES)) held.sums[i] = 0.0f;
+    return lesser(int(a.given.count - at.first_row), 2 * G);
 }
 
 // In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
@@ -114,16 +65,18 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
     constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
-    const int chunks = a.slices * a.chunks, items = rows_of<G>(a, at) * chunks * PARTS;
-    for (int item = warp_of(thread); item < items; item += warps(G, PLANES)) {
-        const int part = item % PARTS, chunk = item / PARTS % chunks, m = item / PARTS / chunks;
-        const int first = chunk / a.chunks * a.slice + chunk % a.chunks * CHUNK;
-        const int last = int(least(units_of(a, at), least(first + CHUNK, (chunk / a.chunks + 1) * a.slice)));
+    const int chunks = a.slices * a.chunks, rows = rows_of<G>(a, at);
+    for (int item = warp_of(thread), m = 0;; item += warps(G, PLANES)) {
+        for (; item >= chunks * PARTS; m++) item -= chunks * PARTS;
+        if (m >= rows) break;
+        const int part = item % PARTS, slice = slice_of(a, item / PARTS), chunk = item / PARTS >> a.slice_bits;
+        const int first = slice * a.slice + chunk * CHUNK;
+        const int last = lesser(units_of(a, at), lesser(first + CHUNK, (slice + 1) * a.slice));
         float v[HELD][CHUNK * 4];
         uint32_t most[HELD];
         EACH_LANE {
             // Beginning with its own.
-            const int base = int(first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
+            const int base = (first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
             const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
             read<X>(v[h], a.given, at.first_row + m, column);
             most[h] = 0;
@@ -134,7 +87,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
         }
         const uint32_t largest = most_of(most);
         const float by = factor_of<X_BITS>(largest);
-        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + chunk] = largest;
+        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + slice * a.chunks + chunk] = largest;
         int32_t whole[DIGITS][HELD] = {};
         UNROLL for (int j = 0; j < CHUNK / PARTS; j++) {
             const int unit = first + (part + j) % CHUNK;
@@ -166,101 +119,61 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     const Held<G> held = held_in<G>(a, at, shared);
     const uint32_t* kinds = a.kinds + first_unit(a, at) * 16;
     for (int i = thread; i < units_of(a, at) * 4; i += threads(G, PLANES)) send<4>(held.kinds + 4 * i, kinds + 4 * i);
-    const int64_t all = a.group * PAIR, own = own_rows(a.group, at.ranks), start = at.cluster * all;
-    const int64_t last = least(least(all, (at.rank + 1) * own), a.tiles * TILE - start);
-    for (int64_t i = at.rank * own / 4 * 4 + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
+    const int all = int(a.group) * PAIR, first = at.rank * a.own / 4 * 4;
+    const int64_t start = at.cluster * all;
+    const int last = lesser(lesser(all, (at.rank + 1) * a.own), int(a.tiles * TILE - start));
+    for (int i = first + 4 * thread; i < last; i += 4 * threads(G, PLANES)) {
         send<4>(reinterpret_cast<uint32_t*>(held.row_largest + i), reinterpret_cast<const uint32_t*>(a.largest + start + i));
     }
     sent();
 }
 
-// What a warp has on its way: of a pair, a chunk.
-struct Reads {
-    Read read[CHUNK][HELD];
-};
-
-// Where a lane reads: row g of each tile of a pair.
-struct Source {
-    const uint32_t *words[2], *tables[2];
-};
-
-// Numbers of tiles and units of a weight have 32 bits, and so has their product.
-BOTH Source source_of(const Signs& a, const Place& at, int pair, uint32_t unit, int lane) {
-    const int tile = 2 * (int(at.cluster) * int(a.group) + pair), last = int(a.tiles) - 1;
-    const int second = tile < last ? tile + 1 : last;  // rows that are not there are not written
-    const auto words = [&](int t) { return a.words + uint64_t(uint32_t(t) * uint32_t(a.units) + unit) * 64 + uint32_t(lane * 2); };
-    const auto tables = [&](int t) { return a.tables + uint64_t(uint32_t(t) * uint32_t(a.blocks)) * 32 + uint32_t(lane / 4 * 4); };
-    return {{words(tile), words(second)}, {tables(tile), tables(second)}};
-}
-
-// Unit u of a chunk.
-template <int PLANES>
-BOTH void load(Read& to, const Signs& a, const Source& from, int u, uint32_t values_at) {
-    UNROLL for (int r = 0; r < 2; r++) {
-        to.words[r] = stream_line<2>(from.words[r] + u * 64), to.high[r] = stream_line<4>(from.tables[r] + values_at);
-        if constexpr (PLANES == 3) to.third[r] = stream_line<2>(from.tables[r] + a.tiles * a.blocks * 32 + values_at);
-    }
-}
-
-// A warp's first units.
+// A chunk of a warp's slice: units from `first` on, of a rank, and what its sums begin with and are worth.
 template <int G, int PLANES>
-BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread) {
-    if (HELD > 1) return;
-    const int warp = warp_of(thread), first = warp % a.slices * a.slice, slot = warp / a.slices;
-    const int count = int(least(units_of(a, at), first + a.slice)) - first;
-    if (slot >= pairs_of(a, at)) return;
-    const uint32_t unit = uint32_t(first_unit(a, at)) + first;
-    const Source source = source_of(a, at, slot, unit, thread % 32);
-    UNROLL for (int u = 0; u < AHEAD; u++)
-        if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
-}
+struct Chunk {
+    const Signs& a;
+    const Held<G>& held;
+    int slice, first, count;
+    int32_t start[HELD][2];
+    float worth[HELD];
+    float* to[HELD];
 
-// A warp's pairs, of up to CHUNK units from `chunk` on that end before `last`. FULL: of as many. there: AHEAD of the first pair are on
-// their way.
-template <int G, int PLANES, bool FULL>
-BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int chunk,
-                      int last, int thread) {
-    const int count = last - chunk, pairs = pairs_of(a, at), slots = warps(G, PLANES) / a.slices;
-    const uint32_t unit = uint32_t(first_unit(a, at)) + chunk;
-    uint32_t values_at[CHUNK];
-    UNROLL for (int u = 0; u < CHUNK; u++)
-        if (FULL || u < count) values_at[u] = block_of(a, unit + u) * 32;
+    BOTH Chunk(const Signs& a, const Held<G>& held, int slice, int first, int last, int thread)
+        : a(a), held(held), slice(slice), first(first), count(last - first) {
+        EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i, thread);
+        EACH_LANE {
+            const int lane = LANE, t = lane % 4;
+            worth[h] = worth_of(0, h, thread);
+            to[h] = held.sums + (slice * int(a.group) * PAIR + t % 2 * TILE + lane / 4) * 2 * G + t / 2;
+        }
+    }
+
     // Takes off what digits are stored with. Of more rows of x it is found out again, and so is what 1 is worth, for want of registers.
-    const auto start_of = [&](int g, int h, int i) {
+    BOTH int32_t start_of(int g, int h, int i, int thread) const {
         int32_t sum = 0;
         UNROLL for (int u = 0; u < parts(G); u++)
-            if (FULL || u < count) sum -= 128 * held.whole[((chunk + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
+            if (u < count) sum -= 128 * held.whole[((first + u) * G + g) * COLUMNS + LANE % 4 * 2 + i];
         return sum;
-    };
-    int32_t start[HELD][2];
-    EACH_LANE UNROLL for (int i = 0; i < 2; i++) start[h][i] = start_of(0, h, i);
-    const uint32_t* largest = held.largest + slice * a.chunks + (chunk - slice * a.slice) / CHUNK;
-    const auto worth_of = [&](int g, int h) { return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]); };
-    float worth[HELD];
-    EACH_LANE worth[h] = worth_of(0, h);
-    Source source[HELD] = {};
-    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
-    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
-    if (slot >= pairs) return;
-    seek(slot);
-    UNROLL for (int u = 0; u < CHUNK; u++)
-        if ((u >= AHEAD || !there) && (FULL || u < count)) load_unit(u);
-    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
-        int32_t c[G][PLANES][HELD][4] = {};
+    }
+    BOTH float worth_of(int g, int h, int thread) const {
+        const uint32_t* largest = held.largest + slice * a.chunks + (first - slice * a.slice) / CHUNK;
+        return unit_of<X_BITS>(largest[(2 * g + LANE % 4 / 2) * a.slices * a.chunks]);
+    }
+    BOTH Line<4> digits(int u, int g, int h, int odd, int thread) const {
+        return *reinterpret_cast<const Line<4>*>(held.digits + (((first + u) * G + g) * 2 + odd) * 128 + LANE * 4);
+    }
+    BOTH Line<2> kinds(int u, int h, int odd, int thread) const {
+        return *reinterpret_cast<const Line<2>*>(held.kinds + (first + u) * 16 + odd * 8 + LANE % 4 * 2);
+    }
+
+    BOTH void begin(int32_t (&c)[G][PLANES][HELD][4], int thread) const {
         EACH_LANE UNROLL for (int g = 0; g < G; g++) UNROLL for (int i = 0; i < 4; i++) {
-            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2);
+            c[g][0][h][i] = G == 1 ? start[h][i % 2] : start_of(g, h, i % 2, thread), c[g][1][h][i] = 0;
             if constexpr (PLANES == 3) c[g][2][h][i] = c[g][0][h][i];
         }
-        const bool more = pair + slots < pairs;
-        if (more) seek(pair + slots);
-        UNROLL for (int u = 0; u < CHUNK; u++) {
-            if (!FULL && u >= count) break;
-            const auto digits = [&](int g, int h, int odd) {
-                return *reinterpret_cast<const Line<4>*>(held.digits + (((chunk + u) * G + g) * 2 + odd) * 128 + LANE * 4);
-            };
-            add_unit<G, PLANES>(c, held_of.read[u], held.kinds + (chunk + u) * 16, digits, thread);
-            if (more) load_unit(u);
-        }
+    }
+
+    BOTH void end(const int32_t (&c)[G][PLANES][HELD][4], int pair, int thread) const {
         UNROLL for (int g = 0; g < G; g++) {
             float own[HELD], given[HELD];
             EACH_LANE {
@@ -275,26 +188,123 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
             }
             of_neighbour(given);
             EACH_LANE {
-                const int lane = LANE, t = lane % 4, row = (slice * int(a.group) + pair) * PAIR + t % 2 * TILE + lane / 4;
-                held.sums[row * 2 * G + 2 * g + t / 2] += (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h));
+                float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
+                *sum = (first == slice * a.slice ? 0.0f : *sum) + (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
             }
         }
+    }
+};
+
+// A warp's pairs, of up to CHUNK units from `first` on that end before `last`, by registers. FULL: of as many. there: AHEAD of the first
+// pair are on their way.
+template <int G, int PLANES, bool FULL>
+BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
+                      int last, int thread) {
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) >> a.slice_bits;
+    const uint32_t unit = uint32_t(first_unit(a, at)) + first;
+    uint32_t values_at[CHUNK];
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if (u < count) values_at[u] = block_of(a, unit + u) * 32;
+    const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
+    Source source[HELD] = {};
+    const auto seek = [&](int pair) { EACH_LANE source[h] = source_of(a, at, pair, unit, LANE); };
+    const auto load_unit = [&](int u) { EACH_LANE load<PLANES>(held_of.read[u][h], a, source[h], u, values_at[u]); };
+    if (slot >= pairs) return;
+    seek(slot);
+    UNROLL for (int u = 0; u < CHUNK; u++)
+        if ((u >= AHEAD || !there) && u < count) load_unit(u);
+    NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
+        int32_t c[G][PLANES][HELD][4];
+        chunk.begin(c, thread);
+        const bool more = pair + slots < pairs;
+        if (more) seek(pair + slots);
+        UNROLL for (int u = 0; u < CHUNK; u++) {
+            if (u >= count) break;
+            const auto kinds = [&](int h, int odd) { return chunk.kinds(u, h, odd, thread); };
+            const auto digits = [&](int g, int h, int odd) { return chunk.digits(u, g, h, odd, thread); };
+            add_unit<G, PLANES>(c, held_of.read[u], kinds, digits, thread);
+            if (more) load_unit(u);
+        }
+        chunk.end(c, pair, thread);
+    }
+}
+
+// Where a warp is in its ring.
+struct Turn {
+    uint32_t *begin, *now, *before;
+    Feed feed;
+};
+
+// The same by the warp's ring.
+template <int G, int PLANES, bool FULL>
+BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn& turn, int slice, int slot, int first, int last,
+                     int thread) {
+    constexpr bool STAY = G == 1 && PLANES == 2;  // digits of x, in registers
+    const int count = FULL ? CHUNK : last - first;
+    const Chunk<G, PLANES> chunk(a, held, slice, first, first + count, thread);
+    Line<4> own_digits[CHUNK][2][HELD];
+    Line<2> own_kinds[CHUNK][2][HELD];
+    if constexpr (STAY) {
+        UNROLL for (int u = 0; u < CHUNK; u++)
+            if (u < count) EACH_LANE UNROLL for (int odd = 0; odd < 2; odd++) {
+                own_digits[u][odd][h] = chunk.digits(u, 0, h, odd, thread), own_kinds[u][odd][h] = chunk.kinds(u, h, odd, thread);
+            }
+    }
+    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
+        int32_t c[G][PLANES][HELD][4];
+        chunk.begin(c, thread);
+        arrived<DEPTH - 2>();
+        barrier();  // and all lanes have read what was before
+        UNROLL for (int u = 0; u < CHUNK; u++) {
+            if (u >= count) break;
+            Read read[HELD];
+            take<PLANES>(read, turn.now, u, thread);
+            if (u == 0 && turn.before != turn.now) {
+                copy_next<PLANES>(turn.feed, a, turn.before, thread);
+                advance<G, PLANES>(turn.feed, a, at, thread);
+            }
+            const auto kinds = [&](int h, int odd) {
+                if constexpr (STAY) return own_kinds[u][odd][h];
+                return chunk.kinds(u, h, odd, thread);
+            };
+            const auto digits = [&](int g, int h, int odd) {
+                if constexpr (STAY) return own_digits[u][odd][h];
+                return chunk.digits(u, g, h, odd, thread);
+            };
+            add_unit<G, PLANES>(c, read, kinds, digits, thread);
+        }
+        turn.before = turn.now, turn.now += ring_chunk(PLANES);
+        if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
+        chunk.end(c, pair, thread);
     }
 }
 
 // A warp's slice of the units for its pairs.
-template <int G, int PLANES>
-BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, int thread) {
+template <int G, int PLANES, bool RING>
+BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, const Feed& feed, int thread) {
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
-    const int warp = warp_of(thread), slice = warp % a.slices, first = slice * a.slice, slot = warp / a.slices;
-    const int last = int(least(units_of(a, at), first + a.slice));
-    NO_UNROLL for (int chunk = first; chunk < last; chunk += CHUNK) {
-        const bool there = HELD == 1 && chunk == first;
-        if (chunk + CHUNK <= last) {
-            sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, chunk, chunk + CHUNK, thread);
+    const int warp = warp_of(thread), slice = slice_of(a, warp), first = slice * a.slice, slot = slot_of(a, warp);
+    const int last = lesser(units_of(a, at), first + a.slice);
+    Turn turn = {};
+    if constexpr (RING) {
+        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp);
+        // On the host a warp that was here before left its own.
+        turn.feed = HELD > 1 ? fill<G, PLANES>(a, at, held.rings, thread) : feed;
+    }
+    if (first >= last) {
+        for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
+            EACH_LANE UNROLL for (int i = 0; i < G; i++) held.sums[((slice * int(a.group) + pair) * G + i) * 32 + LANE] = 0.0f;
+        }
+    }
+    NO_UNROLL for (int c = first; c < last; c += CHUNK) {
+        const bool there = HELD == 1 && c == first;
+        if (c + CHUNK <= last) {
+            if constexpr (RING) sweep_ring<G, PLANES, true>(a, at, held, turn, slice, slot, c, last, thread);
+            else sweep_chunk<G, PLANES, true>(a, at, held, held_of, there, slice, slot, c, last, thread);
         } else {
-            sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, chunk, last, thread);
+            if constexpr (RING) sweep_ring<G, PLANES, false>(a, at, held, turn, slice, slot, c, last, thread);
+            else sweep_chunk<G, PLANES, false>(a, at, held, held_of, there, slice, slot, c, last, thread);
         }
     }
 }
@@ -303,18 +313,18 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, i
 template <int G, int PLANES, class SharedOf>
 BOTH void give(const Signs& a, const Place& at, void* shared, const SharedOf& shared_of, int thread) {
     const Held<G> held = held_in<G>(a, at, shared);
-    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    const int all = int(a.group) * PAIR, own = a.own;
     for (int i = thread; i < all * 2 * G; i += threads(G, PLANES)) {
         float sum = held.sums[i];
         for (int s = 1; s < a.slices; s++) sum += held.sums[s * all * 2 * G + i];
-        const int place = i / (2 * G), to = place / own;
+        const int place = i / (2 * G), to = int(uint64_t(uint32_t(place)) * a.of_own >> 32);
         held_in<G>(a, at, shared_of(to)).arrived[(at.rank * own + place - to * own) * 2 * G + i % (2 * G)] = sum;
     }
 }
 
 template <int G, int PLANES>
 BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
-    const int all = int(a.group) * PAIR, own = int(own_rows(a.group, at.ranks));
+    const int all = int(a.group) * PAIR, own = a.own;
     const Held<G> held = held_in<G>(a, at, shared);
     for (int i = thread; i < own * 2 * G; i += threads(G, PLANES)) {
         const int64_t place = at.rank * own + i / (2 * G), row = at.cluster * all + place, to = at.first_row + i % (2 * G);
@@ -327,19 +337,20 @@ BOTH void finish(const Signs& a, const Place& at, void* shared, int thread) {
 
 // `each(phase)`: every thread of a block does `phase(thread)`, then a barrier. `previous()` waits for kernels that may still write what is
 // read after it.
-template <class X, int G, class Previous, class Each>
+template <class X, int G, bool RING, class Previous, class Each>
 BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previous& previous, const Each& each) {
     constexpr int PLANES = PLANES_FOR<X>;
     Reads held_of;
+    Feed feed = {};
     each([&](int thread) {
-        load_first<G, PLANES>(a, at, held_of, thread);
-        clear<G, PLANES>(a, at, shared, thread);
+        if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
+        if constexpr (RING && HELD == 1) feed = fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
         previous();
         take_digits<X, G>(a, at, shared, thread);
-        arrived<0>();
+        arrived<RING ? DEPTH : 0>();
     });
-    each([&](int thread) { sweep<G, PLANES>(a, at, shared, held_of, thread); });
+    each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.
@@ -347,16 +358,21 @@ inline void plan(Signs& a, int64_t at_once, int64_t ranks) {
     const int64_t pairs = (a.tiles + 1) / 2, waves = (pairs + at_once * MOST_PAIRS - 1) / (at_once * MOST_PAIRS);
     a.group = (pairs + at_once * waves - 1) / (at_once * waves);
     a.share = (a.units + ranks - 1) / ranks;
-    a.slices = 1;
-    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2;
+    a.own = int((a.group * PAIR + ranks - 1) / ranks), a.of_own = uint32_t((uint64_t(1) << 32) / uint32_t(a.own) + 1);
+    a.slices = 1, a.slice_bits = 0;
+    while (a.slices < SLICES && a.share > a.slices * CHUNK) a.slices *= 2, a.slice_bits++;
     a.slice = int((a.share + a.slices - 1) / a.slices);
     a.chunks = (a.slice + CHUNK - 1) / CHUNK;
 }
 
-// Half the rows of x at a time; 0 if not even two fit.
-inline int rows_at_a_time(const Signs& a, int64_t ranks, int64_t limit) {
+// Half the rows of x at a time; 0 if not even two fit. And whether there is room for rings besides.
+inline int rows_at_a_time(Signs& a, int64_t ranks, int64_t limit) {
     int g = a.given.count > 4 ? 4 : a.given.count > 2 ? 2 : 1;
+    a.ring = 0;
     while (g > 0 && shared_bytes(g, a, ranks) > limit) g /= 2;
+    if (g == 0) return 0;
+    a.ring = ring_words(g, a.given.bfloat16 ? 2 : 3);
+    if (shared_bytes(g, a, ranks) > limit) a.ring = 0;
     return g;
 }
 
@@ -366,6 +382,7 @@ inline Signs signs_of(const uint32_t* words, const uint32_t* tables, const uint3
     a.words = words, a.tables = tables, a.kinds = kinds, a.largest = largest;
     a.given = {x, scale, k, count, bfloat16}, a.out = out, a.rows = rows;
     a.tiles = (rows + TILE - 1) / TILE, a.units = (k + UNIT - 1) / UNIT, a.blocks = (k + block - 1) / block, a.block = block;
+    a.bytes_of_words = uint32_t(a.units * 256), a.bytes_of_tables = uint32_t(a.blocks * 128);
     a.per_block = uint32_t(block / UNIT);
     a.inverse = a.per_block < 2 ? 0 : uint32_t(((uint64_t(1) << 32) + a.per_block - 1) / a.per_block);
     return a;

@@ -11,7 +11,7 @@
 
 namespace {
 
-template <class X, int G>
+template <class X, int G, bool RING>
 void product(const Signs& a, int ranks) {
     const int64_t bytes = shared_bytes(G, a, ranks), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
@@ -24,11 +24,19 @@ void product(const Signs& a, int ranks) {
             const auto place = [&](int r) { return Place{c, first, r, ranks}; };
             for (int r = 0; r < ranks; r++)
                 for (Four& f : shared[r]) std::memset(&f, 0xff, sizeof f);
-            for (int r = 0; r < ranks; r++) add_units<X, G>(a, place(r), of(r), [] {}, all);
+            for (int r = 0; r < ranks; r++) add_units<X, G, RING>(a, place(r), of(r), [] {}, all);
             for (int r = 0; r < ranks; r++) all([&](int t) { give<G, PLANES_FOR<X>>(a, place(r), of(r), of, t); });
             for (int r = 0; r < ranks; r++) all([&](int t) { finish<G, PLANES_FOR<X>>(a, place(r), of(r), t); });
         }
     }
+}
+
+template <class X, int G>
+void product(const Signs& a, int ranks) {
+    if constexpr (has_ring(G)) {
+        if (a.ring > 0) return product<X, G, true>(a, ranks);
+    }
+    product<X, G, false>(a, ranks);
 }
 
 template <class X>

@@ -115,6 +115,20 @@ BOTH uint32_t masked(uint32_t v, uint32_t mask, uint32_t base) {
 #endif
 }
 
+// The upper half of v, four digits in base 16 below 8, in the lower one: as half floats, of which none is infinite, plus -0, for the other
+// pipe has turns to spare. What is above is not to be looked at.
+BOTH uint32_t upper(uint32_t v) {
+#if defined(__CUDA_ARCH__)
+    uint32_t made;
+    asm("{.reg .b16 low, high; .reg .b32 both; mov.b32 {low, high}, %1; mov.b32 both, {high, high}; add.rn.f16x2 %0, both, %2;}"
+        : "=r"(made)
+        : "r"(v), "r"(0x80008000u));
+    return made;
+#else
+    return v >> 16 | v & 0xffff0000u;
+#endif
+}
+
 // c = a b + c, a 16 x 32 of unsigned bytes, b 32 x 8 of signed ones, as lanes hold them.
 BOTH void multiply(int32_t (&c)[HELD][4], const uint32_t (&a)[HELD][4], const uint32_t (&b)[HELD][2]) {
 #if defined(__CUDA_ARCH__)
@@ -174,12 +188,12 @@ struct Read {
 };
 
 // A unit of a pair: += the products of its values' digits, the highest first, with those of x. kinds, digits: for even and odd codes.
-template <int G, int PLANES, class Digits>
-BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], const Read (&read)[HELD], const uint32_t* kinds, const Digits& digits, int thread) {
+template <int G, int PLANES, class Kinds, class Digits>
+BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], const Read (&read)[HELD], const Kinds& kinds, const Digits& digits, int thread) {
     UNROLL for (int odd = 0; odd < 2; odd++) {
         uint32_t selectors[2][2][HELD];  // of a row and a word: for even or odd codes
         EACH_LANE {
-            const auto kind = *reinterpret_cast<const Line<2>*>(kinds + odd * 8 + LANE % 4 * 2);
+            const Line<2> kind = kinds(h, odd);
             UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
                 selectors[r][w][h] = masked(read[h].words[r].v[w] >> 2 * odd, 0x33333333u, kind.v[w]);
             }
@@ -192,7 +206,7 @@ BOTH void add_unit(int32_t (&c)[G][PLANES][HELD][4], const Read (&read)[HELD], c
         UNROLL for (int s = 0; s < STEPS / 2; s++) {
             uint32_t factor[PLANES][HELD][4], of_x[HELD][2];
             EACH_LANE UNROLL for (int r = 0; r < 2; r++) UNROLL for (int w = 0; w < 2; w++) {
-                const uint32_t selector = s == 0 ? selectors[r][w][h] : selectors[r][w][h] >> 16;
+                const uint32_t selector = s == 0 ? selectors[r][w][h] : upper(selectors[r][w][h]);
                 const Read& of = read[h];
                 UNROLL for (int p = 0; p < 2; p++) factor[p][h][r + 2 * w] = picked(of.high[r].v[p], of.high[r].v[2 + p], selector);
                 if constexpr (PLANES == 3) factor[2][h][r + 2 * w] = picked(of.third[r].v[0], of.third[r].v[1], selector);

@@ -158,6 +158,16 @@ def test_the_number_of_clusters_changes_nothing(operation: str) -> None:
     assert torch.equal(got, on_the_host(operation, x, packed, clusters=300))
 
 
+@pytest.mark.parametrize(("n", "k", "block", "ranks"), [(200, 7100, 128, 1), (600, 4000, 256, 8), (40, 1500, 384, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rings_change_nothing(n: int, k: int, block: int, ranks: int, dtype: torch.dtype) -> None:
+    """Of chunks whole and not, pairs more and fewer than a ring holds: bit for bit what registers give, where rings have no room."""
+    tensor, x = signs(n, k, block), inputs(2, k, dtype)
+    got, registers = (on_the_host("binary_gemv", x, digits.prepare(tensor), 1, ranks, limit) for limit in (LIMITS[90], 98304))
+    check(got, x, tensor)
+    assert torch.equal(got, registers)
+
+
 def test_inputs_of_very_different_sizes_and_none() -> None:
     """Of 28 bits of the largest of some columns each x keeps what float32 would, as far as the sum is concerned."""
     tensor = signs(19, 1024, 128)
