@@ -8,6 +8,7 @@
 #pragma GCC optimize("Og")
 #endif
 
+#include "wq_balanced.h"
 #include "wq_single.h"
 #include "wq_slices.h"
 #include "wq_weight.h"
@@ -84,6 +85,7 @@ struct Lanes32 {
     }
 
     void together() {}
+    void release() {}
     template <int C>
     void team(int) {}
     static uint32_t kept(uint32_t v, int) { return v; }
@@ -188,6 +190,27 @@ void product(Call call, int most) {
         }
 }
 
+// One row of x by blocks of two teams, of which some have tiles, several, or none; with float32 ranges, in rings as of long rows.
+template <int BITS, bool HALF>
+bool balanced(Call call, int most) {
+    using Work = Balanced<Lanes32, BITS, HALF, !HALF>;
+    const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
+    if (bytes > most || !counted(call)) return false;
+    call.beyond = 3;
+    std::vector<uint8_t> space(bytes + 16);
+    uint8_t* memory = space.data() + (16 - reinterpret_cast<uintptr_t>(space.data()) % 16);
+    for (int block = 0; block < blocks; block++) {
+        memset(memory, 0xff, bytes);
+        std::vector<Lanes32> p(TEAMS * WARPS);
+        std::vector<Work> work;
+        for (int w = 0; w < TEAMS * WARPS; w++) work.emplace_back(call, memory, w, block, blocks);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].open(p[w]), work[w].begin(p[w]);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].over(p[w]);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].finish(p[w], block);
+    }
+    return true;
+}
+
 // One row of x, where the room is a block's.
 template <int BITS, int R, bool HALF>
 bool single(Call call, int most) {
@@ -211,6 +234,8 @@ bool single(Call call, int most) {
 template <int BITS>
 bool single(const Call& call, int most) {
     if (!is_single(call)) return false;
+    if (call.half_ranges ? balanced<BITS, true>(call, most) : balanced<BITS, false>(call, most)) return true;
+    if constexpr (BITS == 3) return false;
     constexpr int R = wide_alone(BITS);
     return call.half_ranges ? single<BITS, R, true>(call, most) : single<BITS, R, false>(call, most);
 }
@@ -249,7 +274,7 @@ bool by_teams(const Call& call, int most) {
 template <int BITS>
 void product(const Call& call, int most) {
     if (call.count > MOST && by_teams<BITS>(call, most)) return;
-    if constexpr (BITS == 2 || BITS == 4)
+    if constexpr (BITS != 8)
         if (single<BITS>(call, most)) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }

@@ -4,12 +4,13 @@
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
 // multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is for some sizes
-// multiplied by blocks of which three or four are on a multiprocessor (wq_single.h).
+// multiplied by blocks of which three or four are on a multiprocessor (wq_single.h), or by one on each (wq_balanced.h).
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 
+#include "wq_balanced.h"
 #include "wq_lane.h"
 #include "wq_single.h"
 #include "wq_weight.h"
@@ -51,6 +52,25 @@ __global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(cons
     Single<Lane, BITS, R, HALF> work(call, memory, warp, tile);
     multiply(work, p);
     if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
+}
+
+// Bytes of codes that all warps together have brought to the GPU's own cache before they begin.
+constexpr int NEAR = 0;
+
+template <int BITS, bool HALF, bool LONG>
+__global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    Lane p;
+    Balanced<Lane, BITS, HALF, LONG> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
+    work.open(p);
+    if (RELEASED == 0) release_next();
+    await_previous();
+    if (RELEASED == 1) release_next();
+    work.begin(p);
+    __syncthreads();
+    work.over(p);
+    __syncthreads();
+    work.finish(p, blockIdx.x);
 }
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
@@ -114,6 +134,12 @@ cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps
     return cudaLaunchKernelEx(&config, KERNEL, call);
 }
 
+// Whether one block on each multiprocessor is measured to be the fastest: not yet, as none has been timed.
+template <int BITS>
+bool is_balanced(const Call&) {
+    return false;
+}
+
 // One row of x. `done`: false where it is not to be multiplied so, but by blocks of more rows, which are measured to be faster: but for
 // 4 bits with as many tiles as two blocks of a multiprocessor have and all of a warp's steps in its ring, and 2 bits with twice as many of
 // both.
@@ -130,6 +156,29 @@ cudaError_t single_launched(Call call, const Device& device, bool early, cudaStr
     // And no block more, for which there may be registers.
     const dim3 blocks((call.tiles + R - 1) / R);
     return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);
+}
+
+// One row by blocks that leave half of a multiprocessor to the next product's. `done`: false where there is no room for it.
+template <int BITS, bool HALF, bool LONG>
+cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    using D = Divided<BITS, HALF, LONG>;
+    const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
+    const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
+    if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
+    call.beyond = early ? NEAR / (TEAMS * WARPS * D::CODES * blocks) : 0;
+    // And no third block, for which there may be room.
+    return start<balanced<BITS, HALF, LONG>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
+}
+
+template <int BITS, bool HALF>
+cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    if (is_balanced<BITS>(call)) {
+        cudaError_t said = balanced_launched<BITS, HALF, false>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<BITS, HALF, true>(call, device, early, stream, done);
+        if (done) return said;
+    }
+    if constexpr (BITS != 3) return single_launched<BITS, HALF>(call, device, early, stream, done);
+    return cudaSuccess;
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
@@ -165,11 +214,11 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
-    if constexpr (PARTS == 1 && (BITS == 2 || BITS == 4))
+    if constexpr (PARTS == 1 && BITS != 8)
         if (is_single(call)) {
             bool done = false;
-            const cudaError_t said = call.half_ranges ? single_launched<BITS, true>(call, device, early, stream, done)
-                                                      : single_launched<BITS, false>(call, device, early, stream, done);
+            const cudaError_t said = call.half_ranges ? alone_launched<BITS, true>(call, device, early, stream, done)
+                                                      : alone_launched<BITS, false>(call, device, early, stream, done);
             if (done) return said;
         }
     // Few tiles are read for some rows of x after others, by blocks that are all there at once.

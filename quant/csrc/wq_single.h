@@ -25,8 +25,6 @@ struct Arranged {
     static int bytes(const Call& c) { return TABLE_AT + 8 * MOST * ((c.steps + WARPS * MOST - 1) / (WARPS * MOST)); }
 };
 
-inline bool is_single(const Call& c) { return c.count == 1 && c.parts == 1 && (c.groups == 1 || c.columns / c.groups % COLUMNS == 0); }
-
 template <int BITS, int R>
 struct Alone {
     uint32_t w[2 * BITS], b[SLICES][4], a[4], ones[4];

@@ -1,0 +1,233 @@
+// One row of x of bfloat16 times a weight of 2, 3 or 4 bits whose groups are whole steps: what a warp does. Layout, operands and the order
+// of sums are those of wq_fragments.h, and so are the bits.
+//
+// A product has one block on each multiprocessor, in half of its shared memory; the other half is the next product's, whose block fetches
+// its first codes while this one is multiplied. So each multiprocessor has its share of both. A block has two teams of eight warps, which
+// divide the steps of a tile as everywhere; a team's tiles follow one another without a gap in the rings of its warps.
+//
+// x is in shared memory once for all of them. A step's sum of x comes out of products with 1 and 128 in place of codes: those of eight
+// steps are taken at once, a step to each column of the product, before the first step; the loop reads them from a table. That is half of
+// the products.
+
+#pragma once
+
+#include "wq_state.h"
+
+namespace fragments {
+
+constexpr int TEAMS = 2;
+
+// Stages of a warp's ring: as many as fit beside x of 11008 columns or, LONG, of 28672.
+BOTH constexpr int deep_balanced(int bits, bool half, bool is_long) {
+    if (is_long) return bits == 2 ? 5 : 3;
+    return bits == 2 ? (half ? 9 : 8) : bits == 3 ? 6 : half ? 5 : 4;
+}
+
+// When the next product may begin: 0: at once; 1: when the one before is over; 2: when a block's last codes are on their way.
+constexpr int RELEASED = 1;
+
+// Bytes of shared memory: rings, x, the table, and what each warp has for the rows of each of its tiles.
+template <int BITS, bool HALF, bool LONG>
+struct Divided {
+    static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), SLOT = CODES + RANGES;
+    static constexpr int DEPTH = deep_balanced(BITS, HALF, LONG), RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
+
+    BOTH static int table_at(const Call& c) { return GIVEN_AT + c.steps * 2 * COLUMNS; }
+    BOTH static int sums_at(const Call& c) { return table_at(c) + (c.steps + 1) / 2 * 16; }
+    BOTH static int most_tiles(const Call& c, int blocks) { return (c.tiles + TEAMS * blocks - 1) / (TEAMS * blocks); }
+    BOTH static int bytes(const Call& c, int blocks) { return sums_at(c) + most_tiles(c, blocks) * TEAMS * WARPS * ROWS * 4; }
+};
+
+// Steps are counted through all tiles, eight times: a group is `reciprocal` times that, over 2^32. False where this is not exact.
+inline bool counted(Call& c) {
+    const int64_t times = 8 * (c.steps / c.groups);
+    c.reciprocal = uint32_t(((int64_t(1) << 32) + times - 1) / times);
+    return c.tiles * int64_t(c.steps) * times < int64_t(1) << 31;
+}
+
+template <int BITS>
+struct Shared {
+    uint32_t w[2 * BITS], b[SLICES][4], a[4], ones[4];
+    float d[2][4];                  // sums of products; only those of column 0 count
+    float sums[2];                  // rows g and g + 8 of lane 4 g + t
+    const uint8_t *codes, *ranges;  // what the lane copies, of step 0 and of the first group of tile 0
+    float scale[2], offset[2];
+};
+
+template <class P, int BITS, bool HALF, bool LONG>
+struct Balanced : Divided<BITS, HALF, LONG> {
+    using A = Divided<BITS, HALF, LONG>;
+    static constexpr int CHAINS = chains_of(BITS, 1);
+    static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
+    using S = Shared<BITS>;
+
+    const Call& call;
+    uint8_t* memory;
+    int ring, now, number, warp, blocks;  // ring, now: its stages, and the one to use next; number: in the block; warp: in its team
+    int first, tiles, own;                // of the team: its first tile, and how many; of the warp: steps of a tile
+    int ahead, at, jump, left;            // the step to fetch next; as it is counted; from a tile to the next; steps to fetch, of all tiles
+    typename P::template Of<S> state;
+
+    BOTH Balanced(const Call& c, uint8_t* shared, int w, int block, int of)
+        : call(c), memory(shared), ring(int(P::kept(uint32_t(w * A::RING), 0))), now(ring), number(w), warp(w % WARPS), blocks(of),
+          first(block + w / WARPS * of), ahead(warp), at(8 * (first * c.steps + warp)),
+          jump(8 * (TEAMS * of * c.steps + warp - (warp + (c.steps - warp + WARPS - 1) / WARPS * WARPS))) {
+        tiles = first < c.tiles ? (c.tiles - first + TEAMS * of - 1) / (TEAMS * of) : 0;
+        own = warp < c.steps ? (c.steps - warp + WARPS - 1) / WARPS : 0;
+        left = tiles * own;
+    }
+
+    // To the step that follows `step`, of the same tile or the team's next.
+    BOTH void go_on(int& step, int& counted) const {
+        step += WARPS, counted += 8 * WARPS;
+        if (step >= call.steps) step = warp, counted += jump;
+    }
+
+    BOTH void fetch(P& p, int stage) {
+        p.lanes([&](int lane) {
+            const S& s = P::at(state, lane);
+            const uint8_t* words = P::along(s.codes, at, A::CODES / 8);
+            const int group = int((uint64_t(uint32_t(at)) * call.reciprocal) >> 32);
+            uint8_t* to = memory + stage + 16 * lane;
+            UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(to + 512 * l, words + 512 * l, true);
+            if constexpr (BITS == 3) p.fetch8(to + 512 - 8 * lane, words + 512 - 8 * lane);
+            p.fetch16(to + A::CODES, P::along(s.ranges, group, A::RANGES), 16 * lane < A::RANGES);
+        });
+        left--;
+        go_on(ahead, at);
+    }
+
+    // Fills the ring, and has codes of some steps after it brought near.
+    BOTH void open(P& p) {
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            s.codes = P::kept(call.words + 16 * lane), s.ranges = P::kept(call.ranges + 16 * lane);
+        });
+        UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if (left > 0) fetch(p, ring + i * A::SLOT);
+            p.commit();
+        }
+        const int some = left < call.beyond ? left : call.beyond;
+        p.lanes([&](int lane) {
+            const uint8_t* codes = P::at(state, lane).codes + 16 * lane;
+            int step = ahead, counted = at;
+            for (int i = 0; i < some; i++, go_on(step, counted))
+                if (32 * lane < A::CODES) P::prefetch(P::along(codes, counted, A::CODES / 8));
+        });
+    }
+
+    template <int I>
+    BOTH void add_up() {
+        P::multiply(state, [](S& s) { return Operands{s.d[I % 2 % CHAINS], s.ones, s.b[I / 2] + 2 * (I % 2)}; });
+        if constexpr (I + 1 < 2 * SLICES) add_up<I + 1>();
+    }
+
+    // x of eight steps, zeros after its end, and their sums; by each warp those that are its by its number.
+    BOTH void begin(P& p) {
+        for (int base = MOST * number; base < call.steps; base += MOST * TEAMS * WARPS) {
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                const int step = base + lane / 4, column = step * COLUMNS + lane % 4 * 8;
+                const uint8_t* from = P::along(call.x, column, 2);
+                uint8_t* to = memory + A::GIVEN_AT + step * 2 * COLUMNS + lane % 4 * 16;
+                UNROLLED for (int q = 0; q < SLICES; q++) {
+                    UNROLLED for (int i = 0; i < 4; i++) s.b[q][i] = 0;
+                    if (column + 32 * q < call.columns) P::read16(s.b[q], from + 64 * q);
+                }
+                if (step < call.steps)
+                    UNROLLED for (int q = 0; q < SLICES; q++) P::store16(to + 64 * q, s.b[q]);
+                UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f, s.ones[i] = i % 2 == 0 ? ONES : BASE;
+            });
+            add_up<0>();
+            // All rows of a kind are alike: lanes 0 to 3 have all columns of both kinds.
+            p.lanes([&](int lane) {
+                const S& s = P::at(state, lane);
+                uint32_t made[4];
+                UNROLLED for (int c = 0; c < 2; c++) {
+                    made[2 * c] = bits_of(CHAINS == 1 ? s.d[0][c] : s.d[0][c] + s.d[1][c]);
+                    made[2 * c + 1] = bits_of(CHAINS == 1 ? s.d[0][2 + c] : P::fma(s.d[1][2 + c], FACTOR, s.d[0][2 + c]));
+                }
+                if (lane < 4 && base + 2 * lane < call.steps) P::store16(memory + A::table_at(call) + (base + 2 * lane) * 8, made);
+            });
+        }
+    }
+
+    // A product of 16 columns: pairs 4 H to 4 H + 3 of slice Q; and all after it.
+    template <int Q, int H>
+    BOTH void products(P& p) {
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            constexpr int I = 8 * Q + 4 * H;
+            s.a[0] = held<P, BITS, I>(s.w), s.a[1] = held<P, BITS, I + 1>(s.w);
+            s.a[2] = held<P, BITS, I + 2>(s.w), s.a[3] = held<P, BITS, I + 3>(s.w);
+        });
+        P::multiply(state, [](S& s) { return Operands{s.d[H % CHAINS], s.a, s.b[Q] + 2 * H}; });
+        if constexpr (H == 0) products<Q, 1>(p);
+        if constexpr (H == 1 && Q + 1 < SLICES) products<Q + 1, 0>(p);
+    }
+
+    // The step in the stage `now`; its x, and its entry of the table.
+    BOTH void use(P& p, const uint8_t* x, const uint8_t* table) {
+        const uint8_t* stage = memory + now;
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            load_codes<P, BITS>(s.w, stage, lane);
+            UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + lane % 4 * 16 + 64 * q);
+            const uint8_t* ranges = stage + A::CODES + lane / 4 * (HALF ? 8 : 16);
+            if constexpr (HALF) half_ranges<P>(s.scale, s.offset, ranges);
+            else ranges_of<P>(s.scale, s.offset, ranges);
+            UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f;
+        });
+        products<0, 0>(p);
+        p.lanes([&](int lane) {
+            S& s = P::at(state, lane);
+            uint32_t found[2];
+            P::load8(found, table);
+            UNROLLED for (int i = 0; i < 2; i++) {
+                const float rest = P::fma(s.offset[i], float_of(found[0]), s.sums[i]);
+                const float sum = CHAINS == 1 ? s.d[0][2 * i] : P::fma(s.d[1][2 * i], FACTOR, s.d[0][2 * i]);
+                s.sums[i] = P::fma(s.scale[i], sum - float_of(found[1]), rest);
+            }
+        });
+    }
+
+    // All tiles, after a barrier; what the warp adds to the rows of each goes where `finish_balanced` finds it after another.
+    BOTH void over(P& p) {
+        if (RELEASED == 2 && number == 0 && left == 0) p.release();
+        for (int i = 0; i < tiles; i++) {
+            p.lanes([&](int lane) { P::at(state, lane).sums[0] = P::at(state, lane).sums[1] = 0.f; });
+            const uint8_t *x = memory + A::GIVEN_AT + warp * 2 * COLUMNS, *table = memory + A::table_at(call) + warp * 8;
+            for (int k = own; k > 0; k--, x += WARPS * 2 * COLUMNS, table += WARPS * 8) {
+                p.template arrived<A::DEPTH - 1>();
+                use(p, x, table);
+                if (left > 0) {
+                    p.together();
+                    fetch(p, now);
+                    if (RELEASED == 2 && number == 0 && left == 0) p.release();
+                }
+                p.commit();
+                now = now == ring + (A::DEPTH - 1) * A::SLOT ? ring : now + A::SLOT;
+            }
+            p.lanes([&](int lane) {
+                float* to = reinterpret_cast<float*>(memory + A::sums_at(call)) + (i * TEAMS * WARPS + number) * ROWS + lane / 4;
+                if (lane % 4 == 0) to[0] = P::at(state, lane).sums[0], to[8] = P::at(state, lane).sums[1];
+            });
+        }
+    }
+
+    // Sums of all warps into out; by each warp two tiles at a time, a team's each.
+    BOTH void finish(P& p, int block) {
+        for (int i = number; i < A::most_tiles(call, blocks); i += TEAMS * WARPS)
+            p.lanes([&](int lane) {
+                const int team = lane / ROWS, tile = block + (i * TEAMS + team) * blocks, n = tile * ROWS + lane % ROWS;
+                if (n >= call.rows) return;
+                const float* from = reinterpret_cast<const float*>(memory + A::sums_at(call));
+                from += (i * TEAMS + team) * WARPS * ROWS + lane % ROWS;
+                float total = 0.f;
+                UNROLLED for (int w = 0; w < WARPS; w++) total += from[w * ROWS];
+                *reinterpret_cast<uint16_t*>(call.out + 2 * int64_t(n)) = uint16_t(P::pack2(total, 0.f));
+            });
+    }
+};
+
+}  // namespace fragments
