@@ -17,25 +17,30 @@ namespace fragments {
 
 constexpr int TEAMS = 2;
 
-// Stages of a warp's ring: as many as fit beside x of 11008 columns or, LONG, of 28672.
-BOTH constexpr int deep_balanced(int bits, bool half, bool is_long) {
-    if (is_long) return bits == 2 ? 5 : 3;
-    return bits == 2 ? (half ? 9 : 8) : bits == 3 ? 6 : half ? 5 : 4;
+// Stages of a warp's ring, of R tiles: as many as fit beside x of 11008 columns or, LONG, of 28672.
+BOTH constexpr int deep_balanced(int bits, bool half, bool is_long, int r) {
+    if (is_long) return (bits == 2 ? 5 : 3) / r;
+    return (bits == 2 ? (half ? 9 : 8) : bits == 3 ? 6 : half ? 5 : 4) / r;
 }
 
-// When the next product may begin: 0: at once; 1: when the one before is over; 2: when a block's last codes are on their way.
+// When the next product may begin: 0: at once; 1: when the one before is over; 2: when a block's last codes are on their way; 3: when a
+// block has x.
 constexpr int RELEASED = 1;
 
+// Stages that are on their way at a time before the one before is over: with more, x, which is read then, would wait for them.
+constexpr int METER = 16;
+
 // Bytes of shared memory: rings, x, the table, and what each warp has for the rows of each of its tiles.
-template <int BITS, bool HALF, bool LONG>
+template <int BITS, bool HALF, bool LONG, int R>
 struct Divided {
-    static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), SLOT = CODES + RANGES;
-    static constexpr int DEPTH = deep_balanced(BITS, HALF, LONG), RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
+    static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), RANGES_AT = R * CODES, SLOT = R * (CODES + RANGES);
+    static constexpr int DEPTH = deep_balanced(BITS, HALF, LONG, R), RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
 
     BOTH static int table_at(const Call& c) { return GIVEN_AT + c.steps * 2 * COLUMNS; }
     BOTH static int sums_at(const Call& c) { return table_at(c) + (c.steps + 1) / 2 * 16; }
-    BOTH static int most_tiles(const Call& c, int blocks) { return (c.tiles + TEAMS * blocks - 1) / (TEAMS * blocks); }
-    BOTH static int bytes(const Call& c, int blocks) { return sums_at(c) + most_tiles(c, blocks) * TEAMS * WARPS * ROWS * 4; }
+    // Of a team: R tiles at a time.
+    BOTH static int most_turns(const Call& c, int blocks) { return (c.tiles / R + TEAMS * blocks - 1) / (TEAMS * blocks); }
+    BOTH static int bytes(const Call& c, int blocks) { return sums_at(c) + most_turns(c, blocks) * TEAMS * WARPS * R * ROWS * 4; }
 };
 
 // Steps are counted through all tiles, eight times: a group is `reciprocal` times that, over 2^32. False where this is not exact.
@@ -45,36 +50,38 @@ inline bool counted(Call& c) {
     return c.tiles * int64_t(c.steps) * times < int64_t(1) << 31;
 }
 
-template <int BITS>
+template <int BITS, int R>
 struct Shared {
     uint32_t w[2 * BITS], b[SLICES][4], a[4], ones[4];
     float d[2][4];                  // sums of products; only those of column 0 count
-    float sums[2];                  // rows g and g + 8 of lane 4 g + t
+    float sums[R][2];               // rows g and g + 8 of lane 4 g + t
     const uint8_t *codes, *ranges;  // what the lane copies, of step 0 and of the first group of tile 0
     float scale[2], offset[2];
 };
 
-template <class P, int BITS, bool HALF, bool LONG>
-struct Balanced : Divided<BITS, HALF, LONG> {
-    using A = Divided<BITS, HALF, LONG>;
+// R: tiles that are multiplied with the same x as it is in registers; the number of all tiles is a multiple of it.
+template <class P, int BITS, bool HALF, bool LONG, int R>
+struct Balanced : Divided<BITS, HALF, LONG, R> {
+    using A = Divided<BITS, HALF, LONG, R>;
     static constexpr int CHAINS = chains_of(BITS, 1);
     static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
-    using S = Shared<BITS>;
+    using S = Shared<BITS, R>;
 
     const Call& call;
     uint8_t* memory;
     int ring, now, number, warp, blocks;  // ring, now: its stages, and the one to use next; number: in the block; warp: in its team
-    int first, tiles, own;                // of the team: its first tile, and how many; of the warp: steps of a tile
-    int ahead, at, jump, left;            // the step to fetch next; as it is counted; from a tile to the next; steps to fetch, of all tiles
+    int turns, own;                       // of the team: R tiles each; of the warp: steps of a tile
+    int ahead, at, jump, left;            // the step to fetch next; as it is counted; from a tile to the next; steps to fetch, of all turns
     typename P::template Of<S> state;
 
     BOTH Balanced(const Call& c, uint8_t* shared, int w, int block, int of)
         : call(c), memory(shared), ring(int(P::kept(uint32_t(w * A::RING), 0))), now(ring), number(w), warp(w % WARPS), blocks(of),
-          first(block + w / WARPS * of), ahead(warp), at(8 * (first * c.steps + warp)),
-          jump(8 * (TEAMS * of * c.steps + warp - (warp + (c.steps - warp + WARPS - 1) / WARPS * WARPS))) {
-        tiles = first < c.tiles ? (c.tiles - first + TEAMS * of - 1) / (TEAMS * of) : 0;
+          ahead(warp), at(8 * (R * (block + w / WARPS * of) * c.steps + warp)) {
+        const int first = block + w / WARPS * of, all = c.tiles / R;
+        turns = first < all ? (all - first + TEAMS * of - 1) / (TEAMS * of) : 0;
         own = warp < c.steps ? (c.steps - warp + WARPS - 1) / WARPS : 0;
-        left = tiles * own;
+        jump = 8 * (R * TEAMS * of * c.steps - own * WARPS);
+        left = turns * own;
     }
 
     // To the step that follows `step`, of the same tile or the team's next.
@@ -89,9 +96,12 @@ struct Balanced : Divided<BITS, HALF, LONG> {
             const uint8_t* words = P::along(s.codes, at, A::CODES / 8);
             const int group = int((uint64_t(uint32_t(at)) * call.reciprocal) >> 32);
             uint8_t* to = memory + stage + 16 * lane;
-            UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(to + 512 * l, words + 512 * l, true);
-            if constexpr (BITS == 3) p.fetch8(to + 512 - 8 * lane, words + 512 - 8 * lane);
-            p.fetch16(to + A::CODES, P::along(s.ranges, group, A::RANGES), 16 * lane < A::RANGES);
+            UNROLLED for (int r = 0; r < R; r++) {
+                const uint8_t* of = r == 0 ? words : P::along(words, call.steps, A::CODES);
+                UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(to + r * A::CODES + 512 * l, of + 512 * l, true);
+                if constexpr (BITS == 3) p.fetch8(to + r * A::CODES + 512 - 8 * lane, of + 512 - 8 * lane);
+            }
+            p.fetch16(to + A::RANGES_AT, P::along(s.ranges, group, A::RANGES), 16 * lane < R * A::RANGES);
         });
         left--;
         go_on(ahead, at);
@@ -101,9 +111,13 @@ struct Balanced : Divided<BITS, HALF, LONG> {
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            s.codes = P::kept(call.words + 16 * lane), s.ranges = P::kept(call.ranges + 16 * lane);
+            constexpr int PIECES = A::RANGES / 16;
+            s.codes = P::kept(call.words + 16 * lane);
+            s.ranges = P::kept(call.ranges + lane % PIECES * 16 + int64_t(lane / PIECES % R) * call.groups * A::RANGES);
         });
         UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if constexpr (METER < A::DEPTH)
+                if (i >= METER) p.template arrived<METER - 1>();
             if (left > 0) fetch(p, ring + i * A::SLOT);
             p.commit();
         }
@@ -112,7 +126,8 @@ struct Balanced : Divided<BITS, HALF, LONG> {
             const uint8_t* codes = P::at(state, lane).codes + 16 * lane;
             int step = ahead, counted = at;
             for (int i = 0; i < some; i++, go_on(step, counted))
-                if (32 * lane < A::CODES) P::prefetch(P::along(codes, counted, A::CODES / 8));
+                if (32 * lane < A::CODES)
+                    UNROLLED for (int r = 0; r < R; r++) P::prefetch(P::along(codes, counted + r * 8 * call.steps, A::CODES / 8));
         });
     }
 
@@ -169,33 +184,38 @@ struct Balanced : Divided<BITS, HALF, LONG> {
     // The step in the stage `now`; its x, and its entry of the table.
     BOTH void use(P& p, const uint8_t* x, const uint8_t* table) {
         const uint8_t* stage = memory + now;
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            load_codes<P, BITS>(s.w, stage, lane);
-            UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + lane % 4 * 16 + 64 * q);
-            const uint8_t* ranges = stage + A::CODES + lane / 4 * (HALF ? 8 : 16);
-            if constexpr (HALF) half_ranges<P>(s.scale, s.offset, ranges);
-            else ranges_of<P>(s.scale, s.offset, ranges);
-            UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f;
-        });
-        products<0, 0>(p);
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            uint32_t found[2];
-            P::load8(found, table);
-            UNROLLED for (int i = 0; i < 2; i++) {
-                const float rest = P::fma(s.offset[i], float_of(found[0]), s.sums[i]);
-                const float sum = CHAINS == 1 ? s.d[0][2 * i] : P::fma(s.d[1][2 * i], FACTOR, s.d[0][2 * i]);
-                s.sums[i] = P::fma(s.scale[i], sum - float_of(found[1]), rest);
-            }
-        });
+        UNROLLED for (int r = 0; r < R; r++) {
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                load_codes<P, BITS>(s.w, stage + r * A::CODES, lane);
+                if (r == 0)
+                    UNROLLED for (int q = 0; q < SLICES; q++) P::load16(s.b[q], x + lane % 4 * 16 + 64 * q);
+                const uint8_t* ranges = stage + A::RANGES_AT + r * A::RANGES + lane / 4 * (HALF ? 8 : 16);
+                if constexpr (HALF) half_ranges<P>(s.scale, s.offset, ranges);
+                else ranges_of<P>(s.scale, s.offset, ranges);
+                UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f;
+            });
+            products<0, 0>(p);
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                uint32_t found[2];
+                P::load8(found, table);
+                UNROLLED for (int i = 0; i < 2; i++) {
+                    const float rest = P::fma(s.offset[i], float_of(found[0]), s.sums[r][i]);
+                    const float sum = CHAINS == 1 ? s.d[0][2 * i] : P::fma(s.d[1][2 * i], FACTOR, s.d[0][2 * i]);
+                    s.sums[r][i] = P::fma(s.scale[i], sum - float_of(found[1]), rest);
+                }
+            });
+        }
     }
 
     // All tiles, after a barrier; what the warp adds to the rows of each goes where `finish_balanced` finds it after another.
     BOTH void over(P& p) {
         if (RELEASED == 2 && number == 0 && left == 0) p.release();
-        for (int i = 0; i < tiles; i++) {
-            p.lanes([&](int lane) { P::at(state, lane).sums[0] = P::at(state, lane).sums[1] = 0.f; });
+        for (int i = 0; i < turns; i++) {
+            p.lanes([&](int lane) {
+                UNROLLED for (int r = 0; r < R; r++) P::at(state, lane).sums[r][0] = P::at(state, lane).sums[r][1] = 0.f;
+            });
             const uint8_t *x = memory + A::GIVEN_AT + warp * 2 * COLUMNS, *table = memory + A::table_at(call) + warp * 8;
             for (int k = own; k > 0; k--, x += WARPS * 2 * COLUMNS, table += WARPS * 8) {
                 p.template arrived<A::DEPTH - 1>();
@@ -209,22 +229,23 @@ struct Balanced : Divided<BITS, HALF, LONG> {
                 now = now == ring + (A::DEPTH - 1) * A::SLOT ? ring : now + A::SLOT;
             }
             p.lanes([&](int lane) {
-                float* to = reinterpret_cast<float*>(memory + A::sums_at(call)) + (i * TEAMS * WARPS + number) * ROWS + lane / 4;
-                if (lane % 4 == 0) to[0] = P::at(state, lane).sums[0], to[8] = P::at(state, lane).sums[1];
+                const S& s = P::at(state, lane);
+                float* to = reinterpret_cast<float*>(memory + A::sums_at(call)) + (i * TEAMS * WARPS + number) * R * ROWS + lane / 4;
+                if (lane % 4 == 0)
+                    UNROLLED for (int r = 0; r < R; r++) to[r * ROWS] = s.sums[r][0], to[r * ROWS + 8] = s.sums[r][1];
             });
         }
     }
 
     // Sums of all warps into out; by each warp two tiles at a time, a team's each.
     BOTH void finish(P& p, int block) {
-        for (int i = number; i < A::most_tiles(call, blocks); i += TEAMS * WARPS)
+        for (int k = number; k < R * A::most_turns(call, blocks); k += TEAMS * WARPS)
             p.lanes([&](int lane) {
-                const int team = lane / ROWS, tile = block + (i * TEAMS + team) * blocks, n = tile * ROWS + lane % ROWS;
+                const int i = k / R * TEAMS + lane / ROWS, n = ((block + i * blocks) * R + k % R) * ROWS + lane % ROWS;
                 if (n >= call.rows) return;
-                const float* from = reinterpret_cast<const float*>(memory + A::sums_at(call));
-                from += (i * TEAMS + team) * WARPS * ROWS + lane % ROWS;
+                const float* from = reinterpret_cast<const float*>(memory + A::sums_at(call)) + (i * WARPS * R + k % R) * ROWS + lane % ROWS;
                 float total = 0.f;
-                UNROLLED for (int w = 0; w < WARPS; w++) total += from[w * ROWS];
+                UNROLLED for (int w = 0; w < WARPS; w++) total += from[w * R * ROWS];
                 *reinterpret_cast<uint16_t*>(call.out + 2 * int64_t(n)) = uint16_t(P::pack2(total, 0.f));
             });
     }

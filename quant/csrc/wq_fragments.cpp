@@ -119,6 +119,10 @@ struct Lanes32 {
         return pack2(std::fma(lower(a), lower(b), lower(c)), std::fma(upper(a), upper(b), upper(c)));
     }
 
+    template <int BY>
+    static uint32_t shifted(uint32_t word) {
+        return word >> BY;
+    }
     static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
     // mma.m16n8k16: NVIDIA, PTX ISA, fragments of matrices with 16-bit floats.
@@ -191,9 +195,10 @@ void product(Call call, int most) {
 }
 
 // One row of x by blocks of two teams, of which some have tiles, several, or none; with float32 ranges, in rings as of long rows.
-template <int BITS, bool HALF>
+template <int BITS, bool HALF, int R>
 bool balanced(Call call, int most) {
-    using Work = Balanced<Lanes32, BITS, HALF, !HALF>;
+    using Work = Balanced<Lanes32, BITS, HALF, !HALF, R>;
+    if (call.tiles % R) return false;
     const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
     if (bytes > most || !counted(call)) return false;
     call.beyond = 3;
@@ -234,7 +239,9 @@ bool single(Call call, int most) {
 template <int BITS>
 bool single(const Call& call, int most) {
     if (!is_single(call)) return false;
-    if (call.half_ranges ? balanced<BITS, true>(call, most) : balanced<BITS, false>(call, most)) return true;
+    if constexpr (BITS == 2)
+        if (call.half_ranges ? balanced<2, true, 2>(call, most) : balanced<2, false, 2>(call, most)) return true;
+    if (call.half_ranges ? balanced<BITS, true, 1>(call, most) : balanced<BITS, false, 1>(call, most)) return true;
     if constexpr (BITS == 3) return false;
     constexpr int R = wide_alone(BITS);
     return call.half_ranges ? single<BITS, R, true>(call, most) : single<BITS, R, false>(call, most);

@@ -56,17 +56,19 @@ __global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(cons
 
 // Bytes of codes that all warps together have brought to the GPU's own cache before they begin.
 constexpr int NEAR = 0;
+constexpr bool PAIRS = true;
 
-template <int BITS, bool HALF, bool LONG>
+template <int BITS, bool HALF, bool LONG, int R>
 __global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     Lane p;
-    Balanced<Lane, BITS, HALF, LONG> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
+    Balanced<Lane, BITS, HALF, LONG, R> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
     work.open(p);
     if (RELEASED == 0) release_next();
     await_previous();
     if (RELEASED == 1) release_next();
     work.begin(p);
+    if (RELEASED == 3) release_next();
     __syncthreads();
     work.over(p);
     __syncthreads();
@@ -159,22 +161,27 @@ cudaError_t single_launched(Call call, const Device& device, bool early, cudaStr
 }
 
 // One row by blocks that leave half of a multiprocessor to the next product's. `done`: false where there is no room for it.
-template <int BITS, bool HALF, bool LONG>
+template <int BITS, bool HALF, bool LONG, int R>
 cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    using D = Divided<BITS, HALF, LONG>;
+    using D = Divided<BITS, HALF, LONG, R>;
     const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
     const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
     if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
-    call.beyond = early ? NEAR / (TEAMS * WARPS * D::CODES * blocks) : 0;
+    call.beyond = early ? NEAR / (TEAMS * WARPS * R * D::CODES * blocks) : 0;
     // And no third block, for which there may be room.
-    return start<balanced<BITS, HALF, LONG>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
+    return start<balanced<BITS, HALF, LONG, R>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
 }
 
 template <int BITS, bool HALF>
 cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
     if (is_balanced<BITS>(call)) {
-        cudaError_t said = balanced_launched<BITS, HALF, false>(call, device, early, stream, done);
-        if (!done) said = balanced_launched<BITS, HALF, true>(call, device, early, stream, done);
+        if constexpr (BITS == 2)
+            if (PAIRS && call.tiles % 2 == 0) {
+                const cudaError_t said = balanced_launched<2, HALF, false, 2>(call, device, early, stream, done);
+                if (done) return said;
+            }
+        cudaError_t said = balanced_launched<BITS, HALF, false, 1>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<BITS, HALF, true, 1>(call, device, early, stream, done);
         if (done) return said;
     }
     if constexpr (BITS != 3) return single_launched<BITS, HALF>(call, device, early, stream, done);
