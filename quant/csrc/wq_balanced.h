@@ -23,8 +23,7 @@ BOTH constexpr int deep_balanced(int bits, bool half, bool is_long, int r) {
     return (bits == 2 ? (half ? 9 : 8) : bits == 3 ? 6 : half ? 5 : 4) / r;
 }
 
-// When the next product may begin: 0: at once; 1: when the one before is over; 2: when a block's last codes are on their way; 3: when a
-// block has x.
+// When the next product may begin: 0: at once; 1: when the one before is over; 2: when a block has x.
 constexpr int RELEASED = 1;
 
 // Stages that are on their way at a time before the one before is over: with more, x, which is read then, would wait for them.
@@ -107,7 +106,7 @@ struct Balanced : Divided<BITS, HALF, LONG, R> {
         go_on(ahead, at);
     }
 
-    // Fills the ring, and has codes of some steps after it brought near.
+    // Fills the ring.
     BOTH void open(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
@@ -121,14 +120,6 @@ struct Balanced : Divided<BITS, HALF, LONG, R> {
             if (left > 0) fetch(p, ring + i * A::SLOT);
             p.commit();
         }
-        const int some = left < call.beyond ? left : call.beyond;
-        p.lanes([&](int lane) {
-            const uint8_t* codes = P::at(state, lane).codes + 16 * lane;
-            int step = ahead, counted = at;
-            for (int i = 0; i < some; i++, go_on(step, counted))
-                if (32 * lane < A::CODES)
-                    UNROLLED for (int r = 0; r < R; r++) P::prefetch(P::along(codes, counted + r * 8 * call.steps, A::CODES / 8));
-        });
     }
 
     template <int I>
@@ -211,7 +202,6 @@ struct Balanced : Divided<BITS, HALF, LONG, R> {
 
     // All tiles, after a barrier; what the warp adds to the rows of each goes where `finish_balanced` finds it after another.
     BOTH void over(P& p) {
-        if (RELEASED == 2 && number == 0 && left == 0) p.release();
         for (int i = 0; i < turns; i++) {
             p.lanes([&](int lane) {
                 UNROLLED for (int r = 0; r < R; r++) P::at(state, lane).sums[r][0] = P::at(state, lane).sums[r][1] = 0.f;
@@ -223,7 +213,6 @@ struct Balanced : Divided<BITS, HALF, LONG, R> {
                 if (left > 0) {
                     p.together();
                     fetch(p, now);
-                    if (RELEASED == 2 && number == 0 && left == 0) p.release();
                 }
                 p.commit();
                 now = now == ring + (A::DEPTH - 1) * A::SLOT ? ring : now + A::SLOT;

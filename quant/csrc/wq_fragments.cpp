@@ -85,7 +85,6 @@ struct Lanes32 {
     }
 
     void together() {}
-    void release() {}
     template <int C>
     void team(int) {}
     static uint32_t kept(uint32_t v, int) { return v; }
@@ -201,7 +200,6 @@ bool balanced(Call call, int most) {
     if (call.tiles % R) return false;
     const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
     if (bytes > most || !counted(call)) return false;
-    call.beyond = 3;
     std::vector<uint8_t> space(bytes + 16);
     uint8_t* memory = space.data() + (16 - reinterpret_cast<uintptr_t>(space.data()) % 16);
     for (int block = 0; block < blocks; block++) {

@@ -54,9 +54,7 @@ __global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(cons
     if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
 }
 
-// Bytes of codes that all warps together have brought to the GPU's own cache before they begin.
-constexpr int NEAR = 0;
-constexpr bool PAIRS = true;
+constexpr int PAIRS = 2;
 
 template <int BITS, bool HALF, bool LONG, int R>
 __global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
@@ -68,7 +66,7 @@ __global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __gri
     await_previous();
     if (RELEASED == 1) release_next();
     work.begin(p);
-    if (RELEASED == 3) release_next();
+    if (RELEASED == 2) release_next();
     __syncthreads();
     work.over(p);
     __syncthreads();
@@ -167,7 +165,6 @@ cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaS
     const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
     const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
     if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
-    call.beyond = early ? NEAR / (TEAMS * WARPS * R * D::CODES * blocks) : 0;
     // And no third block, for which there may be room.
     return start<balanced<BITS, HALF, LONG, R>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
 }
@@ -175,9 +172,9 @@ cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaS
 template <int BITS, bool HALF>
 cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
     if (is_balanced<BITS>(call)) {
-        if constexpr (BITS == 2)
-            if (PAIRS && call.tiles % 2 == 0) {
-                const cudaError_t said = balanced_launched<2, HALF, false, 2>(call, device, early, stream, done);
+        if constexpr (BITS != 4)
+            if (BITS <= PAIRS && call.tiles % 2 == 0) {
+                const cudaError_t said = balanced_launched<BITS, HALF, false, 2>(call, device, early, stream, done);
                 if (done) return said;
             }
         cudaError_t said = balanced_launched<BITS, HALF, false, 1>(call, device, early, stream, done);
