@@ -52,7 +52,6 @@ struct Call {
     int depth;            // stages of a warp's ring
     int slot, apart;      // bytes: a stage; what a warp has of shared memory
     int given_at;         // where a stage has x
-    int beyond;           // steps after its ring whose codes a warp of one row has brought to the GPU's own cache
 
     BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
     BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile
@@ -94,9 +93,6 @@ inline int flushes_of(const Call& c) {
     const int width = c.columns / c.groups;
     return c.groups == 1 || width % 128 == 0 ? 1 : width % 64 == 0 ? 2 : 4;
 }
-
-// One row of bfloat16, with groups of whole steps.
-inline bool is_single(const Call& c) { return c.count == 1 && c.parts == 1 && (c.groups == 1 || c.columns / c.groups % COLUMNS == 0); }
 
 // Bytes of a stage, and of what a warp has besides: three columns for a row of x that is no column itself.
 BOTH constexpr int stage_bytes(int bits, int r, int flushes, int pieces, int given) {

@@ -27,7 +27,7 @@ BOTH constexpr int place_of(int bits, int h) { return h == 0 || bits > 3 ? 0 : b
 // Two codes of `BITS` at bit `AT` + `SHIFT` of both halves of a word, as bfloat16: 128 + code · 2^AT.
 template <class P, int BITS, int SHIFT, int AT>
 BOTH uint32_t window(uint32_t word) {
-    return P::chosen(P::template shifted<SHIFT>(word), (((1u << BITS) - 1u) << AT) * 0x00010001u, BASE);
+    return P::chosen(word >> SHIFT, (((1u << BITS) - 1u) << AT) * 0x00010001u, BASE);
 }
 
 // Pair `I` of a step that a lane has, of 32: 128 + code · 2^AT, of 2, 3 and 4 bits.

@@ -118,10 +118,6 @@ struct Lanes32 {
         return pack2(std::fma(lower(a), lower(b), lower(c)), std::fma(upper(a), upper(b), upper(c)));
     }
 
-    template <int BY>
-    static uint32_t shifted(uint32_t word) {
-        return word >> BY;
-    }
     static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
     // mma.m16n8k16: NVIDIA, PTX ISA, fragments of matrices with 16-bit floats.
@@ -193,13 +189,12 @@ void product(Call call, int most) {
         }
 }
 
-// One row of x by blocks of two teams, of which some have tiles, several, or none; with float32 ranges, in rings as of long rows.
+// One row of x by blocks of two teams, of which some have tiles, several, or none. False where there is no room, or a tile would be left.
 template <int BITS, bool HALF, int R>
 bool balanced(Call call, int most) {
-    using Work = Balanced<Lanes32, BITS, HALF, !HALF, R>;
-    if (call.tiles % R) return false;
+    using Work = Balanced<Lanes32, BITS, HALF, R>;
     const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
-    if (bytes > most || !counted(call)) return false;
+    if (call.tiles % R || bytes > most || !counted(call)) return false;
     std::vector<uint8_t> space(bytes + 16);
     uint8_t* memory = space.data() + (16 - reinterpret_cast<uintptr_t>(space.data()) % 16);
     for (int block = 0; block < blocks; block++) {
@@ -214,35 +209,32 @@ bool balanced(Call call, int most) {
     return true;
 }
 
-// One row of x, where the room is a block's.
-template <int BITS, int R, bool HALF>
-bool single(Call call, int most) {
-    call.apart = Arranged<BITS, R, HALF>::bytes(call);
-    if (WARPS * call.apart > most) return false;
-    std::vector<uint8_t> memory(WARPS * call.apart + 16);
-    for (int tile = 0; tile < call.tiles; tile += R) {
+// One row of x by blocks of a tile, where the room is a block's.
+template <bool HALF>
+bool single(const Call& call, int most) {
+    using Work = Single<Lanes32, HALF>;
+    constexpr int BYTES = WARPS * Work::A::APART;
+    if (BYTES > most || !Work::A::holds(call)) return false;
+    std::vector<uint8_t> memory(BYTES + 16);
+    for (int tile = 0; tile < call.tiles; tile++) {
         uint8_t* own = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16);
         std::fill(memory.begin(), memory.end(), uint8_t(0xff));
-        for (int w = 0; w < WARPS; w++) {
-            Lanes32 p;
-            Single<Lanes32, BITS, R, HALF> work(call, own, w, tile);
-            work.open(p), work.begin(p), work.over(p), work.close(p);
-        }
-        Lanes32 p;
-        finish_single<Lanes32, R>(p, call, tile, own);
+        std::vector<Lanes32> p(WARPS);
+        std::vector<Work> work;
+        for (int w = 0; w < WARPS; w++) work.emplace_back(call, own, w, tile);
+        for (int w = 0; w < WARPS; w++) work[w].open(p[w]), work[w].begin(p[w]), work[w].over(p[w]), work[w].close(p[w]);
+        for (int w = 0; w < WARPS; w++) work[w].finish(p[w]);
     }
     return true;
 }
 
-template <int BITS>
-bool single(const Call& call, int most) {
-    if (!is_single(call)) return false;
-    if constexpr (BITS == 2)
-        if (call.half_ranges ? balanced<2, true, 2>(call, most) : balanced<2, false, 2>(call, most)) return true;
-    if (call.half_ranges ? balanced<BITS, true, 1>(call, most) : balanced<BITS, false, 1>(call, most)) return true;
-    if constexpr (BITS == 3) return false;
-    constexpr int R = wide_alone(BITS);
-    return call.half_ranges ? single<BITS, R, true>(call, most) : single<BITS, R, false>(call, most);
+template <int BITS, bool HALF>
+bool alone(const Call& call, int most) {
+    if (balanced<BITS, HALF, wide_balanced(BITS)>(call, most)) return true;
+    if constexpr (wide_balanced(BITS) != 1)
+        if (balanced<BITS, HALF, 1>(call, most)) return true;
+    if constexpr (BITS == 4) return single<HALF>(call, most);
+    return false;
 }
 
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
@@ -280,7 +272,7 @@ template <int BITS>
 void product(const Call& call, int most) {
     if (call.count > MOST && by_teams<BITS>(call, most)) return;
     if constexpr (BITS != 8)
-        if (single<BITS>(call, most)) return;
+        if (is_alone(call) && (call.half_ranges ? alone<BITS, true>(call, most) : alone<BITS, false>(call, most))) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 

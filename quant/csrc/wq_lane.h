@@ -9,9 +9,6 @@ namespace {
 
 using namespace fragments;
 
-// Shifts that are products: a bit for each number of places.
-constexpr uint32_t HIGH = 0;
-
 struct Lane {
     template <class T>
     using Of = T;
@@ -112,12 +109,6 @@ struct Lane {
         uint32_t made;
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(made) : "r"(a), "r"(b), "r"(c));
         return made;
-    }
-    // word >> BY, some by the units of products, as those that shift take two cycles for a warp and mask all codes besides.
-    template <int BY>
-    static __device__ __forceinline__ uint32_t shifted(uint32_t word) {
-        if constexpr (BY != 0 && (HIGH >> BY & 1)) return __umulhi(word, 1u << (32 - BY));
-        return word >> BY;
     }
     // (word & mask) | base in one instruction, which the compiler makes two of.
     static __device__ __forceinline__ uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) {

@@ -215,7 +215,7 @@ def test_a_row_alone_is_the_same(product: Product, bits: int) -> None:
             checked(alone, x, tensor)
             assert torch.equal(alone, beside)
             if product is on_host:
-                # Without the room for two teams: by other blocks of one row; and by blocks of more.
+                # Without the room for two teams: of 4 bits by blocks of a tile; and by blocks of more rows.
                 for room in (76 << 10, 1):
                     assert torch.equal(on_host(x[1:2].contiguous(), packed, room), alone[1:2])
 
