@@ -52,7 +52,6 @@ struct Call {
     int depth;            // stages of a warp's ring
     int slot, apart;      // bytes: a stage; what a warp has of shared memory
     int given_at;         // where a stage has x
-    int beyond;           // steps after its ring whose codes a warp of one row has brought to the GPU's own cache (wq_single.h)
 
     BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
     BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile

@@ -8,6 +8,7 @@
 #pragma GCC optimize("Og")
 #endif
 
+#include "wq_balanced.h"
 #include "wq_single.h"
 #include "wq_slices.h"
 #include "wq_weight.h"
@@ -188,31 +189,52 @@ void product(Call call, int most) {
         }
 }
 
-// One row of x, where the room is a block's.
-template <int BITS, int R, bool HALF>
-bool single(Call call, int most) {
-    call.apart = Arranged<BITS, R, HALF>::bytes(call);
-    if (WARPS * call.apart > most) return false;
-    std::vector<uint8_t> memory(WARPS * call.apart + 16);
-    for (int tile = 0; tile < call.tiles; tile += R) {
-        uint8_t* own = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16);
-        std::fill(memory.begin(), memory.end(), uint8_t(0xff));
-        for (int w = 0; w < WARPS; w++) {
-            Lanes32 p;
-            Single<Lanes32, BITS, R, HALF> work(call, own, w, tile);
-            work.open(p), work.begin(p), work.over(p), work.close(p);
-        }
-        Lanes32 p;
-        finish_single<Lanes32, R>(p, call, tile, own);
+// One row of x by blocks of two teams, of which some have tiles, several, or none. False where there is no room, or a tile would be left.
+template <int BITS, bool HALF, int R>
+bool balanced(Call call, int most) {
+    using Work = Balanced<Lanes32, BITS, HALF, R>;
+    const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
+    if (call.tiles % R || bytes > most || !counted(call)) return false;
+    std::vector<uint8_t> space(bytes + 16);
+    uint8_t* memory = space.data() + (16 - reinterpret_cast<uintptr_t>(space.data()) % 16);
+    for (int block = 0; block < blocks; block++) {
+        memset(memory, 0xff, bytes);
+        std::vector<Lanes32> p(TEAMS * WARPS);
+        std::vector<Work> work;
+        for (int w = 0; w < TEAMS * WARPS; w++) work.emplace_back(call, memory, w, block, blocks);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].open(p[w]), work[w].begin(p[w]);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].over(p[w]);
+        for (int w = 0; w < TEAMS * WARPS; w++) work[w].finish(p[w], block);
     }
     return true;
 }
 
-template <int BITS>
+// One row of x by blocks of a tile, where the room is a block's.
+template <bool HALF>
 bool single(const Call& call, int most) {
-    if (!is_single(call)) return false;
-    constexpr int R = wide_alone(BITS);
-    return call.half_ranges ? single<BITS, R, true>(call, most) : single<BITS, R, false>(call, most);
+    using Work = Single<Lanes32, HALF>;
+    constexpr int BYTES = WARPS * Work::A::APART;
+    if (BYTES > most || !Work::A::holds(call)) return false;
+    std::vector<uint8_t> memory(BYTES + 16);
+    for (int tile = 0; tile < call.tiles; tile++) {
+        uint8_t* own = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16);
+        std::fill(memory.begin(), memory.end(), uint8_t(0xff));
+        std::vector<Lanes32> p(WARPS);
+        std::vector<Work> work;
+        for (int w = 0; w < WARPS; w++) work.emplace_back(call, own, w, tile);
+        for (int w = 0; w < WARPS; w++) work[w].open(p[w]), work[w].begin(p[w]), work[w].over(p[w]), work[w].close(p[w]);
+        for (int w = 0; w < WARPS; w++) work[w].finish(p[w]);
+    }
+    return true;
+}
+
+template <int BITS, bool HALF>
+bool alone(const Call& call, int most) {
+    if (balanced<BITS, HALF, wide_balanced(BITS)>(call, most)) return true;
+    if constexpr (wide_balanced(BITS) != 1)
+        if (balanced<BITS, HALF, 1>(call, most)) return true;
+    if constexpr (BITS == 4) return single<HALF>(call, most);
+    return false;
 }
 
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.
@@ -249,8 +271,8 @@ bool by_teams(const Call& call, int most) {
 template <int BITS>
 void product(const Call& call, int most) {
     if (call.count > MOST && by_teams<BITS>(call, most)) return;
-    if constexpr (BITS == 2 || BITS == 4)
-        if (single<BITS>(call, most)) return;
+    if constexpr (BITS != 8)
+        if (is_alone(call) && (call.half_ranges ? alone<BITS, true>(call, most) : alone<BITS, false>(call, most))) return;
     call.parts == 1 ? product<BITS, 1>(call, most) : product<BITS, 3>(call, most);
 }
 

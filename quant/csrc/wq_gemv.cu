@@ -4,12 +4,13 @@
 // One launch a call: every block reads x, and rounds its own part of out. A block has 16 R rows of the weight, R such that all blocks are
 // on the GPU at once, two on a multiprocessor: with about 40 kB each on their way, memory is kept busy. More than 8 rows of x are
 // multiplied by blocks of twice as many warps, in teams, one on a multiprocessor. One row, where groups are whole steps, is for some sizes
-// multiplied by blocks of which three or four are on a multiprocessor (wq_single.h).
+// multiplied by blocks of which three are on a multiprocessor (wq_single.h), or by one on each (wq_balanced.h).
 
 #include <cuda_runtime.h>
 
 #include <atomic>
 
+#include "wq_balanced.h"
 #include "wq_lane.h"
 #include "wq_single.h"
 #include "wq_weight.h"
@@ -40,17 +41,34 @@ __global__ void __launch_bounds__(C * WARPS * LANES, 2 / C) product(const __grid
     finish<Lane, R, PARTS, C>(p, call, warp, tile, first, memory);
 }
 
-// The share of the GPU's cache that a product's codes may take before it begins.
-constexpr int CACHED = 4;
-
-template <int BITS, int R, bool HALF>
-__global__ void __launch_bounds__(WARPS * LANES, blocks_alone(BITS)) single(const __grid_constant__ Call call) {
+template <bool HALF>
+__global__ void __launch_bounds__(WARPS * LANES, BLOCKS_ALONE) single(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
-    const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), tile = blockIdx.x * R;
     Lane p;
-    Single<Lane, BITS, R, HALF> work(call, memory, warp, tile);
+    Single<Lane, HALF> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x);
     multiply(work, p);
-    if (warp == 0) finish_single<Lane, R>(p, call, tile, memory);
+    work.finish(p);
+}
+
+// The next product's blocks fetch codes beside this one's. Of 2 and 3 bits they may at once; of 4 bits, of which more are on their way, when
+// the product before is over, so that x does not wait for them.
+template <int BITS>
+constexpr bool AT_ONCE = BITS < 4;
+
+template <int BITS, bool HALF, int R>
+__global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    Lane p;
+    Balanced<Lane, BITS, HALF, R> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
+    work.open(p);
+    if (AT_ONCE<BITS>) release_next();
+    await_previous();
+    if (!AT_ONCE<BITS>) release_next();
+    work.begin(p);
+    __syncthreads();
+    work.over(p);
+    __syncthreads();
+    work.finish(p, blockIdx.x);
 }
 
 // A block has the steps of a tile that follow one another, so that what all blocks write at a time lies together. TURNS: steps of a warp,
@@ -69,7 +87,7 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
 }
 
 struct Device {
-    int number, multiprocessors, shared_each, shared_block, cache;
+    int number, multiprocessors, shared_each, shared_block;
 
     // Bytes of shared memory for a block where two are on a multiprocessor, or of teams one; the device keeps 1 kB for each.
     int most(int teams = 1) const { return teams == 1 ? shared_each / 2 - 1024 : shared_block; }
@@ -86,7 +104,6 @@ cudaError_t found(Device& device) {
     if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
     if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
-    if ((e = cudaDeviceGetAttribute(&device.cache, cudaDevAttrL2CacheSize, number)) != cudaSuccess) return e;
     kept[number] = device;
     known.fetch_or(uint64_t(1) << number);
     return cudaSuccess;
@@ -114,22 +131,47 @@ cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps
     return cudaLaunchKernelEx(&config, KERNEL, call);
 }
 
-// One row of x. `done`: false where it is not to be multiplied so, but by blocks of more rows, which are measured to be faster: but for
-// 4 bits with as many tiles as two blocks of a multiprocessor have and all of a warp's steps in its ring, and 2 bits with twice as many of
-// both.
-template <int BITS, bool HALF>
-cudaError_t single_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    constexpr int R = wide_alone(BITS), OF = blocks_alone(BITS), DEPTH = deep_alone(BITS), TURNS = BITS == 2 ? 2 : 1;
-    call.apart = Arranged<BITS, R, HALF>::bytes(call);
-    const int bytes = WARPS * call.apart, most = device.shared_each / OF - 1024, least = device.shared_each / (OF + 1);
-    done = bytes <= most && call.tiles <= 2 * R * device.multiprocessors && call.steps <= TURNS * DEPTH * WARPS;
-    if (BITS == 2) done = done && call.tiles > 2 * device.multiprocessors;
-    if (!done) return cudaSuccess;
-    // While the kernel before still runs, memory would be idle once the rings are full.
-    call.beyond = early ? device.cache / CACHED / (WARPS * code_bytes(BITS) * call.tiles) : 0;
+// One row of x by blocks of a tile each. `done`: false where it is not to be multiplied so.
+template <bool HALF>
+cudaError_t single_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    using A = Arranged<HALF>;
+    constexpr int BYTES = WARPS * A::APART;
     // And no block more, for which there may be registers.
-    const dim3 blocks((call.tiles + R - 1) / R);
-    return start<single<BITS, R, HALF>>(call, device, blocks, WARPS, bytes > least ? bytes : least, early, stream);
+    const int most = device.shared_each / BLOCKS_ALONE - 1024, least = device.shared_each / (BLOCKS_ALONE + 1);
+    done = BYTES <= most && A::holds(call) && call.tiles <= 2 * device.multiprocessors;
+    if (!done) return cudaSuccess;
+    return start<single<HALF>>(call, device, dim3(call.tiles), WARPS, BYTES > least ? BYTES : least, early, stream);
+}
+
+// One row by a block on each multiprocessor. `done`: false where there is no room for it.
+template <int BITS, bool HALF, int R>
+cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    using D = Divided<BITS, HALF, R>;
+    const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
+    const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
+    if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
+    // And no third block, for which there may be room.
+    return start<balanced<BITS, HALF, R>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
+}
+
+// Whether a block on each multiprocessor is measured to be faster than two of other forms: with 4 bits where each team has one tile, or one
+// of three, as the others' blocks would then have four; with fewer bits with up to two.
+inline bool is_balanced(const Call& call, int bits, const Device& device) {
+    const int each = (call.tiles + TEAMS * device.multiprocessors - 1) / (TEAMS * device.multiprocessors);
+    return bits == 4 ? each == 1 || each == 3 : each <= 2;
+}
+
+// One row, where groups are whole steps. `done`: false where blocks of more rows are faster.
+template <int BITS, bool HALF>
+cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
+    constexpr int WIDE = wide_balanced(BITS);
+    cudaError_t said = cudaSuccess;
+    if constexpr (BITS == 4) said = single_launched<HALF>(call, device, early, stream, done);
+    if (done || !is_balanced(call, BITS, device)) return said;
+    if (WIDE == 1 || call.tiles % WIDE == 0) said = balanced_launched<BITS, HALF, WIDE>(call, device, early, stream, done);
+    if constexpr (WIDE != 1)
+        if (!done) said = balanced_launched<BITS, HALF, 1>(call, device, early, stream, done);
+    return said;
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>
@@ -165,11 +207,11 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     const cudaError_t e = found(device);
     if (e != cudaSuccess) return e;
     const int parts = (call.count + call.together - 1) / call.together, flushes = flushes_of(call);
-    if constexpr (PARTS == 1 && (BITS == 2 || BITS == 4))
-        if (is_single(call)) {
+    if constexpr (PARTS == 1 && BITS != 8)
+        if (is_alone(call)) {
             bool done = false;
-            const cudaError_t said = call.half_ranges ? single_launched<BITS, true>(call, device, early, stream, done)
-                                                      : single_launched<BITS, false>(call, device, early, stream, done);
+            const cudaError_t said = call.half_ranges ? alone_launched<BITS, true>(call, device, early, stream, done)
+                                                      : alone_launched<BITS, false>(call, device, early, stream, done);
             if (done) return said;
         }
     // Few tiles are read for some rows of x after others, by blocks that are all there at once.

@@ -55,7 +55,6 @@ struct Lane {
     }
     // What the warp's lanes have stored is there for each other.
     __device__ __forceinline__ void together() { __syncwarp(); }
-    __device__ __forceinline__ void release() { release_next(); }
 
     static __device__ __forceinline__ void load16(uint32_t* to, const uint8_t* from) {
         const uint4 v = *reinterpret_cast<const uint4*>(from);

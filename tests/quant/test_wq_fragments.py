@@ -215,8 +215,9 @@ def test_a_row_alone_is_the_same(product: Product, bits: int) -> None:
             checked(alone, x, tensor)
             assert torch.equal(alone, beside)
             if product is on_host:
-                # Without the room for such a block: by blocks of more rows.
-                assert torch.equal(on_host(x[1:2].contiguous(), packed, 1), alone[1:2])
+                # Without the room for two teams: of 4 bits by blocks of a tile; and by blocks of more rows.
+                for room in (76 << 10, 1):
+                    assert torch.equal(on_host(x[1:2].contiguous(), packed, room), alone[1:2])
 
 
 @pytest.mark.parametrize("product", PLACES)
@@ -290,7 +291,7 @@ def test_what_the_compiler_makes_of_it(capability: tuple[int, int], tmp_path: Pa
     disassembler = pytest.importorskip("triton.knobs").nvidia.cuobjdump.path
     text = subprocess.run([disassembler, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     for function in text.split("Function : ")[1:]:
-        if re.search("product|single", function.splitlines()[0]):
+        if re.search("product|single|balanced", function.splitlines()[0]):
             assert re.search(r"LDGSTS\.E\.BYPASS(?:\.LTC128B)?\.128", function)
             assert "HMMA.16816.F32.BF16" in function
             assert not re.search(r"\b(?:LDL|STL)\b", function)
