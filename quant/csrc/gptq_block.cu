@@ -1,4 +1,4 @@
-// gptq_block on a GPU: the loop of gptq_lanes.h, TEAMS teams of two warps to a block of threads, the factor's panels in shared memory.
+// gptq_block on a GPU: the loop of gptq_lanes.h, teams of warps in blocks of threads, the factor's panels in shared memory.
 //
 // Plain C ABI. Columns one after another: block, codes, values, errors are [B, N], contiguous; upper is [B, B], scale and zero are [G, N],
 // with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros, and the columns of the block and of
@@ -13,12 +13,33 @@ namespace {
 
 using namespace gptq;
 
-// Warps that solve, and as many that help them. Shared memory has room for two such blocks on a multiprocessor.
-constexpr int TEAMS = 4, SIDE = 32 * TEAMS, THREADS = 2 * SIDE;
+constexpr int SIDE = 128;  // threads that copy the factor's first panels
 
-template <int L, bool PLAIN>
+// What runs as a block of threads: TEAMS teams of a warp that solves, whose lanes share a row L at a time or have R rows each, and H that
+// help. Warp i is the scheduler i % 4's.
+template <int L_, bool PLAIN_, int R_, int TEAMS_, int H_>
+struct Form {
+    static constexpr int L = L_, R = R_, TEAMS = TEAMS_, H = H_;
+    static constexpr bool PLAIN = PLAIN_;
+    static constexpr int ROWS = 32 / L * R;                          // of a team
+    static constexpr bool SPARE = TEAMS == 2 && H == 4;              // two warps do nothing, so that schedulers have as much to do
+    static constexpr int THREADS = SPARE ? 384 : 32 * TEAMS * (1 + H);
+    static constexpr int STAGES = TEAMS * H * 32 / SIDE > 1 ? 2 : 1;  // `SIDE`s of helpers that copy
+    static constexpr int EVENTS = MOST / UNIT + MOST / PANEL, BARRIERS = TEAMS * EVENTS + 1;
+    static_assert(TEAMS * H * 32 >= SIDE && BARRIERS <= THREADS, "");
+    // helper: -1 of one that solves, -2 of one that does nothing.
+    __device__ static __forceinline__ void place(int warp, int& team, int& helper) {
+        team = warp % TEAMS;
+        if (SPARE)
+            helper = warp < 2 ? -1 : warp < 4 ? 0 : warp < 6 ? 3 : warp < 8 ? 1 : warp < 10 ? -2 : 2;
+        else
+            helper = warp / TEAMS - 1;
+    }
+};
+
+template <int L, bool PLAIN, int R>
 struct Solvers {
-    using One = Lane<L, PLAIN>;
+    using One = Lane<L, PLAIN, R>;
     static constexpr int ROWS = 32 / L;  // neighbours in memory are neighbours in the warp
     One lane;
     typename One::Course course;
@@ -28,60 +49,75 @@ struct Solvers {
     }
     __device__ __forceinline__ void share() {
         if (L == 1) {
-            UNROLLED for (int c = 0; c < PANEL; c++) lane.x[c] = lane.own[c % One::OWN];
+            UNROLLED for (int r = 0; r < R; r++)
+                UNROLLED for (int c = 0; c < PANEL; c++) lane.x[r][c] = lane.own[r][c % One::OWN];
         } else {
             const int row = threadIdx.x % ROWS;
             UNROLLED for (int c = 0; c < PANEL; c++)
-                lane.x[c] = __shfl_sync(0xffffffffu, lane.own[c % One::OWN], c / One::OWN * ROWS + row);
+                lane.x[0][c] = __shfl_sync(0xffffffffu, lane.own[0][c % One::OWN], c / One::OWN * ROWS + row);
         }
     }
     __device__ __forceinline__ void start(const Problem& p, const Shared& s, int panel) { course = lane.start(p, s, panel); }
+    __device__ __forceinline__ void go_on(const Problem& p) { lane.go_on(p, course); }
     template <bool MORE>
     __device__ __forceinline__ void end(const Problem& p) {
         lane.template end<MORE>(p, course);
     }
 };
 
-template <int L>
+template <int ROWS, int R>
 struct Helpers {
-    Updates<L> lane;
+    Updates<ROWS, R> lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
     }
 };
 
-// How the warps of a team meet: one barrier for errors, one for what is handed over, after those of the block.
+__device__ __forceinline__ void all() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+// What is waited for, each once: a unit's errors, and a panel, of each team; all of the factor.
 struct Meet {
-    int errors, panels;
-    __device__ __forceinline__ explicit Meet(int team) : errors(1 + 2 * team), panels(2 + 2 * team) {}
-    __device__ static __forceinline__ void all() { asm volatile("bar.sync 0;" ::: "memory"); }
-    __device__ static __forceinline__ void wait(int barrier) { asm volatile("bar.sync %0, 64;" ::"r"(barrier) : "memory"); }
-    __device__ static __forceinline__ void arrive(int barrier) { asm volatile("bar.arrive %0, 64;" ::"r"(barrier) : "memory"); }
+    Near events, factor;  // `mbarrier`s
+    static constexpr int UNITS = MOST / UNIT;
+    __device__ static __forceinline__ void make(Near event, uint32_t count) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(event), "r"(count) : "memory");
+    }
+    __device__ static __forceinline__ void arrive(Near event) {
+        together();
+        if (threadIdx.x % 32 == 0) asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(event) : "memory");
+    }
+    __device__ static __forceinline__ void wait(Near event) {
+        uint32_t done;
+        do {
+#if __CUDA_ARCH__ >= 900
+#define WAIT_ONCE "mbarrier.try_wait.parity.shared.b64"
+#else
+#define WAIT_ONCE "mbarrier.test_wait.parity.shared.b64"
+#endif
+            asm volatile("{ .reg .pred p; " WAIT_ONCE " p, [%1], 0; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(event) : "memory");
+        } while (!done);
+    }
     // Of one that solves.
-    __device__ __forceinline__ void ready(int) const { all(); }
-    __device__ __forceinline__ void receive(int) const { wait(panels); }
-    __device__ __forceinline__ void send(int) const { arrive(errors); }
-    // Of one that helps.
-    __device__ __forceinline__ void hand_over(int) const { arrive(panels); }
-    __device__ static __forceinline__ void whole() {
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        all();
+    __device__ __forceinline__ void ready(int panel) const { panel == 0 ? all() : wait(factor); }
+    __device__ __forceinline__ void receive(int panel) const { wait(events + 8 * (UNITS + panel)); }
+    __device__ __forceinline__ void send(int unit) const { arrive(events + 8 * unit); }
+    // Of those that help.
+    __device__ __forceinline__ void hand_over(int panel) const { arrive(events + 8 * (UNITS + panel)); }
+    __device__ __forceinline__ void whole(int panel) const {
+        if (panel > 1) wait(factor);
     }
-    __device__ __forceinline__ void await(int panel) const {
-        if (panel == 0) whole();
-        wait(errors);
-    }
+    __device__ __forceinline__ void await(int unit) const { wait(events + 8 * unit); }
 };
 
-__device__ __forceinline__ Near near(const float* at) { return uint32_t(__cvta_generic_to_shared(at)); }
+__device__ __forceinline__ Near near(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
 template <int FLOATS>
 __device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t bytes = 4 * FLOATS) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(4 * FLOATS), "r"(bytes) : "memory");
 }
 
-// Panels FIRST .. LAST - 1 of a factor of MOST columns and whole vectors, by half of the threads: all addresses are so far from a few.
+// Panels FIRST .. LAST - 1 of a factor of MOST columns and whole vectors, by a side of threads: all addresses are so far from a few.
 template <int FIRST, int LAST>
 __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
     constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
@@ -128,87 +164,118 @@ __device__ __forceinline__ uint32_t settled(uint32_t x) {
     asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(made) : "r"(x), "r"(threadIdx.x));
     return made;
 }
-static_assert(SIDE == MOST, "a pivot for each thread that helps");
+static_assert(SIDE == MOST, "a pivot for each thread that copies");
 struct Memory {
     alignas(16) float factor[FACTOR];
     Pivot pivots[MOST];
+    alignas(16) uint64_t barriers[100];
 };
 
-template <int L, bool PLAIN>
-__global__ void __launch_bounds__(THREADS, PLAIN && L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
-    constexpr int ROWS = 32 / L;  // of a team
+template <class F>
+__global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F::L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
+    constexpr int L = F::L, R = F::R, H = F::H, PART = 32 / L;  // PART: rows of a team, R times
+    static_assert(F::BARRIERS <= 100, "");
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int team = warp % TEAMS;
-    const bool helps = warp >= TEAMS;
-    float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (ROWS * STRIDE);  // [ROWS, STRIDE]
-    const uint32_t first = (blockIdx.x * TEAMS + team) * ROWS, thread = team * 32 + lane;  // of its side
-    const Meet meet(team);
+    int team, helper;
+    F::place(warp, team, helper);
+    float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (F::ROWS * STRIDE);  // [ROWS, STRIDE]
+    const uint32_t first = (blockIdx.x * F::TEAMS + team) * F::ROWS;
+    const int rank = (helper * F::TEAMS + team) * 32 + lane, side = helper < 0 ? -1 : rank / SIDE;
+    const uint32_t thread = rank % SIDE;  // of its side
+    const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
     // What comes from farthest first.
-    const float diagonal = helps && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
-    if (helps) {
-        staged<0, 2>(p, memory.factor, thread);
-        staged<2, MOST / PANEL>(p, memory.factor, thread);
+    const float diagonal = side == 0 && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
+    if (side == 0) staged<0, 2>(p, memory.factor, thread);
+    if (side == F::STAGES - 1) staged<2, MOST / PANEL>(p, memory.factor, thread);
+    if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
+    if (helper < -1) {
+        all();
+        return;
     }
-    const uint32_t row = settled(first + lane % ROWS);
-    const int part = lane / ROWS;
+    const uint32_t row = settled(first + lane % PART * R);
+    const int part = lane / PART;
     if (p.words && first < p.rows) {
-        const int mine = part + helps * L;
-        const Near spans = near(errors + lane % ROWS * STRIDE);
-        const int32_t word = row < p.rows ? p.words[row] : 0;
-        survey<L>(p, row, mine, spans);
-        meet.wait(meet.errors);
-        find<L, PLAIN>(p, row, mine, word, spans);
-        meet.wait(meet.errors);
+        // 2 R warps' work, by those that help, or by both where one does.
+        constexpr int WORKERS = H > 1 ? H : 2;
+        const int worker = H > 1 ? helper : helper + 1;
+        const auto each = [&](auto f) {
+            ROLLED for (int task = worker; task >= 0 && task < 2 * R; task += WORKERS) {
+                const int r = task % R;
+                f(row + r, part + task / R * L, near(errors + (r * PART + lane % PART) * STRIDE));
+            }
+            asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * (1 + H)) : "memory");
+        };
+        each([&](uint32_t at, int mine, Near spans) { survey<L>(p, at, mine, spans); });
+        each([&](uint32_t at, int mine, Near spans) { find<L, F::PLAIN>(p, at, mine, at < p.rows ? p.words[at] : 0, spans); });
     }
     // A team all of whose rows are beyond the last does nothing but to copy.
     const bool idle = first >= p.rows;
     const Shared shared{settled(near(memory.factor)), settled(near(&memory.pivots[0].diagonal))};
-    if (!helps) {
-        Solvers<L, PLAIN> solvers;
+    if (helper < 0) {
+        Solvers<L, F::PLAIN, R> solvers;
         if (idle) {
-            UNROLLED for (int panel = 0; panel < 2; panel++)
-                if (panel < p.panels()) meet.ready(panel);
+            all();
         } else {
-            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % ROWS * STRIDE)));
+            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % PART * STRIDE)));
             solvers.lane.fetch_ranges(p, 0);
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<L> helpers;
-        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)));
-        memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
-        asm volatile("cp.async.wait_group 1;" ::: "memory");
-        meet.all();
-        if (!idle)
-            update(helpers, p, shared, meet);
-        else if (p.panels() > 1)
-            meet.whole();
+        Helpers<F::ROWS / 8, R> helpers;
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
+        if (side == 0) {
+            memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
+            asm volatile("cp.async.wait_group %0;" ::"n"(2 - F::STAGES) : "memory");
+        }
+        all();
+        if (side == F::STAGES - 1) asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(meet.factor) : "memory");
+        if (!idle) update(helpers, p, shared, meet, helper, H);
+        asm volatile("cp.async.wait_group 0;" ::: "memory");  // none outlives its thread
     }
 }
 
-template <int L, bool PLAIN>
+template <class F>
+constexpr int shared_bytes() {
+    return sizeof(Memory) + STRIDE * F::ROWS * F::TEAMS * sizeof(float);
+}
+
+template <class F>
 cudaError_t launch(const Problem& p, cudaStream_t stream) {
-    constexpr int ROWS = SIDE / L, SHARED = sizeof(Memory) + STRIDE * ROWS * sizeof(float);
-    static_assert(SHARED <= 99 * 1024, "what a block may have on all GPUs from compute capability 8.0 on");
-    const cudaError_t failed = cudaFuncSetAttribute(solve<L, PLAIN>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
+    constexpr int ROWS = F::ROWS * F::TEAMS, SHARED = shared_bytes<F>();
+    static_assert(SHARED <= 99 * 1024 || F::R > 1, "what a block may have on all GPUs from compute capability 8.0 on");
+    const cudaError_t failed = cudaFuncSetAttribute(solve<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (failed != cudaSuccess) return failed;
-    solve<L, PLAIN><<<(p.rows + ROWS - 1) / ROWS, THREADS, SHARED, stream>>>(p);
+    solve<F><<<(p.rows + ROWS - 1) / ROWS, F::THREADS, SHARED, stream>>>(p);
     return cudaGetLastError();
 }
 
-// The form for all kinds takes three times as long to compile; it has no version for 2 lanes.
-cudaError_t launch(const Problem& p, bool plain, int64_t lanes, cudaStream_t stream) {
-    if (!plain) return lanes == 4 ? launch<4, false>(p, stream) : launch<1, false>(p, stream);
-    return lanes == 1 ? launch<1, true>(p, stream) : lanes == 2 ? launch<2, true>(p, stream) : launch<4, true>(p, stream);
+// With two rows a lane, a block of threads for each multiprocessor: as many teams as it takes.
+using TwoRows = Form<1, true, 2, 4, 2>;
+using TwoRowsHalf = Form<1, true, 2, 2, 4>;
+using TwoRowsQuarter = Form<1, true, 2, 1, 4>;
+
+bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
+    const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 8 == 0; };
+    return plain && p.rows % 64 == 0 && aligned(p.codes) && aligned(p.values) && aligned(p.errors) && shared >= shared_bytes<TwoRows>();
+}
+
+// The form for all kinds takes three times as long to compile; it has no version for 2 lanes. room: rows that are solved at once by a lane
+// each where a block of threads is on each multiprocessor.
+cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cudaStream_t stream) {
+    if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
+    if (lanes == TWO_ROWS && 2 * p.rows <= room) return launch<TwoRowsQuarter>(p, stream);
+    if (lanes == TWO_ROWS) return p.rows <= room ? launch<TwoRowsHalf>(p, stream) : launch<TwoRows>(p, stream);
+    if (lanes == 1) return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 2>>(p, stream);
+    return lanes == 2 ? launch<Form<2, true, 1, 4, 2>>(p, stream) : launch<Form<4, true, 1, 4, 2>>(p, stream);
 }
 
 }  // namespace
 
-// lanes of a row: 1, 2, 4, or 0: as many as leave a block of threads to a multiprocessor. More shorten a row's time, and
-// repeat its rounding.
+// lanes of a row: 1, 2, 4, -2 (`TWO_ROWS`), or 0: as many as leave a block of threads to a multiprocessor, or two rows to a lane. More shorten
+// a row's time, and repeat its rounding.
 extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                   int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
@@ -217,12 +284,16 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     p.count_groups(plain != 0);
-    if (!lanes) {
-        int device = 0, processors = 0;
-        cudaError_t failed = cudaGetDevice(&device);
-        if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-        if (failed != cudaSuccess) return failed;
-        for (lanes = 4; lanes > 1 && rows * lanes > int64_t(SIDE) * processors;) lanes /= 2;
-    }
-    return launch(p, plain != 0, lanes, stream);
+    int device = 0, processors = 0, shared = 0;
+    cudaError_t failed = cudaGetDevice(&device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (failed != cudaSuccess) return failed;
+    const int64_t room = int64_t(SIDE) * processors;
+    const bool two = two_rows_fit(p, plain != 0, shared);
+    if (lanes == TWO_ROWS && !two) return cudaErrorInvalidValue;
+    if (!lanes && two && 4 * rows > room) lanes = TWO_ROWS;
+    if (!lanes)
+        for (lanes = 4; lanes > 1 && rows * lanes > room;) lanes /= 2;
+    return launch(p, plain != 0, lanes, room, stream);
 }

@@ -23,9 +23,9 @@ using namespace gptq;
 
 constexpr int LANES = 32;
 
-template <int L, bool PLAIN>
+template <int L, bool PLAIN, int R>
 struct Solvers {
-    using One = Lane<L, PLAIN>;
+    using One = Lane<L, PLAIN, R>;
     static constexpr int ROWS = LANES / L;
     One lane[LANES];
     typename One::Course course[LANES];
@@ -35,10 +35,14 @@ struct Solvers {
     }
     void share() {
         for (int i = 0; i < LANES; i++)
-            for (int c = 0; c < PANEL; c++) lane[i].x[c] = lane[c / One::OWN * ROWS + i % ROWS].own[c % One::OWN];
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < PANEL; c++) lane[i].x[r][c] = lane[c / One::OWN * ROWS + i % ROWS].own[r][c % One::OWN];
     }
     void start(const Problem& p, const Shared& s, int panel) {
         for (int i = 0; i < LANES; i++) course[i] = lane[i].start(p, s, panel);
+    }
+    void go_on(const Problem& p) {
+        for (int i = 0; i < LANES; i++) lane[i].go_on(p, course[i]);
     }
     template <bool MORE>
     void end(const Problem& p) {
@@ -46,88 +50,91 @@ struct Solvers {
     }
 };
 
-template <int L>
+template <int ROWS, int R>
 struct Helpers {
-    Updates<L> lane[LANES];
+    Updates<ROWS, R> lane[LANES];
     template <class F>
     void each(F f) {
-        for (Updates<L>& l : lane) f(l);
+        for (Updates<ROWS, R>& l : lane) f(l);
     }
 };
 
-// The two warps of a team, of which one runs at a time: `first` whenever it need not wait. Their barriers are those of gptq_block.cu.
+// The warps of a team, of which one runs at a time: the first of `order` that need not wait.
 class Team {
   public:
-    enum Warp { SOLVES, HELPS };
-    struct Barrier {
-        int arrived = 0;
+    struct Event {
+        bool there = false;
     };
-    Barrier all, errors, panels;
 
-    explicit Team(Warp first) : first_(first), runs_(first) {}
+    explicit Team(std::vector<int> order) : order_(std::move(order)), ended_(order_.size()), awaited_(order_.size()), runs_(order_[0]) {}
 
-    void begin(Warp warp) {
+    void begin(int warp) {
         std::unique_lock<std::mutex> lock(mutex_);
         turn_.wait(lock, [&] { return runs_ == warp; });
     }
-    void end(Warp warp) {
+    void end(int warp) {
         std::unique_lock<std::mutex> lock(mutex_);
         ended_[warp] = true;
-        if (!ended_[1 - warp]) choose();
+        choose();
     }
-    void meet(Warp warp, Barrier& barrier, bool wait = true) {
+    void signal(int warp, Event& event) {
         std::unique_lock<std::mutex> lock(mutex_);
-        if (++barrier.arrived == 2) {
-            barrier.arrived = 0;
-            if (awaits_[1 - warp] == &barrier) awaits_[1 - warp] = nullptr;
-        } else if (wait) {
-            awaits_[warp] = &barrier;
-        }
+        event.there = true;
         choose();
         turn_.wait(lock, [&] { return runs_ == warp; });
+    }
+    void await(int warp, Event& event) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (event.there) return;
+        awaited_[warp] = &event;
+        choose();
+        turn_.wait(lock, [&] { return runs_ == warp; });
+        awaited_[warp] = nullptr;
     }
 
   private:
     std::mutex mutex_;
     std::condition_variable turn_;
-    const Warp first_;
+    const std::vector<int> order_;
+    std::vector<char> ended_;
+    std::vector<const Event*> awaited_;
     int runs_;
-    bool ended_[2] = {};
-    Barrier* awaits_[2] = {};
 
     void choose() {
-        const auto can = [&](int warp) { return !ended_[warp] && !awaits_[warp]; };
-        runs_ = can(first_) ? first_ : 1 - first_;
-        if (!can(runs_)) {
-            std::fputs("gptq_lanes: the warps of a team wait for each other\n", stderr);
-            std::abort();
+        bool all = true;
+        for (const int warp : order_) {
+            all &= ended_[warp] != 0;
+            if (ended_[warp] || (awaited_[warp] && !awaited_[warp]->there)) continue;
+            if (warp != runs_) runs_ = warp, turn_.notify_all();
+            return;
         }
-        turn_.notify_all();
+        if (all) return;
+        std::fputs("gptq_lanes: the warps of a team wait for each other\n", stderr);
+        std::abort();
     }
 };
 
 struct Meet {
     Team& team;
+    std::vector<Team::Event>&units, &panels;
+    int warp;
     // Of the warp that solves.
-    void ready(int) { team.meet(Team::SOLVES, team.all); }
-    void receive(int) { team.meet(Team::SOLVES, team.panels); }
-    void send(int) { team.meet(Team::SOLVES, team.errors, false); }
-    // Of the one that helps.
-    void hand_over(int) { team.meet(Team::HELPS, team.panels, false); }
-    void whole() { team.meet(Team::HELPS, team.all); }
-    void await(int panel) {
-        if (panel == 0) whole();
-        team.meet(Team::HELPS, team.errors);
-    }
+    void ready(int) {}
+    void receive(int panel) { team.await(warp, panels.at(panel)); }
+    void send(int unit) { team.signal(warp, units.at(unit)); }
+    // Of those that help.
+    void hand_over(int panel) { team.signal(warp, panels.at(panel)); }
+    void whole(int) {}
+    void await(int unit) { team.await(warp, units.at(unit)); }
 };
 
-template <int L, bool PLAIN>
+template <int L, bool PLAIN, int R = 1>
 void solve(const Problem& p) {
     // Poisoned: what is read without having been written shows.
     std::vector<Four> factor(FACTOR / 4, Four{{NAN, NAN, NAN, NAN}});
     std::vector<Pivot> pivots(MOST, Pivot{1.0f, 0.0f});
-    constexpr int ROWS = LANES / L;  // of a team
-    std::vector<float> errors(ROWS * STRIDE, NAN);
+    constexpr int ROWS = LANES / L;  // of a team, R times
+    std::vector<float> errors(R * ROWS * STRIDE, NAN);
     float* panels = factor[0].at;
     for (int at = 0; at < int((p.columns + PANEL - 1) / PANEL); at++)
         for (int i = 0; i < PANEL * (at + 1); i++)
@@ -138,40 +145,54 @@ void solve(const Problem& p) {
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
     const Shared shared{panels, &pivots[0].diagonal};
-    for (uint32_t first = 0; first < p.rows; first += ROWS) {
+    for (uint32_t first = 0; first < p.rows; first += R * ROWS) {
         std::fill(errors.begin(), errors.end(), NAN);
-        const auto spans = [&](int lane) { return errors.data() + lane % ROWS * STRIDE; };
+        const auto spans = [&](int row) { return errors.data() + row * STRIDE; };
+        const auto row = [&](int slot) { return first + slot % ROWS * R + slot / ROWS; };
         if (p.words) {
-            for (int i = 0; i < 2 * LANES; i++) survey<L>(p, first + i % ROWS, i / ROWS, spans(i));
-            for (int i = 0; i < 2 * LANES; i++) {
-                const uint32_t row = first + i % ROWS;
-                find<L, PLAIN>(p, row, i / ROWS, row < p.rows ? p.words[row] : 0, spans(i));
+            for (int i = 0; i < 2 * R * LANES; i++) {
+                const int slot = i % (R * ROWS);
+                survey<L>(p, row(slot), i / (R * ROWS), spans(slot));
+            }
+            for (int i = 0; i < 2 * R * LANES; i++) {
+                const int slot = i % (R * ROWS);
+                find<L, PLAIN>(p, row(slot), i / (R * ROWS), row(slot) < p.rows ? p.words[row(slot)] : 0, spans(slot));
             }
         }
-        Solvers<L, PLAIN> solvers;
-        Helpers<L> helpers;
+        Solvers<L, PLAIN, R> solvers;
         for (int i = 0; i < LANES; i++) {
-            solvers.lane[i].begin(p, first + i % ROWS, i / ROWS, spans(i));
+            solvers.lane[i].begin(p, first + i % ROWS * R, i / ROWS, spans(i % ROWS));
             solvers.lane[i].fetch_ranges(p, 0);
-            helpers.lane[i].begin(p, i, first, errors.data());
         }
-        Team team(first / ROWS % 2 ? Team::SOLVES : Team::HELPS);
-        Meet meet{team};
-        std::thread other([&] {
-            team.begin(Team::HELPS);
-            team.meet(Team::HELPS, team.all);  // the first panels of the factor
-            update(helpers, p, shared, meet);
-            team.end(Team::HELPS);
-        });
-        team.begin(Team::SOLVES);
+        // One to three warps that help, in some order.
+        const int round = first / (R * ROWS), helpers = 1 + round % 3;
+        std::vector<int> order(1 + helpers);
+        for (int i = 0; i <= helpers; i++) order[i] = (i + round / 3) % (1 + helpers);
+        if (round % 2) std::reverse(order.begin(), order.end());
+        Team team(order);
+        std::vector<Team::Event> units(MOST / UNIT), handed(MOST / PANEL);
+        std::vector<Helpers<4 / L * R, R>> helper(helpers);
+        std::vector<std::thread> others;
+        for (int h = 0; h < helpers; h++) {
+            for (int i = 0; i < LANES; i++) helper[h].lane[i].begin(p, i, first, errors.data(), 1 + h);
+            others.emplace_back([&, h] {
+                Meet meet{team, units, handed, 1 + h};
+                team.begin(1 + h);
+                update(helper[h], p, shared, meet, h, helpers);
+                team.end(1 + h);
+            });
+        }
+        Meet meet{team, units, handed, 0};
+        team.begin(0);
         sweep<L>(solvers, p, shared, meet);
-        team.end(Team::SOLVES);
-        other.join();
+        team.end(0);
+        for (std::thread& other : others) other.join();
     }
 }
 
 template <bool PLAIN>
 void solve(const Problem& p, int64_t lanes) {
+    if (PLAIN && lanes == TWO_ROWS) return solve<1, PLAIN, PLAIN ? 2 : 1>(p);
     lanes == 1 ? solve<1, PLAIN>(p) : lanes == 2 ? solve<2, PLAIN>(p) : solve<4, PLAIN>(p);
 }
 

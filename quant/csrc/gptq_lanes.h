@@ -1,12 +1,15 @@
 // The column loop of gptq_block for a row of the weight that several lanes of a warp share. Compiles for a GPU (gptq_block.cu) and,
 // with the exchange between lanes emulated, for the host (gptq_lanes.cpp).
 //
-// A row's columns are taken PANEL at a time, by a team of two warps (`Lane`, and `Updates` of gptq_updates.h). One solves the panels: its lanes
+// A row's columns are taken PANEL at a time, by a team of warps (`Lane`, and `Updates` of gptq_updates.h). One solves the panels: its lanes
 // give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
-// barrier stands between two columns. A column is a chain of some 14 operations that wait for each other. Beside it the error of the column
-// before comes off the rest of its panel, and off the lane's own columns of the next panel. Off these the other warp has taken the errors of
-// all panels before, many independent sums, while the panel before was solved; it hands them over through shared memory. Each column's
-// subtractions are made in the order of the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
+// barrier stands between two columns. A column is a chain of 13 operations that wait for each other, some 55 cycles. Beside it the error of
+// the column before comes off the rest of its panel, and errors of the panel's second half off the lane's own columns of the next panel. Off
+// these the other warps have taken all errors before, many independent sums; they hand them over through shared memory. A scheduler has more
+// instructions to issue for the others than for the one that solves: these, not the chain, take the time where a lane has a row. So each of
+// the others has panels of its own, and takes from one what there is while it must wait for the rest; and where there are many rows a lane
+// has two: two chains at a time, and what is loaded of the factor serves twice. Each column's subtractions are made in the order of the plain
+// loop, each fused with its product (`less`); all else is rounded operation by operation.
 // Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
@@ -25,14 +28,17 @@
 namespace gptq {
 
 constexpr int PANEL = 16, MOST = 128;  // columns
-constexpr int FENCED = 4;              // columns whose instructions the compiler may mix
-constexpr int ARRIVAL = 8;             // of a panel's columns, the one before which what is next has come
-// A row's floats in shared memory: of a panel first what it is less the errors of all panels but the one before it, then its errors. Those of
-// the last two nobody asks for: they share a slot, which is free in time.
+constexpr int FENCED = 8;              // columns whose instructions the compiler may mix
+constexpr int UNIT = 8;                // columns whose errors are handed over at once
+// A row's floats in shared memory: of a panel first what it is less the errors that others take off, then its errors. The last two panels
+// share a slot: when the last is put there, the one before has been read, and so have its errors that anybody asks for.
 constexpr int SLOTS = MOST / PANEL - 1;
 constexpr int STRIDE = SLOTS * PANEL + 4;  // eight rows' 16 bytes at a time lie in 32 banks
 static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
 ON_LANES constexpr int slot_start(int panel) { return PANEL * (panel < SLOTS ? panel : SLOTS - 1); }
+
+// In place of a number of lanes: each lane has two rows. Plain; rows a multiple of 64; codes, values and errors aligned to 8 bytes.
+constexpr int TWO_ROWS = -2;
 
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 
@@ -60,7 +66,7 @@ struct Problem {
         busy = plain ? fresh | fresh >> 1 | 3 : ~0u;
     }
     ON_LANES int panels() const { return int(columns + PANEL - 1) / PANEL; }
-    ON_LANES bool kept(int panel) const { return panel + 2 < panels(); }  // its errors come off more than the next panel
+    ON_LANES bool kept(int panel) const { return panel + 2 < panels(); }  // its second unit's errors come off more than the next panel
 };
 
 // ---- what the fast divisions take ----
@@ -93,30 +99,36 @@ struct Range {
     float scale, inverse, zero;
 };
 
-// One of L lanes of a row. PLAIN: whole zeros, one group for each panel, whole panels.
-template <int L, bool PLAIN>
+// One of L lanes of a row, or, L being 1, a lane of R rows beside each other; in shared memory they are APART. PLAIN: whole zeros, one group
+// for each panel, whole panels.
+template <int L, bool PLAIN, int R = 1>
 struct Lane {
-    static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL;
-    float x[PANEL];  // the panel that is solved; a solved column's error takes its place
-    float own[OWN];  // of the panel after it
-    Range ranges[GROUPS];
-    float scales[GROUPS], zeros[GROUPS];  // of the panel after it
-    float loss, top;
-    uint32_t low;  // least |w - q| but 0, as the float's bits without the sign, less 1
+    static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL, APART = 32;
+    static constexpr int ARRIVAL = R > 1 ? 15 : 12;  // of a panel's columns, the one before which what is next has come
+    static_assert(R == 1 || (R == 2 && L == 1 && PLAIN), "");
+    float x[R][PANEL];  // the panel that is solved; a solved column's error takes its place
+    float own[R][OWN];  // of the panel after it
+    Range ranges[R][GROUPS];
+    float scales[R][GROUPS], zeros[R][GROUPS];  // of the panel after it
+    float loss[R], top[R];
+    uint32_t low[R];  // least |w - q| but 0, as the float's bits without the sign, less 1
     uint32_t row, part;
     bool alive;   // false beyond the last row: such lanes do what the last row's do, store the same, and solve nothing again
     Near errors;  // [STRIDE]
 
+    // R > 1: all rows are there.
     ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
-        alive = given_row < p.rows;
+        alive = R > 1 || given_row < p.rows;
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
-        loss = 0.0f, low = 0xffffffffu;
-        top = p.tops ? p.tops[row] : p.top;
         const uint32_t column = part * OWN;
+        UNROLLED for (int r = 0; r < R; r++) {
+            loss[r] = 0.0f, low[r] = 0xffffffffu;
+            top[r] = p.tops ? p.tops[row + r] : p.top;
+        }
         uint32_t at = column * p.rows + row;
         UNROLLED for (int c = 0; c < OWN; c++) {
-            own[c] = get(p.block + at, PLAIN || column + c < p.columns);
+            UNROLLED for (int r = 0; r < R; r++) own[r][c] = get(p.block + at + r, PLAIN || column + c < p.columns);
             advance(at, p.rows);
         }
     }
@@ -124,18 +136,22 @@ struct Lane {
     ON_LANES void fetch_ranges(const Problem& p, uint32_t first) {
         UNROLLED for (int c = 0; c < GROUPS; c++) {
             const bool real = PLAIN || first + c < p.columns;
-            scales[c] = real ? p.scale[p.group[first + c] * p.scale_stride + row] : 1.0f;
-            zeros[c] = real ? p.zero[p.group[first + c] * p.zero_stride + row] : 0.0f;
+            UNROLLED for (int r = 0; r < R; r++) {
+                scales[r][c] = real ? p.scale[p.group[first + c] * p.scale_stride + row + r] : 1.0f;
+                zeros[r][c] = real ? p.zero[p.group[first + c] * p.zero_stride + row + r] : 0.0f;
+            }
         }
     }
 
     // Before a panel: its ranges, and loads of the next panel's.
     ON_LANES void renew(const Problem& p, int panel) {
-        if (!PLAIN || p.fresh >> panel & 1) UNROLLED for (int c = 0; c < GROUPS; c++) ranges[c] = range(scales[c], zeros[c], p.kind);
+        if (!PLAIN || p.fresh >> panel & 1)
+            UNROLLED for (int r = 0; r < R; r++)
+                UNROLLED for (int c = 0; c < GROUPS; c++) ranges[r][c] = range(scales[r][c], zeros[r][c], p.kind, low[r]);
         if (PLAIN ? p.fresh >> panel & 2 : (panel + 1) * PANEL < int(p.columns)) fetch_ranges(p, (panel + 1) * PANEL);
     }
 
-    ON_LANES Range range(float scale, float zero, int kind) {
+    ON_LANES static Range range(float scale, float zero, int kind, uint32_t& low) {
         bool fits = fabsf(scale) >= LEAST_SCALE && fabsf(scale) <= MOST_SCALE;
         if (kind == WHOLE) fits &= fabsf(zero) <= MOST_ZERO && zero == nearest(zero);
         // A group of equal values has scale 0; its minimum alone is exact: 0 steps.
@@ -146,38 +162,40 @@ struct Lane {
 
     // A solved column but its error, and what of the factor this takes off columns of its panel.
     struct Solved {
-        float code, value;
+        float code[R], value[R];
         Four u[PANEL / 4];
     };
 
-    // Its error off the columns of its panel from `first` on.
-    ON_LANES void take(const Solved& last, float error, int first, int end) {
+    // Its errors off the columns of its panel from `first` on.
+    ON_LANES void take(const Solved& last, int c, int first, int end) {
         UNROLLED for (int d = 0; d < PANEL; d++)
-            if (d >= first && d < end) x[d] = less(x[d], error, last.u[d / 4].at[d % 4]);
+            if (d >= first && d < end) UNROLLED for (int r = 0; r < R; r++) x[r][d] = less(x[r][d], x[r][c], last.u[d / 4].at[d % 4]);
     }
 
     ON_LANES void solve(const Problem& p, int c, Near pivots, Solved& made) {
-        const Range& r = ranges[c % GROUPS];
-        if (PLAIN) {
-            // Cut before rounding: the same, as its ends are whole.
-            const float whole = nearest(limited(divided(x[c], r.scale, r.inverse), -r.zero, top - r.zero));
-            made.code = plus(whole, r.zero);
-            made.value = times(whole, r.scale);
-        } else {
-            // One form for all kinds: what a kind does not have is 0, and adding 0 is exact.
-            const float whole_zero = p.kind == WHOLE ? r.zero : 0.0f, real_zero = p.kind == REAL_ZERO ? r.zero : 0.0f;
-            const float minimum = p.kind == MINIMUM ? r.zero : 0.0f;
-            const float steps = plus(divided(minus(x[c], minimum), r.scale, r.inverse), real_zero);
-            const float whole = nearest(limited(steps, -whole_zero, top - whole_zero));
-            made.code = plus(whole, whole_zero);
-            made.value = plus(times(minus(whole, real_zero), r.scale), minimum);
-        }
         Pivot pivot;
         near_two(beside(pivots, 2 * c), pivot.diagonal, pivot.inverse);
-        const float missed = minus(x[c], made.value);
-        const uint32_t size = 2u * bits_of(missed) - 1u;
-        low = size < low ? size : low;
-        x[c] = divided(missed, pivot.diagonal, pivot.inverse);
+        UNROLLED for (int r = 0; r < R; r++) {
+            const Range& range = ranges[r][c % GROUPS];
+            if (PLAIN) {
+                // Cut before rounding: the same, as its ends are whole.
+                const float whole = nearest(limited(divided(x[r][c], range.scale, range.inverse), -range.zero, top[r] - range.zero));
+                made.code[r] = plus(whole, range.zero);
+                made.value[r] = times(whole, range.scale);
+            } else {
+                // One form for all kinds: what a kind does not have is 0, and adding 0 is exact.
+                const float whole_zero = p.kind == WHOLE ? range.zero : 0.0f, real_zero = p.kind == REAL_ZERO ? range.zero : 0.0f;
+                const float minimum = p.kind == MINIMUM ? range.zero : 0.0f;
+                const float steps = plus(divided(minus(x[r][c], minimum), range.scale, range.inverse), real_zero);
+                const float whole = nearest(limited(steps, -whole_zero, top[r] - whole_zero));
+                made.code[r] = plus(whole, whole_zero);
+                made.value[r] = plus(times(minus(whole, real_zero), range.scale), minimum);
+            }
+            const float missed = minus(x[r][c], made.value[r]);
+            const uint32_t size = 2u * bits_of(missed) - 1u;
+            low[r] = size < low[r] ? size : low[r];
+            x[r][c] = divided(missed, pivot.diagonal, pivot.inverse);
+        }
     }
 
     // Where a panel's columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
@@ -193,10 +211,16 @@ struct Lane {
             if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
             at = first * p.rows + lane.row;
         }
-        ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, float error, bool real) {
-            gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? made.value : made.code, real);
-            if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? made.value : made.code, real);
-            if (L == 1) gptq::put<PLAIN>(base[0] + at, made.code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, made.value, real);
+        ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, const float (&x)[R][PANEL], int c, bool real) {
+            if (R > 1) {
+                put_two(base[COUNT - 1] + at, x[0][c], x[R - 1][c]);
+                put_two(base[0] + at, made.code[0], made.code[R - 1]), put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
+            } else {
+                const float error = x[0][c], code = made.code[0], value = made.value[0];
+                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? value : code, real);
+                if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
+                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
+            }
             advance(at, p.rows);
         }
     };
@@ -209,14 +233,15 @@ struct Lane {
         Solved last;
     };
 
-    static constexpr int AT_ONCE = (2 * PANEL - ARRIVAL - 2) / (PANEL - ARRIVAL);
-    // Columns whose errors are off the panel after theirs once column c is solved: all before it, if there was time enough.
+    static constexpr int AT_ONCE = (2 * PANEL - UNIT - ARRIVAL - 2) / (PANEL - ARRIVAL);
+    // Columns whose errors are off the panel after theirs once column c is solved: all before it, if there was time enough. The other warps
+    // take the first unit's off.
     ON_LANES static constexpr int taken(int c) {
-        const int even = ((PANEL - 1) * (c - ARRIVAL + 1) + PANEL - ARRIVAL - 1) / (PANEL - ARRIVAL);
-        return c < ARRIVAL ? 0 : even < c ? even : c;
+        const int even = UNIT + ((PANEL - 1 - UNIT) * (c - ARRIVAL + 1) + PANEL - ARRIVAL - 1) / (PANEL - ARRIVAL);
+        return c < ARRIVAL ? UNIT : even < c ? even : c;
     }
 
-    // The panel in x, and its columns until those of the panel after it are needed.
+    // The first unit of the panel in x.
     ON_LANES Course start(const Problem& p, const Shared& s, int panel) {
         const int first = panel * PANEL, next = panel_start(panel + 1) + first * PANEL + int(part) * OWN;
         Course now{panel,
@@ -226,14 +251,23 @@ struct Lane {
                    beside(s.pivots, 2 * first),
                    Stores(p, *this, first),
                    {}};
-        solve_columns<0, ARRIVAL, false>(p, now);
+        solve_columns<0, UNIT, false>(p, now);
         return now;
     }
+    // Where nobody asks for them any more, too: that costs less than to ask.
+    ON_LANES void put_unit(int panel, int first) {
+        UNROLLED for (int r = 0; r < R; r++)
+            UNROLLED for (int c = 0; c < UNIT; c += 4)
+                near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + first + c), x[r] + first + c);
+    }
+    // Its columns until those of the panel after it are needed.
+    ON_LANES void go_on(const Problem& p, Course& now) { solve_columns<UNIT, ARRIVAL, false>(p, now); }
     ON_LANES void receive(int panel) {
-        UNROLLED for (int c = 0; c < OWN; c += 4) {
-            const Four four = near_four(beside(errors, slot_start(panel) + int(part) * OWN + c));
-            UNROLLED for (int i = 0; i < 4; i++) own[c + i] = four.at[i];
-        }
+        UNROLLED for (int r = 0; r < R; r++)
+            UNROLLED for (int c = 0; c < OWN; c += 4) {
+                const Four four = near_four(beside(errors, r * APART * STRIDE + slot_start(panel) + int(part) * OWN + c));
+                UNROLLED for (int i = 0; i < 4; i++) own[r][c + i] = four.at[i];
+            }
     }
     // MORE: errors come off the panel after it. Where there is none, that costs least time if lanes have few columns of it.
     template <bool MORE>
@@ -241,7 +275,6 @@ struct Lane {
         solve_columns<ARRIVAL, PANEL, MORE>(p, now);
         finish_column(p, now, PANEL - 1);
         if (MORE) take_own(now, taken(PANEL - 1), PANEL);
-        if (p.kept(now.panel)) UNROLLED for (int c = 0; c < PANEL; c += 4) near_put(beside(errors, slot_start(now.panel) + c), x + c);
     }
 
     // While a column is divided and rounded, a chain of operations that wait for each other, the error of the column before comes off the
@@ -249,9 +282,9 @@ struct Lane {
     template <int FROM, int TO, bool MORE>
     ON_LANES void solve_columns(const Problem& p, Course& now) {
         UNROLLED for (int c = FROM; c < TO; c++) {
-            const uint32_t before = low;
+            const uint32_t before = low[0];
             Solved made;
-            if (c) take(now.last, x[c - 1], c, c + 1);
+            if (c) take(now.last, c - 1, c, c + 1);
             UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) made.u[d] = near_four(beside(now.u, c * PANEL + 4 * d));
             Four v[AT_ONCE][OWN / 4];
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
@@ -261,13 +294,16 @@ struct Lane {
             if (c) finish_column(p, now, c - 1);
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
                 if (MORE && taken(c - 1) + k < taken(c))
-                    UNROLLED for (int d = 0; d < OWN; d++) own[d] = less(own[d], x[taken(c - 1) + k], v[k][d / 4].at[d % 4]);
+                    UNROLLED for (int d = 0; d < OWN; d++)
+                        UNROLLED for (int r = 0; r < R; r++) own[r][d] = less(own[r][d], x[r][taken(c - 1) + k], v[k][d / 4].at[d % 4]);
             now.last = made;
             if (c % FENCED == FENCED - 1) {
                 // All that was made is made here.
-                UNROLLED for (int d = c; d < PANEL; d++) pin(x[d]);
-                if (MORE) UNROLLED for (int d = 0; d < OWN; d++) pin(own[d]);
-                pin(loss), pin(now.last.code), pin(now.last.value);
+                UNROLLED for (int r = 0; r < R; r++) {
+                    UNROLLED for (int d = c; d < PANEL; d++) pin(x[r][d]);
+                    if (MORE) UNROLLED for (int d = 0; d < OWN; d++) pin(own[r][d]);
+                    pin(loss[r]), pin(now.last.code[r]), pin(now.last.value[r]);
+                }
                 fence(before);
             }
         }
@@ -275,32 +311,33 @@ struct Lane {
 
     // What can wait of a column.
     ON_LANES void finish_column(const Problem& p, Course& now, int c) {
-        take(now.last, x[c], c + 2, PANEL);
-        loss = fused(x[c], x[c], loss);
-        now.to.put(p, part, now.last, x[c], c < now.real);
+        take(now.last, c, c + 2, PANEL);
+        UNROLLED for (int r = 0; r < R; r++) loss[r] = fused(x[r][c], x[r][c], loss[r]);
+        now.to.put(p, part, now.last, x, c, c < now.real);
     }
     ON_LANES void take_own(const Course& now, int first, int end) {
         UNROLLED for (int c = 0; c < PANEL; c++) {
             if (c < first || c >= end) continue;
             UNROLLED for (int d = 0; d < OWN; d += 4) {
                 const Four v = near_four(beside(now.v, c * PANEL + d));
-                UNROLLED for (int i = 0; i < 4; i++) own[d + i] = less(own[d + i], x[c], v.at[i]);
+                UNROLLED for (int r = 0; r < R; r++)
+                    UNROLLED for (int i = 0; i < 4; i++) own[r][d + i] = less(own[r][d + i], x[r][c], v.at[i]);
             }
         }
     }
 
     ON_LANES void finish(const Problem& p) {
-#ifdef __CUDACC__
-        __syncwarp();  // what all of the row's lanes stored comes before what one of them may
-#endif
+        together();  // what all of the row's lanes stored comes before what one of them may
         if (!alive || part) return;
-        if (low < LEAST_BITS - 1u || !(loss < MOST_LOSS)) redo(p);
-        if (p.loss) p.loss[row] = plus(p.loss[row], loss);
+        UNROLLED for (int r = 0; r < R; r++) {
+            if (low[r] < LEAST_BITS - 1u || !(loss[r] < MOST_LOSS)) loss[r] = redo(p, row + r, top[r]);
+            if (p.loss) p.loss[row + r] = plus(p.loss[row + r], loss[r]);
+        }
     }
 
-    // The row once more, with divisions for any number.
-    ON_LANES void redo(const Problem& p) {
-        loss = 0.0f;
+    // A row once more, with divisions for any number: its loss.
+    ON_LANES static float redo(const Problem& p, uint32_t row, float top) {
+        float loss = 0.0f;
         ROLLED for (uint32_t j = 0; j < p.columns; j++) {
             const uint32_t at = j * p.rows + row;
             float w = p.block[at];
@@ -321,12 +358,13 @@ struct Lane {
             loss = fused(error, error, loss);
             p.codes[at] = code, p.values[at] = value, p.errors[at] = error;
         }
+        return loss;
     }
 };
 
 // The warp that solves. `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own
-// columns of all of them. `ready(panel)` returns when that panel of the factor and the next are in shared memory, after panel 1 all;
-// `receive(panel)` when the other warp has put that panel into its slot. `send(panel)` says that its errors are there.
+// columns of all of them. `ready(panel)` returns when that panel of the factor and the next are in shared memory; `receive(panel)` when
+// another warp has put that panel into its slot. `send(unit)` says that the unit's errors are there.
 template <int L, class Lanes, class Meet>
 ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
     const int panels = p.panels();
@@ -338,6 +376,9 @@ ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet)
         lanes.share();
         lanes.start(p, s, panel);
         const bool more = panel + 1 < panels;
+        lanes.each([&](auto& lane) { lane.put_unit(panel, 0); });
+        meet.send(2 * panel);
+        lanes.go_on(p);
         if (more) {
             meet.receive(panel + 1);
             lanes.each([&](auto& lane) { lane.receive(panel + 1); });
@@ -346,7 +387,8 @@ ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet)
             lanes.template end<true>(p);
         else
             lanes.template end<false>(p);
-        if (p.kept(panel)) meet.send(panel);
+        lanes.each([&](auto& lane) { lane.put_unit(panel, UNIT); });
+        meet.send(2 * panel + 1);
     }
     lanes.each([&](auto& lane) { lane.finish(p); });
 }

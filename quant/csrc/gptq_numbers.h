@@ -105,6 +105,13 @@ ON_LANES void count(int32_t* odd) {
 #endif
 }
 
+// What a warp's lanes wrote before comes before what they do next.
+ON_LANES void together() {
+#ifdef __CUDACC__
+    __syncwarp();
+#endif
+}
+
 // What has been made stays so: it is not made later, where it is used.
 ON_LANES void pin(float& x) {
 #ifdef __CUDACC__
@@ -167,6 +174,14 @@ ON_LANES void put(float* to, float x, bool real) {
         asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(to), "f"(x));
 #else
     if (ALWAYS || real) *to = x;
+#endif
+}
+// Two beside each other, 8 bytes aligned.
+ON_LANES void put_two(float* to, float x, float y) {
+#ifdef __CUDACC__
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(x), "f"(y));
+#else
+    to[0] = x, to[1] = y;
 #endif
 }
 // What is there, or 0.

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.grids import GRIDS
+from quant.grids import GRIDS, fit
 from quant.kernels import kernel, native, on_cuda, recorded
-from quant.kernels.gptq_block import Fits, SolvedBlock, cuda, triton
+from quant.kernels.gptq_block import Fit, Fits, SolvedBlock, cuda, triton
 from tests.quant.plain_loop import plain_loop, same
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 GPU = pytest.mark.gpu("nvcc")
 SHAPES = ((1, 128, 4), (37, 96, 3), (5, 16, 2), (33, 48, 8), (9, 112, 5), (130, 32, 6), (3, 80, 7))
 """Rows, columns, bits. Groups of 16 columns."""
+TWO_ROWS = -2
 PLAIN = 12
 """Where `cuda.arguments` says that zeros are whole, panels whole and groups as wide as panels."""
 
@@ -95,6 +96,20 @@ def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
+def test_two_rows_a_lane_equal_the_plain_loop(run: Any) -> None:
+    """Whole teams of 64 rows, one to three warps that help each on the host; numbers that the fast division cannot take in either row."""
+    for rows, columns, bits in ((64, 128, 4), (128, 96, 3), (192, 16, 2), (64, 48, 8), (448, 112, 5), (64, 32, 6)):
+        given = problem(rows, columns, "g_asym", bits, torch.float32)
+        agrees(run(*given, TWO_ROWS), *given)
+    w, upper, affine, group = problem(64, 64, "g_asym", 4, torch.float32)
+    for row in (2, 5, 63):
+        w[row, row] = 1e-30
+        affine.scale[row % 4, row] = 1e-20
+    w[7, 40], w[8, 41] = torch.nan, torch.inf
+    agrees(run(w, upper, affine, group, TWO_ROWS), w, upper, affine, group)
+
+
+@pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("lanes", [1, 2, 4])
 def test_stacked_configurations_are_solved_as_apart(run: Any, lanes: int) -> None:
     for grid, widths in STACKS:
@@ -131,6 +146,25 @@ def test_ranges_are_found_in_the_launch(run: Any, lanes: int) -> None:
         ranges_are_found(lambda *given: run(*given, lanes), grids)
     # Groups as wide as panels: the form for whole zeros.
     ranges_are_found(lambda *given: run(*given, lanes), FOUND[0][:3], columns=128, smallest=32)
+
+
+@GPU
+def test_ranges_of_two_rows_a_lane_are_found() -> None:
+    w, upper, affine, _ = problem(64, 128, "g_asym", 4, torch.float32)
+    block, u, group = w.repeat(1, 300).cuda(), upper.cuda(), [j // 32 for j in range(128)]
+    fitted = fit(GRIDS["g_asym"], w.T.reshape(64, 4, 32), 4, w.dtype)
+    scale, zero = fitted.scale[..., 0].T.contiguous(), fitted.zero[..., 0].T.contiguous()
+    want = plain_loop(w, upper, Affine(scale, zero, 4, affine.kind), group)
+    for rows in (64, 64 * 200, 64 * 300):  # all shapes
+        fits = Fits.of([Fit(rows, 32, "g_asym", 4)], block.device)
+        here = Affine(torch.full((4, rows), torch.nan, device="cuda"), torch.full((4, rows), torch.nan, device="cuda"), 4, affine.kind)
+        got = cuda.solve_block(block[:, :rows].contiguous(), u, here, group, None, fits, TWO_ROWS)
+        pairs = ((here.scale, scale), (here.zero, zero), (got.codes, want.codes), (got.errors, want.errors))
+        assert all(torch.equal(x.cpu(), y.repeat(1, rows // 64)) for x, y in pairs)
+        assert int(fits.odd) == 0
+    odd = Affine(scale[:, :63].cuda(), zero[:, :63].cuda(), 4, affine.kind)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        cuda.solve_block(block[:, :63].contiguous(), u, odd, group, lanes=TWO_ROWS)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -213,10 +247,10 @@ def test_compiles_without_spills(architecture: tuple[int, int], most: int, tmp_p
     done = subprocess.run([*command, str(source), "-o", str(tmp_path / "made")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(registers) == 5  # lanes 1, 2, 4 where plain; 1, 4
+    assert len(registers) == 9  # where plain lanes 1 with one or two warps that help, 2, 4, two rows in three shapes; 1, 4
     assert max(registers) <= most
     moved = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert moved == [("0", "0", "0")] * 5, done.stderr[-3000:]
+    assert moved == [("0", "0", "0")] * 9, done.stderr[-3000:]
     tool = shutil.which("cuobjdump", path=str(Path(nvcc).parent))
     if tool is not None:
         said = subprocess.run([tool, "-sass", str(tmp_path / "made")], capture_output=True, text=True, check=True).stdout
@@ -258,6 +292,13 @@ def test_many_rows_on_a_gpu_and_in_a_graph() -> None:
     block, scale, zero = (t.repeat(1, 60).cuda() for t in (w, affine.scale, affine.zero))
     u, wide, group = upper.cuda(), Affine(scale, zero, 4, affine.kind), [j // 32 for j in range(128)]
     want = plain_loop(w, upper, affine, group)
+    many = block.shape[1] // 64 * 64
+    two = block[:, :many].contiguous(), Affine(scale[:, :many].contiguous(), zero[:, :many].contiguous(), 4, affine.kind)
+    for rows, lanes in ((many, 0), (many, TWO_ROWS), (9600, TWO_ROWS), (6400, TWO_ROWS)):
+        affines = Affine(two[1].scale[:, :rows], two[1].zero[:, :rows], 4, affine.kind)
+        got = cuda.solve_block(two[0][:, :rows].contiguous(), u, affines, group, lanes=lanes)
+        for name in ("codes", "values", "errors"):
+            assert torch.equal(getattr(got, name).cpu(), getattr(want, name).repeat(1, 60)[:, :rows]), (rows, lanes, name)
     for lanes in (0, 1, 2, 4):
         out = poisoned(block, loss=False)
         cuda.solve_block(block, u, wide, group, out, lanes=lanes)
