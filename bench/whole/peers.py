@@ -124,6 +124,7 @@ def main(name: str, model: str, tokens: str, out: str) -> int:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
+        print(f"the {turn} time {seconds[-1]:.2f} s", flush=True)  # for one that is ended during the second
         shutil.rmtree(folder / turn)
     save_file({"values": values[QUERY].cpu().contiguous()}, folder / "query")
     (folder / "told.json").write_text(json.dumps({"first_s": seconds[0], "second_s": seconds[1]}))
