@@ -14,10 +14,11 @@ namespace fragments {
 constexpr int TEAMS = 2;
 
 // Bytes of shared memory: rings of stages of some tiles, x, the table, and what each warp has for the rows of each of its tiles. Of a step, x
-// takes GIVEN bytes, and the table ENTRY; a warp has SUMS for a row.
-template <int BITS_OF, bool HALF, int TILES, int STAGES, int GIVEN_BYTES, int ENTRY_BYTES, int SUMS_OF>
+// takes GIVEN bytes, and the table ENTRY; a warp has SUMS for a row. METER: stages of a warp that are on their way at a time while its ring
+// is first filled: with more, x, and the codes of the product before, wait for them.
+template <int BITS_OF, bool HALF, int TILES, int STAGES, int METER_OF, int GIVEN_BYTES, int ENTRY_BYTES, int SUMS_OF>
 struct Divided {
-    static constexpr int BITS = BITS_OF, R = TILES, GIVEN = GIVEN_BYTES, ENTRY = ENTRY_BYTES, SUMS = SUMS_OF;
+    static constexpr int BITS = BITS_OF, R = TILES, METER = METER_OF, GIVEN = GIVEN_BYTES, ENTRY = ENTRY_BYTES, SUMS = SUMS_OF;
     static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), RANGES_AT = R * CODES, SLOT = R * (CODES + RANGES);
     static constexpr int DEPTH = STAGES, RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
 
@@ -91,6 +92,8 @@ struct Balanced : A {
             s.ranges = P::kept(call.ranges + lane % PIECES * 16 + int64_t(lane / PIECES % R) * call.groups * A::RANGES);
         });
         UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if constexpr (A::METER < A::DEPTH)
+                if (i >= A::METER) p.template arrived<A::METER - 1>();
             if (left > 0) fetch(p, ring + i * A::SLOT);
             p.commit();
         }

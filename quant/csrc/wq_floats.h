@@ -7,9 +7,12 @@
 
 namespace fragments {
 
-// Stages of a warp's ring: as many as fit beside x of 11008 columns.
+// Stages of a warp's ring: as many as fit beside x of 11008 columns; and those on their way at a time at first, as is measured to be fastest.
+BOTH constexpr int deep_floats(int bits, bool half) { return bits == 3 ? 6 : half ? 5 : 4; }
+BOTH constexpr int metered_floats(int bits, bool half) { return bits == 3 ? 1 : deep_floats(bits, half); }
+
 template <int BITS, bool HALF>
-using OfFloats = Divided<BITS, HALF, 1, BITS == 2 ? (HALF ? 9 : 8) : BITS == 3 ? 6 : HALF ? 5 : 4, 2 * COLUMNS, ENTRY, 1>;
+using OfFloats = Divided<BITS, HALF, 1, deep_floats(BITS, HALF), metered_floats(BITS, HALF), 2 * COLUMNS, ENTRY, 1>;
 
 template <int BITS>
 struct Both : Numbers<BITS>, Copied<1> {};

@@ -230,6 +230,7 @@ void product(Call call, int most) {
 }
 
 // One row of x by blocks of two teams, of which some have tiles, several, or none. False where there is no room, or a tile would be left.
+// `most`: the bytes of half of a multiprocessor.
 template <class Work>
 bool balanced(Call call, int most) {
     const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
@@ -269,13 +270,14 @@ bool single(const Call& call, int most) {
 
 template <int BITS, bool HALF>
 bool alone(const Call& call, int most) {
-    if constexpr (BITS == 3) return balanced<Floats<Lanes32, BITS, HALF>>(call, most);
-    if constexpr (BITS == 2 || BITS == 4) {
-        if (balanced<Whole<Lanes32, BITS, HALF, wide_whole(BITS)>>(call, most)) return true;
-        if constexpr (BITS == 2) return balanced<Whole<Lanes32, BITS, HALF, 1>>(call, most);
+    if constexpr (BITS == 2) {
+        return balanced<Whole<Lanes32, HALF, 2, SHORT>>(call, most) || balanced<Whole<Lanes32, HALF, 2, MIDDLE>>(call, most) ||
+               balanced<Whole<Lanes32, HALF, 2, LONG>>(call, 2 * most) || balanced<Whole<Lanes32, HALF, 1, SHORT>>(call, most);
+    } else {
+        if (balanced<Floats<Lanes32, BITS, HALF>>(call, most)) return true;
+        if constexpr (BITS == 4) return single<HALF>(call, most);
+        return false;
     }
-    if constexpr (BITS == 4) return single<HALF>(call, most);
-    return false;
 }
 
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.

@@ -144,12 +144,13 @@ cudaError_t single_launched(const Call& call, const Device& device, bool early, 
     return start<single<HALF>>(call, device, dim3(call.tiles), WARPS, BYTES > least ? BYTES : least, early, stream);
 }
 
-// One row by a block on each multiprocessor. `done`: false where there is no room for it, or a tile would be left.
-template <class Work>
+// One row by a block on each multiprocessor, with half of its memory or, WHOLE, all. `done`: false where there is no room for it, or a tile
+// would be left.
+template <class Work, bool WHOLE = false>
 cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
     const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
     const int bytes = Work::bytes(call, blocks), least = device.shared_each / 3;
-    if (!(done = call.tiles % Work::R == 0 && counted(call) && bytes <= device.most())) return cudaSuccess;
+    if (!(done = call.tiles % Work::R == 0 && counted(call) && bytes <= (WHOLE ? device.shared_block : device.most()))) return cudaSuccess;
     // And no third block, for which there may be room.
     return start<balanced<Work>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
 }
@@ -167,11 +168,15 @@ cudaError_t alone_launched(const Call& call, const Device& device, bool early, c
     cudaError_t said = cudaSuccess;
     if constexpr (BITS == 4) said = single_launched<HALF>(call, device, early, stream, done);
     if (done || !is_balanced(call, BITS, device)) return said;
-    if constexpr (BITS == 3) return balanced_launched<Floats<Lane, BITS, HALF>>(call, device, early, stream, done);
-    else said = balanced_launched<Whole<Lane, BITS, HALF, wide_whole(BITS)>>(call, device, early, stream, done);
-    if constexpr (BITS == 2)
-        if (!done) said = balanced_launched<Whole<Lane, BITS, HALF, 1>>(call, device, early, stream, done);
-    return said;
+    if constexpr (BITS != 2) {
+        return balanced_launched<Floats<Lane, BITS, HALF>>(call, device, early, stream, done);
+    } else {
+        said = balanced_launched<Whole<Lane, HALF, 2, SHORT>>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 2, MIDDLE>>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 2, LONG>, true>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 1, SHORT>>(call, device, early, stream, done);
+        return said;
+    }
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>

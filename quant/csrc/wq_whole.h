@@ -1,11 +1,14 @@
-// One row of x by a block on each multiprocessor, with codes of 2 or 4 bits, in whole numbers: how a warp multiplies a step.
+// One row of x by a block on each multiprocessor, with codes of 2 bits, in whole numbers: how a warp multiplies a step.
 //
 // A byte of a word has codes of the row g in its lower half and of g + 8 in its upper half (quant/kernels/wq_gemv/fragments.py): masked out,
 // they are operands of int8 tensor cores (m16n8k32), those of g + 8 times 16. Four codes are an instruction, where bfloat16 takes two for two.
 //
 // x is rounded to 2^-22 of the power of two above the largest of its step, and is three digits of a byte, the lower two from -128 on: each a
-// column of the product. Sums of a step are exact, as floats too: below 128 columns times 240 times 128, which is below 2^22, so that they are
+// column of the product. Sums of a step are exact, as floats too: below 128 columns times 48 times 128, which is below 2^22, so that they are
 // the lowest bits of a float after they have been added to 3 * 2^22. A step with a number that is not finite makes all of out NaN.
+//
+// So rows of x take three columns of a product each, and are not the floats that they are in operands of bfloat16, beside other rows: each is
+// off by its own roundings (docs/adr/0031-one-row-of-two-bits.md).
 
 #pragma once
 
@@ -18,31 +21,36 @@ constexpr int DIGITS = 3;
 constexpr float BIG = 12582912.f;  // 3 * 2^22
 constexpr uint32_t BIG_BITS = 0x4b400000u;
 
-// Tiles that are multiplied with the same x as it is in registers, where the number of all is a multiple of it.
-BOTH constexpr int wide_whole(int bits) { return bits == 2 ? 2 : 1; }
+// Stages of a warp's ring, each of R tiles that are multiplied with the same x as it is in registers. SHORT: as many as fit beside x of 11008
+// columns; MIDDLE: of 14336; LONG: of 28672, where a block has all of a multiprocessor's memory.
+enum Room { SHORT, MIDDLE, LONG };
+BOTH constexpr int deep_whole(bool half, int r, Room room) { return (room == LONG ? 12 : room == MIDDLE ? 6 : half ? 8 : 7) / r; }
 
-// Stages of a warp's ring: as many as fit beside x of 11008 columns.
-template <int BITS, bool HALF, int R>
-using OfWhole = Divided<BITS, HALF, R, (BITS == 2 ? (HALF ? 8 : 7) : HALF ? 4 : 3) / R, DIGITS * COLUMNS, 32, 2>;
+// On their way at a time at first.
+constexpr int METER_WHOLE = 2;
+
+template <bool HALF, int R, Room ROOM>
+using OfWhole = Divided<2, HALF, R, deep_whole(HALF, R, ROOM), METER_WHOLE, DIGITS * COLUMNS, 32, 2>;
 
 struct Bytes {
     int32_t* d;
     const uint32_t *a, *b;
 };
 
-template <int BITS, int R>
+template <int R>
 struct Counted : Copied<R> {
-    uint32_t w[2 * BITS], b[2 * SLICES], a[4];
+    uint32_t w[SLICES], b[2 * SLICES], a[4];
     int32_t d[4];
     uint32_t x[2][2][4];  // of two steps, two chunks of 8 columns
     int most, all;        // of a step: the largest exponent, the sum
     float scale[2], offset[2];
 };
 
-template <class P, int BITS, bool HALF, int R>
-struct Whole : Balanced<Whole<P, BITS, HALF, R>, P, OfWhole<BITS, HALF, R>, Counted<BITS, R>> {
-    using A = OfWhole<BITS, HALF, R>;
-    using S = Counted<BITS, R>;
+template <class P, bool HALF, int R, Room ROOM_OF>
+struct Whole : Balanced<Whole<P, HALF, R, ROOM_OF>, P, OfWhole<HALF, R, ROOM_OF>, Counted<R>> {
+    static constexpr Room ROOM = ROOM_OF;
+    using A = OfWhole<HALF, R, ROOM>;
+    using S = Counted<R>;
     using Base = Balanced<Whole, P, A, S>;
     using Base::Base, Base::call, Base::memory, Base::now, Base::number, Base::state;
 
@@ -122,8 +130,8 @@ struct Whole : Balanced<Whole<P, BITS, HALF, R>, P, OfWhole<BITS, HALF, R>, Coun
     BOTH void products(P& p) {
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
-            constexpr uint32_t LOW = BITS == 2 ? 0x03030303u : 0x0f0f0f0fu;
-            const uint32_t first = s.w[BITS == 2 ? Q : 2 * Q], second = BITS == 2 ? first >> 2 : s.w[BITS == 2 ? 0 : 2 * Q + 1];
+            constexpr uint32_t LOW = 0x03030303u;
+            const uint32_t first = s.w[Q], second = first >> 2;
             s.a[0] = first & LOW, s.a[1] = first & LOW << 4, s.a[2] = second & LOW, s.a[3] = second & LOW << 4;
         });
         P::count(state, [](S& s) { return Bytes{s.d, s.a, s.b + 2 * Q}; });
@@ -136,7 +144,7 @@ struct Whole : Balanced<Whole<P, BITS, HALF, R>, P, OfWhole<BITS, HALF, R>, Coun
         UNROLLED for (int r = 0; r < R; r++) {
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                load_codes<P, BITS>(s.w, stage + r * A::CODES, lane);
+                load_codes<P, 2>(s.w, stage + r * A::CODES, lane);
                 if (r == 0) {
                     // Of columns that there are not, the results count nothing.
                     const int digit = lane / 4 % 4 < DIGITS ? lane / 4 % 4 : DIGITS - 1;
