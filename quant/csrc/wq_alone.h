@@ -25,6 +25,21 @@ struct Numbers {
     float scale[2], offset[2];
 };
 
+// Of a tile's group, the lane's two rows.
+template <class P, bool HALF>
+BOTH void load_ranges(float* scale, float* offset, const uint8_t* from, int lane) {
+    if constexpr (HALF) half_ranges<P>(scale, offset, from + lane / 4 * 8);
+    else ranges_of<P>(scale, offset, from + lane / 4 * 16);
+}
+
+// Row `n` of out: `COUNT` sums, `apart` bytes from one to the next, in their order.
+template <class P, int COUNT>
+BOTH void store_row(const Call& call, int n, const uint8_t* sums, int apart) {
+    float total = 0.f;
+    UNROLLED for (int i = 0; i < COUNT; i++) total += *reinterpret_cast<const float*>(sums + i * apart);
+    *reinterpret_cast<uint16_t*>(call.out + 2 * int64_t(n)) = uint16_t(P::pack2(total, 0.f));
+}
+
 // S, a lane's state, has the members of Numbers<BITS>.
 template <class P, int BITS, bool HALF>
 struct Alone {
@@ -74,8 +89,7 @@ struct Alone {
     template <class S>
     BOTH static void load(S& s, const uint8_t* codes, const uint8_t* ranges, int lane) {
         load_codes<P, BITS>(s.w, codes, lane);
-        if constexpr (HALF) half_ranges<P>(s.scale, s.offset, ranges + lane / 4 * 8);
-        else ranges_of<P>(s.scale, s.offset, ranges + lane / 4 * 16);
+        load_ranges<P, HALF>(s.scale, s.offset, ranges, lane);
         UNROLLED for (int i = 0; i < 4; i++) s.d[0][i] = s.d[1][i] = 0.f;
     }
 
@@ -103,13 +117,6 @@ struct Alone {
             const float sum = CHAINS == 1 ? s.d[0][2 * i] : P::fma(s.d[1][2 * i], FACTOR, s.d[0][2 * i]);
             sums[i] = P::fma(s.scale[i], sum - float_of(found[1]), rest);
         }
-    }
-
-    // Row `n` of out: the sums of all warps, `apart` bytes from one to the next, in their order.
-    BOTH static void store_row(const Call& call, int n, const uint8_t* sums, int apart) {
-        float total = 0.f;
-        UNROLLED for (int w = 0; w < WARPS; w++) total += *reinterpret_cast<const float*>(sums + w * apart);
-        *reinterpret_cast<uint16_t*>(call.out + 2 * int64_t(n)) = uint16_t(P::pack2(total, 0.f));
     }
 };
 

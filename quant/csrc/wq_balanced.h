@@ -1,4 +1,5 @@
-// One row of x by blocks of which each multiprocessor has one: what a warp does (wq_alone.h).
+// One row of x of bfloat16 by blocks of which each multiprocessor has one: what a warp does, but for how steps are multiplied (wq_floats.h,
+// wq_whole.h).
 //
 // A block has half of a multiprocessor's shared memory; the other half is the next product's, whose block fetches its first codes while this
 // one is multiplied. So each multiprocessor has its share of both. A block has two teams of eight warps, which divide the steps of a tile as
@@ -12,23 +13,20 @@ namespace fragments {
 
 constexpr int TEAMS = 2;
 
-// Tiles that are multiplied with the same x as it is in registers, where the number of all is a multiple of it.
-BOTH constexpr int wide_balanced(int bits) { return bits == 2 ? 2 : 1; }
-
-// Stages of a warp's ring, of R tiles: as many as fit beside x of 11008 columns.
-BOTH constexpr int deep_balanced(int bits, bool half, int r) { return (bits == 2 ? (half ? 9 : 8) : bits == 3 ? 6 : half ? 5 : 4) / r; }
-
-// Bytes of shared memory: rings, x, the table, and what each warp has for the rows of each of its tiles.
-template <int BITS, bool HALF, int R>
+// Bytes of shared memory: rings of stages of some tiles, x, the table, and what each warp has for the rows of each of its tiles. Of a step, x
+// takes GIVEN bytes, and the table ENTRY; a warp has SUMS for a row. METER: stages of a warp that are on their way at a time while its ring
+// is first filled: with more, x, and the codes of the product before, wait for them.
+template <int BITS_OF, bool HALF, int TILES, int STAGES, int METER_OF, int GIVEN_BYTES, int ENTRY_BYTES, int SUMS_OF>
 struct Divided {
+    static constexpr int BITS = BITS_OF, R = TILES, METER = METER_OF, GIVEN = GIVEN_BYTES, ENTRY = ENTRY_BYTES, SUMS = SUMS_OF;
     static constexpr int CODES = code_bytes(BITS), RANGES = ROWS * (HALF ? 4 : 8), RANGES_AT = R * CODES, SLOT = R * (CODES + RANGES);
-    static constexpr int DEPTH = deep_balanced(BITS, HALF, R), RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
+    static constexpr int DEPTH = STAGES, RING = DEPTH * SLOT, GIVEN_AT = TEAMS * WARPS * RING;
 
-    BOTH static int table_at(const Call& c) { return GIVEN_AT + c.steps * 2 * COLUMNS; }
+    BOTH static int table_at(const Call& c) { return GIVEN_AT + c.steps * GIVEN; }
     BOTH static int sums_at(const Call& c) { return table_at(c) + (c.steps + 1) / 2 * 2 * ENTRY; }
     // Of a team: R tiles at a time.
     BOTH static int most_turns(const Call& c, int blocks) { return (c.tiles / R + TEAMS * blocks - 1) / (TEAMS * blocks); }
-    BOTH static int bytes(const Call& c, int blocks) { return sums_at(c) + most_turns(c, blocks) * TEAMS * WARPS * R * ROWS * 4; }
+    BOTH static int bytes(const Call& c, int blocks) { return sums_at(c) + most_turns(c, blocks) * TEAMS * WARPS * SUMS * R * ROWS * 4; }
 };
 
 // Steps are counted through all tiles, eight times: a group is `reciprocal` times that, over 2^32. False where this is not exact.
@@ -38,14 +36,17 @@ inline bool counted(Call& c) {
     return c.tiles * int64_t(c.steps) * times < int64_t(1) << 31;
 }
 
-template <class P, int BITS, bool HALF, int R>
-struct Balanced : Divided<BITS, HALF, R> {
-    using A = Divided<BITS, HALF, R>;
-    using Row = Alone<P, BITS, HALF>;
-    struct S : Numbers<BITS> {
-        float sums[R][2];               // rows g and g + 8 of lane 4 g + t
-        const uint8_t *codes, *ranges;  // what the lane copies, of step 0 and of the first group of tile 0
-    };
+// Of a lane.
+template <int R>
+struct Copied {
+    float sums[R][2];               // rows g and g + 8 of lane 4 g + t
+    const uint8_t *codes, *ranges;  // what it copies, of step 0 and of the first group of tile 0
+};
+
+// Own: how steps are multiplied. It has `begin`, which stores x and its table, and `use`, which adds a step to sums.
+template <class Own, class P, class A, class S>
+struct Balanced : A {
+    static constexpr int R = A::R, BITS = A::BITS;
 
     const Call& call;
     uint8_t* memory;
@@ -91,55 +92,23 @@ struct Balanced : Divided<BITS, HALF, R> {
             s.ranges = P::kept(call.ranges + lane % PIECES * 16 + int64_t(lane / PIECES % R) * call.groups * A::RANGES);
         });
         UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if constexpr (A::METER < A::DEPTH)
+                if (i >= A::METER) p.template arrived<A::METER - 1>();
             if (left > 0) fetch(p, ring + i * A::SLOT);
             p.commit();
         }
     }
 
-    // x of eight steps, zeros after its end, and their sums; by each warp those that are its by its number.
-    BOTH void begin(P& p) {
-        for (int base = MOST * number; base < call.steps; base += MOST * TEAMS * WARPS) {
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                const int step = base + lane / 4;
-                Row::read_x(s, call, step * COLUMNS + lane % 4 * 8);
-                if (step < call.steps) Row::store_x(s, memory + A::GIVEN_AT + step * 2 * COLUMNS, lane);
-            });
-            Row::add_up(state);
-            p.lanes([&](int lane) {
-                const int step = base + 2 * lane;
-                if (lane < 4 && step < call.steps) Row::store_entries(P::at(state, lane), memory + A::table_at(call) + step * ENTRY);
-            });
-        }
-    }
-
-    // The step in the stage `now`; its x, and its entry of the table.
-    BOTH void use(P& p, const uint8_t* x, const uint8_t* entry) {
-        const uint8_t* stage = memory + now;
-        UNROLLED for (int r = 0; r < R; r++) {
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                Row::load(s, stage + r * A::CODES, stage + A::RANGES_AT + r * A::RANGES, lane);
-                if (r == 0) Row::load_x(s, x, lane);
-            });
-            Row::products(p, state);
-            p.lanes([&](int lane) {
-                S& s = P::at(state, lane);
-                Row::add(s, s.sums[r], entry);
-            });
-        }
-    }
-
-    // All tiles, after a barrier; what the warp adds to the rows of each goes where `finish_balanced` finds it after another.
+    // All tiles, after a barrier; what the warp adds to the rows of each goes where `finish` finds it after another.
     BOTH void over(P& p) {
         for (int i = 0; i < turns; i++) {
             p.lanes([&](int lane) {
                 UNROLLED for (int r = 0; r < R; r++) P::at(state, lane).sums[r][0] = P::at(state, lane).sums[r][1] = 0.f;
             });
-            const uint8_t *x = memory + A::GIVEN_AT + warp * 2 * COLUMNS, *entry = memory + A::table_at(call) + warp * ENTRY;
-            for (int k = own; k > 0; k--, x += WARPS * 2 * COLUMNS, entry += WARPS * ENTRY) {
+            const uint8_t *x = memory + A::GIVEN_AT + warp * A::GIVEN, *entry = memory + A::table_at(call) + warp * A::ENTRY;
+            for (int k = own; k > 0; k--, x += WARPS * A::GIVEN, entry += WARPS * A::ENTRY) {
                 p.template arrived<A::DEPTH - 1>();
-                use(p, x, entry);
+                static_cast<Own*>(this)->use(p, x, entry);
                 if (left > 0) {
                     p.together();
                     fetch(p, now);
@@ -149,8 +118,9 @@ struct Balanced : Divided<BITS, HALF, R> {
             }
             p.lanes([&](int lane) {
                 const S& s = P::at(state, lane);
-                float* to = reinterpret_cast<float*>(memory + A::sums_at(call)) + (i * TEAMS * WARPS + number) * R * ROWS + lane / 4;
-                if (lane % 4 == 0)
+                const int at = ((i * TEAMS * WARPS + number) * A::SUMS + lane % 4) * R * ROWS + lane / 4;
+                float* to = reinterpret_cast<float*>(memory + A::sums_at(call)) + at;
+                if (lane % 4 < A::SUMS)
                     UNROLLED for (int r = 0; r < R; r++) to[r * ROWS] = s.sums[r][0], to[r * ROWS + 8] = s.sums[r][1];
             });
         }
@@ -161,8 +131,8 @@ struct Balanced : Divided<BITS, HALF, R> {
         for (int k = number; k < R * A::most_turns(call, blocks); k += TEAMS * WARPS)
             p.lanes([&](int lane) {
                 const int i = k / R * TEAMS + lane / ROWS, n = ((block + i * blocks) * R + k % R) * ROWS + lane % ROWS;
-                const uint8_t* sums = memory + A::sums_at(call) + 4 * ((i * WARPS * R + k % R) * ROWS + lane % ROWS);
-                if (n < call.rows) Row::store_row(call, n, sums, 4 * R * ROWS);
+                const uint8_t* sums = memory + A::sums_at(call) + 4 * ((i * WARPS * A::SUMS * R + k % R) * ROWS + lane % ROWS);
+                if (n < call.rows) store_row<P, A::SUMS * WARPS>(call, n, sums, 4 * R * ROWS);
             });
     }
 };

@@ -8,10 +8,11 @@
 #pragma GCC optimize("Og")
 #endif
 
-#include "wq_balanced.h"
+#include "wq_floats.h"
 #include "wq_single.h"
 #include "wq_slices.h"
 #include "wq_weight.h"
+#include "wq_whole.h"
 
 #include <algorithm>
 #include <cmath>
@@ -120,6 +121,45 @@ struct Lanes32 {
 
     static uint32_t chosen(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
+    static uint32_t bytes(uint32_t a, uint32_t b, uint32_t of) {
+        const uint64_t both = a | uint64_t(b) << 32;
+        uint32_t made = 0;
+        for (int i = 0; i < 4; i++) made |= uint32_t(both >> 8 * (of >> 4 * i & 7) & 255) << 8 * i;
+        return made;
+    }
+    static uint32_t most2(uint32_t a, uint32_t b) { return std::max(a >> 16, b >> 16) << 16 | std::max(a & 0xffffu, b & 0xffffu); }
+    template <class S>
+    static void most_of_eight(Of<S>& states) {
+        for (int lane = 0; lane < LANES; lane += 8) {
+            int most = 0;
+            for (int i = 0; i < 8; i++) most = std::max(most, states.lane[lane + i].most);
+            for (int i = 0; i < 8; i++) states.lane[lane + i].most = most;
+        }
+    }
+    template <class S>
+    static void sum_of_eight(Of<S>& states) {
+        for (int lane = 0; lane < LANES; lane += 8) {
+            int all = 0;
+            for (int i = 0; i < 8; i++) all += states.lane[lane + i].all;
+            for (int i = 0; i < 8; i++) states.lane[lane + i].all = all;
+        }
+    }
+    // mma.m16n8k32: NVIDIA, PTX ISA, fragments of matrices of bytes.
+    template <class S, class F>
+    static void count(Of<S>& states, const F& of) {
+        Bytes all[LANES];
+        for (int lane = 0; lane < LANES; lane++) all[lane] = of(states.lane[lane]);
+        for (int lane = 0; lane < LANES; lane++)
+            for (int i = 0; i < 4; i++) {
+                const int row = lane / 4, half_of = i / 2, column = lane % 4 * 2 + i % 2;
+                for (int k = 0; k < 32; k++) {
+                    const int t = k % 16 / 4, later = k / 16, byte = k % 4;
+                    const uint32_t a = all[4 * row + t].a[half_of + 2 * later], b = all[4 * column + t].b[later];
+                    all[lane].d[i] += int(a >> 8 * byte & 255) * int(int8_t(b >> 8 * byte));
+                }
+            }
+    }
+
     // mma.m16n8k16: NVIDIA, PTX ISA, fragments of matrices with 16-bit floats.
     template <class S, class F>
     static void multiply(Of<S>& states, const F& of) {
@@ -190,11 +230,11 @@ void product(Call call, int most) {
 }
 
 // One row of x by blocks of two teams, of which some have tiles, several, or none. False where there is no room, or a tile would be left.
-template <int BITS, bool HALF, int R>
+// `most`: the bytes of half of a multiprocessor.
+template <class Work>
 bool balanced(Call call, int most) {
-    using Work = Balanced<Lanes32, BITS, HALF, R>;
     const int blocks = call.tiles > 3 ? 1 : 2, bytes = Work::bytes(call, blocks);
-    if (call.tiles % R || bytes > most || !counted(call)) return false;
+    if (call.tiles % Work::R || bytes > most || !counted(call)) return false;
     std::vector<uint8_t> space(bytes + 16);
     uint8_t* memory = space.data() + (16 - reinterpret_cast<uintptr_t>(space.data()) % 16);
     for (int block = 0; block < blocks; block++) {
@@ -230,11 +270,14 @@ bool single(const Call& call, int most) {
 
 template <int BITS, bool HALF>
 bool alone(const Call& call, int most) {
-    if (balanced<BITS, HALF, wide_balanced(BITS)>(call, most)) return true;
-    if constexpr (wide_balanced(BITS) != 1)
-        if (balanced<BITS, HALF, 1>(call, most)) return true;
-    if constexpr (BITS == 4) return single<HALF>(call, most);
-    return false;
+    if constexpr (BITS == 2) {
+        return balanced<Whole<Lanes32, HALF, 2, SHORT>>(call, most) || balanced<Whole<Lanes32, HALF, 2, MIDDLE>>(call, most) ||
+               balanced<Whole<Lanes32, HALF, 2, LONG>>(call, 2 * most) || balanced<Whole<Lanes32, HALF, 1, SHORT>>(call, most);
+    } else {
+        if (balanced<Floats<Lanes32, BITS, HALF>>(call, most)) return true;
+        if constexpr (BITS == 4) return single<HALF>(call, most);
+        return false;
+    }
 }
 
 // Tiles of a block: as many as there are, of the numbers that a GPU's blocks have.

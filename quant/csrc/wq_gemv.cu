@@ -10,10 +10,11 @@
 
 #include <atomic>
 
-#include "wq_balanced.h"
+#include "wq_floats.h"
 #include "wq_lane.h"
 #include "wq_single.h"
 #include "wq_weight.h"
+#include "wq_whole.h"
 
 namespace {
 
@@ -55,15 +56,15 @@ __global__ void __launch_bounds__(WARPS * LANES, BLOCKS_ALONE) single(const __gr
 template <int BITS>
 constexpr bool AT_ONCE = BITS < 4;
 
-template <int BITS, bool HALF, int R>
+template <class Work>
 __global__ void __launch_bounds__(TEAMS * WARPS * LANES, 2) balanced(const __grid_constant__ Call call) {
     extern __shared__ __align__(128) uint8_t memory[];
     Lane p;
-    Balanced<Lane, BITS, HALF, R> work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
+    Work work(call, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x, gridDim.x);
     work.open(p);
-    if (AT_ONCE<BITS>) release_next();
+    if (AT_ONCE<Work::BITS>) release_next();
     await_previous();
-    if (!AT_ONCE<BITS>) release_next();
+    if (!AT_ONCE<Work::BITS>) release_next();
     work.begin(p);
     __syncthreads();
     work.over(p);
@@ -143,15 +144,15 @@ cudaError_t single_launched(const Call& call, const Device& device, bool early, 
     return start<single<HALF>>(call, device, dim3(call.tiles), WARPS, BYTES > least ? BYTES : least, early, stream);
 }
 
-// One row by a block on each multiprocessor. `done`: false where there is no room for it.
-template <int BITS, bool HALF, int R>
+// One row by a block on each multiprocessor, with half of its memory or, WHOLE, all. `done`: false where there is no room for it, or a tile
+// would be left.
+template <class Work, bool WHOLE = false>
 cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    using D = Divided<BITS, HALF, R>;
     const int blocks = call.tiles < device.multiprocessors ? call.tiles : device.multiprocessors;
-    const int bytes = D::bytes(call, blocks), least = device.shared_each / 3;
-    if (!(done = counted(call) && bytes <= device.most())) return cudaSuccess;
+    const int bytes = Work::bytes(call, blocks), least = device.shared_each / 3;
+    if (!(done = call.tiles % Work::R == 0 && counted(call) && bytes <= (WHOLE ? device.shared_block : device.most()))) return cudaSuccess;
     // And no third block, for which there may be room.
-    return start<balanced<BITS, HALF, R>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
+    return start<balanced<Work>>(call, device, dim3(blocks), TEAMS * WARPS, bytes > least ? bytes : least, early, stream);
 }
 
 // Whether a block on each multiprocessor is measured to be faster than two of other forms: with 4 bits where each team has one tile, or one
@@ -164,14 +165,18 @@ inline bool is_balanced(const Call& call, int bits, const Device& device) {
 // One row, where groups are whole steps. `done`: false where blocks of more rows are faster.
 template <int BITS, bool HALF>
 cudaError_t alone_launched(const Call& call, const Device& device, bool early, cudaStream_t stream, bool& done) {
-    constexpr int WIDE = wide_balanced(BITS);
     cudaError_t said = cudaSuccess;
     if constexpr (BITS == 4) said = single_launched<HALF>(call, device, early, stream, done);
     if (done || !is_balanced(call, BITS, device)) return said;
-    if (WIDE == 1 || call.tiles % WIDE == 0) said = balanced_launched<BITS, HALF, WIDE>(call, device, early, stream, done);
-    if constexpr (WIDE != 1)
-        if (!done) said = balanced_launched<BITS, HALF, 1>(call, device, early, stream, done);
-    return said;
+    if constexpr (BITS != 2) {
+        return balanced_launched<Floats<Lane, BITS, HALF>>(call, device, early, stream, done);
+    } else {
+        said = balanced_launched<Whole<Lane, HALF, 2, SHORT>>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 2, MIDDLE>>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 2, LONG>, true>(call, device, early, stream, done);
+        if (!done) said = balanced_launched<Whole<Lane, HALF, 1, SHORT>>(call, device, early, stream, done);
+        return said;
+    }
 }
 
 template <int BITS, int R, int FLUSHES, int PARTS, int C>

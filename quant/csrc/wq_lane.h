@@ -117,6 +117,24 @@ struct Lane {
         return made;
     }
 
+    // Bytes of a and b, 0 to 7, as digits of `of` in base 16 say.
+    static __device__ __forceinline__ uint32_t bytes(uint32_t a, uint32_t b, uint32_t of) { return __byte_perm(a, b, of); }
+    static __device__ __forceinline__ uint32_t most2(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
+    template <class S>
+    static __device__ __forceinline__ void most_of_eight(S& s) {
+        UNROLLED for (int i = 4; i > 0; i /= 2) s.most = max(s.most, __shfl_xor_sync(0xffffffffu, s.most, i));
+    }
+    template <class S>
+    static __device__ __forceinline__ void sum_of_eight(S& s) {
+        UNROLLED for (int i = 4; i > 0; i /= 2) s.all += __shfl_xor_sync(0xffffffffu, s.all, i);
+    }
+    template <class S, class F>
+    static __device__ __forceinline__ void count(S& s, const F& of) {
+        const auto o = of(s);
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+r"(o.d[0]), "+r"(o.d[1]), "+r"(o.d[2]), "+r"(o.d[3])
+            : "r"(o.a[0]), "r"(o.a[1]), "r"(o.a[2]), "r"(o.a[3]), "r"(o.b[0]), "r"(o.b[1]));
+    }
     template <class S, class F>
     static __device__ __forceinline__ void multiply(S& s, const F& of) {
         const Operands o = of(s);

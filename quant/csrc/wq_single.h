@@ -98,7 +98,7 @@ struct Single : Arranged<HALF> {
         if (warp != 0) return;
         p.lanes([&](int lane) {
             const int n = tile * ROWS + lane;
-            if (lane < ROWS && n < call.rows) Row::store_row(call, n, own + 4 * lane, A::APART);
+            if (lane < ROWS && n < call.rows) store_row<P, WARPS>(call, n, own + 4 * lane, A::APART);
         });
     }
 };

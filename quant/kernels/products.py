@@ -6,7 +6,8 @@ MOST_ROWS says; out has its type, sums are float32 or wider. Where the stored we
 backend has
 - `prepare(tensor) ▸ packed`, once per weight: what the backend reads in each call. Raises ValueError for what it does not take
 - a function named as the operation, `(x, packed, out=None) ▸ out`; `out` is written to and returned. A row of out depends on its own row
-  of x alone, bit for bit.
+  of x alone, bit for bit; but `wq_gemv` on CUDA with 2 bits may round one row alone otherwise than the same row beside others (its twin
+  says when, and by how much).
 - `values(packed, dtype) ▸ [N, K]`: the weight itself, before the input scale, for a product with many rows (`with_many_rows`)
 """
 

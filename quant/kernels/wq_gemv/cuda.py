@@ -1,7 +1,10 @@
 """The product in CUDA C++ (`quant/csrc/wq_gemv.cu`, `wq_slices.cu`), on tensor cores: one launch, that no host waits for.
 
 Up to 16 rows of bfloat16 go through the codes at once; a row of float32, or one that an input scale divides, counts as three, and up to 4
-go at once where there are more than 8, else 2. A row of out is the same bit for bit however many rows x has."""
+go at once where there are more than 8, else 2. A row of out is the same bit for bit however many rows x has, but for one of bfloat16 that
+is alone, with 2 bits and groups of a multiple of 128 columns, or one group: that may be multiplied in whole numbers (`wq_whole.h`). Its x
+is off by up to 2^-23 of the power of two above the largest of its 128 columns, and sums are rounded as elsewhere, so that out is off by up
+to that times the sum of the weight's absolute values more than it is beside others. Where an x is not finite, all of out is NaN."""
 
 from __future__ import annotations
 
