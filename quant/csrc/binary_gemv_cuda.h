@@ -60,12 +60,14 @@ ANYWHERE constexpr int parts(int g) { return g == 1 ? CHUNK : 1; }
 
 // A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a
 // unit: a register of each of four lanes. Infinite numbers, and what is none, count as the largest.
-template <class X, int G>
-BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
+// asked(): what is done when the first numbers have been asked for.
+template <class X, int G, class Asked>
+BOTH void take_digits(const Signs& a, const Place& at, void* shared, const Asked& asked, int thread) {
     constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
     if (HELD > 1 && thread % 32 != 0) return;
     const Held<G> held = held_in<G>(a, at, shared);
     const int chunks = a.slices * a.chunks, rows = rows_of<G>(a, at);
+    bool first_time = true;
     for (int item = warp_of(thread), m = 0;; item += warps(G, PLANES)) {
         for (; item >= chunks * PARTS; m++) item -= chunks * PARTS;
         if (m >= rows) break;
@@ -78,7 +80,10 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
             // Beginning with its own.
             const int base = (first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
             const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
-            read<X>(v[h], a.given, at.first_row + m, column);
+            read<X>(v[h], a.given, at.first_row + m, column, [&] {
+                if (first_time) asked();
+                first_time = false;
+            });
             most[h] = 0;
             UNROLL for (int i = 0; i < CHUNK * 4; i++) {
                 const uint32_t bits = first + (part + i / 4) % CHUNK < last ? to_bits(v[h][i]) & 0x7fffffffu : 0;
@@ -111,6 +116,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread)
             EACH_LANE if (LANE == 0 && first + part < last) held.whole[((first + part) * G + m / 2) * COLUMNS + m % 2 * DIGITS + d] = sum;
         }
     }
+    if (first_time) asked();
 }
 
 // Copies kinds, and the largest values of rows that the rank adds up; four of them at a time.
@@ -231,7 +237,7 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
 
 // Where a warp is in its ring.
 struct Turn {
-    uint32_t *begin, *now, *before;
+    uint32_t *begin, *now;
     Feed feed;
 };
 
@@ -253,14 +259,15 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
     NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
-        arrived<DEPTH - 2>();
-        barrier();  // and all lanes have read what was before
+        arrived<DEPTH - 1>();
+        barrier();
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (u >= count) break;
             Read read[HELD];
             take<PLANES>(read, turn.now, u, thread);
-            if (u == 0 && turn.before != turn.now) {
-                copy_next<PLANES>(turn.feed, a, turn.before, thread);
+            if (u == count - 1) {
+                barrier();  // all lanes have read
+                copy_next<PLANES>(turn.feed, a, turn.now, thread);
                 advance<G, PLANES>(turn.feed, a, at, thread);
             }
             const auto kinds = [&](int h, int odd) {
@@ -273,7 +280,7 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
             };
             add_unit<G, PLANES>(c, read, kinds, digits, thread);
         }
-        turn.before = turn.now, turn.now += ring_chunk(PLANES);
+        turn.now += ring_chunk(PLANES);
         if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
         chunk.end(c, pair, thread);
     }
@@ -288,9 +295,10 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, c
     const int last = lesser(units_of(a, at), first + a.slice);
     Turn turn = {};
     if constexpr (RING) {
-        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp);
+        turn.begin = turn.now = ring_of<PLANES>(held.rings, warp);
+        turn.feed = HELD > 1 ? feed_of<G, PLANES>(a, at, thread) : feed;
         // On the host a warp that was here before left its own.
-        turn.feed = HELD > 1 ? fill<G, PLANES>(a, at, held.rings, thread) : feed;
+        if (HELD > 1) fill<G, PLANES>(turn.feed, a, at, held.rings, 0, DEPTH, thread);
     }
     if (first >= last) {
         for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
@@ -345,9 +353,13 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
     each([&](int thread) {
         if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
-        if constexpr (RING && HELD == 1) feed = fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
+        const auto fill_ring = [&](int from, int to) {
+            if constexpr (RING && HELD == 1) fill<G, PLANES>(feed, a, at, held_in<G>(a, at, shared).rings, from, to, thread);
+        };
+        if constexpr (RING && HELD == 1) feed = feed_of<G, PLANES>(a, at, thread);
+        fill_ring(0, BEFORE_X);
         previous();
-        take_digits<X, G>(a, at, shared, thread);
+        take_digits<X, G>(a, at, shared, [&] { fill_ring(BEFORE_X, DEPTH); }, thread);
         arrived<RING ? DEPTH : 0>();
     });
     each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });
