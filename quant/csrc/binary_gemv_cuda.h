@@ -134,6 +134,11 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     sent();
 }
 
+template <int G>
+struct Halves {
+    float own[G][HELD], given[G][HELD];
+};
+
 // A chunk of a warp's slice: units from `first` on, of a rank, and what its sums begin with and are worth.
 template <int G, int PLANES>
 struct Chunk {
@@ -179,9 +184,9 @@ struct Chunk {
         }
     }
 
-    BOTH void end(const int32_t (&c)[G][PLANES][HELD][4], int pair, int thread) const {
+    // A pair's sums: of an even lane row g, of the next one row g + 8, each a half that is its own and one that its neighbour gives it.
+    BOTH void halves(Halves<G>& sums, const int32_t (&c)[G][PLANES][HELD][4], int thread) const {
         UNROLL for (int g = 0; g < G; g++) {
-            float own[HELD], given[HELD];
             EACH_LANE {
                 float sum[2];
                 UNROLL for (int r = 0; r < 2; r++) {
@@ -189,14 +194,16 @@ struct Chunk {
                     UNROLL for (int p = 0; p < PLANES; p++) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
                     sum[r] = LANE % 2 == 0 ? v : v * 16384.0f;
                 }
-                // An even lane gets row g, the next one row g + 8.
-                own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
+                sums.own[g][h] = LANE % 2 == 0 ? sum[0] : sum[1], sums.given[g][h] = LANE % 2 == 0 ? sum[1] : sum[0];
             }
-            of_neighbour(given);
-            EACH_LANE {
-                float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
-                *sum = (first == slice * a.slice ? 0.0f : *sum) + (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
-            }
+            of_neighbour(sums.given[g]);
+        }
+    }
+    BOTH void keep(const Halves<G>& sums, int pair, int thread) const {
+        UNROLL for (int g = 0; g < G; g++) EACH_LANE {
+            float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
+            const float made = sums.own[g][h] + sums.given[g][h];
+            *sum = (first == slice * a.slice ? 0.0f : *sum) + made * (G == 1 ? worth[h] : worth_of(g, h, thread));
         }
     }
 };
@@ -231,7 +238,8 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
             add_unit<G, PLANES>(c, held_of.read[u], kinds, digits, thread);
             if (more) load_unit(u);
         }
-        chunk.end(c, pair, thread);
+        Halves<G> sums;
+        chunk.halves(sums, c, thread), chunk.keep(sums, pair, thread);
     }
 }
 
@@ -256,20 +264,22 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
                 own_digits[u][odd][h] = chunk.digits(u, 0, h, odd, thread), own_kinds[u][odd][h] = chunk.kinds(u, h, odd, thread);
             }
     }
+    if (slot >= turn.feed.pairs) return;
+    Read read[HELD];
+    Halves<G> sums = {};  // of the pair before, for its neighbour's half takes a while: at first zeros, of the first pair itself
+    int before = slot;
+    const auto await = [&] {
+        arrived<DEPTH - 1>();
+        barrier();
+        take<PLANES>(read, turn.now, 0, thread);
+    };
+    await();
     NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
-        arrived<DEPTH - 1>();
-        barrier();
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (u >= count) break;
-            Read read[HELD];
-            take<PLANES>(read, turn.now, u, thread);
-            if (u == count - 1) {
-                barrier();  // all lanes have read
-                copy_next<PLANES>(turn.feed, a, turn.now, thread);
-                advance<G, PLANES>(turn.feed, a, at, thread);
-            }
+            if (u > 0) take<PLANES>(read, turn.now, u, thread);
             const auto kinds = [&](int h, int odd) {
                 if constexpr (STAY) return own_kinds[u][odd][h];
                 return chunk.kinds(u, h, odd, thread);
@@ -279,11 +289,18 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
                 return chunk.digits(u, g, h, odd, thread);
             };
             add_unit<G, PLANES>(c, read, kinds, digits, thread);
+            if (u == 0) chunk.keep(sums, before, thread);
         }
+        barrier();  // all lanes have read
+        copy_next<PLANES>(turn.feed, a, turn.now, thread);
+        advance<G, PLANES>(turn.feed, a, at, thread);
         turn.now += ring_chunk(PLANES);
         if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
-        chunk.end(c, pair, thread);
+        await();
+        chunk.halves(sums, c, thread);
+        before = pair;
     }
+    chunk.keep(sums, before, thread);
 }
 
 // A warp's slice of the units for its pairs.
