@@ -111,7 +111,7 @@ struct Chunk {
 template <int G, int PLANES, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
                       int last, int thread) {
-    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) >> a.slice_bits;
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = a.slots;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     uint32_t values_at[CHUNK];
     UNROLL for (int u = 0; u < CHUNK; u++)
@@ -143,8 +143,15 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
 
 // Where a warp is in its ring.
 struct Turn {
-    uint32_t *begin, *now;
+    uint32_t* ring;
+    int at;  // words
     Feed feed;
+
+    template <int PLANES>
+    BOTH void next() {
+        constexpr int ONE = ring_chunk(PLANES);
+        at = DEPTH == 2 ? ONE - at : at == (DEPTH - 1) * ONE ? 0 : at + ONE;
+    }
 };
 
 // The same by the warp's ring.
@@ -169,15 +176,15 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
     const auto await = [&] {
         arrived<DEPTH - 1>();
         barrier();
-        take<PLANES>(read, turn.now, 0, thread);
+        take<PLANES>(read, turn.ring + turn.at, 0, thread);
     };
     await();
-    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
+    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += a.slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (u >= count) break;
-            if (u > 0) take<PLANES>(read, turn.now, u, thread);
+            if (u > 0) take<PLANES>(read, turn.ring + turn.at, u, thread);
             const auto kinds = [&](int h, int odd) {
                 if constexpr (STAY) return own_kinds[u][odd][h];
                 return chunk.kinds(u, h, odd, thread);
@@ -190,10 +197,9 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
             if (u == 0) chunk.keep(sums, before, thread);
         }
         barrier();  // all lanes have read
-        copy_next<PLANES>(turn.feed, a, turn.now, thread);
+        copy_next<PLANES>(turn.feed, a, turn.ring + turn.at, thread);
         advance<G, PLANES>(turn.feed, a, at, thread);
-        turn.now += ring_chunk(PLANES);
-        if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
+        turn.next<PLANES>();
         await();
         chunk.halves(sums, c, thread);
         before = pair;
@@ -210,13 +216,13 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, c
     const int last = lesser(units_of(a, at), first + a.slice);
     Turn turn = {};
     if constexpr (RING) {
-        turn.begin = turn.now = ring_of<PLANES>(held.rings, warp);
+        turn.ring = ring_of<PLANES>(held.rings, warp);
         turn.feed = HELD > 1 ? feed_of<G, PLANES>(a, at, thread) : feed;
         // On the host a warp that was here before left its own.
         if (HELD > 1) fill<G, PLANES>(turn.feed, a, at, held.rings, 0, DEPTH, thread);
     }
     if (first >= last) {
-        for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
+        for (int pair = slot; pair < pairs_of(a, at); pair += a.slots) {
             EACH_LANE UNROLL for (int i = 0; i < G; i++) held.sums[((slice * int(a.group) + pair) * G + i) * 32 + LANE] = 0.0f;
         }
     }
@@ -298,6 +304,7 @@ inline int rows_at_a_time(Signs& a, int64_t ranks, int64_t limit) {
     a.ring = 0;
     while (g > 0 && shared_bytes(g, a, ranks) > limit) g /= 2;
     if (g == 0) return 0;
+    a.slots = warps(g, a.given.bfloat16 ? 2 : 3) >> a.slice_bits;
     a.ring = ring_words(g, a.given.bfloat16 ? 2 : 3);
     if (shared_bytes(g, a, ranks) > limit) a.ring = 0;
     return g;

@@ -34,6 +34,7 @@ struct Signs {
     int slice_bits;      // of their number, a power of two
     int slice;           // units of a slice
     int chunks;          // of a slice
+    int slots;           // how far it is from a warp's pair to its next
     int64_t ring;        // words of a thread block's rings; 0: units come into registers
     uint32_t bytes_of_words, bytes_of_tables;  // of a tile
 };
@@ -101,7 +102,7 @@ ANYWHERE constexpr int ring_words(int g, int planes) { return has_ring(g) ? warp
 
 // What comes into a warp's ring next: of a pair, units of a chunk.
 struct Feed {
-    int slots, pairs;  // how far it is to the next pair, and the last one's end
+    int pairs;  // the last one's end
     int chunk, pair;
     int count;            // units; 0: nothing is left
     int tile[HELD];       // of a lane: the first 16 copy one, the others the next
@@ -130,7 +131,7 @@ BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
 template <int G, int PLANES>
 BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
     Feed feed = {};
-    feed.slots = warps(G, PLANES) >> a.slice_bits, feed.pairs = pairs_of(a, at);
+    feed.pairs = pairs_of(a, at);
     feed.chunk = slice_of(a, warp_of(thread)) * a.slice;
     begin_chunk<G, PLANES>(feed, a, at, thread);
     return feed;
@@ -138,8 +139,8 @@ BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
 
 template <int G, int PLANES>
 BOTH void advance(Feed& feed, const Signs& a, const Place& at, int thread) {
-    feed.pair += feed.slots;
-    EACH_LANE feed.tile[h] += 2 * feed.slots;
+    feed.pair += a.slots;
+    EACH_LANE feed.tile[h] += 2 * a.slots;
     if (feed.pair < feed.pairs) return;
     feed.chunk += CHUNK;
     begin_chunk<G, PLANES>(feed, a, at, thread);
