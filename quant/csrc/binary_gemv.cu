@@ -1,9 +1,10 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N], in one launch. Phases and layouts: binary_gemv_cuda.h.
 //
-// What bounds it. With one or two rows of x in bfloat16, 16 rows of 512 columns take 340 instructions of a warp, of which half of a
-// scheduler's turns can issue 194 (128 permutations, 34 masks, 16 shifts), and 32 matrix products of 16 x 8 x 32 bytes. 8192 x 16384
-// weights on 120 multiprocessors, 15 clusters of 8: 35 times that each scheduler, 13 600 turns, 6.9 us at 1.98 GHz; of the weight are read,
-// with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s, of which 147 KB a multiprocessor are on their way while digits of x are made.
+// What bounds it. With one or two rows of x in bfloat16, 16 rows of 512 columns take 331 instructions of a warp, of which half of a
+// scheduler's turns can issue 193 (128 permutations, 34 masks, 16 shifts), and 32 matrix products of 16 x 8 x 32 bytes. 8192 x 16384
+// weights on 120 multiprocessors, 15 clusters of 8: 36 times that each scheduler, 13 900 turns, 7.0 us at 1.98 GHz; what else is issued
+// takes a part of the other half of them. Of the weight are read, with blocks of 128, 50 MB: 11.6 us at 4.35 TB/s, of which 98 KB a
+// multiprocessor are on their way while digits of x are made, half of them asked for before x.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>

@@ -9,109 +9,13 @@
 //
 // A cluster of `ranks` thread blocks has a group of row tiles; each thread block a share of the units of 128 columns, whose digits of x lie
 // in shared memory. A warp has a slice of the share and takes pairs of tiles one after another, some units (a chunk) at a time. With one or
-// two rows of x in bfloat16 a chunk's digits stay in registers, and units of the weight come through a ring, from before x is looked at.
+// two rows of x in bfloat16 a chunk's digits stay in registers; with up to four, units of the weight come through a ring.
 
 #pragma once
 
-#include "binary_gemv_reads.h"
+#include "binary_gemv_digits.h"
 
 namespace {
-
-// What a thread block has in shared memory, for 2 G rows of x.
-template <int G>
-struct Held {
-    uint32_t* rings;    // [warps, DEPTH]: chunks
-    uint32_t* digits;   // [units, G, 2, lanes, 4]: a byte each
-    uint32_t* kinds;    // [units, 16]: 4 where a column is salient
-    float* row_largest;  // [group * 16]: those of a rank's own rows
-    int32_t* whole;     // [units, G, 8]: sums of the digits of x, of a unit, or of a chunk at its first unit: see parts
-    float* sums;        // [slices, group * 16, 2 G]
-    float* arrived;     // [ranks, rows of a rank, 2 G]: sums of the cluster's blocks
-    uint32_t* largest;  // [2 G, slices * chunks]
-};
-
-ANYWHERE inline int64_t shared_bytes(int g, const Signs& a, int64_t ranks) {
-    return a.ring * 4 + a.share * (g * (1024 + 32) + 64) + a.group * PAIR * 4 +
-           (a.slices * a.group * PAIR + ranks * a.own + a.slices * a.chunks) * 2 * g * 4;
-}
-
-template <int G>
-BOTH Held<G> held_in(const Signs& a, const Place& at, void* shared) {
-    Held<G> held;
-    held.rings = static_cast<uint32_t*>(shared);
-    held.digits = held.rings + a.ring;
-    held.kinds = held.digits + a.share * G * 256;
-    held.row_largest = reinterpret_cast<float*>(held.kinds + a.share * 16);
-    held.whole = reinterpret_cast<int32_t*>(held.row_largest + a.group * PAIR);
-    held.sums = reinterpret_cast<float*>(held.whole + a.share * G * COLUMNS);
-    held.arrived = held.sums + a.slices * a.group * PAIR * 2 * G;
-    held.largest = reinterpret_cast<uint32_t*>(held.arrived + at.ranks * a.own * 2 * G);
-    return held;
-}
-
-// Rows of x that there are. Of others sums are made of whatever lies there, which nobody looks at.
-template <int G>
-BOTH int rows_of(const Signs& a, const Place& at) {
-    return lesser(int(a.given.count - at.first_row), 2 * G);
-}
-
-// In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
-ANYWHERE constexpr int parts(int g) { return g == 1 ? CHUNK : 1; }
-
-// A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a
-// unit: a register of each of four lanes. Infinite numbers, and what is none, count as the largest.
-template <class X, int G>
-BOTH void take_digits(const Signs& a, const Place& at, void* shared, int thread) {
-    constexpr int PLANES = PLANES_FOR<X>, PARTS = parts(G);
-    if (HELD > 1 && thread % 32 != 0) return;
-    const Held<G> held = held_in<G>(a, at, shared);
-    const int chunks = a.slices * a.chunks, rows = rows_of<G>(a, at);
-    for (int item = warp_of(thread), m = 0;; item += warps(G, PLANES)) {
-        for (; item >= chunks * PARTS; m++) item -= chunks * PARTS;
-        if (m >= rows) break;
-        const int part = item % PARTS, slice = slice_of(a, item / PARTS), chunk = item / PARTS >> a.slice_bits;
-        const int first = slice * a.slice + chunk * CHUNK;
-        const int last = lesser(units_of(a, at), lesser(first + CHUNK, (slice + 1) * a.slice));
-        float v[HELD][CHUNK * 4];
-        uint32_t most[HELD];
-        EACH_LANE {
-            // Beginning with its own.
-            const int base = (first_unit(a, at) + first) * UNIT + column_of(LANE / 8 % 2 + LANE / 16 * 8, LANE % 8);
-            const auto column = [&](int i) { return base + (part + i / 4) % CHUNK * UNIT + column_of(2 * (i % 4), 0); };
-            read<X>(v[h], a.given, at.first_row + m, column);
-            most[h] = 0;
-            UNROLL for (int i = 0; i < CHUNK * 4; i++) {
-                const uint32_t bits = first + (part + i / 4) % CHUNK < last ? to_bits(v[h][i]) & 0x7fffffffu : 0;
-                most[h] = bits > most[h] ? bits : most[h];
-            }
-        }
-        const uint32_t largest = most_of(most);
-        const float by = factor_of<X_BITS>(largest);
-        if (part == 0) EACH_LANE if (LANE == 0) held.largest[m * chunks + slice * a.chunks + chunk] = largest;
-        int32_t whole[DIGITS][HELD] = {};
-        UNROLL for (int j = 0; j < CHUNK / PARTS; j++) {
-            const int unit = first + (part + j) % CHUNK;
-            if (unit >= last) continue;
-            EACH_LANE {
-                const int step = LANE / 8, lane = LANE % 8;
-                uint32_t digits[DIGITS] = {};
-                UNROLL for (int b = 0; b < 4; b++) {
-                    int32_t left = rounded(by == 0.0f ? 0.0f : v[h][j * 4 + b] * by);
-                    UNROLL for (int d = 0; d < DIGITS; d++) {
-                        const int32_t up = d == DIGITS - 1 ? 0 : (left + 64) >> 7, digit = left - up * 128;
-                        digits[d] |= uint32_t(digit & 255) << 8 * b, whole[d][h] += digit, left = up;
-                    }
-                }
-                uint32_t* to = held.digits + ((unit * G + m / 2) * 2 + step % 2) * 128 + step / 2 * 2 + lane % 2;
-                UNROLL for (int d = 0; d < DIGITS; d++) to[((m % 2 * DIGITS + d) * 4 + lane / 2) * 4] = digits[d];
-            }
-        }
-        UNROLL for (int d = 0; d < DIGITS; d++) {
-            const int32_t sum = sum_of(whole[d]);
-            EACH_LANE if (LANE == 0 && first + part < last) held.whole[((first + part) * G + m / 2) * COLUMNS + m % 2 * DIGITS + d] = sum;
-        }
-    }
-}
 
 // Copies kinds, and the largest values of rows that the rank adds up; four of them at a time.
 template <int G, int PLANES>
@@ -127,6 +31,11 @@ BOTH void fetch_rest(const Signs& a, const Place& at, void* shared, int thread) 
     }
     sent();
 }
+
+template <int G>
+struct Halves {
+    float own[G][HELD], given[G][HELD];
+};
 
 // A chunk of a warp's slice: units from `first` on, of a rank, and what its sums begin with and are worth.
 template <int G, int PLANES>
@@ -173,9 +82,9 @@ struct Chunk {
         }
     }
 
-    BOTH void end(const int32_t (&c)[G][PLANES][HELD][4], int pair, int thread) const {
+    // A pair's sums: of an even lane row g, of the next one row g + 8, each a half that is its own and one that its neighbour gives it.
+    BOTH void halves(Halves<G>& sums, const int32_t (&c)[G][PLANES][HELD][4], int thread) const {
         UNROLL for (int g = 0; g < G; g++) {
-            float own[HELD], given[HELD];
             EACH_LANE {
                 float sum[2];
                 UNROLL for (int r = 0; r < 2; r++) {
@@ -183,14 +92,16 @@ struct Chunk {
                     UNROLL for (int p = 0; p < PLANES; p++) v = v * 256.0f + float(c[g][p][h][2 * r] + 128 * c[g][p][h][2 * r + 1]);
                     sum[r] = LANE % 2 == 0 ? v : v * 16384.0f;
                 }
-                // An even lane gets row g, the next one row g + 8.
-                own[h] = LANE % 2 == 0 ? sum[0] : sum[1], given[h] = LANE % 2 == 0 ? sum[1] : sum[0];
+                sums.own[g][h] = LANE % 2 == 0 ? sum[0] : sum[1], sums.given[g][h] = LANE % 2 == 0 ? sum[1] : sum[0];
             }
-            of_neighbour(given);
-            EACH_LANE {
-                float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
-                *sum = (first == slice * a.slice ? 0.0f : *sum) + (own[h] + given[h]) * (G == 1 ? worth[h] : worth_of(g, h, thread));
-            }
+            of_neighbour(sums.given[g]);
+        }
+    }
+    BOTH void keep(const Halves<G>& sums, int pair, int thread) const {
+        UNROLL for (int g = 0; g < G; g++) EACH_LANE {
+            float* sum = to[h] + pair * PAIR * 2 * G + 2 * g;
+            const float made = sums.own[g][h] + sums.given[g][h];
+            *sum = (first == slice * a.slice ? 0.0f : *sum) + made * (G == 1 ? worth[h] : worth_of(g, h, thread));
         }
     }
 };
@@ -200,7 +111,7 @@ struct Chunk {
 template <int G, int PLANES, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
                       int last, int thread) {
-    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = warps(G, PLANES) >> a.slice_bits;
+    const int count = FULL ? CHUNK : last - first, pairs = pairs_of(a, at), slots = a.slots;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     uint32_t values_at[CHUNK];
     UNROLL for (int u = 0; u < CHUNK; u++)
@@ -225,14 +136,22 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
             add_unit<G, PLANES>(c, held_of.read[u], kinds, digits, thread);
             if (more) load_unit(u);
         }
-        chunk.end(c, pair, thread);
+        Halves<G> sums;
+        chunk.halves(sums, c, thread), chunk.keep(sums, pair, thread);
     }
 }
 
 // Where a warp is in its ring.
 struct Turn {
-    uint32_t *begin, *now, *before;
+    uint32_t* ring;
+    int at;  // words
     Feed feed;
+
+    template <int PLANES>
+    BOTH void next() {
+        constexpr int ONE = ring_chunk(PLANES);
+        at = DEPTH == 2 ? ONE - at : at == (DEPTH - 1) * ONE ? 0 : at + ONE;
+    }
 };
 
 // The same by the warp's ring.
@@ -250,19 +169,22 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
                 own_digits[u][odd][h] = chunk.digits(u, 0, h, odd, thread), own_kinds[u][odd][h] = chunk.kinds(u, h, odd, thread);
             }
     }
-    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += turn.feed.slots) {
+    if (slot >= turn.feed.pairs) return;
+    Read read[HELD];
+    Halves<G> sums = {};  // of the pair before, for its neighbour's half takes a while: at first zeros, of the first pair itself
+    int before = slot;
+    const auto await = [&] {
+        arrived<DEPTH - 1>();
+        barrier();
+        take<PLANES>(read, turn.ring + turn.at, 0, thread);
+    };
+    await();
+    NO_UNROLL for (int pair = slot; pair < turn.feed.pairs; pair += a.slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
-        arrived<DEPTH - 2>();
-        barrier();  // and all lanes have read what was before
         UNROLL for (int u = 0; u < CHUNK; u++) {
             if (u >= count) break;
-            Read read[HELD];
-            take<PLANES>(read, turn.now, u, thread);
-            if (u == 0 && turn.before != turn.now) {
-                copy_next<PLANES>(turn.feed, a, turn.before, thread);
-                advance<G, PLANES>(turn.feed, a, at, thread);
-            }
+            if (u > 0) take<PLANES>(read, turn.ring + turn.at, u, thread);
             const auto kinds = [&](int h, int odd) {
                 if constexpr (STAY) return own_kinds[u][odd][h];
                 return chunk.kinds(u, h, odd, thread);
@@ -272,11 +194,17 @@ BOTH void sweep_ring(const Signs& a, const Place& at, const Held<G>& held, Turn&
                 return chunk.digits(u, g, h, odd, thread);
             };
             add_unit<G, PLANES>(c, read, kinds, digits, thread);
+            if (u == 0) chunk.keep(sums, before, thread);
         }
-        turn.before = turn.now, turn.now += ring_chunk(PLANES);
-        if (turn.now == turn.begin + DEPTH * ring_chunk(PLANES)) turn.now = turn.begin;
-        chunk.end(c, pair, thread);
+        barrier();  // all lanes have read
+        copy_next<PLANES>(turn.feed, a, turn.ring + turn.at, thread);
+        advance<G, PLANES>(turn.feed, a, at, thread);
+        turn.next<PLANES>();
+        await();
+        chunk.halves(sums, c, thread);
+        before = pair;
     }
+    chunk.keep(sums, before, thread);
 }
 
 // A warp's slice of the units for its pairs.
@@ -288,12 +216,13 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, c
     const int last = lesser(units_of(a, at), first + a.slice);
     Turn turn = {};
     if constexpr (RING) {
-        turn.begin = turn.now = turn.before = ring_of<PLANES>(held.rings, warp);
+        turn.ring = ring_of<PLANES>(held.rings, warp);
+        turn.feed = HELD > 1 ? feed_of<G, PLANES>(a, at, thread) : feed;
         // On the host a warp that was here before left its own.
-        turn.feed = HELD > 1 ? fill<G, PLANES>(a, at, held.rings, thread) : feed;
+        if (HELD > 1) fill<G, PLANES>(turn.feed, a, at, held.rings, 0, DEPTH, thread);
     }
     if (first >= last) {
-        for (int pair = slot; pair < pairs_of(a, at); pair += warps(G, PLANES) >> a.slice_bits) {
+        for (int pair = slot; pair < pairs_of(a, at); pair += a.slots) {
             EACH_LANE UNROLL for (int i = 0; i < G; i++) held.sums[((slice * int(a.group) + pair) * G + i) * 32 + LANE] = 0.0f;
         }
     }
@@ -345,9 +274,13 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
     each([&](int thread) {
         if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
-        if constexpr (RING && HELD == 1) feed = fill<G, PLANES>(a, at, held_in<G>(a, at, shared).rings, thread);
+        const auto fill_ring = [&](int from, int to) {
+            if constexpr (RING && HELD == 1) fill<G, PLANES>(feed, a, at, held_in<G>(a, at, shared).rings, from, to, thread);
+        };
+        if constexpr (RING && HELD == 1) feed = feed_of<G, PLANES>(a, at, thread);
+        fill_ring(0, BEFORE_X);
         previous();
-        take_digits<X, G>(a, at, shared, thread);
+        take_digits<X, G>(a, at, shared, [&] { fill_ring(BEFORE_X, DEPTH); }, thread);
         arrived<RING ? DEPTH : 0>();
     });
     each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });
@@ -371,6 +304,7 @@ inline int rows_at_a_time(Signs& a, int64_t ranks, int64_t limit) {
     a.ring = 0;
     while (g > 0 && shared_bytes(g, a, ranks) > limit) g /= 2;
     if (g == 0) return 0;
+    a.slots = warps(g, a.given.bfloat16 ? 2 : 3) >> a.slice_bits;
     a.ring = ring_words(g, a.given.bfloat16 ? 2 : 3);
     if (shared_bytes(g, a, ranks) > limit) a.ring = 0;
     return g;

@@ -34,6 +34,7 @@ struct Signs {
     int slice_bits;      // of their number, a power of two
     int slice;           // units of a slice
     int chunks;          // of a slice
+    int slots;           // how far it is from a warp's pair to its next
     int64_t ring;        // words of a thread block's rings; 0: units come into registers
     uint32_t bytes_of_words, bytes_of_tables;  // of a tile
 };
@@ -94,13 +95,14 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
 // A chunk in a warp's ring, in words: of each of its units those of both tiles; then, of its halves and in them of each tile, digits of two
 // units' values, the highest two; then the others.
 ANYWHERE constexpr int ring_chunk(int planes) { return CHUNK * 128 + (planes - 1) * CHUNK * 64; }
-constexpr int DEPTH = 3;  // chunks: one is multiplied, the others are on their way
-ANYWHERE constexpr bool has_ring(int g) { return g == 1; }  // sums of more rows of x leave less room
+constexpr int DEPTH = 2;  // chunks: one is multiplied, the others are on their way
+constexpr int BEFORE_X = 1;  // of them that are asked for before x is, which what is asked for later does not hold up
+ANYWHERE constexpr bool has_ring(int g) { return g <= 2; }  // sums of more rows of x leave less room
 ANYWHERE constexpr int ring_words(int g, int planes) { return has_ring(g) ? warps(g, planes) * DEPTH * ring_chunk(planes) : 0; }
 
 // What comes into a warp's ring next: of a pair, units of a chunk.
 struct Feed {
-    int slots, pairs;  // how far it is to the next pair, and the last one's end
+    int pairs;  // the last one's end
     int chunk, pair;
     int count;            // units; 0: nothing is left
     int tile[HELD];       // of a lane: the first 16 copy one, the others the next
@@ -129,7 +131,7 @@ BOTH void begin_chunk(Feed& feed, const Signs& a, const Place& at, int thread) {
 template <int G, int PLANES>
 BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
     Feed feed = {};
-    feed.slots = warps(G, PLANES) >> a.slice_bits, feed.pairs = pairs_of(a, at);
+    feed.pairs = pairs_of(a, at);
     feed.chunk = slice_of(a, warp_of(thread)) * a.slice;
     begin_chunk<G, PLANES>(feed, a, at, thread);
     return feed;
@@ -137,8 +139,8 @@ BOTH Feed feed_of(const Signs& a, const Place& at, int thread) {
 
 template <int G, int PLANES>
 BOTH void advance(Feed& feed, const Signs& a, const Place& at, int thread) {
-    feed.pair += feed.slots;
-    EACH_LANE feed.tile[h] += 2 * feed.slots;
+    feed.pair += a.slots;
+    EACH_LANE feed.tile[h] += 2 * a.slots;
     if (feed.pair < feed.pairs) return;
     feed.chunk += CHUNK;
     begin_chunk<G, PLANES>(feed, a, at, thread);
@@ -176,16 +178,14 @@ BOTH uint32_t* ring_of(uint32_t* rings, int warp) {
     return rings + warp * DEPTH * ring_chunk(PLANES);
 }
 
-// A warp's first chunks, all that its ring holds: returns what comes after them.
+// A warp's next chunks, into its ring's places from the first to before the last.
 template <int G, int PLANES>
-BOTH Feed fill(const Signs& a, const Place& at, uint32_t* rings, int thread) {
-    Feed feed = feed_of<G, PLANES>(a, at, thread);
-    uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread));
-    NO_UNROLL for (int i = 0; i < DEPTH; i++, ring += ring_chunk(PLANES)) {
+BOTH void fill(Feed& feed, const Signs& a, const Place& at, uint32_t* rings, int first, int last, int thread) {
+    uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread)) + first * ring_chunk(PLANES);
+    NO_UNROLL for (int i = first; i < last; i++, ring += ring_chunk(PLANES)) {
         copy_next<PLANES>(feed, a, ring, thread);
         advance<G, PLANES>(feed, a, at, thread);
     }
-    return feed;
 }
 
 // Unit u of a chunk that has arrived.

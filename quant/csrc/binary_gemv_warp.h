@@ -55,13 +55,14 @@ BOTH int kind_of(const uint32_t* kinds, int column) {
     return int(kinds[v % 2 * 8 + column % 8] >> v / 2 * 4 & 4u);
 }
 
-// N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column.
-template <class X, int N, class Column>
-BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column) {
+// N numbers of a row of x, at columns column(i), on their way at the same time; zeros beyond the last column. asked(): is done meanwhile.
+template <class X, int N, class Column, class Asked>
+BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& column, const Asked& asked) {
     const int last = int(from.k) - 1;
     const uint32_t begin = uint32_t(row) * uint32_t(from.k);  // fewer than 2^16 units: see block_of
     X kept[N];
     UNROLL for (int i = 0; i < N; i++) kept[i] = static_cast<const X*>(from.x)[begin + uint32_t(column(i) < last ? column(i) : last)];
+    asked();
     UNROLL for (int i = 0; i < N; i++) {
         if constexpr (sizeof(X) == 2) {
             v[i] = from_bits(uint32_t(kept[i]) << 16);
