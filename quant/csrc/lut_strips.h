@@ -54,8 +54,8 @@ struct Sweep {
         int32_t low[2][2][HELD], high[2][2][HELD];
     };
     using Halves = Half[F::M];
-    // Sums go to shared memory in the next item's time, where there are registers for both.
-    static constexpr bool LATE = F::M == 1 && F::P == 3;
+    // Where there are registers for it, codes are read in the item's time before theirs, and sums go to shared memory in the next one's.
+    static constexpr bool AHEAD = F::P == 3 || BITS < 4, LATE = F::M == 1 && F::P == 3;
     int thread, tiles, depth;   // depth: places of the ring
     int todo, unit, tile;       // items to be done, and the next one
     int place;                  // of the next one in the ring
@@ -104,30 +104,41 @@ struct Sweep {
 
     template <int BYTES>
     BOTH void run_through(const Shared<F>& s, int rows) {
-        constexpr int LEFT = BYTES / 4 / SLOT - 1;
+        constexpr int LEFT = BYTES / 4 / SLOT - 1, HALF = 1 << (BITS - 1);  // subsets with the lowest bit
         Bits bits;
         Planes plane;
+        uint32_t parity[2][HELD][4];
         Sums before = {};
-        int32_t* last_to = s.whole + tile * TILE;  // the first item adds zeros
-        arrived<LEFT>();
-        UNROLL for (int b = 0; b < BITS; b++) read(plane, b);
-        fetch_next();
+        int32_t* to = s.whole + tile * TILE;  // the first item adds zeros
+        if constexpr (AHEAD) read_all<LEFT>(plane);
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
             take(bits, s.bits + unit * (N * F::M * F::P * 64));
             const int last = smaller(tiles, tile + todo);
             todo -= last - tile;
-            NO_UNROLL for (; tile < last; tile++) {
-                Sums sum = {};
-                add_item<LEFT>(sum, bits, plane, before, last_to, rows);
-                last_to = s.whole + tile * TILE;
-                if constexpr (LATE) {
-                    before = sum;
-                } else {
-                    put(sum, last_to, rows);
+            if constexpr (!AHEAD) {
+                NO_UNROLL for (; tile < last; tile++) {
+                    Sums sum = {};
+                    add_subsets<0, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+                    put(sum, s.whole + tile * TILE, rows);
                 }
+                continue;
             }
+            // From the middle of an item to that of the next one, so that what is read is used in the same turn.
+            Sums sum = {};
+            add_subsets<0, HALF, LEFT>(sum, bits, plane, parity, before, to, rows);
+            to = s.whole + tile * TILE;
+            NO_UNROLL while (++tile < last) {
+                add_subsets<HALF, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+                if constexpr (!LATE) put(sum, to, rows);
+                before = sum, sum = {};
+                add_subsets<0, HALF, LEFT>(sum, bits, plane, parity, before, to, rows);
+                to += TILE;
+            }
+            add_subsets<HALF, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+            if constexpr (!LATE) put(sum, to, rows);
+            before = sum;
         }
-        if constexpr (LATE) put(before, last_to, rows);
+        if constexpr (LATE) put(before, to, rows);
     }
 
     BOTH void take(Bits& bits, const uint32_t* from) const {
@@ -154,22 +165,31 @@ struct Sweep {
         }
     }
 
-    // An item whose planes are at hand; then those of the next one are. After the last one come some that nobody uses.
     template <int LEFT>
-    BOTH void add_item(Sums& sum, const Bits& bits, Planes& plane, const Sums& before, int32_t* last_to, int rows) {
-        uint32_t parity[2][HELD][4];
-        Halves halves;
-        add_subsets<LEFT, 0>(sum, bits, plane, parity, before, halves, last_to, rows);
+    BOTH void read_all(Planes& plane) {
+        arrived<LEFT>();
+        UNROLL for (int b = 0; b < BITS; b++) read(plane, b);
         fetch_next();  // into the place that was read
     }
 
-    // From number I on.
-    template <int LEFT, int I>
-    BOTH void add_subsets(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, Halves& halves,
-                          int32_t* last_to, int rows) {
-        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(SUBSET);
+    // Subsets I to END - 1 of an item. With the first ones go the sums of the item before, to shared memory; planes that no more subset
+    // needs become the next item's. After a warp's last item come some that nobody uses.
+    template <int I, int END, int LEFT>
+    BOTH void add_subsets(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, int32_t* to,
+                          int rows) {
+        Halves halves;
+        if constexpr (!AHEAD && I == 0) read_all<LEFT>(plane);
+        add_from<I, END, LEFT>(sum, bits, plane, parity, before, halves, to, rows);
+        if constexpr (AHEAD && END == N) fetch_next();
+    }
+    template <int I, int END, int LEFT>
+    BOTH void add_from(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, Halves& halves,
+                       int32_t* to, int rows) {
+        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(SUBSET), DONE = done_at(BITS, I - 1);
         constexpr bool FRESH = ones(SUBSET) < 4;
-        constexpr int CHANGED = FRESH ? SUBSET : SUBSET ^ subset_at(BITS, I - (I > 0)), DONE = done_at(BITS, I);
+        constexpr int CHANGED = FRESH ? SUBSET : SUBSET ^ subset_at(BITS, I - (I > 0));
+        if constexpr (AHEAD && DONE == 0) arrived<LEFT>();
+        if constexpr (AHEAD && DONE >= 0) read(plane, DONE);
         UNROLL for (int t = 0; t < 2; t++) {
             EACH_LANE {
                 UNROLL for (int j = 0; j < 4; j++) {
@@ -188,10 +208,9 @@ struct Sweep {
         }
         if constexpr (LATE && I == 0) join(halves, before);
         if constexpr (LATE && I == 1) halve_once(halves);
-        if constexpr (LATE && I == 2) halve_again(halves, last_to, rows);
-        if constexpr (DONE == 0) arrived<LEFT>();
-        if constexpr (DONE >= 0) read(plane, DONE);
-        if constexpr (I + 1 < N) add_subsets<LEFT, I + 1>(sum, bits, plane, parity, before, halves, last_to, rows);
+        if constexpr (LATE && I == (BITS == 2 ? 1 : 2)) halve_again(halves, to, rows);
+        if constexpr (AHEAD && I + 1 == N) read(plane, BITS - 1);
+        if constexpr (I + 1 < END) add_from<I + 1, END, LEFT>(sum, bits, plane, parity, before, halves, to, rows);
     }
 
     // A lane has two neighbouring bits of a byte of four rows (for the highest of all see lut_gemv_cuda.h), and ends with all bits of one.
