@@ -55,7 +55,7 @@ struct Sweep {
     };
     using Halves = Half[F::M];
     // Where there are registers for it, codes are read in the item's time before theirs, and sums go to shared memory in the next one's.
-    static constexpr bool AHEAD = F::P == 3 || BITS < 4, LATE = F::M == 1 && F::P == 3;
+    static constexpr bool AHEAD = F::P == 3 ? F::M < 4 : BITS < 4, LATE = F::M == 1 && F::P == 3;
     int thread, tiles, depth;   // depth: places of the ring
     int todo, unit, tile;       // items to be done, and the next one
     int place;                  // of the next one in the ring
