@@ -17,7 +17,7 @@ constexpr int WORDS = UNIT / 32;                  // of a unit's columns
 constexpr int APART = 36;                         // numbers from 32 columns' x to the next, so that lanes meet in no bank
 constexpr int WARPS = 8, THREADS = 32 * WARPS;    // of a block
 constexpr int MOST_RANKS = 8;                     // blocks of a cluster
-constexpr int WIDE = 16 * 1024, RING = 12 * 1024, SMALL = 8 * 1024;  // bytes of codes that a warp has place for
+constexpr int RING = 12 * 1024, SMALL = 8 * 1024;  // bytes of codes that a warp has place for
 
 // Rows of x at a time, and bytes of a product's whole number: three where x is bfloat16, four where it is float32.
 template <int ROWS_OF_X, int BYTES>
@@ -173,7 +173,7 @@ BOTH void load_x(float (&to)[N], const Given& from, int64_t row, const int (&col
 // Terms of tables that a thread makes bits of: 32 columns of a parity, those of its first turns ahead of their use.
 template <class F, int BITS>
 struct Terms {
-    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : 2;
+    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : BITS == 3 ? 2 : 4;
     Four v[AHEAD][8];
 
     BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {

@@ -192,7 +192,7 @@ bool place_units(Lut& a, int64_t limit) {
             return part.bits <= F::MOST_BITS && most(ring, part) >= (all ? std::max(part.share, 1) : 1);
         });
     };
-    a.ring = leaves(WIDE, true) ? WIDE : leaves(RING, true) ? RING : leaves(SMALL, true) ? SMALL : leaves(RING, false) ? RING : SMALL;
+    a.ring = leaves(RING, true) ? RING : leaves(SMALL, true) ? SMALL : leaves(RING, false) ? RING : SMALL;
     if (!leaves(a.ring, false)) return false;
     for (int p = 0; p < a.parts; p++) {
         const int64_t held = most(a.ring, a.part[p]), turns = (a.part[p].share + held - 1) / held;

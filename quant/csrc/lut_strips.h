@@ -20,6 +20,25 @@ BOTH void halve(int32_t (&first)[HELD], const int32_t (&second)[HELD], int threa
 #endif
 }
 
+ANYWHERE constexpr int ones(int v) { return v == 0 ? 0 : v % 2 + ones(v / 2); }
+
+// The subsets of a code's bits that have a parity, in the order of products: first those with the lowest bit, then of the rest those with
+// the next one, and so on, so that planes are done with one after another.
+ANYWHERE constexpr int subset_at(int bits, int i) {
+    constexpr int two[] = {1, 3, 2}, three[] = {1, 3, 7, 5, 6, 2, 4}, four[] = {1, 3, 7, 5, 13, 15, 11, 9, 10, 14, 6, 2, 4, 12, 8};
+    return bits == 2 ? two[i] : bits == 3 ? three[i] : four[i];
+}
+// The bit that no subset has from the one after number i on, if it is in that one; or -1.
+ANYWHERE constexpr int done_at(int bits, int i) {
+    for (int b = 0; b < bits; b++) {
+        if (i == parities(bits) - (1 << (bits - 1 - b))) return b;
+    }
+    return -1;
+}
+
+// Where terms of a subset are kept, in the order of a Gray code.
+ANYWHERE constexpr int kept_at(int subset) { return (subset ^ subset >> 1 ^ subset >> 2 ^ subset >> 3) - 1; }
+
 // Units `first` and on, of which bits are at hand, with all tiles: a warp has a run of (unit, tile) in that order. A lane reads of codes
 // what it copied itself.
 template <class F, int BITS>
@@ -27,7 +46,16 @@ struct Sweep {
     static constexpr int SLOT = slot_words(BITS), N = parities(BITS);
     static_assert(SMALL / 4 / SLOT >= 2, "one place is read while another is written");
     using Bits = uint32_t[N][F::M][F::P][HELD][2];
-    using Sums = int32_t[F::M][F::P][2][HELD][4];
+    using Planes = uint32_t[2][BITS][HELD][4];
+    struct Sums {
+        int32_t of[F::M][F::P][2][HELD][4];
+    };
+    struct Half {
+        int32_t low[2][2][HELD], high[2][2][HELD];
+    };
+    using Halves = Half[F::M];
+    // Where there are registers for it, codes are read in the item's time before theirs, and sums go to shared memory in the next one's.
+    static constexpr bool AHEAD = F::P == 3 ? F::M < 4 : BITS < 4, LATE = F::M == 1 && F::P == 3;
     int thread, tiles, depth;   // depth: places of the ring
     int todo, unit, tile;       // items to be done, and the next one
     int place;                  // of the next one in the ring
@@ -65,32 +93,52 @@ struct Sweep {
         for (int i = begun; i < last; i++) fetch_next();
     }
 
-    BOTH void wait(int bytes) const {
-        if (bytes == WIDE) {
-            arrived<WIDE / 4 / SLOT - 1>();
-        } else if (bytes == RING) {
-            arrived<RING / 4 / SLOT - 1>();
-        } else {
-            arrived<SMALL / 4 / SLOT - 1>();
-        }
-    }
-
+    // Items follow each other without a pause of the products: while those of one are made, the planes of the next one come to where no
+    // more subset needs this one's, and the sums of the one before go to shared memory.
     BOTH void run(const Lut& a, void* shared) {
-        if (HELD > 1 && thread % 32 != 0) return;
+        if ((HELD > 1 && thread % 32 != 0) || todo == 0) return;
         const Shared<F> s(a, shared);
         thread = anew(thread);
+        a.ring == RING ? run_through<RING>(s, a.group * TILE) : run_through<SMALL>(s, a.group * TILE);
+    }
+
+    template <int BYTES>
+    BOTH void run_through(const Shared<F>& s, int rows) {
+        constexpr int LEFT = BYTES / 4 / SLOT - 1, HALF = 1 << (BITS - 1);  // subsets with the lowest bit
         Bits bits;
+        Planes plane;
+        uint32_t parity[2][HELD][4];
+        Sums before = {};
+        int32_t* to = s.whole + tile * TILE;  // the first item adds zeros
+        if constexpr (AHEAD) read_all<LEFT>(plane);
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
             take(bits, s.bits + unit * (N * F::M * F::P * 64));
             const int last = smaller(tiles, tile + todo);
             todo -= last - tile;
-            NO_UNROLL for (; tile < last; tile++) {
-                wait(a.ring);
-                Sums sum = {};
-                add_item(sum, bits);
-                put(sum, s.whole + tile * TILE, a.group * TILE);
+            if constexpr (!AHEAD) {
+                NO_UNROLL for (; tile < last; tile++) {
+                    Sums sum = {};
+                    add_subsets<0, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+                    put(sum, s.whole + tile * TILE, rows);
+                }
+                continue;
             }
+            // From the middle of an item to that of the next one, so that what is read is used in the same turn.
+            Sums sum = {};
+            add_subsets<0, HALF, LEFT>(sum, bits, plane, parity, before, to, rows);
+            to = s.whole + tile * TILE;
+            NO_UNROLL while (++tile < last) {
+                add_subsets<HALF, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+                if constexpr (!LATE) put(sum, to, rows);
+                before = sum, sum = {};
+                add_subsets<0, HALF, LEFT>(sum, bits, plane, parity, before, to, rows);
+                to += TILE;
+            }
+            add_subsets<HALF, N, LEFT>(sum, bits, plane, parity, before, to, rows);
+            if constexpr (!LATE) put(sum, to, rows);
+            before = sum;
         }
+        if constexpr (LATE) put(before, to, rows);
     }
 
     BOTH void take(Bits& bits, const uint32_t* from) const {
@@ -107,57 +155,103 @@ struct Sweep {
         }
     }
 
-    // Parities in the order of a Gray code: each differs from the one before by a bit of the codes.
-    BOTH void add_item(Sums& sum, const Bits& bits) {
-        uint32_t plane[2][BITS][HELD][4], parity[2][HELD][4] = {};
+    // Of a bit of the codes.
+    BOTH void read(Planes& plane, int bit) const {
         EACH_LANE {
-            UNROLL for (int c = 0; c < 2 * BITS; c++) {
-                const auto line = *reinterpret_cast<const Line<4>*>(ring + place * SLOT + c * 128 + LANE * 4);
-                UNROLL for (int j = 0; j < 4; j++) plane[c / BITS][c % BITS][h][j] = line.v[j];
-            }
-        }
-        fetch_next();  // into the place that was read
-        UNROLL for (int i = 1; i <= N; i++) {
-            const int changed = i % 2 != 0 ? 0 : i % 4 != 0 ? 1 : i % 8 != 0 ? 2 : 3;
             UNROLL for (int t = 0; t < 2; t++) {
-                EACH_LANE {
-                    UNROLL for (int j = 0; j < 4; j++) parity[t][h][j] ^= plane[t][changed][h][j];
-                }
+                const auto line = *reinterpret_cast<const Line<4>*>(ring + place * SLOT + (t * BITS + bit) * 128 + LANE * 4);
+                UNROLL for (int j = 0; j < 4; j++) plane[t][bit][h][j] = line.v[j];
             }
-            UNROLL for (int m = 0; m < F::M; m++) {
-                UNROLL for (int p = 0; p < F::P; p++) {
-                    UNROLL for (int t = 0; t < 2; t++) multiply_bits(sum[m][p][t], parity[t], bits[i - 1][m][p]);
+        }
+    }
+
+    template <int LEFT>
+    BOTH void read_all(Planes& plane) {
+        arrived<LEFT>();
+        UNROLL for (int b = 0; b < BITS; b++) read(plane, b);
+        fetch_next();  // into the place that was read
+    }
+
+    // Subsets I to END - 1 of an item. With the first ones go the sums of the item before, to shared memory; planes that no more subset
+    // needs become the next item's. After a warp's last item come some that nobody uses.
+    template <int I, int END, int LEFT>
+    BOTH void add_subsets(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, int32_t* to,
+                          int rows) {
+        Halves halves;
+        if constexpr (!AHEAD && I == 0) read_all<LEFT>(plane);
+        add_from<I, END, LEFT>(sum, bits, plane, parity, before, halves, to, rows);
+        if constexpr (AHEAD && END == N) fetch_next();
+    }
+    template <int I, int END, int LEFT>
+    BOTH void add_from(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, Halves& halves,
+                       int32_t* to, int rows) {
+        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(SUBSET), DONE = done_at(BITS, I - 1);
+        constexpr bool FRESH = ones(SUBSET) < 4;
+        constexpr int CHANGED = FRESH ? SUBSET : SUBSET ^ subset_at(BITS, I - (I > 0));
+        if constexpr (AHEAD && DONE == 0) arrived<LEFT>();
+        if constexpr (AHEAD && DONE >= 0) read(plane, DONE);
+        UNROLL for (int t = 0; t < 2; t++) {
+            EACH_LANE {
+                UNROLL for (int j = 0; j < 4; j++) {
+                    uint32_t odd = FRESH ? 0 : parity[t][h][j];
+                    UNROLL for (int b = 0; b < BITS; b++) {
+                        if ((CHANGED >> b & 1) != 0) odd ^= plane[t][b][h][j];
+                    }
+                    parity[t][h][j] = odd;
                 }
             }
         }
+        UNROLL for (int m = 0; m < F::M; m++) {
+            UNROLL for (int p = 0; p < F::P; p++) {
+                UNROLL for (int t = 0; t < 2; t++) multiply_bits(sum.of[m][p][t], parity[t], bits[KEPT][m][p]);
+            }
+        }
+        if constexpr (LATE && I == 0) join(halves, before);
+        if constexpr (LATE && I == 1) halve_once(halves);
+        if constexpr (LATE && I == (BITS == 2 ? 1 : 2)) halve_again(halves, to, rows);
+        if constexpr (AHEAD && I + 1 == N) read(plane, BITS - 1);
+        if constexpr (I + 1 < END) add_from<I + 1, END, LEFT>(sum, bits, plane, parity, before, halves, to, rows);
     }
 
     // A lane has two neighbouring bits of a byte of four rows (for the highest of all see lut_gemv_cuda.h), and ends with all bits of one.
     // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16.
     BOTH void put(const Sums& sum, int32_t* to, int rows) const {
+        Halves halves;
+        join(halves, sum);
+        halve_once(halves);
+        halve_again(halves, to, rows);
+    }
+    BOTH void join(Halves& halves, const Sums& sum) const {
         UNROLL for (int m = 0; m < F::M; m++) {
-            int32_t low[2][2][HELD], high[2][2][HELD];
             UNROLL for (int t = 0; t < 2; t++) {
                 UNROLL for (int half = 0; half < 2; half++) {
                     EACH_LANE {
                         int32_t byte[F::P];
                         UNROLL for (int p = 0; p < F::P; p++) {
                             const int times = p < F::P - 1 || LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2;
-                            byte[p] = (sum[m][p][t][h][2 * half] + times * sum[m][p][t][h][2 * half + 1]) * (1 << LANE % 4 * 2);
+                            byte[p] = (sum.of[m][p][t][h][2 * half] + times * sum.of[m][p][t][h][2 * half + 1]) * (1 << LANE % 4 * 2);
                         }
-                        low[t][half][h] = byte[0] + byte[1] * 256;
-                        high[t][half][h] = F::P == 3 ? byte[2] : byte[2] + byte[F::P - 1] * 256;
+                        halves[m].low[t][half][h] = byte[0] + byte[1] * 256;
+                        halves[m].high[t][half][h] = F::P == 3 ? byte[2] : byte[2] + byte[F::P - 1] * 256;
                     }
                 }
             }
+        }
+    }
+    BOTH void halve_once(Halves& halves) const {
+        UNROLL for (int m = 0; m < F::M; m++) {
             UNROLL for (int half = 0; half < 2; half++) {
-                halve<2>(low[0][half], low[1][half], thread);
-                halve<2>(high[0][half], high[1][half], thread);
+                halve<2>(halves[m].low[0][half], halves[m].low[1][half], thread);
+                halve<2>(halves[m].high[0][half], halves[m].high[1][half], thread);
             }
-            halve<1>(low[0][0], low[0][1], thread);
-            halve<1>(high[0][0], high[0][1], thread);
+        }
+    }
+    BOTH void halve_again(Halves& halves, int32_t* to, int rows) const {
+        UNROLL for (int m = 0; m < F::M; m++) {
+            halve<1>(halves[m].low[0][0], halves[m].low[0][1], thread);
+            halve<1>(halves[m].high[0][0], halves[m].high[0][1], thread);
             EACH_LANE {
-                const int32_t least_of = low[0][0][h], rest = high[0][0][h];
+                const int32_t least_of = halves[m].low[0][0][h], rest = halves[m].high[0][0][h];
                 int32_t* own = to + m * F::COUNTS * rows + LANE % 4 * 8 + LANE / 4;
                 add(own, least_of & 65535);
                 if constexpr (F::P == 3) {
