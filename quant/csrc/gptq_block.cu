@@ -6,6 +6,7 @@
 // (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written to then, and odd [1] is added to. Nothing
 // is allocated, copied from the host or waited for.
 
+#include "early.h"
 #include "gptq_found.h"
 #include "gptq_updates.h"
 
@@ -186,11 +187,14 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const uint32_t thread = rank % SIDE;  // of its side
     const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
+    // A launch is what this one waits for: the next may begin to come.
+    release_next();
+    if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
+    await_previous();
     // What comes from farthest first.
     const float diagonal = side == 0 && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
     if (side == 0) staged<0, 2>(p, memory.factor, thread);
     if (side == F::STAGES - 1) staged<2, MOST / PANEL>(p, memory.factor, thread);
-    if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
     if (helper < -1) {
         all();
         return;
@@ -248,8 +252,14 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
     static_assert(SHARED <= 99 * 1024 || F::R > 1, "what a block may have on all GPUs from compute capability 8.0 on");
     const cudaError_t failed = cudaFuncSetAttribute(solve<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (failed != cudaSuccess) return failed;
-    solve<F><<<(p.rows + ROWS - 1) / ROWS, F::THREADS, SHARED, stream>>>(p);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((p.rows + ROWS - 1) / ROWS), config.blockDim = dim3(F::THREADS);
+    config.dynamicSmemBytes = SHARED, config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = p.early;
+    return cudaLaunchKernelEx(&config, solve<F>, p);
 }
 
 // With two rows a lane, a block of threads for each multiprocessor: as many teams as it takes.
@@ -281,7 +291,7 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                   const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0, 0};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     p.count_groups(plain != 0);
     int device = 0, processors = 0, shared = 0;
@@ -289,6 +299,9 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (failed != cudaSuccess) return failed;
+    int major = 0;
+    if ((failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return failed;
+    p.early = major >= 9;
     const int64_t room = int64_t(SIDE) * processors;
     const bool two = two_rows_fit(p, plain != 0, shared);
     if (lanes == TWO_ROWS && !two) return cudaErrorInvalidValue;

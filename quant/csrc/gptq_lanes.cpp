@@ -203,7 +203,7 @@ extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, float
                                    int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                    const int32_t* words, int32_t* odd, int64_t lanes) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0, 0};
     std::copy(group, group + columns, p.group);
     p.count_groups(plain != 0);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);

@@ -57,6 +57,7 @@ struct Problem {
     int32_t group[MOST];  // row of scale and zero of each column
     uint32_t fresh;       // bit p: panel p's first column is of another group than that of the panel before
     uint32_t busy;        // bit p: before panel p there is more to do than to move up
+    uint32_t early;       // a launch begins before the one in front of it is over
 
     // Once all else is there.
     void count_groups(bool plain) {
