@@ -101,7 +101,7 @@ struct Meet {
         return done;
     }
     __device__ static __forceinline__ void wait(Near event) {
-#if __CUDA_ARCH__ >= 900 
+#if __CUDA_ARCH__ >= 900
         uint32_t done;
         do {
             asm volatile(ASKED("try_wait") : "=r"(done) : "r"(event) : "memory");
@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const uint32_t thread = rank % SIDE;  // of its side
     const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
-    // Until the kernels in front are over nothing but the launch's own arguments is read. Only then may the next begin: what it reads before
-    // it waits in turn can be in the making here alone.
+    // Until the kernels in front are over nothing but the launch's own arguments is read. Only then may the next begin: what it reads
+    // before it waits in turn can be in the making here alone.
     if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
     await_previous();
     release_next();
