@@ -285,7 +285,7 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
 
 // Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
 //   4096 rows: 17.7, 14.4, 12.6 (4 lanes); 17.2      12288: 18.4; 19.4      32768: 28.6; 28.4
-//   8192 rows: 18.0, 14.8 (2 lanes); 17.9            16384: 19.0; 20.1      98304: 84.1; 77.9
+//   8192 rows: 18.0, 14.8 (2 lanes); 17.9            16384: 19.0; 20.1
 // So as many lanes as leave a block of threads to a multiprocessor, and two rows a lane from this many times as many rows as room, a ratio.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
