@@ -6,7 +6,9 @@
 // (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written to then, and odd [1] is added to. Nothing
 // is allocated, copied from the host or waited for.
 
+#include "early.h"
 #include "gptq_found.h"
+#include "gptq_sweep.h"
 #include "gptq_updates.h"
 
 namespace {
@@ -40,6 +42,7 @@ struct Form {
 template <int L, bool PLAIN, int R>
 struct Solvers {
     using One = Lane<L, PLAIN, R>;
+    static constexpr int ARRIVAL = One::ARRIVAL;
     static constexpr int ROWS = 32 / L;  // neighbours in memory are neighbours in the warp
     One lane;
     typename One::Course course;
@@ -58,7 +61,10 @@ struct Solvers {
         }
     }
     __device__ __forceinline__ void start(const Problem& p, const Shared& s, int panel) { course = lane.start(p, s, panel); }
-    __device__ __forceinline__ void go_on(const Problem& p) { lane.go_on(p, course); }
+    template <int FROM, int TO>
+    __device__ __forceinline__ void go_on(const Problem& p) {
+        lane.template go_on<FROM, TO>(p, course);
+    }
     template <bool MORE>
     __device__ __forceinline__ void end(const Problem& p) {
         lane.template end<MORE>(p, course);
@@ -76,6 +82,8 @@ struct Helpers {
 
 __device__ __forceinline__ void all() { asm volatile("bar.sync 0;" ::: "memory"); }
 
+#define ASKED(HOW) "{ .reg .pred p; mbarrier." HOW ".parity.shared.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+
 // What is waited for, each once: a unit's errors, and a panel, of each team; all of the factor.
 struct Meet {
     Near events, factor;  // `mbarrier`s
@@ -87,19 +95,25 @@ struct Meet {
         together();
         if (threadIdx.x % 32 == 0) asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(event) : "memory");
     }
+    __device__ static __forceinline__ bool test(Near event) {
+        uint32_t done;
+        asm volatile(ASKED("test_wait") : "=r"(done) : "r"(event) : "memory");
+        return done;
+    }
     __device__ static __forceinline__ void wait(Near event) {
+#if __CUDA_ARCH__ >= 900
         uint32_t done;
         do {
-#if __CUDA_ARCH__ >= 900
-#define WAIT_ONCE "mbarrier.try_wait.parity.shared.b64"
-#else
-#define WAIT_ONCE "mbarrier.test_wait.parity.shared.b64"
-#endif
-            asm volatile("{ .reg .pred p; " WAIT_ONCE " p, [%1], 0; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(event) : "memory");
+            asm volatile(ASKED("try_wait") : "=r"(done) : "r"(event) : "memory");
         } while (!done);
+#else
+        while (!test(event)) {
+        }
+#endif
     }
     // Of one that solves.
     __device__ __forceinline__ void ready(int panel) const { panel == 0 ? all() : wait(factor); }
+    __device__ __forceinline__ bool arrived(int panel) const { return test(events + 8 * (UNITS + panel)); }
     __device__ __forceinline__ void receive(int panel) const { wait(events + 8 * (UNITS + panel)); }
     __device__ __forceinline__ void send(int unit) const { arrive(events + 8 * unit); }
     // Of those that help.
@@ -158,12 +172,6 @@ __device__ __forceinline__ void staged(const Problem& p, float* factor, uint32_t
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// A copy that the compiler has to keep: else it makes addresses anew again and again, from registers that take long to read.
-__device__ __forceinline__ uint32_t settled(uint32_t x) {
-    uint32_t made;
-    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 31, 0xffffffff;" : "=r"(made) : "r"(x), "r"(threadIdx.x));
-    return made;
-}
 static_assert(SIDE == MOST, "a pivot for each thread that copies");
 struct Memory {
     alignas(16) float factor[FACTOR];
@@ -186,46 +194,53 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const uint32_t thread = rank % SIDE;  // of its side
     const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
+    // Until the kernels in front are over nothing but the launch's own arguments is read. Only then may the next begin: what it reads
+    // before it waits in turn can be in the making here alone.
+    if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
+    await_previous();
+    release_next();
     // What comes from farthest first.
     const float diagonal = side == 0 && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
     if (side == 0) staged<0, 2>(p, memory.factor, thread);
     if (side == F::STAGES - 1) staged<2, MOST / PANEL>(p, memory.factor, thread);
-    if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
     if (helper < -1) {
         all();
         return;
     }
     const uint32_t row = settled(first + lane % PART * R);
     const int part = lane / PART;
-    if (p.words && first < p.rows) {
-        // 2 R warps' work, by those that help, or by both where one does.
-        constexpr int WORKERS = H > 1 ? H : 2;
-        const int worker = H > 1 ? helper : helper + 1;
-        const auto each = [&](auto f) {
-            ROLLED for (int task = worker; task >= 0 && task < 2 * R; task += WORKERS) {
-                const int r = task % R;
-                f(row + r, part + task / R * L, near(errors + (r * PART + lane % PART) * STRIDE));
-            }
-            asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * (1 + H)) : "memory");
-        };
-        each([&](uint32_t at, int mine, Near spans) { survey<L>(p, at, mine, spans); });
-        each([&](uint32_t at, int mine, Near spans) { find<L, F::PLAIN>(p, at, mine, at < p.rows ? p.words[at] : 0, spans); });
-    }
     // A team all of whose rows are beyond the last does nothing but to copy.
     const bool idle = first >= p.rows;
+    // What is loaded of the block is asked for before ranges are found.
+    Solvers<L, F::PLAIN, R> solvers;
+    Helpers<F::ROWS / 8, R> helpers;
+    if (!idle)
+        helper < 0 ? solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % PART * STRIDE)))
+                   : helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
+    if (p.words && !idle) {
+        // 2 R warps' work, by those that help, or by both where one does.
+        constexpr int WORKERS = H > 1 ? H : 2;
+        static_assert(WORKERS % R == 0, "");
+        const int worker = H > 1 ? helper : helper + 1, r = worker & (R - 1);
+        const uint32_t at = row + r;
+        const int32_t word = int32_t(bits_of(get(reinterpret_cast<const float*>(p.words) + at, worker >= 0 && at < p.rows)));
+        const Near spans = near(errors + (r * PART + lane % PART) * STRIDE);
+        const auto each = [&](auto f) {
+            ROLLED for (int task = worker; task >= 0 && task < 2 * R; task += WORKERS) f(part + task / R * L);
+            asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * (1 + H)) : "memory");
+        };
+        each([&](int mine) { survey<L>(p, at, mine, spans); });
+        each([&](int mine) { find<L, F::PLAIN>(p, at, mine, word, spans); });
+    }
     const Shared shared{settled(near(memory.factor)), settled(near(&memory.pivots[0].diagonal))};
     if (helper < 0) {
-        Solvers<L, F::PLAIN, R> solvers;
         if (idle) {
             all();
         } else {
-            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % PART * STRIDE)));
-            solvers.lane.fetch_ranges(p, 0);
+            p.words ? solvers.lane.take_ranges(p) : solvers.lane.fetch_ranges(p, 0);
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<F::ROWS / 8, R> helpers;
-        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
         if (side == 0) {
             memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
             asm volatile("cp.async.wait_group %0;" ::"n"(2 - F::STAGES) : "memory");
@@ -248,8 +263,14 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
     static_assert(SHARED <= 99 * 1024 || F::R > 1, "what a block may have on all GPUs from compute capability 8.0 on");
     const cudaError_t failed = cudaFuncSetAttribute(solve<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (failed != cudaSuccess) return failed;
-    solve<F><<<(p.rows + ROWS - 1) / ROWS, F::THREADS, SHARED, stream>>>(p);
-    return cudaGetLastError();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((p.rows + ROWS - 1) / ROWS), config.blockDim = dim3(F::THREADS);
+    config.dynamicSmemBytes = SHARED, config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = p.early;
+    return cudaLaunchKernelEx(&config, solve<F>, p);
 }
 
 // With two rows a lane, a block of threads for each multiprocessor: as many teams as it takes.
@@ -261,6 +282,12 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
     const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 8 == 0; };
     return plain && p.rows % 64 == 0 && aligned(p.codes) && aligned(p.values) && aligned(p.errors) && shared >= shared_bytes<TwoRows>();
 }
+
+// Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
+//   4096 rows: 17.7, 14.4, 12.6 (4 lanes); 17.2      12288: 18.4; 19.4      32768: 28.6; 28.4
+//   8192 rows: 18.0, 14.8 (2 lanes); 17.9            16384: 19.0; 20.1
+// So as many lanes as leave a block of threads to a multiprocessor, and two rows a lane from this many times as many rows as room, a ratio.
+constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
 // The form for all kinds takes three times as long to compile; it has no version for 2 lanes. room: rows that are solved at once by a lane
 // each where a block of threads is on each multiprocessor.
@@ -274,14 +301,14 @@ cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cu
 
 }  // namespace
 
-// lanes of a row: 1, 2, 4, -2 (`TWO_ROWS`), or 0: as many as leave a block of threads to a multiprocessor, or two rows to a lane. More shorten
-// a row's time, and repeat its rounding.
+// lanes of a row: 1, 2, 4, -2 (`TWO_ROWS`), or 0: as was measured to take least time (`TWO_ROWS_ROOMS`). More shorten a row's time, and
+// repeat its rounding.
 extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                   int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
                                   int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                   const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), 0, 0, 0, {}};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];
     p.count_groups(plain != 0);
     int device = 0, processors = 0, shared = 0;
@@ -289,11 +316,15 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     if (failed != cudaSuccess) return failed;
+    int major = 0;
+    if ((failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return failed;
+    p.early = major >= 9;
     const int64_t room = int64_t(SIDE) * processors;
     const bool two = two_rows_fit(p, plain != 0, shared);
     if (lanes == TWO_ROWS && !two) return cudaErrorInvalidValue;
-    if (!lanes && two && 4 * rows > room) lanes = TWO_ROWS;
-    if (!lanes)
-        for (lanes = 4; lanes > 1 && rows * lanes > room;) lanes /= 2;
+    if (!lanes) {
+        lanes = two && TWO_ROWS_ROOMS[1] * rows > TWO_ROWS_ROOMS[0] * room ? TWO_ROWS : 4;
+        while (lanes > 1 && lanes * rows > room) lanes /= 2;
+    }
     return launch(p, plain != 0, lanes, room, stream);
 }

@@ -38,12 +38,21 @@ ON_LANES void survey(const Problem& p, uint32_t row, int part, Near spans) {
     }
 }
 
-// Once all lanes of a row have surveyed. What is written may be read once they have met again. word: of the row, 0 beyond the last.
+// Once all lanes of a row have surveyed. What is written, also to `spans` (`Lane::take_ranges`), may be read once they have met again.
+// word: of the row, 0 beyond the last.
 template <int L, bool PLAIN>
 ON_LANES void find(const Problem& p, uint32_t row, int part, int32_t word, Near spans) {
     const ranges::Fit fit{word};
     const int width = fit.width(), columns = int(p.columns);
-    if (!width) return;
+    const auto show_first = [&](float scale, float zero) {
+        const float four[4] = {scale, zero, 0.0f, 0.0f};
+        near_put(beside(spans, FIRST_RANGE), four);
+    };
+    if (!width) {
+        const int32_t g = p.group[0];
+        if (PLAIN && part == 0 && row < p.rows) show_first(p.scale[g * p.scale_stride + row], p.zero[g * p.zero_stride + row]);
+        return;
+    }
     ROLLED for (int first = part * width; first < columns; first += 2 * L * width) {
         Span span = Span::none();
         if (width % PANEL == 0) {
@@ -58,6 +67,7 @@ ON_LANES void find(const Problem& p, uint32_t row, int part, int32_t word, Near 
         bool odd;
         const ranges::Affine made = fit.found(span.low, span.high, span.seen, odd);
         if (odd) count(p.odd);
+        if (PLAIN && first == 0) show_first(made.scale, made.zero);
         constexpr int STEP = PLAIN ? PANEL : 1;  // columns of one group
         ROLLED for (int j = first; j < first + width; j += STEP) {
             if (j != first && (PLAIN ? !(p.fresh >> j / PANEL & 1) : p.group[j] == p.group[j - 1])) continue;

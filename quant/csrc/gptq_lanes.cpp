@@ -7,6 +7,7 @@
 #endif
 
 #include "gptq_found.h"
+#include "gptq_sweep.h"
 #include "gptq_updates.h"
 
 #include <algorithm>
@@ -26,6 +27,7 @@ constexpr int LANES = 32;
 template <int L, bool PLAIN, int R>
 struct Solvers {
     using One = Lane<L, PLAIN, R>;
+    static constexpr int ARRIVAL = One::ARRIVAL;
     static constexpr int ROWS = LANES / L;
     One lane[LANES];
     typename One::Course course[LANES];
@@ -41,8 +43,9 @@ struct Solvers {
     void start(const Problem& p, const Shared& s, int panel) {
         for (int i = 0; i < LANES; i++) course[i] = lane[i].start(p, s, panel);
     }
+    template <int FROM, int TO>
     void go_on(const Problem& p) {
-        for (int i = 0; i < LANES; i++) lane[i].go_on(p, course[i]);
+        for (int i = 0; i < LANES; i++) lane[i].template go_on<FROM, TO>(p, course[i]);
     }
     template <bool MORE>
     void end(const Problem& p) {
@@ -120,6 +123,7 @@ struct Meet {
     int warp;
     // Of the warp that solves.
     void ready(int) {}
+    bool arrived(int panel) { return panel % 2 && panels.at(panel).there; }  // also where it need not
     void receive(int panel) { team.await(warp, panels.at(panel)); }
     void send(int unit) { team.signal(warp, units.at(unit)); }
     // Of those that help.
@@ -162,7 +166,7 @@ void solve(const Problem& p) {
         Solvers<L, PLAIN, R> solvers;
         for (int i = 0; i < LANES; i++) {
             solvers.lane[i].begin(p, first + i % ROWS * R, i / ROWS, spans(i % ROWS));
-            solvers.lane[i].fetch_ranges(p, 0);
+            p.words ? solvers.lane[i].take_ranges(p) : solvers.lane[i].fetch_ranges(p, 0);
         }
         // One to three warps that help, in some order.
         const int round = first / (R * ROWS), helpers = 1 + round % 3;
@@ -203,7 +207,7 @@ extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, float
                                    int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
                                    const int32_t* words, int32_t* odd, int64_t lanes) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
-              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), {}, 0, 0};
+              odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), 0, 0, 0, {}};
     std::copy(group, group + columns, p.group);
     p.count_groups(plain != 0);
     plain ? solve<true>(p, lanes) : solve<false>(p, lanes);

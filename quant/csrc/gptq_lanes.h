@@ -28,7 +28,6 @@
 namespace gptq {
 
 constexpr int PANEL = 16, MOST = 128;  // columns
-constexpr int FENCED = 8;              // columns whose instructions the compiler may mix
 constexpr int UNIT = 8;                // columns whose errors are handed over at once
 // A row's floats in shared memory: of a panel first what it is less the errors that others take off, then its errors. The last two panels
 // share a slot: when the last is put there, the one before has been read, and so have its errors that anybody asks for.
@@ -36,6 +35,8 @@ constexpr int SLOTS = MOST / PANEL - 1;
 constexpr int STRIDE = SLOTS * PANEL + 4;  // eight rows' 16 bytes at a time lie in 32 banks
 static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
 ON_LANES constexpr int slot_start(int panel) { return PANEL * (panel < SLOTS ? panel : SLOTS - 1); }
+
+constexpr int FIRST_RANGE = 4 * MOST / PANEL;  // of a row's floats before it is solved: scale and zero of its first column
 
 // In place of a number of lanes: each lane has two rows. Plain; rows a multiple of 64; codes, values and errors aligned to 8 bytes.
 constexpr int TWO_ROWS = -2;
@@ -54,9 +55,10 @@ struct Problem {
     uint32_t columns, rows;                          // B, N; B * N < 2^30
     float top;
     int kind;
-    int32_t group[MOST];  // row of scale and zero of each column
+    uint32_t early;       // a launch begins before the one in front of it is over
     uint32_t fresh;       // bit p: panel p's first column is of another group than that of the panel before
     uint32_t busy;        // bit p: before panel p there is more to do than to move up
+    int32_t group[MOST];  // row of scale and zero of each column
 
     // Once all else is there.
     void count_groups(bool plain) {
@@ -105,7 +107,45 @@ template <int L, bool PLAIN, int R = 1>
 struct Lane {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL, APART = 32;
     static constexpr int ARRIVAL = R > 1 ? 15 : 12;  // of a panel's columns, the one before which what is next has come
+    // Bit c: the compiler mixes no instructions of columns to c with those after it. By what makes the fewest cycles of its code: it would
+    // put what can wait of many columns before the last of them, and all of the next panel's after a panel's chain.
+    static constexpr uint32_t FENCES = L == 4 ? 0xc080 : L == 2 ? 0xa020 : R > 1 ? 0xa080 : 0xa000;
     static_assert(R == 1 || (R == 2 && L == 1 && PLAIN), "");
+
+    // A solved column but its error, and what of the factor this takes off columns of its panel.
+    struct Solved {
+        float code[R], value[R];
+        Four u[PANEL / 4];
+    };
+
+    // Where columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
+    // than to ask.
+    struct Stores {
+        static constexpr int COUNT = L > 2 ? 1 : 4 - L;
+        float* base[COUNT];
+        uint32_t at;
+        ON_LANES void begin(const Problem& p, uint32_t row, uint32_t part) {
+            base[COUNT - 1] = L < 4 || part > 1 ? p.errors : part ? p.values : p.codes;
+            if (L == 2) base[0] = part ? p.values : p.codes;
+            if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
+            // What a lane has chosen. Else they are constants.
+            if (L > 1) UNROLLED for (int i = 0; i < COUNT; i++) base[i] = settled(base[i]);
+            at = row;
+        }
+        ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, const float (&x)[R][PANEL], int c, bool real) {
+            if (R > 1) {
+                put_two(base[COUNT - 1] + at, x[0][c], x[R - 1][c]);
+                put_two(base[0] + at, made.code[0], made.code[R - 1]), put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
+            } else {
+                const float error = x[0][c], code = made.code[0], value = made.value[0];
+                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? value : code, real);
+                if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
+                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
+            }
+            advance(at, p.rows);
+        }
+    };
+
     float x[R][PANEL];  // the panel that is solved; a solved column's error takes its place
     float own[R][OWN];  // of the panel after it
     Range ranges[R][GROUPS];
@@ -115,12 +155,14 @@ struct Lane {
     uint32_t row, part;
     bool alive;   // false beyond the last row: such lanes do what the last row's do, store the same, and solve nothing again
     Near errors;  // [STRIDE]
+    Stores to;
 
     // R > 1: all rows are there.
     ON_LANES void begin(const Problem& p, uint32_t given_row, uint32_t given_part, Near given_errors) {
         alive = R > 1 || given_row < p.rows;
         row = alive ? given_row : p.rows - 1;
         part = given_part, errors = given_errors;
+        to.begin(p, row, part);
         const uint32_t column = part * OWN;
         UNROLLED for (int r = 0; r < R; r++) {
             loss[r] = 0.0f, low[r] = 0xffffffffu;
@@ -143,6 +185,18 @@ struct Lane {
         }
     }
 
+    // The first panel's, where they are found here.
+    ON_LANES void take_ranges(const Problem& p) {
+        if (!PLAIN || !alive) {
+            fetch_ranges(p, 0);
+        } else {
+            UNROLLED for (int r = 0; r < R; r++) {
+                const Four four = near_four(beside(errors, r * APART * STRIDE + FIRST_RANGE));
+                scales[r][0] = four.at[0], zeros[r][0] = four.at[1];
+            }
+        }
+    }
+
     // Before a panel: its ranges, and loads of the next panel's.
     ON_LANES void renew(const Problem& p, int panel) {
         if (!PLAIN || p.fresh >> panel & 1)
@@ -159,12 +213,6 @@ struct Lane {
         if (!fits && !flat) low = 0;
         return {scale, flat ? 0.0f : inverse(scale), zero};
     }
-
-    // A solved column but its error, and what of the factor this takes off columns of its panel.
-    struct Solved {
-        float code[R], value[R];
-        Four u[PANEL / 4];
-    };
 
     // Its errors off the columns of its panel from `first` on.
     ON_LANES void take(const Solved& last, int c, int first, int end) {
@@ -198,38 +246,10 @@ struct Lane {
         }
     }
 
-    // Where a panel's columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
-    // than to ask.
-    struct Stores {
-        static constexpr int COUNT = L > 2 ? 1 : 4 - L;
-        float* base[COUNT];
-        uint32_t at;
-        Stores() = default;
-        ON_LANES Stores(const Problem& p, const Lane& lane, uint32_t first) {
-            base[COUNT - 1] = L < 4 || lane.part > 1 ? p.errors : lane.part ? p.values : p.codes;
-            if (L == 2) base[0] = lane.part ? p.values : p.codes;
-            if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
-            at = first * p.rows + lane.row;
-        }
-        ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, const float (&x)[R][PANEL], int c, bool real) {
-            if (R > 1) {
-                put_two(base[COUNT - 1] + at, x[0][c], x[R - 1][c]);
-                put_two(base[0] + at, made.code[0], made.code[R - 1]), put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
-            } else {
-                const float error = x[0][c], code = made.code[0], value = made.value[0];
-                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? value : code, real);
-                if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
-                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
-            }
-            advance(at, p.rows);
-        }
-    };
-
     // What goes on through the columns of a panel.
     struct Course {
         int panel, real;  // real: columns
         Near u, v, pivots;
-        Stores to;
         Solved last;
     };
 
@@ -249,7 +269,6 @@ struct Lane {
                    beside(s.factor, panel_start(panel) + first * PANEL),
                    beside(s.factor, panel + 1 < p.panels() ? next : 0),
                    beside(s.pivots, 2 * first),
-                   Stores(p, *this, first),
                    {}};
         solve_columns<0, UNIT, false>(p, now);
         return now;
@@ -261,7 +280,10 @@ struct Lane {
                 near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + first + c), x[r] + first + c);
     }
     // Its columns until those of the panel after it are needed.
-    ON_LANES void go_on(const Problem& p, Course& now) { solve_columns<UNIT, ARRIVAL, false>(p, now); }
+    template <int FROM, int TO>
+    ON_LANES void go_on(const Problem& p, Course& now) {
+        solve_columns<FROM, TO, false>(p, now);
+    }
     ON_LANES void receive(int panel) {
         UNROLLED for (int r = 0; r < R; r++)
             UNROLLED for (int c = 0; c < OWN; c += 4) {
@@ -297,14 +319,14 @@ struct Lane {
                     UNROLLED for (int d = 0; d < OWN; d++)
                         UNROLLED for (int r = 0; r < R; r++) own[r][d] = less(own[r][d], x[r][taken(c - 1) + k], v[k][d / 4].at[d % 4]);
             now.last = made;
-            if (c % FENCED == FENCED - 1) {
+            if (FENCES >> c & 1) {
                 // All that was made is made here.
                 UNROLLED for (int r = 0; r < R; r++) {
                     UNROLLED for (int d = c; d < PANEL; d++) pin(x[r][d]);
                     if (MORE) UNROLLED for (int d = 0; d < OWN; d++) pin(own[r][d]);
                     pin(loss[r]), pin(now.last.code[r]), pin(now.last.value[r]);
                 }
-                fence(before);
+                c + 1 < PANEL ? fence(before, made.u[PANEL / 4 - 1].at[3]) : fence(before);
             }
         }
     }
@@ -313,7 +335,7 @@ struct Lane {
     ON_LANES void finish_column(const Problem& p, Course& now, int c) {
         take(now.last, c, c + 2, PANEL);
         UNROLLED for (int r = 0; r < R; r++) loss[r] = fused(x[r][c], x[r][c], loss[r]);
-        now.to.put(p, part, now.last, x, c, c < now.real);
+        to.put(p, part, now.last, x, c, c < now.real);
     }
     ON_LANES void take_own(const Course& now, int first, int end) {
         UNROLLED for (int c = 0; c < PANEL; c++) {
@@ -361,36 +383,5 @@ struct Lane {
         return loss;
     }
 };
-
-// The warp that solves. `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own
-// columns of all of them. `ready(panel)` returns when that panel of the factor and the next are in shared memory; `receive(panel)` when
-// another warp has put that panel into its slot. `send(unit)` says that the unit's errors are there.
-template <int L, class Lanes, class Meet>
-ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
-    const int panels = p.panels();
-    ROLLED for (int panel = 0; panel < panels; panel++) {
-        if (p.busy >> panel & 1) {
-            lanes.each([&](auto& lane) { lane.renew(p, panel); });
-            if (panel < 2) meet.ready(panel);
-        }
-        lanes.share();
-        lanes.start(p, s, panel);
-        const bool more = panel + 1 < panels;
-        lanes.each([&](auto& lane) { lane.put_unit(panel, 0); });
-        meet.send(2 * panel);
-        lanes.go_on(p);
-        if (more) {
-            meet.receive(panel + 1);
-            lanes.each([&](auto& lane) { lane.receive(panel + 1); });
-        }
-        if (more || L > 1)
-            lanes.template end<true>(p);
-        else
-            lanes.template end<false>(p);
-        lanes.each([&](auto& lane) { lane.put_unit(panel, UNIT); });
-        meet.send(2 * panel + 1);
-    }
-    lanes.each([&](auto& lane) { lane.finish(p); });
-}
 
 }  // namespace gptq
