@@ -11,7 +11,7 @@ from quant.kernels import kv_attention
 from quant.kernels.kv_attention import Packed, field, fits, room, takes, told_one
 from quant.kernels.on_triton import early, interpreted
 
-WARPS, PIECE = 1, 16
+WARPS, PIECE = 4, 16
 """Of a program that appends a token, and words of keys at a time, once a window's keys age."""
 PROMPT_WARPS, PROMPT_PIECE, PROMPT_FEW = 4, 16, 16
 """Of one that writes a block of a prompt; tokens of which it writes values at a time."""

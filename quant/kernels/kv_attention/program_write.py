@@ -10,7 +10,7 @@ A program has one sequence and KV head. Tokens of a head are rows of D channels;
 import triton
 import triton.language as tl
 
-from quant.kernels.program_parts import rounded_half_to_even, started
+from quant.kernels.program_parts import quotient, rounded_half_to_even, started
 
 
 @triton.jit
@@ -27,11 +27,22 @@ def ranges_of(x, AXIS: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr):
 
 
 @triton.jit
-def codes_of(x, step, low, BITS: tl.constexpr):
-    """int32, as `Affine.encode` with the group's minimum."""
-    code = tl.div_rn(x - low, tl.where(step == 0, 1.0, step) + tl.zeros_like(x))
+def inverse_of(step, PLAIN: tl.constexpr):
+    """1 / step, rounded correctly: one Newton step from a quotient that is off by two units at most does it for every float16 above 0."""
+    if PLAIN:
+        return tl.div_rn(1.0 + tl.zeros_like(step), step)
+    else:
+        near = 1.0 / step
+        return tl.fma(tl.fma(-near, step, 1.0 + tl.zeros_like(step)), near, near)
+
+
+@triton.jit
+def codes_of(x, step, low, BITS: tl.constexpr, PLAIN: tl.constexpr):
+    """int32, as `Affine.encode` with the group's minimum. step and low as they broadcast. An infinite step makes codes of 0 there and here."""
+    whole = tl.where(step == 0.0, 1.0, step)
+    code = quotient(x - low, whole + tl.zeros_like(x), inverse_of(whole, PLAIN), not PLAIN)
     code = tl.minimum(tl.maximum(code, 0.0), 1.0 * ((1 << BITS) - 1))
-    return tl.where(step == 0, 0.0, rounded_half_to_even(code)).to(tl.int32)
+    return tl.where(step == 0.0, 0.0, rounded_half_to_even(code)).to(tl.int32)
 
 
 @triton.jit
@@ -49,7 +60,7 @@ def write_keys(
                 held = tl.load(x + row[:, None] + (J * W + column)[None, :]).to(tl.float32)
                 step, low, both = ranges_of(held, 0, BITS, PLAIN)
                 tl.store(ranges + J * W + column, both)
-                made |= codes_of(held, step[None, :], low[None, :], BITS) << (J * FIELD)
+                made |= codes_of(held, step[None, :], low[None, :], BITS, PLAIN) << (J * FIELD)
         tl.store(words + token[:, None] * W + column[None, :], made.to(tl.int16))
 
 
@@ -75,8 +86,8 @@ def write_values(
         for J in tl.static_range(16 // FIELD):
             if J * W < D:
                 held = tl.load(x + row[:, None] + (J * W + word)[None, :], mask=alive[:, None], other=0.0).to(tl.float32)
-                g: tl.constexpr = (J * W + i * PIECE) // G
-                made |= codes_of(held, steps[g][:, None], lows[g][:, None], BITS) << (J * FIELD)
+                step, low = steps[(J * W + i * PIECE) // G], lows[(J * W + i * PIECE) // G]
+                made |= codes_of(held, step[:, None], low[:, None], BITS, PLAIN) << (J * FIELD)
         tl.store(words + word[None, :] * G + inside[:, None], made.to(tl.int16), mask=alive[:, None])
 
 
