@@ -186,8 +186,8 @@ def prepare(
 ) -> Packed:
     """The cache of a prompt whose attention is done, keys and values `[S, KV, n, D]`, with room for `capacity` tokens (n where None).
 
-    into: one that these arguments made for another prompt of as many sequences, whose memory is taken. Raises ValueError for what the layout
-    does not hold."""
+    into: one that these arguments made for another prompt of as many sequences, whose memory is taken. Raises ValueError for what the
+    layout does not hold."""
     made = into or room(keys, values, key_bits, value_bits, group_size, residual_length, capacity)
     n = keys.shape[2]
     coded = fits(made, keys, values)
@@ -199,7 +199,9 @@ def prepare(
     return made
 
 
-def room(keys: Tensor, values: Tensor, key_bits: int, value_bits: int, group_size: int, residual_length: int, capacity: int | None) -> Packed:
+def room(
+    keys: Tensor, values: Tensor, key_bits: int, value_bits: int, group_size: int, residual_length: int, capacity: int | None
+) -> Packed:
     """As `prepare`, of which nothing is written yet."""
     s, kv, n, d = keys.shape
     g, r = group_size, residual_length

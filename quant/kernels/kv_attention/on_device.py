@@ -54,13 +54,14 @@ def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
 
 def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
     """One token `[S, KV, 1, D]` from what stands on the device alone, keys that age included. The host is told by `told_one`."""
-    from quant.kernels.kv_attention.program_write import append_token
-
     if cache.arrived is None:
         raise ValueError("this cache is for reading: one that takes tokens is made by `prepare`")
+    from quant.kernels.kv_attention.program_write import append_token
+
     append_token[(keys.shape[0] * cache.heads,)](
-        keys.detach().contiguous(), values.detach().contiguous(), *_parts(cache), cache.arrived, cache.capacity // cache.block, cache.window,
-        cache.residual, **_constants(cache), PIECE=PIECE, num_warps=WARPS, **early(keys.device),
+        keys.detach().contiguous(), values.detach().contiguous(), *_parts(cache), cache.arrived,
+        cache.capacity // cache.block, cache.window, cache.residual,
+        **_constants(cache), PIECE=PIECE, num_warps=WARPS, **early(keys.device),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What writes KIVI's cache, for Triton: a prompt's, or a step's token, in one launch. Bits are those of `quant.kernels.kv_attention`'s torch.
+"""What writes KIVI's cache, for Triton: a prompt, or a step's token, in one launch. Bits are those that `kv_attention`'s torch writes.
 
 A program has one sequence and KV head. Tokens of a head are rows of D channels; words and ranges as `Packed` has them, a range one int32.
 """
@@ -38,7 +38,7 @@ def inverse_of(step, PLAIN: tl.constexpr):
 
 @triton.jit
 def codes_of(x, step, low, BITS: tl.constexpr, PLAIN: tl.constexpr):
-    """int32, as `Affine.encode` with the group's minimum. step and low as they broadcast. An infinite step makes codes of 0 there and here."""
+    """int32, as `Affine.encode` with the group's minimum. step and low as they broadcast. An infinite step makes codes of 0, there too."""
     whole = tl.where(step == 0.0, 1.0, step)
     code = quotient(x - low, whole + tl.zeros_like(x), inverse_of(whole, PLAIN), not PLAIN)
     code = tl.minimum(tl.maximum(code, 0.0), 1.0 * ((1 << BITS) - 1))
