@@ -40,7 +40,9 @@ from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
-from quant.kernels.kv_attention.on_device import PIECE, PROMPT_FEW, PROMPT_PIECE, PROMPT_WARPS, WARPS
+from quant.kernels.kv_attention.on_device import FEW as FEW_WRITTEN
+from quant.kernels.kv_attention.on_device import PIECE, REGISTERS
+from quant.kernels.kv_attention.on_device import warps as writing_warps
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.program_per_token import attend_per_token
 from quant.kernels.kv_attention.program_write import append_token, fill
@@ -203,6 +205,7 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
     yield from written(architecture, given | {"n": "i32"}, 4, 128, 128)
     yield from written(architecture, given | {"n": "i32"}, 2, 128, 32)
     yield from written(architecture, given | {"n": "i32"}, 8, 256, 128)
+    yield from written(architecture, given | {"n": "i32"}, 4, 128, 64)
     given |= {"ranges": "*i32"}
     for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0)):
         warps, most = attention_shape(128, 64, rows, 128 // group)
@@ -218,9 +221,9 @@ def written(
     given |= dict.fromkeys((*STRIDES, "aged", "due", "residual"), "i32")
     own = {"KV": 32, "D": d, "G": g, "KB": bits, "VB": bits, "KF": bits, "VF": bits, "KW": d * bits // 16, "VW": d * bits // 16}
     own["PLAIN"] = False
-    said = f"{bits} bits, {d} channels, groups of {g}"
-    yield append_token, said, given, own | {"PIECE": PIECE, "EARLY": architecture >= 90}, {"num_warps": WARPS}
-    yield fill, said, given, own | {"PIECE": PROMPT_PIECE, "FEW": PROMPT_FEW}, {"num_warps": PROMPT_WARPS}
+    said, options = f"{bits} bits, {d} channels, groups of {g}", {"num_warps": writing_warps(g)}
+    yield append_token, said, given, own | {"PIECE": PIECE, "EARLY": architecture >= 90}, options | {"maxnreg": REGISTERS}
+    yield fill, said, given, own | {"PIECE": PIECE, "FEW": FEW_WRITTEN}, options
 
 
 def _by_halves(types: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

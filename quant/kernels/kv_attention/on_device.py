@@ -11,10 +11,10 @@ from quant.kernels import kv_attention
 from quant.kernels.kv_attention import Packed, field, fits, room, takes, told_one
 from quant.kernels.on_triton import early, interpreted
 
-WARPS, PIECE = 4, 16
-"""Of a program that appends a token, and words of keys at a time, once a window's keys age."""
-PROMPT_WARPS, PROMPT_PIECE, PROMPT_FEW = 4, 16, 16
-"""Of one that writes a block of a prompt; tokens of which it writes values at a time."""
+PIECE, FEW = 16, 16
+"""Words of keys, and tokens of values, at a time."""
+REGISTERS = 128
+"""Of a thread that appends: left to itself the compiler takes half, for more programs than there are, and spills."""
 
 
 def prepare(
@@ -37,7 +37,7 @@ def prepare(
     blocks = max(1, -(-n // made.block))
     fill[(s * kv, blocks)](
         *given, *_parts(made), *given[0].stride()[:3], *given[1].stride()[:3], n, made.capacity // made.block, made.window, *coded,
-        **_constants(made), PIECE=PROMPT_PIECE, FEW=PROMPT_FEW, num_warps=PROMPT_WARPS,
+        **_constants(made), PIECE=PIECE, FEW=FEW, num_warps=warps(made.block),
     )  # fmt: skip
     made.length, made.coded = n, coded
     return made
@@ -61,13 +61,18 @@ def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
     append_token[(keys.shape[0] * cache.heads,)](
         keys.detach().contiguous(), values.detach().contiguous(), *_parts(cache), cache.arrived,
         cache.capacity // cache.block, cache.window, cache.residual,
-        **_constants(cache), PIECE=PIECE, num_warps=WARPS, **early(keys.device),
+        **_constants(cache), PIECE=PIECE, num_warps=warps(cache.block), maxnreg=REGISTERS, **early(keys.device),
     )  # fmt: skip
 
 
 def ages(cache: Packed) -> bool:
     """Never is a step another one."""
     return False
+
+
+def warps(block: int) -> int:
+    """With which nothing is spilled."""
+    return 8 if block > 64 else 4
 
 
 def _parts(cache: Packed) -> tuple[Tensor, ...]:

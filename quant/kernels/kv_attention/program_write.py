@@ -55,12 +55,12 @@ def write_keys(
     for first in range(0, W, PIECE):
         column = first + tl.arange(0, PIECE)
         made = tl.zeros([G, PIECE], tl.int32)
-        for J in tl.static_range(16 // FIELD):
-            if J * W < D:
-                held = tl.load(x + row[:, None] + (J * W + column)[None, :]).to(tl.float32)
-                step, low, both = ranges_of(held, 0, BITS, PLAIN)
-                tl.store(ranges + J * W + column, both)
-                made |= codes_of(held, step[None, :], low[None, :], BITS, PLAIN) << (J * FIELD)
+        # Unrolled, it would take more registers than there are.
+        for j in range(D // W):
+            held = tl.load(x + row[:, None] + (j * W + column)[None, :]).to(tl.float32)
+            step, low, both = ranges_of(held, 0, BITS, PLAIN)
+            tl.store(ranges + j * W + column, both)
+            made |= codes_of(held, step[None, :], low[None, :], BITS, PLAIN) << (j * FIELD)
         tl.store(words + token[:, None] * W + column[None, :], made.to(tl.int16))
 
 
