@@ -119,3 +119,27 @@ def test_a_cache_for_reading_takes_no_token() -> None:
     held.arrived = None
     with pytest.raises(ValueError, match="this cache is for reading"):
         on_device.append_one(held, x[:, :, :1], x[:, :, :1])
+
+
+@pytest.mark.gpu("triton")
+@pytest.mark.parametrize(("bits", "residual"), [((4, 4), 64), ((2, 8), 128)])
+def test_replays_write_what_torch_does(bits: tuple[int, int], residual: int) -> None:
+    """One graph, in every replay another token, through steps in which keys age; heads of a model's width."""
+    prompt, steps = 200, 150
+    keys, values = (random(2, 4, prompt + steps, 128, dtype=torch.bfloat16, seed=i) for i in (0, 1))
+    run = kernel("kv_attention", "triton", DEVICE).run
+    want, got = (f(keys[:, :, :prompt], values[:, :, :prompt], *bits, 64, residual, prompt + steps + 1) for f in (prepare, run.prepare))
+    check_same(got, want)
+    new = keys[:, :, :1].clone(), values[:, :, :1].clone()
+    other, graph = run.prepare(keys, values, *bits, 64, residual, prompt + steps + 1), torch.cuda.CUDAGraph()
+    run.append_one(other, *new)
+    with torch.cuda.graph(graph):
+        run.append_one(got, *new)
+    for t in range(prompt, prompt + steps):
+        for held, x in zip(new, (keys, values), strict=True):
+            held.copy_(x[:, :, t : t + 1])
+        graph.replay()
+        told_one(got)
+        append(want, keys[:, :, t : t + 1], values[:, :, t : t + 1])
+        if t % 10 == 0 or t % 64 < 2:
+            check_same(got, want, t)
