@@ -21,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from quant.hadamard import mix
 from quant.kernels import TABLE, Kernel, kernel
-from quant.kernels.kv_attention import Packed, ages, hold, per_token, told_one
+from quant.kernels.kv_attention import Packed, per_token, told_one
 from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kv import Kivi, PerToken, make
 from quant.scheme import KVScheme
@@ -92,7 +92,7 @@ class PackedCaches:
 
 
 class PackedCache(FixedCache):
-    """A step in which KIVI's keys age is another than the others: they do so once in a window's length, all tokens of it together."""
+    """KIVI's keys age once in a window's length, all of it together: a step in which they do may be another than was captured."""
 
     def __init__(self, layers: list[_Layer]) -> None:
         super().__init__(layers=list(layers))
@@ -188,13 +188,9 @@ class _KiviLayer(_Layer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         rule = self._rule
-        made = self._run.prepare(
-            key_states, value_states, rule.key_bits, rule.value_bits, rule.group_size, rule.residual_length, self._length
+        self.packed = self._run.prepare(
+            key_states, value_states, rule.key_bits, rule.value_bits, rule.group_size, rule.residual_length, self._length, self.packed
         )
-        if self.packed is None:
-            self.packed = made
-        else:
-            hold(self.packed, made)
 
     def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
@@ -203,7 +199,7 @@ class _KiviLayer(_Layer):
         (self._run.append_one if self.on_device else self._run.append)(self.packed, keys, values)
 
     def ages(self) -> bool:
-        return self.packed is not None and ages(self.packed)
+        return self.packed is not None and self._run.ages(self.packed)
 
     def told_one(self) -> None:
         assert self.packed is not None

@@ -40,8 +40,12 @@ from quant.kernels.hessian_syrk.program import add_lower
 from quant.kernels.hqq_pack.program import step as hqq_step
 from quant.kernels.int8_linear.program import multiply as product_of_codes
 from quant.kernels.int8_linear.triton import GROUP, HOPPER, PLAIN, Tile, gluon_works
+from quant.kernels.kv_attention.on_device import FEW as FEW_WRITTEN
+from quant.kernels.kv_attention.on_device import PIECE, REGISTERS
+from quant.kernels.kv_attention.on_device import warps as writing_warps
 from quant.kernels.kv_attention.program import attend, attend_plain, merge
 from quant.kernels.kv_attention.program_per_token import attend_per_token
+from quant.kernels.kv_attention.program_write import append_token, fill
 from quant.kernels.kv_attention.triton import FEW, STAGES, WARPS_PLAIN, WINDOW_STAGES
 from quant.kernels.kv_attention.triton import shape as attention_shape
 from quant.kernels.lazy_update.program import update
@@ -66,7 +70,8 @@ from quant.kernels.wq_gemv.program import weight as codes_weight
 
 FIRST = os.environ.get("BITGRID_COMPILE") == "first"
 NEWEST = 90
-EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride", "left_parts_stride", "right_parts_stride")
+STRIDES = tuple(f"{x}_{of}" for x in ("key", "value") for of in ("sequence", "head", "token"))
+EVEN = ("k", "capacity", "later_stride", "left_column", "right_stride", "left_parts_stride", "right_parts_stride", *STRIDES)
 """Whole multiples of 16."""
 APART = (add_lower, gemm, product_of_codes)
 """What they are depends on the architecture."""
@@ -196,11 +201,29 @@ def attention(architecture: int) -> Iterator[tuple[Any, str, dict[str, str], dic
         own = constants | {"ROWS": rows, "G": 64, "KB": bits, "VB": bits, "KW": 8 * bits, "VW": 8 * bits, "FEW": FEW}
         own["WINDOW_STAGES"] = WINDOW_STAGES
         yield attend, f"{bits} bits", given, own, {"num_warps": warps, "maxnreg": most}
+    # The widest block, the most groups of values to a head, and what has the most planes.
+    yield from written(architecture, given | {"n": "i32"}, 4, 128, 128)
+    yield from written(architecture, given | {"n": "i32"}, 2, 128, 32)
+    yield from written(architecture, given | {"n": "i32"}, 8, 256, 128)
+    yield from written(architecture, given | {"n": "i32"}, 4, 128, 64)
     given |= {"ranges": "*i32"}
     for bits, rows, group, half in ((4, 1, 128, 0), (8, 8, 64, 0), (2, 1, 32, 2), (8, 1, 16, 0)):
         warps, most = attention_shape(128, 64, rows, 128 // group)
         own = constants | {"ROWS": rows, "G": group, "BITS": bits, "W": 8 * bits, "HALF": half}
         yield attend_per_token, f"{bits} bits, groups of {group}", given, own, {"num_warps": warps, "maxnreg": most}
+
+
+def written(
+    architecture: int, types: dict[str, str], bits: int, d: int, g: int
+) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
+    """What makes KIVI's cache of a prompt and of a token: heads of d channels in groups of g."""
+    given = types | dict.fromkeys(("new_keys", "new_values"), "*bf16") | {"arrived": "*i32"}
+    given |= dict.fromkeys((*STRIDES, "aged", "due", "residual"), "i32")
+    own = {"KV": 32, "D": d, "G": g, "KB": bits, "VB": bits, "KF": bits, "VF": bits, "KW": d * bits // 16, "VW": d * bits // 16}
+    own["PLAIN"] = False
+    said, options = f"{bits} bits, {d} channels, groups of {g}", {"num_warps": writing_warps(g)}
+    yield append_token, said, given, own | {"PIECE": PIECE, "EARLY": architecture >= 90}, options | {"maxnreg": REGISTERS}
+    yield fill, said, given, own | {"PIECE": PIECE, "FEW": FEW_WRITTEN}, options
 
 
 def _by_halves(types: dict[str, str]) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:

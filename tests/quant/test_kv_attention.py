@@ -275,6 +275,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="room for 32"):
         per_token.append(per_token.prepare(x, x, 4, False, None), *[random(1, 1, 33, 32)] * 2)
     held = prepare(x, x, 4, 4, 32, 32, 40)
+    with pytest.raises(ValueError, match=r"room for both of \[1, 1, 64, 32\]"):
+        prepare(random(1, 1, 65, 32), random(1, 1, 65, 32), 4, 4, 32, 32, into=held)
     with pytest.raises(ValueError, match="1 to 32 tokens"):
         append(held, *[random(1, 1, 33, 32)] * 2)
     for q in (random(1, 32), random(1, 1, 16), random(2, 1, 32)):

@@ -31,7 +31,7 @@ def test_kernels_compile() -> None:
     assert {r["architecture"] for r in rows} == set(MOST_SHARED)
     wanted = {"solve", "gemv", "signs", "entries", "rows", "apart", "weight", "add_lower", "pick", "transform", "round_rows"}
     wanted |= {"whole_groups", "long_groups", "step", "gemm", "attend", "attend_plain", "attend_per_token", "merge", "multiply", "update"}
-    wanted |= {"turn", "sum_rows"}
+    wanted |= {"turn", "sum_rows", "append_token", "fill"}
     if has_gluon("quant.kernels.lazy_update.hopper_halves"):
         wanted |= {"update_by_halves", "split"}
     assert {r["kernel"] for r in rows if r["architecture"] == max(MOST_SHARED)} == wanted

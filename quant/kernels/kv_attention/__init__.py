@@ -6,7 +6,7 @@ code · step + low, step and low float16; the latest tokens wait in full precisi
 it to the model's type. `PerTokenPacked` (`per_token`) has the ranges of keys per token too, and no such tokens; what writes it is there.
 `Plain` is a cache that is not quantized.
 
-Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured) and
+Every backend has `prepare`, `append`, `append_one` (of which a graph can be captured), `ages` (where it can not) and
 `kv_attention(q, packed, scale=None, out=None) ▸ out`: q `[S, H, D]` float16, bfloat16 or float32; out in its type; scores are multiplied by
 scale, D^-½ where None. What is held in the cache of a sequence stands on the device, in `counts`: a call waits for nothing, and a captured
 graph of it reads what has been appended since.
@@ -14,7 +14,7 @@ graph of it reads what has been appended since.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -60,6 +60,8 @@ class Packed:
     """n as the host knows it, for `append` and `bytes` alone, of all sequences: these are of one length here; kernels take any."""
     coded: tuple[int, int] = (0, 0)
     """Likewise: the first two counts."""
+    arrived: Tensor | None = None
+    """int32 `[S]`, of what `prepare` makes: 0 between calls; programs that append count themselves here."""
 
     @property
     def heads(self) -> int:
@@ -173,11 +175,34 @@ def unpacked(held: Tensor, bits: int, width: int) -> Tensor:
 
 
 def prepare(
-    keys: Tensor, values: Tensor, key_bits: int, value_bits: int, group_size: int, residual_length: int, capacity: int | None = None
+    keys: Tensor,
+    values: Tensor,
+    key_bits: int,
+    value_bits: int,
+    group_size: int,
+    residual_length: int,
+    capacity: int | None = None,
+    into: Packed | None = None,
 ) -> Packed:
     """The cache of a prompt whose attention is done, keys and values `[S, KV, n, D]`, with room for `capacity` tokens (n where None).
 
-    Raises ValueError for what the layout does not hold."""
+    into: one that these arguments made for another prompt of as many sequences, whose memory is taken. Raises ValueError for what the
+    layout does not hold."""
+    made = into or room(keys, values, key_bits, value_bits, group_size, residual_length, capacity)
+    n = keys.shape[2]
+    coded = fits(made, keys, values)
+    _write_keys(made, 0, keys[:, :, : coded[0]])
+    _write_values(made, torch.arange(coded[1], device=values.device), values[:, :, : coded[1]])
+    for held, x, start in ((made.window_keys, keys, coded[0]), (made.window_values, values, coded[1])):
+        held[:, :, torch.arange(start, n, device=keys.device) % made.window] = x[:, :, start:]
+    _told(made, n, coded)
+    return made
+
+
+def room(
+    keys: Tensor, values: Tensor, key_bits: int, value_bits: int, group_size: int, residual_length: int, capacity: int | None
+) -> Packed:
+    """As `prepare`, of which nothing is written yet."""
     s, kv, n, d = keys.shape
     g, r = group_size, residual_length
     if not all(2 <= b <= 8 for b in (key_bits, value_bits)):
@@ -193,7 +218,7 @@ def prepare(
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(s, *shape, dtype=dtype, device=keys.device)
 
-    made = Packed(
+    return Packed(
         empty(kv, blocks, g, words(key_bits, d), dtype=torch.int16),
         empty(kv, blocks, d, 2, dtype=torch.float16),
         empty(kv, blocks, words(value_bits, d), g, dtype=torch.int16),
@@ -204,24 +229,25 @@ def prepare(
         key_bits,
         value_bits,
         r,
+        arrived=empty(dtype=torch.int32),
     )
-    coded = _coded(n, r)
-    _write_keys(made, 0, keys[:, :, : coded[0]])
-    _write_values(made, torch.arange(coded[1], device=values.device), values[:, :, : coded[1]])
-    for held, x, start in ((made.window_keys, keys, coded[0]), (made.window_values, values, coded[1])):
-        held[:, :, torch.arange(start, n, device=keys.device) % made.window] = x[:, :, start:]
-    _told(made, n, coded)
-    return made
+
+
+def fits(cache: Packed, keys: Tensor, values: Tensor) -> tuple[int, int]:
+    """How many keys and values of a prompt `[S, KV, n, D]` become codes. Raises ValueError where the cache has no room for it."""
+    s, kv, n, d = keys.shape
+    if keys.shape != values.shape or (s, kv, d) != (cache.keys.shape[0], cache.heads, cache.width) or n > cache.capacity:
+        raise ValueError(
+            f"a prompt of keys {tuple(keys.shape)} and values {tuple(values.shape)}; this cache has room for both of "
+            f"[{cache.keys.shape[0]}, {cache.heads}, {cache.capacity}, {cache.width}]"
+        )
+    return _coded(n, cache.residual)
 
 
 def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
     """The next 1 to G tokens `[S, KV, T, D]` into the cache, after what earlier ones left to be quantized has been. Raises ValueError."""
+    takes(cache, keys, values)
     t, n = keys.shape[2], cache.length
-    if keys.shape != values.shape or not 1 <= t <= cache.block or n + t > cache.capacity:
-        raise ValueError(
-            f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; the cache takes 1 to {cache.block} tokens of both, and has "
-            f"room for {cache.capacity - n}: prepare it with a greater capacity"
-        )
     coded = _coded(n, cache.residual)
     old_keys, old_values = (torch.arange(*bounds, device=keys.device) for bounds in zip(cache.coded, coded, strict=True))
     if len(old_keys):
@@ -234,13 +260,13 @@ def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
     _told(cache, n + t, coded)
 
 
-def hold(cache: Packed, other: Packed) -> None:
-    """What `other` holds, of the same shape, in the memory of `cache`."""
-    for f in fields(Packed):
-        value = getattr(other, f.name)
-        if isinstance(value, Tensor):
-            getattr(cache, f.name).copy_(value)
-    cache.length, cache.coded = other.length, other.coded
+def takes(cache: Packed, keys: Tensor, values: Tensor) -> None:
+    """Raises ValueError where `append` does."""
+    if keys.shape != values.shape or not 1 <= keys.shape[2] <= cache.block or cache.length + keys.shape[2] > cache.capacity:
+        raise ValueError(
+            f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; the cache takes 1 to {cache.block} tokens of both, and has "
+            f"room for {cache.capacity - cache.length}: prepare it with a greater capacity"
+        )
 
 
 def ages(cache: Packed) -> bool:
@@ -263,7 +289,7 @@ def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
 
 def told_one(cache: Packed) -> None:
     """What the host has to know of an `append_one` that the device did."""
-    cache.coded = (cache.coded[0], _coded(cache.length, cache.residual)[1])
+    cache.coded = _coded(cache.length, cache.residual)
     cache.length += 1
 
 

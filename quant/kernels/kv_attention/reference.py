@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Cache, Scale, append, append_one, checked, prepare
+from quant.kernels.kv_attention import Cache, Scale, ages, append, append_one, checked, prepare
 
-__all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
+__all__ = ["ages", "append", "append_one", "kv_attention", "prepare", "unavailable"]
 
 
 def unavailable(device: torch.device) -> str | None:

@@ -8,11 +8,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Cache, Plain, Scale, append, append_one, checked, field, prepare
+from quant.kernels.kv_attention import Cache, Plain, Scale, checked, field
+from quant.kernels.kv_attention.on_device import ages, append, append_one, prepare
 from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kernels.on_triton import early, interpreted, multiprocessors, unavailable
 
-__all__ = ["append", "append_one", "kv_attention", "prepare", "unavailable"]
+__all__ = ["ages", "append", "append_one", "kv_attention", "prepare", "unavailable"]
 
 SHARED, RESIDENT = 228 * 1024, 9
 """Bytes of shared memory of a multiprocessor, and programs of one warp that it has registers for."""
