@@ -219,7 +219,7 @@ BOTH void sweep(const Signs& a, const Place& at, void* shared, Reads& held_of, c
         turn.ring = ring_of<PLANES>(held.rings, warp);
         turn.feed = HELD > 1 ? feed_of<G, PLANES>(a, at, thread) : feed;
         // On the host a warp that was here before left its own.
-        if (HELD > 1) fill<G, PLANES>(turn.feed, a, at, held.rings, 0, DEPTH, thread);
+        if (HELD > 1) fill<G, PLANES>(turn.feed, a, at, held.rings, thread);
     }
     if (first >= last) {
         for (int pair = slot; pair < pairs_of(a, at); pair += a.slots) {
@@ -274,13 +274,13 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
     each([&](int thread) {
         if constexpr (!RING) load_first<G, PLANES>(a, at, held_of, thread);
         fetch_rest<G, PLANES>(a, at, shared, thread);
-        const auto fill_ring = [&](int from, int to) {
-            if constexpr (RING && HELD == 1) fill<G, PLANES>(feed, a, at, held_in<G>(a, at, shared).rings, from, to, thread);
-        };
         if constexpr (RING && HELD == 1) feed = feed_of<G, PLANES>(a, at, thread);
-        fill_ring(0, BEFORE_X);
         previous();
-        take_digits<X, G>(a, at, shared, [&] { fill_ring(BEFORE_X, DEPTH); }, thread);
+        // Once x is asked for, which would else come after what a ring holds.
+        const auto fill_ring = [&] {
+            if constexpr (RING && HELD == 1) fill<G, PLANES>(feed, a, at, held_in<G>(a, at, shared).rings, thread);
+        };
+        take_digits<X, G>(a, at, shared, fill_ring, thread);
         arrived<RING ? DEPTH : 0>();
     });
     each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });

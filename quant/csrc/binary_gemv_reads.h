@@ -96,7 +96,6 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
 // units' values, the highest two; then the others.
 ANYWHERE constexpr int ring_chunk(int planes) { return CHUNK * 128 + (planes - 1) * CHUNK * 64; }
 constexpr int DEPTH = 2;  // chunks: one is multiplied, the others are on their way
-constexpr int BEFORE_X = 1;  // of them that are asked for before x is, which what is asked for later does not hold up
 ANYWHERE constexpr bool has_ring(int g) { return g <= 2; }  // sums of more rows of x leave less room
 ANYWHERE constexpr int ring_words(int g, int planes) { return has_ring(g) ? warps(g, planes) * DEPTH * ring_chunk(planes) : 0; }
 
@@ -178,11 +177,11 @@ BOTH uint32_t* ring_of(uint32_t* rings, int warp) {
     return rings + warp * DEPTH * ring_chunk(PLANES);
 }
 
-// A warp's next chunks, into its ring's places from the first to before the last.
+// A warp's next chunks, into all places of its ring.
 template <int G, int PLANES>
-BOTH void fill(Feed& feed, const Signs& a, const Place& at, uint32_t* rings, int first, int last, int thread) {
-    uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread)) + first * ring_chunk(PLANES);
-    NO_UNROLL for (int i = first; i < last; i++, ring += ring_chunk(PLANES)) {
+BOTH void fill(Feed& feed, const Signs& a, const Place& at, uint32_t* rings, int thread) {
+    uint32_t* ring = ring_of<PLANES>(rings, warp_of(thread));
+    NO_UNROLL for (int i = 0; i < DEPTH; i++, ring += ring_chunk(PLANES)) {
         copy_next<PLANES>(feed, a, ring, thread);
         advance<G, PLANES>(feed, a, at, thread);
     }

@@ -211,12 +211,6 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const int part = lane / PART;
     // A team all of whose rows are beyond the last does nothing but to copy.
     const bool idle = first >= p.rows;
-    // What is loaded of the block is asked for before ranges are found.
-    Solvers<L, F::PLAIN, R> solvers;
-    Helpers<F::ROWS / 8, R> helpers;
-    if (!idle)
-        helper < 0 ? solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % PART * STRIDE)))
-                   : helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
     if (p.words && !idle) {
         // 2 R warps' work, by those that help, or by both where one does.
         constexpr int WORKERS = H > 1 ? H : 2;
@@ -237,10 +231,14 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
         if (idle) {
             all();
         } else {
+            Solvers<L, F::PLAIN, R> solvers;
+            solvers.lane.begin(p, row, settled(part), settled(near(errors + lane % PART * STRIDE)));
             p.words ? solvers.lane.take_ranges(p) : solvers.lane.fetch_ranges(p, 0);
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
+        Helpers<F::ROWS / 8, R> helpers;
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
         if (side == 0) {
             memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
             asm volatile("cp.async.wait_group %0;" ::"n"(2 - F::STAGES) : "memory");

@@ -173,7 +173,7 @@ BOTH void load_x(float (&to)[N], const Given& from, int64_t row, const int (&col
 // Terms of tables that a thread makes bits of: 32 columns of a parity, those of its first turns ahead of their use.
 template <class F, int BITS>
 struct Terms {
-    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : BITS == 3 ? 2 : 4;
+    static constexpr int N = parities(BITS), AHEAD = BITS == 2 || F::P == 4 ? 1 : 2;
     Four v[AHEAD][8];
 
     BOTH void load_one(Four (&to)[8], const Part& part, int first, int count, int at) {

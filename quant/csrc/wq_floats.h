@@ -8,14 +8,14 @@
 namespace fragments {
 
 // Stages of a warp's ring: as many as fit beside x of 11008 columns; and those on their way at a time at first, as is measured to be fastest.
-BOTH constexpr int deep_floats(int bits, bool half) { return bits == 3 ? 6 : half ? 5 : 4; }
+BOTH constexpr int deep_floats(int bits, bool half) { return bits == 3 ? 3 : half ? 5 : 4; }
 BOTH constexpr int metered_floats(int bits, bool half) { return bits == 3 ? 1 : deep_floats(bits, half); }
 
 template <int BITS, bool HALF>
-using OfFloats = Divided<BITS, HALF, 1, deep_floats(BITS, HALF), metered_floats(BITS, HALF), 2 * COLUMNS, ENTRY, 1>;
+using OfFloats = Divided<BITS, HALF, BITS == 3 ? 2 : 1, deep_floats(BITS, HALF), metered_floats(BITS, HALF), 2 * COLUMNS, ENTRY, 1>;
 
 template <int BITS>
-struct Both : Numbers<BITS>, Copied<1> {};
+struct Both : Numbers<BITS>, Copied<BITS == 3 ? 2 : 1> {};
 
 template <class P, int BITS, bool HALF>
 struct Floats : Balanced<Floats<P, BITS, HALF>, P, OfFloats<BITS, HALF>, Both<BITS>> {
@@ -45,16 +45,18 @@ struct Floats : Balanced<Floats<P, BITS, HALF>, P, OfFloats<BITS, HALF>, Both<BI
     // The step in the stage `now`; its x, and its entry of the table.
     BOTH void use(P& p, const uint8_t* x, const uint8_t* entry) {
         const uint8_t* stage = memory + now;
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            Row::load(s, stage, stage + A::RANGES_AT, lane);
-            Row::load_x(s, x, lane);
-        });
-        Row::products(p, state);
-        p.lanes([&](int lane) {
-            S& s = P::at(state, lane);
-            Row::add(s, s.sums[0], entry);
-        });
+        UNROLLED for (int r = 0; r < A::R; r++) {
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                Row::load(s, stage + r * A::CODES, stage + A::RANGES_AT + r * A::RANGES, lane);
+                if (r == 0) Row::load_x(s, x, lane);
+            });
+            Row::products(p, state);
+            p.lanes([&](int lane) {
+                S& s = P::at(state, lane);
+                Row::add(s, s.sums[r], entry);
+            });
+        }
     }
 };
 

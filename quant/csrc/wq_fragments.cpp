@@ -365,11 +365,10 @@ extern "C" void bitgrid_wq_gemv(int64_t words, int64_t ranges, int64_t x, int64_
 // As in wq_slices.cu, of `most` bytes of shared memory. 1 where that is not enough, or the product is not one of these.
 extern "C" int bitgrid_wq_slices(int64_t words, int64_t ranges, int64_t x, int64_t out, int64_t sums, int64_t arrived, int64_t rows,
                                  int64_t columns, int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t at_once,
-                                 int64_t blocks, int64_t beyond, int64_t most) {
+                                 int64_t blocks, int64_t most) {
     Slices s = {};
     s.call = described(words, ranges, x, 0, out, rows, columns, groups, count, half_ranges, 1);
     s.sums = reinterpret_cast<float*>(sums), s.arrived = reinterpret_cast<int*>(arrived);
-    s.beyond = int(beyond);
     if (!is_sliced(s.call) || bits != 4) return 1;
     return at_once == 1 ? slices<4, 1, deep_side(1)>(s, int(blocks), most) : slices<4, 2, deep_side(2)>(s, int(blocks), most);
 }

@@ -156,10 +156,10 @@ cudaError_t balanced_launched(Call call, const Device& device, bool early, cudaS
 }
 
 // Whether a block on each multiprocessor is measured to be faster than two of other forms: with 4 bits where each team has one tile, or one
-// of three, as the others' blocks would then have four; with fewer bits with up to two.
+// of three, as the others' blocks would then have four; with 3 with up to two; with 2 always.
 inline bool is_balanced(const Call& call, int bits, const Device& device) {
     const int each = (call.tiles + TEAMS * device.multiprocessors - 1) / (TEAMS * device.multiprocessors);
-    return bits == 4 ? each == 1 || each == 3 : each <= 2;
+    return bits == 2 || (bits == 4 ? each == 1 || each == 3 : each <= 2);
 }
 
 // One row, where groups are whole steps. `done`: false where blocks of more rows are faster.

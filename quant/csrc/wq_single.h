@@ -36,8 +36,11 @@ struct Single : Arranged<HALF> {
 
     BOTH Single(const Call& c, uint8_t* memory, int w, int tile_of) : call(c), own(memory + w * A::APART), warp(w), tile(tile_of) {}
 
+    // No more than METER stages are on their way at first, or x comes after them.
     BOTH void open(P& p) {
+        constexpr int METER = 2;
         UNROLLED for (int i = 0; i < A::DEPTH; i++) {
+            if (i >= METER) p.template arrived<METER - 1>();
             const int step = warp + i * WARPS;
             if (step < call.steps)
                 p.lanes([&](int lane) {

@@ -73,15 +73,13 @@ cudaError_t launch(Slices& all, int blocks, bool early, cudaStream_t stream) {
 }  // namespace
 
 // As `bitgrid_wq_gemv` of wq_gemv.cu without an input scale. sums: float32 [tiles of 16 rows, 8, 256], of any contents; arrived: int32
-// [tiles], zeros, which it leaves as zeros. at_once: tiles of a warp, 1 or 2; blocks: that share the rows, 8 times as many in all; beyond:
-// steps after its ring whose codes a warp has brought to the GPU's own cache.
+// [tiles], zeros, which it leaves as zeros. at_once: tiles of a warp, 1 or 2; blocks: that share the rows, 8 times as many in all.
 extern "C" int bitgrid_wq_slices(int64_t words, int64_t ranges, int64_t x, int64_t out, int64_t sums, int64_t arrived, int64_t rows,
                                  int64_t columns, int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t at_once,
-                                 int64_t blocks, int64_t beyond, int64_t early, int64_t stream) {
+                                 int64_t blocks, int64_t early, int64_t stream) {
     Slices all = {};
     all.call = described(words, ranges, x, 0, out, rows, columns, groups, count, half_ranges, 1);
     all.sums = reinterpret_cast<float*>(sums), all.arrived = reinterpret_cast<int*>(arrived);
-    all.beyond = int(beyond);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
     if (!is_sliced(all.call) || bits != 4) return cudaErrorInvalidValue;
     return at_once == 1 ? launch<4, 1, deep_side(1)>(all, int(blocks), early != 0, on)

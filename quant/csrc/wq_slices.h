@@ -29,7 +29,6 @@ struct Slices {
     int* arrived;        // [tiles]; zeros before and after
     int most, together;  // steps of a slice; tiles of a block
     int slot;            // bytes of a stage of a warp's ring
-    int beyond;          // steps after its ring whose codes a warp has brought to the GPU's own cache
 };
 
 inline bool is_sliced(const Call& c) {
@@ -113,11 +112,6 @@ struct SideWarp {
     BOTH void open(P& p) {
         aim(p);
         for (int i = 0; i < DEPTH - 1; i++) fetch(p, ring + i * all.slot);
-        for (int step = next; goal < end && step < own && step < next + all.beyond; step++)
-            p.lanes([&](int lane) {
-                if (32 * lane < CODES)
-                    UNROLLED for (int r = 0; r < R; r++) P::prefetch(P::along(P::at(state, lane).codes[r], step, WARPS * CODES) + 16 * lane);
-            });
         p.lanes([&](int lane) {
             S& s = P::at(state, lane);
             const int g = lane / 4, at = g * 256 + lane % 4 * 16;

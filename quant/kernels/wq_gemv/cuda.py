@@ -17,7 +17,7 @@ from torch import Tensor
 from quant.kernels import on_cuda
 from quant.kernels.counters import counters
 from quant.kernels.products import MOST_ROWS as FEW_ROWS
-from quant.kernels.products import written_to
+from quant.kernels.products import SMALL, written_to
 from quant.kernels.wq_gemv import Packed
 from quant.kernels.wq_gemv.fragments import ROWS, STEP, Fragments
 from quant.kernels.wq_gemv.fragments import prepare as laid_out
@@ -37,8 +37,8 @@ FULL = 0.8
 """Least share of a block's warps that have tiles; where it is less, the product is by blocks that have all of K."""
 LEAST_STAGES = {1: 6, 2: 3}
 """Tiles at once ▸ stages that a warp's ring must have."""
-BEYOND = 2
-"""Steps after its ring whose codes a warp brings to the GPU's own cache, while x is copied."""
+FEW_STEPS = 8
+"""Of a slice, up to which two tiles at once were slower than `wq_gemm`: 17.6 us on an H200 with 8192 x 8192 weights, and 17.0."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -67,7 +67,7 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
         tiles = -(-n // ROWS)
         sums = torch.empty(tiles * SLICES * ROWS * ROWS, dtype=torch.float32, device=x.device)
         arrived = counters(x.device).take(tiles)
-        cut = (n, k, packed.groups, packed.bits, len(x), half, at_once, blocks, BEYOND, _early(x.device))
+        cut = (n, k, packed.groups, packed.bits, len(x), half, at_once, blocks, _early(x.device))
         on_cuda.call("wq_slices", "bitgrid_wq_slices", words, ranges, given, made, sums, arrived, *cut)
         return made
     numbers = (n, k, packed.groups, packed.bits, len(x), half, int(x.dtype is torch.bfloat16), _early(x.device))
@@ -83,6 +83,8 @@ def by_slices(packed: Packed, dtype: torch.dtype, device: tuple[int, int] | None
     width = k // packed.groups
     if packed.bits != 4 or dtype is not torch.bfloat16 or packed.input_scale is not None or (packed.groups > 1 and width % STEP):
         return 0, 0
+    if n * k <= SMALL:  # 8.2 us by blocks that have all of K where these take 8.4
+        return 0, 0
     multiprocessors, shared = device or _device(packed.words.device)
     tiles, blocks = -(-n // ROWS), max(multiprocessors // SLICES, 1)
     each = -(-tiles // blocks)
@@ -92,7 +94,8 @@ def by_slices(packed: Packed, dtype: torch.dtype, device: tuple[int, int] | None
     stage = at_once * ROWS * (STEP // 2 + (4 if packed.ranges.dtype is torch.float16 else 8))
     steps = -(-k // (SLICES * STEP))
     fits = steps * (2 * ROWS * STEP + 128) + LEAST_STAGES[at_once] * WARPS * stage <= shared
-    return (at_once, blocks) if shares[at_once] >= FULL and fits else (0, 0)
+    pays = shares[at_once] >= FULL and (at_once == 1 or steps > FEW_STEPS)
+    return (at_once, blocks) if pays and fits else (0, 0)
 
 
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
