@@ -52,4 +52,5 @@ def number(figure: Tensor) -> float:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
+    """torch hands out streams in turn: others may come to have the same one, and wait for each other then."""
     return torch.cuda.Stream(device)

@@ -229,7 +229,7 @@ class _Run:
                 break
             site, found = stop
             statistics, tokens = merge([found])
-            worker.statistics = statistics  # one Hessian at a time is in memory
+            worker.statistics = statistics  # one Hessian at a time is in memory, and those whose errors are still found
             worker.tokens.update(tokens)
             rounded[site] = round_site(worker, sites[site], None, context)
             done = moment(context.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,13 +22,13 @@ class Errors:
     loss: tuple[Tensor, Tensor] | None = None
     """tr(E H Eᵀ) and tr(W H Wᵀ), float64 `[]`; None without a Hessian."""
 
-    @property
+    @cached_property
     def weight(self) -> float:
         """||W' - W|| / ||W||; 0 where W is."""
         distance, norm = map(number, self.distance)
         return distance / norm if norm else 0.0
 
-    @property
+    @cached_property
     def output(self) -> float | None:
         """tr(E H Eᵀ) / tr(W H Wᵀ); None without a Hessian, or where nothing reached the input."""
         if self.loss is None:

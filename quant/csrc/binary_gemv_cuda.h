@@ -106,8 +106,8 @@ struct Chunk {
     }
 };
 
-// A warp's pairs, of up to CHUNK units from `first` on that end before `last`, by registers. FULL: of as many. there: AHEAD of the first
-// pair are on their way.
+// A warp's pairs, of up to CHUNK units from `first` on that end before `last`, by registers. FULL: of as many. there: the first pair's
+// are on their way.
 template <int G, int PLANES, bool FULL>
 BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Reads& held_of, bool there, int slice, int slot, int first,
                       int last, int thread) {
@@ -123,7 +123,7 @@ BOTH void sweep_chunk(const Signs& a, const Place& at, const Held<G>& held, Read
     if (slot >= pairs) return;
     seek(slot);
     UNROLL for (int u = 0; u < CHUNK; u++)
-        if ((u >= AHEAD || !there) && u < count) load_unit(u);
+        if (!there && u < count) load_unit(u);
     NO_UNROLL for (int pair = slot; pair < pairs; pair += slots) {
         int32_t c[G][PLANES][HELD][4];
         chunk.begin(c, thread);
@@ -150,7 +150,8 @@ struct Turn {
     template <int PLANES>
     BOTH void next() {
         constexpr int ONE = ring_chunk(PLANES);
-        at = DEPTH == 2 ? ONE - at : at == (DEPTH - 1) * ONE ? 0 : at + ONE;
+        static_assert(DEPTH == 2, "two places");
+        at = ONE - at;
     }
 };
 

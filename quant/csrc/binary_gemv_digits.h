@@ -47,8 +47,8 @@ BOTH int rows_of(const Signs& a, const Place& at) {
 // In how many parts a chunk's digits of x are made: of a row or two each warp has one unit, so that none is left.
 ANYWHERE constexpr int parts(int g) { return g == 1 ? CHUNK : 1; }
 
-// A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a
-// unit: a register of each of four lanes. Infinite numbers, and what is none, count as the largest.
+// A warp makes the digits of a part of a chunk of a row of x; a lane those of four columns of a unit: a register of each of four lanes.
+// Infinite numbers, and what is none, count as the largest.
 // asked(): what is done when the first numbers have been asked for.
 template <class X, int G, class Asked>
 BOTH void take_digits(const Signs& a, const Place& at, void* shared, const Asked& asked, int thread) {

@@ -11,7 +11,6 @@ constexpr int TILE = 8, PAIR = 2 * TILE, UNIT = 128;  // rows of a tile and of a
 constexpr int SLICES = 8;  // at most
 ANYWHERE constexpr int warps(int g, int planes) { return g <= 2 && planes == 2 ? 16 : 8; }  // more sums take more registers
 constexpr int CHUNK = 4;  // units at a time, which a sum in 32 bits can hold: 255 * 64 * 129 * 128 * 4 < 2^31
-constexpr int AHEAD = CHUNK;  // units of a warp that are on their way while digits of x are made
 ANYWHERE constexpr int threads(int g, int planes) { return 32 * warps(g, planes); }
 constexpr int COLUMNS = 8;      // of a matrix product: digits of two rows of x
 constexpr int MOST_PAIRS = 40;
@@ -88,7 +87,7 @@ BOTH void load_first(const Signs& a, const Place& at, Reads& held_of, int thread
     if (slot >= pairs_of(a, at)) return;
     const uint32_t unit = uint32_t(first_unit(a, at)) + first;
     const Source source = source_of(a, at, slot, unit, thread % 32);
-    UNROLL for (int u = 0; u < AHEAD; u++)
+    UNROLL for (int u = 0; u < CHUNK; u++)
         if (u < count) load<PLANES>(held_of.read[u][0], a, source, u, block_of(a, unit + u) * 32);
 }
 

@@ -24,19 +24,10 @@ struct Form {
     static constexpr int L = L_, R = R_, TEAMS = TEAMS_, H = H_;
     static constexpr bool PLAIN = PLAIN_;
     static constexpr int ROWS = 32 / L * R;                          // of a team
-    static constexpr bool SPARE = TEAMS == 2 && H == 4;              // two warps do nothing, so that schedulers have as much to do
-    static constexpr int THREADS = SPARE ? 384 : 32 * TEAMS * (1 + H);
+    static constexpr int THREADS = 32 * TEAMS * (1 + H);
     static constexpr int STAGES = TEAMS * H * 32 / SIDE > 1 ? 2 : 1;  // `SIDE`s of helpers that copy
     static constexpr int EVENTS = MOST / UNIT + MOST / PANEL, BARRIERS = TEAMS * EVENTS + 1;
     static_assert(TEAMS * H * 32 >= SIDE && BARRIERS <= THREADS, "");
-    // helper: -1 of one that solves, -2 of one that does nothing.
-    __device__ static __forceinline__ void place(int warp, int& team, int& helper) {
-        team = warp % TEAMS;
-        if (SPARE)
-            helper = warp < 2 ? -1 : warp < 4 ? 0 : warp < 6 ? 3 : warp < 8 ? 1 : warp < 10 ? -2 : 2;
-        else
-            helper = warp / TEAMS - 1;
-    }
 };
 
 template <int L, bool PLAIN, int R>
@@ -186,16 +177,15 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     extern __shared__ __align__(16) char bytes[];
     Memory& memory = *reinterpret_cast<Memory*>(bytes);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int team, helper;
-    F::place(warp, team, helper);
+    const int team = warp % F::TEAMS, helper = warp / F::TEAMS - 1;  // -1: it solves
     float* errors = reinterpret_cast<float*>(bytes + sizeof(Memory)) + team * (F::ROWS * STRIDE);  // [ROWS, STRIDE]
     const uint32_t first = (blockIdx.x * F::TEAMS + team) * F::ROWS;
     const int rank = (helper * F::TEAMS + team) * 32 + lane, side = helper < 0 ? -1 : rank / SIDE;
     const uint32_t thread = rank % SIDE;  // of its side
     const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
-    // Until the kernels in front are over nothing but the launch's own arguments is read. Only then may the next begin: what it reads
-    // before it waits in turn can be in the making here alone.
+    // Before the kernels in front are over nothing but the launch's own arguments is read. The next kernel may begin only then: what it reads
+    // before its own wait can be written by this one alone.
     if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
     await_previous();
     release_next();
@@ -203,10 +193,6 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const float diagonal = side == 0 && thread < p.columns ? p.upper[thread * (p.upper_stride + 1)] : 1.0f;
     if (side == 0) staged<0, 2>(p, memory.factor, thread);
     if (side == F::STAGES - 1) staged<2, MOST / PANEL>(p, memory.factor, thread);
-    if (helper < -1) {
-        all();
-        return;
-    }
     const uint32_t row = settled(first + lane % PART * R);
     const int part = lane / PART;
     // A team all of whose rows are beyond the last does nothing but to copy.
@@ -271,10 +257,7 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
     return cudaLaunchKernelEx(&config, solve<F>, p);
 }
 
-// With two rows a lane, a block of threads for each multiprocessor: as many teams as it takes.
 using TwoRows = Form<1, true, 2, 4, 2>;
-using TwoRowsHalf = Form<1, true, 2, 2, 4>;
-using TwoRowsQuarter = Form<1, true, 2, 1, 4>;
 
 bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
     const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 8 == 0; };
@@ -284,15 +267,15 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
 // Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
 //   4096 rows: 17.7, 14.4, 12.6 (4 lanes); 17.2      12288: 18.4; 19.4      32768: 28.6; 28.4
 //   8192 rows: 18.0, 14.8 (2 lanes); 17.9            16384: 19.0; 20.1
-// So as many lanes as leave a block of threads to a multiprocessor, and two rows a lane from this many times as many rows as room, a ratio.
+// (two rows a lane up to 16384 rows by blocks of fewer teams, since taken out). So as many lanes as leave a block of threads to a
+// multiprocessor, and two rows a lane from this many times as many rows as room, a ratio.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
 // The form for all kinds takes three times as long to compile; it has no version for 2 lanes. room: rows that are solved at once by a lane
 // each where a block of threads is on each multiprocessor.
 cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cudaStream_t stream) {
     if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
-    if (lanes == TWO_ROWS && 2 * p.rows <= room) return launch<TwoRowsQuarter>(p, stream);
-    if (lanes == TWO_ROWS) return p.rows <= room ? launch<TwoRowsHalf>(p, stream) : launch<TwoRows>(p, stream);
+    if (lanes == TWO_ROWS) return launch<TwoRows>(p, stream);
     if (lanes == 1) return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 2>>(p, stream);
     return lanes == 2 ? launch<Form<2, true, 1, 4, 2>>(p, stream) : launch<Form<4, true, 1, 4, 2>>(p, stream);
 }

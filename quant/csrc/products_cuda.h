@@ -162,15 +162,6 @@ BOTH void barrier() {
 #endif
 }
 
-BOTH void raise(uint32_t* to, uint32_t v) {
-#if defined(__CUDA_ARCH__)
-    v = __reduce_max_sync(~0u, v);
-    if (threadIdx.x % 32 == 0) atomicMax(to, v);
-#else
-    if (v > *to) *to = v;
-#endif
-}
-
 BOTH void add(int32_t* to, int32_t v) {
 #if defined(__CUDA_ARCH__)
     atomicAdd(to, v);

@@ -1,4 +1,4 @@
-// One row of x of bfloat16 times a weight of 2, 3 or 4 bits whose groups are whole steps: what a warp does with a step where neither
+// One row of x of bfloat16 times a weight of 3 or 4 bits (of 2: wq_whole.h) whose groups are whole steps: what a warp does with a step where neither
 // registers nor instructions are to be spent on other rows. Layout, operands and the order of sums are those of wq_fragments.h, and so are
 // the bits.
 //

@@ -75,9 +75,6 @@ struct Lanes32 {
         alignas(16) static const uint8_t zeros[16] = {};
         if (there) fetch(to, inside ? from : zeros, 16);
     }
-    static void prefetch(const uint8_t* from) {
-        if (reinterpret_cast<uintptr_t>(from) % 16) std::abort();
-    }
     void commit() { pending.push_back(std::move(open)), open.clear(); }
     template <int LEFT>
     void arrived() {
@@ -320,11 +317,11 @@ void product(const Call& call, int most) {
 }
 
 // Blocks that come in any order: the last ones first.
-template <int BITS, int R, int DEPTH>
+template <int R, int DEPTH>
 int slices(Slices s, int blocks, int64_t most) {
-    const int64_t bytes = sliced(s, BITS, R, blocks, DEPTH);
+    const int64_t bytes = sliced(s, R, blocks, DEPTH);
     if (bytes > most) {
-        if constexpr (DEPTH != least_side(R)) return slices<BITS, R, least_side(R)>(s, blocks, most);
+        if constexpr (DEPTH != least_side(R)) return slices<R, least_side(R)>(s, blocks, most);
         return 1;
     }
     std::vector<uint8_t> space(bytes + 128);
@@ -332,7 +329,7 @@ int slices(Slices s, int blocks, int64_t most) {
     for (int block = WARPS * blocks - 1; block >= 0; block--) {
         memset(memory, 0xff, bytes);
         std::vector<Lanes32> p(SIDE);
-        std::vector<SideWarp<Lanes32, BITS, R, DEPTH>> work;
+        std::vector<SideWarp<Lanes32, R, DEPTH>> work;
         for (int w = 0; w < SIDE; w++) work.emplace_back(s, memory, w, block);
         for (int w = 0; w < SIDE; w++) work[w].open(p[w]), work[w].bring(p[w]);
         for (int w = 0; w < SIDE; w++) work[w].sums_of_x(p[w]);
@@ -369,8 +366,8 @@ extern "C" int bitgrid_wq_slices(int64_t words, int64_t ranges, int64_t x, int64
     Slices s = {};
     s.call = described(words, ranges, x, 0, out, rows, columns, groups, count, half_ranges, 1);
     s.sums = reinterpret_cast<float*>(sums), s.arrived = reinterpret_cast<int*>(arrived);
-    if (!is_sliced(s.call) || bits != 4) return 1;
-    return at_once == 1 ? slices<4, 1, deep_side(1)>(s, int(blocks), most) : slices<4, 2, deep_side(2)>(s, int(blocks), most);
+    if (!is_sliced(s.call) || bits != SIDE_BITS) return 1;
+    return at_once == 1 ? slices<1, deep_side(1)>(s, int(blocks), most) : slices<2, deep_side(2)>(s, int(blocks), most);
 }
 
 // half_out: 1: out is bfloat16, 0: float32.

@@ -263,7 +263,7 @@ cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
 // words, ranges: as fragments.py lays them out; half_ranges: 1 where ranges are float16 scale and zero, 0 where float32 scale and offset.
 // x [count, columns] and out [count, rows]: bfloat16 where half_x is 1, else float32; all but out at addresses that are multiples of 16.
 // input_scale: float32 [columns], or 0. early: 1 where this kernel may begin, and fetch codes, while the one before it still runs (needs
-// compute capability 9.0): what that one writes must be neither words nor ranges.
+// compute capability 9.0): what kernels that still run write, that one and those that it began beside, must be neither words nor ranges.
 extern "C" int bitgrid_wq_gemv(int64_t words, int64_t ranges, int64_t x, int64_t input_scale, int64_t out, int64_t rows, int64_t columns,
                                int64_t groups, int64_t bits, int64_t count, int64_t half_ranges, int64_t half_x, int64_t early,
                                int64_t stream) {

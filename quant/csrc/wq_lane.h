@@ -37,10 +37,6 @@ struct Lane {
                      "r"(inside ? 16 : 0), "r"(int(there))
                      : "memory");
     }
-    // 32 bytes into the cache that all multiprocessors share.
-    static __device__ __forceinline__ void prefetch(const uint8_t* from) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
-    }
     __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
     // All but the last `LEFT` groups of copies, those of the warp's other lanes too.
     template <int LEFT>

@@ -27,11 +27,11 @@ struct SideLane : Lane {
     }
 };
 
-template <int BITS, int R, int DEPTH>
+template <int R, int DEPTH>
 __global__ void __launch_bounds__(SIDE * LANES, 1) product(const __grid_constant__ Slices all) {
     extern __shared__ __align__(128) uint8_t memory[];
     SideLane p;
-    SideWarp<SideLane, BITS, R, DEPTH> work(all, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x);
+    SideWarp<SideLane, R, DEPTH> work(all, memory, __shfl_sync(0xffffffffu, int(threadIdx.x / LANES), 0), blockIdx.x);
     work.open(p);
     release_next();
     await_previous();
@@ -42,21 +42,21 @@ __global__ void __launch_bounds__(SIDE * LANES, 1) product(const __grid_constant
     work.over(p);
 }
 
-template <int BITS, int R, int DEPTH>
+template <int R, int DEPTH>
 cudaError_t launch(Slices& all, int blocks, bool early, cudaStream_t stream) {
     static std::atomic<uint64_t> prepared{0};
     int number, shared;
     cudaError_t e = cudaGetDevice(&number);
     if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? e : cudaErrorInvalidDevice;
     if ((e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
-    const int64_t bytes = sliced(all, BITS, R, blocks, DEPTH);
+    const int64_t bytes = sliced(all, R, blocks, DEPTH);
     if (bytes > shared) {
-        if constexpr (DEPTH != least_side(R)) return launch<BITS, R, least_side(R)>(all, blocks, early, stream);
+        if constexpr (DEPTH != least_side(R)) return launch<R, least_side(R)>(all, blocks, early, stream);
         return cudaErrorInvalidValue;
     }
     if (!(prepared.load() >> number & 1)) {
-        if ((e = cudaFuncSetAttribute(product<BITS, R, DEPTH>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) != cudaSuccess) return e;
-        e = cudaFuncSetAttribute(product<BITS, R, DEPTH>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        if ((e = cudaFuncSetAttribute(product<R, DEPTH>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) != cudaSuccess) return e;
+        e = cudaFuncSetAttribute(product<R, DEPTH>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
         if (e != cudaSuccess) return e;
         prepared.fetch_or(uint64_t(1) << number);
     }
@@ -67,7 +67,7 @@ cudaError_t launch(Slices& all, int blocks, bool early, cudaStream_t stream) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, product<BITS, R, DEPTH>, all);
+    return cudaLaunchKernelEx(&config, product<R, DEPTH>, all);
 }
 
 }  // namespace
@@ -81,7 +81,7 @@ extern "C" int bitgrid_wq_slices(int64_t words, int64_t ranges, int64_t x, int64
     all.call = described(words, ranges, x, 0, out, rows, columns, groups, count, half_ranges, 1);
     all.sums = reinterpret_cast<float*>(sums), all.arrived = reinterpret_cast<int*>(arrived);
     const auto on = reinterpret_cast<cudaStream_t>(stream);
-    if (!is_sliced(all.call) || bits != 4) return cudaErrorInvalidValue;
-    return at_once == 1 ? launch<4, 1, deep_side(1)>(all, int(blocks), early != 0, on)
-                        : launch<4, 2, deep_side(2)>(all, int(blocks), early != 0, on);
+    if (!is_sliced(all.call) || bits != SIDE_BITS) return cudaErrorInvalidValue;
+    return at_once == 1 ? launch<1, deep_side(1)>(all, int(blocks), early != 0, on)
+                        : launch<2, deep_side(2)>(all, int(blocks), early != 0, on);
 }

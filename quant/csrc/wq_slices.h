@@ -1,4 +1,4 @@
-// 9 to 16 rows of x of bfloat16 times a weight of 2, 3 or 4 bits whose groups are whole steps: what a warp does. Layout, operands and the
+// 9 to 16 rows of x of bfloat16 times a weight of 4 bits whose groups are whole steps: what a warp does. Layout, operands and the
 // order of sums are those of wq_fragments.h, and so are the bits.
 //
 // There each block reads all of x, which with so many rows is as much as the codes: more than the cache that all multiprocessors share
@@ -14,6 +14,7 @@
 
 namespace fragments {
 
+constexpr int SIDE_BITS = 4;
 constexpr int SIDE = 16;                     // warps of a block
 constexpr int X_BYTES = 2 * ROWS * COLUMNS;  // of a step: two times eight rows of 256 bytes
 constexpr int TABLE_BYTES = 128;             // of a step: [eight, t, (sums of columns 2 t and 2 t + 1, what 128 adds to them)]
@@ -36,27 +37,26 @@ inline bool is_sliced(const Call& c) {
 }
 
 // Divides the work among blocks, and the shared memory of one among x and rings of `depth` stages; returns its bytes.
-inline int64_t sliced(Slices& s, int bits, int r, int blocks, int depth) {
+inline int64_t sliced(Slices& s, int r, int blocks, int depth) {
     s.most = (s.call.steps + WARPS - 1) / WARPS, s.together = (s.call.tiles + blocks - 1) / blocks;
-    s.slot = stage_bytes(bits, r, 1, s.call.pieces(), 0);
+    s.slot = stage_bytes(SIDE_BITS, r, 1, s.call.pieces(), 0);
     return int64_t(s.most) * (X_BYTES + TABLE_BYTES) + SIDE * depth * s.slot;
 }
 
-template <int BITS, int R>
+template <int R>
 struct Sliced {
-    uint32_t w[R][2 * BITS], b[2][4], a[4];  // codes of a step; of x, a slice of the eight number e; the products' other operand
-    float d[2][R][2][4], sums[2][R][4];      // as in State
-    const uint8_t *codes[R], *ranges;        // what the lane copies, of step 0 or group 0 of the tiles that are fetched
-    int x[2];                                // where its column of x is in a step: slices of even and odd number
+    uint32_t w[R][2 * SIDE_BITS], b[2][4], a[4];  // codes of a step; of x, a slice of the eight number e; the products' other operand
+    float d[2][R][4], sums[2][R][4];              // as in State
+    const uint8_t *codes[R], *ranges;             // what the lane copies, of step 0 or group 0 of the tiles that are fetched
+    int x[2];                                     // where its column of x is in a step: slices of even and odd number
     float scale[R][2], offset[R][2], given[2][4];
 };
 
-template <class P, int BITS, int R, int DEPTH>
+template <class P, int R, int DEPTH>
 struct SideWarp {
-    static constexpr int CODES = code_bytes(BITS), CHAINS = chains_of(BITS, 1);
-    static constexpr float FACTOR = 1.f / (1 << place_of(BITS, 1));
-    static_assert(BITS != 8);
-    using S = Sliced<BITS, R>;
+    static constexpr int CODES = code_bytes(SIDE_BITS);
+    static_assert(chains_of(SIDE_BITS, 1) == 1, "all slices of a step in one chain");
+    using S = Sliced<R>;
 
     const Slices& all;
     const Call& call;
@@ -95,8 +95,7 @@ struct SideWarp {
                 uint8_t* mine = to + 16 * lane;
                 UNROLLED for (int r = 0; r < R; r++) {
                     const uint8_t* words = P::along(s.codes[r], next, WARPS * CODES);
-                    UNROLLED for (int l = 0; l < BITS / 2; l++) p.fetch16(mine + r * CODES + 512 * l, words + 512 * l, true);
-                    if constexpr (BITS == 3) p.fetch8(to + r * CODES + 512 + 8 * lane, words + 512 - 8 * lane);
+                    UNROLLED for (int l = 0; l < SIDE_BITS / 2; l++) p.fetch16(mine + r * CODES + 512 * l, words + 512 * l, true);
                 }
                 p.fetch16(mine + R * CODES, P::along(s.ranges, group, call.group_bytes), lane < R * call.pieces());
             });
@@ -149,7 +148,7 @@ struct SideWarp {
     BOTH void add_up(const uint8_t* step, P& p) {
         UNROLLED for (int e = 0; e < 2; e++) {
             p.lanes([&](int lane) { load_x<Q>(P::at(state, lane), step, e); });
-            UNROLLED for (int h = 0; h < 2; h++) P::multiply(state, [e, h](S& s) { return Operands{s.d[e][0][h % CHAINS], s.a, s.b[e] + 2 * h}; });
+            UNROLLED for (int h = 0; h < 2; h++) P::multiply(state, [e, h](S& s) { return Operands{s.d[e][0], s.a, s.b[e] + 2 * h}; });
         }
         if constexpr (Q + 1 < SLICES) add_up<Q + 1>(step, p);
     }
@@ -160,18 +159,14 @@ struct SideWarp {
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
                 UNROLLED for (int j = 0; j < 4; j++) s.a[j] = j % 2 == 0 ? ONES : BASE;
-                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int j = 0; j < 4; j++) s.d[e][0][h][j] = 0.f;
+                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int j = 0; j < 4; j++) s.d[e][0][j] = 0.f;
             });
             add_up<0>(x + i * X_BYTES, p);
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
                 UNROLLED for (int e = 0; e < 2; e++) {
-                    const float *once = s.d[e][0][0], *again = s.d[e][0][1];
                     uint32_t made[4];
-                    UNROLLED for (int c = 0; c < 2; c++) {
-                        made[c] = bits_of(CHAINS == 1 ? once[c] : once[c] + again[c]);
-                        made[2 + c] = bits_of(CHAINS == 1 ? once[2 + c] : P::fma(again[2 + c], FACTOR, once[2 + c]));
-                    }
+                    UNROLLED for (int c = 0; c < 4; c++) made[c] = bits_of(s.d[e][0][c]);
                     if (lane < 4) P::store16(table + i * TABLE_BYTES + e * 64 + lane * 16, made);
                 }
             });
@@ -189,11 +184,11 @@ struct SideWarp {
                 S& s = P::at(state, lane);
                 constexpr int I = 8 * Q + 4 * H;
                 const uint32_t* w = s.w[r];
-                s.a[0] = held<P, BITS, I>(w), s.a[1] = held<P, BITS, I + 1>(w);
-                s.a[2] = held<P, BITS, I + 2>(w), s.a[3] = held<P, BITS, I + 3>(w);
+                s.a[0] = held<P, SIDE_BITS, I>(w), s.a[1] = held<P, SIDE_BITS, I + 1>(w);
+                s.a[2] = held<P, SIDE_BITS, I + 2>(w), s.a[3] = held<P, SIDE_BITS, I + 3>(w);
             });
             UNROLLED for (int e = 0; e < 2; e++)
-                P::multiply(state, [e, r](S& s) { return Operands{s.d[e][r][H % CHAINS], s.a, s.b[e] + 2 * H}; });
+                P::multiply(state, [e, r](S& s) { return Operands{s.d[e][r], s.a, s.b[e] + 2 * H}; });
         }
         if constexpr (H == 0) products<Q, 1>(p, step);
         if constexpr (H == 1 && Q + 1 < SLICES) products<Q + 1, 0>(p, step);
@@ -206,8 +201,8 @@ struct SideWarp {
             S& s = P::at(state, lane);
             const uint8_t* ranges = stage + R * CODES + lane / 4 * (call.half_ranges ? 8 : 16);
             UNROLLED for (int r = 0; r < R; r++) {
-                load_codes<P, BITS>(s.w[r], stage + r * CODES, lane);
-                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int h = 0; h < 2; h++) UNROLLED for (int j = 0; j < 4; j++) s.d[e][r][h][j] = 0.f;
+                load_codes<P, SIDE_BITS>(s.w[r], stage + r * CODES, lane);
+                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int j = 0; j < 4; j++) s.d[e][r][j] = 0.f;
             }
             if (call.half_ranges)
                 UNROLLED for (int r = 0; r < R; r++) half_ranges<P>(s.scale[r], s.offset[r], ranges + r * 64);
@@ -222,9 +217,7 @@ struct SideWarp {
                 P::load16(kept, table + i * TABLE_BYTES + e * 64 + lane % 4 * 16);
                 UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int j = 0; j < 4; j++) {
                     const float rest = P::fma(s.offset[r][j / 2], float_of(kept[j % 2]), s.sums[e][r][j]);
-                    float sum = CHAINS == 1 ? s.d[e][r][0][j] : P::fma(s.d[e][r][1][j], FACTOR, s.d[e][r][0][j]);
-                    sum -= float_of(kept[2 + j % 2]);
-                    s.sums[e][r][j] = P::fma(s.scale[r][j / 2], sum, rest);
+                    s.sums[e][r][j] = P::fma(s.scale[r][j / 2], s.d[e][r][j] - float_of(kept[2 + j % 2]), rest);
                 }
             }
         });

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 COUNTERS = 1 << 18
-"""Of a device: calls take the next ones in turn, so that calls at the same time have their own."""
+"""Of a device: calls take the next ones in turn, so that calls at the same time have their own. A graph keeps those that it was captured with:
+it is not to be replayed beside calls in other streams."""
 
 
 _lock = Lock()
@@ -20,6 +21,8 @@ class Counters:
 
     def __init__(self, device: torch.device) -> None:
         self._all = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if self._all.is_cuda:
+            torch.cuda.current_stream(self._all.device).synchronize()  # other streams use them, too
         self._next = 0
 
     def take(self, count: int) -> Tensor:

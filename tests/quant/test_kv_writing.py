@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,8 @@ def test_a_cache_for_reading_takes_no_token() -> None:
     x = random(1, 1, 16, 16, dtype=torch.float32, seed=0)
     held = prepare(x, x, 4, 4, 16, 16, 32)
     assert not reference.ages(held)
+    with pytest.raises(ValueError, match=r"got keys \(1, 1, 1, 8\).*takes \(1, 1, 1, 16\) of both"):
+        on_device.append_one(replace(held, arrived=torch.zeros(1, dtype=torch.int32)), x[:, :, :1, :8], x[:, :, :1])
     held.arrived = None
     with pytest.raises(ValueError, match="this cache is for reading"):
         on_device.append_one(held, x[:, :, :1], x[:, :, :1])

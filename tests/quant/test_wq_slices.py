@@ -124,7 +124,8 @@ def test_rows_up_to_which_wq_gemm_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
     assert rows_alone(twin, shaped(8192, 8192, bits=3), half) == 8
 
 
-def test_calls_at_the_same_time_count_apart() -> None:
+def test_calls_at_the_same_time_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant.kernels.counters._made", {})
     own = Counters(torch.device("cpu"))
     parts = [own.take(count) for count in (5, 1, 512)]
     places = [(p.data_ptr(), p.data_ptr() + 4 * len(p)) for p in parts]
@@ -164,6 +165,7 @@ def test_bits_are_those_of_fewer_rows_on_a_device(n: int, k: int, monkeypatch: p
 @needs_device
 def test_counters_are_left_as_zeros() -> None:
     packed = twin.prepare(large(4096, 11008, 4, 128))
+    assert twin.by_slices(packed, torch.bfloat16) != (0, 0)
     for _ in range(3):
         twin.wq_gemv(torch.randn(16, 11008, device="cuda").bfloat16(), packed)
     assert not counters(packed.words.device)._all.any()

@@ -1,4 +1,4 @@
-"""KIVI's cache written by Triton: a prompt, or a token, in one launch, where torch makes some seventy of it."""
+"""KIVI's cache written by Triton: a prompt, or a token, in one launch, where torch makes dozens of it."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
     """One token `[S, KV, 1, D]` from what stands on the device alone, keys that age included. The host is told by `told_one`."""
     if cache.arrived is None:
         raise ValueError("this cache is for reading: one that takes tokens is made by `prepare`")
+    wanted = (cache.keys.shape[0], cache.heads, 1, cache.width)
+    if keys.shape != wanted or values.shape != wanted:
+        raise ValueError(f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this cache takes {wanted} of both")
     from quant.kernels.kv_attention.program_write import append_token
 
     append_token[(keys.shape[0] * cache.heads,)](
