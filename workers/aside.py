@@ -50,7 +50,12 @@ def number(figure: Tensor) -> float:
         return float(figure)
 
 
-@cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for a device, whether it is named by its number or as the current one."""
+    return _numbered(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _numbered(device: int) -> torch.cuda.Stream:
     """torch hands out streams in turn: others may come to have the same one, and wait for each other then."""
     return torch.cuda.Stream(device)
