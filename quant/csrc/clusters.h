@@ -15,15 +15,14 @@
 
 namespace {
 
-constexpr int CLUSTER = 8;
+constexpr int CLUSTER = 8;    // blocks, where there are clusters
 constexpr bool EARLY = true;  // a product may begin, and fetch codes, while the kernel before it still runs
 
 struct Device {
     int number, shared, processors;  // shared: bytes that a block may ask for
     bool clusters;
-    int size = CLUSTER;  // blocks of a cluster, where there are any
 
-    int ranks() const { return clusters ? size : 1; }
+    int ranks() const { return clusters ? CLUSTER : 1; }
 };
 
 inline cudaError_t find(Device& found) {
@@ -92,9 +91,8 @@ cudaError_t find(Device& device, int& clusters, void (*kernel)(Problem), int thr
 
 // How many those are, to an address on the host.
 template <typename Problem>
-cudaError_t tell_clusters(int64_t found, void (*kernel)(Problem), int threads, int size = CLUSTER) {
+cudaError_t tell_clusters(int64_t found, void (*kernel)(Problem), int threads) {
     Device device;
-    device.size = size;
     int clusters = 0;
     const cudaError_t failed = find(device, clusters, kernel, threads);
     *reinterpret_cast<int64_t*>(found) = clusters;

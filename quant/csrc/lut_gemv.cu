@@ -85,8 +85,7 @@ cudaError_t launch(const Lut& a, const Device& device, cudaStream_t stream) {
 }
 
 using Most = Form<1, 3>;
-constexpr int RANKS = 8;  // of a cluster
-static_assert(RANKS <= MOST_RANKS, "places for sums");
+static_assert(CLUSTER <= MOST_RANKS, "places for sums");
 
 // A warp has 32 rows, each thread 32 columns of one: quant/kernels/lut_gemv/fragments.py.
 template <class T>
@@ -127,7 +126,6 @@ extern "C" int bitgrid_lut_gemv(
                             count1, bits1,   words2,   values2, columns2, count2, bits2};
     const int64_t three[] = {starts, kept, differences};
     Device device;
-    device.size = RANKS;
     int clusters = 0;
     // The clusters are those of any number of rows of x.
     const cudaError_t failed = find(device, clusters, product<Most>, THREADS);
@@ -143,7 +141,7 @@ extern "C" int bitgrid_lut_gemv(
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
 extern "C" int bitgrid_lut_clusters(int64_t, int64_t found, int64_t) {
-    return tell_clusters(found, product<Most>, THREADS, RANKS);
+    return tell_clusters(found, product<Most>, THREADS);
 }
 
 // The columns of the weight [N, K], float32 or bfloat16, that a part's words stand for.
