@@ -14,6 +14,7 @@ graph of it reads what has been appended since.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 Scale: TypeAlias = "float | None"
 Cache: TypeAlias = "Packed | Plain | PerTokenPacked"
+Write: TypeAlias = "Callable[[Packed, Tensor, Tensor], None]"
+"""A prompt into its cache, which has its `length` and `coded` already."""
 WIDTHS, GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
 """Channels of a head and sizes of a group that the layout takes."""
 FEWEST_WORDS = 16
@@ -183,23 +186,29 @@ def prepare(
     residual_length: int,
     capacity: int | None = None,
     into: Packed | None = None,
+    write: Write | None = None,
 ) -> Packed:
     """The cache of a prompt whose attention is done, keys and values `[S, KV, n, D]`, with room for `capacity` tokens (n where None).
 
-    into: one that these arguments made for another prompt of as many sequences, whose memory is taken. Raises ValueError for what the
-    layout does not hold."""
-    made = into or room(keys, values, key_bits, value_bits, group_size, residual_length, capacity)
-    n = keys.shape[2]
-    coded = fits(made, keys, values)
-    _write_keys(made, 0, keys[:, :, : coded[0]])
-    _write_values(made, torch.arange(coded[1], device=values.device), values[:, :, : coded[1]])
-    for held, x, start in ((made.window_keys, keys, coded[0]), (made.window_values, values, coded[1])):
-        held[:, :, torch.arange(start, n, device=keys.device) % made.window] = x[:, :, start:]
-    _told(made, n, coded)
+    into: one that these arguments made for another prompt of as many sequences, whose memory is taken. write: a backend's own, in place of
+    torch's. Raises ValueError for what the layout does not hold."""
+    made = into or _room(keys, values, key_bits, value_bits, group_size, residual_length, capacity)
+    made.coded = _fits(made, keys, values)
+    made.length = keys.shape[2]
+    (write or _write_prompt)(made, keys, values)
     return made
 
 
-def room(
+def _write_prompt(cache: Packed, keys: Tensor, values: Tensor) -> None:
+    n, coded = cache.length, cache.coded
+    _write_keys(cache, 0, keys[:, :, : coded[0]])
+    _write_values(cache, torch.arange(coded[1], device=values.device), values[:, :, : coded[1]])
+    for held, x, start in ((cache.window_keys, keys, coded[0]), (cache.window_values, values, coded[1])):
+        held[:, :, torch.arange(start, n, device=keys.device) % cache.window] = x[:, :, start:]
+    _told(cache, n, coded)
+
+
+def _room(
     keys: Tensor, values: Tensor, key_bits: int, value_bits: int, group_size: int, residual_length: int, capacity: int | None
 ) -> Packed:
     """As `prepare`, of which nothing is written yet."""
@@ -233,15 +242,21 @@ def room(
     )
 
 
-def fits(cache: Packed, keys: Tensor, values: Tensor) -> tuple[int, int]:
+def _fits(cache: Packed, keys: Tensor, values: Tensor) -> tuple[int, int]:
     """How many keys and values of a prompt `[S, KV, n, D]` become codes. Raises ValueError where the cache has no room for it."""
-    s, kv, n, d = keys.shape
-    if keys.shape != values.shape or (s, kv, d) != (cache.keys.shape[0], cache.heads, cache.width) or n > cache.capacity:
+    n = keys.shape[2]
+    if not alike(cache, keys, values) or n > cache.capacity:
         raise ValueError(
             f"a prompt of keys {tuple(keys.shape)} and values {tuple(values.shape)}; this cache has room for both of "
             f"[{cache.keys.shape[0]}, {cache.heads}, {cache.capacity}, {cache.width}]"
         )
     return _coded(n, cache.residual)
+
+
+def alike(cache: Packed, keys: Tensor, values: Tensor) -> bool:
+    """Whether they are as many tokens of both, of the cache's sequences, heads and channels."""
+    s, kv, _, d = keys.shape
+    return keys.shape == values.shape and (s, kv, d) == (cache.keys.shape[0], cache.heads, cache.width)
 
 
 def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
@@ -262,7 +277,7 @@ def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
 
 def takes(cache: Packed, keys: Tensor, values: Tensor) -> None:
     """Raises ValueError where `append` does."""
-    if keys.shape != values.shape or not 1 <= keys.shape[2] <= cache.block or cache.length + keys.shape[2] > cache.capacity:
+    if not alike(cache, keys, values) or not 1 <= keys.shape[2] <= cache.block or cache.length + keys.shape[2] > cache.capacity:
         raise ValueError(
             f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; the cache takes 1 to {cache.block} tokens of both, and has "
             f"room for {cache.capacity - cache.length}: prepare it with a greater capacity"

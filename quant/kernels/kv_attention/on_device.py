@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quant.kernels import kv_attention
-from quant.kernels.kv_attention import Packed, field, fits, room, takes, told_one
+from quant.kernels.kv_attention import Packed, alike, field, takes, told_one
 from quant.kernels.on_triton import early, interpreted
 
 PIECE, FEW = 16, 16
@@ -17,30 +18,21 @@ REGISTERS = 128
 """Of a thread that appends: left to itself the compiler takes half, for more programs than there are, and spills."""
 
 
-def prepare(
-    keys: Tensor,
-    values: Tensor,
-    key_bits: int,
-    value_bits: int,
-    group_size: int,
-    residual_length: int,
-    capacity: int | None = None,
-    into: Packed | None = None,
-) -> Packed:
-    """As `kv_attention.prepare`, bit for bit."""
+def _write_prompt(cache: Packed, keys: Tensor, values: Tensor) -> None:
     from quant.kernels.kv_attention.program_write import fill
 
-    made = into or room(keys, values, key_bits, value_bits, group_size, residual_length, capacity)
     s, kv, n, _ = keys.shape
-    coded = fits(made, keys, values)
     given = [x.detach() if x.stride(3) == 1 else x.detach().contiguous() for x in (keys, values)]
-    blocks = max(1, -(-n // made.block))
+    blocks = max(1, -(-n // cache.block))
     fill[(s * kv, blocks)](
-        *given, *_parts(made), *given[0].stride()[:3], *given[1].stride()[:3], n, made.capacity // made.block, made.window, *coded,
-        **_constants(made), PIECE=PIECE, FEW=FEW, num_warps=warps(made.block),
+        *given, *_parts(cache), *given[0].stride()[:3], *given[1].stride()[:3],
+        n, cache.capacity // cache.block, cache.window, *cache.coded,
+        **_constants(cache), PIECE=PIECE, FEW=FEW, num_warps=warps(cache.block),
     )  # fmt: skip
-    made.length, made.coded = n, coded
-    return made
+
+
+prepare = partial(kv_attention.prepare, write=_write_prompt)
+"""As `kv_attention.prepare`, bit for bit."""
 
 
 def append(cache: Packed, keys: Tensor, values: Tensor) -> None:
@@ -56,8 +48,8 @@ def append_one(cache: Packed, keys: Tensor, values: Tensor) -> None:
     """One token `[S, KV, 1, D]` from what stands on the device alone, keys that age included. The host is told by `told_one`."""
     if cache.arrived is None:
         raise ValueError("this cache is for reading: one that takes tokens is made by `prepare`")
-    wanted = (cache.keys.shape[0], cache.heads, 1, cache.width)
-    if keys.shape != wanted or values.shape != wanted:
+    if not alike(cache, keys, values) or keys.shape[2] != 1:
+        wanted = (cache.keys.shape[0], cache.heads, 1, cache.width)
         raise ValueError(f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; this cache takes {wanted} of both")
     from quant.kernels.kv_attention.program_write import append_token
 
