@@ -38,6 +38,7 @@ from quant import tensors as stored_tensors
 from quant.methods.base import StoredTensor
 from workers import steps
 from workers.artifact import flush, payload_path
+from workers.aside import moment
 from workers.blocks import LinearView, linear_view
 from workers.errors import InputError
 
@@ -88,11 +89,7 @@ class RecipeWriter:
 def _made(tensors: dict[str, Tensor]) -> torch.cuda.Event | None:
     """Of the moment when tensors on a GPU are there."""
     device = next((t.device for t in tensors.values() if t.is_cuda), None)
-    if device is None:
-        return None
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
+    return None if device is None else moment(device)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, made: torch.cuda.Event | None) -> None:
