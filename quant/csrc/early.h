@@ -2,7 +2,25 @@
 
 #pragma once
 
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
 namespace {
+
+// early: it may begin while the kernel in front of it still runs, and waits by `await_previous`.
+template <class Problem>
+cudaError_t launch_early(void (*kernel)(Problem), const Problem& problem, dim3 blocks, unsigned threads, size_t shared, bool early,
+                         cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared, config.stream = stream;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
+    return cudaLaunchKernelEx(&config, kernel, problem);
+}
 
 // Lets the next kernel begin, up to where it waits in turn.
 __device__ __forceinline__ void release_next() {

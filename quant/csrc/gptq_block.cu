@@ -247,14 +247,7 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
     static_assert(SHARED <= 99 * 1024 || F::R > 1, "what a block may have on all GPUs from compute capability 8.0 on");
     const cudaError_t failed = cudaFuncSetAttribute(solve<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
     if (failed != cudaSuccess) return failed;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((p.rows + ROWS - 1) / ROWS), config.blockDim = dim3(F::THREADS);
-    config.dynamicSmemBytes = SHARED, config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = p.early;
-    return cudaLaunchKernelEx(&config, solve<F>, p);
+    return launch_early(solve<F>, p, dim3((p.rows + ROWS - 1) / ROWS), F::THREADS, SHARED, p.early, stream);
 }
 
 using TwoRows = Form<1, true, 2, 4, 2>;

@@ -8,11 +8,10 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "wq_floats.h"
 #include "wq_lane.h"
 #include "wq_single.h"
+#include "wq_start.h"
 #include "wq_weight.h"
 #include "wq_whole.h"
 
@@ -85,51 +84,6 @@ __global__ void __launch_bounds__(WARPS * LANES) weight(const __grid_constant__ 
         if (first + u * WARPS < call.steps) read_step<Lane, BITS>(p, call, steps[u], blockIdx.y, first + u * WARPS);
     UNROLLED for (int u = 0; u < TURNS; u++)
         if (first + u * WARPS < call.steps) write_step<Lane, BITS, KIND>(p, call, steps[u], blockIdx.y, first + u * WARPS);
-}
-
-struct Device {
-    int number, multiprocessors, shared_each, shared_block;
-
-    // Bytes of shared memory for a block where two are on a multiprocessor, or of teams one; the device keeps 1 kB for each.
-    int most(int teams = 1) const { return teams == 1 ? shared_each / 2 - 1024 : shared_block; }
-};
-
-cudaError_t found(Device& device) {
-    static Device kept[64];
-    static std::atomic<uint64_t> known{0};
-    int number;
-    cudaError_t e = cudaGetDevice(&number);
-    if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? e : cudaErrorInvalidDevice;
-    if (known.load() >> number & 1) return device = kept[number], cudaSuccess;
-    device.number = number;
-    if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
-    if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
-    if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
-    kept[number] = device;
-    known.fetch_or(uint64_t(1) << number);
-    return cudaSuccess;
-}
-
-using Kernel = void (*)(Call);
-
-template <Kernel KERNEL>
-cudaError_t start(const Call& call, const Device& device, dim3 blocks, int warps, int bytes, bool early, cudaStream_t stream) {
-    static std::atomic<uint64_t> prepared{0};
-    cudaError_t e;
-    if (!(prepared.load() >> device.number & 1)) {
-        if ((e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
-        e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-        if (e != cudaSuccess) return e;
-        prepared.fetch_or(uint64_t(1) << device.number);
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = dim3(warps * LANES);
-    config.dynamicSmemBytes = bytes, config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, KERNEL, call);
 }
 
 // One row of x by blocks of a tile each. `done`: false where it is not to be multiplied so.

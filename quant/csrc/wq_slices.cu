@@ -3,10 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "wq_lane.h"
 #include "wq_slices.h"
+#include "wq_start.h"
 
 namespace {
 
@@ -44,30 +43,15 @@ __global__ void __launch_bounds__(SIDE * LANES, 1) product(const __grid_constant
 
 template <int R, int DEPTH>
 cudaError_t launch(Slices& all, int blocks, bool early, cudaStream_t stream) {
-    static std::atomic<uint64_t> prepared{0};
-    int number, shared;
-    cudaError_t e = cudaGetDevice(&number);
-    if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? e : cudaErrorInvalidDevice;
-    if ((e = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
+    Device device;
+    const cudaError_t e = found(device);
+    if (e != cudaSuccess) return e;
     const int64_t bytes = sliced(all, R, blocks, DEPTH);
-    if (bytes > shared) {
+    if (bytes > device.shared_block) {
         if constexpr (DEPTH != least_side(R)) return launch<R, least_side(R)>(all, blocks, early, stream);
         return cudaErrorInvalidValue;
     }
-    if (!(prepared.load() >> number & 1)) {
-        if ((e = cudaFuncSetAttribute(product<R, DEPTH>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) != cudaSuccess) return e;
-        e = cudaFuncSetAttribute(product<R, DEPTH>, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-        if (e != cudaSuccess) return e;
-        prepared.fetch_or(uint64_t(1) << number);
-    }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(WARPS * blocks), config.blockDim = dim3(SIDE * LANES);
-    config.dynamicSmemBytes = size_t(bytes), config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, product<R, DEPTH>, all);
+    return start<product<R, DEPTH>>(all, device, dim3(WARPS * blocks), SIDE, bytes, early, stream);
 }
 
 }  // namespace
