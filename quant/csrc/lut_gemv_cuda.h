@@ -130,7 +130,7 @@ BOTH void add_part(const Lut& a, const Place& block, const Part& part, bool earl
             auto& terms = kept.terms[mine(thread)];
             auto& sweep = kept.sweep[mine(thread)];
             terms.load(part, first, count, thread);
-            take_inputs<F>(
+            take_inputs<F, BITS>(
                 a, at, part, first, opens ? all : count, count, opens, shared, thread,
                 [&] {
                     if (opens) terms.fetch_rest(part, begin, count, all, anew(thread));
@@ -173,6 +173,7 @@ inline Part part_of(const int64_t* v) {
     p.columns = reinterpret_cast<const int64_t*>(v[2]), p.count = v[3], p.bits = int(v[4]);
     p.units = int((p.count + UNIT - 1) / UNIT);
     p.terms = p.values + (p.count << p.bits), p.firsts = p.terms + int64_t(p.units) * UNIT * parities(p.bits);
+    p.crossed = p.firsts + int64_t(p.units) * UNIT * 2;
     return p;
 }
 

@@ -36,22 +36,28 @@ ANYWHERE constexpr int done_at(int bits, int i) {
     return -1;
 }
 
-// Where terms of a subset are kept, in the order of a Gray code.
-ANYWHERE constexpr int kept_at(int subset) { return (subset ^ subset >> 1 ^ subset >> 2 ^ subset >> 3) - 1; }
+// Where terms of a subset are kept: first those of one bit, then the others.
+ANYWHERE constexpr int kept_at(int bits, int subset) {
+    int highest = 0;
+    while (subset >> highest > 1) highest++;
+    return ones(subset) == 1 ? highest : bits + subset - 2 - highest;
+}
 
 // Units `first` and on, of which bits are at hand, with all tiles: a warp has a run of (unit, tile) in that order. A lane reads of codes
 // what it copied itself.
 template <class F, int BITS>
 struct Sweep {
-    static constexpr int SLOT = slot_words(BITS), N = parities(BITS);
+    static constexpr int SLOT = slot_words(BITS), N = parities(BITS), ALL = bytes_before<F>(BITS, N);
+    static constexpr bool NARROW = F::narrow(BITS);
     static_assert(SMALL / 4 / SLOT >= 2, "one place is read while another is written");
     using Bits = uint32_t[N][F::M][F::P][HELD][2];
     using Planes = uint32_t[2][BITS][HELD][4];
     struct Sums {
         int32_t of[F::M][F::P][2][HELD][4];
+        int32_t crossed[NARROW ? 2 : 1][2][HELD][4];  // of narrow terms, if there are any
     };
     struct Half {
-        int32_t low[2][2][HELD], high[2][2][HELD];
+        int32_t low[2][2][HELD], high[2][2][HELD], crossed[2][2][HELD];
     };
     using Halves = Half[F::M];
     // Where there are registers for it, codes are read in the item's time before theirs, and sums go to shared memory in the next one's.
@@ -61,6 +67,7 @@ struct Sweep {
     int place;                  // of the next one in the ring
     int left, ahead;            // items to be fetched, and the tile of the next one
     int step, jump;             // words from a tile to the next one, and from the one after the last to the next unit
+    int shift;                  // bits that sums of narrow terms are to be shifted by
     const uint32_t* from;       // codes of the next item to be fetched
     uint32_t* ring;
 
@@ -99,6 +106,7 @@ struct Sweep {
         if ((HELD > 1 && thread % 32 != 0) || todo == 0) return;
         const Shared<F> s(a, shared);
         thread = anew(thread);
+        if constexpr (NARROW) shift = steps<F>(s.largest_of(0)) - narrow_steps(s);
         a.ring == RING ? run_through<RING>(s, a.group * TILE) : run_through<SMALL>(s, a.group * TILE);
     }
 
@@ -112,7 +120,7 @@ struct Sweep {
         int32_t* to = s.whole + tile * TILE;  // the first item adds zeros
         if constexpr (AHEAD) read_all<LEFT>(plane);
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
-            take(bits, s.bits + unit * (N * F::M * F::P * 64));
+            take(bits, s.bits + unit * (ALL * F::M * 64));
             const int last = smaller(tiles, tile + todo);
             todo -= last - tile;
             if constexpr (!AHEAD) {
@@ -144,9 +152,9 @@ struct Sweep {
     BOTH void take(Bits& bits, const uint32_t* from) const {
         UNROLL for (int i = 0; i < N; i++) {
             UNROLL for (int m = 0; m < F::M; m++) {
-                UNROLL for (int p = 0; p < F::P; p++) {
+                UNROLL for (int p = 0; p < bytes_of<F>(BITS, i); p++) {
                     EACH_LANE {
-                        const int place = ((i * F::M + m) * F::P + p) * 64 + (LANE ^ i % 8 * 4) * 2;
+                        const int place = (bytes_before<F>(BITS, i) * F::M + m * bytes_of<F>(BITS, i) + p) * 64 + (LANE ^ i % 8 * 4) * 2;
                         const auto line = *reinterpret_cast<const Line<2>*>(from + place);
                         bits[i][m][p][h][0] = line.v[0], bits[i][m][p][h][1] = line.v[1];
                     }
@@ -185,7 +193,8 @@ struct Sweep {
     template <int I, int END, int LEFT>
     BOTH void add_from(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, Halves& halves,
                        int32_t* to, int rows) {
-        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(SUBSET), DONE = done_at(BITS, I - 1);
+        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(BITS, SUBSET), DONE = done_at(BITS, I - 1);
+        constexpr int BYTES = bytes_of<F>(BITS, KEPT);
         constexpr bool FRESH = ones(SUBSET) < 4;
         constexpr int CHANGED = FRESH ? SUBSET : SUBSET ^ subset_at(BITS, I - (I > 0));
         if constexpr (AHEAD && DONE == 0) arrived<LEFT>();
@@ -202,8 +211,10 @@ struct Sweep {
             }
         }
         UNROLL for (int m = 0; m < F::M; m++) {
-            UNROLL for (int p = 0; p < F::P; p++) {
-                UNROLL for (int t = 0; t < 2; t++) multiply_bits(sum.of[m][p][t], parity[t], bits[KEPT][m][p]);
+            UNROLL for (int p = 0; p < BYTES; p++) {
+                UNROLL for (int t = 0; t < 2; t++) {
+                    multiply_bits((BYTES < F::P ? sum.crossed[p % 2] : sum.of[m][p])[t], parity[t], bits[KEPT][m][p]);
+                }
             }
         }
         if constexpr (LATE && I == 0) join(halves, before);
@@ -231,6 +242,12 @@ struct Sweep {
                             const int times = p < F::P - 1 || LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2;
                             byte[p] = (sum.of[m][p][t][h][2 * half] + times * sum.of[m][p][t][h][2 * half + 1]) * (1 << LANE % 4 * 2);
                         }
+                        if constexpr (NARROW) {
+                            const auto& c = sum.crossed;
+                            const int32_t first = c[0][t][h][2 * half] + 2 * c[0][t][h][2 * half + 1];
+                            const int32_t second = c[1][t][h][2 * half] + (LANE % 4 < 3 ? 2 : -2) * c[1][t][h][2 * half + 1];
+                            halves[m].crossed[t][half][h] = (first + second * 256) * (1 << LANE % 4 * 2);
+                        }
                         halves[m].low[t][half][h] = byte[0] + byte[1] * 256;
                         halves[m].high[t][half][h] = F::P == 3 ? byte[2] : byte[2] + byte[F::P - 1] * 256;
                     }
@@ -243,6 +260,7 @@ struct Sweep {
             UNROLL for (int half = 0; half < 2; half++) {
                 halve<2>(halves[m].low[0][half], halves[m].low[1][half], thread);
                 halve<2>(halves[m].high[0][half], halves[m].high[1][half], thread);
+                if constexpr (NARROW) halve<2>(halves[m].crossed[0][half], halves[m].crossed[1][half], thread);
             }
         }
     }
@@ -250,9 +268,16 @@ struct Sweep {
         UNROLL for (int m = 0; m < F::M; m++) {
             halve<1>(halves[m].low[0][0], halves[m].low[0][1], thread);
             halve<1>(halves[m].high[0][0], halves[m].high[0][1], thread);
+            if constexpr (NARROW) halve<1>(halves[m].crossed[0][0], halves[m].crossed[0][1], thread);
             EACH_LANE {
                 const int32_t least_of = halves[m].low[0][0][h], rest = halves[m].high[0][0][h];
                 int32_t* own = to + m * F::COUNTS * rows + LANE % 4 * 8 + LANE / 4;
+                if constexpr (NARROW) {
+                    const int32_t crossed = halves[m].crossed[0][0][h];
+                    add(own, (least_of & 65535) + int32_t((uint32_t(crossed) << shift) & 65535u));
+                    add(own + rows, (least_of >> 16) + rest + (crossed >> (16 - shift)));
+                    continue;
+                }
                 add(own, least_of & 65535);
                 if constexpr (F::P == 3) {
                     add(own + rows, (least_of >> 16) + rest);

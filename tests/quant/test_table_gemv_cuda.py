@@ -88,6 +88,9 @@ def cut_of_codebook(x: Tensor, tensor: CodebookTensor) -> Tensor:
         terms = given[:, widths == bits] * tensor.tables[widths == bits].double().abs().amax(1)
         off += (2.0 ** (bits - 24) + (0 if half else (2.0**bits + 1) * 2.0**-24)) * terms.sum(1, keepdim=True)
         off += terms.shape[1] * (2.0 ** (bits - 1) + 0.5) * 2.0 ** (-21 if half else -29) * terms.amax(1, keepdim=True)
+        if half and bits == fragments.NARROW_BITS:
+            crossed = fragments.terms_of(tensor.tables[widths == bits].float())[:, bits:].double().abs().amax(1)
+            off += terms.shape[1] * (2**bits - 1 - bits) * 2.0**-14 * (given[:, widths == bits] * crossed).amax(1, keepdim=True)
     return off
 
 
@@ -271,7 +274,7 @@ def test_a_call_reads_no_tables() -> None:
     packed = fragments.prepare(codebook(70, 300, (2, 4)))
     for part, bits in zip(packed.parts, (2, 4), strict=True):
         assert part.words.shape == (3, 1, 256 * bits)
-        assert part.read == 3 * 1024 * bits + 4 * 256 * (2**bits + 1) + 8 * 150
+        assert part.read == 3 * 1024 * bits + 4 * 256 * (2**bits + 1 + (bits == 4)) + 8 * 150
         assert part.bytes == part.read + 4 * 150 * 2**bits
     assert (packed.read, packed.bytes) == tuple(sum(getattr(p, size) for p in packed.parts) for size in ("read", "bytes"))
 
