@@ -88,8 +88,7 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
 
 def _whole(path: Path) -> bool:
     """Whether the file is there to its end, which a machine that stopped may not have written: one whose end is missing ends the process
-    that loads it. ELF of 64 bits, lowest byte first, says where its last table is; of others only an
-    empty one is found out."""
+    that loads it. ELF of 64 bits, lowest byte first, says where its last table is; of others only an empty file is found out."""
     try:
         with path.open("rb") as file:
             head, size = file.read(64), os.fstat(file.fileno()).st_size
