@@ -13,10 +13,25 @@ import torch
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
 
-def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """fake: what `run` returns, in shape, type and layout."""
+def define(
+    schema: str, run: Callable[..., Any], fake: Callable[..., Any], check: Callable[..., None] | None = None, whole: bool = False
+) -> None:
+    """fake: what `run` returns, in shape, type and layout. check: raises for what kernels do not take, which read by address. whole: they
+    read tensors that are contiguous."""
     name = schema.partition("(")[0]
+
+    def checked(*given: Any, **named: Any) -> Any:
+        if check is not None:
+            check(*given, **named)
+        return run(*map(_contiguous, given), **named) if whole else run(*given, **named)
+
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, checked, device)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"bitgrid::{name}", fake, lib=LIBRARY)
+
+
+def _contiguous(given: Any) -> Any:
+    if isinstance(given, list):
+        return list(map(_contiguous, given))
+    return given.contiguous() if isinstance(given, torch.Tensor) else given
