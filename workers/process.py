@@ -8,7 +8,7 @@ import os
 import random
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,13 @@ def pick_device(hints: Hints) -> torch.device:
         return torch.device(hints.device)
     except RuntimeError as e:
         raise InputError(f"hints.device={hints.device!r} is no device; use auto, cpu, cuda or cuda:N") from e
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A GPU as this thread's own: Triton launches on that one, whatever its tensors are on, and events are recorded there."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
