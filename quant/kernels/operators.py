@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -17,6 +18,18 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> No
     """fake: what `run` returns, in shape, type and layout."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, run, "CPU")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, on_its_gpu(run), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"bitgrid::{name}", fake, lib=LIBRARY)
+
+
+def on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
+    """With the first tensor's GPU as the current one, on which Triton launches wherever tensors are."""
+
+    def there(first: Tensor, *given: Any, **named: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *given, **named)
+        with torch.cuda.device(first.device):
+            return run(first, *given, **named)
+
+    return there
