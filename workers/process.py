@@ -31,9 +31,13 @@ def pick_device(hints: Hints) -> torch.device:
     if hints.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"hints.device={hints.device}, but torch sees no CUDA device here; use cpu or auto")
     try:
-        return torch.device(hints.device)
+        device = torch.device(hints.device)
     except RuntimeError as e:
         raise InputError(f"hints.device={hints.device!r} is no device; use auto, cpu, cuda or cuda:N") from e
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise InputError(f"hints.device={hints.device}, but torch sees {there} here; use one of these, or auto")
+    return device
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
