@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LIBRARY = torch.library.Library("bitgrid", "DEF")  # type: ignore[no-untyped-call]
 
@@ -26,12 +27,24 @@ def define(
         return run(*map(_contiguous, given), **named) if whole else run(*given, **named)
 
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, checked, device)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, checked, "CPU")  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, on_its_gpu(checked), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"bitgrid::{name}", fake, lib=LIBRARY)
 
 
 def _contiguous(given: Any) -> Any:
     if isinstance(given, list):
         return list(map(_contiguous, given))
-    return given.contiguous() if isinstance(given, torch.Tensor) else given
+    return given.contiguous() if isinstance(given, Tensor) else given
+
+
+def on_its_gpu(run: Callable[..., Any]) -> Callable[..., Any]:
+    """With the first tensor's GPU as the current one, on which Triton launches wherever tensors are."""
+
+    def there(first: Tensor, *given: Any, **named: Any) -> Any:
+        if first.device.index == torch.cuda.current_device():
+            return run(first, *given, **named)
+        with torch.cuda.device(first.device):
+            return run(first, *given, **named)
+
+    return there
