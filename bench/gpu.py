@@ -3,9 +3,10 @@
 python -m bench.gpu [PIECE ...] [--out FILE] [--alone] [--folder FOLDER] [--layers N] [--longest SECONDS] [--dry]
 
 Pieces: see --help; all when none is named, and `limits` always: goals are judged, and what limits a row that misses its goal is reckoned,
-by what the device does in the same run. Times are of a replayed CUDA graph over inputs that no cache holds, the least of some replays;
-those of whole models are of one run, by the clock on the wall. `--dry` runs everything small on the CPU, in Triton's interpreter, and
-times nothing. Ends with 1 where a result is wrong.
+by what the device does in the same run. Times are the least of some replays of a CUDA graph: of products of few rows and of attention over
+inputs that no cache holds, of what is larger than a cache or reads its input again and again over one input; what no graph can hold is
+timed call by call. Those of whole models are of one run, by the clock on the wall. `--dry` runs everything small on the CPU, in Triton's
+interpreter, and times nothing. Ends with 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn.functional import linear
 
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
-from bench.on_gpu.clock import Bench, Goal, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known, spread
 from bench.on_gpu.further import further
 from bench.on_gpu.hessian import hessian
 from bench.on_gpu.limits import limits
@@ -51,8 +52,13 @@ def integers(b: Bench) -> Iterator[Row]:
         packed, dense = run.prepare(tensor, scheme), b.random(n, k, dtype=torch.bfloat16)
         for m in (256, 1024, 4096) if not b.dry else (40,):
             x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
-            want = plain.int8_linear(x[:64], packed)
-            error = float((run.int8_linear(x, packed)[:64] - want).norm() / want.norm())
+            some = spread(m)
+            want = plain.int8_linear(x[some], packed)
+            error = float((run.int8_linear(x, packed)[some] - want).norm() / want.norm())
+            # The call that is timed gives a type of 16 bits: within its last place, but for sums that all but cancel.
+            timed, least = run.int8_linear(x, packed, x.dtype)[some].float(), 1e-5 * float(want.abs().mean())
+            if not torch.allclose(timed, want, rtol=2.0**-7, atol=least):
+                error = float("inf")
             took = b.time(lambda i: run.int8_linear(x, packed, x.dtype))  # noqa: B023
             rows = run.rounded(x, packed)
             peers = known(
@@ -71,16 +77,17 @@ def hadamard(b: Bench) -> Iterator[Row]:
     for n in (4096, 11008, 14336, 16384, 28672) if not b.dry else (64, 96):
         # The interpreter does not round to bfloat16, it cuts off.
         x = b.random(b.size((1 << 30) // n, 5), n, dtype=torch.float16 if b.dry else torch.bfloat16)
-        few = x[:64]
+        some = spread(len(x))
+        few = x[some]
         want = plain(few.double(), n**-0.5)
-        error = float((run(few, n**-0.5).double() - want).norm() / want.norm())
+        error = float((run(x, n**-0.5)[some].double() - want).norm() / want.norm())
         allowed = 2 * float((plain(few, n**-0.5).double() - want).norm() / want.norm())
         took = b.time(lambda i: run(x, n**-0.5))  # noqa: B023
         yield Row(f"hadamard {x.shape[0]} x {n}", error, allowed, took, read=2 * x.nbytes, goal=Goal(0.8, "copy"))
         own = partial(fast.encode, bits=8, symmetric=True, factor=n**-0.5)
         two = rows.encode(run(few, n**-0.5), 8, True)
         peers = known(apart=b.time(lambda i: rows.encode(run(x, n**-0.5), 8, True)))  # noqa: B023
-        differ, took = float((own(few).codes != two.codes).sum()), b.time(lambda i: own(x))  # noqa: B023
+        differ, took = float((own(x).codes[some] != two.codes).sum()), b.time(lambda i: own(x))  # noqa: B023
         yield Row(f"hadamard and int8 {x.shape[0]} x {n}", differ, 0, took, peers, read=x.nbytes + x.numel())
 
 
@@ -88,8 +95,9 @@ def scoring(b: Bench) -> Iterator[Row]:
     run, plain = (kernel("token_log_probs", name, b.device).run.token_log_probs for name in (b.backend, "reference"))
     logits = b.random(b.size(4096, 8), b.size(128256, 300), dtype=torch.bfloat16)
     tokens = torch.arange(len(logits), device=b.device)
-    want = torch.log_softmax(logits[:64].double(), -1).gather(-1, tokens[:64, None])[:, 0]
-    error = float((run(logits[:64], tokens[:64]).double() - want).abs().max())
+    some = spread(len(logits))
+    want = torch.log_softmax(logits[some].double(), -1).gather(-1, tokens[some, None])[:, 0]
+    error = float((run(logits, tokens)[some].double() - want).abs().max())
     peers = known(torch=b.time(lambda i: plain(logits, tokens)))
     yield Row(f"token_log_probs {tuple(logits.shape)}", error, 1e-3, b.time(lambda i: run(logits, tokens)), peers, logits.nbytes)
 
@@ -124,7 +132,7 @@ def main() -> int:
         try:
             for row in PIECES[name](b):
                 rows.append(row)
-                print(row.line(b.ceilings) + ("" if row.error <= row.allowed else "  WRONG"), flush=True)
+                print(row.line(b.ceilings), flush=True)
         except Exception:  # the other pieces are measured all the same
             failed.append(name)
             traceback.print_exc()
@@ -136,7 +144,7 @@ def main() -> int:
         )
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
-    return 0 if not failed and all(r.error <= r.allowed for r in rows) else 1
+    return 0 if not failed and all(r.right for r in rows) else 1
 
 
 if __name__ == "__main__":

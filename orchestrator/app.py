@@ -1,6 +1,7 @@
 """`bitgrid run` as a Hydra application: Hydra's flags, sweepers and launchers work; bitgrid's own sweeper takes the grid as a whole.
 
-Without Hydra flags the grid is composed once before Hydra starts, so that a mistake is told in our words; it is kept for the sweeper.
+Without flags that only Hydra knows the grid is composed once before Hydra starts, so that a mistake is told in our words; it is kept
+for the sweeper.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command
+from orchestrator.command import Command, planning_parser
 from orchestrator.errors import BitgridError
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
@@ -26,12 +27,12 @@ _exit_codes: list[int] = []
 
 def run_command(arguments: Sequence[str]) -> int:
     """Exit code of `bitgrid run ARGUMENTS`. Raises BitgridError."""
-    flags = [a for a in arguments if a.startswith("-")]
-    multirun = any(f in ("-m", "--multirun") for f in flags)
-    overrides = [a for a in arguments if a not in flags]
-    if all(f in ("-m", "--multirun") for f in flags):
-        _grid(Command(tuple(overrides), multirun))
+    given, overrides = planning_parser("bitgrid run").parse_known_args(arguments)
+    if not any(o.startswith("-") for o in overrides):
+        _grid(Command.of_flags(given, overrides))
         # Hydra's parser takes overrides in one piece only.
+        flags = ["--multirun"] * given.multirun + [f"--config-name={given.config_name}"]
+        flags += [] if given.config_dir is None else [f"--config-dir={given.config_dir}"]
         arguments = [*flags, *overrides]
     sys.argv = ["bitgrid run", *arguments]
     _exit_codes.clear()

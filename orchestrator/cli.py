@@ -70,23 +70,18 @@ def _run(arguments: list[str]) -> int:
 
 def _planning(arguments: list[str], verb: str) -> Command:
     """The command line of `bitgrid run`, with those of Hydra's flags that change what is composed."""
-    from orchestrator.command import Command
+    from orchestrator.command import Command, planning_parser
     from orchestrator.config import help_text
 
     if any(a in ("-h", "--help") for a in arguments):
         print(f"bitgrid {verb} [-m] [--config-dir FOLDER] [--config-name NAME] [OVERRIDES]\n\n{help_text()}")
         raise SystemExit(0)
-    parser = argparse.ArgumentParser(prog=f"bitgrid {verb}", add_help=False, allow_abbrev=False)
-    parser.add_argument("-m", "--multirun", action="store_true")
-    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
-    parser.add_argument("--config-name", "-cn", default="config")
-    given, overrides = parser.parse_known_args(arguments)
+    given, overrides = planning_parser(f"bitgrid {verb}").parse_known_args(arguments)
     unknown = [a for a in overrides if a.startswith("-")]
     if unknown:
         allowed = ("-m", "--multirun", "--config-dir", "--config-name", "--help")
         raise ConfigError(unknown_name(f"flag of bitgrid {verb}", unknown[0], allowed))
-    folder = None if given.config_dir is None else f"file://{given.config_dir}"
-    return Command(tuple(overrides), given.multirun, config_dir=folder, config_name=given.config_name)
+    return Command.of_flags(given, overrides)
 
 
 def _plan(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import sys
@@ -29,6 +30,15 @@ def program() -> str:
     return f"{sys.executable} -m orchestrator.cli"
 
 
+def planning_parser(prog: str) -> argparse.ArgumentParser:
+    """Of those of Hydra's flags that change what is composed; the rest are overrides, and flags that only Hydra knows."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
+    parser.add_argument("--config-name", "-cn", default="config")
+    return parser
+
+
 @dataclass(frozen=True)
 class Command:
     overrides: tuple[str, ...]
@@ -43,6 +53,12 @@ class Command:
     config_name: str = "config"
     folder: str = field(default_factory=os.getcwd)
     """Where the command ran: relative paths start there."""
+
+    @classmethod
+    def of_flags(cls, given: argparse.Namespace, overrides: Sequence[str]) -> Command:
+        """Of what `planning_parser` read."""
+        folder = None if given.config_dir is None else f"file://{given.config_dir}"
+        return cls(tuple(overrides), given.multirun, config_dir=folder, config_name=given.config_name)
 
     @classmethod
     def of_hydra(cls, hydra: Any, overrides: Sequence[str], *, multirun: bool, jobs: Sequence[Sequence[str]] | None = None) -> Command:

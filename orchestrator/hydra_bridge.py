@@ -74,6 +74,11 @@ def quoted(value: Any) -> Any:
     return QuotedString(value, Quote.single) if bare else value
 
 
+def as_text(value: str) -> QuotedString:
+    """For `override_text`: quoted, so that the command line reads this very text. `${` starts an interpolation all the same."""
+    return QuotedString(value, Quote.single)
+
+
 @contextmanager
 def as_config_error(what: str = "") -> Iterator[None]:
     """Hydra's and OmegaConf's exceptions as ConfigError."""

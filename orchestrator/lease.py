@@ -19,14 +19,18 @@ from typing import Any
 
 import psutil
 
-from orchestrator.errors import StoreLockedError
+from orchestrator.errors import StoreError, StoreLockedError
+from workers.failures import DISK_FULL, MAKE_ROOM
 
 LEASE_S = 60.0
 RENEW_S = 10.0
+SAME_START_S = 1.5
+"""Linux tells the time of the boot in whole seconds, and one reading may be a second beside the next."""
+_KEYS = {"token", "host", "pid", "process_started", "purpose", "since", "expires"}
 
 
 class Lease:
-    """Context manager; raises StoreLockedError when another live driver holds the store."""
+    """Context manager; raises StoreLockedError when another live driver holds the store, StoreError where it cannot be written."""
 
     def __init__(self, path: Path, purpose: str) -> None:
         self._path = path
@@ -38,7 +42,7 @@ class Lease:
         """Set when somebody else took the lease over: the store is theirs, and this driver must end."""
 
     def __enter__(self) -> Lease:
-        while not self._try_create():
+        while not self._created():
             try:
                 holder = _read(self._path)
             except FileNotFoundError:
@@ -70,22 +74,30 @@ class Lease:
             "token": self._token,
             "host": socket.gethostname(),
             "pid": me.pid,
-            "process_started": me.create_time(),
+            "process_started": _started(me),
+            "boot": _boot(),
             "purpose": self._purpose,
             "since": time.time(),
             "expires": time.time() + LEASE_S,
         }
 
+    def _created(self) -> bool:
+        try:
+            return self._try_create()
+        except OSError as e:
+            remedy = MAKE_ROOM if e.errno in DISK_FULL else "make it writable, or use another store="
+            raise StoreError(f"the store {self._path.parent} cannot be written: {e}; {remedy}") from e
+
     def _try_create(self) -> bool:
         # Written beside and linked, so that nobody ever reads half a lease.
         draft = self._path.with_name(f"{self._path.name}.{self._token}")
-        draft.write_text(json.dumps(self._content()))
         try:
+            draft.write_text(json.dumps(self._content()))
             os.link(draft, self._path)
         except FileExistsError:
             return False
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _set_aside(self) -> None:
@@ -121,6 +133,22 @@ class Lease:
             return
 
 
+def _started(process: psutil.Process) -> float:
+    """When a process started, in seconds that a clock set anew does not change: on Linux since boot.
+
+    psutil adds the time of the boot there, which is the clock's of now less the time since then.
+    """
+    return float(process.create_time()) - (float(psutil.boot_time()) if psutil.LINUX else 0.0)
+
+
+def _boot() -> str | None:
+    """Names the boot since which processes count; None where the system has no such name."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
 def holder(path: Path) -> str | None:
     """The live driver that holds a lease file, for people."""
     try:
@@ -133,17 +161,22 @@ def holder(path: Path) -> str | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """Content of a lease file, None where it is no such thing. Raises OSError."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
         return None
-    return content
+    return content if isinstance(content, dict) and content.keys() >= _KEYS else None
 
 
 def _alive(holder: dict[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
         return bool(holder["expires"] > time.time())
+    if holder.get("boot", _boot()) != _boot():
+        return False
     try:
-        return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) < 1.0)
+        process = psutil.Process(holder["pid"])
+        # Leases of earlier versions name no boot, and tell the start by the clock.
+        started = _started(process) if "boot" in holder else process.create_time()
+        return bool(abs(started - holder["process_started"]) < SAME_START_S)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

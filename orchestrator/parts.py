@@ -203,7 +203,9 @@ def calibration_part(option: Option, source: TextSource, replicate_seed: int) ->
         raise ConfigError(
             f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2"
         )
-    return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, spec.seed + replicate_seed, spec.sampling)
+    # Consecutive windows are the same whatever the seed.
+    seed = 0 if spec.sampling == "sequential" else spec.seed + replicate_seed
+    return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, seed, spec.sampling)
 
 
 @dataclass(frozen=True)

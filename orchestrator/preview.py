@@ -14,7 +14,7 @@ from orchestrator.ledger import read_durations
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.report.numbers import duration, size
-from orchestrator.run import estimator, missing_stages, sources, store_root
+from orchestrator.run import check_settings, estimator, missing_stages, sources, store_root
 from orchestrator.stage import Stage
 from orchestrator.store import Store
 from orchestrator.toolkits import require_toolkits
@@ -109,6 +109,7 @@ def print_explanations(command: Command, console: Console) -> None:
 
 def _plan(command: Command) -> tuple[Plan, Store]:
     grid = command.compose()
+    check_settings(grid.settings)
     store = Store(store_root(grid.settings))
     if (store.root / "store.json").is_file():
         store.open(create=False)

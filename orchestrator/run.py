@@ -18,6 +18,7 @@ from orchestrator.config import check_whole
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError, unknown_name
 from orchestrator.executors import open_executor
+from orchestrator.executors.settings import ClusterSettings
 from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
@@ -100,7 +101,17 @@ def sources(settings: Mapping[str, Any], store: Path, preview: bool = False) -> 
 
 
 def store_root(settings: Mapping[str, Any]) -> Path:
+    """Raises ConfigError where no folder is named."""
+    if not settings["store"]:
+        raise ConfigError(f"store={settings['store']!r} is no folder; give one, or leave store out for ./bitgrid-store")
     return Path(str(settings["store"])).expanduser().resolve()
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """What a run with these settings would refuse. Raises ConfigError."""
+    hints(settings)
+    ClusterSettings.from_config(settings["cluster"])
+    TrackingSettings.of(settings["tracking"], Path.cwd())
 
 
 def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
@@ -129,8 +140,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
     Failures of stages do not raise, nor does a cluster that is lost on the way: see `SweepRun.exit_code`. `command` says how
     the grid was asked for, so that the sweep can be resumed; `expected` is the key of the sweep that is to be resumed.
     """
-    hints(grid.settings)
-    TrackingSettings.of(grid.settings["tracking"], Path.cwd())
+    check_settings(grid.settings)
     store = Store(store_root(grid.settings)).open()
     locked = Lease(store.root / "lease.json", "bitgrid run")
     with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:

@@ -57,7 +57,7 @@ class Store:
                 )
             return self
         if not create:
-            raise StoreError(f"there is no store at {self.root}; run a sweep first, or set store= to the folder of an existing one")
+            raise StoreError(f"there is no store at {self.root}; run a sweep first, or name the folder of an existing one: --store FOLDER")
         if self.root.is_dir() and not all(_is_new(p) for p in self.root.iterdir()):
             raise StoreError(f"{self.root} is neither empty nor a bitgrid store; set store= to a new folder")
         try:
@@ -175,7 +175,27 @@ class Store:
     def sweep_keys(self) -> list[str]:
         """Sweeps of the store, the latest started first."""
         starts = [p for p in (self.root / "sweeps").glob("*/started.json") if (p.parent / "plan.json").is_file()]
-        return [p.parent.name for p in sorted(starts, key=lambda p: p.stat().st_mtime_ns, reverse=True)]
+        return [p.parent.name for p in sorted(starts, key=_started, reverse=True)]
+
+
+def _started(path: Path) -> tuple[float, int]:
+    """What the file says: a copied store has files of one time. The file's own time where it says nothing, and between equals."""
+    changed = path.stat().st_mtime_ns
+    try:
+        return float(json.loads(path.read_text())["started"]), changed
+    except (ValueError, KeyError, TypeError):
+        return changed / 1e9, changed
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """A mapping that a driver wrote. Raises StoreError, which ends with `remedy`, where it cannot be read as one."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        raise StoreError(f"{path} cannot be read: {e}; {remedy}") from e
+    if not isinstance(content, dict):
+        raise StoreError(f"{path} holds no mapping; {remedy}")
+    return content
 
 
 def _is_new(entry: Path) -> bool:

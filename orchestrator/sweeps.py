@@ -18,7 +18,7 @@ from orchestrator.planned import Plan
 from orchestrator.provenance import collect
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
-from orchestrator.store import Store, write_json
+from orchestrator.store import Store, read_json, write_json
 from workers.artifact import PAYLOAD, CorruptArtifactError
 from workers.specs import StageKind
 
@@ -33,10 +33,15 @@ def write_sweep(store: Store, plan: Plan, command: Command) -> None:
     path = folder / "plan.json"
     settings = json.loads(json.dumps(plan.grid.settings, default=str))
     content = {**plan.to_json(), "name": _name(plan), "config": {"settings": settings, "axes": _axes(plan)}}
+    old: dict[str, Any] = {}
     if path.is_file():
-        old = json.loads(path.read_text())
-        if all(old.get(k) == content[k] for k in content):
+        try:
+            old = _plan(store, plan.key)
+        except StoreError:
+            old = {}  # damaged: all but its first start is known
+        if old and all(old.get(k) == content[k] for k in content):
             return
+    if old:
         content.update(created=old["created"], provenance=old["provenance"])
     else:
         content.update(created=time.time(), provenance=collect(command.overrides))
@@ -48,7 +53,7 @@ def last_command(store: Store, key: str) -> Command:
     path = store.sweep_folder(key) / STARTED
     if not path.is_file():
         raise StoreError(f"{path} is not there, so the command of sweep {key[:8]} is not known; start it again with `bitgrid run`")
-    return Command.from_json(json.loads(path.read_text())["command"])
+    return Command.from_json(read_json(path, "start the sweep again with `bitgrid run`")["command"])
 
 
 def _name(plan: Plan) -> str:
@@ -77,16 +82,28 @@ def find_sweep(store: Store, name: str | None) -> str:
         raise StoreError(f"the store {store.root} holds no sweep yet; start one with `bitgrid run`")
     if name is None:
         return keys[0]
-    found = [k for k in keys if k.startswith(name)] or [k for k in keys if _plan(store, k)["name"] == name]
+    found = [k for k in keys if k.startswith(name)]
+    if len(found) != 1:
+        named = [k for k in keys if _named(store, k) == name]
+        if found and not named:
+            raise StoreError(f"sweep {name!r} is not the only one: {', '.join(f'{k[:8]} {_named(store, k)}'.rstrip() for k in found)}")
+        found = named
     if not found:
-        names = [n for k in keys for n in (k[:8], _plan(store, k)["name"])]
+        names = [n for k in keys for n in (k[:8], _named(store, k)) if n]
         raise StoreError(unknown_name("sweep", name, names))
     return found[0]
 
 
+def _named(store: Store, key: str) -> str:
+    """Empty where the plan is damaged: other sweeps are found all the same."""
+    try:
+        return str(_plan(store, key)["name"])
+    except StoreError:
+        return ""
+
+
 def _plan(store: Store, key: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((store.sweep_folder(key) / "plan.json").read_text())
-    return content
+    return read_json(store.sweep_folder(key) / "plan.json", "start the sweep again with `bitgrid run`, which writes it anew")
 
 
 def load_sweep(store: Store, key: str) -> SweepResult:

@@ -49,7 +49,7 @@ class TrackingSettings:
                 raise ConfigError(unknown_name("key of tracking", str(name), known))
         given = TrackingSettings(**settings)
         if given.kind not in KINDS:
-            raise ConfigError(unknown_name("tracking.kind", given.kind, KINDS))
+            raise ConfigError(unknown_name("tracking.kind", str(given.kind), KINDS))
         uri, artifacts = given.uri, given.artifact_location
         if given.kind == "mlflow_server":
             uri = uri or os.environ.get("MLFLOW_TRACKING_URI")

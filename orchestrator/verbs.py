@@ -15,13 +15,14 @@ from rich.console import Console
 
 from orchestrator.errors import ConfigError, StoreError, unknown_name
 from orchestrator.grid import compose_grid
+from orchestrator.hydra_bridge import as_text, override_text
 from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.run import open_projection, project, remember_durations, renew_report, run_grid, show, sync_lines, try_report
 from orchestrator.stage import Status
-from orchestrator.store import Store
+from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
 from orchestrator.tracked_runs import spec_of
 
@@ -64,9 +65,16 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
     elsewhere = compose_grid(overrides, multirun=False).settings if overrides else None
     keys = [find_sweep(store, sweep)] if sweep else list(reversed(store.sweep_keys()))
     failed = False
-    with Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
+    with full_disk_told(store.root), Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
         for key in keys:
-            result = load_sweep(store, key)
+            try:
+                result = load_sweep(store, key)
+            except StoreError as e:
+                if sweep:
+                    raise
+                console.print(f"{key[:8]} left out: {e}", highlight=False, markup=False, soft_wrap=True)
+                failed = True
+                continue
             try_report(store, result, console)
             remember_durations(ledger, result)
             settings = elsewhere or result.config["settings"]
@@ -83,8 +91,8 @@ def resume(root: Path, sweep: str | None, console: Console) -> int:
     key = find_sweep(store, sweep)
     settings = load_sweep(store, key).config["settings"]
     # Where these come from the environment, they may have changed since.
-    folders = [f"{n}='{settings[n]}'" for n in ("models_dir", "data_dir", "toolkits_dir") if settings.get(n)]
-    command = last_command(store, key).with_overrides([*folders, f"store='{store.root}'"])
+    folders = {n: settings[n] for n in ("models_dir", "data_dir", "toolkits_dir") if settings.get(n)} | {"store": str(store.root)}
+    command = last_command(store, key).with_overrides([f"{n}={override_text(as_text(str(v)))}" for n, v in folders.items()])
     with _inside(Path(command.folder)):
         run = run_grid(command.compose(), command, console, expected=key)
     show(run, console)

@@ -46,14 +46,15 @@ class Generation:
     tokens: Tensor
     """`[B, steps]`, what went in after the prompt."""
     logits: Tensor
-    """float32 `[B, steps + 1, V]`: after the prompt, and after each step."""
+    """float32 `[B, steps + 1, V]`: after the prompt, and after each step; `[B, 1, V]`, after the last one, where only that is kept."""
     seconds: list[float]
     """Of the prompt, and of each step."""
 
 
 @torch.inference_mode()
-def generate(decoder: Decoder, prompt: Tensor, steps: int, given: Tensor | None = None) -> Generation:
-    """The most likely tokens after the prompt `[B, P]`, or `given` `[B, steps]`, one at a time."""
+def generate(decoder: Decoder, prompt: Tensor, steps: int, given: Tensor | None = None, *, last_only: bool = False) -> Generation:
+    """The most likely tokens after the prompt `[B, P]`, or `given` `[B, steps]`, one at a time. last_only: of the logits only the last
+    are kept, so that memory is the model's and not that of a comparison."""
     tokens: list[Tensor] = []
     logits: list[Tensor] = []
     seconds: list[float] = []
@@ -61,7 +62,7 @@ def generate(decoder: Decoder, prompt: Tensor, steps: int, given: Tensor | None 
     for step in range(steps + 1):
         out, took = timed(lambda: run(x), prompt.device)  # noqa: B023
         seconds.append(took)
-        logits.append(out.to(torch.float32, copy=True))
+        logits[:] = [*([] if last_only else logits), out.to(torch.float32, copy=True)]
         if step < steps:
             x, run = logits[-1].argmax(-1, keepdim=True) if given is None else given[:, step : step + 1], decoder.step
             tokens.append(x)

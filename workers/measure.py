@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     """Write times.json into `payload`; return the figures: seconds per pass and tokens per second over all sequences, bytes, joules of a
     generation and of a decoded token (its share of the prompt included), None where the device does not count them.
 
-    Raises InputError (another device than the spec's, a backend that does not take the weights, no cache), NumericalError where the
-    packed model departs from the simulated one.
+    Raises InputError (another device than the spec's, a backend that does not take the weights, no cache, weights above
+    `hints.memory_bytes`: streamed, the time would be the disk's), NumericalError where the packed model departs from the simulated one.
     """
     _check_device(spec, context)
     artifact, steps = inputs.get("quantize"), spec.workload.tokens
+    whole = replace(context, hints=replace(context.hints, streamed=False))
     with _threads(spec.workload.threads), ExitStack() as stack:
         packed, expected, noise = None, None, 0.0
-        model = residency.unquantized(context, spec.model) if artifact is None else residency.variant(context, spec.model, artifact)
+        if artifact is None:
+            residency.drop_variants()  # or their memory would count as the unquantized model's
+            model = _resident(residency.unquantized(whole, spec.model), context)
+        else:
+            model = residency.variant(context, spec.model, artifact)
         prompt = _prompt(model, spec.workload, context.device)
         if artifact is not None or spec.kv is not None:
             expected, noise = _simulated(spec, model, artifact, prompt, context, residency)
@@ -67,7 +73,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             del model
             residency.clear()  # or its memory would count as the packed model's
             with context.phase("rebuild"):
-                model = residency.builder.rebuild(context, spec.model, artifact).eval()
+                model = _resident(residency.builder.rebuild(whole, spec.model, artifact).eval(), context)
                 packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
         caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload, context.device)
         if caches is not None:
@@ -76,11 +82,12 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         found = generate(decoder, prompt, steps, None if expected is None else expected.tokens)
         error = None if expected is None else _check(found.logits, expected.logits, spec.model.dtype, noise)
         decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise), context)
+        del found, expected  # or the logits of checking would count as the model's memory
         if context.device.type == "cuda":
             torch.cuda.empty_cache()  # what checking left would count as reserved
         peak, meter = PeakMemory(context.device, context.kept), EnergyMeter(context.device)
         with context.phase("time"):
-            runs = _repeat(lambda: generate(decoder, prompt, steps).seconds, meter)
+            runs = _repeat(lambda: generate(decoder, prompt, steps, last_only=True).seconds, meter)
         clocks, device = clocks_mhz(str(context.device)), environment(str(context.device))
     (payload / TIMES).write_text(json.dumps({"prefill": [r[0] for r in runs], "decode": [r[1:] for r in runs]}))
     if packed is not None:
@@ -102,6 +109,15 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         "threads": device["threads"],
         "clocks_mhz": clocks,
     }
+
+
+def _resident(model: nn.Module, context: Context) -> nn.Module:
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(
+            f"the weights do not fit hints.memory_bytes={context.hints.memory_bytes}, and a model that is streamed is not measured: its "
+            "time would be the disk's; raise hints.memory_bytes, or set measure=false"
+        )
+    return model
 
 
 def _simulated(

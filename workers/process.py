@@ -8,7 +8,7 @@ import os
 import random
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,20 @@ def pick_device(hints: Hints) -> torch.device:
     if hints.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"hints.device={hints.device}, but torch sees no CUDA device here; use cpu or auto")
     try:
-        return torch.device(hints.device)
+        device = torch.device(hints.device)
     except RuntimeError as e:
         raise InputError(f"hints.device={hints.device!r} is no device; use auto, cpu, cuda or cuda:N") from e
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{i}" for i in range(torch.cuda.device_count()))
+        raise InputError(f"hints.device={hints.device}, but torch sees {there} here; use one of these, or auto")
+    return device
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A GPU as this thread's own: Triton launches on that one, whatever its tensors are on, and events are recorded there."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager

@@ -320,7 +320,7 @@ def _check_coverage(
 
 def _untouched_bytes(model: BlockModel, operations: list[Operation]) -> int:
     """Bytes of the checkpoint's tensors that no operation replaces, as stored; experts count by their share."""
-    gone = 0.0
+    replaced: dict[str, float] = {}
     for op in operations:
         if op["op"] not in ("replace_linear", "set_norm", "dense"):
             continue
@@ -334,8 +334,13 @@ def _untouched_bytes(model: BlockModel, operations: list[Operation]) -> int:
             tensor = name.removesuffix(".weight").rpartition(".")[0]
             if not sources and tensor in model.sources:  # one expert of a 3-D tensor
                 sources, share = model.sources[tensor], 1.0 / model.model.get_parameter(tensor).shape[0]
-            gone += share * sum(model.checkpoint.tensors[s].bytes for s in sources)
-    return model.checkpoint.bytes - round(gone)
+            for source in sources:
+                replaced[source] = replaced.get(source, 0.0) + share
+    left: dict[tuple[Path, str], float] = {}  # in pickled weights two names may share a tensor, of which the larger part is left
+    for name, entry in model.checkpoint.tensors.items():
+        part = entry.bytes * (1 - replaced.get(name, 0.0))
+        left[entry.file, entry.name] = max(part, left.get((entry.file, entry.name), 0.0))
+    return round(sum(left.values()))
 
 
 def _note_left_alone(context: Context, left_alone: Mapping[tuple[str, str, str], int]) -> None:

@@ -58,6 +58,7 @@ def _apply(worker: BlockQuantizer, rule: ScaleRule, transform: InputTransform, s
     if activation is not None and not activation.dynamic:
         activation = replace(activation, dynamic=True)
     group = worker.forward.input_group(rule, following, worker.statistics_of(rule.input), worker.path(""))
+    group = replace(group, schemes=worker.schemes(rule))
     with translated(group.name):
         found = transform.reassemble(group, scheme, activation)
     if found.details:

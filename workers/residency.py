@@ -86,6 +86,10 @@ class Residency:
 
     def _drop_models(self) -> None:
         self._model = None
+        self.drop_variants()
+
+    def drop_variants(self) -> None:
+        """Let go of quantized models."""
         self._variants.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -256,7 +256,11 @@ class BlockQuantizer:
 
     def _group(self, rule: ScaleRule) -> ScaleGroup:
         group = self.forward.group(rule, self._of(rule.input), f"{self.structure.blocks}.{self.index}.")
-        return replace(group, activation=self.activation)
+        return replace(group, activation=self.activation, schemes=self.schemes(rule))
+
+    def schemes(self, rule: ScaleRule) -> dict[str, WeightScheme]:
+        """Of a group's consumers (full names) that a rule names."""
+        return {self.path(n): self.methods[n].scheme for n in rule.consumers if n in self.methods}
 
     def _scale_of(self, rule: ScaleRule, position: int) -> Tensor | None:
         wanted = self._wanted(rule, position)

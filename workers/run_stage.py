@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from workers.artifact import PAYLOAD
 from workers.failures import failure
-from workers.process import fixed_state, formatted, logged, pick_device, tail
+from workers.process import current, fixed_state, formatted, logged, pick_device, tail
 from workers.request import ErrorClass, Outcome, Request, StageRequest
 from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, MeasureSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
 
@@ -165,7 +165,8 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
 
         # What measure times is in its spec.
         backend = "auto" if group[0].kind == StageKind.MEASURE.value else request.hints.backend
-        with fixed_state(group[0].key, request.hints), preferring(backend, "hints.backend"), recorded() as kernels:
+        state = fixed_state(group[0].key, request.hints)
+        with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels:
             summaries = _dispatch(group, context, runners)
     except Exception as e:
         log.error("failed\n%s", formatted(e))

@@ -7,6 +7,7 @@ candidate. Only the blocks from l's on are run again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from workers.artifact import payload_path
 from workers.blocks import linear_view
 from workers.calibrate import calibration_tokens
 from workers.context import Context
-from workers.errors import InputError
+from workers.errors import InputError, NumericalError
 from workers.memory import PeakMemory
 from workers.recipe import Recipe
 from workers.specs import AutoBits, PrepareSpec, QuantizeSpec, Rule
@@ -113,11 +114,18 @@ class _Walk:
 def with_chosen_bits(spec: QuantizeSpec, auto: AutoBits, artifact: Path) -> tuple[QuantizeSpec, dict[str, Any]]:
     """The spec with one rule per linear, of the widths that lose least within the budget; and what was chosen, for the record.
 
-    Raises InputError where the budget is below the smallest widths."""
+    Raises InputError where the budget is below the smallest widths, NumericalError where a loss is not finite."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for row in pq.read_table(payload_path(artifact, TABLE)).to_pylist():
         table.setdefault(row["module"], {})[row["candidate"]] = row
     names = [auto.role(i) for i in range(len(auto.candidates))]
+    for module, rows in table.items():
+        for name, candidate in zip(names, auto.candidates, strict=True):
+            if not math.isfinite(rows[name]["loss"]):
+                raise NumericalError(
+                    f"{module} alone at {candidate.bits} bits makes the model's predictions not finite (loss {rows[name]['loss']}); leave "
+                    f"{candidate.bits} out of scheme.auto.bits, or use model.dtype=bfloat16 or float32"
+                )
     weights = sum(rows[names[0]]["weights"] for rows in table.values())
     losses = [[rows[n]["loss"] for n in names] for rows in table.values()]
     sizes = [[rows[n]["bytes"] for n in names] for rows in table.values()]

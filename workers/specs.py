@@ -70,7 +70,7 @@ class CalibrationSpec:
     seed: int = 0
     sampling: str = "windows"
     """windows: random windows of the joined text (GPTQ); documents: a random window of a random long enough document;
-    sequential: consecutive windows from the start."""
+    sequential: consecutive windows from the start, whatever the seed."""
 
 
 @dataclass(frozen=True)

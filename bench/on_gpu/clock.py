@@ -14,6 +14,8 @@ from torch.nn.functional import linear
 
 COLD, REPLAYS = 512e6, 20
 """Bytes that are read before an input's turn comes again; replays."""
+MOST = 0.75
+"""Share of a call's time from which on what would take it alone is said to limit the call."""
 
 
 @dataclass
@@ -94,6 +96,15 @@ class Row:
     details: dict[str, Any] = field(default_factory=dict)
     """Of a run of many parts, for a file of results."""
 
+    @property
+    def right(self) -> bool:
+        """False for an error that is NaN, too."""
+        return self.error <= self.allowed
+
+    def missed_by(self, ceilings: Ceilings) -> float | None:
+        """None where there is no goal, nothing to judge it by, or the result is wrong."""
+        return None if self.goal is None or not self.right else self.goal.missed_by(self, ceilings)
+
     def least(self, ceilings: Ceilings) -> dict[str, float]:
         """What may limit it ▸ the share of its time that this would take alone at the device's own speed."""
         if self.ours_us is None:
@@ -109,7 +120,7 @@ class Row:
         return {name: us / self.ours_us for name, us in (found | self.more).items()}
 
     def line(self, ceilings: Ceilings) -> str:
-        said = f"{self.name}: error {self.error:.1e} (allowed {self.allowed:.1e})"
+        said = f"{self.name}: error {self.error:.1e} (allowed {self.allowed:.1e})" + ("" if self.right else "  WRONG")
         if self.ours_us is None:
             return said
         said += f", {shown(self.ours_us)}"
@@ -120,7 +131,9 @@ class Row:
         return said + ("" if self.goal is None else f"; goal {self.goal}: {self._judged(self.goal, ceilings)}")
 
     def _judged(self, goal: Goal, ceilings: Ceilings) -> str:
-        missed = goal.missed_by(self, ceilings)
+        if not self.right:
+            return "not judged, the result is wrong"
+        missed = self.missed_by(ceilings)
         absent = [name for name in goal.over if name not in self.peers_us]
         without = f" ({', '.join(absent)} not measured)" if absent else ""
         if missed is None:
@@ -130,15 +143,15 @@ class Row:
         least = self.least(ceilings)
         shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in least.items())
         name = max(least, key=lambda n: least[n], default="")
-        # Where no limit of the device takes half of the time, something else does: instructions, waiting, an uneven last wave.
-        why = f"{name} limit it" if name and least[name] >= 0.5 else "latency or instructions, none of these, limit it"
-        return f"missed by {100 * missed:.0f} %{without}; {why if least else 'no limits were measured'}" + (
+        # Where no limit of the device takes most of the time, something else does: instructions, waiting, an uneven last wave.
+        why = f"{name} limit it" if name and least[name] >= MOST else "latency or instructions, none of these, limit it"
+        return f"missed by {100 * missed:.{0 if missed >= 0.1 else 1}f} %{without}; {why if least else 'no limits were measured'}" + (
             f" (of its time need {shares})" if shares else ""
         )
 
     def told(self, ceilings: Ceilings) -> dict[str, Any]:
         """For a file of results."""
-        missed = None if self.goal is None else self.goal.missed_by(self, ceilings)
+        missed = self.missed_by(ceilings)
         return {
             "name": self.name,
             "error": self.error,
@@ -153,11 +166,13 @@ class Row:
 
 
 class Bench:
-    """dry: small shapes on the CPU, nothing timed. alone: without other packages."""
+    """dry: small shapes on the CPU, nothing timed. alone: without other packages. Raises RuntimeError where a dry one alone can run."""
 
     def __init__(self, dry: bool, alone: bool = False) -> None:
         # As stages have it: cuBLAS reads it when its first handle is made, which may be long before a stage runs.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if not dry and not torch.cuda.is_available():
+            raise RuntimeError("there is no CUDA device; `TRITON_INTERPRET=1 python -m bench.gpu --dry` checks the kernels without one")
         self.dry, self.alone = dry, alone or dry
         self.device = torch.device("cpu" if dry else "cuda")
         self.backend = "triton"
@@ -212,6 +227,16 @@ class Bench:
 def shown(us: float) -> str:
     """With a unit in which it is short."""
     return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us:.1f} us"
+
+
+def spread(n: int) -> slice:
+    """At most some 200 of n rows to compare, from everywhere, so that no large tile is without one."""
+    return slice(None, None, max(1, n // 128))
+
+
+def worst(*errors: float) -> float:
+    """The largest; NaN where one is, which nothing allows and `max` may leave out."""
+    return max(errors, key=lambda error: (error != error, error))
 
 
 def known(**times: float | None) -> dict[str, float]:

@@ -48,7 +48,7 @@ class Site:
 
 
 def further(b: Bench) -> Iterator[Row]:
-    """As many blocks of a model with 7e9 weights as fit; times are scaled to all where they do not."""
+    """As many blocks of a 7B-shaped model as fit; times are scaled to all where they do not."""
     hidden, inner = b.size(4096, 32), b.size(11008, 64)
     groups = (128, 128, 64) if not b.dry else (16, 16, 8)
     schemes = [WeightScheme(bits, granularity=Granularity.GROUP, group_size=g) for bits, g in zip((4, 3, 2), groups, strict=True)]

@@ -13,7 +13,7 @@ from quant.kernels import kernel
 
 
 def rounding(b: Bench) -> Iterator[Row]:
-    """Linears of 32 decoder blocks with 7e9 weights in all, one launch each; two blocks in turn, which no cache holds."""
+    """Linears of 32 decoder blocks with 6.5e9 weights in all, one launch each; two blocks in turn, which no cache holds."""
     run, plain = (kernel("rtn_pack", name, b.device).run.rtn_pack for name in (b.backend, "reference"))
     shapes = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] if not b.dry else [(3, 256)]
     blocks = [[b.random(*shape, dtype=torch.bfloat16) / 50 for shape in shapes] for _ in range(b.size(2, 1))]

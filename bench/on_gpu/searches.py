@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.on_gpu.clock import Bench, Goal, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, known, worst
 from quant.kernels import kernel
 from quant.kernels.braq_block import Binarized
 from quant.kernels.braq_block import Wanted as BlockWanted
@@ -39,7 +39,7 @@ def searches(b: Bench) -> Iterator[Row]:
         w = b.random(x.shape[1]).double().exp() if weighed else None
         fitted = run.kmeans(x, 16, start, w)
         # By what sums of squares are larger than those of the other twin, of some columns.
-        some = slice(0, 8)
+        some = slice(None, None, max(1, len(x) // 8))
         errors = [_squares(x[some], c, w) for c in (fitted[some], twin.kmeans(x[some], 16, start, w))]
         took = b.time(lambda i: run.kmeans(x, 16, start, w))  # noqa: B023
         peers = dict(
@@ -72,7 +72,7 @@ def searches(b: Bench) -> Iterator[Row]:
         squares = float(x.double().square().sum())
         left = [r.order_two_errors(x, counts) for r in (search, plain)]
         split = [r.split_errors(x, thresholds) for r in (search, plain)]
-        error = max(float((a - c).abs().max()) / squares for a, c in (left, split))
+        error = worst(*(float((a - c).abs().max()) / squares for a, c in (left, split)))
         counted, parted = b.time(lambda i: search.order_two_errors(x, counts)), b.time(lambda i: search.split_errors(x, thresholds))  # noqa: B023
         whole = b.time(lambda i: masks(x, counts)) if not b.dry else None  # noqa: B023
         peers = dict(

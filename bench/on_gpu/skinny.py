@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 
 from bench.copies import copied
 from bench.on_gpu import peers as other_packages
-from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
+from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known, spread, worst
 from bench.on_gpu.weights import GROUP, affine
 from quant.kernels import kernel
 from quant.kernels.products import rows_alone, with_many_rows
@@ -45,7 +45,7 @@ def products(b: Bench, rows: tuple[int, ...] = ROWS, bits: tuple[int, ...] = (2,
 
 
 def skinny(b: Bench) -> Iterator[Row]:
-    run, gemv = kernel("wq_gemm", b.backend, b.device).run, kernel("wq_gemv", b.backend, b.device).run
+    run = kernel("wq_gemm", b.backend, b.device).run
     alone = kernel("wq_gemv", b.backend if b.dry else "auto", b.device)
     dense: Tensor | None = None
     for bits, m, n, k in products(b):
@@ -64,12 +64,11 @@ def skinny(b: Bench) -> Iterator[Row]:
         beside, own, ours = {}, alone.run.prepare(tensor), f"wq_gemm {n} x {k}, {bits} bits, M={m}"
         if m <= rows_alone(alone.run, own, x.dtype):
             beside, ours = known(wq_gemm=took), f"wq_gemv {n} x {k}, {bits} bits, M={m}, {alone.backend}, in place of wq_gemm"
-            error = max(error, float((alone.run.wq_gemv(x, own).double() - want).norm() / want.norm()))
+            error = worst(error, float((alone.run.wq_gemv(x, own).double() - want).norm() / want.norm()))
             several, packed = [own, *(copied(own) for _ in range(b.size(int(COLD / own.bytes), 0)))], own
             took = b.time(lambda i: alone.run.wq_gemv(x, several[i]), len(several))  # noqa: B023
         del want, peer
-        others = gemv.prepare(tensor)
-        peers = known(bfloat16=beside_dense(b, x, dense), made=b.time(lambda i: with_many_rows(x, others, gemv)))  # noqa: B023
+        peers = known(bfloat16=beside_dense(b, x, dense), made=b.time(lambda i: with_many_rows(x, own, alone.run)))  # noqa: B023
         peers |= beside | other_packages.times(b, "products", n, k, m, bits)
         goal, work = GOALS.get(m) if bits == 4 else None, {"bfloat16": 2.0 * m * n * k}
         yield Row(ours, error, allowed, took, peers, packed.bytes, goal, work)
@@ -82,9 +81,10 @@ def prompts(b: Bench) -> Iterator[Row]:
     packed, weight = run.prepare(tensor), tensor.dequantize()
     for m, speed in ((64, 0.0), (256, 0.5), (512, 0.65), (1024, 0.75), (2304, 0.9)) if not b.dry else ((40, 0.0),):
         x = b.random(m, k, dtype=torch.float16 if b.dry else torch.bfloat16)
-        want = x[:64].double() @ weight.double().T
-        allowed = float((2 * (linear(x[:64].float(), weight).double() - want).norm() + 2.0**-7 * want.norm()) / want.norm())
-        error = float((with_many_rows(x, packed, run)[:64].double() - want).norm() / want.norm())
+        some = spread(m)
+        want = x[some].double() @ weight.double().T
+        allowed = float((2 * (linear(x[some].float(), weight).double() - want).norm() + 2.0**-7 * want.norm()) / want.norm())
+        error = float((with_many_rows(x, packed, run)[some].double() - want).norm() / want.norm())
         took = b.time(lambda i: with_many_rows(x, packed, run))  # noqa: B023
         peers = known(bfloat16=b.time(lambda i: linear(x, dense.to(x.dtype))), weight_alone=b.time(lambda i: run.values(packed, x.dtype)))  # noqa: B023
         goal, work = Goal(speed, "speed", ("bfloat16",)) if speed else None, {"bfloat16": 2.0 * m * n * k}

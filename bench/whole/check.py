@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bench.on_gpu.clock import worst
 from bench.whole.stages import Made, text_of
 from quant.methods import rounding
 from quant.methods.base import Linear
@@ -65,10 +66,12 @@ class Yardstick:
         self._size = self._form(self.weight)
         method = rounding("rtn", {})
         self.rtn: float | None = None
-        if method.supports.refuses("rtn", scheme, "llama") is None:
+        """Of round to nearest in the same format, of one bit signs times the mean size of their row; None where it has none of that."""
+        if scheme.bits == 1:
+            self.rtn = self.error(self.weight.sign() * self.weight.abs().mean(1, keepdim=True))
+        elif method.supports.refuses("rtn", scheme, "llama") is None:
             nearest = method.quantize(self.weight.float(), Statistics(), scheme, Linear(QUERY, 0)).tensor.dequantize()
             self.rtn = self.error(nearest)
-            """Of round to nearest in the same format; None where it has none of that."""
 
     def _form(self, e: Tensor) -> float:
         return float(((e @ self._hessian) * e).sum())
@@ -97,19 +100,20 @@ def check(made: Made, model: Path, spec: QuantizeSpec, yardstick: Yardstick | No
     """yardstick: None where the method reads no text."""
     recipe = Recipe(made.folder)
     rows: dict[str, dict[str, Any]] = {r["module"]: r for r in pq.read_table(made.folder / "payload" / "layers.parquet").to_pylist()}
-    worst, ours = 0.0, None
+    found: list[float] = []
+    ours: float | None = None
     for op in recipe.replaced():
         if not op["module"].startswith(LAYER):
             continue
         row, stored = rows[op["module"]], recipe.stored(op, device).dequantize().double()
         weight = weight_of(model, op["module"], device)
-        worst = max(worst, _apart(row["weight_error"], float((stored - weight).norm() / weight.norm())))
+        found.append(_apart(row["weight_error"], float((stored - weight).norm() / weight.norm())))
         if op["module"] == QUERY and yardstick is not None:
             ours = yardstick.error(stored)
-            worst = max(worst, _apart(row["output_error"], ours))
-            if yardstick.rtn is not None and ours >= yardstick.rtn:
-                worst = math.inf
-    return Checked(worst, ours, None if yardstick is None else yardstick.rtn)
+            found.append(_apart(row["output_error"], ours))
+            if yardstick.rtn is not None and not ours < yardstick.rtn:
+                found.append(math.inf)
+    return Checked(worst(*found) if found else math.inf, ours, None if yardstick is None else yardstick.rtn)
 
 
 def _apart(recorded: float, computed: float) -> float:

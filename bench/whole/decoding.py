@@ -49,8 +49,10 @@ def decoded(root: Path, b: Bench, hints: Hints) -> Iterator[Row]:
         for note in together(made.record["notes"]):
             print(f"  note: {note}", flush=True)
         shutil.rmtree(made.folder)
+        # What the unquantized model says is what the others are compared with.
+        error = found["check_error"] if inputs else 0.0
         return Row(
-            f"decoding a token, {name}, {layers} layers, {work.shape}-shaped, {said}", found["check_error"] or 0.0, TOLERANCE[model.dtype],
+            f"decoding a token, {name}, {layers} layers, {work.shape}-shaped, {said}", error, TOLERANCE[model.dtype],
             None if b.dry else took, {"bfloat16": plain[load]} if inputs and not b.dry else {}, found["weights_bytes"], details=found,
         )  # fmt: skip
 

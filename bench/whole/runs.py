@@ -19,7 +19,8 @@ from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
 from bench.whole.peers import beside, sampled_kmeans
 from bench.whole.shapes import SHAPES, Shape, make_model
 from bench.whole.stages import Made, quantize, spec_of
-from bench.whole.streamed import STREAMED
+from bench.whole.streamed import STREAMED, bytes_from_disk, forget
+from workers.artifact import flush
 from workers.request import Hints
 from workers.rounding import make_methods
 from workers.run_stage import RUNNERS
@@ -83,7 +84,7 @@ def measured(work: Work, root: Path, b: Bench, hints: Hints) -> Row:
     first = quantize(spec, small, root, hints)
     checked = check(first, small, spec, yardstick, b.device)
     print(f"{work.method}, {work.shape}, {few} layers: {first.seconds:.2f} s the first time; {checked}", flush=True)
-    if checked.error > ALLOWED:
+    if not checked.error <= ALLOWED:
         return Row(_name(work, layers), checked.error, ALLOWED)
     if cuda:
         longest = b.longest or (LONGEST if work.streamed else math.inf)
@@ -98,14 +99,21 @@ def measured(work: Work, root: Path, b: Bench, hints: Hints) -> Row:
     del yardstick
     if b.dry and layers == few and not work.streamed:
         made = first  # nothing is timed
+        read = None
     else:
         model = model_in(root, work, layers, b.device.type, one=work.streamed)
+        shards = list(model.glob("*.safetensors"))
+        for shard in shards:  # just written, or read by a run before: weights are to come from the disk
+            flush(shard)
+            forget(shard)
+        before = bytes_from_disk()
         made = quantize(spec, model, root, hints, STREAMED if work.streamed else RUNNERS)
+        read = None if before is None else ((bytes_from_disk() or 0) - before) / sum(s.stat().st_size for s in shards)
     streamed = made.record["summary"].get("streamed")
     return Row(
         _name(work, layers), checked.error, ALLOWED, None if b.dry else 1e6 * seconds_of(made), peers,
         goal=work.goal if layers == shape.layers else None, work={"bfloat16": operations(shape, layers, work)}, launches=0,
-        more=_more(shape, layers, b, streamed), details=told(work, layers, made),
+        more=_more(shape, layers, b, streamed), details=told(work, layers, made, read),
     )  # fmt: skip
 
 
@@ -153,7 +161,8 @@ def _more(shape: Shape, layers: int, b: Bench, streamed: dict[str, Any] | None) 
     return found
 
 
-def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
+def told(work: Work, layers: int, made: Made, read: float | None) -> dict[str, Any]:
+    """read: bytes that came from the disk, over those of the model's files; None where that is not known."""
     shape, record, summary = SHAPES[work.shape], made.record, made.record["summary"]
     streamed = summary.get("streamed")
     size = sum(f["bytes"] for f in record["files"].values()) + (streamed["written_bytes"] if streamed else 0)
@@ -164,6 +173,8 @@ def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
     print(f"  peak {summary['peak_memory_bytes'] / GB:.1f} GB, {summary['bits_stored']:.3f} bits stored, kernels {record['kernels']}")
     if streamed:
         print(f"  {_streamed(streamed)}")
+    else:
+        print(f"  {'an unknown share' if read is None else f'{100 * read:.0f} %'} of the model came from the disk")
     if work.published:
         print(f"  published: {work.published}")
     if layers != shape.layers:
@@ -176,7 +187,7 @@ def told(work: Work, layers: int, made: Made) -> dict[str, Any]:
         "of": shape.layers, "samples": work.samples, "length": work.length, "propagation": work.propagation, "damp": work.damp,
         "stage_s": made.stage_s, "commit_s": made.commit_s, "seconds": record["seconds"], "bytes": size,
         "bits_stored": summary["bits_stored"], "peak_memory_bytes": summary["peak_memory_bytes"], "kernels": record["kernels"],
-        "environment": record["environment"], "notes": notes, **({"streamed": streamed} if streamed else {}),
+        "environment": record["environment"], "notes": notes, **({"streamed": streamed} if streamed else {"from_disk": read}),
     }  # fmt: skip
 
 

@@ -102,7 +102,8 @@ cudaError_t tell_clusters(int64_t found, void (*kernel)(Problem), int threads) {
 template <typename Problem>
 cudaError_t launch_clusters(void (*kernel)(Problem), const Problem& a, const Device& on, int64_t wide, int64_t high, int threads,
                             int64_t shared, cudaStream_t stream) {
-    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    // All that the device has, the same in every call: threads of the host do not take it from each other.
+    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared);
     if (failed != cudaSuccess) return failed;
     const Start start(on, wide, high, threads, shared, stream);
     return cudaLaunchKernelEx(&start.config, kernel, a);

@@ -1,9 +1,10 @@
 // One row of x of bfloat16 by blocks of which each multiprocessor has one: what a warp does, but for how steps are multiplied (wq_floats.h,
 // wq_whole.h).
 //
-// A block has half of a multiprocessor's shared memory (but for the longest rows of 2 bits: wq_whole.h); the other half is the next product's, whose block fetches its first codes while this
-// one is multiplied. So each multiprocessor has its share of both. A block has two teams of eight warps, which divide the steps of a tile as
-// everywhere; a team's tiles follow one another without a gap in the rings of its warps. x is in shared memory once for all of them.
+// A block has half of a multiprocessor's shared memory (but for the longest rows of 2 bits: wq_whole.h); the other half is the next
+// product's, whose block fetches its first codes while this one is multiplied. So each multiprocessor has its share of both. A block has two
+// teams of eight warps, which divide the steps of a tile as everywhere; a team's tiles follow one another without a gap in the rings of its
+// warps. x is in shared memory once for all of them.
 
 #pragma once
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels import claq_block, kernel
+from quant.kernels import checks, claq_block, kernel
 from quant.kernels.operators import define
 
 
@@ -33,6 +33,7 @@ def _claq_block(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     ends = None if tails is None else list(zip(tails[::2], tails[1::2], strict=True))
     given = block.clone(memory_format=torch.contiguous_format)
+    centres = None if centres is None else centres.contiguous()
     out, run = claq_block.SolvedBlock.like(given), kernel("claq_block", device=block.device).run
     found: claq_block.Found = run.solve_block(given, upper, claq_block.Wanted(widths, ends, dtype, start, centres), out)
     kept = block.new_empty(0, dtype=torch.bool) if found.kept is None else found.kept
@@ -51,9 +52,12 @@ def _claq_block_shapes(
 
 
 define(
-    'kmeans_columns(Tensor columns, int k, str start="partition", Tensor? weights=None) -> Tensor', _kmeans_columns, _kmeans_columns_shape
+    'kmeans_columns(Tensor columns, int k, str start="partition", Tensor? weights=None) -> Tensor',
+    _kmeans_columns,
+    _kmeans_columns_shape,
+    checks.kmeans_columns,
 )
-define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_centre, _nearest_centre_shape)
+define("nearest_centre(Tensor columns, Tensor centres) -> Tensor", _nearest_centre, _nearest_centre_shape, checks.nearest_centre)
 # tails: of each column how many weights are kept at the top, then at the bottom. The last of what is made says which of
 # `claq_block.REASONS` hold, on a GPU; on a CPU these raise.
 define(
@@ -62,4 +66,5 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _claq_block,
     _claq_block_shapes,
+    checks.claq_block,
 )

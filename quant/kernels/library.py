@@ -17,6 +17,7 @@ from quant.grids import GRIDS
 from quant.kernels import (
     binary_gemv,
     braq_search,
+    checks,
     codebook_operators,
     hqq_pack,
     int8_linear,
@@ -30,6 +31,7 @@ from quant.kernels import (
 )
 from quant.kernels.gptq_block import Fit, Fits
 from quant.kernels.kv_attention.per_token import PerTokenPacked
+from quant.kernels.operands import operands
 from quant.kernels.operators import LIBRARY, define
 
 __all__ = ["LIBRARY", "codebook_operators", "operands"]
@@ -274,115 +276,102 @@ def _kv_attention_shape(q: Tensor, *given: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-define("wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor", _wq_gemv, _wq_gemv_shape)
+define(
+    "wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
+    _wq_gemv,
+    _wq_gemv_shape,
+    checks.wq_gemv,
+    whole=True,
+)
 define(
     "wq_gemm(Tensor x, Tensor low, Tensor? high, Tensor scale, Tensor? zero, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _wq_gemm,
     _wq_gemm_shape,
+    checks.wq_gemm,
+    whole=True,
 )
 define(
     "gptq_block(Tensor block, Tensor upper, Tensor scale, Tensor zero, int[] group, int bits, str zero_kind, Tensor? tops=None)"
     " -> (Tensor, Tensor, Tensor)",
     _gptq_block,
     _gptq_block_shapes,
+    checks.gptq_block,
 )
 define(
     "gptq_block_fitted(Tensor block, Tensor upper, int width, str grid, int bits, bool half=True)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _gptq_block_fitted,
     _gptq_block_fitted_shapes,
+    checks.gptq_block_fitted,
 )
-define("lazy_update_(Tensor(a!) later, Tensor left, Tensor right) -> ()", _lazy_update_, _nothing)
+define("lazy_update_(Tensor(a!) later, Tensor left, Tensor right) -> ()", _lazy_update_, _nothing, checks.lazy_update_)
 define(
     "lut_gemv(Tensor x, Tensor[] words, Tensor[] values, Tensor[] columns, int[] bits, Tensor[] apart, Tensor? input_scale, SymInt rows)"
     " -> Tensor",
     _lut_gemv,
     _lut_gemv_shape,
+    checks.lut_gemv,
+    whole=True,
 )
 define(
     "row_lut_gemv(Tensor x, Tensor words, Tensor tables, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _row_lut_gemv,
     _wq_gemm_shape,
+    checks.row_lut_gemv,
+    whole=True,
 )
 define(
     "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor largest, Tensor? input_scale, SymInt rows, int block)"
     " -> Tensor",
     _binary_gemv,
     _binary_gemv_shape,
+    checks.binary_gemv,
+    whole=True,
 )
-define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing)
-define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape)
+define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing, checks.hessian_syrk_)
+define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape, checks.floats)
 define(
     "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
     " -> (Tensor, Tensor, Tensor)",
     _hadamard_codes,
     _hadamard_codes_shapes,
+    checks.rows,
 )
-define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape)
-define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape)
-define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape)
+define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape, checks.braq_counts)
+define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape, checks.braq_splits)
+define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape, checks.rows)
 define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
     _int8_linear,
     _int8_linear_shape,
+    checks.int8_linear,
+    whole=True,
 )
 define(
     "rtn_pack(Tensor weight, str grid, int bits, SymInt width, ScalarType scale_dtype, bool mse=False, bool error=False)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _rtn_pack,
     _rtn_pack_shapes,
+    checks.rtn_pack,
 )
 define(
     "hqq_pack(Tensor weight, int bits, SymInt width, ScalarType scale_dtype, bool round_zero, int iters=20, float p=0.7, float beta=10.0,"
     " float kappa=1.01) -> (Tensor, Tensor, Tensor, Tensor)",
     _hqq_pack,
     _hqq_pack_shapes,
+    checks.hqq_pack,
 )
-define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape)
-
+define("token_log_probs(Tensor logits, Tensor tokens) -> Tensor", _token_log_probs, _token_log_probs_shape, checks.token_log_probs)
 define(
     "kv_attention(Tensor q, Tensor keys, Tensor key_ranges, Tensor values, Tensor value_ranges, Tensor window_keys, Tensor window_values,"
     " Tensor counts, int key_bits, int value_bits, float? scale=None) -> Tensor",
     _kv_attention,
     _kv_attention_shape,
+    whole=True,
 )
 define(
     "kv_attention_per_token(Tensor q, Tensor keys, Tensor values, Tensor ranges, Tensor counts, int bits, float? scale=None) -> Tensor",
     _kv_attention_per_token,
     _kv_attention_shape,
+    whole=True,
 )
-
-
-Products = (
-    wq_gemv.Packed | wq_gemm.Packed | lut_gemv.Packed | row_lut_gemv.Packed | binary_gemv.Packed | kv_attention.Packed | PerTokenPacked
-)
-
-
-def operands(packed: Products) -> tuple[Any, ...]:
-    """What the operator that is named as its package takes besides x: `torch.ops.bitgrid.wq_gemv(x, *operands(packed))`; of a
-    `PerTokenPacked` it is `kv_attention_per_token`."""
-    if isinstance(packed, PerTokenPacked):
-        return packed.keys, packed.values, packed.ranges, packed.counts, packed.bits
-    if isinstance(packed, kv_attention.Packed):
-        held = (packed.keys, packed.key_ranges, packed.values, packed.value_ranges, packed.window_keys, packed.window_values)
-        return *held, packed.counts, packed.key_bits, packed.value_bits
-    n = packed.shape[0]
-    if isinstance(packed, wq_gemv.Packed):
-        return packed.words, packed.ranges, packed.input_scale, n, packed.bits
-    if isinstance(packed, wq_gemm.Packed):
-        return packed.low, packed.high, packed.scale, packed.zero, packed.input_scale, n, packed.bits
-    if isinstance(packed, row_lut_gemv.Packed):
-        return packed.words, packed.tables, packed.input_scale, n, packed.bits
-    if isinstance(packed, binary_gemv.Packed):
-        return packed.words, packed.tables, packed.salient, packed.largest, packed.input_scale, n, packed.block
-    parts, kept = packed.parts, packed.apart
-    apart = [] if kept is None else [kept.starts, kept.columns, kept.differences]
-    return (
-        [p.words for p in parts],
-        [p.values for p in parts],
-        [p.columns for p in parts],
-        [p.bits for p in parts],
-        apart,
-        packed.input_scale,
-        n,
-    )

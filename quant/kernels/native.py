@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
 import time
@@ -69,11 +70,11 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
     identity = "\n".join((platform.machine(), version, *flags, *_texts(source, set())))
     folder = cache_folder() / "kernels"
     path = folder / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.so"
-    if path.exists():
+    if _whole(path):
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with _turn(path), tempfile.TemporaryDirectory(dir=folder) as scratch:
-        if path.exists():
+        if _whole(path):
             return path
         made = Path(scratch) / path.name
         for more in tries:
@@ -83,6 +84,22 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
                 os.replace(made, path)
                 return path
     raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there to its end, which a machine that stopped may not have written: one whose end is missing ends the process
+    that loads it. ELF of 64 bits, lowest byte first, says where its last table is; of others only an empty file is found out."""
+    try:
+        with path.open("rb") as file:
+            head, size = file.read(64), os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return False
+    if head[:6] != b"\x7fELF\x02\x01":
+        return size > 0
+    if len(head) < 64:
+        return False
+    (tables,), (each, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return int(tables) + int(each) * int(count) <= size
 
 
 @contextmanager
@@ -110,7 +127,7 @@ def _turn(path: Path) -> Iterator[None]:
 def _locked(file: IO[str], path: Path) -> bool:
     """Waits for the lock, or for the library at the path."""
     until = time.monotonic() + LONGEST
-    while not path.exists() and time.monotonic() < until:
+    while not _whole(path) and time.monotonic() < until:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

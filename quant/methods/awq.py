@@ -75,14 +75,15 @@ class Awq:
         salience = group.statistics.absmean.float()
         require_finite("activation absmean", salience)
         require_finite("activation samples", _samples(group))
-        chosen, _ = choose_grid(self.grid, scheme)
-        magnitude = _relative_magnitude(list(consumers.values()), scheme) if self.duo_scaling else None
+        schemes = {name: group.schemes.get(name, scheme) for name in consumers}
+        grids = {name: choose_grid(self.grid, own)[0] for name, own in schemes.items()}
+        magnitude = _relative_magnitude(consumers, schemes) if self.duo_scaling else None
 
         partial_losses = (_linear_losses if group.linear else _module_losses)(group, consumers, self.scale_grid)
         best, least = torch.ones_like(salience), float("inf")
         for i in range(self.scale_grid):
             s = candidate_scale(salience, i / self.scale_grid, magnitude)
-            rounded = {name: round_weight(chosen, w * s, scheme) / s for name, w in consumers.items()}
+            rounded = {name: round_weight(grids[name], w * s, schemes[name]) / s for name, w in consumers.items()}
             loss = 0.0
             for part in partial_losses(rounded):
                 loss += part
@@ -141,11 +142,14 @@ def candidate_scale(salience: Tensor, ratio: float, magnitude: Tensor | None = N
     return s / (s.max() * s.min()).sqrt()
 
 
-def _relative_magnitude(weights: list[Tensor], scheme: WeightScheme) -> Tensor:
+def _relative_magnitude(weights: Mapping[str, Tensor], schemes: Mapping[str, WeightScheme]) -> Tensor:
     """`[K]`: mean over all rows of |w| / max|w| in its group."""
-    stacked = torch.cat(weights)
-    groups = grouped(stacked, scheme).abs()
-    return (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(stacked.shape).mean(0)
+    relative = []
+    for scheme in dict.fromkeys(schemes.values()):
+        stacked = torch.cat([w for name, w in weights.items() if schemes[name] == scheme])
+        groups = grouped(stacked, scheme).abs()
+        relative.append((groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(stacked.shape))
+    return torch.cat(relative).mean(0)
 
 
 PartialLosses = Callable[[Mapping[str, Tensor]], Iterator[float]]

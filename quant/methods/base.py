@@ -134,10 +134,12 @@ class ScaleGroup:
     """The module is the one consumer itself: forward(w, x) = x wᵀ, so that xᵀx says all about a change of w."""
     activation: ActivationScheme | None = None
     """How inputs are quantized at run time: for transforms that declare they read it."""
+    schemes: Mapping[str, WeightScheme] = field(default_factory=dict)
+    """Of consumers whose format is another than that which a transform is called with."""
 
 
 class Transform(Declared, Protocol):
-    """A rewrite of groups of linears before rounding."""
+    """A rewrite of groups of linears before rounding. A search that rounds the consumers looks at `group.schemes`, too."""
 
     for_activations: ClassVar[bool]
     """It only helps quantized activations; without them it runs, flagged as idle."""
@@ -162,6 +164,8 @@ class InputGroup:
     forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     """(weights of the consumers, inputs `[S, T, K]`) ▸ `[S, T, *]`: what the next linear of the block reads (what attention makes of
     queries, keys and values; the product of gate and up), or the output of the one consumer that no function follows."""
+    schemes: Mapping[str, WeightScheme] = field(default_factory=dict)
+    """As of `ScaleGroup`."""
 
 
 @dataclass

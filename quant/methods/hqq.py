@@ -40,7 +40,7 @@ BITS_OF_ROUNDED_ZEROS = 4
 @dataclass(frozen=True)
 class Hqq:
     name: ClassVar[str] = "hqq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False

@@ -12,7 +12,6 @@ Without activation quantization it runs, idle. A Hessian cannot be carried throu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -92,12 +91,14 @@ class OsPlus:
         s: Tensor,
         limits: tuple[Tensor, Tensor],
     ) -> float:
-        chosen, _ = choose_grid(self.grid, scheme)
         # (Q(x/s) s) (Q(W s)/s)ᵀ: a router that reads the input too then needs no scaling.
-        weights: Mapping[str, Tensor] = {n: (round_weight(chosen, w.float() * s, scheme) / s).to(w) for n, w in group.consumers.items()}
+        weights = {n: (self._rounded(w.float() * s, group.schemes.get(n, scheme)) / s).to(w) for n, w in group.consumers.items()}
         fixed = None if activation.dynamic else (float(limits[0].min()), float(limits[1].max()))
         inputs = (fake_quantize_activation(x.float() / s, activation, fixed) * s).to(x.dtype)
         return float((group.forward(weights, inputs).float() - target).square().sum(dtype=torch.float64))
+
+    def _rounded(self, weight: Tensor, scheme: WeightScheme) -> Tensor:
+        return round_weight(choose_grid(self.grid, scheme)[0], weight, scheme)
 
     def rewrite(self, name: str, weight: Tensor, statistics: Statistics, scheme: WeightScheme) -> Tensor | None:
         """Nothing beyond shifting and scaling."""

@@ -130,8 +130,9 @@ class _Search:
         wide = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
         self._weights = {n: w.to(wide) for n, w in weights.items()}
         self._x = samples.to(wide)
-        self._group, self._scheme, self._activation = group, scheme, activation
-        self._grid, _ = choose_grid(method.grid, scheme)
+        self._group, self._activation = group, activation
+        self._schemes = {n: group.schemes.get(n, scheme) for n in weights}
+        self._grids = {n: choose_grid(method.grid, own)[0] for n, own in self._schemes.items()}
         self._target = group.forward(self._weights, self._x)
         self._distance = DISTANCES[method.variant]
         self._apart: Tensor | None = None
@@ -145,7 +146,8 @@ class _Search:
     def loss(self, r: Reassembly | None) -> float:
         """Mean squared difference from the unquantized function; None: of the input as it is."""
         x = self._x if r is None else r.apply(self._x)
-        quantized = {n: round_weight(self._grid, w if r is None else r.weight(w), self._scheme) for n, w in self._weights.items()}
+        weights = self._weights if r is None else {n: r.weight(w) for n, w in self._weights.items()}
+        quantized = {n: round_weight(self._grids[n], w, self._schemes[n]) for n, w in weights.items()}
         out = self._group.forward(quantized, fake_quantize_activation(x, self._activation))
         return float(F.mse_loss(out.double(), self._target.double()))
 

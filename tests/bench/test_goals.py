@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from bench.on_gpu.clock import Ceilings, Goal, Row
+import pytest
+import torch
+
+from bench.on_gpu.clock import Bench, Ceilings, Goal, Row, spread, worst
 
 HERE = Ceilings(read_gbs=4000, copy_gbs=3000, launch_us=2, tflops={"bfloat16": 500})
 
@@ -48,7 +51,41 @@ def test_the_limit_that_takes_most_of_the_time_is_named() -> None:
     goal = Goal(10.0)
     bound = row(goal=goal, work={"bfloat16": 10e9, "float32": 1e9}, launches=3, more={"factorizations": 1.0})
     assert bound.least(HERE) == pytest.approx({"bytes": 0.5, "bfloat16 operations": 0.2, "launches": 0.06, "factorizations": 0.01})
-    assert "bytes limit it (of its time need bytes 50 %, bfloat16 operations 20 %" in bound.line(HERE)
-    assert "none of these, limit it" in row(150.0, goal).line(HERE)
+    assert "none of these, limit it (of its time need bytes 50 %, bfloat16 operations 20 %" in bound.line(HERE)
+    assert "bytes limit it (of its time need bytes 77 %" in row(65.0, goal).line(HERE)
     assert "no limits were measured" in row(goal=goal).line(Ceilings())
     assert "limit" not in row(5.0, goal).line(HERE)
+
+
+def test_a_goal_missed_by_little_is_not_missed_by_nothing() -> None:
+    assert "missed by 0.4 %" in row(goal=Goal(0.502, "read")).line(HERE)
+
+
+@pytest.mark.parametrize("error", [2.0, math.nan])
+def test_a_wrong_result_meets_no_goal(error: float) -> None:
+    made = row(goal=Goal(1e9))
+    made.error, made.allowed = error, 1.0
+    assert not made.right
+    assert "WRONG" in made.line(HERE)
+    assert "not judged, the result is wrong" in made.line(HERE)
+    assert made.told(HERE)["missed_by"] is None
+
+
+def test_an_error_that_is_nan_is_the_worst() -> None:
+    assert worst(1.0, 3.0, 2.0) == 3.0
+    assert worst(3.0) == 3.0
+    for errors in ((math.nan, math.inf), (math.inf, math.nan)):
+        assert math.isnan(worst(*errors))
+
+
+@pytest.mark.parametrize("n", [1, 5, 256, 4096, 11008])
+def test_rows_to_compare_are_from_everywhere(n: int) -> None:
+    rows = range(n)[spread(n)]
+    assert len(rows) <= 256
+    assert {r // 128 for r in rows} == {r // 128 for r in range(n)}
+
+
+def test_without_a_gpu_nothing_is_timed() -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"no CUDA device; .*--dry"):
+            Bench(dry=False)

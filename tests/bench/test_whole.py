@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.on_gpu.clock import Bench
 from bench.whole import torch_loop
 from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
-from bench.whole.runs import Work, fitting, model_in, together
+from bench.whole.runs import Work, fitting, measured, model_in, together
 from bench.whole.shapes import SHAPES, make_model
 from bench.whole.stages import Made, quantize, spec_of
 from bench.whole.streamed import FIRST, STREAMED, bytes_from_disk, read_rate
@@ -80,6 +81,25 @@ def test_a_run_is_checked_against_its_files_and_round_to_nearest(whole: tuple[Pa
     assert right.output_error < yardstick.rtn
     yardstick.rtn = right.output_error
     assert check(made, model, SPEC, yardstick, cpu).error == math.inf
+    yardstick.rtn, yardstick._size = 1.0, math.nan
+    assert math.isnan(check(made, model, SPEC, yardstick, cpu).error), "an error that cannot be told is none that is allowed"
+
+
+@pytest.mark.parametrize("method", ["billm", "claq"])
+def test_formats_of_few_bits_have_something_to_beat(method: str, whole: tuple[Path, Made]) -> None:
+    spec, cpu = spec_of(method, 2, 32, {}), torch.device("cpu")
+    yardstick = Yardstick(tokens_of(spec, whole[0]), whole[0], spec.rules[0].weight, cpu)
+    assert yardstick.rtn is not None
+    assert yardstick.rtn < 0.9 < yardstick.error(torch.zeros_like(yardstick.weight))
+
+
+def test_a_whole_model_is_read_from_the_disk(tmp_path: Path) -> None:
+    files = tmp_path / "models"
+    made = measured(Work("gptq", "tiny", layers=3, samples=2, length=32), files, Bench(dry=True), HINTS)
+    read = made.details["from_disk"]
+    if not read:
+        pytest.skip("the system does not tell what it reads, or these files are on no disk")
+    assert read >= 0.9
 
 
 def test_what_a_run_says_of_damping_is_the_methods() -> None:

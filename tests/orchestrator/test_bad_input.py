@@ -280,6 +280,11 @@ def exit_code(*arguments: str) -> object:
         (["hints.backend=cuda", "hints.device=cpu"], ["hints.backend=cuda", "hints.device=cpu", "hints.backend=auto"]),
         (["hints.backend=cpu", "hints.device=cuda:1"], ["hints.backend=cpu", "hints.device=cuda", "hints.device=cpu"]),
         (["cluster=in_proces"], ["in_proces", "nearest: in_process"]),
+        (["cluster.threads=0"], ["cluster.threads=0", "from 1"]),
+        (["tracking.kind=null"], ["tracking.kind", "None", "mlflow_server"]),
+        (["store=null"], ["store=None", "leave store out"]),
+        (["--config-dir", "nowhere"], ["nowhere", "is not there"]),
+        (["--config-name=nothing"], ["root config 'nothing' is not in"]),
         (["replicate.seed=one"], ["seed", "one"]),
     ],
 )
@@ -287,10 +292,11 @@ def test_what_is_misspelt_or_cannot_be_is_refused_with_what_can(
     arguments: list[str], said: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert exit_code("run", "-m", *overrides(tmp_path / "store", "method=gptq", *arguments)) == 2
-    shown = capfd.readouterr().err
-    assert all(word in shown for word in said), shown
-    assert "Traceback" not in shown
+    for verb in ("run", "plan"):
+        assert exit_code(verb, "-m", *overrides(tmp_path / "store", "method=gptq", *arguments)) == 2
+        shown = capfd.readouterr().err
+        assert all(word in shown for word in said), shown
+        assert "Traceback" not in shown
     assert not committed(tmp_path / "store")
     assert not list((tmp_path / "store").glob("sweeps/*"))
 

@@ -119,6 +119,15 @@ def test_replicates_draw_calibration_anew_but_share_data_free_variants(plan_of) 
     assert kinds(plan) == {"calibrate": 3, "quantize": 4, "evaluate": 5}
 
 
+def test_replicates_share_calibration_that_draws_nothing(plan_of) -> None:
+    """Consecutive windows are the same text for every seed: three runs of them would look like three that agree."""
+    line = ("method=gptq,quarot", "scheme=w4a4_channel", "task=self_perplexity", "replicate=r0,r1,r2", "calibration.sampling=sequential")
+    plan = plan_of(*line)
+    # quarot's signs are drawn from the replicate's seed.
+    assert kinds(plan) == {"calibrate": 1, "quantize": 4, "evaluate": 5}
+    assert plan_of(*line, "calibration.seed=7").stages.keys() == plan.stages.keys()
+
+
 def test_divergence_reads_the_baseline_and_perplexity_does_not(plan_of) -> None:
     plan = plan_of("method=rtn", "scheme=w4a16_g64", "task=self_perplexity,self_divergence")
     baseline = next(v for v in plan.variants.values() if v.is_baseline)

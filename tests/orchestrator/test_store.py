@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -154,6 +155,42 @@ def test_lease_on_another_host_is_respected_until_it_expires(tmp_path: Path) -> 
     path.write_text(json.dumps({**content, "expires": time.time() - 1}))
     with Lease(path, "mine"):
         pass
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the start of a process is told as it was")
+@pytest.mark.parametrize("step_s", [-7200.0, 3.0])
+def test_a_clock_that_was_set_leaves_a_live_driver_its_store(step_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "lease.json"
+    with Lease(path, "bitgrid run"):
+        # Linux takes the time of the boot from the clock, so that every process seems to have started at another time.
+        boot = psutil.boot_time()
+        monkeypatch.setattr(psutil, "boot_time", lambda: boot + step_s)
+        monkeypatch.setattr("psutil._psplatform.boot_time", lambda: boot + step_s)
+        with pytest.raises(StoreLockedError, match=str(os.getpid())), Lease(path, "other"):
+            pass
+        # After another boot the same number is another process.
+        monkeypatch.setattr("orchestrator.lease._boot", lambda: "another")
+        assert holder(path) is None
+
+
+@pytest.mark.parametrize(("number", "said"), [(errno.EROFS, "another store="), (errno.ENOSPC, "make free space")])
+def test_a_store_that_cannot_be_written_is_told(number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(StoreError, match=f"cannot be written: .*{said}"), Lease(tmp_path / "lease.json", "mine"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"token": "x"}', "not json"])
+def test_a_damaged_lease_is_nobodys(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    path.write_text(content)
+    assert holder(path) is None
+    with Lease(path, "mine"):
+        assert "mine" in (holder(path) or "")
 
 
 def hold(path: Path, purpose: str, **changes: Any) -> None:

@@ -123,6 +123,16 @@ def test_the_kernel_takes_the_steps_of_torch(scale_dtype: torch.dtype, width: in
     torch.testing.assert_close(got.error, want.error, rtol=2.0**-16, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", [b for b in TABLE["hqq_pack"] if import_module(TABLE["hqq_pack"][b]).unavailable(CPU) is None])
+def test_a_transposed_weight_has_the_result_of_its_copy(backend: str) -> None:
+    """As linears of GPT-2 are stored."""
+    w = 0.02 * torch.randn(64, 9, generator=torch.Generator().manual_seed(3)).T
+    run = kernel("hqq_pack", backend).run
+    made = [run.hqq_pack(given, 3, 32, torch.float16, Search(20, 0.7, 10.0, 1.01), False)[0] for given in (w, w.contiguous())]
+    for name in ("codes", "stream", "scale", "zero", "told"):
+        assert torch.equal(*(getattr(m, name) for m in made)), name
+
+
 def test_axis_zero_of_a_column_is_axis_one_of_its_groups_of_rows() -> None:
     w = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
     zero = quantize_linear(w, method="hqq", bits=3, axis=0, group_size=4, optimize=False).dequantize()

@@ -3,16 +3,19 @@ with other sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from quant.affine import ZeroKind
 from quant.kernels import int8_linear, kv_attention, library, wq_gemm, wq_gemv
 from quant.kernels.kv_attention import per_token
 from quant.kernels.library import operands
+from quant.kernels.operators import on_its_gpu
 from quant.scheme import ActivationScheme
 from tests.quant.products_affine import inputs, stored
 from tests.quant.products_tables import PREPARE, cases
@@ -97,3 +100,21 @@ def test_no_operator_is_left_out() -> None:
 def test_operators_keep_to_their_schemas(name: str) -> None:
     for arguments in CASES[name]():
         torch.library.opcheck(getattr(torch.ops.bitgrid, name).default, arguments)
+
+
+def test_an_operator_launches_on_its_tensors_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton goes by the current device, whatever its arguments are on."""
+    now, seen = [0], []
+
+    @contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        now.append(device.index)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[-1])
+    with FakeTensorMode():
+        for device in ("cuda:1", "cuda:0"):
+            on_its_gpu(lambda x, more: seen.append((now[-1], str(x.device), more)))(torch.empty(1, device=device), 2)
+    assert seen == [(1, "cuda:1", 2), (0, "cuda:0", 2)]

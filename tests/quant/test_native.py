@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +69,28 @@ def source_of(folder: Path) -> Path:
 
 def builds(source: Path, compiler: Path) -> Path:
     return kept_library(source, str(compiler), "1", ("-DSLOW",), ((),))
+
+
+@pytest.mark.skipif(
+    (sys.platform, sys.byteorder) != ("linux", "little") or sys.maxsize < 2**32, reason="libraries are not ELF of 64 bits here"
+)
+def test_a_library_without_its_end_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITGRID_CACHE", str(tmp_path / "cache"))
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+    source = tmp_path / "some.cpp"
+    source.write_text('extern "C" int some() { return 7; }\n')
+
+    def made() -> Path:
+        return kept_library(source, compiler, "1", ("-shared", "-fPIC"), ((),))
+
+    path = made()
+    whole, first = path.read_bytes(), path.stat().st_ino
+    assert made().stat().st_ino == first
+    for length in (0, 10, 63, 64, len(whole) // 2, len(whole) - 1):
+        # Another file: the kept one may be in use.
+        path.unlink()
+        path.write_bytes(whole[:length])
+        assert made().read_bytes() == whole
 
 
 @pytest.fixture

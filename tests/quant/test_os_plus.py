@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from quant import quantize_linear
 from quant.grids import GRIDS, round_weight
 from quant.methods.os_plus import OsPlus
 from quant.methods.smoothquant import SmoothQuant
-from quant.scheme import ActivationScheme, Granularity
+from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.statistics import collect
 from tests.quant.outliers import A8, PLANTED, W8, group, layer, loss
 
@@ -53,6 +55,18 @@ def test_the_scale_is_the_best_of_all_thresholds() -> None:
     torch.testing.assert_close(s, candidates[losses.index(min(losses))])
     assert losses[0] == loss(w, x, rounded(w, None), A8)
     assert sorted((s > 1).nonzero().flatten().tolist()) == PLANTED
+
+
+def test_the_search_rounds_a_linear_in_its_own_format() -> None:
+    """Called with the format of another linear of the group."""
+    w, x = layer()
+    few, found = WeightScheme(2, symmetric=True), OsPlus(steps=20)
+    alone, g = found.scale(group(w, x), few), group(w, x)
+    own = found.scale(replace(g, schemes=dict.fromkeys(g.consumers, few)), W8)
+    assert alone is not None
+    assert own is not None
+    assert torch.equal(own, alone)
+    assert not torch.equal(own, found.scale(g, W8))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("activation", [A8, STATIC, ActivationScheme(8, number="fp8_e4m3"), ActivationScheme(4)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,18 @@ def test_inputs_that_need_none_stay_as_they_are() -> None:
     assert (even.map, even.reason) == (None, "no channel stands out")
     with pytest.raises(ValueError, match="needs the statistic samples"):
         QllmReassembly().reassemble(InputGroup("w", {"w": w}, Statistics(absmax=torch.ones(16)), lambda w, x: x), W4, A4)
+
+
+@pytest.mark.parametrize("variant", ["reference", "paper"])
+def test_the_search_rounds_a_linear_in_its_own_format(variant: str) -> None:
+    """Called with the format of another linear of the group."""
+    x = draw(1, 60, 16, seed=3)
+    x[..., 2] *= 6
+    g, found = linear_group(draw(12, 16), x), QllmReassembly(variant=variant, ratio=0.3)
+    losses = [
+        found.reassemble(h, scheme, A4).details["start_loss"] for h, scheme in ((g, W4), (g, W8), (replace(g, schemes={"w": W4}), W8))
+    ]
+    assert losses[2] == losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("params", [{"variant": "corrected"}, {"ratio": 0.6}, {"sequences": 0}, {"grid": "omnii"}])

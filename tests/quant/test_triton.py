@@ -197,6 +197,11 @@ def test_log_probabilities_of_tokens(vocabulary: int, dtype: torch.dtype) -> Non
     assert torch.allclose(got.double(), want, rtol=0, atol=bound, equal_nan=True)
 
 
+def test_tokens_outside_the_vocabulary_are_not_read() -> None:
+    made = kernel("token_log_probs", "triton").run.token_log_probs(torch.zeros(4, 8)[:, :5], torch.tensor([0, 5, -1, 4]))
+    assert made.isnan().tolist() == [False, True, True, False]
+
+
 def test_statistics_by_the_kernel_are_those_of_the_reference() -> None:
     x = torch.randint(-3, 4, (4, 9, 33), generator=torch.Generator().manual_seed(0)).to(torch.float16)
     plain, ours = HessianSum(33), HessianSum(33)

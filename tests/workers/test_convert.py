@@ -10,7 +10,7 @@ import torch
 
 from tests.hub_cache import pickled_copy
 from tests.tiny_models import tiny_model
-from tests.workers.stage_runs import context
+from tests.workers.stage_runs import context, quantize_spec, quantized
 from workers import convert
 from workers.checkpoint import open_checkpoint
 from workers.convert import convert_once
@@ -50,6 +50,16 @@ def test_pickled_weights_make_the_same_model(family: str, shards: int, tied: tup
     assert torch.equal(logits(folder, tmp_path), logits(tiny_model(family), tmp_path))
     plain, converted = (open_checkpoint(Location("folder", str(f))) for f in (tiny_model(family), folder))
     assert converted.bytes == plain.bytes
+
+
+def test_bytes_of_a_tensor_with_two_names_are_counted_once_where_both_are_replaced(tmp_path: Path) -> None:
+    """A rotation writes the embedding and, untied, the head."""
+    folder = pickled_copy(tiny_model("llama"), tmp_path / "pickled", 1, ("lm_head.weight", "model.embed_tokens.weight"), "")
+    plain, pickled = (
+        quantized(context(f, tmp_path), tmp_path / str(i), quantize_spec("rtn", "quarot"), {})[1]
+        for i, f in enumerate((tiny_model("llama"), folder))
+    )
+    assert pickled["model_bytes"] == plain["model_bytes"]
 
 
 def test_conversion_happens_once_and_is_noted(tmp_path: Path, cache: Path) -> None:

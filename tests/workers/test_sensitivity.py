@@ -14,7 +14,7 @@ from quant.scheme import WeightScheme
 from tests.workers.stage_runs import CALIBRATION, calibrated, commit, quantize_spec, quantized, tiny_context
 from workers.blocks import linear_view
 from workers.calibrate import calibration_tokens
-from workers.errors import InputError
+from workers.errors import InputError, NumericalError
 from workers.prepare import run_prepare
 from workers.rebuild import load_model
 from workers.recipe import Recipe
@@ -86,6 +86,19 @@ def test_sizes_that_come_out_above_the_budget_are_noted(made, tmp_path: Path) ->
     assert summary["auto"]["bits_stored"] <= AUTO.budget < summary["bits_stored"]
     (note,) = [n for n in ctx.notes if "budget" in n]
     assert note.startswith(f"automatic bits are above their budget: {summary['bits_stored']:.4f} stored bits per weight")
+
+
+def test_a_loss_that_is_not_finite_names_the_linear_and_the_width(made, tmp_path: Path) -> None:
+    ctx, _, table = made
+    rows = pq.read_table(table / "payload" / "sensitivity.parquet").to_pylist()
+    rows[4] = {**rows[4], "loss": float("nan")}
+    (tmp_path / "nan" / "payload").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "nan" / "payload" / "sensitivity.parquet")
+    spec: QuantizeSpec = replace(quantize_spec(weight=AUTO.candidates[0]), auto=AUTO)
+    width = WIDTHS[[AUTO.role(i) for i in range(len(WIDTHS))].index(rows[4]["candidate"])]
+    says = rf"{rows[4]['module']} alone at {width} bits makes the model's predictions not finite .*leave {width} out of scheme\.auto\.bits"
+    with pytest.raises(NumericalError, match=says):
+        quantized(ctx, tmp_path / "auto", spec, {"sensitivity": commit(tmp_path / "nan")})
 
 
 def test_what_cannot_be_done_is_said(made, tmp_path: Path) -> None:

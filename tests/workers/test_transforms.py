@@ -7,6 +7,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from quant.scheme import ActivationScheme
+from quant.scheme import ActivationScheme, WeightScheme
 from tests.tiny_models import tiny_model
-from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized, tiny_context
+from tests.workers.stage_runs import calibrated, component, context, quantize_spec, quantized, tiny_context
 from workers import families, quantize
 from workers.errors import InputError, NumericalError
 from workers.fold import BlockWeights
@@ -114,6 +115,47 @@ def test_os_plus_shifts_where_norm_and_linears_have_biases(tmp_path: Path) -> No
         torch.testing.assert_close(new.final_layer_norm.bias, (old.final_layer_norm.bias - z) / s, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(new.fc1.bias, old.fc1.bias + old.fc1.weight @ z, rtol=1e-4, atol=1e-5)
         assert float(s.detach().min()) >= 1 - 1e-6
+
+
+@pytest.mark.parametrize("wide", ["gate_proj", "up_proj"])
+def test_awq_searches_with_the_format_of_each_linear(wide: str, tmp_path: Path) -> None:
+    """One of gate and up has 8 bits, the other 2: the scale is that of least loss of the feed-forward with just these, whichever comes
+    first. Searched with 8 bits for both, it would be the other one's chance; so all candidates are computed here, in float64."""
+    ctx = tiny_context("llama", tmp_path)
+    inputs = calibrated(ctx, tmp_path, "absmean", "samples")
+    spec = quantize_spec("rtn", component("awq", clip_search=False), weight=WeightScheme(2), grid="awq_asym")
+    (rule,) = spec.rules
+    rules = (rule, replace(rule, pattern=f"*.{wide}", weight=WeightScheme(8)))
+    artifact, _ = quantized(ctx, tmp_path / "q", replace(spec, rules=rules), inputs)
+    before: Any = load_model(ctx, MODEL)
+    after: Any = rebuild(ctx, MODEL, artifact)
+
+    def rounded(w: Tensor, bits: int) -> Tensor:
+        low, top = w.amin(1, keepdim=True), 2**bits - 1
+        step = ((w.amax(1, keepdim=True) - low).clamp(min=1e-5) / top).half().double()
+        zero = (-low / step).round().clamp(0, top)
+        return ((w / step).round() + zero).clamp(0, top).sub(zero) * step
+
+    for b in (0, 1):
+        old, new = before.model.layers[b], after.model.layers[b]
+        name, file = f"model.layers.{b}.mlp.gate_proj", f"block_{b:04d}.safetensors"
+        x = load_file(inputs["samples"] / "payload" / file)[name].double()
+        size = load_file(inputs["absmean"] / "payload" / file)[name].double()
+        weights = {n: getattr(old.mlp, n).weight.detach().double() for n in ("gate_proj", "up_proj", "down_proj")}
+
+        def out(gate: Tensor, up: Tensor, x: Tensor = x, down: Tensor = weights["down_proj"]) -> Tensor:
+            return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+        target, candidates, losses = out(weights["gate_proj"], weights["up_proj"]), [], []
+        for i in range(20):
+            s = (size ** (i / 20)).clamp(min=1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            near = [rounded(weights[n] * s, 8 if n == wide else 2) / s for n in ("gate_proj", "up_proj")]
+            candidates.append(s)
+            losses.append(float((out(*near) - target).square().sum()))
+        best = candidates[losses.index(min(losses))]
+        found = (old.post_attention_layernorm.weight / new.post_attention_layernorm.weight).double()
+        torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
 
 
 def test_os_plus_says_what_it_cannot_shift(tmp_path: Path) -> None:

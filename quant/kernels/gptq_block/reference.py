@@ -18,7 +18,7 @@ def solve_block(
 ) -> SolvedBlock:
     if fits is not None:
         find_ranges(block, affine, group, fits)
-    w = block.clone()
+    w = block.clone(memory_format=torch.contiguous_format)
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors
     for j in range(w.shape[0]):

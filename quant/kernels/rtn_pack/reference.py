@@ -35,7 +35,8 @@ def fitted(
     weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Groups `[R, G, g]`, scale and zero `[R, G, 1]`, float32, and `told`."""
-    groups = weight.detach().float().reshape(*shape_of(weight, width), width)
+    # Of a transposed weight a view in another order: twins of `hqq_pack` read groups one after another.
+    groups = weight.detach().float().contiguous().view(*shape_of(weight, width), width)
     affine = fit_unchecked(GRIDS[grid], groups, bits, scale_dtype, mse)
     broken = ~torch.isfinite(groups.sum(-1))
     unfit = unfit_float16(affine, groups) if scale_dtype is torch.float16 else torch.zeros_like(broken)

@@ -16,5 +16,6 @@ def pick(logits, tokens, out, vocabulary, stride, BLOCK: tl.constexpr):
         new = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new), 0)
         largest = new
-    own = tl.load(logits + row * stride + tl.load(tokens + row)).to(tl.float32)
+    token = tl.load(tokens + row)
+    own = tl.load(logits + row * stride + token, mask=(token >= 0) & (token < vocabulary), other=float("nan")).to(tl.float32)
     tl.store(out + row, own - largest - tl.log(total))

@@ -1,0 +1,192 @@
+"""What operators of torch are given, looked at before a kernel reads memory by address: each function takes an operator's arguments and
+raises ValueError for those whose sizes or types do not belong together. Nothing waits for a device: what stands in a tensor is not read.
+
+K of a product is that of x: another K whose codes fill as many words of memory is not found out.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.grids import GRIDS
+from quant.kernels import wq_gemm as gemm
+from quant.kernels.gptq_block import NUMBERS
+
+SOLVED, STORED = (torch.float32, torch.float64), (torch.float16, torch.float32)
+SIGNED = ("q_sym", "absmax")
+"""Grids without a step where codes have 1 bit."""
+
+
+def _require(right: bool, got: str, wanted: str) -> None:
+    if not right:
+        raise ValueError(f"{got}; {wanted}")
+
+
+def _said(**tensors: Tensor | None) -> str:
+    return ", ".join(f"{name} is {None if t is None else (*t.shape,)}" for name, t in tensors.items())
+
+
+def _bits(bits: int, least: int = 1) -> None:
+    _require(least <= bits <= 8, f"bits={bits}", f"give {least} to 8")
+
+
+def _matrix(name: str, x: Tensor) -> None:
+    right = x.dim() == 2 and x.is_floating_point()
+    _require(right, f"{name} is {tuple(x.shape)}, {x.dtype}", "it must be a matrix of floats: flatten(0, -2) gives one of rows")
+
+
+def _block(block: Tensor, upper: Tensor) -> None:
+    _matrix("block", block)
+    _require(block.dtype in SOLVED, f"block is {block.dtype}", "it must be float32 or float64")
+    b = len(block)
+    _require(b > 0 and upper.shape == (b, b), _said(block=block, upper=upper), "give [B, N] and [B, B], B of 1 or more")
+
+
+def gptq_block(
+    block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str, tops: Tensor | None = None
+) -> None:
+    _block(block, upper)
+    _bits(bits)
+    (b, n), right = block.shape, scale.dim() == 2 and zero.shape == scale.shape and (tops is None or tops.shape == block.shape[1:])
+    _require(right and scale.shape[1] == n, _said(scale=scale, zero=zero, tops=tops), f"give [G, {n}] twice, and [{n}] or None")
+    fits = len(group) == b and 0 <= min(group) and max(group) < len(scale)
+    _require(fits, f"group={group}", f"give {b} numbers of groups, 0 to {len(scale) - 1}")
+
+
+def gptq_block_fitted(block: Tensor, upper: Tensor, width: int, grid: str, bits: int, half: bool = True) -> None:
+    _block(block, upper)
+    _grid(grid, bits)
+    _require(width > 0 and len(block) % width == 0, f"width={width}", f"give a divisor of the block's {len(block)} columns")
+
+
+def _grid(grid: str, bits: int) -> None:
+    _require(grid in GRIDS and grid in NUMBERS, f"grid={grid!r}", f"choose one of {', '.join(NUMBERS)}")
+    _bits(bits, 2 if grid in SIGNED else 1)
+
+
+def lazy_update_(later: Tensor, left: Tensor, right: Tensor) -> None:
+    fits = later.dim() == left.dim() == right.dim() == 2 and later.shape == (len(left), right.shape[1]) and left.shape[1] == len(right)
+    alike = later.dtype == left.dtype == right.dtype
+    _require(fits and alike, _said(later=later, left=left, right=right), "give [R, N], [R, B] and [B, N] of one type")
+
+
+def hessian_syrk_(total: Tensor, x: Tensor) -> None:
+    fits = x.dim() == 3 and x.is_floating_point() and total.shape == (x.shape[2], x.shape[2]) and total.dtype is torch.float32
+    _require(fits and total.is_contiguous(), _said(total=total, x=x), "give contiguous float32 [K, K] and floats [S, T, K]")
+
+
+def floats(x: Tensor, *_: Any, **__: Any) -> None:
+    _require(x.is_floating_point(), f"x is {x.dtype}", "it must be of a float type")
+
+
+def rows(x: Tensor, bits: int, *_: Any, **__: Any) -> None:
+    """Of `fake_quantize` and `hadamard_codes`."""
+    _matrix("x", x)
+    _bits(bits, 2)
+
+
+def rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False) -> None:
+    _matrix("weight", weight)
+    _grid(grid, bits)
+    _require(scale_dtype in STORED, f"scale_dtype={scale_dtype}", "choose torch.float16 or torch.float32")
+
+
+def hqq_pack(weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, *_: Any, **__: Any) -> None:
+    rtn_pack(weight, "hqq", bits, width, scale_dtype)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, sums: Tensor, bits: int, *_: Any, **__: Any) -> None:
+    rows(x, bits)
+    right = codes.dim() == 2 and codes.dtype is torch.int8 and codes.shape[1] == x.shape[1]
+    right = right and all(t is None or t.shape == codes.shape[:1] for t in (scale, zero, sums))
+    said = _said(x=x, codes=codes, scale=scale, zero=zero, sums=sums)
+    _require(right, said, "give x [M, K], int8 codes [N, K], and [N] of the others")
+
+
+def token_log_probs(logits: Tensor, tokens: Tensor) -> None:
+    fits = logits.dim() > 0 and tokens.shape == logits.shape[:-1]
+    _require(fits, _said(logits=logits, tokens=tokens), "give a token for each row of logits: [...] for [..., V]")
+
+
+def kmeans_columns(columns: Tensor, *_: Any, **__: Any) -> None:
+    _matrix("columns", columns)
+    _require(columns.shape[1] > 0, _said(columns=columns), "a column has at least one value")
+
+
+def nearest_centre(columns: Tensor, centres: Tensor) -> None:
+    _matrix("columns", columns)
+    right = centres.dim() == 2 and len(centres) == len(columns) and 0 < centres.shape[1] <= 256
+    _require(right, _said(columns=columns, centres=centres), "give [C, N] and [C, k], k of 1 to 256")
+
+
+def claq_block(block: Tensor, upper: Tensor, widths: list[int], *_: Any, **__: Any) -> None:
+    _block(block, upper)
+    _require(len(widths) == len(block), f"{len(widths)} widths", f"give one for each of the block's {len(block)} columns")
+
+
+def braq_counts(m: Tensor, counts: list[int]) -> None:
+    _matrix("m", m)
+    _require(all(0 <= c <= m.shape[1] for c in counts), f"counts={counts}", f"give numbers of columns, 0 to {m.shape[1]}")
+
+
+def braq_splits(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> None:
+    _matrix("x", x)
+    _require(thresholds.dim() == 1, _said(thresholds=thresholds), "give a list of them, [T]")
+
+
+def _packed(x: Tensor, n: int, held: tuple[int, ...], side: int, unit: int, input_scale: Tensor | None, more: bool = True) -> None:
+    """held: tiles of `side` rows and units of `unit` columns."""
+    k = x.shape[1] if x.dim() == 2 else -1
+    right = more and n > 0 and held[:2] == (-(-n // side), -(-k // unit)) and (input_scale is None or input_scale.shape == (k,))
+    wanted = "give x [M, K], and what `operands` gives of a weight [N, K]"
+    _require(right, f"{_said(x=x)}, of {n} rows of a weight there are {held[:2]} tiles of {side} x {unit}", wanted)
+
+
+def wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> None:
+    _require(bits in gemm.BITS, f"bits={bits}", "choose 2, 3, 4 or 8")
+    # Words of `fragments` have three dimensions, those of the other twins five.
+    side, unit = (16, 128) if words.dim() == 3 else (8, 256 if bits == 3 else 256 // bits)
+    groups = ranges.shape[1] if ranges.shape[2:] == ((8, 2, 2) if words.dim() == 3 else (2, 8)) else 0
+    more = groups > 0 and x.shape[-1] % groups == 0 and len(ranges) == len(words) and prod(words.shape[2:]) == bits * side * unit // 32
+    _packed(x, rows, tuple(words.shape), side, unit, input_scale, more)
+
+
+def wq_gemm(
+    x: Tensor, low: Tensor, high: Tensor | None, scale: Tensor, zero: Tensor | None, input_scale: Tensor | None, rows: int, bits: int
+) -> None:
+    _require(bits in gemm.BITS, f"bits={bits}", "choose 2, 3, 4 or 8")
+    tiles, units = low.shape[:2]
+    more = scale.shape == (scale.shape[0], gemm.PANEL * tiles) and len(scale) > 0 and x.shape[-1] % len(scale) == 0
+    more &= (zero is None or zero.shape == scale.shape) and low.shape[2:] == (16, 16) and (high is None) == (bits != 3)
+    more &= high is None or high.shape == (tiles, units, 4, 16, 2)
+    _packed(x, rows, tuple(low.shape), gemm.PANEL, gemm.UNIT[bits], input_scale, more)
+
+
+def lut_gemv(
+    x: Tensor, words: list[Tensor], values: list[Tensor], columns: list[Tensor], bits: list[int], apart: list[Tensor],
+    input_scale: Tensor | None, rows: int,
+) -> None:  # fmt: skip
+    count = sum(map(len, columns))
+    _require(x.dim() == 2 and x.shape[1] == count, _said(x=x), f"it must be [M, {count}], as many columns as the weight's parts have")
+    for held, own, width in zip(words, columns, bits, strict=True):
+        # Words of `fragments` have all bits of 256 columns of a row.
+        unit = 256 if held.shape[2] == 256 * width else 32 // width
+        _packed(x, rows, (len(held), -(-count // unit)), 32, unit, input_scale, held.shape[1] == -(-len(own) // unit))
+
+
+def row_lut_gemv(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> None:
+    more = words.shape[2:] == (bits, 32) and tables.shape == (len(words), 2**bits, 32)
+    _packed(x, rows, tuple(words.shape), 32, 32, input_scale, more)
+
+
+def binary_gemv(
+    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, largest: Tensor, input_scale: Tensor | None, rows: int, block: int
+) -> None:
+    # Tables of `digits` are two.
+    tiles, blocks = tables.shape[1:3] if tables.dim() == 5 else tables.shape[:2]
+    more = block > 0 and (tiles, blocks) == (len(words), -(-x.shape[-1] // block)) and words.shape[2:] == (1, 8, 8)
+    _packed(x, rows, tuple(words.shape), 8, 128, input_scale, more)

@@ -1,0 +1,103 @@
+"""What a measurement times is the variant alone, whole and on its device, however stages of the sweep are run."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quant.scheme import KVScheme
+from tests.workers.stage_runs import quantize_spec, quantized, tiny_context
+from workers import measure
+from workers.errors import InputError
+from workers.generation import Generation, generate
+from workers.machine import cpu_model
+from workers.residency import Residency
+from workers.specs import MeasureSpec, ModelSpec, Workload
+
+MODEL = ModelSpec("model")
+SPEC = MeasureSpec(MODEL, Workload(batch=2, prompt=6, tokens=3, threads=1), cpu_model())
+
+
+@pytest.fixture(autouse=True)
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few as there may be."""
+    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_is_timed_whole_where_other_stages_stream_it(packed: bool, tmp_path: Path) -> None:
+    """As after a stage ran out of memory: hints are no part of the key under which the times are kept."""
+    artifact, _ = quantized(tiny_context("llama", tmp_path), tmp_path / "q", quantize_spec(), {})
+    inputs = {"quantize": artifact} if packed else {}
+    found, contexts = [], [tiny_context("llama", tmp_path, streamed=s) for s in (False, True)]
+    for context in contexts:
+        found.append(measure.run_measure(SPEC, inputs, tmp_path, context, Residency()))
+    for name in ("weights_bytes", "packed_bytes", "check_error", "backends", "products"):
+        assert found[0][name] == found[1][name], name
+    streamed = [n for n in contexts[1].notes if n.startswith("streamed block by block")]
+    assert len(streamed) == packed  # the simulated model, with which packed weights are compared
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_that_must_be_streamed_is_not_timed(packed: bool, tmp_path: Path) -> None:
+    artifact, _ = quantized(tiny_context("llama", tmp_path), tmp_path / "q", quantize_spec(), {})
+    context = tiny_context("llama", tmp_path, memory_bytes=60_000)
+    with pytest.raises(InputError, match=r"do not fit hints.memory_bytes=60000.*would be the disk's"):
+        measure.run_measure(SPEC, {"quantize": artifact} if packed else {}, tmp_path, context, Residency())
+
+
+@pytest.mark.parametrize("kv", [None, KVScheme(4)])
+def test_the_unquantized_model_is_timed_alone(kv: KVScheme | None, tmp_path: Path) -> None:
+    """Variants that were evaluated before would count as its memory."""
+    context, residency = tiny_context("gemma", tmp_path), Residency()
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
+    model = residency.unquantized(context, MODEL)
+    residency.variant(context, MODEL, artifact)
+    measure.run_measure(replace(SPEC, kv=kv), {}, tmp_path, context, residency)
+    assert residency.holds() == ["model"]
+    assert residency.unquantized(context, MODEL) is model
+
+
+def test_no_logits_of_checking_are_in_memory_while_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
+    kept: list[int] = []
+    timed = measure._repeat
+
+    def repeat(run: Any, meter: Any) -> Any:
+        gc.collect()
+        kept.append(sum(type(x) is Generation for x in gc.get_objects()))
+        return timed(run, meter)
+
+    lengths: list[int] = []
+
+    def generated(*args: Any, **kwargs: Any) -> Generation:
+        made = generate(*args, **kwargs)
+        lengths.append(made.logits.shape[1])
+        return made
+
+    monkeypatch.setattr(measure, "_repeat", repeat)
+    monkeypatch.setattr(measure, "generate", generated)
+    measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, Residency())
+    assert kept == [0]
+    assert lengths[:2] == [SPEC.workload.tokens + 1] * 2
+    assert set(lengths[2:]) == {1}
+
+
+def test_the_last_logits_are_those_of_all() -> None:
+    class Table:
+        def prompt(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.step(tokens)
+
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.randn(11, 11, generator=torch.Generator().manual_seed(0))[tokens[:, -1]]
+
+    prompt = torch.tensor([[1, 2], [3, 4]])
+    every, last = generate(Table(), prompt, 5), generate(Table(), prompt, 5, last_only=True)
+    assert torch.equal(last.tokens, every.tokens)
+    assert torch.equal(last.logits, every.logits[:, -1:])
