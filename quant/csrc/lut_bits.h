@@ -143,10 +143,18 @@ BOTH int steps(uint32_t largest) {
     const int n = F::TOP - 1 - exponent_of(largest + 2);
     return n < 126 ? n : 126;
 }
-// As many for narrow terms, but no more than for the others; 7 less at the least.
+// The same for narrow terms, of which none is to be rounded up to 2^15. Their steps are no finer than the others' and no coarser than 2^4 of
+// them: see the two below.
 template <class F>
 BOTH int narrow_steps(const Shared<F>& s) {
-    return smaller(14 - exponent_of(s.most_of(s.crossed) + 2), steps<F>(s.largest_of(0)));
+    return 14 - exponent_of(s.most_of(s.crossed) + 2);
+}
+// Of a part's terms, narrow or not.
+template <class F, int BITS>
+BOTH int steps_of(const Shared<F>& s, int m) {
+    const int n = steps<F>(s.largest_of(m));
+    if constexpr (!F::narrow(BITS)) return n;
+    return smaller(n, narrow_steps(s) + 4);
 }
 
 // The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind
@@ -280,7 +288,7 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
     UNROLL for (int m = 0; m < F::M; m++) {
         if (wanted) keep_largest(s.largest + m * WARPS + warp_of(thread), most[m], thread);
     }
-    if constexpr (F::narrow(BITS)) {
+    if constexpr (F::MOST_BITS == 4) {
         if (wanted) keep_largest(s.crossed + warp_of(thread), most_crossed, thread);
     }
 }
@@ -313,9 +321,9 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
     const int thread = anew(given);
     constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<F, BITS>::AHEAD;
     const Shared<F> s(a, part, shared);
-    float step[F::M], narrow = 0.f;
-    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that
-    if constexpr (F::narrow(BITS)) narrow = power(narrow_steps(s));
+    float step[F::M], narrow = 0.f;  // of all terms, and of narrow ones
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps_of<F, BITS>(s, m));  // of what is not finite, too: `give` drops that
+    if constexpr (F::narrow(BITS)) narrow = power(smaller(narrow_steps(s), steps_of<F, BITS>(s, 0)));
     const float* values = part.firsts + first * (2 * UNIT) + 1;
     float value[BATCH] = {};
     UNROLL for (int b = 0; b < BATCH; b++) {

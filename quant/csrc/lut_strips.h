@@ -57,7 +57,7 @@ struct Sweep {
         int32_t crossed[NARROW ? 2 : 1][2][HELD][4];  // of narrow terms, if there are any
     };
     struct Half {
-        int32_t low[2][2][HELD], high[2][2][HELD], crossed[2][2][HELD];
+        int32_t low[2][2][HELD], high[2][2][HELD];
     };
     using Halves = Half[F::M];
     // Where there are registers for it, codes are read in the item's time before theirs, and sums go to shared memory in the next one's.
@@ -67,7 +67,7 @@ struct Sweep {
     int place;                  // of the next one in the ring
     int left, ahead;            // items to be fetched, and the tile of the next one
     int step, jump;             // words from a tile to the next one, and from the one after the last to the next unit
-    int shift;                  // bits that sums of narrow terms are to be shifted by
+    int narrow;                 // steps of the others that one of narrow terms is
     const uint32_t* from;       // codes of the next item to be fetched
     uint32_t* ring;
 
@@ -106,7 +106,10 @@ struct Sweep {
         if ((HELD > 1 && thread % 32 != 0) || todo == 0) return;
         const Shared<F> s(a, shared);
         thread = anew(thread);
-        if constexpr (NARROW) shift = steps<F>(s.largest_of(0)) - narrow_steps(s);
+        if constexpr (NARROW) {
+            const int steps = steps_of<F, BITS>(s, 0);
+            narrow = 1 << (steps - smaller(narrow_steps(s), steps));
+        }
         a.ring == RING ? run_through<RING>(s, a.group * TILE) : run_through<SMALL>(s, a.group * TILE);
     }
 
@@ -225,7 +228,7 @@ struct Sweep {
     }
 
     // A lane has two neighbouring bits of a byte of four rows (for the highest of all see lut_gemv_cuda.h), and ends with all bits of one.
-    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16.
+    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16; with narrow ones, times 2^4, of which 8 of a column count, 31.
     BOTH void put(const Sums& sum, int32_t* to, int rows) const {
         Halves halves;
         join(halves, sum);
@@ -237,19 +240,20 @@ struct Sweep {
             UNROLL for (int t = 0; t < 2; t++) {
                 UNROLL for (int half = 0; half < 2; half++) {
                     EACH_LANE {
-                        int32_t byte[F::P];
-                        UNROLL for (int p = 0; p < F::P; p++) {
-                            const int times = p < F::P - 1 || LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2;
-                            byte[p] = (sum.of[m][p][t][h][2 * half] + times * sum.of[m][p][t][h][2 * half + 1]) * (1 << LANE % 4 * 2);
-                        }
+                        const int last = LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2, times = 1 << LANE % 4 * 2;
+                        const auto two = [&](const int32_t (&d)[4], int by) { return d[2 * half] + by * d[2 * half + 1]; };
+                        const auto& of = sum.of[m];
+                        int32_t low = (two(of[0][t][h], 2) + two(of[1][t][h], 2) * 256) * times;
                         if constexpr (NARROW) {
-                            const auto& c = sum.crossed;
-                            const int32_t first = c[0][t][h][2 * half] + 2 * c[0][t][h][2 * half + 1];
-                            const int32_t second = c[1][t][h][2 * half] + (LANE % 4 < 3 ? 2 : -2) * c[1][t][h][2 * half + 1];
-                            halves[m].crossed[t][half][h] = (first + second * 256) * (1 << LANE % 4 * 2);
+                            const int sign = LANE % 4 < 3 ? 2 : -2;
+                            low += (two(sum.crossed[0][t][h], 2) + two(sum.crossed[1][t][h], sign) * 256) * (times * narrow);
                         }
-                        halves[m].low[t][half][h] = byte[0] + byte[1] * 256;
-                        halves[m].high[t][half][h] = F::P == 3 ? byte[2] : byte[2] + byte[F::P - 1] * 256;
+                        halves[m].low[t][half][h] = low;
+                        if constexpr (F::P == 3) {
+                            halves[m].high[t][half][h] = two(of[2][t][h], last) * times;
+                        } else {
+                            halves[m].high[t][half][h] = (two(of[2][t][h], 2) + two(of[F::P - 1][t][h], last) * 256) * times;
+                        }
                     }
                 }
             }
@@ -260,7 +264,6 @@ struct Sweep {
             UNROLL for (int half = 0; half < 2; half++) {
                 halve<2>(halves[m].low[0][half], halves[m].low[1][half], thread);
                 halve<2>(halves[m].high[0][half], halves[m].high[1][half], thread);
-                if constexpr (NARROW) halve<2>(halves[m].crossed[0][half], halves[m].crossed[1][half], thread);
             }
         }
     }
@@ -268,16 +271,9 @@ struct Sweep {
         UNROLL for (int m = 0; m < F::M; m++) {
             halve<1>(halves[m].low[0][0], halves[m].low[0][1], thread);
             halve<1>(halves[m].high[0][0], halves[m].high[0][1], thread);
-            if constexpr (NARROW) halve<1>(halves[m].crossed[0][0], halves[m].crossed[0][1], thread);
             EACH_LANE {
                 const int32_t least_of = halves[m].low[0][0][h], rest = halves[m].high[0][0][h];
                 int32_t* own = to + m * F::COUNTS * rows + LANE % 4 * 8 + LANE / 4;
-                if constexpr (NARROW) {
-                    const int32_t crossed = halves[m].crossed[0][0][h];
-                    add(own, (least_of & 65535) + int32_t((uint32_t(crossed) << shift) & 65535u));
-                    add(own + rows, (least_of >> 16) + rest + (crossed >> (16 - shift)));
-                    continue;
-                }
                 add(own, least_of & 65535);
                 if constexpr (F::P == 3) {
                     add(own + rows, (least_of >> 16) + rest);
