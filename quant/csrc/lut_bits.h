@@ -143,8 +143,8 @@ BOTH int steps(uint32_t largest) {
     const int n = F::TOP - 1 - exponent_of(largest + 2);
     return n < 126 ? n : 126;
 }
-// The same for narrow terms, of which none is to be rounded up to 2^15. Their steps are no finer than the others' and no coarser than 2^4 of
-// them: see the two below.
+// The same for narrow terms, of which none is to be rounded up to 2^15. Where they are used, their steps are no finer than the others', and
+// no coarser than 2^4 of them.
 template <class F>
 BOTH int narrow_steps(const Shared<F>& s) {
     return 14 - exponent_of(s.most_of(s.crossed) + 2);
