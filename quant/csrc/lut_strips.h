@@ -228,7 +228,7 @@ struct Sweep {
     }
 
     // A lane has two neighbouring bits of a byte of four rows (for the highest of all see lut_gemv_cuda.h), and ends with all bits of one.
-    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16; or 31 with narrow ones, times 2^4, of which 8 a column count.
+    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16; 31 with narrow ones, times 2^4, of which 8 a column count.
     BOTH void put(const Sums& sum, int32_t* to, int rows) const {
         Halves halves;
         join(halves, sum);
