@@ -27,10 +27,20 @@ struct Form {
     static constexpr int COUNTS = P == 3 ? 2 : 3;  // numbers of 16 bits, but for the last, that a row's sum is
     // Of wider codes the operand of a unit's columns has more words than a lane has registers for.
     static constexpr int MOST_BITS = M == 1 ? 4 : P == 3 && M == 2 ? 3 : 2;
+    // Whether terms of more than one bit of a code are two bytes, of steps of their own: below 2^15 of them.
+    ANYWHERE static constexpr bool narrow(int bits) { return P == 3 && bits == 4; }
 };
 
-// Parities of a code's bits that there are, but for the empty one.
+// Parities of a code's bits that there are, but for the empty one: first those of one bit each. Bytes of those before number i.
 ANYWHERE constexpr int parities(int bits) { return (1 << bits) - 1; }
+template <class F>
+ANYWHERE constexpr int bytes_before(int bits, int i) {
+    return i * F::P - (F::narrow(bits) && i > bits ? i - bits : 0);
+}
+template <class F>
+ANYWHERE constexpr int bytes_of(int bits, int i) {
+    return F::narrow(bits) && i >= bits ? 2 : F::P;
+}
 ANYWHERE constexpr int slot_words(int bits) { return TILE * UNIT / 32 * bits; }
 
 struct Part {
@@ -38,6 +48,7 @@ struct Part {
     const float* values;      // [columns, 2^bits]
     const float* terms;       // [units, parities, 8, 8, 4]
     const float* firsts;      // [units, 256, 2]
+    const float* crossed;     // [units, 256], where there are 4 bits: the largest term of more than one bit
     const int64_t* columns;   // ascending: those of all columns are not read
     int64_t count;            // columns
     int units;                // of a row
@@ -78,26 +89,28 @@ ANYWHERE constexpr int64_t fixed_bytes(int group, int ring) {
 }
 template <class F>
 ANYWHERE constexpr int64_t unit_bytes(int bits) {
-    return F::M * (4 * WORDS * APART + parities(bits) * F::P * UNIT);
+    return F::M * (4 * WORDS * APART + bytes_before<F>(bits, parities(bits)) * UNIT);
 }
 
 template <class F>
 struct Shared {
     uint32_t* largest;  // [M, WARPS]
+    uint32_t* crossed;  // [WARPS], of terms of more than one bit, if they are narrow
     int32_t* totals;    // [M, 2]: the lowest 15 bits, and the others
     uint64_t* counter;  // of bytes that other blocks send
     float* sums;
     float* arrived;
     int32_t* whole;
     uint32_t* rings;
-    uint32_t* bits;     // [unit, parity, M, P, 8 places of bits, 8 words]
+    uint32_t* bits;     // [unit, parity, M, byte, 8 places of bits, 8 words]
     float* x;           // of a part, as is what follows
     int row_of_x;
 
     BOTH Shared(const Lut& a, void* memory) {
         char* const base = static_cast<char*>(memory);
         const int rows = F::M * a.group * TILE;
-        largest = reinterpret_cast<uint32_t*>(base), totals = reinterpret_cast<int32_t*>(largest + F::M * WARPS);
+        largest = reinterpret_cast<uint32_t*>(base), crossed = largest + F::M * WARPS;
+        totals = reinterpret_cast<int32_t*>(crossed + WARPS);
         counter = reinterpret_cast<uint64_t*>(base + HEAD) - 1;
         sums = reinterpret_cast<float*>(base + HEAD);
         arrived = sums + rows;
@@ -106,15 +119,16 @@ struct Shared {
         bits = rings + WARPS * (a.ring / 4);
     }
     BOTH Shared(const Lut& a, const Part& part, void* memory) : Shared(a, memory) {
-        x = reinterpret_cast<float*>(bits + part.held * (parities(part.bits) * F::M * F::P * 64));
+        x = reinterpret_cast<float*>(bits + part.held * (bytes_before<F>(part.bits, parities(part.bits)) * F::M * 64));
         row_of_x = part.held * WORDS * APART;
     }
 
-    BOTH uint32_t largest_of(int m) const {
+    BOTH uint32_t most_of(const uint32_t* warps) const {
         uint32_t most = 0;
-        UNROLL for (int w = 0; w < WARPS; w++) most = largest[m * WARPS + w] > most ? largest[m * WARPS + w] : most;
+        UNROLL for (int w = 0; w < WARPS; w++) most = warps[w] > most ? warps[w] : most;
         return most;
     }
+    BOTH uint32_t largest_of(int m) const { return most_of(largest + m * WARPS); }
 };
 
 // 2^n, for n from -126 to 127; a number times 2^n for any n of twice that.
@@ -128,6 +142,19 @@ template <class F>
 BOTH int steps(uint32_t largest) {
     const int n = F::TOP - 1 - exponent_of(largest + 2);
     return n < 126 ? n : 126;
+}
+// The same for narrow terms, of which none is to be rounded up to 2^15. Where they are used, their steps are no finer than the others', and
+// no coarser than 2^4 of them.
+template <class F>
+BOTH int narrow_steps(const Shared<F>& s) {
+    return 14 - exponent_of(s.most_of(s.crossed) + 2);
+}
+// Of a part's terms, narrow or not.
+template <class F, int BITS>
+BOTH int steps_of(const Shared<F>& s, int m) {
+    const int n = steps<F>(s.largest_of(m));
+    if constexpr (!F::narrow(BITS)) return n;
+    return smaller(n, narrow_steps(s) + 4);
 }
 
 // The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind
@@ -209,21 +236,24 @@ BOTH void keep_largest(uint32_t* to, uint32_t v, int thread) {
 
 // x of a block's columns: the largest product, if that is `wanted`, and of the first `kept` units x itself. Zeros beyond the last column.
 // `before()`: when all is under way but for x; `beside()`: when x is.
-template <class F, class Before, class Beside>
+template <class F, int BITS, class Before, class Beside>
 BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first, int count, int kept, bool wanted, void* shared,
                       int given, const Before& before, const Beside& beside) {
     const int thread = anew(given);
     constexpr int BATCH = F::M == 1 ? 8 : 4;  // columns whose x is under way together
     const Shared<F> s(a, part, shared);
     const int made = count * UNIT, own = smaller(made, int(part.count) - first * UNIT);
-    uint32_t most[F::M] = {};
+    uint32_t most[F::M] = {}, most_crossed = 0;
     int begin = thread;
     do {
-        float x[F::M][BATCH], scale[BATCH], size[BATCH] = {};
+        float x[F::M][BATCH], scale[BATCH], size[BATCH] = {}, crossed[BATCH] = {};
         int column[BATCH];  // no load waits for a branch: beyond the last column that one is read
         UNROLL for (int b = 0; b < BATCH; b++) column[b] = smaller(first * UNIT + begin + b * THREADS, int(part.count) - 1);
         if (wanted) {
             UNROLL for (int b = 0; b < BATCH; b++) size[b] = part.firsts[2 * column[b]];
+            if constexpr (F::narrow(BITS)) {
+                UNROLL for (int b = 0; b < BATCH; b++) crossed[b] = part.crossed[column[b]];
+            }
         }
         if (part.count != a.given.k) {
             UNROLL for (int b = 0; b < BATCH; b++) column[b] = int(part.columns[column[b]]);
@@ -248,17 +278,24 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
                 const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
                 most[m] = product > most[m] ? product : most[m];
             }
+            if constexpr (F::narrow(BITS)) {
+                const uint32_t product = to_bits((i < own ? x[0][b] : 0.f) * crossed[b]) & 0x7fffffffu;
+                most_crossed = product > most_crossed ? product : most_crossed;
+            }
         }
         begin += BATCH * THREADS;
     } while (begin < made);
     UNROLL for (int m = 0; m < F::M; m++) {
         if (wanted) keep_largest(s.largest + m * WARPS + warp_of(thread), most[m], thread);
     }
+    if constexpr (F::MOST_BITS == 4) {
+        if (wanted) keep_largest(s.crossed + warp_of(thread), most_crossed, thread);
+    }
 }
 
-// Bits of x times 32 columns' terms of a parity.
+// Bits of x times 32 columns' terms of a parity, of this many bytes: of two those of a number, the highest as a sign.
 template <class F>
-BOTH void make_bits(uint32_t* to, const float* from, const Four (&terms)[8], float step, int parity) {
+BOTH void make_bits(uint32_t* to, const float* from, const Four (&terms)[8], float step, int parity, int bytes) {
     const Four* x = reinterpret_cast<const Four*>(from);
     uint32_t whole[32], made[8 * F::P];
     UNROLL for (int j = 0; j < 8; j++) {
@@ -273,7 +310,9 @@ BOTH void make_bits(uint32_t* to, const float* from, const Four (&terms)[8], flo
     }
     transpose<F::P>(made, whole);
     if constexpr (F::P == 3) made[23] = ~0u;
-    UNROLL for (int n = 0; n < 8 * F::P; n++) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
+    UNROLL for (int n = 0; n < 8 * F::P; n++) {
+        if (n < 16 || n < 8 * bytes) to[n / 8 * 64 + (n % 8 ^ parity % 8) * 8] = made[n];
+    }
 }
 
 // Bits of x times tables' terms: a thread has 32 columns of a parity. And sums of first values.
@@ -282,8 +321,9 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
     const int thread = anew(given);
     constexpr int N = parities(BITS), BATCH = 8, AHEAD = Terms<F, BITS>::AHEAD;
     const Shared<F> s(a, part, shared);
-    float step[F::M];
-    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps<F>(s.largest_of(m)));  // of what is not finite, too: `give` drops that
+    float step[F::M], narrow = 0.f;  // of all terms, and of narrow ones
+    UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps_of<F, BITS>(s, m));  // of what is not finite, too: `give` drops that
+    if constexpr (F::narrow(BITS)) narrow = power(smaller(narrow_steps(s), steps_of<F, BITS>(s, 0)));
     const float* values = part.firsts + first * (2 * UNIT) + 1;
     float value[BATCH] = {};
     UNROLL for (int b = 0; b < BATCH; b++) {
@@ -295,9 +335,13 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
             const int i = begin + t * THREADS;
             if (i >= all) break;
             const int word = i % WORDS, which = i / WORDS, unit = which / N, parity = which % N;
+            const int bytes = bytes_of<F>(BITS, parity);
+            int before = which * F::P;
+            if constexpr (F::narrow(BITS)) before = unit * bytes_before<F>(BITS, N) + bytes_before<F>(BITS, parity);
             UNROLL for (int m = 0; m < F::M; m++) {
-                uint32_t* to = s.bits + (which * F::M + m) * (F::P * 64) + word % 4 * 2 + word / 4;
-                make_bits<F>(to, s.x + m * s.row_of_x + (unit * WORDS + word) * APART, terms.v[t], step[m], parity);
+                uint32_t* to = s.bits + (before * F::M + m * bytes) * 64 + word % 4 * 2 + word / 4;
+                const float by = F::narrow(BITS) && parity >= BITS ? narrow : step[m];
+                make_bits<F>(to, s.x + m * s.row_of_x + (unit * WORDS + word) * APART, terms.v[t], by, parity, bytes);
             }
             terms.load_one(terms.v[t], part, first, count, i + AHEAD * THREADS);
         }

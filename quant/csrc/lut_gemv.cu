@@ -1,9 +1,10 @@
 // A few rows of x [M, K] times a weight [N, K] with a table of values for each column, transposed: out [M, N], in one launch.
 // Phases and layouts: lut_gemv_cuda.h.
 //
-// What bounds it. Parities of 32 x 256 weights are 6 products of 16 x 8 x 256 bits for each of 3, 7 or 15 subsets, where one row of x is
-// bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 648, 1512 and 3240 for each of 480 schedulers. At 8 turns each that is 2.6,
-// 6.1 and 13.1 us at 1.98 GHz; with all else a scheduler issues 120, 174 and 283 instructions for 18, 42 and 90 products. What is read
+// What bounds it. Parities of 32 x 256 weights are 6 products of 16 x 8 x 256 bits for each of 3, 7 or 15 subsets, 4 for each of 11 whose
+// terms are narrow, where one row of x is bfloat16: of 8192 x 16384 weights, on 120 multiprocessors, 648, 1512 and 2448 for each of 480
+// schedulers. At 8 turns each that is 2.6, 6.1 and 9.9 us at 1.98 GHz; with all else a scheduler issues 116, 170 and 273 instructions for
+// 18, 42 and 68 products, and what was measured with 90 in place of 68 comes to 8 turns a product and 1.7 an instruction. What is read
 // takes 7.9, 11.8 and 15.9 us at 4.3 TB/s. Before and after that: the start, one latency of memory for x and tables, whose bits then are
 // made while rings of codes fill, and sums sent through the cluster.
 

@@ -36,19 +36,25 @@ ANYWHERE constexpr int done_at(int bits, int i) {
     return -1;
 }
 
-// Where terms of a subset are kept, in the order of a Gray code.
-ANYWHERE constexpr int kept_at(int subset) { return (subset ^ subset >> 1 ^ subset >> 2 ^ subset >> 3) - 1; }
+// Where terms of a subset are kept: first those of one bit, then the others.
+ANYWHERE constexpr int kept_at(int bits, int subset) {
+    int highest = 0;
+    while (subset >> highest > 1) highest++;
+    return ones(subset) == 1 ? highest : bits + subset - 2 - highest;
+}
 
 // Units `first` and on, of which bits are at hand, with all tiles: a warp has a run of (unit, tile) in that order. A lane reads of codes
 // what it copied itself.
 template <class F, int BITS>
 struct Sweep {
-    static constexpr int SLOT = slot_words(BITS), N = parities(BITS);
+    static constexpr int SLOT = slot_words(BITS), N = parities(BITS), ALL = bytes_before<F>(BITS, N);
+    static constexpr bool NARROW = F::narrow(BITS);
     static_assert(SMALL / 4 / SLOT >= 2, "one place is read while another is written");
     using Bits = uint32_t[N][F::M][F::P][HELD][2];
     using Planes = uint32_t[2][BITS][HELD][4];
     struct Sums {
         int32_t of[F::M][F::P][2][HELD][4];
+        int32_t crossed[NARROW ? 2 : 1][2][HELD][4];  // of narrow terms, if there are any
     };
     struct Half {
         int32_t low[2][2][HELD], high[2][2][HELD];
@@ -61,6 +67,7 @@ struct Sweep {
     int place;                  // of the next one in the ring
     int left, ahead;            // items to be fetched, and the tile of the next one
     int step, jump;             // words from a tile to the next one, and from the one after the last to the next unit
+    int narrow;                 // steps of the others that one of narrow terms is
     const uint32_t* from;       // codes of the next item to be fetched
     uint32_t* ring;
 
@@ -99,6 +106,10 @@ struct Sweep {
         if ((HELD > 1 && thread % 32 != 0) || todo == 0) return;
         const Shared<F> s(a, shared);
         thread = anew(thread);
+        if constexpr (NARROW) {
+            const int steps = steps_of<F, BITS>(s, 0);
+            narrow = 1 << (steps - smaller(narrow_steps(s), steps));
+        }
         a.ring == RING ? run_through<RING>(s, a.group * TILE) : run_through<SMALL>(s, a.group * TILE);
     }
 
@@ -112,7 +123,7 @@ struct Sweep {
         int32_t* to = s.whole + tile * TILE;  // the first item adds zeros
         if constexpr (AHEAD) read_all<LEFT>(plane);
         NO_UNROLL for (; todo > 0; unit++, tile = 0) {
-            take(bits, s.bits + unit * (N * F::M * F::P * 64));
+            take(bits, s.bits + unit * (ALL * F::M * 64));
             const int last = smaller(tiles, tile + todo);
             todo -= last - tile;
             if constexpr (!AHEAD) {
@@ -144,9 +155,9 @@ struct Sweep {
     BOTH void take(Bits& bits, const uint32_t* from) const {
         UNROLL for (int i = 0; i < N; i++) {
             UNROLL for (int m = 0; m < F::M; m++) {
-                UNROLL for (int p = 0; p < F::P; p++) {
+                UNROLL for (int p = 0; p < bytes_of<F>(BITS, i); p++) {
                     EACH_LANE {
-                        const int place = ((i * F::M + m) * F::P + p) * 64 + (LANE ^ i % 8 * 4) * 2;
+                        const int place = (bytes_before<F>(BITS, i) * F::M + m * bytes_of<F>(BITS, i) + p) * 64 + (LANE ^ i % 8 * 4) * 2;
                         const auto line = *reinterpret_cast<const Line<2>*>(from + place);
                         bits[i][m][p][h][0] = line.v[0], bits[i][m][p][h][1] = line.v[1];
                     }
@@ -185,7 +196,8 @@ struct Sweep {
     template <int I, int END, int LEFT>
     BOTH void add_from(Sums& sum, const Bits& bits, Planes& plane, uint32_t (&parity)[2][HELD][4], const Sums& before, Halves& halves,
                        int32_t* to, int rows) {
-        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(SUBSET), DONE = done_at(BITS, I - 1);
+        constexpr int SUBSET = subset_at(BITS, I), KEPT = kept_at(BITS, SUBSET), DONE = done_at(BITS, I - 1);
+        constexpr int BYTES = bytes_of<F>(BITS, KEPT);
         constexpr bool FRESH = ones(SUBSET) < 4;
         constexpr int CHANGED = FRESH ? SUBSET : SUBSET ^ subset_at(BITS, I - (I > 0));
         if constexpr (AHEAD && DONE == 0) arrived<LEFT>();
@@ -202,8 +214,10 @@ struct Sweep {
             }
         }
         UNROLL for (int m = 0; m < F::M; m++) {
-            UNROLL for (int p = 0; p < F::P; p++) {
-                UNROLL for (int t = 0; t < 2; t++) multiply_bits(sum.of[m][p][t], parity[t], bits[KEPT][m][p]);
+            UNROLL for (int p = 0; p < BYTES; p++) {
+                UNROLL for (int t = 0; t < 2; t++) {
+                    multiply_bits((BYTES < F::P ? sum.crossed[p % 2] : sum.of[m][p])[t], parity[t], bits[KEPT][m][p]);
+                }
             }
         }
         if constexpr (LATE && I == 0) join(halves, before);
@@ -214,7 +228,7 @@ struct Sweep {
     }
 
     // A lane has two neighbouring bits of a byte of four rows (for the highest of all see lut_gemv_cuda.h), and ends with all bits of one.
-    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16.
+    // No sum of an item has more than 28 bits: 256 (2^BITS - 1) numbers of 16; 31 with narrow ones, times 2^4, of which 8 a column count.
     BOTH void put(const Sums& sum, int32_t* to, int rows) const {
         Halves halves;
         join(halves, sum);
@@ -226,13 +240,20 @@ struct Sweep {
             UNROLL for (int t = 0; t < 2; t++) {
                 UNROLL for (int half = 0; half < 2; half++) {
                     EACH_LANE {
-                        int32_t byte[F::P];
-                        UNROLL for (int p = 0; p < F::P; p++) {
-                            const int times = p < F::P - 1 || LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2;
-                            byte[p] = (sum.of[m][p][t][h][2 * half] + times * sum.of[m][p][t][h][2 * half + 1]) * (1 << LANE % 4 * 2);
+                        const int last = LANE % 4 < 3 ? 2 : F::P == 3 ? -1 : -2, times = 1 << LANE % 4 * 2;
+                        const auto two = [&](const int32_t (&d)[4], int by) { return d[2 * half] + by * d[2 * half + 1]; };
+                        const auto& of = sum.of[m];
+                        int32_t low = (two(of[0][t][h], 2) + two(of[1][t][h], 2) * 256) * times;
+                        if constexpr (NARROW) {
+                            const int sign = LANE % 4 < 3 ? 2 : -2;
+                            low += (two(sum.crossed[0][t][h], 2) + two(sum.crossed[1][t][h], sign) * 256) * (times * narrow);
                         }
-                        halves[m].low[t][half][h] = byte[0] + byte[1] * 256;
-                        halves[m].high[t][half][h] = F::P == 3 ? byte[2] : byte[2] + byte[F::P - 1] * 256;
+                        halves[m].low[t][half][h] = low;
+                        if constexpr (F::P == 3) {
+                            halves[m].high[t][half][h] = two(of[2][t][h], last) * times;
+                        } else {
+                            halves[m].high[t][half][h] = (two(of[2][t][h], 2) + two(of[F::P - 1][t][h], last) * 256) * times;
+                        }
                     }
                 }
             }

@@ -41,6 +41,16 @@ def codebook(
     return CodebookTensor(codes, width, tables, 2.0, outliers, input_scale=inputs_scale)
 
 
+def tables_of_sizes(widths: tuple[int, ...], dtype: torch.dtype) -> CodebookTensor:
+    """Columns from 2^-20 to 2^20 (float16: 2^-8 to 2^8) of their tables, one of zeros, and values just below a power of two."""
+    tensor = codebook(67, 390, widths, dtype=dtype)
+    most = 20 if dtype is torch.float32 else 8
+    tables = tensor.tables * (2.0 ** (torch.arange(390) % (2 * most) - most)).to(dtype)[:, None]
+    tables[5] = 0
+    tables[7, 0], tables[7, 1] = (2 - 2.0**-23, -(2 - 2.0**-23)) if dtype is torch.float32 else (2 - 2.0**-10, -(2 - 2.0**-10))
+    return replace(tensor, tables=tables)
+
+
 def row_codebook(n: int, k: int, bits: int, dtype: torch.dtype = torch.float16, scaled: bool = False) -> RowCodebookTensor:
     """The first row has the lowest codes, the last the highest."""
     g = generator(n, k, bits)

@@ -25,7 +25,7 @@ from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from tests.quant.products_affine import U_BFLOAT16, U, inputs
 from tests.quant.products_tables import PREPARE as OF_OTHERS
-from tests.quant.products_tables import cases, codebook, exact, row_codebook, signs
+from tests.quant.products_tables import cases, codebook, exact, row_codebook, signs, tables_of_sizes
 from tests.quant.products_tables import check as held_to
 
 LIMITS = {90: 232448, 86: 101376}
@@ -78,8 +78,9 @@ def cut_of_signs(x: Tensor, tensor: BinaryTensor) -> Tensor:
 
 
 def cut_of_codebook(x: Tensor, tensor: CodebookTensor) -> Tensor:
-    """[M, 1]: what lut_gemv_cuda.h says that tables' terms and whole numbers are off by, of a part all columns beside its largest x W; and,
-    where x is float32, a rounding of each of a column's 2^(bits - 1) terms, which count twice, and of its first value."""
+    """[M, 1]: what lut_gemv_cuda.h says that tables' terms and whole numbers are off by, of a part all columns beside its largest x W, and
+    with 4 bits its largest x times a term of more than one bit; and, where x is float32, a rounding of each of a column's 2^(bits - 1)
+    terms, which count twice, and of its first value."""
     off = torch.zeros(len(x), 1, dtype=torch.float64)
     given = x.double().abs() if tensor.input_scale is None else x.double().abs() / tensor.input_scale.double()
     half = x.dtype is torch.bfloat16
@@ -88,6 +89,10 @@ def cut_of_codebook(x: Tensor, tensor: CodebookTensor) -> Tensor:
         terms = given[:, widths == bits] * tensor.tables[widths == bits].double().abs().amax(1)
         off += (2.0 ** (bits - 24) + (0 if half else (2.0**bits + 1) * 2.0**-24)) * terms.sum(1, keepdim=True)
         off += terms.shape[1] * (2.0 ** (bits - 1) + 0.5) * 2.0 ** (-21 if half else -29) * terms.amax(1, keepdim=True)
+        if half and bits == fragments.NARROW_BITS:
+            crossed = fragments.terms_of(tensor.tables[widths == bits].float())[:, bits:].double().abs().amax(1)
+            steps = (2**bits - 1 - bits) * 2.0**-14 + (bits + 0.5) * 2.0**-18
+            off += terms.shape[1] * steps * (given[:, widths == bits] * crossed).amax(1, keepdim=True)
     return off
 
 
@@ -229,16 +234,19 @@ def test_values_of_very_different_sizes() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_whole_numbers_come_out_exactly(bits: int) -> None:
-    """Each code of each column counts as it should: sums of whole numbers below 2^24 have no roundings to hide an error in."""
+    """Each code of each column counts as it should: sums of whole numbers below 2^24 have no roundings to hide an error in, and their
+    terms are whole numbers, too."""
     n, k = 2**bits * 5, 700
     g = torch.Generator().manual_seed(bits)
-    tables = torch.randint(-9, 10, (k, 2**bits), generator=g).half()
+    tables = 16 * torch.randint(-9, 10, (k, 2**bits), generator=g).half()
     codes = (torch.arange(n)[:, None] * torch.randint(1, 99, (k,), generator=g) + torch.randint(99, (k,), generator=g)) % 2**bits
     tensor = CodebookTensor(codes.to(torch.uint8), torch.full((k,), bits), tables, 2.0)
     x = torch.randint(-31, 32, (3, k), generator=g).float()
     want = x.double() @ tensor.dequantize().double().T
-    assert torch.equal(on_the_host("lut_gemv", x, fragments.prepare(tensor)).double(), want)
-    assert torch.equal(on_the_host("lut_gemv", x[:1], fragments.prepare(tensor), ranks=1, limit=LIMITS[86]).double(), want[:1])
+    packed = fragments.prepare(tensor)
+    for kind in (torch.float32, torch.bfloat16):
+        assert torch.equal(on_the_host("lut_gemv", x.to(kind), packed), want.to(kind))
+        assert torch.equal(on_the_host("lut_gemv", x[:1].to(kind), packed, ranks=1, limit=LIMITS[86]), want[:1].to(kind))
 
 
 @pytest.mark.parametrize(("bits", "k"), [(3, 1700), (4, 1500)])
@@ -271,19 +279,9 @@ def test_a_call_reads_no_tables() -> None:
     packed = fragments.prepare(codebook(70, 300, (2, 4)))
     for part, bits in zip(packed.parts, (2, 4), strict=True):
         assert part.words.shape == (3, 1, 256 * bits)
-        assert part.read == 3 * 1024 * bits + 4 * 256 * (2**bits + 1) + 8 * 150
+        assert part.read == 3 * 1024 * bits + 4 * 256 * (2**bits + 1 + (bits == 4)) + 8 * 150
         assert part.bytes == part.read + 4 * 150 * 2**bits
     assert (packed.read, packed.bytes) == tuple(sum(getattr(p, size) for p in packed.parts) for size in ("read", "bytes"))
-
-
-def tables_of_sizes(widths: tuple[int, ...], dtype: torch.dtype) -> CodebookTensor:
-    """Columns from 2^-20 to 2^20 (float16: 2^-8 to 2^8) of their tables, one of zeros, and values just below a power of two."""
-    tensor = codebook(67, 390, widths, dtype=dtype)
-    most = 20 if dtype is torch.float32 else 8
-    tables = tensor.tables * (2.0 ** (torch.arange(390) % (2 * most) - most)).to(dtype)[:, None]
-    tables[5] = 0
-    tables[7, 0], tables[7, 1] = (2 - 2.0**-23, -(2 - 2.0**-23)) if dtype is torch.float32 else (2 - 2.0**-10, -(2 - 2.0**-10))
-    return replace(tensor, tables=tables)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

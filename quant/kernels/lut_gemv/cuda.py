@@ -2,8 +2,9 @@
 
 A row of out does not depend on how many there are. Sums are those of whole numbers. A value of a column of b bits whose largest is W is
 rounded to W 2^(b - 24) at most. A product x w is off by another (2^(b - 1) + 1/2) 2^-21, or, where x is float32, 2^-29, at most of the
-largest x W of the columns that a block has, where that is 2^-90 of x or more. An x that is
-infinite, or not a number, makes its row of out not a number."""
+largest x W of the columns that a block has, where that is 2^-90 of x or more; with 4 bits and x in bfloat16 by 2^-10.5 more of the largest
+x times a term of more than one bit of a code (`fragments.terms_of`). An x that is infinite, or not a number, makes its row of out not a
+number."""
 
 from __future__ import annotations
 

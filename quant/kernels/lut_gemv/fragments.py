@@ -3,8 +3,8 @@
 A unit is 32 rows by 256 columns. Of each half of 16 rows and each bit of the codes, the lowest first, there are 4 words of each of 32
 lanes: lane 4 g + t has rows g and g + 8 of columns 32 t to 32 t + 31, the first lowest, then the same of 128 columns further on.
 
-Tables become terms of the parities of codes' bits, which that file says what for: of a unit's 256 columns, first of each subset, in the
-order of a Gray code, 8 x 8 x 4 numbers: number 4 j + e of each 32 columns, w, at (j, w, e).
+Tables become terms of the parities of codes' bits, which that file says what for: of a unit's 256 columns, first of each subset, those of
+one bit before the others, 8 x 8 x 4 numbers: number 4 j + e of each 32 columns, w, at (j, w, e).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ LEAST_BITS = 2
 """Columns of one bit are stored as if they had two: their tables end in zeros."""
 MOST_COLUMNS = 2**16
 """For sums that fit 32 bits."""
+NARROW_BITS = 4
+"""In products with bfloat16, terms of more than one bit of codes this wide have two bytes, of steps of their own."""
 LEAST = 2.0**-90
 """A column's largest term counts as this where it is smaller, so that no step is too small for float32."""
 
@@ -30,7 +32,7 @@ LEAST = 2.0**-90
 @dataclass(frozen=True)
 class LanesPart(Part):
     """`values` are float32, one after another: tables `[C, 2^bits]`, terms `[U, 2^bits - 1, 8, 8, 4]` and `[U, 256, 2]`, each column's
-    largest term and its table's first value. `columns` ascend."""
+    largest term and its table's first value; with 4 bits `[U, 256]`, its largest term of more than one bit. `columns` ascend."""
 
     @property
     def read(self) -> int:
@@ -66,16 +68,17 @@ def _part(tensor: CodebookTensor, widths: Tensor, bits: int) -> Part:
     more = -len(columns) % UNIT
     firsts = pad(torch.stack([largest, tables[:, 0]], 1), (0, 0, 0, more))
     lanes = pad(terms, (0, 0, 0, more)).view(-1, 8, 8, 4, 2**bits - 1).permute(0, 4, 2, 1, 3)
-    values = torch.cat([tables.flatten(), lanes.flatten(), firsts.flatten()])
+    crossed = [pad(terms[:, bits:].abs().amax(1), (0, more))] if bits == NARROW_BITS else []
+    values = torch.cat([tables.flatten(), lanes.flatten(), firsts.flatten(), *crossed])
     return LanesPart(laid_out(tensor.codes[:, columns], bits), values, columns, bits)
 
 
 def terms_of(tables: Tensor) -> Tensor:
-    """float32 `[C, 2^bits - 1]`: a value of a table `[C, 2^bits]` is its first one less twice those of its terms whose subset i ^ i >> 1 of
-    the code's bits has an odd number of ones, i = 1 and on."""
+    """float32 `[C, 2^bits - 1]`: a value of a table `[C, 2^bits]` is its first one less twice those of its terms whose subset of the code's
+    bits has an odd number of ones; subsets of one bit come first, then the others, each in ascending order."""
     size = tables.shape[1]
-    code, subset = torch.arange(size), torch.arange(1, size)
-    both = (subset ^ subset >> 1)[None] & code[:, None]
+    code, subset = torch.arange(size), torch.tensor(sorted(range(1, size), key=lambda s: (s.bit_count() > 1, s)))
+    both = subset[None] & code[:, None]
     signs = torch.tensor([[1 - 2 * (v.bit_count() % 2) for v in row] for row in both.tolist()], dtype=torch.float64, device=tables.device)
     return (tables.double() @ signs / size).float()
 
