@@ -229,9 +229,10 @@ def shown(us: float) -> str:
     return f"{us / 1e6:.2f} s" if us >= 1e6 else f"{us:.1f} us"
 
 
-def spread(n: int) -> slice:
-    """At most some 200 of n rows to compare, from everywhere, so that no large tile is without one."""
-    return slice(None, None, max(1, n // 128))
+def spread(n: int, count: int = 128) -> slice:
+    """Some `count` of n rows to compare, fewer than twice as many, from everywhere. Odd steps: rows of tiles are a power of two, and of
+    every place in a tile one is compared."""
+    return slice(None, None, max(1, n // count) | 1)
 
 
 def worst(*errors: float) -> float:

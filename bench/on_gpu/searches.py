@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.on_gpu.clock import Bench, Goal, Row, known, worst
+from bench.on_gpu.clock import Bench, Goal, Row, known, spread, worst
 from quant.kernels import kernel
 from quant.kernels.braq_block import Binarized
 from quant.kernels.braq_block import Wanted as BlockWanted
@@ -39,7 +39,7 @@ def searches(b: Bench) -> Iterator[Row]:
         w = b.random(x.shape[1]).double().exp() if weighed else None
         fitted = run.kmeans(x, 16, start, w)
         # By what sums of squares are larger than those of the other twin, of some columns.
-        some = slice(None, None, max(1, len(x) // 8))
+        some = spread(len(x), 8)
         errors = [_squares(x[some], c, w) for c in (fitted[some], twin.kmeans(x[some], 16, start, w))]
         took = b.time(lambda i: run.kmeans(x, 16, start, w))  # noqa: B023
         peers = dict(

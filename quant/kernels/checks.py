@@ -6,6 +6,7 @@ K of a product is that of x: another K whose codes fill as many words of memory 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -21,13 +22,14 @@ SIGNED = ("q_sym", "absmax")
 """Grids without a step where codes have 1 bit."""
 
 
-def _require(right: bool, got: str, wanted: str) -> None:
+def _require(right: bool, got: str | Callable[[], str], wanted: str) -> None:
+    """got: a function where saying it takes microseconds, in each call of an operator."""
     if not right:
-        raise ValueError(f"{got}; {wanted}")
+        raise ValueError(f"{got if isinstance(got, str) else got()}; {wanted}")
 
 
-def _said(**tensors: Tensor | None) -> str:
-    return ", ".join(f"{name} is {None if t is None else (*t.shape,)}" for name, t in tensors.items())
+def _said(**tensors: Tensor | None) -> Callable[[], str]:
+    return lambda: ", ".join(f"{name} is {None if t is None else (*t.shape,)}" for name, t in tensors.items())
 
 
 def _bits(bits: int, least: int = 1) -> None:
@@ -36,12 +38,12 @@ def _bits(bits: int, least: int = 1) -> None:
 
 def _matrix(name: str, x: Tensor) -> None:
     right = x.dim() == 2 and x.is_floating_point()
-    _require(right, f"{name} is {tuple(x.shape)}, {x.dtype}", "it must be a matrix of floats: flatten(0, -2) gives one of rows")
+    _require(right, lambda: f"{name} is {tuple(x.shape)}, {x.dtype}", "it must be a matrix of floats: flatten(0, -2) gives one of rows")
 
 
 def _block(block: Tensor, upper: Tensor) -> None:
     _matrix("block", block)
-    _require(block.dtype in SOLVED, f"block is {block.dtype}", "it must be float32 or float64")
+    _require(block.dtype in SOLVED, lambda: f"block is {block.dtype}", "it must be float32 or float64")
     b = len(block)
     _require(b > 0 and upper.shape == (b, b), _said(block=block, upper=upper), "give [B, N] and [B, B], B of 1 or more")
 
@@ -54,7 +56,7 @@ def gptq_block(
     (b, n), right = block.shape, scale.dim() == 2 and zero.shape == scale.shape and (tops is None or tops.shape == block.shape[1:])
     _require(right and scale.shape[1] == n, _said(scale=scale, zero=zero, tops=tops), f"give [G, {n}] twice, and [{n}] or None")
     fits = len(group) == b and 0 <= min(group) and max(group) < len(scale)
-    _require(fits, f"group={group}", f"give {b} numbers of groups, 0 to {len(scale) - 1}")
+    _require(fits, lambda: f"group={group}", f"give {b} numbers of groups, 0 to {len(scale) - 1}")
 
 
 def gptq_block_fitted(block: Tensor, upper: Tensor, width: int, grid: str, bits: int, half: bool = True) -> None:
@@ -80,7 +82,7 @@ def hessian_syrk_(total: Tensor, x: Tensor) -> None:
 
 
 def floats(x: Tensor, *_: Any, **__: Any) -> None:
-    _require(x.is_floating_point(), f"x is {x.dtype}", "it must be of a float type")
+    _require(x.is_floating_point(), lambda: f"x is {x.dtype}", "it must be of a float type")
 
 
 def rows(x: Tensor, bits: int, *_: Any, **__: Any) -> None:
@@ -92,7 +94,7 @@ def rows(x: Tensor, bits: int, *_: Any, **__: Any) -> None:
 def rtn_pack(weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False) -> None:
     _matrix("weight", weight)
     _grid(grid, bits)
-    _require(scale_dtype in STORED, f"scale_dtype={scale_dtype}", "choose torch.float16 or torch.float32")
+    _require(scale_dtype in STORED, lambda: f"scale_dtype={scale_dtype}", "choose torch.float16 or torch.float32")
 
 
 def hqq_pack(weight: Tensor, bits: int, width: int, scale_dtype: torch.dtype, *_: Any, **__: Any) -> None:
@@ -130,7 +132,7 @@ def claq_block(block: Tensor, upper: Tensor, widths: list[int], *_: Any, **__: A
 
 def braq_counts(m: Tensor, counts: list[int]) -> None:
     _matrix("m", m)
-    _require(all(0 <= c <= m.shape[1] for c in counts), f"counts={counts}", f"give numbers of columns, 0 to {m.shape[1]}")
+    _require(all(0 <= c <= m.shape[1] for c in counts), lambda: f"counts={counts}", f"give numbers of columns, 0 to {m.shape[1]}")
 
 
 def braq_splits(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> None:
@@ -143,7 +145,7 @@ def _packed(x: Tensor, n: int, held: tuple[int, ...], side: int, unit: int, inpu
     k = x.shape[1] if x.dim() == 2 else -1
     right = more and n > 0 and held[:2] == (-(-n // side), -(-k // unit)) and (input_scale is None or input_scale.shape == (k,))
     wanted = "give x [M, K], and what `operands` gives of a weight [N, K]"
-    _require(right, f"{_said(x=x)}, of {n} rows of a weight there are {held[:2]} tiles of {side} x {unit}", wanted)
+    _require(right, lambda: f"{_said(x=x)()}, of {n} rows of a weight there are {held[:2]} tiles of {side} x {unit}", wanted)
 
 
 def wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> None:

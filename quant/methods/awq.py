@@ -36,7 +36,7 @@ CLIP_VALUES = 2**24
 @dataclass(frozen=True)
 class Awq:
     name: ClassVar[str] = "awq"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"absmean", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False

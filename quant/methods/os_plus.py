@@ -31,7 +31,7 @@ FLOOR = 1e-5
 @dataclass(frozen=True)
 class OsPlus:
     name: ClassVar[str] = "os_plus"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"minmax", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset({"activation"})
     uses_seed: ClassVar[bool] = False

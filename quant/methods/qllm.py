@@ -40,7 +40,7 @@ WORST = 1e5
 @dataclass(frozen=True)
 class QllmReassembly:
     name: ClassVar[str] = "qllm_reassembly"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"absmax", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset({"activation"})
     uses_seed: ClassVar[bool] = False

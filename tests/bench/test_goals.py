@@ -83,6 +83,7 @@ def test_rows_to_compare_are_from_everywhere(n: int) -> None:
     rows = range(n)[spread(n)]
     assert len(rows) <= 256
     assert {r // 128 for r in rows} == {r // 128 for r in range(n)}
+    assert {r % 64 for r in rows} == {r % 64 for r in range(n)}, "a tile has a place that no row to compare is at"
 
 
 def test_without_a_gpu_nothing_is_timed() -> None:

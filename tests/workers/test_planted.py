@@ -167,7 +167,7 @@ WINNERS = {
     # Merging costs the rest: 0.77 of it was won back, however many more channels may be split.
     "qllm_reassembly": Winner(0.7, (REASSEMBLY,)),
     "smoothquant": Winner(0.9, (Component("smoothquant", 1),)),
-    "os_plus": Winner(0.9, (Component("os_plus", 1, (("steps", 6),)),)),
+    "os_plus": Winner(0.9, (component("os_plus", steps=6),)),
     "quarot": Winner(0.9, (component("quarot"),), seed=0),
     "llm_int8": Winner(0.9, rounding=Component("llm_int8", 1), activation=ActivationScheme(8, outlier_threshold=6.0)),
 }
