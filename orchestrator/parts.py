@@ -183,7 +183,7 @@ def auto_part(option: Option, weight: WeightScheme | None) -> AutoPart | None:
     if not isinstance(sequences, int) or isinstance(sequences, bool) or sequences < 1:
         raise ConfigError(f"{where}.sequences={sequences!r}; give a whole number from 1")
     candidates = _checked(option, "auto.bits", lambda: tuple(replace(weight, bits=b) for b in sorted(bits)))
-    return AutoPart(AutoBits(float(budget), candidates), sequences)
+    return AutoPart(AutoBits(float(budget), candidates, version=2), sequences)
 
 
 def text_part(option: Option, source: TextSource) -> TextSpec:
