@@ -13,6 +13,7 @@ and the first writer wins. JSON, Parquet and safetensors only.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ FOLDERS = ("objects", "attempts", "sweeps", "staging")
 CHECKED_BYTES = 16 * 2**20
 TENSORS = ".safetensors"
 """Weights and reference log-probabilities are large: reading them would cost a finished sweep more than planning it."""
+OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
+"""No rename takes the place of a folder with files in it."""
 
 
 class Store:
@@ -129,16 +132,28 @@ class Store:
             write_json(staging / "spec.json", identity(stage.kind, stage.spec, stage.inputs))
             write_json(staging / RECORD, record)
             final.parent.mkdir(parents=True, exist_ok=True)
-            if not self.has(stage.kind, stage.key):
-                # A folder without a record is no artifact: the rest of one whose commit another host was killed in.
-                shutil.rmtree(final, ignore_errors=True)
-                rename_flushed(staging, final)
+            if not self.has(stage.kind, stage.key) and self._placed(staging, stage):
                 return record
         except OSError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         shutil.rmtree(staging)
         return self.record(stage.kind, stage.key)
+
+    def _placed(self, staging: Path, stage: Stage) -> bool:
+        """Whether the folder is the artifact now; False where another writer's came meanwhile."""
+        final = self.folder(stage.kind, stage.key)
+        try:
+            rename_flushed(staging, final)
+        except OSError as e:
+            if e.errno not in OCCUPIED:
+                raise
+            if self.has(stage.kind, stage.key):
+                return False
+            # A folder without a record is no artifact: the rest of one whose commit another host was killed in.
+            shutil.rmtree(final, ignore_errors=True)
+            rename_flushed(staging, final)
+        return True
 
     def set_aside(self, kind: StageKind, key: str) -> Path:
         """Move a corrupt artifact out of the way; its stage will run again."""

@@ -40,7 +40,7 @@ def classify(error: BaseException) -> ErrorClass:
     if names & MEMORY or MEMORY_TEXT.search(text) or getattr(error, "errno", None) == errno.ENOMEM:
         return ErrorClass.MEMORY
     # safetensors and pyarrow wrap the operating system's error in their own.
-    if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in text or "os error 28" in text:
+    if getattr(error, "errno", None) in DISK_FULL or "No space left on device" in text or DISK_FULL & _wrapped(text):
         return ErrorClass.DISK_FULL
     if names & NUMERICAL:
         return ErrorClass.NUMERICAL
@@ -49,6 +49,11 @@ def classify(error: BaseException) -> ErrorClass:
     if isinstance(error, OSError) or names & NETWORK or "AcceleratorError" in names or "CUDA error" in text:
         return ErrorClass.INFRASTRUCTURE
     return ErrorClass.INTERNAL
+
+
+def _wrapped(text: str) -> set[int]:
+    """Numbers of the operating system's errors, as libraries written in Rust tell them."""
+    return {int(number) for number in re.findall(r"os error (\d+)", text)}
 
 
 def failure(error: BaseException, log_tail: str) -> Failure:

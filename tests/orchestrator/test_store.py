@@ -66,6 +66,31 @@ def test_first_writer_wins(store: Store) -> None:
     assert (folder / "payload" / "items.parquet").read_bytes() == b"first"
 
 
+def test_a_writer_whose_artifact_another_one_commits_while_it_flushes_its_own_has_that_one(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, staging = a_stage(), store.new_staging(a_stage().key)
+    (staging / "payload" / "items.parquet").write_bytes(b"second")
+    rename = Path.rename
+
+    def late(draft: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        commit(store, stage, b"first")
+        return rename(draft, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    assert store.commit(stage, an_outcome(stage), staging, 1, "other sweep")["sweep"] == "sweep"
+    assert payload_path(store.folder(stage.kind, stage.key), "items.parquet").read_bytes() == b"first"
+    assert list((store.root / "staging").iterdir()) == []
+
+
+def test_the_rest_of_a_commit_that_was_cut_off_makes_way(store: Store) -> None:
+    rest = store.folder(a_stage().kind, a_stage().key) / "payload"
+    rest.mkdir(parents=True)
+    (rest / "items.parquet").write_bytes(b"ro")
+    assert payload_path(commit(store, a_stage()), "items.parquet").read_bytes() == b"rows"
+
+
 def test_full_disk_leaves_no_half_artifact(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = a_stage()
     staging = store.new_staging(stage.key)

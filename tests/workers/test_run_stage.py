@@ -324,6 +324,8 @@ class ReadTimeout(TransportError):
         (OSError(errno.ENOSPC, "No space left on device"), ErrorClass.DISK_FULL),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), ErrorClass.DISK_FULL),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), ErrorClass.DISK_FULL),
+        (SafetensorError(f"Error while serializing: I/O error: Disk quota exceeded (os error {errno.EDQUOT})"), ErrorClass.DISK_FULL),
+        (SafetensorError(f"Error while serializing: I/O error: File too large (os error {errno.EFBIG})"), ErrorClass.DISK_FULL),
         (CorruptArtifactError("abc", "payload differs"), ErrorClass.CORRUPT),
         (InputError("x"), ErrorClass.USER),
         (UnsupportedModel("x"), ErrorClass.USER),
