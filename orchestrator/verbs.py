@@ -124,6 +124,11 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
     if code == 0:
         console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
+        parts = {"activation": "activations", "kv": "keys and values"}
+        left_out = [words for part, words in parts.items() if any(spec_of(e).get(part) for e in chosen.evaluations.values())]
+        if left_out:
+            told = f"note: the scores are of quantized {' and '.join(left_out)} too; the checkpoint quantizes weights only"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     return code
 
 

@@ -339,6 +339,21 @@ def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: p
     assert [Path(a).name for a in artifacts] == [v.quantize.key for v in result.variants if v.quantize]
 
 
+def test_export_says_what_of_the_variant_the_checkpoint_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    result = sweep(store, "method=rtn", "scheme=w4a16_g64,w4a8_g64,w4a16kv4_g64").result
+    monkeypatch.setattr(verbs.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+
+    def said(scheme: str) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        assert verbs.export(store, result.key, f"rtn {scheme}", "dense", tmp_path / "out", console) == 0
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "note" not in said("w4a16_g64")
+    assert "quantized activations too; the checkpoint quantizes weights only" in said("w4a8_g64")
+    assert "quantized keys and values too" in said("w4a16kv4_g64")
+
+
 # --- beside a driver at work ------------------------------------------------------------------------------------------------
 
 
