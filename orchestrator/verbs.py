@@ -55,7 +55,7 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
         page = renew_report(store, result)
     except OSError as e:
         raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -162,5 +162,8 @@ def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
     return serve_ui(
-        result.config["settings"]["tracking"], Path.cwd(), port, lambda line: console.print(line, highlight=False, soft_wrap=True)
+        result.config["settings"]["tracking"],
+        Path.cwd(),
+        port,
+        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
     )

@@ -316,6 +316,13 @@ def test_a_report_that_cannot_be_written_holds_up_neither_sweep_nor_mlflow(
     assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
 
 
+def test_a_path_with_brackets_is_told_whole(tmp_path: Path) -> None:
+    sweep(tmp_path / "store", "method=rtn")
+    store, said = (tmp_path / "store").rename(tmp_path / "runs[old]"), io.StringIO()
+    assert verbs.report(store, None, Console(file=said, width=200)) == 0
+    assert f"report: {store}/sweeps/" in said.getvalue()
+
+
 # --- export ---------------------------------------------------------------------------------------------------------------------
 
 
