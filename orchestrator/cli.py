@@ -176,7 +176,7 @@ def _toolkit(arguments: list[str]) -> int:
         install(given.name or "", given.dir, given.python, console)
     for toolkit in TOOLKITS.values():
         if given.name in (None, toolkit.name):
-            console.print(describe(toolkit, given.dir), highlight=False, soft_wrap=True)
+            console.print(describe(toolkit, given.dir), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

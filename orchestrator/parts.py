@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from orchestrator.cell import Option
-from orchestrator.config import IDLE, READ_WITH
+from orchestrator.config import IDLE, READ_WITH, check_whole
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.param_files import with_files_read
 from orchestrator.planned import ToolkitNeed
@@ -34,6 +34,10 @@ STATISTICS = ("hessian", "absmax", "absmean", "minmax", "samples")
 """What a calibrate stage can collect for a method."""
 SITE_STATISTICS = "moments"
 """What a calibrate stage collects for the report alone, as `workers.site_moments` calls it."""
+LEAST_OF_TEXT = {"documents": 1, "skip_documents": 0}
+"""Below, a slice would take documents from the end of the text."""
+LEAST_OF_TASK = {"window": 2, "limit": 1, "max_windows": 1}
+"""What `workers.tasks.base.cut` takes."""
 
 
 T = TypeVar("T")
@@ -190,6 +194,7 @@ def text_part(option: Option, source: TextSource) -> TextSpec:
     text = option.values["text"]
     names = ("field", "split", "join", "documents", "skip_documents")
     values = {n: text[n] for n in names if n in text}
+    _check_least(f"{option.axis} {option.name!r}: text", values, LEAST_OF_TEXT)
     return _checked(option, "text", lambda: from_json(TextSpec, {"digest": source.digest, **values}))
 
 
@@ -225,11 +230,19 @@ def task_part(option: Option, source: TextSource) -> TaskPart:
     if windows not in WINDOWS:
         raise ConfigError(f"task {option.name!r}: {unknown_name('windows', str(windows), WINDOWS)}")
     text = text_part(option, source)
+    _check_least(f"task {option.name!r}: params", values.get("params") or {}, LEAST_OF_TASK)
     spec = _checked(
         option, "params", lambda: TaskSpec(values["kind"], values["version"], text, freeze(values.get("params") or {}), windows)
     )
     info = TaskInfo(option.name, values["kind"], values["primary"], metrics)
     return TaskPart(spec, bool(values.get("needs_reference", False)), info)
+
+
+def _check_least(where: str, values: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Null is the key's own: all of the text, in most."""
+    for name, bound in least.items():
+        if values.get(name) is not None:
+            check_whole(f"{where}.{name}", values[name], bound)
 
 
 def replicate_seed(option: Option) -> int:

@@ -332,7 +332,7 @@ def show(run: SweepRun, console: Console) -> None:
 
     print_table(run.result, console)
     if run.report is not None:
-        console.print(f"report: {run.report}", highlight=False, soft_wrap=True)
+        console.print(f"report: {run.report}", highlight=False, markup=False, soft_wrap=True)
     if run.result.config["settings"]["tracking"]["kind"] != "none":
         console.print(f"dashboard: {program()} ui", highlight=False, soft_wrap=True)
     if run.ending.lost is not None:

@@ -51,10 +51,10 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
     lock = toolkit.lock.read_text()
     marker = folder / INSTALLED
     if marker.is_file() and marker.read_text() == lock:
-        console.print(f"{folder} is up to date", highlight=False, soft_wrap=True)
+        console.print(f"{folder} is up to date", highlight=False, markup=False, soft_wrap=True)
         return folder
     _check_python(python)
-    console.print(f"making {folder} from {toolkit.lock}", highlight=False, soft_wrap=True)
+    console.print(f"making {folder} from {toolkit.lock}", highlight=False, markup=False, soft_wrap=True)
     shutil.rmtree(folder, ignore_errors=True)
     _call([python, "-m", "venv", str(folder)])
     # The hqq package would build CUDA kernels that nothing here uses.

@@ -55,7 +55,7 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
         page = renew_report(store, result)
     except OSError as e:
         raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -124,6 +124,11 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
     if code == 0:
         console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
+        parts = {"activation": "activations", "kv": "keys and values"}
+        left_out = [words for part, words in parts.items() if any(spec_of(e).get(part) for e in chosen.evaluations.values())]
+        if left_out:
+            told = f"note: the scores are of quantized {' and '.join(left_out)} too; the checkpoint quantizes weights only"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
     return code
 
 
@@ -157,5 +162,8 @@ def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
     store = _open(root)
     result = load_sweep(store, find_sweep(store, sweep))
     return serve_ui(
-        result.config["settings"]["tracking"], Path.cwd(), port, lambda line: console.print(line, highlight=False, soft_wrap=True)
+        result.config["settings"]["tracking"],
+        Path.cwd(),
+        port,
+        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
     )

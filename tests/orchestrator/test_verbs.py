@@ -316,6 +316,13 @@ def test_a_report_that_cannot_be_written_holds_up_neither_sweep_nor_mlflow(
     assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
 
 
+def test_a_path_with_brackets_is_told_whole(tmp_path: Path) -> None:
+    sweep(tmp_path / "store", "method=rtn")
+    store, said = (tmp_path / "store").rename(tmp_path / "runs[old]"), io.StringIO()
+    assert verbs.report(store, None, Console(file=said, width=200)) == 0
+    assert f"report: {store}/sweeps/" in said.getvalue()
+
+
 # --- export ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +344,21 @@ def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: p
     assert models[0] == models[1]
     assert (Path(models[0]) / "config.json").is_file()
     assert [Path(a).name for a in artifacts] == [v.quantize.key for v in result.variants if v.quantize]
+
+
+def test_export_says_what_of_the_variant_the_checkpoint_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    result = sweep(store, "method=rtn", "scheme=w4a16_g64,w4a8_g64,w4a16kv4_g64").result
+    monkeypatch.setattr(verbs.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+
+    def said(scheme: str) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        assert verbs.export(store, result.key, f"rtn {scheme}", "dense", tmp_path / "out", console) == 0
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "note" not in said("w4a16_g64")
+    assert "quantized activations too; the checkpoint quantizes weights only" in said("w4a8_g64")
+    assert "quantized keys and values too" in said("w4a16kv4_g64")
 
 
 # --- beside a driver at work ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import PlanError
+from orchestrator.errors import ConfigError, PlanError
 from orchestrator.grid import compose_grid
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
@@ -86,3 +86,23 @@ def test_site_statistics_of_long_samples_are_left_out_and_noted(plan_of: PlanOf)
     plan = plan_of("gpt2", "method=rtn", "scheme=w4a16_channel", *long)
     assert (len(plan.cells), plan.wanted) == (1, [])
     assert any("no site statistics of wikitext_llama: calibration.sequence_length=129 is above" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("task.params.window=1", "task 'self_perplexity': params.window=1; give a whole number from 2"),
+        ("task.params.window=-4", "params.window=-4; give a whole number from 2"),
+        ("task.params.limit=0", "params.limit=0; give a whole number from 1"),
+        ("task.params.limit=2.5", "params.limit=2.5"),
+        ("task.params.max_windows=0", "params.max_windows=0; give a whole number from 1"),
+        ("task.text.documents=0", "task 'self_perplexity': text.documents=0; give a whole number from 1"),
+        ("calibration.text.documents=-1", "calibration 'self_text': text.documents=-1; give a whole number from 1"),
+        ("calibration.text.skip_documents=-1", "calibration 'self_text': text.skip_documents=-1; give a whole number from 0"),
+    ],
+)
+def test_sizes_that_leave_no_text_or_count_from_its_end_are_refused(plan_of: PlanOf, override: str, said: str) -> None:
+    fits = [o for o in ("calibration.sequence_length=64", "task.params.window=64") if o.split("=")[0] != override.split("=")[0]]
+    with pytest.raises(ConfigError) as error:
+        plan_of("llama", "method=gptq", "scheme=w4a16_channel", *fits, override)
+    assert said in str(error.value)

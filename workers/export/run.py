@@ -33,8 +33,11 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
         raise ExportError(f"unknown export format {format!r}; allowed: {', '.join(FORMATS)}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; give a new one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
+    except OSError as e:
+        raise ExportError(f"no folder can be made in {out.parent}: {e}; give --out a folder that can be written") from e
     try:
         linears, notes = FORMATS[format](artifact, model_folder, staging)
         # Temporary folders, and files of safetensors, are for their owner alone.

@@ -120,6 +120,8 @@ def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: 
         run("auto_gptq", artifact, model, tmp_path)
     with pytest.raises(ExportError, match="allowed: auto_gptq, dense"):
         run("gguf", artifact, model, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"no folder can be made in .*file.*--out"):
+        run("auto_gptq", artifact, model, tmp_path / "file" / "out")
 
 
 def test_values_beyond_float16_are_refused() -> None:
