@@ -66,8 +66,8 @@ __global__ void weight(const Rows a, int bits, bool half, T* out) {
 extern "C" int bitgrid_row_lut_gemv(int64_t words, int64_t tables, int64_t x, int64_t scale, int64_t out, int64_t rows, int64_t k,
                                     int64_t count, int64_t bits, int64_t half, int64_t bfloat16, int64_t stream) {
     const auto codes = reinterpret_cast<const uint32_t*>(words);
-    const Rows a = rows_of(codes, reinterpret_cast<const void*>(tables), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
-                           reinterpret_cast<void*>(out), rows, k, count, bfloat16 != 0);
+    const Rows a = rows_of(codes, reinterpret_cast<const void*>(tables), reinterpret_cast<const void*>(x),
+                           reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, count, bfloat16 != 0);
     return chosen(count, bits, half != 0, [&](auto m, auto b, auto h) {
         constexpr int M = decltype(m)::value, BITS = decltype(b)::value;
         constexpr bool HALF = decltype(h)::value != 0;
