@@ -207,10 +207,8 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
 template <int BITS>
 cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
     const dim3 grid((call.steps + TURNS * WARPS - 1) / (TURNS * WARPS), call.tiles);
-    if (kind == 0) weight<BITS, 0><<<grid, WARPS * LANES, 0, stream>>>(call);
-    if (kind == 1) weight<BITS, 1><<<grid, WARPS * LANES, 0, stream>>>(call);
-    if (kind == 2) weight<BITS, 2><<<grid, WARPS * LANES, 0, stream>>>(call);
-    return cudaGetLastError();
+    const auto kernel = kind == 0 ? weight<BITS, 0> : kind == 1 ? weight<BITS, 1> : weight<BITS, 2>;
+    return launch_after(kernel, grid, WARPS * LANES, 0, stream, call);
 }
 
 }  // namespace
