@@ -12,7 +12,6 @@ interpreter, and times nothing. Ends with 1 where a result is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from bench.kept import keep
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
 from bench.on_gpu.clock import Bench, Goal, Row, known, spread
@@ -110,7 +110,7 @@ PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (l
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("pieces", nargs="*", choices=[*PIECES, []], help="all when left out")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, written anew after each row; `pieces` are those that are over")
     parser.add_argument("--alone", action="store_true", help="without other packages' kernels")
     parser.add_argument("--dry", action="store_true", help="small shapes on the CPU (TRITON_INTERPRET=1), nothing timed")
     parser.add_argument("--folder", type=Path, help="keep models here, for later runs too; a folder that is removed when left out")
@@ -126,6 +126,13 @@ def main() -> int:
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []
     failed: list[str] = []
+    over: list[str] = []
+    date = time.strftime("%Y-%m-%d")
+
+    def kept() -> None:
+        told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": date, "pieces": over, "failed": failed}
+        keep(given.out, told | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]})
+
     # Every row is compared with what the device can do in the same run.
     for name in dict.fromkeys(["limits", *(given.pieces or PIECES)]):
         began = time.perf_counter()
@@ -133,15 +140,13 @@ def main() -> int:
             for row in PIECES[name](b):
                 rows.append(row)
                 print(row.line(b.ceilings), flush=True)
+                kept()
+            over.append(name)
         except Exception:  # the other pieces are measured all the same
             failed.append(name)
             traceback.print_exc()
+        kept()
         print(f"-- {name}: {time.perf_counter() - began:.0f} s", flush=True)
-    if given.out:
-        told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": time.strftime("%Y-%m-%d")}
-        given.out.write_text(
-            json.dumps(told | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]}, indent=1) + "\n"
-        )
     if failed:
         print(f"failed: {', '.join(failed)}", flush=True)
     return 0 if not failed and all(r.right for r in rows) else 1

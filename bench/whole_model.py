@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bench.kept import keep
 from bench.on_gpu.clock import Bench
 from bench.on_gpu.limits import limits
 from bench.whole.runs import Work, measured, model_in
@@ -48,7 +49,7 @@ def main() -> int:
     parser.add_argument("--longest", type=float, help="seconds that the timed run may take")
     parser.add_argument("--folder", type=Path, help="keep models and artifacts here; a folder that is removed when left out")
     parser.add_argument("--profile", action="store_true", help="of two layers: the operations that take longest on the device")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures, written anew after each method")
     given = parser.parse_args()
     root = given.folder or Path(tempfile.mkdtemp(prefix="bitgrid-bench-"))
     root.mkdir(parents=True, exist_ok=True)
@@ -76,9 +77,8 @@ def run(given: argparse.Namespace, root: Path) -> int:
         row = measured(work, root, b, hints)
         print(row.line(b.ceilings), flush=True)
         kept.append(row.told(b.ceilings))
+        keep(given.out, kept)
         wrong |= not row.right
-    if given.out:
-        given.out.write_text(json.dumps(kept, indent=1) + "\n")
     return int(wrong)
 
 

@@ -1,20 +1,28 @@
-"""Fail when a source file is too long to read in one go: more than 400 lines. A long file usually has a seam inside."""
+"""Fail when a source file is too long to read in one go: more than 400 lines. A long file usually has a seam inside. And when a line of C++
+is longer than 140 characters, as ruff has it for Python."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-LIMIT = 400
+LIMIT, WIDTH = 400, 140
 FOLDERS = ("conf", "orchestrator", "hydra_plugins", "workers", "quant", "tests", "bench", "scripts", "docker")
-SUFFIXES = (".py", ".pyi", ".sh", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".js", ".css", ".yaml")
+CPP = (".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp")
+SUFFIXES = (".py", ".pyi", ".sh", ".js", ".css", ".yaml", *CPP)
 
 
 def too_long(root: Path) -> list[str]:
-    """`path: lines` of each source file above the limit."""
-    paths = sorted(p for folder in FOLDERS for p in (root / folder).rglob("*") if p.suffix in SUFFIXES and p.is_file())
-    lines = {p.relative_to(root).as_posix(): p.read_bytes().count(b"\n") for p in paths}
-    return [f"{name}: {count} lines, at most {LIMIT}" for name, count in lines.items() if count > LIMIT]
+    """`path: lines` of each source file above the limit, and `path:line: characters` of each line of C++ that is."""
+    said = []
+    for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*") if p.suffix in SUFFIXES and p.is_file()):
+        name, text = path.relative_to(root).as_posix(), path.read_bytes()
+        if (count := text.count(b"\n")) > LIMIT:
+            said.append(f"{name}: {count} lines, at most {LIMIT}")
+        if path.suffix in CPP:
+            wide = ((i, len(line)) for i, line in enumerate(text.decode().split("\n"), 1) if len(line) > WIDTH)
+            said += [f"{name}:{i}: {width} characters, at most {WIDTH}" for i, width in wide]
+    return said
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 // A few rows of x [M, K] times a weight [N, K] of signs, transposed: out [M, N]. The twin of quant/kernels/binary_gemv/reference.py.
 //
-// Plain C ABI. words, tables and salient are laid out as `Packed` in quant/kernels/binary_gemv/__init__.py says; x and out are row after row.
+// Plain C ABI. words, tables and salient are laid out as `Packed` in quant/kernels/binary_gemv/__init__.py says; x and out are row after
+// row.
 //
-// A row has eight values in a block of columns, four for plain and four for salient ones: they lie in one register, and two bits of a weight with its
-// column's flag find its value. A row is added up in one order, whatever stands beside it: blocks by 8 lanes, the blocks, then the lanes.
+// A row has eight values in a block of columns, four for plain and four for salient ones: they lie in one register, and two bits of a
+// weight with its column's flag find its value. A row is added up in one order, whatever stands beside it: blocks by 8 lanes, the blocks,
+// then the lanes.
 
 #include "products.h"
 
@@ -88,8 +90,8 @@ FUSED void fused_decode(const Call& c, int64_t t, int64_t rows, int64_t columns,
 }  // namespace
 
 // The weight [N, K] that the words stand for.
-extern "C" void bitgrid_binary_values(const uint32_t* words, const float* tables, const uint32_t* salient, float* out, int64_t rows, int64_t columns,
-                                      int64_t block, int64_t threads) {
+extern "C" void bitgrid_binary_values(const uint32_t* words, const float* tables, const uint32_t* salient, float* out, int64_t rows,
+                                      int64_t columns, int64_t block, int64_t threads) {
     constexpr int64_t unit = VECTORS * LANES;
     const Call c{words, tables, salient, (columns + unit - 1) / unit, (columns + block - 1) / block, block / LANES, nullptr};
     auto one = plain_decode;
@@ -100,8 +102,8 @@ extern "C" void bitgrid_binary_values(const uint32_t* words, const float* tables
 }
 
 // block: columns of one, a multiple of 8.
-extern "C" void bitgrid_binary_gemv(const uint32_t* words, const float* tables, const uint32_t* salient, const float* x, float* out, int64_t rows,
-                                    int64_t columns, int64_t block, int64_t count, int64_t threads) {
+extern "C" void bitgrid_binary_gemv(const uint32_t* words, const float* tables, const uint32_t* salient, const float* x, float* out,
+                                    int64_t rows, int64_t columns, int64_t block, int64_t count, int64_t threads) {
     constexpr int64_t unit = VECTORS * LANES;
     const int64_t tiles = (rows + ROWS - 1) / ROWS, units = (columns + unit - 1) / unit;
     const int64_t vectors = block / LANES;

@@ -1,7 +1,7 @@
 // The errors of BiLLM's candidates in one block of columns, x [N, C] row after row. The twin of quant/kernels/braq_search/batched.py.
 //
-// Plain C ABI. Every function writes, for each tile of rows, the sums of its rows over all candidates: totals [tiles, candidates], tiles of 8 rows for
-// counts and of 64 for splits. A row's error is a float32 (splits: float64) sum of its own values alone.
+// Plain C ABI. Every function writes, for each tile of rows, the sums of its rows over all candidates: totals [tiles, candidates], tiles of
+// 8 rows for counts and of 64 for splits. A row's error is a float32 (splits: float64) sum of its own values alone.
 
 #include <cmath>
 
@@ -48,7 +48,8 @@ struct Counts {
 INLINE void tile(const Counts& c, int64_t t) {
     // Columns as vectors of eight rows, and what the first and the last of them add up to.
     std::vector<float> memory((3 * c.columns + 3) * LANES);
-    Floats *x = reinterpret_cast<Floats*>((reinterpret_cast<uintptr_t>(memory.data()) + 31) & ~uintptr_t(31)), *first = x + c.columns, *last = first + c.columns + 1;
+    Floats *x = reinterpret_cast<Floats*>((reinterpret_cast<uintptr_t>(memory.data()) + 31) & ~uintptr_t(31));
+    Floats *first = x + c.columns, *last = first + c.columns + 1;
     for (int64_t r = 0; r < LANES; r++) {
         const int64_t row = t * LANES + r;
         for (int64_t i = 0; i < c.columns; i++) x[i][r] = row < c.rows ? c.x[row * c.columns + i] : 0.0f;

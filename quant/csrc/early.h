@@ -22,6 +22,16 @@ cudaError_t launch_early(void (*kernel)(Problem), const Problem& problem, dim3 b
     return cudaLaunchKernelEx(&config, kernel, problem);
 }
 
+// Any other kernel. Returns the error of this very launch, where cudaGetLastError would say an earlier call's as well.
+template <class... Parameters, class... Values>
+cudaError_t launch_after(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, size_t shared, cudaStream_t stream,
+                         const Values&... values) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared, config.stream = stream;
+    return cudaLaunchKernelEx(&config, kernel, values...);
+}
+
 // Lets the next kernel begin, up to where it waits in turn.
 __device__ __forceinline__ void release_next() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -100,7 +100,7 @@ extern "C" void bitgrid_fake_quantize(const float* x, float* out, const float* c
     run({x, *clip, rows, width, bits, symmetric != 0, out, nullptr, nullptr, nullptr}, threads);
 }
 
-extern "C" void bitgrid_encode_rows(const float* x, int8_t* codes, float* scale, float* zero, const float* clip, int64_t rows, int64_t width,
-                                    int64_t bits, int64_t symmetric, int64_t threads) {
+extern "C" void bitgrid_encode_rows(const float* x, int8_t* codes, float* scale, float* zero, const float* clip, int64_t rows,
+                                    int64_t width, int64_t bits, int64_t symmetric, int64_t threads) {
     run({x, *clip, rows, width, bits, symmetric != 0, nullptr, codes, scale, zero}, threads);
 }

@@ -132,7 +132,8 @@ __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uin
     const uint32_t to = near(factor + i * PANEL + column);
     UNROLLED for (int k = 0; k < LAST / 2; k++) {
         UNROLLED for (int panel = FIRST; panel < LAST; panel++) {
-            if (panel > 2 * k || (panel == 2 * k && i < PANEL)) copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
+            if (panel > 2 * k || (panel == 2 * k && i < PANEL))
+                copy<4>(to + 4 * (panel_start(panel) + k * STEP * PANEL), from + panel * PANEL);
         }
         from += STEP * p.upper_stride;
     }
@@ -148,7 +149,8 @@ __device__ __forceinline__ void stage(const Problem& p, float* factor, uint32_t 
         const uint32_t to = near(factor + panel_start(panel) + column);
         ROLLED for (uint32_t row = i; row < PANEL * (panel + 1); row += STEP) {
             const bool real = row < p.columns && left > 0;
-            copy<FLOATS>(to + 4 * row * PANEL, real ? p.upper + (row * p.upper_stride + panel * PANEL + column) : p.upper, real ? 4 * left : 0);
+            copy<FLOATS>(to + 4 * row * PANEL, real ? p.upper + (row * p.upper_stride + panel * PANEL + column) : p.upper,
+                         real ? 4 * left : 0);
         }
     }
 }
@@ -184,8 +186,8 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const uint32_t thread = rank % SIDE;  // of its side
     const Meet meet{near(memory.barriers + team * F::EVENTS), near(memory.barriers + F::TEAMS * F::EVENTS)};
 
-    // Before the kernels in front are over nothing but the launch's own arguments is read. The next kernel may begin only then: what it reads
-    // before its own wait can be written by this one alone.
+    // Before the kernels in front are over nothing but the launch's own arguments is read. The next kernel may begin only then: what it
+    // reads before its own wait can be written by this one alone.
     if (threadIdx.x < F::BARRIERS) Meet::make(near(memory.barriers + threadIdx.x), threadIdx.x < F::TEAMS * F::EVENTS ? 1 : SIDE);
     await_previous();
     release_next();
@@ -278,9 +280,9 @@ cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cu
 // lanes of a row: 1, 2, 4, -2 (`TWO_ROWS`), or 0: as was measured to take least time (`TWO_ROWS_ROOMS`). More shorten a row's time, and
 // repeat its rounding.
 extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
-                                  int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows, int64_t top,
-                                  int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss, const float* tops,
-                                  const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
+                                  int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows,
+                                  int64_t top, int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss,
+                                  const float* tops, const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), 0, 0, 0, {}};
     for (int64_t j = 0; j < columns; j++) p.group[j] = group[j];

@@ -14,8 +14,8 @@ struct Span {
     ON_LANES void add(const Span& s) { low = fminf(low, s.low), high = fmaxf(high, s.high), seen = plus(seen, s.seen); }
 };
 
-// part: of the 2 L lanes of a row. Every panel's span to `spans` [4 MOST / PANEL]: all weights are asked for at once, before it is known what
-// the groups are.
+// part: of the 2 L lanes of a row. Every panel's span to `spans` [4 MOST / PANEL]: all weights are asked for at once, before it is known
+// what the groups are.
 template <int L>
 ON_LANES void survey(const Problem& p, uint32_t row, int part, Near spans) {
     if (row >= p.rows) return;

@@ -4,12 +4,12 @@
 // A row's columns are taken PANEL at a time, by a team of warps (`Lane`, and `Updates` of gptq_updates.h). One solves the panels: its lanes
 // give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
 // barrier stands between two columns. A column is a chain of 13 operations that wait for each other, some 55 cycles. Beside it the error of
-// the column before comes off the rest of its panel, and errors of the panel's second half off the lane's own columns of the next panel. Off
-// these the other warps have taken all errors before, many independent sums; they hand them over through shared memory. A scheduler has more
-// instructions to issue for the others than for the one that solves: these, not the chain, take the time where a lane has a row. So each of
-// the others has panels of its own, and takes from one what there is while it must wait for the rest; and where there are many rows a lane
-// has two: two chains at a time, and what is loaded of the factor serves twice. Each column's subtractions are made in the order of the plain
-// loop, each fused with its product (`less`); all else is rounded operation by operation.
+// the column before comes off the rest of its panel, and errors of the panel's second half off the lane's own columns of the next panel.
+// Off these the other warps have taken all errors before, many independent sums; they hand them over through shared memory. A scheduler has
+// more instructions to issue for the others than for the one that solves: these, not the chain, take the time where a lane has a row. So
+// each of the others has panels of its own, and takes from one what there is while it must wait for the rest; and where there are many rows
+// a lane has two: two chains at a time, and what is loaded of the factor serves twice. Each column's subtractions are made in the order of
+// the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
 // Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
@@ -101,8 +101,8 @@ struct Range {
     float scale, inverse, zero;
 };
 
-// One of L lanes of a row, or, L being 1, a lane of R rows beside each other; in shared memory they are APART. PLAIN: whole zeros, one group
-// for each panel, whole panels.
+// One of L lanes of a row, or, L being 1, a lane of R rows beside each other; in shared memory they are APART. PLAIN: whole zeros, one
+// group for each panel, whole panels.
 template <int L, bool PLAIN, int R = 1>
 struct Lane {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL, APART = 32;

@@ -5,9 +5,9 @@
 
 namespace gptq {
 
-// `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own columns of all of them.
-// `ready(panel)` returns when that panel of the factor and the next are in shared memory; `receive(panel)` when another warp has put that panel
-// into its slot, which `arrived(panel)` may say at once. `send(unit)` says that the unit's errors are there.
+// `Lanes` says how its lanes run and exchange: `each(f)` is f of every lane, `share` gives all lanes of a row its own columns of all of
+// them. `ready(panel)` returns when that panel of the factor and the next are in shared memory; `receive(panel)` when another warp has put
+// that panel into its slot, which `arrived(panel)` may say at once. `send(unit)` says that the unit's errors are there.
 template <int L, class Lanes, class Meet>
 ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet) {
     const int panels = p.panels();

@@ -17,8 +17,8 @@ struct Updates {
     uint32_t column;  // first of the lane's in a panel
     Near errors;      // [STRIDE] of its first row
 
-    // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor then
-    // serves two lanes at once.
+    // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor
+    // then serves two lanes at once.
     ON_LANES static uint32_t local_row(uint32_t lane) { return (lane >> 1 & 1) | (lane >> 2 & 6); }
     ON_LANES static uint32_t local_column(uint32_t lane) { return 4 * ((lane & 1) | (lane >> 1 & 2)); }
 

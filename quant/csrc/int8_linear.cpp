@@ -1,8 +1,8 @@
 // Sums of products of codes: a [M, K] times w [N, K], transposed: out [M, N], exact in 32 bits.
 //
-// Plain C ABI; everything is row after row. Pairs of products are added up in one instruction, from codes widened to 16 bits: those of a once a
-// call, those of w where they are read. A thread takes a tile of rows of w and goes through a chunk of columns at a time, so that the chunk's part of
-// both stays in the caches.
+// Plain C ABI; everything is row after row. Pairs of products are added up in one instruction, from codes widened to 16 bits: those of a
+// once a call, those of w where they are read. A thread takes a tile of rows of w and goes through a chunk of columns at a time, so that
+// the chunk's part of both stays in the caches.
 
 #include "products.h"
 
@@ -96,7 +96,8 @@ FUSED void fused(const Call& c, int64_t t) {
 
 }  // namespace
 
-extern "C" void bitgrid_int8_sums(const int8_t* a, const int8_t* w, int32_t* out, int64_t rows, int64_t columns, int64_t count, int64_t threads) {
+extern "C" void bitgrid_int8_sums(const int8_t* a, const int8_t* w, int32_t* out, int64_t rows, int64_t columns, int64_t count,
+                                  int64_t threads) {
     const int64_t stride = (columns + STEP - 1) / STEP * STEP;
     std::vector<int16_t> wide(count * stride);
     for (int64_t m = 0; m < count; m++) std::copy_n(a + m * columns, columns, wide.data() + m * stride);

@@ -46,8 +46,8 @@ void bitgrid_kmeans_f32(const float* x, const double* weights, int64_t stride, i
                         int64_t threads, const double* draws, float* centres) {
     kmeans(x, weights, stride, c, n, k, bins, steps, threads, draws, centres);
 }
-void bitgrid_kmeans_f64(const double* x, const double* weights, int64_t stride, int64_t c, int64_t n, int64_t k, int64_t bins, int64_t steps,
-                        int64_t threads, const double* draws, double* centres) {
+void bitgrid_kmeans_f64(const double* x, const double* weights, int64_t stride, int64_t c, int64_t n, int64_t k, int64_t bins,
+                        int64_t steps, int64_t threads, const double* draws, double* centres) {
     kmeans(x, weights, stride, c, n, k, bins, steps, threads, draws, centres);
 }
 void bitgrid_nearest_f32(const float* x, int64_t c, int64_t n, const float* centres, int64_t k, int64_t threads, uint8_t* codes) {

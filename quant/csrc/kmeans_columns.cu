@@ -37,9 +37,9 @@ int launch(const Problem<T>& p, int64_t columns, int64_t stream) {
 }
 
 template <typename T>
-int kmeans(const T* columns, const T* ordered, const double* weights, int64_t apart, const double* ordered_weights, int64_t count, int64_t n,
-           int64_t k, int64_t bins, int64_t steps, int64_t trials, const double* draws, double* scratch, int64_t stride, T* centres,
-           int64_t stream) {
+int kmeans(const T* columns, const T* ordered, const double* weights, int64_t apart, const double* ordered_weights, int64_t count,
+           int64_t n, int64_t k, int64_t bins, int64_t steps, int64_t trials, const double* draws, double* scratch, int64_t stride,
+           T* centres, int64_t stream) {
     if (count == 0) return 0;
     const Problem<T> p{columns,  ordered,   draws,      scratch,     centres, stride,          int(n),
                        int(k),   int(bins), int(steps), int(trials), weights, ordered_weights, apart};

@@ -1,5 +1,5 @@
-// k-means of one column, one dimension: the twin of quant/kernels/kmeans_columns/batched.py, step by step in the same float64 arithmetic, so
-// that both give the same bits (built without fused multiply-add and without reordering of sums).
+// k-means of one column, one dimension: the twin of quant/kernels/kmeans_columns/batched.py, step by step in the same float64 arithmetic,
+// so that both give the same bits (built without fused multiply-add and without reordering of sums).
 
 #pragma once
 

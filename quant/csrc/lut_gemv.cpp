@@ -3,8 +3,8 @@
 //
 // Plain C ABI. words, values and columns are those of a `Part` in quant/kernels/lut_gemv/__init__.py; x and out are row after row.
 //
-// Nothing is multiplied by a weight: a call multiplies each column's table by its x, and a weight's code then finds the product. Eight weights cost
-// a lookup in registers, an addition and a shift. A row is added up in one order, whatever stands beside it.
+// Nothing is multiplied by a weight: a call multiplies each column's table by its x, and a weight's code then finds the product. Eight
+// weights cost a lookup in registers, an addition and a shift. A row is added up in one order, whatever stands beside it.
 
 #include "products.h"
 
@@ -73,8 +73,8 @@ Sweep chosen() {
 }  // namespace
 
 // n columns have a code of `bits`; column i is input columns[i] of K.
-extern "C" void bitgrid_lut_gemv(const uint32_t* words, const float* values, const int64_t* columns, const float* x, float* out, int64_t rows,
-                                 int64_t n, int64_t k, int64_t bits, int64_t count, int64_t threads) {
+extern "C" void bitgrid_lut_gemv(const uint32_t* words, const float* values, const int64_t* columns, const float* x, float* out,
+                                 int64_t rows, int64_t n, int64_t k, int64_t bits, int64_t count, int64_t threads) {
     const Sweep one = bits == 1 ? chosen<1>() : bits == 2 ? chosen<2>() : bits == 3 ? chosen<3>() : chosen<4>();
     const int64_t codes = codes_of(int(bits)), entries = entries_of(int(bits)), own = int64_t(1) << bits;
     const int64_t length = (n + codes - 1) / codes, tiles = (rows + ROWS - 1) / ROWS;
@@ -98,7 +98,8 @@ extern "C" void bitgrid_lut_gemv(const uint32_t* words, const float* values, con
     }
 }
 
-// The n columns of the weight [N, K] that the words stand for. Where codes differ by more than a register of values holds, memory is as fast.
+// The n columns of the weight [N, K] that the words stand for. Where codes differ by more than a register of values holds, memory is as
+// fast.
 extern "C" void bitgrid_lut_values(const uint32_t* words, const float* values, const int64_t* columns, float* out, int64_t rows, int64_t n,
                                    int64_t k, int64_t bits, int64_t threads) {
     const int64_t codes = codes_of(int(bits)), own = int64_t(1) << bits, length = (n + codes - 1) / codes;
@@ -107,15 +108,16 @@ extern "C" void bitgrid_lut_values(const uint32_t* words, const float* values, c
             float* to = out + (t * ROWS + r) * k;
             for (int64_t w = 0; w < length; w++) {
                 uint32_t word = words[(t * length + w) * ROWS + r];
-                for (int64_t c = w * codes; c < std::min(n, (w + 1) * codes); c++, word >>= bits) to[columns[c]] = values[c * own + (word & (own - 1))];
+                for (int64_t c = w * codes; c < std::min(n, (w + 1) * codes); c++, word >>= bits)
+                    to[columns[c]] = values[c * own + (word & (own - 1))];
             }
         }
     });
 }
 
 // What single weights differ by from their column's value, row after row: row r has those from starts[r] on.
-extern "C" void bitgrid_lut_apart(const int64_t* starts, const int32_t* columns, const float* differences, const float* x, float* out, int64_t rows,
-                                  int64_t k, int64_t count, int64_t threads) {
+extern "C" void bitgrid_lut_apart(const int64_t* starts, const int32_t* columns, const float* differences, const float* x, float* out,
+                                  int64_t rows, int64_t k, int64_t count, int64_t threads) {
     for (int64_t m = 0; m < count; m++) {
         each((rows + SPARSE - 1) / SPARSE, 1, std::min(threads, 8 * starts[rows] / LEAST), [&](int64_t t) {
             for (int64_t r = t * SPARSE; r < std::min(rows, (t + 1) * SPARSE); r++) {

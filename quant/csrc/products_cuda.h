@@ -63,7 +63,8 @@ BOTH uint32_t to_bits(float v) {
 BOTH float read_x(const Given& from, int64_t row, int64_t column) {
     if (row >= from.count) return 0.0f;
     const int64_t at = row * from.k + column;
-    const float x = from.bfloat16 ? from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16) : static_cast<const float*>(from.x)[at];
+    const float x = from.bfloat16 ? from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16)
+                                  : static_cast<const float*>(from.x)[at];
     return from.scale == nullptr ? x : x / from.scale[column];
 }
 

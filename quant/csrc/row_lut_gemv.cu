@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include "early.h"
 #include "row_lut_gemv_cuda.h"
 
 namespace {
@@ -66,8 +67,8 @@ __global__ void weight(const Rows a, int bits, bool half, T* out) {
 extern "C" int bitgrid_row_lut_gemv(int64_t words, int64_t tables, int64_t x, int64_t scale, int64_t out, int64_t rows, int64_t k,
                                     int64_t count, int64_t bits, int64_t half, int64_t bfloat16, int64_t stream) {
     const auto codes = reinterpret_cast<const uint32_t*>(words);
-    const Rows a = rows_of(codes, reinterpret_cast<const void*>(tables), reinterpret_cast<const void*>(x), reinterpret_cast<const float*>(scale),
-                           reinterpret_cast<void*>(out), rows, k, count, bfloat16 != 0);
+    const Rows a = rows_of(codes, reinterpret_cast<const void*>(tables), reinterpret_cast<const void*>(x),
+                           reinterpret_cast<const float*>(scale), reinterpret_cast<void*>(out), rows, k, count, bfloat16 != 0);
     return chosen(count, bits, half != 0, [&](auto m, auto b, auto h) {
         constexpr int M = decltype(m)::value, BITS = decltype(b)::value;
         constexpr bool HALF = decltype(h)::value != 0;
@@ -78,8 +79,7 @@ extern "C" int bitgrid_row_lut_gemv(int64_t words, int64_t tables, int64_t x, in
             if (failed != cudaSuccess) return int(failed);
         }
         const dim3 grid(unsigned((rows + ROWS - 1) / ROWS), unsigned((count + M - 1) / M));
-        function<<<grid, THREADS, shared, reinterpret_cast<cudaStream_t>(stream)>>>(a);
-        return int(cudaGetLastError());
+        return int(launch_after(function, grid, THREADS, shared, reinterpret_cast<cudaStream_t>(stream), a));
     });
 }
 
@@ -91,10 +91,6 @@ extern "C" int bitgrid_row_lut_values(int64_t words, int64_t tables, int64_t out
     const int threads = 256;
     const dim3 grid(unsigned((rows + ROWS - 1) / ROWS), unsigned((a.units + threads / 32 - 1) / (threads / 32)));
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    if (bfloat16 != 0) {
-        weight<<<grid, threads, 0, on>>>(a, int(bits), half != 0, reinterpret_cast<uint16_t*>(out));
-    } else {
-        weight<<<grid, threads, 0, on>>>(a, int(bits), half != 0, reinterpret_cast<float*>(out));
-    }
-    return cudaGetLastError();
+    return bfloat16 != 0 ? launch_after(weight<uint16_t>, grid, threads, 0, on, a, int(bits), half != 0, reinterpret_cast<uint16_t*>(out))
+                         : launch_after(weight<float>, grid, threads, 0, on, a, int(bits), half != 0, reinterpret_cast<float*>(out));
 }

@@ -1,6 +1,6 @@
-// One row of x of bfloat16 times a weight of 3 or 4 bits (of 2: wq_whole.h) whose groups are whole steps: what a warp does with a step where
-// neither registers nor instructions are to be spent on other rows. Layout, operands and the order of sums are those of wq_fragments.h, and
-// so are the bits.
+// One row of x of bfloat16 times a weight of 3 or 4 bits (of 2: wq_whole.h) whose groups are whole steps: what a warp does with a step
+// where neither registers nor instructions are to be spent on other rows. Layout, operands and the order of sums are those of
+// wq_fragments.h, and so are the bits.
 //
 // A step's sum of x comes out of products with 1 and 128 in place of codes. Those of eight steps are taken at once, a step to each column
 // of the product, before the first step; the loop reads them from a table. That is half of the products.

@@ -2,9 +2,9 @@
 // wq_whole.h).
 //
 // A block has half of a multiprocessor's shared memory (but for the longest rows of 2 bits: wq_whole.h); the other half is the next
-// product's, whose block fetches its first codes while this one is multiplied. So each multiprocessor has its share of both. A block has two
-// teams of eight warps, which divide the steps of a tile as everywhere; a team's tiles follow one another without a gap in the rings of its
-// warps. x is in shared memory once for all of them.
+// product's, whose block fetches its first codes while this one is multiplied. So each multiprocessor has its share of both. A block has
+// two teams of eight warps, which divide the steps of a tile as everywhere; a team's tiles follow one another without a gap in the rings of
+// its warps. x is in shared memory once for all of them.
 
 #pragma once
 
@@ -14,9 +14,9 @@ namespace fragments {
 
 constexpr int TEAMS = 2;
 
-// Bytes of shared memory: rings of stages of some tiles, x, the table, and what each warp has for the rows of each of its tiles. Of a step, x
-// takes GIVEN bytes, and the table ENTRY; a warp has SUMS for a row. METER: stages of a warp that are on their way at a time while its ring
-// is first filled: with more, x, and the codes of the product before, wait for them.
+// Bytes of shared memory: rings of stages of some tiles, x, the table, and what each warp has for the rows of each of its tiles. Of a step,
+// x takes GIVEN bytes, and the table ENTRY; a warp has SUMS for a row. METER: stages of a warp that are on their way at a time while its
+// ring is first filled: with more, x, and the codes of the product before, wait for them.
 template <int BITS_OF, bool HALF, int TILES, int STAGES, int METER_OF, int GIVEN_BYTES, int ENTRY_BYTES, int SUMS_OF>
 struct Divided {
     static constexpr int BITS = BITS_OF, R = TILES, METER = METER_OF, GIVEN = GIVEN_BYTES, ENTRY = ENTRY_BYTES, SUMS = SUMS_OF;

@@ -7,7 +7,8 @@
 
 namespace fragments {
 
-// Stages of a warp's ring: as many as fit beside x of 11008 columns; and those on their way at a time at first, as is measured to be fastest.
+// Stages of a warp's ring: as many as fit beside x of 11008 columns; and those on their way at a time at first, as is measured to be
+// fastest.
 BOTH constexpr int deep_floats(int bits, bool half) { return bits == 3 ? 3 : half ? 5 : 4; }
 BOTH constexpr int metered_floats(int bits, bool half) { return bits == 3 ? 1 : deep_floats(bits, half); }
 

@@ -292,7 +292,8 @@ void product(const Call& call, int most) {
     }
 }
 
-// By teams, of some numbers of tiles, of bits and of scales a step: of all, this would take half as long again to compile. False: not these.
+// By teams, of some numbers of tiles, of bits and of scales a step: of all, this would take half as long again to compile. False: not
+// these.
 template <int BITS>
 bool by_teams(const Call& call, int most) {
     const Call wide = fragments::by_teams(call, 2);
@@ -345,7 +346,8 @@ void weight(const Call& call) {
         for (int step = 0; step < call.steps; step++) {
             Lanes32::Of<Step<BITS>> state;
             read_step<Lanes32, BITS>(p, call, state, tile, step);
-            call.half_x ? write_step<Lanes32, BITS, 1>(p, call, state, tile, step) : write_step<Lanes32, BITS, 0>(p, call, state, tile, step);
+            call.half_x ? write_step<Lanes32, BITS, 1>(p, call, state, tile, step)
+                        : write_step<Lanes32, BITS, 0>(p, call, state, tile, step);
         }
 }
 

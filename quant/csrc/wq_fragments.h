@@ -143,7 +143,8 @@ struct Warp {
             S& s = P::at(state, lane);
             s.g = lane / 4 * (call.half_ranges ? 8 : 16);
             // Columns that there are not are others, or, of a team's warps that do not know each other's rows, whatever was there before.
-            const int m = lane / 16 - 1, chunk = lane % 16, last = (C == 1 ? rows : MOST / PARTS) * PARTS - 1, column = lane / 4 < last ? lane / 4 : last;
+            const int m = lane / 16 - 1, chunk = lane % 16, last = (C == 1 ? rows : MOST / PARTS) * PARTS - 1;
+            const int column = lane / 4 < last ? lane / 4 : last;
             s.x = call.x + (two_rows() ? int64_t(row + m) * call.columns * 2 + chunk * 16 : int64_t(row) * call.columns * 4 + lane * 16);
             s.x = P::kept(s.x);
             s.x_to = PARTS == 1 ? turned(m, chunk) : two_rows() ? m * 256 + chunk * 16 : lane * 16;
@@ -155,7 +156,8 @@ struct Warp {
             s.ranges = P::kept(s.ranges);
             s.even = (PARTS == 1 ? call.given_at : 0) + column * 256 + lane % 4 * 16 + column % 2 * 64;
             s.odd = s.even - column % 2 * 128;
-            UNROLLED for (int c = 0; c < C; c++) UNROLLED for (int i = 0; i < R; i++) UNROLLED for (int j = 0; j < 4; j++) s.sums[c][i][j] = 0.f;
+            UNROLLED for (int c = 0; c < C; c++) UNROLLED for (int i = 0; i < R; i++)
+                UNROLLED for (int j = 0; j < 4; j++) s.sums[c][i][j] = 0.f;
             UNROLLED for (int i = 0; i < 4; i++) s.ones[i] = P::kept(i % 2 == 0 ? ONES : PARTS == 1 ? BASE : 0u, i / 2);
         });
     }

@@ -203,7 +203,8 @@ Tile chosen(Call& c) {
 
 // The weight itself: of row `row` of a tile the columns of a unit from `first` on. own: scale and offset of the group, of `width` columns.
 template <int BITS, int V>
-INLINE void decode(const uint32_t* unit, int row, int64_t first, int64_t columns, int64_t width, const float* ranges, const float* own, float* to) {
+INLINE void decode(const uint32_t* unit, int row, int64_t first, int64_t columns, int64_t width, const float* ranges, const float* own,
+                   float* to) {
     if constexpr (V < vectors_of(BITS)) {
         const int64_t column = first + V * LANES;
         if (column >= columns) return;

@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(WARPS * LANES, BLOCKS_ALONE) single(const __gr
     work.finish(p);
 }
 
-// The next product's blocks fetch codes beside this one's. Of 2 and 3 bits they may at once; of 4 bits, of which more are on their way, when
-// the product before is over, so that x does not wait for them.
+// The next product's blocks fetch codes beside this one's. Of 2 and 3 bits they may at once; of 4 bits, of which more are on their way,
+// when the product before is over, so that x does not wait for them.
 template <int BITS>
 constexpr bool AT_ONCE = BITS < 4;
 
@@ -176,7 +176,8 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
     // Few tiles are read for some rows of x after others, by blocks that are all there at once.
     if (call.count > MOST && call.tiles * parts > 2 * device.multiprocessors) {
         Call wide = fragments::by_teams(call, 2);
-        if (arranged(wide, BITS, 1, flushes, device.most(2), 2) <= device.most(2)) return by_teams<BITS, PARTS>(wide, device, early, stream);
+        if (arranged(wide, BITS, 1, flushes, device.most(2), 2) <= device.most(2))
+            return by_teams<BITS, PARTS>(wide, device, early, stream);
     }
     // As many tiles as let all blocks be there at once, where two such blocks fit a multiprocessor.
     int tiles = 1;
@@ -206,10 +207,8 @@ cudaError_t multiplied(const Call& call, bool early, cudaStream_t stream) {
 template <int BITS>
 cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
     const dim3 grid((call.steps + TURNS * WARPS - 1) / (TURNS * WARPS), call.tiles);
-    if (kind == 0) weight<BITS, 0><<<grid, WARPS * LANES, 0, stream>>>(call);
-    if (kind == 1) weight<BITS, 1><<<grid, WARPS * LANES, 0, stream>>>(call);
-    if (kind == 2) weight<BITS, 2><<<grid, WARPS * LANES, 0, stream>>>(call);
-    return cudaGetLastError();
+    const auto kernel = kind == 0 ? weight<BITS, 0> : kind == 1 ? weight<BITS, 1> : weight<BITS, 2>;
+    return launch_after(kernel, grid, WARPS * LANES, 0, stream, call);
 }
 
 }  // namespace

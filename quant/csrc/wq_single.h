@@ -1,6 +1,6 @@
-// One row of x by blocks of a tile each, of 4 bits, whose steps are all on their way before the first is used: what a warp does (wq_alone.h).
-// So few registers are taken that three blocks are on a multiprocessor: some may be the next product's, which fetch their codes while this
-// one is multiplied.
+// One row of x by blocks of a tile each, of 4 bits, whose steps are all on their way before the first is used: what a warp does
+// (wq_alone.h). So few registers are taken that three blocks are on a multiprocessor: some may be the next product's, which fetch their
+// codes while this one is multiplied.
 
 #pragma once
 
@@ -45,7 +45,8 @@ struct Single : Arranged<HALF> {
             if (step < call.steps)
                 p.lanes([&](int lane) {
                     const uint8_t* words = call.words + (int64_t(tile) * call.steps + step) * A::CODES + 16 * lane;
-                    const uint8_t* ranges = call.ranges + (int64_t(tile) * call.groups + call.group_of(SLICES * step)) * A::RANGES + 16 * lane;
+                    const uint8_t* ranges =
+                        call.ranges + (int64_t(tile) * call.groups + call.group_of(SLICES * step)) * A::RANGES + 16 * lane;
                     uint8_t* to = own + i * A::STAGE + 16 * lane;
                     UNROLLED for (int l = 0; l < 2; l++) p.fetch16(to + 512 * l, words + 512 * l, true);
                     p.fetch16(to + A::CODES, ranges, 16 * lane < A::RANGES);

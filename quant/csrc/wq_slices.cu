@@ -1,5 +1,5 @@
-// 9 to 16 rows of x [M, K] of bfloat16 times a weight [N, K] of 4 bits, transposed: out [M, N]; the bits are those of wq_gemv.cu. What a warp
-// does: wq_slices.h. One launch a call, of one block a multiprocessor.
+// 9 to 16 rows of x [M, K] of bfloat16 times a weight [N, K] of 4 bits, transposed: out [M, N]; the bits are those of wq_gemv.cu. What a
+// warp does: wq_slices.h. One launch a call, of one block a multiprocessor.
 
 #include <cuda_runtime.h>
 

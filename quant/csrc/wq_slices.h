@@ -118,7 +118,8 @@ struct SideWarp {
         });
     }
 
-    // Two rows of the slice's x, of every second step, as `turned` has them: by way of registers, since copies would be counted after codes.
+    // Two rows of the slice's x, of every second step, as `turned` has them: by way of registers, since copies would be counted after
+    // codes.
     BOTH void bring(P& p) {
         constexpr int TURNS = 16;
         for (int i = warp / 8; i < own; i += 2 * TURNS)
@@ -260,7 +261,8 @@ struct SideWarp {
         for (int tile = first; tile < end; tile += SIDE * R) {
             p.lanes([&](int lane) {
                 S& s = P::at(state, lane);
-                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int j = 0; j < 4; j++) s.sums[e][r][j] = 0.f;
+                UNROLLED for (int e = 0; e < 2; e++) UNROLLED for (int r = 0; r < R; r++)
+                    UNROLLED for (int j = 0; j < 4; j++) s.sums[e][r][j] = 0.f;
             });
             for (int i = 0; i < own; i++) {
                 p.template arrived<DEPTH - 2>();

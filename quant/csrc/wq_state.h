@@ -6,8 +6,8 @@
 
 namespace fragments {
 
-// Tiles that are multiplied at once (two of 8 bits, or of two sums of 16 columns each, would take too many registers), and sums of each that
-// do not wait for each other: one where operands have codes at one place, or are codes themselves.
+// Tiles that are multiplied at once (two of 8 bits, or of two sums of 16 columns each, would take too many registers), and sums of each
+// that do not wait for each other: one where operands have codes at one place, or are codes themselves.
 BOTH constexpr int tiles_at_once(int bits, int r, int c) { return r == 1 || bits == 8 || (c != 1 && bits < 4) ? 1 : 2; }
 BOTH constexpr int chains_of(int bits, int parts) { return bits == 4 || parts != 1 ? 1 : 2; }
 

@@ -85,7 +85,8 @@ BOTH void write_halves(P& p, const Call& call, typename P::template Of<Step<BITS
         UNROLLED for (int a = 0; a < 2; a++) UNROLLED for (int i = 0; i < 2; i++) {
             const int n = t * ROWS + 8 * i + (LINES ? lane / 8 * 2 + a : lane / 4);
             const int column = step * COLUMNS + 32 * (Q + (LINES ? lane / 4 % 2 : a));
-            if (n < call.rows && column < call.columns) P::store16(call.out + 2 * (int64_t(n) * call.columns + column + lane % 4 * 8), s.made[a][i]);
+            if (n < call.rows && column < call.columns)
+                P::store16(call.out + 2 * (int64_t(n) * call.columns + column + lane % 4 * 8), s.made[a][i]);
         }
     });
 }

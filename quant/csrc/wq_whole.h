@@ -1,14 +1,15 @@
 // One row of x by a block on each multiprocessor, with codes of 2 bits, in whole numbers: how a warp multiplies a step.
 //
-// A byte of a word has codes of the row g in its lower half and of g + 8 in its upper half (quant/kernels/wq_gemv/fragments.py): masked out,
-// they are operands of int8 tensor cores (m16n8k32), those of g + 8 times 16. Four codes are an instruction, where bfloat16 takes two for two.
+// A byte of a word has codes of the row g in its lower half and of g + 8 in its upper half (quant/kernels/wq_gemv/fragments.py): masked
+// out, they are operands of int8 tensor cores (m16n8k32), those of g + 8 times 16. Four codes are an instruction, where bfloat16 takes two
+// for two.
 //
-// x is rounded to 2^-22 of the power of two above the largest of its step, and is three digits of a byte, the lower two from -128 on: each a
-// column of the product. Sums of a step are exact, as floats too: below 128 columns times 48 times 128, which is below 2^22, so that they are
-// the lowest bits of a float after they have been added to 3 * 2^22. A step with a number that is not finite makes all of out NaN.
+// x is rounded to 2^-22 of the power of two above the largest of its step, and is three digits of a byte, the lower two from -128 on: each
+// a column of the product. Sums of a step are exact, as floats too: below 128 columns times 48 times 128, which is below 2^22, so that they
+// are the lowest bits of a float after they have been added to 3 * 2^22. A step with a number that is not finite makes all of out NaN.
 //
-// So rows of x take three columns of a product each, and are not the floats that they are in operands of bfloat16, beside other rows: each is
-// off by its own roundings (docs/adr/0031-one-row-of-two-bits.md).
+// So rows of x take three columns of a product each, and are not the floats that they are in operands of bfloat16, beside other rows: each
+// is off by its own roundings (docs/adr/0031-one-row-of-two-bits.md).
 
 #pragma once
 
@@ -21,8 +22,8 @@ constexpr int DIGITS = 3;
 constexpr float BIG = 12582912.f;  // 3 * 2^22
 constexpr uint32_t BIG_BITS = 0x4b400000u;
 
-// Stages of a warp's ring, each of R tiles that are multiplied with the same x as it is in registers. SHORT: as many as fit beside x of 11008
-// columns; MIDDLE: of 14336; LONG: of 28672, where a block has all of a multiprocessor's memory.
+// Stages of a warp's ring, each of R tiles that are multiplied with the same x as it is in registers. SHORT: as many as fit beside x of
+// 11008 columns; MIDDLE: of 14336; LONG: of 28672, where a block has all of a multiprocessor's memory.
 enum Room { SHORT, MIDDLE, LONG };
 BOTH constexpr int deep_whole(bool half, int r, Room room) { return (room == LONG ? 12 : room == MIDDLE ? 6 : half ? 8 : 7) / r; }
 

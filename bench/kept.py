@@ -1,0 +1,16 @@
+"""Figures of a benchmark that goes on: a run that is cut off leaves all that it had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def keep(path: Path | None, figures: Any) -> None:
+    """Writes them as JSON in place of what was there; a reader finds one or the other whole. Nothing where there is no path."""
+    if path is None:
+        return
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(json.dumps(figures, indent=1) + "\n")
+    draft.replace(path)
