@@ -62,7 +62,9 @@ def generate(decoder: Decoder, prompt: Tensor, steps: int, given: Tensor | None 
     for step in range(steps + 1):
         out, took = timed(lambda: run(x), prompt.device)  # noqa: B023
         seconds.append(took)
-        logits[:] = [*([] if last_only else logits), out.to(torch.float32, copy=True)]
+        if last_only:
+            logits.clear()
+        logits.append(out.to(torch.float32, copy=True))
         if step < steps:
             x, run = logits[-1].argmax(-1, keepdim=True) if given is None else given[:, step : step + 1], decoder.step
             tokens.append(x)

@@ -143,18 +143,21 @@ BOTH int steps(uint32_t largest) {
     const int n = F::TOP - 1 - exponent_of(largest + 2);
     return n < 126 ? n : 126;
 }
-// The same for narrow terms, of which none is to be rounded up to 2^15. Where they are used, their steps are no finer than the others', and
-// no coarser than 2^4 of them.
+// The most for narrow terms, of which none is to be rounded up to 2^15.
 template <class F>
-BOTH int narrow_steps(const Shared<F>& s) {
+BOTH int most_narrow_steps(const Shared<F>& s) {
     return 14 - exponent_of(s.most_of(s.crossed) + 2);
 }
-// Of a part's terms, narrow or not.
+// Of a part's terms, and of its narrow ones, whose steps are no finer than the others', and no coarser than 2^4 of them.
 template <class F, int BITS>
 BOTH int steps_of(const Shared<F>& s, int m) {
     const int n = steps<F>(s.largest_of(m));
     if constexpr (!F::narrow(BITS)) return n;
-    return smaller(n, narrow_steps(s) + 4);
+    return smaller(n, most_narrow_steps(s) + 4);
+}
+template <class F, int BITS>
+BOTH int narrow_steps(const Shared<F>& s) {
+    return smaller(most_narrow_steps(s), steps_of<F, BITS>(s, 0));
 }
 
 // The whole number nearest a product, below 2^TOP. Of three bytes it is the lowest 23 bits, less 2^22, of a sum that has no bits behind
@@ -323,7 +326,7 @@ BOTH void take_bits(const Lut& a, const Part& part, int first, int count, Terms<
     const Shared<F> s(a, part, shared);
     float step[F::M], narrow = 0.f;  // of all terms, and of narrow ones
     UNROLL for (int m = 0; m < F::M; m++) step[m] = power(steps_of<F, BITS>(s, m));  // of what is not finite, too: `give` drops that
-    if constexpr (F::narrow(BITS)) narrow = power(smaller(narrow_steps(s), steps_of<F, BITS>(s, 0)));
+    if constexpr (F::narrow(BITS)) narrow = power(narrow_steps<F, BITS>(s));
     const float* values = part.firsts + first * (2 * UNIT) + 1;
     float value[BATCH] = {};
     UNROLL for (int b = 0; b < BATCH; b++) {

@@ -106,10 +106,7 @@ struct Sweep {
         if ((HELD > 1 && thread % 32 != 0) || todo == 0) return;
         const Shared<F> s(a, shared);
         thread = anew(thread);
-        if constexpr (NARROW) {
-            const int steps = steps_of<F, BITS>(s, 0);
-            narrow = 1 << (steps - smaller(narrow_steps(s), steps));
-        }
+        if constexpr (NARROW) narrow = 1 << (steps_of<F, BITS>(s, 0) - narrow_steps<F, BITS>(s));
         a.ring == RING ? run_through<RING>(s, a.group * TILE) : run_through<SMALL>(s, a.group * TILE);
     }
 
