@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from quant.grids import GRIDS
+from quant.kernels import binary_gemv as binary
+from quant.kernels import lut_gemv as lut
+from quant.kernels import row_lut_gemv as row_lut
 from quant.kernels import wq_gemm as gemm
+from quant.kernels import wq_gemv as gemv
 from quant.kernels.gptq_block import NUMBERS
+from quant.kernels.lut_gemv import fragments as lut_fragments
+from quant.kernels.wq_gemv import fragments as gemv_fragments
 
 SOLVED, STORED = (torch.float32, torch.float64), (torch.float16, torch.float32)
 SIGNED = ("q_sym", "absmax")
@@ -151,7 +157,8 @@ def _packed(x: Tensor, n: int, held: tuple[int, ...], side: int, unit: int, inpu
 def wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> None:
     _require(bits in gemm.BITS, f"bits={bits}", "choose 2, 3, 4 or 8")
     # Words of `fragments` have three dimensions, those of the other twins five.
-    side, unit = (16, 128) if words.dim() == 3 else (8, 256 if bits == 3 else 256 // bits)
+    plain = gemv.LANES, 256 if bits == 3 else gemv.LANES * 32 // bits
+    side, unit = (gemv_fragments.ROWS, gemv_fragments.STEP) if words.dim() == 3 else plain
     groups = ranges.shape[1] if ranges.shape[2:] == ((8, 2, 2) if words.dim() == 3 else (2, 8)) else 0
     more = groups > 0 and x.shape[-1] % groups == 0 and len(ranges) == len(words) and prod(words.shape[2:]) == bits * side * unit // 32
     _packed(x, rows, tuple(words.shape), side, unit, input_scale, more)
@@ -175,14 +182,14 @@ def lut_gemv(
     count = sum(map(len, columns))
     _require(x.dim() == 2 and x.shape[1] == count, _said(x=x), f"it must be [M, {count}], as many columns as the weight's parts have")
     for held, own, width in zip(words, columns, bits, strict=True):
-        # Words of `fragments` have all bits of 256 columns of a row.
-        unit = 256 if held.shape[2] == 256 * width else 32 // width
-        _packed(x, rows, (len(held), -(-count // unit)), 32, unit, input_scale, held.shape[1] == -(-len(own) // unit))
+        # Words of `fragments` have all bits of a unit's columns of a row.
+        unit = lut_fragments.UNIT if held.shape[2] == lut_fragments.UNIT * width else 32 // width
+        _packed(x, rows, (len(held), -(-count // unit)), lut.ROWS, unit, input_scale, held.shape[1] == -(-len(own) // unit))
 
 
 def row_lut_gemv(x: Tensor, words: Tensor, tables: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> None:
-    more = words.shape[2:] == (bits, 32) and tables.shape == (len(words), 2**bits, 32)
-    _packed(x, rows, tuple(words.shape), 32, 32, input_scale, more)
+    more = words.shape[2:] == (bits, row_lut.ROWS) and tables.shape == (len(words), 2**bits, row_lut.ROWS)
+    _packed(x, rows, tuple(words.shape), row_lut.ROWS, row_lut.UNIT, input_scale, more)
 
 
 def binary_gemv(
@@ -191,4 +198,4 @@ def binary_gemv(
     # Tables of `digits` are two.
     tiles, blocks = tables.shape[1:3] if tables.dim() == 5 else tables.shape[:2]
     more = block > 0 and (tiles, blocks) == (len(words), -(-x.shape[-1] // block)) and words.shape[2:] == (1, 8, 8)
-    _packed(x, rows, tuple(words.shape), 8, 128, input_scale, more)
+    _packed(x, rows, tuple(words.shape), 8, binary.UNIT, input_scale, more)
