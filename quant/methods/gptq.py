@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, group_of_each, grouped
-from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
+from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked, checked_together
 from quant.number_formats import encode, number_format
-from quant.outliers import METRICS, outlier_columns, without_columns
+from quant.outliers import outlier_columns, without_columns
+from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
@@ -91,16 +92,7 @@ class Gptq:
     """Which columns those are (`quant.outliers`): owq or quik."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
-        if self.outlier_columns < 0:
-            raise ValueError(f"outlier_columns={self.outlier_columns} must be 0 or more columns of every linear")
-        if self.outlier_metric not in METRICS:
-            raise ValueError(f"outlier_metric={self.outlier_metric!r} is unknown; choose {' or '.join(METRICS)}")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes, and the columns kept in float16 (`outlier_columns`) beside them.

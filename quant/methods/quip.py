@@ -25,6 +25,7 @@ from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
+from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import revive_dead
 from quant.statistics import Statistics
@@ -73,12 +74,7 @@ class Quip:
     """Fraction of mean(diag H) added to the diagonal."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < float("inf"):
-            raise ValueError(f"width={self.width} must be positive, in units of the RMS; 2.4 is usual")
-        if self.npasses < 0:
-            raise ValueError(f"npasses={self.npasses} must be 0 or more")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
