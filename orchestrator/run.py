@@ -144,6 +144,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
     store = Store(store_root(grid.settings)).open()
     locked = Lease(store.root / "lease.json", "bitgrid run")
     with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:
+        store.clear_staging()
         plan = build_plan(grid, sources(grid.settings, store.root), estimator(ledger.durations()))
         if plan.provisional:
             raise PlanError(f"the hub was not reached for {', '.join(plan.provisional)}; a plan under provisional keys cannot run")
@@ -164,7 +165,6 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
-        store.clear_staging()
         for stage in missing.values():
             if store.has(stage.kind, stage.key):
                 place = store.set_aside(stage.kind, stage.key)

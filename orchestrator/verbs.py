@@ -33,7 +33,9 @@ def _open(root: Path) -> Store:
 
 def status(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
-    result = load_sweep(store, find_sweep(store, sweep))
+    key = find_sweep(store, sweep)
+    driver = holder(store.root / "lease.json")
+    result = load_sweep(store, key, store.staged() if driver else ())
     counts = Counter((s.kind, s.status.value) for s in result.stages.values())
     console.print(f"sweep {result.key[:8]} {result.name}", highlight=False, markup=False, soft_wrap=True)
     for (kind, word), count in sorted(counts.items()):
@@ -42,7 +44,6 @@ def status(root: Path, sweep: str | None, console: Console) -> int:
         if stage.status is Status.FAILED and stage.failure is not None:
             told = f"  FAILED {stage.label}: {stage.failure['type']}: {stage.failure['message']}"
             console.print(told, highlight=False, markup=False, soft_wrap=True)
-    driver = holder(store.root / "lease.json")
     console.print(f"  driver: {driver}" if driver else "  no driver is at work on this store", highlight=False)
     return 0
 
@@ -66,6 +67,7 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
     keys = [find_sweep(store, sweep)] if sweep else list(reversed(store.sweep_keys()))
     failed = False
     with full_disk_told(store.root), Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
+        store.clear_staging()
         for key in keys:
             try:
                 result = load_sweep(store, key)

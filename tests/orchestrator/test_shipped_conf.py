@@ -163,7 +163,9 @@ def test_what_a_class_refuses_is_refused_while_composing(role: str) -> None:
         for name, param in {**parameters.ROUNDINGS, **parameters.TRANSFORMS}[kind].items():
             for value in outside(param):
                 given = tuple(value.items()) if isinstance(value, dict) else value
-                with pytest.raises(ValueError, match=rf"^{name}=.* is not a value for {kind}; give {re.escape(param.allowed)}(; did you mean|$)"):
+                with pytest.raises(
+                    ValueError, match=rf"^{name}=.* is not a value for {kind}; give {re.escape(param.allowed)}(; did you mean|$)"
+                ):
                     made(**{name: given})
                 component = {"kind": kind, "version": 1, "needs": [], "params": {name: value}}
                 path = "method.rounding" if role == "rounding" else "method.transforms.t"
