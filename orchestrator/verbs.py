@@ -158,14 +158,17 @@ def _model_arguments(result: SweepResult, store: Store, quantize: StageResult) -
     return ["--hub-model", location["path"], "--revision", location["revision"]]
 
 
-def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
+def ui(root: Path, sweep: str | None, overrides: Sequence[str], port: int, console: Console) -> int:
+    """`overrides` of the tracking group replace the sweep's own."""
     from orchestrator.ui import serve_ui
 
     store = _open(root)
-    result = load_sweep(store, find_sweep(store, sweep))
+    key = find_sweep(store, sweep)
+    settings = compose_grid(overrides, multirun=False).settings if overrides else load_sweep(store, key).config["settings"]
     return serve_ui(
-        result.config["settings"]["tracking"],
+        settings["tracking"],
         Path.cwd(),
         port,
         lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        Path(last_command(store, key).folder),
     )
