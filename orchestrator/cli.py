@@ -167,6 +167,7 @@ def _ui(arguments: list[str]) -> int:
 
 
 def _toolkit(arguments: list[str]) -> int:
+    from orchestrator.lines import say
     from orchestrator.toolkits import FOLDER, describe, install
     from workers.toolkits.environments import TOOLKITS
 
@@ -181,7 +182,7 @@ def _toolkit(arguments: list[str]) -> int:
         install(given.name or "", given.dir, given.python, console)
     for toolkit in TOOLKITS.values():
         if given.name in (None, toolkit.name):
-            console.print(describe(toolkit, given.dir), highlight=False, markup=False, soft_wrap=True)
+            say(console, describe(toolkit, given.dir))
     return 0
 
 

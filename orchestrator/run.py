@@ -23,6 +23,7 @@ from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
 from orchestrator.ledger import Durations, Ledger
+from orchestrator.lines import say
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
@@ -161,22 +162,20 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     missing = missing_stages(plan, store)
     require_toolkits(plan, missing)
     statuses = {k: Status.CACHED for k in plan.stages}
-    console.print(_headline(plan, missing), highlight=False, soft_wrap=True)
+    say(console, _headline(plan, missing))
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
         for stage in missing.values():
             if store.has(stage.kind, stage.key):
                 place = store.set_aside(stage.kind, stage.key)
-                console.print(
-                    f"{stage.label} was corrupt: set aside as {place.name}, runs again", highlight=False, markup=False, soft_wrap=True
-                )
+                say(console, f"{stage.label} was corrupt: set aside as {place.name}, runs again")
         ending = _execute(plan, store, ledger, lease, missing, projection, console)
         statuses.update(ending.statuses)
     result = load_sweep(store, plan.key)
     report = try_report(store, result, console)
     for line in sync_lines(project(projection, store, result)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     return SweepRun(result, statuses, plan, report, ending)
 
 
@@ -295,7 +294,7 @@ def try_report(store: Store, result: SweepResult, console: Console) -> Path | No
         if e.errno in DISK_FULL:
             raise
         told = f"the report cannot be written: {e}; mend that, then run `{program()} report {result.key[:8]}`"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        say(console, told)
         return None
 
 
@@ -332,10 +331,10 @@ def show(run: SweepRun, console: Console) -> None:
 
     print_table(run.result, console)
     if run.report is not None:
-        console.print(f"report: {run.report}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"report: {run.report}")
     if run.result.config["settings"]["tracking"]["kind"] != "none":
-        console.print(f"dashboard: {program()} ui", highlight=False, soft_wrap=True)
+        say(console, f"dashboard: {program()} ui")
     if run.ending.lost is not None:
-        console.print(run.ending.lost, highlight=False, markup=False, soft_wrap=True)
+        say(console, run.ending.lost)
     if run.unfinished:
-        console.print(f"not finished: `{program()} resume {run.result.key[:8]}` runs the rest", highlight=False, soft_wrap=True)
+        say(console, f"not finished: `{program()} resume {run.result.key[:8]}` runs the rest")
