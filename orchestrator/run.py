@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command, program
+from orchestrator.command import Command, call
 from orchestrator.config import check_whole
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError, unknown_name
@@ -293,7 +293,7 @@ def try_report(store: Store, result: SweepResult, console: Console) -> Path | No
     except OSError as e:
         if e.errno in DISK_FULL:
             raise
-        told = f"the report cannot be written: {e}; mend that, then run `{program()} report {result.key[:8]}`"
+        told = f"the report cannot be written: {e}; mend that, then run `{call(f'report {result.key[:8]}', store.root)}`"
         say(console, told)
         return None
 
@@ -330,11 +330,12 @@ def show(run: SweepRun, console: Console) -> None:
     from orchestrator.report import print_table
 
     print_table(run.result, console)
+    store = store_root(run.plan.grid.settings)
     if run.report is not None:
         say(console, f"report: {run.report}")
     if run.result.config["settings"]["tracking"]["kind"] != "none":
-        say(console, f"dashboard: {program()} ui")
+        say(console, f"dashboard: {call('ui', store)}")
     if run.ending.lost is not None:
         say(console, run.ending.lost)
     if run.unfinished:
-        say(console, f"not finished: `{program()} resume {run.result.key[:8]}` runs the rest")
+        say(console, f"not finished: `{call(f'resume {run.result.key[:8]}', store)}` runs the rest")

@@ -128,6 +128,10 @@ def test_ctrl_c_ends_with_130_and_resume_goes_on_from_any_folder(
     assert stopped.exit_code == 130
     assert Status.CANCELLED in stopped.statuses.values()
     assert stopped.report.is_file()
+    said = io.StringIO()
+    run.show(stopped, Console(file=said, width=200))
+    assert f"resume {stopped.plan.key[:8]} --store {store}`" in said.getvalue()
+    assert f"ui --store {store}\n" in said.getvalue()
     before = committed(store)
     monkeypatch.chdir(away)
     assert resume(store)[0] == 0
