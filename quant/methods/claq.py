@@ -36,7 +36,7 @@ from quant.grids import DTYPES, with_stored_scales
 from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked_together
+from quant.methods.feedback import checked_together, notes_of_zeros
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
@@ -111,11 +111,8 @@ class Claq:
     def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
         ready, hessian = checked_together("claq", weights, statistics)
         h, dead = revive_dead(hessian)
-        k, zeroed, notes = len(h), int(dead.sum()), list[str]()
-        if zeroed == k:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        k, zeroed = len(h), int(dead.sum())
+        notes = notes_of_zeros(zeroed, k)
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=h.device)
         upper, damp = inverse_factor(h[order][:, order], self.damp)
         if damp != self.damp:

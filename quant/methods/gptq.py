@@ -8,7 +8,7 @@ groups makes groups of permuted columns and stores each column's group. With `ou
 (arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16; QUIK's inputs there do so at run time too.
 Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
 the error of the columns before it: as with `static_groups`, whatever that says. `grid` and `mse` then say nothing, which is noted.
-Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
+Departures: ties in the order keep the column order; inputs that are all 0 (H = 0) count as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
 """
@@ -27,7 +27,7 @@ from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, with
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked, checked_together
+from quant.methods.feedback import checked, checked_together, notes_of_zeros
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
 from quant.parameters import check
@@ -164,10 +164,8 @@ class Gptq:
         if scheme.number != "int":
             notes = without_grid(self.grid, self.mse, scheme)
         groups, k = grouped(w, scheme), w.shape[1]
-        if zeroed == k:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        notes += notes_of_zeros(zeroed, k)
+        if 0 < zeroed < k:
             w = w.masked_fill(dead, 0)
         return _Given(w, [len(own) for own in weights], groups, scheme, chosen, notes)
 

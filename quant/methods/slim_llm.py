@@ -29,7 +29,7 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind, group_width
 from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked
+from quant.methods.feedback import checked, notes_of_zeros
 from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
@@ -99,10 +99,9 @@ class SlimLlm:
         h = hessian.to(w)
         if corrected:
             h, dead = revive_dead(h)
-            if bool(dead.all()):
-                notes.append("no calibration token reached this input: the Hessian counts as the identity")
-            elif bool(dead.any()):
-                notes.append(f"{int(dead.sum())} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+            zeroed = int(dead.sum())
+            notes += notes_of_zeros(zeroed, k)
+            if 0 < zeroed < k:
                 w = w.masked_fill(dead, 0)
         raised = h.clone()
         raised.diagonal().add_(ABSOLUTE_DAMP)

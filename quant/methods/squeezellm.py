@@ -55,7 +55,7 @@ class SqueezeLlm:
             if bool(diagonal.any()):
                 sensitivity = diagonal
             else:
-                notes.append("no calibration token reached this input: all weights count the same")
+                notes.append("all inputs are always 0 on the calibration text: all weights count the same")
         found = kernel("kmeans_columns", device=w.device)
         centres = found.run.kmeans(w, 2**scheme.bits, "partition", sensitivity)
 

@@ -230,7 +230,7 @@ def test_notes_tell_what_was_not_used() -> None:
     result = Quip().quantize(w, Statistics(hessian=torch.zeros_like(h)), WeightScheme(4, granularity=Granularity.GROUP, group_size=4))
     assert result.notes == [
         "quip has one scale for the whole matrix: granularity group is not used",
-        "no calibration token reached this input: the Hessian counts as the identity",
+        "all inputs are always 0 on the calibration text: the Hessian counts as the identity",
     ]
     w, _ = problem(4, 12, 1)
     indefinite = torch.diag(torch.arange(1.0, 13.0))

@@ -94,7 +94,7 @@ def test_few_values_are_kept_exactly_and_inputs_that_are_always_zero_move_no_tab
 def test_without_any_calibration_token_all_weights_count_the_same() -> None:
     w, h = problem(4, 40)
     stored, result = rounded(w, torch.zeros_like(h))
-    assert result.notes == ["no calibration token reached this input: all weights count the same"]
+    assert result.notes == ["all inputs are always 0 on the calibration text: all weights count the same"]
     assert torch.equal(stored.dequantize(), rounded(w, h, weighting="none")[0].dequantize())
 
 
