@@ -6,12 +6,12 @@ python bench/gptq_block.py [--out FILE]
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.kept import keep  # noqa: E402
 from quant.affine import Affine  # noqa: E402
 from quant.grids import GRIDS, fit  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
@@ -35,7 +36,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    rows, good = [], True
+    made: dict[str, Any] = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "rows": []}
+    good = True
     for size, goal in SIZES:
         weight, upper = problem(size)
         reference, ours = (solve(weight, upper, backend) for backend in ("reference", "cpu"))
@@ -46,15 +48,12 @@ def main() -> int:
             reference_s, ours_s = (least(run, backend) for backend in ("reference", "cpu"))
             row |= {f"{what}_reference_s": reference_s, f"{what}_cpu_s": ours_s, f"{what}_ratio": reference_s / ours_s}
         good &= equal >= EQUAL and row["block_loop_ratio"] >= goal
-        rows.append(row)
+        made["rows"].append(row)
+        keep(given.out, made)
         alone, whole = ([row[f"{what}_{part}"] for part in ("reference_s", "cpu_s", "ratio")] for what in ("block_loop", "solver"))
         print(f"{size} x {size}: {equal:.3%} equal codes")
         print(f"  block loop {alone[0] * 1e3:.1f} ▸ {alone[1] * 1e3:.1f} ms: {alone[2]:.1f} times (goal {goal:g})")
         print(f"  with ranges and updates of later blocks {whole[0] * 1e3:.1f} ▸ {whole[1] * 1e3:.1f} ms: {whole[2]:.1f} times")
-    if given.out:
-        given.out.write_text(
-            json.dumps({"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "rows": rows}, indent=1) + "\n"
-        )
     return 0 if good else 1
 
 

@@ -11,7 +11,6 @@ each averaged over draws; its interval is of 95 % and knows of the windows alone
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from bench.kept import keep
 from bench.whole.stages import committed
 from quant.methods.registry import ROUNDINGS
 from quant.scheme import Granularity, WeightScheme
@@ -118,17 +118,15 @@ def main() -> None:
         runs = Runs(Path(store), given.windows, given.threads)
         unquantized = math.exp(float(np.mean(runs.scored(None))))
         print(f"perplexity of the unquantized model {unquantized:.3f}", flush=True)
-        found = []
+        about = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "draws": given.draws, "windows": given.windows}
+        report: dict[str, Any] = about | {"unquantized_perplexity": unquantized, "rows": []}
         for row in rows(runs, given.draws):
-            found.append(row)
+            report["rows"].append(row)
+            keep(given.out, report)
             pair = ", ".join(f"{n} {row[n]['loss']:.5f} / {row[n]['perplexity']:.3f}" for n in ("static", "dynamic"))
             order = "act-order" if row["act_order"] else "plain order"
             verdict = f"dynamic - static {row['nats']:+.5f} ± {row['nats_half']:.5f} nats, loss x {row['loss_ratio']:.3f}"
             print(f"{row['bits']} bits, {order}: loss / perplexity {pair}; {verdict}", flush=True)
-    if given.out:
-        about = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "draws": given.draws, "windows": given.windows}
-        report = about | {"unquantized_perplexity": unquantized, "rows": found}
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Ends with 1 where a product is wrong.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
@@ -21,6 +20,7 @@ from torch.nn.functional import linear
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.kept import keep  # noqa: E402
 from bench.wq_gemv import TIMES, least  # noqa: E402
 from quant.activation import fake_quantize_activation  # noqa: E402
 from quant.affine import ZeroKind  # noqa: E402
@@ -42,6 +42,7 @@ def main() -> int:
     chosen, reference = kernel("int8_linear"), kernel("int8_linear", "reference").run
     print(f"int8_linear: {chosen.backend}; 2 threads; milliseconds, least of {TIMES}, of {FEW} with more than 8 rows")
     rows: list[dict[str, Any]] = []
+    made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "backend": chosen.backend, "rows": rows}
     for n, k in SHAPES:
         g = torch.Generator().manual_seed(n + k)
         codes = torch.randint(0, 256, (n, k), generator=g, dtype=torch.uint8)
@@ -61,11 +62,9 @@ def main() -> int:
                 "torch._int_mm alone": least(packed.codes, lambda w: torch._int_mm(w[:m], w.T), 2) if m <= 8 else None,  # noqa: B023
             }
             rows.append({"n": n, "k": k, "m": m, "error": error, "ours_s": ours, "peers_s": peers})
+            keep(given.out, made)
             said = ", ".join(f"{name} {1e3 * s:.2f} ({s / ours:.1f} times ours)" for name, s in peers.items() if s is not None)
             print(f"{n} x {k}, M={m}: {1e3 * ours:.2f}, error {error:.1e} (allowed 1e-6), {said}", flush=True)
-    if given.out:
-        made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "backend": chosen.backend}
-        given.out.write_text(json.dumps(made | {"rows": rows}, indent=1) + "\n")
     return 0 if all(r["error"] <= 1e-6 for r in rows) else 1
 
 

@@ -9,17 +9,22 @@ is faster. Prints the least seconds of five rounds per column, for a batch and f
 from __future__ import annotations
 
 import argparse
-import json
 import platform
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quant.kernels import kernel
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.kept import keep  # noqa: E402
+from quant.kernels import kernel  # noqa: E402
 
 ROUNDS = 5
 
@@ -100,7 +105,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--columns", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="a JSON file for the figures")
+    parser.add_argument("--out", type=Path, help="a JSON file for the figures")
     given = parser.parse_args()
     try:
         import sklearn
@@ -109,22 +114,18 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     chosen = kernel("kmeans_columns")
     print(f"backend {chosen.backend}, {given.threads} threads, {given.rows} rows; microseconds per column, least of {ROUNDS}")
-    results = []
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
+    report: dict[str, Any] = {"versions": versions, "backend": chosen.backend, "threads": given.threads, "rows": given.rows, "results": []}
     for kind in ("normal", "student_t5"):
         x = columns(kind, given.rows, given.columns)
         for k in (4, 16):
             for start in ("partition", "plus_plus"):
                 r = {"columns": kind, **compare(x, k, start, given.threads)}
-                results.append(r)
+                report["results"].append(r)
+                keep(given.out, report)
                 squares = f"squares max {r['squares_max']:.4f} mean {r['squares_mean']:.4f}"
                 speed = f"batch {r['batch_us']:.0f} ({r['ratio_batch']} x)  single {r['single_us']:.0f} ({r['ratio_single']} x)"
                 print(f"{kind:11s} k={k:<3d}{start:10s} {squares}  {speed}  scikit-learn {r['sklearn_us']:.0f}", flush=True)
-    if given.out:
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "scikit-learn": sklearn.__version__}
-        report = {"versions": versions, "backend": chosen.backend, "threads": given.threads, "rows": given.rows, "results": results}
-        with open(given.out, "w") as file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ weight. What a peer is given is what it is fastest with: ATen's int4 and int8 ke
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.copies import copied  # noqa: E402
+from bench.kept import keep  # noqa: E402
 from quant.affine import ZeroKind  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
 from quant.tensors.affine import AffineTensor  # noqa: E402
@@ -50,7 +50,14 @@ def main() -> int:
     said = ", ".join(f"{operation}: {name}" for operation, name in backends.items())
     print(f"{said}; 2 threads, groups of {GROUP}; milliseconds, least of {TIMES}")
     print(*(note for chosen in kernels.values() for note in chosen.notes), sep="\n", end="")
-    rows, good = [], True
+    made: dict[str, Any] = {
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "threads": 2,
+        "group": GROUP,
+        "backends": backends,
+    }
+    made["rows"], good = [], True
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
         for m in (1, 4):
@@ -68,15 +75,13 @@ def main() -> int:
                 row: dict[str, Any] = {"n": n, "k": k, "m": m, "format": name, "megabytes": packed.bytes / 1e6}
                 row |= {"error": error, "allowed": allowed}
                 row |= {"ours_s": ours, "ours_bfloat16_s": ours_half, "times_bfloat16": ratio, "peers_s": peers | beside}
-                rows.append(row)
+                made["rows"].append(row)
+                keep(given.out, made)
                 good &= error <= allowed and (ratio >= GOAL or not goal)
                 line = f"  {name}: {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), {packed.bytes / ours / 1e9:.1f} GB/s, "
                 line += f"error {error:.1e} (allowed {allowed:.1e}), {ratio:.1f} times bfloat16"
                 line += f" (goal {GOAL})" if goal else ""
                 print(line + "".join(f", {peer} {1e3 * seconds:.2f}" for peer, seconds in beside.items()), flush=True)
-    if given.out:
-        made = {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "threads": 2, "group": GROUP, "backends": backends}
-        given.out.write_text(json.dumps(made | {"rows": rows}, indent=1) + "\n")
     return 0 if good else 1
 
 

@@ -29,7 +29,7 @@ USAGE = """bitgrid VERB ...
   reconcile [SWEEP]         write MLflow anew from the store (all sweeps, when none is named); takes tracking=...
   resume [SWEEP]            run what a stopped sweep still lacks
   export SWEEP VARIANT      a quantized checkpoint for other tools: --format auto_gptq|dense --out FOLDER
-  ui                        the MLflow dashboard on 127.0.0.1
+  ui [SWEEP]                the MLflow dashboard on 127.0.0.1; takes tracking=...
   toolkit install NAME      the environment of another toolkit (hqq, llm_compressor, auto_round); `toolkit list` says what is there
 
 SWEEP is a name or the start of a key; the latest when left out. --store FOLDER (or BITGRID_STORE) when it is not ./bitgrid-store.
@@ -127,10 +127,15 @@ def _report(arguments: list[str]) -> int:
 def _reconcile(arguments: list[str]) -> int:
     from orchestrator.verbs import reconcile
 
-    overrides = [a for a in arguments if a.startswith("tracking")]
     parser = _sweep_parser("reconcile", "Write MLflow anew from the store; tracking=... and tracking.KEY=... say where.")
-    given = parser.parse_args([a for a in arguments if a not in overrides])
+    given, overrides = _with_tracking(parser, arguments)
     return reconcile(given.store, given.sweep, overrides, Console())
+
+
+def _with_tracking(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the parser knows, and overrides of the tracking group."""
+    overrides = [a for a in arguments if a.startswith("tracking")]
+    return parser.parse_args([a for a in arguments if a not in overrides]), overrides
 
 
 def _resume(arguments: list[str]) -> int:
@@ -155,13 +160,14 @@ def _export(arguments: list[str]) -> int:
 def _ui(arguments: list[str]) -> int:
     from orchestrator.verbs import ui
 
-    parser = _sweep_parser("ui", "The MLflow dashboard on 127.0.0.1.")
+    parser = _sweep_parser("ui", "The MLflow dashboard on 127.0.0.1; tracking=... and tracking.KEY=... say of which runs.")
     parser.add_argument("--port", type=int, default=5000)
-    given = parser.parse_args(arguments)
-    return ui(given.store, given.sweep, given.port, Console())
+    given, overrides = _with_tracking(parser, arguments)
+    return ui(given.store, given.sweep, overrides, given.port, Console())
 
 
 def _toolkit(arguments: list[str]) -> int:
+    from orchestrator.lines import say
     from orchestrator.toolkits import FOLDER, describe, install
     from workers.toolkits.environments import TOOLKITS
 
@@ -176,7 +182,7 @@ def _toolkit(arguments: list[str]) -> int:
         install(given.name or "", given.dir, given.python, console)
     for toolkit in TOOLKITS.values():
         if given.name in (None, toolkit.name):
-            console.print(describe(toolkit, given.dir), highlight=False, markup=False, soft_wrap=True)
+            say(console, describe(toolkit, given.dir))
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,12 @@ def program() -> str:
     if own.is_file():
         return str(own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own)
     return f"{sys.executable} -m orchestrator.cli"
+
+
+def call(words: str, store: Path) -> str:
+    """A verb and its arguments as they are typed here; `store` is named where the verb would look elsewhere."""
+    usual = Path(os.environ.get("BITGRID_STORE", "bitgrid-store")).expanduser().resolve()
+    return f"{program()} {words}" + ("" if store.resolve() == usual else f" --store {shlex.quote(str(store))}")
 
 
 def planning_parser(prog: str) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ Everything wrong is a ConfigError on the driver, before anything is scheduled, w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -16,6 +17,8 @@ from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
 from orchestrator.option_keys import check_keys
+from orchestrator.param_files import FILES
+from quant.parameters import ROUNDINGS, TRANSFORMS, refusal
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
@@ -57,14 +60,10 @@ FACTS = (
 )
 """Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
 
-_GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): DTYPES,
     ("method", "propagation"): PROPAGATIONS,
-    ("method", "rounding.params.grid"): _GRIDS,
     ("method", "rounding.toolkit"): tuple(TOOLKITS),
-    ("method", "transforms.*.params.grid"): _GRIDS,
-    ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
     ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
@@ -76,33 +75,6 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("scheme", "kv.codebook"): KV_CODEBOOKS,
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
-
-Words = dict[str, tuple[str, ...]]
-_BITS_PER_GROUP: Words = {"objective": ("kl", "mse"), "variant": ("reference", "corrected")}
-_BACKEND: Words = {"backend": ("native", "bitsandbytes")}
-_BOUNDS: Words = {"kind": ("none", "symmetric", "asymmetric", "learned")}
-WORDS: dict[str, Words] = {
-    "gptq": {"outlier_metric": ("owq", "quik")},
-    "claq": {
-        "score": ("magnitude", "hessian"),
-        "variant": ("reference", "corrected"),
-        "kmeans_start": ("plus_plus", "partition"),
-        "codebooks": ("in_loop", "batched"),
-    },
-    "billm": {"variant": ("reference", "paper", "joint"), "metric": ("hessian", "magnitude")},
-    "pb_llm": {"variant": ("reference", "corrected"), "metric": ("magnitude", "hessian")},
-    "slim_llm": _BITS_PER_GROUP,
-    "slim_llm_plus": _BITS_PER_GROUP,
-    "squeezellm": {"weighting": ("hessian", "none")},
-    "learned_rounding": {"rule": ("autoround", "adaround")},
-    "zeroquant": {"stream": ("original", "quantized")},
-    "nf4": _BACKEND,
-    "llm_int8": _BACKEND,
-    "clip": _BOUNDS,
-    "clip_output": _BOUNDS,
-    "qllm_reassembly": {"variant": ("reference", "paper")},
-}
-"""Kind of a method's component ▸ parameter ▸ its words. Tested against the classes."""
 
 IDLE: dict[str, tuple[str, Any]] = {"clip": ("kind", "none"), "clip_output": ("kind", "none")}
 """Kind of a transform ▸ the parameter and the value with which it changes nothing: planning leaves it out, with the same stages."""
@@ -268,7 +240,7 @@ def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
             if isinstance(value, str) and value not in allowed:
                 raise ConfigError(f"{axis}={name}: {unknown_name(f'{axis}.{path}', value, allowed)}")
     if axis == "method":
-        _check_words(name, values)
+        _check_method(name, values)
     if axis == "scheme":
         parts = {part: values[part] for part in ("weight", "activation", "kv") if part in values}
         try:
@@ -277,18 +249,38 @@ def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
             raise ConfigError(f"scheme={name}: {error}") from error
 
 
-def _check_words(name: str, method: Mapping[str, Any]) -> None:
-    """Of the components, and of the rounding where overrides change it."""
-    components = {f"transforms.{n}": t for n, t in (method.get("transforms") or {}).items() if t is not None}
-    components["rounding"] = method["rounding"]
-    given = [(f"{path}.params", c["kind"], c.get("params") or {}) for path, c in components.items()]
-    overrides = method.get("overrides")
-    if isinstance(overrides, Mapping):
-        given += [(f"overrides.{p}", method["rounding"]["kind"], o) for p, o in overrides.items() if isinstance(o, Mapping)]
-    for path, kind, params in given:
-        for key, allowed in WORDS.get(kind, {}).items():
-            if key in params and params[key] not in allowed:
-                raise ConfigError(f"method={name}: {unknown_name(f'method.{path}.{key}', str(params[key]), allowed)}")
+def _check_method(name: str, method: Mapping[str, Any]) -> None:
+    """Kinds and parameters of the components, and of the rounding where overrides change it."""
+    kind, overrides = method["rounding"]["kind"], method.get("overrides")
+    components = [("rounding", method["rounding"], ROUNDINGS)]
+    components += [(f"transforms.{n}", t, TRANSFORMS) for n, t in (method.get("transforms") or {}).items() if t is not None]
+    for path, component, kinds in components:
+        if component["kind"] not in kinds:
+            raise ConfigError(f"method={name}: {unknown_name(f'method.{path}.kind', str(component['kind']), kinds)}")
+        check_params(f"method={name}", f"method.{path}.params", component["kind"], component.get("params") or {}, files=True)
+    for pattern, changes in overrides.items() if isinstance(overrides, Mapping) else ():
+        if isinstance(changes, Mapping):
+            check_params(f"method={name}", f"method.overrides.{pattern}", kind, changes)
+
+
+def check_params(where: str, path: str, kind: str, params: Mapping[str, Any], *, files: bool = False) -> None:
+    """Raises ConfigError for a parameter that a component of this kind has not, or a value that it does not take. With `files` paths may
+    stand where files of bits are read (`param_files`)."""
+    known = {**ROUNDINGS, **TRANSFORMS}[kind]
+    for name, value in params.items():
+        if name not in known:
+            raise ConfigError(f"{where}: {unknown_name(f'key of {path}', str(name), known)}")
+        if files and name in FILES and isinstance(value, str):
+            continue
+        words = known[name].words
+        if words and isinstance(value, str) and value not in words:
+            raise ConfigError(f"{where}: {unknown_name(f'{path}.{name}', value, words)}")
+        shown = f"{path}.{name}={override_text(value)}"
+        reason = refusal(kind, name, value, shown)
+        if reason is None and value == math.inf:
+            reason = f"{shown} has no place in a key, which digests JSON; give a large number, as 1e9"
+        if reason is not None:
+            raise ConfigError(f"{where}: {reason}")
 
 
 def _at(values: Any, path: Sequence[str]) -> list[Any]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from orchestrator.cell import Option
-from orchestrator.config import IDLE, READ_WITH, check_whole
+from orchestrator.config import IDLE, READ_WITH, check_params, check_whole
 from orchestrator.errors import ConfigError, PlanError, unknown_name
-from orchestrator.param_files import with_files_read
+from orchestrator.param_files import FILES, with_files_read
 from orchestrator.planned import ToolkitNeed
 from orchestrator.results import TaskInfo
 from orchestrator.sources import TextSource
@@ -144,7 +144,9 @@ def _component(option: Option, values: Mapping[str, Any]) -> Component:
         params = values.get("params") or {}
         conditions = READ_WITH.get(values["kind"], {})
         read = {n: v for n, v in params.items() if n not in conditions or params.get(conditions[n][0]) == conditions[n][1]}
-        return Component(values["kind"], values["version"], freeze(with_files_read(read)))
+        whole = with_files_read(read)
+        check_params(f"method={option.name}", "params", values["kind"], {n: v for n, v in whole.items() if n in FILES})
+        return Component(values["kind"], values["version"], freeze(whole))
 
     return _checked(option, "params", made)
 

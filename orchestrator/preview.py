@@ -11,6 +11,7 @@ from rich.table import Table
 from orchestrator.command import Command
 from orchestrator.explain import explain
 from orchestrator.ledger import read_durations
+from orchestrator.lines import say
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.report.numbers import duration, size
@@ -72,11 +73,9 @@ def _print_left_out(plan: Plan, console: Console) -> None:
         for flag in variant.flags:
             groups[f"note: {flag}"].append(variant.label)
     for reason, cells in groups.items():
-        console.print(
-            f"{reason} ({len(cells)}: {cells[0]}{', …' if len(cells) > 1 else ''})", highlight=False, markup=False, soft_wrap=True
-        )
+        say(console, f"{reason} ({len(cells)}: {cells[0]}{', …' if len(cells) > 1 else ''})")
     for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"note: {note}")
 
 
 def _by_kind(plan: Plan) -> dict[str, list[str]]:
@@ -97,12 +96,10 @@ def print_explanations(command: Command, console: Console) -> None:
             cached[found.stage.kind.value] += 1
             continue
         nearest = f" ({found.nearest[:8]})" if found.nearest else ""
-        console.print(
-            f"{found.stage.label} [{found.stage.key[:8]}]: {found.reason}{nearest}", highlight=False, markup=False, soft_wrap=True
-        )
+        say(console, f"{found.stage.label} [{found.stage.key[:8]}]: {found.reason}{nearest}")
         for difference in found.differences:
             line = f"    {difference.field}: stored {difference.stored!r}, wanted {difference.wanted!r}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, line)
     if cached:
         console.print("cached: " + ", ".join(f"{n} {kind}" for kind, n in cached.items()), highlight=False)
 

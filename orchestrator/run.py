@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command, program
+from orchestrator.command import Command, call
 from orchestrator.config import check_whole
 from orchestrator.cost import estimate, what
 from orchestrator.errors import ClusterError, ConfigError, PlanError, StoreLockedError, unknown_name
@@ -23,6 +23,7 @@ from orchestrator.fingerprint import digest
 from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
 from orchestrator.ledger import Durations, Ledger
+from orchestrator.lines import say
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
@@ -144,6 +145,7 @@ def run_grid(grid: Grid, command: Command, console: Console, expected: str | Non
     store = Store(store_root(grid.settings)).open()
     locked = Lease(store.root / "lease.json", "bitgrid run")
     with full_disk_told(store.root), locked as lease, Ledger(store.root / "ledger.sqlite") as ledger:
+        store.clear_staging()
         plan = build_plan(grid, sources(grid.settings, store.root), estimator(ledger.durations()))
         if plan.provisional:
             raise PlanError(f"the hub was not reached for {', '.join(plan.provisional)}; a plan under provisional keys cannot run")
@@ -160,23 +162,20 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     missing = missing_stages(plan, store)
     require_toolkits(plan, missing)
     statuses = {k: Status.CACHED for k in plan.stages}
-    console.print(_headline(plan, missing), highlight=False, soft_wrap=True)
+    say(console, _headline(plan, missing))
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
-        store.clear_staging()
         for stage in missing.values():
             if store.has(stage.kind, stage.key):
                 place = store.set_aside(stage.kind, stage.key)
-                console.print(
-                    f"{stage.label} was corrupt: set aside as {place.name}, runs again", highlight=False, markup=False, soft_wrap=True
-                )
+                say(console, f"{stage.label} was corrupt: set aside as {place.name}, runs again")
         ending = _execute(plan, store, ledger, lease, missing, projection, console)
         statuses.update(ending.statuses)
     result = load_sweep(store, plan.key)
     report = try_report(store, result, console)
     for line in sync_lines(project(projection, store, result)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     return SweepRun(result, statuses, plan, report, ending)
 
 
@@ -294,8 +293,8 @@ def try_report(store: Store, result: SweepResult, console: Console) -> Path | No
     except OSError as e:
         if e.errno in DISK_FULL:
             raise
-        told = f"the report cannot be written: {e}; mend that, then run `{program()} report {result.key[:8]}`"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        told = f"the report cannot be written: {e}; mend that, then run `{call(f'report {result.key[:8]}', store.root)}`"
+        say(console, told)
         return None
 
 
@@ -331,11 +330,12 @@ def show(run: SweepRun, console: Console) -> None:
     from orchestrator.report import print_table
 
     print_table(run.result, console)
+    store = store_root(run.plan.grid.settings)
     if run.report is not None:
-        console.print(f"report: {run.report}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"report: {run.report}")
     if run.result.config["settings"]["tracking"]["kind"] != "none":
-        console.print(f"dashboard: {program()} ui", highlight=False, soft_wrap=True)
+        say(console, f"dashboard: {call('ui', store)}")
     if run.ending.lost is not None:
-        console.print(run.ending.lost, highlight=False, markup=False, soft_wrap=True)
+        say(console, run.ending.lost)
     if run.unfinished:
-        console.print(f"not finished: `{program()} resume {run.result.key[:8]}` runs the rest", highlight=False, soft_wrap=True)
+        say(console, f"not finished: `{call(f'resume {run.result.key[:8]}', store)}` runs the rest")

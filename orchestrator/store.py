@@ -108,8 +108,12 @@ class Store:
         (folder / PAYLOAD).mkdir(parents=True)
         return folder
 
+    def staged(self) -> set[str]:
+        """Keys of stages that are under way: those of the driver that holds the lease, where one does."""
+        return {p.name.partition(".")[0] for p in (self.root / "staging").glob("*.*")}
+
     def clear_staging(self) -> None:
-        """Remove what earlier drivers left unfinished; for the holder of the lease only."""
+        """Remove what earlier drivers left unfinished; for the holder of the lease only, before anything else."""
         shutil.rmtree(self.root / "staging", ignore_errors=True)
         (self.root / "staging").mkdir(exist_ok=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,10 +106,10 @@ def _plan(store: Store, key: str) -> dict[str, Any]:
     return read_json(store.sweep_folder(key) / "plan.json", "start the sweep again with `bitgrid run`, which writes it anew")
 
 
-def load_sweep(store: Store, key: str) -> SweepResult:
-    """What the store knows of a sweep now."""
+def load_sweep(store: Store, key: str, running: Collection[str] = ()) -> SweepResult:
+    """What the store knows of a sweep now. `running`: keys of stages that a live driver has under way, which no record tells."""
     plan = _plan(store, key)
-    stages = _stages(store, plan["stages"])
+    stages = _stages(store, plan["stages"], running)
     tasks = {n: TaskInfo(n, t["kind"], t["primary"], t["higher_is_better"]) for n, t in plan["tasks"].items()}
     variants = tuple(
         VariantResult(
@@ -140,15 +140,15 @@ def load_sweep(store: Store, key: str) -> SweepResult:
     )
 
 
-def _stages(store: Store, planned: Mapping[str, Mapping[str, Any]]) -> dict[str, StageResult]:
+def _stages(store: Store, planned: Mapping[str, Mapping[str, Any]], running: Collection[str]) -> dict[str, StageResult]:
     # Inputs come before the stages that read them: plans are written in that order.
     stages: dict[str, StageResult] = {}
     for key, stage in planned.items():
-        stages[key] = _stage(store, key, stage, stages)
+        stages[key] = _stage(store, key, stage, stages, running)
     return stages
 
 
-def _stage(store: Store, key: str, stage: Mapping[str, Any], done: Mapping[str, StageResult]) -> StageResult:
+def _stage(store: Store, key: str, stage: Mapping[str, Any], done: Mapping[str, StageResult], running: Collection[str]) -> StageResult:
     kind = StageKind(stage["kind"])
     result = StageResult(key, kind.value, stage["label"], Status.PENDING, spec=stage["spec"])
     if store.has(kind, key):
@@ -159,6 +159,8 @@ def _stage(store: Store, key: str, stage: Mapping[str, Any], done: Mapping[str, 
         return replace(
             result, status=Status.SUCCEEDED, record=record, payload=store.folder(kind, key) / PAYLOAD, computed_by=record["sweep"]
         )
+    if key in running:
+        return replace(result, status=Status.RUNNING)
     for needed in (done[i] for i in stage["inputs"].values()):
         if needed.status in (Status.FAILED, Status.DEP_FAILED):
             return replace(result, status=Status.DEP_FAILED, blocked_by=needed.blocked_by or needed.key)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from orchestrator.errors import ConfigError, PlanError, unknown_name
+from orchestrator.lines import say
 from orchestrator.planned import Plan
 from workers.toolkits.environments import TOOLKITS, Toolkit, installed_release, problem, python_of
 
@@ -51,10 +52,10 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
     lock = toolkit.lock.read_text()
     marker = folder / INSTALLED
     if marker.is_file() and marker.read_text() == lock:
-        console.print(f"{folder} is up to date", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{folder} is up to date")
         return folder
     _check_python(python)
-    console.print(f"making {folder} from {toolkit.lock}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"making {folder} from {toolkit.lock}")
     shutil.rmtree(folder, ignore_errors=True)
     _call([python, "-m", "venv", str(folder)])
     # The hqq package would build CUDA kernels that nothing here uses.

@@ -18,21 +18,25 @@ from typing import IO, Any
 
 from orchestrator.dashboard_view import page
 from orchestrator.errors import TrackingError
-from orchestrator.mlflow_setup import sqlite_file, switch_off_telemetry
+from orchestrator.mlflow_setup import OUT_OF_DATE, sqlite_file, switch_off_telemetry
 from orchestrator.tracking import TrackingSettings
 
 HOST = "127.0.0.1"
+PORTS = 65536
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 4.0
 
 
-def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, say: Callable[[str], None] = print) -> int:
+def serve_ui(
+    settings: Mapping[str, Any], project_dir: Path, port: int = 5000, say: Callable[[str], None] = print, started_in: Path | None = None
+) -> int:
     """Serve until Ctrl-C (or SIGTERM, or the terminal is closed); the exit code.
 
     A taken `port` gives the next free one. With tracking=mlflow_server the address of the server is named and nothing is started.
+    `started_in`: the folder of the sweep's last start, for the message that there is no database.
 
     Raises:
-        TrackingError: tracking is off, there is no database yet, or the server does not start.
+        TrackingError: tracking is off, there is no database yet or it is none, `port` is none, or the server does not start.
     """
     known = TrackingSettings.of(settings, project_dir)
     if known.kind == "mlflow_server":
@@ -40,13 +44,12 @@ def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, s
         return 0
     if known.kind == "none":
         raise TrackingError(
-            "tracking=none keeps no MLflow runs; choose tracking=mlflow and run `bitgrid reconcile` to make them from the store"
+            "tracking=none keeps no MLflow runs; `bitgrid reconcile tracking=mlflow` makes them from the store, "
+            "and `bitgrid ui tracking=mlflow` shows them"
         )
     file = sqlite_file(known.uri or "")
-    if file is not None and not file.is_file():
-        raise TrackingError(
-            f"there is no MLflow database at {file}; run a sweep with tracking=mlflow, or `bitgrid reconcile` to make it from the store"
-        )
+    if file is not None:
+        _check_database(file, started_in if started_in != project_dir else None)
     chosen = free_port(port)
     if chosen != port:
         say(f"Port {port} is taken; {chosen} is used.")
@@ -57,6 +60,9 @@ def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, s
             if not wait_until_up(server, chosen):
                 log.seek(max(0, log.tell() - 2000))
                 tail = log.read().decode(errors="replace").strip()
+                if OUT_OF_DATE in tail:
+                    remedy = "run `mlflow db upgrade` on it" if file is None else "`bitgrid reconcile` upgrades it, and keeps a copy"
+                    raise TrackingError(f"{file or known.uri} was written by another version of MLflow; {remedy}")
                 raise TrackingError(f"the MLflow server did not start on {HOST}:{chosen}; its last words:\n{tail}")
             where = "" if file is None else latest_page(file, known.experiment)
             say(f"MLflow dashboard: http://{HOST}:{chosen}/{where}   (Ctrl-C ends it)")
@@ -66,6 +72,22 @@ def serve_ui(settings: Mapping[str, Any], project_dir: Path, port: int = 5000, s
             return 0
         finally:
             stop_server(server)
+
+
+def _check_database(file: Path, started_in: Path | None) -> None:
+    if not file.is_file():
+        there = f"the sweep was started in {started_in}: go there, or " if started_in is not None else ""
+        raise TrackingError(
+            f"there is no MLflow database at {file}; {there}run a sweep with tracking=mlflow, "
+            "or `bitgrid reconcile` to make it from the store"
+        )
+    try:
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+            db.execute("select count(*) from sqlite_master").fetchone()
+    except sqlite3.OperationalError as e:
+        raise TrackingError(f"the MLflow database {file} cannot be read: {e}") from e
+    except sqlite3.DatabaseError as e:
+        raise TrackingError(f"{file} is no database ({e}); move it away, and `bitgrid reconcile` makes it from the store") from e
 
 
 def server_command(settings: TrackingSettings, port: int) -> list[str]:
@@ -87,7 +109,10 @@ def start_server(settings: TrackingSettings, port: int, log: IO[bytes]) -> subpr
 
 def free_port(wanted: int, tries: int = 50) -> int:
     """`wanted`, or the next port nobody listens on. Raises TrackingError."""
-    for port in range(wanted, min(wanted + tries, 65536)):
+    if not 0 < wanted < PORTS:
+        raise TrackingError(f"port {wanted} is none; give a whole number from 1 to {PORTS - 1} with --port")
+    end = min(wanted + tries, PORTS)
+    for port in range(wanted, end):
         with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -95,7 +120,7 @@ def free_port(wanted: int, tries: int = 50) -> int:
             except OSError:
                 continue
             return port
-    raise TrackingError(f"ports {wanted} to {wanted + tries - 1} are all taken; give another with --port")
+    raise TrackingError(f"ports {wanted} to {end - 1} are all taken; give another with --port")
 
 
 def latest_page(file: Path, experiment: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from orchestrator.grid import compose_grid
 from orchestrator.hydra_bridge import as_text, override_text
 from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
+from orchestrator.lines import say
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.run import open_projection, project, remember_durations, renew_report, run_grid, show, sync_lines, try_report
@@ -33,17 +35,18 @@ def _open(root: Path) -> Store:
 
 def status(root: Path, sweep: str | None, console: Console) -> int:
     store = _open(root)
-    result = load_sweep(store, find_sweep(store, sweep))
+    key = find_sweep(store, sweep)
+    driver = holder(store.root / "lease.json")
+    result = load_sweep(store, key, store.staged() if driver else ())
     counts = Counter((s.kind, s.status.value) for s in result.stages.values())
-    console.print(f"sweep {result.key[:8]} {result.name}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"sweep {result.key[:8]} {result.name}")
     for (kind, word), count in sorted(counts.items()):
-        console.print(f"  {kind:<10} {word:<10} {count}", highlight=False)
+        say(console, f"  {kind:<10} {word:<10} {count}")
     for stage in result.stages.values():
         if stage.status is Status.FAILED and stage.failure is not None:
             told = f"  FAILED {stage.label}: {stage.failure['type']}: {stage.failure['message']}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
-    driver = holder(store.root / "lease.json")
-    console.print(f"  driver: {driver}" if driver else "  no driver is at work on this store", highlight=False)
+            say(console, told)
+    say(console, f"  driver: {driver}" if driver else "  no driver is at work on this store")
     return 0
 
 
@@ -55,7 +58,7 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
         page = renew_report(store, result)
     except OSError as e:
         raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"report: {page}")
     return 0
 
 
@@ -66,13 +69,14 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
     keys = [find_sweep(store, sweep)] if sweep else list(reversed(store.sweep_keys()))
     failed = False
     with full_disk_told(store.root), Lease(store.root / "lease.json", "bitgrid reconcile"), Ledger(store.root / "ledger.sqlite") as ledger:
+        store.clear_staging()
         for key in keys:
             try:
                 result = load_sweep(store, key)
             except StoreError as e:
                 if sweep:
                     raise
-                console.print(f"{key[:8]} left out: {e}", highlight=False, markup=False, soft_wrap=True)
+                say(console, f"{key[:8]} left out: {e}")
                 failed = True
                 continue
             try_report(store, result, console)
@@ -82,7 +86,7 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
             report = project(projection, store, result, reconcile=True)
             failed = failed or not report.complete
             for line in sync_lines(report):
-                console.print(f"{result.key[:8]} {line}", highlight=False, markup=False, soft_wrap=True)
+                say(console, f"{result.key[:8]} {line}")
     return int(failed)
 
 
@@ -123,12 +127,12 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     command += [*_model_arguments(result, store, chosen.quantize), "--out", str(out.expanduser().resolve())]
     code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
     if code == 0:
-        console.print(f"{chosen.label} exported to {out}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"{chosen.label} exported to {out}")
         parts = {"activation": "activations", "kv": "keys and values"}
         left_out = [words for part, words in parts.items() if any(spec_of(e).get(part) for e in chosen.evaluations.values())]
         if left_out:
             told = f"note: the scores are of quantized {' and '.join(left_out)} too; the checkpoint quantizes weights only"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            say(console, told)
     return code
 
 
@@ -156,14 +160,17 @@ def _model_arguments(result: SweepResult, store: Store, quantize: StageResult) -
     return ["--hub-model", location["path"], "--revision", location["revision"]]
 
 
-def ui(root: Path, sweep: str | None, port: int, console: Console) -> int:
+def ui(root: Path, sweep: str | None, overrides: Sequence[str], port: int, console: Console) -> int:
+    """`overrides` of the tracking group replace the sweep's own."""
     from orchestrator.ui import serve_ui
 
     store = _open(root)
-    result = load_sweep(store, find_sweep(store, sweep))
+    key = find_sweep(store, sweep)
+    settings = compose_grid(overrides, multirun=False).settings if overrides else load_sweep(store, key).config["settings"]
     return serve_ui(
-        result.config["settings"]["tracking"],
+        settings["tracking"],
         Path.cwd(),
         port,
-        lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        partial(say, console),
+        Path(last_command(store, key).folder),
     )

@@ -15,8 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-METRICS = ("owq", "quik")
-
 
 def without_extremes(w: Tensor, count: int) -> Tensor:
     """w `[..., g]` with the `count` weights farthest from the median, at most a quarter of them and at least one, at the median."""
@@ -43,7 +41,7 @@ def outlier_columns(
 ) -> Tensor:
     """weight `[N, K]`, diagonal `[K]`, `width` columns per group ▸ int64 `[count]`, ascending; ties by number.
 
-    `metric` is one of METRICS; `rounded` gives the weight `[N, K]` rounded on the ranges of other values `[N, K / width, width]`.
+    `metric` is owq or quik; `rounded` gives the weight `[N, K]` rounded on the ranges of other values `[N, K / width, width]`.
     Raises ValueError where no column would be left."""
     k = weight.shape[1]
     if not 0 <= count < k:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from quant.affine import grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, grid, round_weight, with_stored_scales
+from quant.grids import choose_grid, fit, round_weight, with_stored_scales
 from quant.methods.base import ScaleGroup
+from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -57,13 +58,7 @@ class Awq:
     """Grid that the searches round to; symmetric schemes use g_sym."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if min(self.scale_grid, self.clip_grid, self.clip_tokens) < 1 or not 0 < self.max_shrink <= 1:
-            raise ValueError(
-                f"scale_grid={self.scale_grid}, clip_grid={self.clip_grid}, clip_tokens={self.clip_tokens} must be at least 1 "
-                f"and max_shrink={self.max_shrink} in (0, 1]"
-            )
+        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` float32 of the smallest loss, the first of equals."""

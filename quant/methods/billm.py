@@ -35,13 +35,11 @@ from quant.kernels import braq_block, kernel
 from quant.methods import binary_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Reach, solve_columns, to_work_on
 from quant.statistics import Statistics
 from quant.tensors.binary import BinaryTensor
-
-VARIANTS = ("reference", "paper", "joint")
-METRICS = ("hessian", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,7 @@ class Billm:
     """Fraction of mean(diag H) added to the diagonal."""
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant} is unknown; choose one of {', '.join(VARIANTS)}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric={self.metric} is unknown; choose one of {', '.join(METRICS)}")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if self.salient_columns is not None and self.salient_columns < 0:
-            raise ValueError(f"salient_columns={self.salient_columns} must be 0 or more, or null to search the count")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ signs. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""

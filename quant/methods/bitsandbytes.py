@@ -11,13 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("native", "bitsandbytes")
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend} is unknown; choose one of {', '.join(BACKENDS)}")
-
 
 def functional() -> Any:
     """`bitsandbytes.functional`. Raises ValueError where the package is not installed."""

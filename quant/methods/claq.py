@@ -35,9 +35,9 @@ from torch import Tensor
 from quant.grids import DTYPES, with_stored_scales
 from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
-from quant.kernels.kmeans_columns import STARTS
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked_together
+from quant.methods.feedback import checked_together, notes_of_zeros
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
 from quant.statistics import Statistics
@@ -47,7 +47,6 @@ LARGE = 13
 """Times the mean |w|: what the magnitude score counts."""
 TENTH, MANY, FEW = 0.1, 0.014, 0.004
 """Share of columns of which more is reserved; the fraction reserved at each tail there and elsewhere."""
-CODEBOOKS = ("in_loop", "batched")
 BATCHED = "codebooks=batched: k-means of the columns as given, where the published code fits each after the errors of earlier ones"
 LABEL_OR = 0.005
 """Average fraction of one tail: all that the paper's label counts of reserved weights, at 16 - b bits."""
@@ -88,23 +87,7 @@ class Claq:
     """Read by the block loop, not here: with propagation=quantized, linears also see the quantized ones before them."""
 
     def __post_init__(self) -> None:
-        if self.adaptive_bits is not None and not 2 < self.adaptive_bits <= 4:
-            raise ValueError(f"adaptive_bits={self.adaptive_bits} must be over 2 and up to 4; null gives every column weight.bits")
-        if self.score not in ("magnitude", "hessian"):
-            raise ValueError(f"score={self.score} is unknown; choose magnitude or hessian")
-        if self.variant not in ("reference", "corrected"):
-            raise ValueError(f"variant={self.variant} is unknown; choose reference or corrected")
-        if self.kmeans_start not in STARTS:
-            raise ValueError(f"kmeans_start={self.kmeans_start} is unknown; choose {' or '.join(STARTS)}")
-        if self.codebooks not in CODEBOOKS:
-            raise ValueError(f"codebooks={self.codebooks} is unknown; choose {' or '.join(CODEBOOKS)}")
-        for pattern, bits in self.layer_bits or ():
-            if type(bits) not in (int, float) or not 2 <= bits <= 4:
-                raise ValueError(f"layer_bits of {pattern} is {bits!r}; give bits from 2 to 4")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codebooks. Raises NonFiniteError, SingularHessianError, and ValueError for shapes and bits that do not fit."""
@@ -128,11 +111,8 @@ class Claq:
     def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
         ready, hessian = checked_together("claq", weights, statistics)
         h, dead = revive_dead(hessian)
-        k, zeroed, notes = len(h), int(dead.sum()), list[str]()
-        if zeroed == k:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        k, zeroed = len(h), int(dead.sum())
+        notes = notes_of_zeros(zeroed, k)
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=h.device)
         upper, damp = inverse_factor(h[order][:, order], self.damp)
         if damp != self.damp:

@@ -32,14 +32,14 @@ from torch import Tensor
 from quant.adam import Adam
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, grid, unfit_float16, with_stored_scales
+from quant.grids import choose_grid, fit, unfit_float16, with_stored_scales
 from quant.methods.base import ScaleGroup
 from quant.methods.clipping import START
+from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.straight_through import affine_through, round_through
 
-KINDS = ("none", "symmetric", "asymmetric", "learned")
 LEARNED_VALUES = 2**22
 """Weights that are learned at once: a graph holds a dozen tensors of their shape."""
 
@@ -71,14 +71,7 @@ class Clip:
     """Of Adam, for a and b."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind} is unknown; choose one of {', '.join(KINDS)}")
-        if self.steps < 1 or not 0 < self.max_shrink <= 1:
-            raise ValueError(f"steps={self.steps} must be at least 1 and max_shrink={self.max_shrink} in (0, 1]")
-        if self.iters < 1 or self.lr <= 0:
-            raise ValueError(f"iters={self.iters} must be at least 1 and lr={self.lr} positive")
+        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """No scaling."""

@@ -12,6 +12,8 @@ from quant.errors import require_all_finite, require_finite
 from quant.solver import inverse_factor, revive_dead
 from quant.statistics import Statistics
 
+ALL_ZERO = "all inputs are always 0 on the calibration text: the Hessian counts as the identity"
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -66,19 +68,23 @@ def checked_together(method: str, weights: Sequence[Tensor], statistics: Statist
     return [w.detach() if as_given else w.detach().to(place, dtype) for w in weights], given.to(place, dtype)
 
 
+def notes_of_zeros(zeroed: int, k: int) -> list[str]:
+    """Of k inputs so many are always 0. An input that no token reached has its own note: stages give the identity for its Hessian."""
+    if zeroed == k:
+        return [ALL_ZERO]
+    return [f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0"] if zeroed else []
+
+
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
     """As `checked`; raises SingularHessianError too.
 
-    An input that no token reached (H = 0) counts as H = I instead of zeroing the weight."""
+    Where all inputs are 0 (H = 0), H = I counts instead of zeroing the weight."""
     given, hessian = checked(method, weight, statistics)
     k = weight.shape[1]
     h, dead = revive_dead(hessian)
-    zeroed, w, notes = int(dead.sum()), given, []
-    if zeroed == k:
-        notes.append("no calibration token reached this input: the Hessian counts as the identity")
-    elif zeroed:
-        notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
-        w = given.masked_fill(dead, 0)
+    zeroed = int(dead.sum())
+    notes = notes_of_zeros(zeroed, k)
+    w = given.masked_fill(dead, 0) if 0 < zeroed < k else given
     upper, used = inverse_factor(h, damp)
     if used != damp:
         notes.append(f"damping {damp:g} did not make the Hessian positive definite: {used:g} was used")

@@ -8,7 +8,7 @@ groups makes groups of permuted columns and stores each column's group. With `ou
 (arXiv 2306.02272) and QUIK (arXiv 2310.09259): the columns that cost most stay in float16; QUIK's inputs there do so at run time too.
 Number formats of the scheme other than integers have static scales, those of the weight as given: only each code is chosen with
 the error of the columns before it: as with `static_groups`, whatever that says. `grid` and `mse` then say nothing, which is noted.
-Departures: ties in the order keep the column order; an input that no token reached (H = 0) counts as H = I instead of
+Departures: ties in the order keep the column order; inputs that are all 0 (H = 0) count as H = I instead of
 zeroing the weight; a failed factorization climbs a ladder of damping; one Cholesky factorization instead of three
 steps (the same U). Float64 weights are computed in float64, all others in float32.
 """
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, group_of_each, grouped
-from quant.grids import DTYPES, Grid, choose_grid, fit, grid, with_stored_scales, without_grid
+from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked, checked_together
+from quant.methods.feedback import checked, checked_together, notes_of_zeros
 from quant.number_formats import encode, number_format
-from quant.outliers import METRICS, outlier_columns, without_columns
+from quant.outliers import outlier_columns, without_columns
+from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
@@ -91,16 +92,7 @@ class Gptq:
     """Which columns those are (`quant.outliers`): owq or quik."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
-        if self.outlier_columns < 0:
-            raise ValueError(f"outlier_columns={self.outlier_columns} must be 0 or more columns of every linear")
-        if self.outlier_metric not in METRICS:
-            raise ValueError(f"outlier_metric={self.outlier_metric!r} is unknown; choose {' or '.join(METRICS)}")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes, and the columns kept in float16 (`outlier_columns`) beside them.
@@ -172,10 +164,8 @@ class Gptq:
         if scheme.number != "int":
             notes = without_grid(self.grid, self.mse, scheme)
         groups, k = grouped(w, scheme), w.shape[1]
-        if zeroed == k:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        notes += notes_of_zeros(zeroed, k)
+        if 0 < zeroed < k:
             w = w.masked_fill(dead, 0)
         return _Given(w, [len(own) for own in weights], groups, scheme, chosen, notes)
 

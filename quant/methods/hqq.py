@@ -29,6 +29,7 @@ from quant.grids import GRIDS, ScaleDtypeError, fit, refuse_unfit, with_stored_s
 from quant.kernels import kernel
 from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -62,13 +63,7 @@ class Hqq:
     """Growth of beta per step."""
 
     def __post_init__(self) -> None:
-        if self.axis not in (0, 1):
-            raise ValueError(f"axis={self.axis} must be 0 or 1: groups along the outputs or along the inputs")
-        if self.iters < 1:
-            raise ValueError(f"iters={self.iters} must be at least 1; 20 is usual, and optimize=false takes no step")
-        for name, value, usual in (("p", self.p, 0.7), ("beta", self.beta, 10), ("kappa", self.kappa, 1.01)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name}={value} must be positive and finite; {usual} is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with real zeros. Raises NonFiniteError, and ValueError for groups that do not divide."""

@@ -23,6 +23,7 @@ from quant.cayley import cayley_step, orthonormal
 from quant.errors import NonFiniteError
 from quant.methods.base import ModelShape, Rotation, RotationLoss
 from quant.methods.quarot import FAMILIES, block_of, random_hadamard
+from quant.parameters import check
 from quant.scheme import Supports
 
 
@@ -56,10 +57,7 @@ class LearnedRotation:
     """Mix every head's channels in queries and keys after RoPE; idle unless keys are quantized."""
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.checked < 1 or self.check_every < 1:
-            raise ValueError(f"steps={self.steps} must be 0 or more, checked={self.checked} and check_every={self.check_every} at least 1")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr={self.lr} must be positive; 1.5 is usual")
+        check(self)
 
     def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation:
         """The best of the iterates, the start included. Raises ValueError without a loss, NonFiniteError for a start that has none."""

@@ -19,17 +19,16 @@ import torch
 from torch import Tensor
 
 from quant.adam import Adam
-from quant.affine import Affine, ZeroKind, grouped
+from quant.affine import Affine, grouped
 from quant.errors import require_finite
-from quant.grids import DTYPES, GRIDS, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid, grid
+from quant.grids import DTYPES, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
+from quant.parameters import check
 from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits
 from quant.tensors.affine import AffineTensor
 
-RULES = ("autoround", "adaround")
-WHOLE = (ZeroKind.CONSTANT, ZeroKind.CODE, ZeroKind.INTEGER)
 STRETCH = (-0.1, 1.1)
 """Ends of the stretched sigmoid, before it is clipped."""
 BETA = (20.0, 2.0)
@@ -66,16 +65,7 @@ class LearnedRounding:
     """A name of `quant.grids` whose zero is a whole number; None is g_sym or g_asym as the scheme says."""
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r} is unknown; choose {' or '.join(RULES)}")
-        if self.grid is not None and grid(self.grid).zero not in WHOLE:
-            fitting = ", ".join(n for n, g in GRIDS.items() if g.zero in WHOLE)
-            raise ValueError(f"grid={self.grid} has zeros that are no whole numbers; choose one of {fitting}")
-        if self.iters < 0 or min(self.batch_size, self.checks) < 1 or (self.lr is not None and self.lr <= 0) or self.reg < 0:
-            raise ValueError(
-                f"iters={self.iters} and reg={self.reg} must be 0 or more, batch_size={self.batch_size} and checks={self.checks} "
-                f"at least 1, and lr={self.lr} positive or null"
-            )
+        check(self)
 
     @property
     def blocks(self) -> int:

@@ -21,7 +21,8 @@ from quant.affine import Affine, ZeroKind
 from quant.errors import require_finite
 from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.bitsandbytes import check_backend, int8_rows
+from quant.methods.bitsandbytes import int8_rows
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -42,7 +43,7 @@ class LlmInt8:
     """native, or bitsandbytes: the codes are made by that package, where it is installed."""
 
     def __post_init__(self) -> None:
-        check_backend(self.backend)
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with the constant zero 128; computes in float32. Raises NonFiniteError."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from quant.affine import group_width
 from quant.errors import require_finite
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.bitsandbytes import check_backend, nf4_codes
+from quant.methods.bitsandbytes import nf4_codes
 from quant.methods.rtn import round_floating
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.floating import FloatingTensor
@@ -36,7 +37,7 @@ class Nf4:
     """native, or bitsandbytes: the codes are made by that package, where it is installed (float32 scales, no double quantization)."""
 
     def __post_init__(self) -> None:
-        check_backend(self.backend)
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes of NF4. Raises NonFiniteError, and ValueError for groups that do not divide K."""

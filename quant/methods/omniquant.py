@@ -19,10 +19,10 @@ from typing import ClassVar
 import torch
 
 from quant.adam import Adam
-from quant.grids import grid
 from quant.methods.clipping import Clipping, LearnedClipping
 from quant.methods.equivalent import EquivalentTransform, Transformed
 from quant.methods.tuner import Best, Tuned, TuningBlocks, sequence_loss
+from quant.parameters import check
 from quant.scheme import Supports
 
 
@@ -53,13 +53,7 @@ class OmniQuant:
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if self.epochs < 0 or min(self.lwc_lr, self.let_lr) <= 0 or not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"epochs={self.epochs} must be 0 or more, lwc_lr={self.lwc_lr} and let_lr={self.let_lr} positive, "
-                f"and alpha={self.alpha} in [0, 1]"
-            )
+        check(self)
 
     @property
     def blocks(self) -> int:

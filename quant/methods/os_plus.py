@@ -20,8 +20,9 @@ from torch import Tensor
 
 from quant.activation import fake_quantize_activation
 from quant.errors import require_finite
-from quant.grids import choose_grid, grid, round_weight
+from quant.grids import choose_grid, round_weight
 from quant.methods.base import ScaleGroup
+from quant.parameters import check
 from quant.scheme import ActivationScheme, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -46,10 +47,7 @@ class OsPlus:
     """Grid of the weights in the search; give it the rounding's."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1; 50 is usual")
+        check(self)
 
     def shift(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """z `[K]` float32, or None without shifting, for inputs that come from no norm, and without activation quantization."""

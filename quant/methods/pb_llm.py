@@ -27,13 +27,11 @@ from quant.binary import binarize, stored
 from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.partially_binary import PartiallyBinaryTensor
-
-VARIANTS = ("reference", "corrected")
-METRICS = ("magnitude", "hessian")
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,7 @@ class PbLlm:
     """Fraction of mean(diag H) added to the diagonal."""
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant={self.variant} is unknown; choose one of {', '.join(VARIANTS)}")
-        if self.metric not in METRICS:
-            raise ValueError(f"metric={self.metric} is unknown; choose one of {', '.join(METRICS)}")
-        if not 0 < self.low_fraction <= 1:
-            raise ValueError(f"low_fraction={self.low_fraction} must be above 0 and at most 1; gptq rounds all weights to one width")
-        if not 2 <= self.high_bits <= 8:
-            raise ValueError(f"high_bits={self.high_bits} is not between 2 and 8")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes and signs. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""

@@ -26,8 +26,9 @@ from torch.nn import functional as F
 
 from quant.activation import fake_quantize_activation
 from quant.errors import require_finite
-from quant.grids import choose_grid, grid, round_weight
+from quant.grids import choose_grid, round_weight
 from quant.methods.base import InputGroup, Reassembled, ScaleGroup
+from quant.parameters import check
 from quant.reassembly import DISTANCES, Reassembly, assemble, copies, distances
 from quant.scheme import ActivationScheme, Supports, WeightScheme
 from quant.statistics import Statistics
@@ -57,12 +58,7 @@ class QllmReassembly:
     """Of the weights in the search, a name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
 
     def __post_init__(self) -> None:
-        if self.variant not in DISTANCES:
-            raise ValueError(f"variant={self.variant!r} is unknown; choose {' or '.join(DISTANCES)}")
-        if not 0 < self.ratio < 0.5 or self.sequences < 1:
-            raise ValueError(f"ratio={self.ratio} must be between 0 and 0.5, and sequences={self.sequences} 1 or more")
-        if self.grid is not None:
-            grid(self.grid)
+        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """None: inputs are changed in `reassemble`."""

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from quant.adam import Adam
-from quant.grids import grid
 from quant.methods.base import Rounded
 from quant.methods.clipping import LearnedClipping
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, sequence_loss
+from quant.parameters import check
 from quant.scheme import Supports
 
 
@@ -54,13 +54,7 @@ class QllmCorrection:
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
-        if min(self.rank, self.blocks) < 1 or self.epochs < 0 or min(self.lr, self.alpha) <= 0:
-            raise ValueError(
-                f"rank={self.rank} and blocks={self.blocks} must be 1 or more, epochs={self.epochs} 0 or more, "
-                f"lr={self.lr} and alpha={self.alpha} positive"
-            )
+        check(self)
 
     @property
     def wants_own_targets(self) -> bool:

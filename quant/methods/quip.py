@@ -24,7 +24,8 @@ from quant.butterfly import butterflies
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked
+from quant.methods.feedback import ALL_ZERO, checked, notes_of_zeros
+from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import revive_dead
 from quant.statistics import Statistics
@@ -40,7 +41,7 @@ def normalized(hessian: Tensor, ridge: float) -> tuple[Tensor, list[str]]:
     mean = hessian.diagonal().mean()
     eye = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
     if float(mean) == 0:
-        return eye, ["no calibration token reached this input: the Hessian counts as the identity"]
+        return eye, [ALL_ZERO]
     return hessian / mean + ridge * eye, []
 
 
@@ -73,12 +74,7 @@ class Quip:
     """Fraction of mean(diag H) added to the diagonal."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.width < float("inf"):
-            raise ValueError(f"width={self.width} must be positive, in units of the RMS; 2.4 is usual")
-        if self.npasses < 0:
-            raise ValueError(f"npasses={self.npasses} must be 0 or more")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
@@ -112,10 +108,8 @@ class Quip:
         groups = grouped(w, scheme)
         h, dead = revive_dead(h)
         zeroed = int(dead.sum())
-        if zeroed == w.shape[1]:
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif zeroed:
-            notes.append(f"{zeroed} of {w.shape[1]} inputs are always 0 on the calibration text: their weights are set to 0")
+        notes += notes_of_zeros(zeroed, w.shape[1])
+        if 0 < zeroed < w.shape[1]:
             w = w.masked_fill(dead, 0)
         fed: list[Feedback] = []
 

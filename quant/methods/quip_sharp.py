@@ -26,6 +26,7 @@ from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked_hessian
 from quant.methods.quip import normalized, one_scale_note
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.lattice import LatticeTensor, hadamard_rows
@@ -48,12 +49,7 @@ class QuipSharp:
     """RMS at which weights are rounded, instead of the codebook's; 0.9 is the advice for 2 bits."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ridge < float("inf"):
-            raise ValueError(f"ridge={self.ridge} must be 0 or more, in units of mean(diag H); 0.01 is usual")
-        if self.tune_iters < 0:
-            raise ValueError(f"tune_iters={self.tune_iters} must be 0 or more; 10 is usual")
-        if self.scale_override is not None and not 0 < self.scale_override < float("inf"):
-            raise ValueError(f"scale_override={self.scale_override} must be positive; 0.9 is the advice for 2 bits")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ lattice codes. Raises NonFiniteError, SingularHessianError, and ValueError for widths not divisible by 8."""

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from quant.affine import group_width, grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, grid, refuse_unfit, with_stored_scales, without_grid
+from quant.grids import choose_grid, refuse_unfit, with_stored_scales, without_grid
 from quant.kernels import kernel
 from quant.methods.base import ANY, Linear, Rounded
 from quant.number_formats import encode, number_format
+from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -42,8 +43,7 @@ class Rtn:
     """Search the range of least error instead of taking the whole range."""
 
     def __post_init__(self) -> None:
-        if self.grid is not None:
-            grid(self.grid)
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""

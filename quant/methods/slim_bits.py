@@ -12,7 +12,6 @@ from torch import Tensor
 from quant.grids import GRIDS, fit
 from quant.solver import inverse_factor
 
-OBJECTIVES = ("kl", "mse")
 LEAST_PROBABILITY = 1e-6
 CHUNK = 2**22
 """Outputs (tokens x rows) held at a time."""

@@ -29,14 +29,14 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind, group_width
 from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked
-from quant.methods.slim_bits import OBJECTIVES, binary, bit_allocation, labelled, salience
+from quant.methods.feedback import checked, notes_of_zeros
+from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, revive_dead, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.mixed import MixedTensor
 
-VARIANTS = ("reference", "corrected")
 ABSOLUTE_DAMP = 0.01
 """Added to the diagonal of H for the bit allocation, whatever the scale of H."""
 SHRINKS = [1 + i / 500 for i in range(51)] + [1 - i / 500 for i in range(1, 51)]
@@ -68,12 +68,7 @@ class SlimLlm:
     """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
 
     def __post_init__(self) -> None:
-        for field, allowed in (("objective", OBJECTIVES), ("variant", VARIANTS)):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r} is unknown; choose {' or '.join(allowed)}")
-        for field in ("lam", "sigma", "damp"):
-            if not 0 <= getattr(self, field) < float("inf"):
-                raise ValueError(f"{field}={getattr(self, field)} must be 0 or more and finite")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ mixed codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes, schemes or bit lists that
@@ -104,10 +99,9 @@ class SlimLlm:
         h = hessian.to(w)
         if corrected:
             h, dead = revive_dead(h)
-            if bool(dead.all()):
-                notes.append("no calibration token reached this input: the Hessian counts as the identity")
-            elif bool(dead.any()):
-                notes.append(f"{int(dead.sum())} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+            zeroed = int(dead.sum())
+            notes += notes_of_zeros(zeroed, k)
+            if 0 < zeroed < k:
                 w = w.masked_fill(dead, 0)
         raised = h.clone()
         raised.diagonal().add_(ABSOLUTE_DAMP)

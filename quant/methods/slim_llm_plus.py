@@ -26,6 +26,7 @@ from quant.methods.omniquant import train
 from quant.methods.slim_bits import binary
 from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.straight_through import affine_through, round_through, scaled_limits, through
 from quant.tensors.mixed import MixedTensor
@@ -57,9 +58,7 @@ class SlimLlmPlus:
     """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
 
     def __post_init__(self) -> None:
-        self._slim()
-        if self.epochs < 0 or self.lwc_lr <= 0:
-            raise ValueError(f"epochs={self.epochs} must be 0 or more and lwc_lr={self.lwc_lr} positive")
+        check(self)
 
     def _slim(self) -> SlimLlm:
         return SlimLlm(objective=self.objective, variant=self.variant, damp=self.damp, bit_lists=self.bit_lists)

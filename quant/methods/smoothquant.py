@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quant.errors import require_finite
 from quant.methods.base import ScaleGroup
+from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -39,8 +40,7 @@ class SmoothQuant:
     """Share of the outliers' size that moves into the weights: 0 none, 1 all."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} is not between 0 and 1; 0.5 is usual")
+        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` float32, or None where the input does not come from a norm."""

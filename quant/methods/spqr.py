@@ -7,10 +7,10 @@ Objective: min tr((W - Q) H (W - Q)ᵀ) column by column as in GPTQ, on a grid t
   scale and zero of a group: codes on a grid per `stat_rows` consecutive rows
   outliers: weights with (w - ŵ)² / U_jj² > τ, kept
 Shapes: weight `[N, K]`, Hessian `[K, K]`; threshold relative, without unit. Defaults are those of the recommended command (3 bits, 16
-columns per group); an infinite threshold (`.inf` in yaml) keeps no outlier.
+columns per group); an infinite threshold (a large number in yaml) keeps no outlier.
 Departures: an all-zero group has the scale 0 and stays 0 (the reference takes [-1, 1], whose grid has no 0), a constant one the scale
 |w|; `stat_rows` need not divide the rows; with `round_zero` ranges hold 0, so that the zero is one of its 2^b codes; the variance of a
-single row is taken over its columns, of a single weight around 0; inputs that no token reached (H = 0) count as H = I; failed
+single row is taken over its columns, of a single weight around 0; inputs that are all 0 (H = 0) count as H = I; failed
 factorizations climb GPTQ's ladder on top of `damp`. A symmetric scheme is not what SpQR makes: zeros are stored all the same, and it is
 noted.
 Float64 weights are computed in float64, all others in float32.
@@ -28,7 +28,8 @@ from torch import Tensor
 from quant.affine import group_width
 from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked
+from quant.methods.feedback import checked, notes_of_zeros
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, solve_columns
 from quant.statistics import Statistics
@@ -60,15 +61,7 @@ class Spqr:
     """Fraction of mean(diag H) added to the diagonal, before dead inputs get H_jj = 1."""
 
     def __post_init__(self) -> None:
-        for field in ("scale_bits", "zero_bits"):
-            if not 1 <= getattr(self, field) <= 8:
-                raise ValueError(f"{field}={getattr(self, field)} is not between 1 and 8; 3 is usual")
-        if self.stat_rows < 1:
-            raise ValueError(f"stat_rows={self.stat_rows} must be at least 1; 16 is usual")
-        if not self.outlier_threshold >= 0:
-            raise ValueError(f"outlier_threshold={self.outlier_threshold} must be 0 or more; 0.2 is usual, infinity keeps no outlier")
-        if not 0 <= self.damp < math.inf:
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 1 is usual")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ sparse codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes or schemes that do not fit."""
@@ -84,10 +77,9 @@ class Spqr:
         dead = h.diagonal() == 0
         h.diagonal().add_(self.damp * h.diagonal().abs().mean())
         h.diagonal()[dead] = 1
-        if bool(dead.all()):
-            notes.append("no calibration token reached this input: the Hessian counts as the identity")
-        elif bool(dead.any()):
-            notes.append(f"{int(dead.sum())} of {k} inputs are always 0 on the calibration text: their weights are set to 0")
+        zeroed = int(dead.sum())
+        notes += notes_of_zeros(zeroed, k)
+        if 0 < zeroed < k:
             w = w.masked_fill(dead, 0)
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
         upper, more = inverse_factor(h[order][:, order], 0.0)

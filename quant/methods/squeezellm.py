@@ -24,6 +24,7 @@ from quant.kernels import kernel
 from quant.kernels.kmeans_columns import unfit
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
+from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.row_codebook import RowCodebookTensor
@@ -42,8 +43,7 @@ class SqueezeLlm:
     """Of squared errors: hessian (the diagonal of the inputs' Hessian) or none."""
 
     def __post_init__(self) -> None:
-        if self.weighting not in ("hessian", "none"):
-            raise ValueError(f"weighting={self.weighting} is unknown; choose hessian or none")
+        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ a table per row. Raises NonFiniteError, and ValueError for a missing or misshapen Hessian."""
@@ -55,7 +55,7 @@ class SqueezeLlm:
             if bool(diagonal.any()):
                 sensitivity = diagonal
             else:
-                notes.append("no calibration token reached this input: all weights count the same")
+                notes.append("all inputs are always 0 on the calibration text: all weights count the same")
         found = kernel("kmeans_columns", device=w.device)
         centres = found.run.kmeans(w, 2**scheme.bits, "partition", sensitivity)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from quant.methods.base import Declared
+from quant.parameters import check
 from quant.scheme import Supports
 
 FAMILIES = ("llama",)
@@ -53,8 +54,7 @@ class HqqPackage:
     """Round the zeros before the search; None for 4 bits only, as the package's own settings for models have it."""
 
     def __post_init__(self) -> None:
-        if self.axis not in (0, 1):
-            raise ValueError(f"axis={self.axis} must be 0 or 1: groups along the outputs or along the inputs")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,7 @@ class LlmCompressor:
     """Fraction of mean(diag H) added to the diagonal (its `dampening_frac`)."""
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("gptq", "rtn"):
-            raise ValueError(f"algorithm={self.algorithm!r} is unknown; choose gptq or rtn")
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} must be at least 1; 128 is usual")
-        if not 0 <= self.damp < float("inf"):
-            raise ValueError(f"damp={self.damp} must be 0 or more, a fraction of mean(diag H); 0.01 is usual")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -116,9 +111,4 @@ class AutoRound:
     """Learn the ends of every range too (its `enable_minmax_tuning`)."""
 
     def __post_init__(self) -> None:
-        if self.iters < 0:
-            raise ValueError(f"iters={self.iters} must be 0 (round to nearest) or more; 200 is usual")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr={self.lr} must be positive; null is 1 / iters")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1 sequence")
+        check(self)

@@ -25,13 +25,12 @@ from torch import Tensor
 
 from quant.adam import Adam
 from quant.errors import require_finite
-from quant.grids import choose_grid, grid, round_weight
+from quant.grids import choose_grid, round_weight
 from quant.methods.rtn import Rtn
 from quant.methods.tuner import Best, Tuned, TuningBlocks, accumulate, checkpoints
+from quant.parameters import check
 from quant.scheme import Supports
 from quant.straight_through import through
-
-STREAMS = ("original", "quantized")
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,7 @@ class ZeroQuant:
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
 
     def __post_init__(self) -> None:
-        if self.stream not in STREAMS:
-            raise ValueError(f"stream={self.stream!r} is unknown; choose {' or '.join(STREAMS)}")
-        if self.grid is not None:
-            grid(self.grid)
-        if self.iters < 0 or min(self.batch_size, self.checks) < 1 or self.lr <= 0:
-            raise ValueError(
-                f"iters={self.iters} must be 0 or more, batch_size={self.batch_size} and checks={self.checks} at least 1, "
-                f"and lr={self.lr} positive"
-            )
+        check(self)
 
     @property
     def blocks(self) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from bench import gpu, whole_model
+from bench import gptq_block, gpu, grids, int8_linear, kmeans, whole_model, wq_gemv
 from bench.kept import keep
 from bench.on_gpu.clock import Bench, Row
 
@@ -61,3 +62,61 @@ def test_methods_that_are_cut_off_leave_those_before(tmp_path: Path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         whole_model.run(Namespace(**given), tmp_path)
     assert [r["name"] for r in json.loads(path.read_text())] == ["gptq"]
+
+
+class Cut:
+    """Of two values the second never comes."""
+
+    def __init__(self, first: Any) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self._first
+        raise KeyboardInterrupt
+
+
+CUT = {
+    "gptq_block": (gptq_block, {"SIZES": Cut((128, 0.0)), "TIMES": 1}, 1),
+    "int8_linear": (int8_linear, {"SHAPES": Cut((16, 32)), "TIMES": 1, "FEW": 1}, 4),
+    "wq_gemv": (wq_gemv, {"SHAPES": Cut((128, 128)), "TIMES": 1}, 24),
+}
+
+
+@pytest.mark.parametrize("bench", CUT)
+def test_benchmarks_of_the_cpu_that_are_cut_off_leave_their_rows(bench: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, small, rows = CUT[bench]
+    for name, value in small.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(wq_gemv, "COLD", 0)
+    monkeypatch.setattr(sys, "argv", [bench, "--out", str(tmp_path / "figures.json")])
+    threads = torch.get_num_threads()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(json.loads((tmp_path / "figures.json").read_text())["rows"]) == rows
+
+
+def test_kmeans_that_is_cut_off_leaves_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    fits = iter(["k=4"])
+    monkeypatch.setattr(kmeans, "compare", lambda *_: {"squares_max": 0, "squares_mean": 0, **dict.fromkeys(TIMES, 0), "k": next(fits)})
+    monkeypatch.setattr(sys, "argv", ["kmeans", "--out", str(tmp_path / "figures.json"), "--rows", "8", "--columns", "2"])
+    with pytest.raises(StopIteration):
+        kmeans.main()
+    assert [r["k"] for r in json.loads((tmp_path / "figures.json").read_text())["results"]] == ["k=4"]
+
+
+TIMES = ("batch_us", "single_us", "sklearn_us", "ratio_batch", "ratio_single")
+
+
+def test_ranges_that_are_cut_off_leave_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = {name: {"loss": 0.1, "perplexity": 3.0} for name in ("static", "dynamic")}
+    row = {"bits": 4, "act_order": False, "nats": 0, "nats_half": 0, "loss_ratio": 1, **both}
+    monkeypatch.setattr(grids, "rows", lambda *_: Cut(row))
+    monkeypatch.setattr(grids.Runs, "scored", lambda *_: [1.0])
+    monkeypatch.setattr(sys, "argv", ["grids", "--out", str(tmp_path / "figures.json")])
+    with pytest.raises(KeyboardInterrupt):
+        grids.main()
+    assert json.loads((tmp_path / "figures.json").read_text())["rows"] == [row]

@@ -26,6 +26,7 @@ SHARED = (
     "workers.structure",
     "workers.toolkits.environments",
     "quant.scheme",
+    "quant.parameters",
 )
 
 

@@ -34,7 +34,7 @@ rounding:
   kind: gptq
   version: 1
   needs: [hessian]
-  params: {damp: 0.01, block: 128, act_order: true, order: "${.block}"}
+  params: {damp: 0.01, block_size: 128, act_order: true, outlier_columns: "${.block_size}"}
 transforms: {}
 propagation: original
 """,
@@ -45,8 +45,8 @@ defaults:
 rounding: {kind: rtn, version: 1, needs: [], params: {}}
 propagation: original
 """,
-    "transform/search": "kind: awq\nversion: 1\nneeds: [absmean]\nparams: {grid: 20, alpha: 0.5}\n",
-    "transform/clip": "kind: clip\nversion: 1\nneeds: []\nparams: {grid: 10}\n",
+    "transform/search": "kind: awq\nversion: 1\nneeds: [absmean]\nparams: {scale_grid: 20, max_shrink: 0.5}\n",
+    "transform/clip": "kind: clip\nversion: 1\nneeds: []\nparams: {steps: 10}\n",
     "scheme/w4": "weight: {bits: 4, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",
     "scheme/w4g64": "weight: {bits: 4, symmetric: false, granularity: group, group_size: 64}\nactivation: null\nkv: null\n",
     "scheme/w2": "weight: {bits: 2, symmetric: false, granularity: channel, group_size: null}\nactivation: null\nkv: null\n",

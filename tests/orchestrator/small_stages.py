@@ -11,8 +11,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from workers.request import Outcome, Request
+from orchestrator import run
+from orchestrator.executors.in_process import InProcessExecutor
+from workers.request import ErrorClass, Failure, Outcome, Request, StageRequest
+
+Meddle = Callable[[StageRequest], "Failure | None"]
 
 
 def small_stage(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
@@ -31,3 +36,25 @@ def small_stage(request: Request, on_outcome: Callable[[Outcome], None], should_
         else:
             (payload / "values.txt").write_text(str(draws.random()))
         on_outcome(Outcome(stage.key, record={"started": started, "ended": time.time(), "notes": [], "summary": summary}))
+
+
+def meddle(monkeypatch: pytest.MonkeyPatch, act: Meddle) -> None:
+    """`act` is called before each stage and may fail it."""
+
+    def runner(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
+        failures = {s.key: f for s in request.stages if (f := act(s)) is not None}
+        for key, failure in failures.items():
+            on_outcome(Outcome(key, failure=failure))
+        left = tuple(s for s in request.stages if s.key not in failures)
+        if left:
+            small_stage(Request(request.id, left, request.models, request.texts, request.hints), on_outcome, should_stop)
+
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=runner))
+
+
+def is_gptq(stage: StageRequest) -> bool:
+    return stage.kind == "quantize" and stage.spec["rules"][0]["method"]["rounding"]["name"] == "gptq"
+
+
+def gptq_fails(stage: StageRequest) -> Failure | None:
+    return Failure(ErrorClass.NUMERICAL, "FakeError", "the Hessian is not positive definite") if is_gptq(stage) else None

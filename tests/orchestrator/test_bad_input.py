@@ -270,6 +270,8 @@ def exit_code(*arguments: str) -> object:
         (["method=gtpq"], ["gtpq", "nearest: gptq", "rtn"]),
         (["metod=gptq"], ["metod", "nearest: method"]),
         (["method=gptq", "method.rounding.params.dampp=0.1"], ["dampp", "nearest: damp"]),
+        (["method.rounding.params.damp=0.01,-1"], ["params.damp=-1", "gptq", "a number from 0"]),
+        (["method.rounding.params.block_size=0"], ["params.block_size=0", "gptq", "a whole number from 1"]),
         (["calibration.sampling=window"], ["window", "nearest: windows", "sequential"]),
         (["scheme.weight.bits=four"], ["bits", "four"]),
         (["hints.batch_token=3"], ["batch_token", "nearest: batch_tokens"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.command import program
+from orchestrator.command import call, program
 
 
 @pytest.fixture
@@ -40,3 +40,12 @@ def test_active_environment_needs_the_name_alone(environment: Path, monkeypatch:
 def test_bitgrid_that_is_not_installed_is_called_as_a_module(environment: Path) -> None:
     (environment / "bitgrid").unlink()
     assert program() == f"{sys.executable} -m orchestrator.cli"
+
+
+def test_a_store_is_named_where_the_verbs_would_look_elsewhere(environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BITGRID_STORE", raising=False)
+    other = tmp_path / "another store"
+    assert call("ui", tmp_path / "bitgrid-store") == ".venv/bin/bitgrid ui"
+    assert call("resume ab", other) == f".venv/bin/bitgrid resume ab --store '{other}'"
+    monkeypatch.setenv("BITGRID_STORE", str(other))
+    assert call("resume ab", other) == ".venv/bin/bitgrid resume ab"

@@ -60,16 +60,16 @@ def test_cells_share_one_option_object_per_value(small: Composer) -> None:
 
 
 def test_swept_parameters_are_in_the_name_and_fixed_ones_only_in_the_values(small: Composer) -> None:
-    overrides = ["method=hess", "method.rounding.params.block=64", "method.rounding.params.damp=0.1,0.2"]
+    overrides = ["method=hess", "method.rounding.params.block_size=64", "method.rounding.params.damp=0.1,0.2"]
     option = compose_with(small, overrides, multirun=True).cells[1].method
     assert option.name == "hess[rounding.params.damp=0.2]"
     assert option.file == "hess"
-    assert option.values["rounding"]["params"] == {"damp": 0.2, "block": 64, "act_order": True, "order": 64}
+    assert option.values["rounding"]["params"] == {"damp": 0.2, "block_size": 64, "act_order": True, "outlier_columns": 64}
 
 
 def test_an_inward_reference_follows_a_swept_value(small: Composer) -> None:
-    grid = compose_with(small, ["method=hess", "method.rounding.params.block=32,64"], multirun=True)
-    assert [c.method.values["rounding"]["params"]["order"] for c in grid.cells] == [32, 64]
+    grid = compose_with(small, ["method=hess", "method.rounding.params.block_size=32,64"], multirun=True)
+    assert [c.method.values["rounding"]["params"]["outlier_columns"] for c in grid.cells] == [32, 64]
     assert grid.notes == ()
 
 
@@ -89,7 +89,7 @@ def test_defaults_of_an_option_stay_in_its_package_and_can_be_swept(small: Compo
 def test_a_transform_can_be_appended_and_taken_out(small: Composer) -> None:
     grid = compose_with(small, ["+transform@method.transforms.second=clip"], multirun=False)
     assert "adds to the defaults list of the root" in grid.notes[0]
-    assert grid.cells[0].method.values["transforms"] == {"second": {"kind": "clip", "version": 1, "needs": [], "params": {"grid": 10}}}
+    assert grid.cells[0].method.values["transforms"] == {"second": {"kind": "clip", "version": 1, "needs": [], "params": {"steps": 10}}}
     removed = compose_with(small, ["method=aware", "~transform@method.transforms.scale"], multirun=False).cells[0]
     assert "transforms" not in removed.method.values
     deleted = compose_with(small, ["~method.propagation"], multirun=False).cells[0]
@@ -97,9 +97,9 @@ def test_a_transform_can_be_appended_and_taken_out(small: Composer) -> None:
 
 
 def test_plus_adds_a_key_to_an_empty_mapping(small: Composer) -> None:
-    grid = compose_with(small, ["+method.rounding.params.x=1,2"], multirun=True)
-    assert [c.method.values["rounding"]["params"] for c in grid.cells] == [{"x": 1}, {"x": 2}]
-    assert [c.method.name for c in grid.cells] == ["plain[rounding.params.x=1]", "plain[rounding.params.x=2]"]
+    grid = compose_with(small, ["+method.rounding.params.mse=true,false"], multirun=True)
+    assert [c.method.values["rounding"]["params"] for c in grid.cells] == [{"mse": True}, {"mse": False}]
+    assert [c.method.name for c in grid.cells] == ["plain[rounding.params.mse=true]", "plain[rounding.params.mse=false]"]
 
 
 def test_equal_cells_are_kept_once(small: Composer) -> None:
@@ -109,7 +109,7 @@ def test_equal_cells_are_kept_once(small: Composer) -> None:
 
 def test_options_that_differ_in_the_order_of_a_mapping_alone_are_two(tmp_path: Path) -> None:
     open_ended = composer(tmp_path, method__open="rounding: {kind: rtn, version: 1, needs: [], params: {}}\noverrides: {}\n")
-    given = ["method=open", "+method.overrides={a:{damp:1},b:{damp:2}},{b:{damp:2},a:{damp:1}}"]
+    given = ["method=open", "+method.overrides={a:{mse:true},b:{mse:false}},{b:{mse:false},a:{mse:true}}"]
     grid = compose_with(open_ended, given, multirun=True)
     assert [list(c.method.values["overrides"]) for c in grid.cells] == [["a", "b"], ["b", "a"]]
 
@@ -133,8 +133,8 @@ OPTIONS = {
 }
 VALUES = {
     "method.rounding.params.damp": st.floats(0, 1).map(repr),
-    "method.rounding.params.block": st.integers(1, 512).map(str),
-    "method.transforms.scale.params.grid": st.integers(1, 99).map(str),
+    "method.rounding.params.block_size": st.integers(1, 512).map(str),
+    "method.transforms.scale.params.scale_grid": st.integers(1, 99).map(str),
     "++method.propagation": st.sampled_from(["original", "quantized"]),
     "task.params.window": st.integers(2, 4096).map(str),
     "replicate": st.builds("{{seed: {}}}".format, st.integers(0, 9)),
@@ -169,15 +169,20 @@ def test_fast_cells_equal_hydras_own_compose(small: Composer, line: list[str]) -
 
 
 RTN = "kind: rtn, version: 1, needs: []"
+GPTQ = "kind: gptq, version: 2, needs: [hessian]"
 OUTWARD = {
     "global package": ("method__far", f"# @package _global_\nmethod: {{rounding: {{{RTN}}}}}\n", "puts method/far into package"),
-    "another axis": ("method__far", f"rounding: {{{RTN}, params: {{bits: '${{scheme.weight.bits}}'}}}}\n", "refers outside its package"),
+    "another axis": (
+        "method__far",
+        f"rounding: {{{GPTQ}, params: {{block_size: '${{scheme.weight.bits}}'}}}}\n",
+        "refers outside its package",
+    ),
     "cross-group default": (
         "method__far",
         f"defaults: [/scheme@_global_.scheme.overrides: w2, _self_]\nrounding: {{{RTN}}}\n",
         "puts scheme/w2",
     ),
-    "resolver": ("method__far", f"rounding: {{{RTN}, params: {{parts: '${{oc.dict.keys:scheme}}'}}}}\n", "uses a resolver"),
+    "resolver": ("method__far", f"rounding: {{{RTN}, supports: {{families: '${{oc.dict.keys:scheme}}'}}}}\n", "uses a resolver"),
     "sweep file": ("sweep__far", "# @package _global_\nmodel: {dtype: float16}\n", "sweep/far sets model from outside"),
 }
 
@@ -237,9 +242,9 @@ def test_jobs_of_a_launcher_become_one_grid_with_a_cell_per_job(small: Composer)
 def test_files_found_beside_the_shipped_folder_are_options_too(tmp_path: Path) -> None:
     main = write_conf(tmp_path / "main")
     (tmp_path / "more" / "method").mkdir(parents=True)
-    (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: mine, version: 1, needs: []}\n")
+    (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: nf4, version: 1, needs: []}\n")
     grid = compose_with(Composer.at(str(main), config_dir=str(tmp_path / "more")), ["method=mine,plain"], multirun=True)
-    assert [c.method.values["rounding"]["kind"] for c in grid.cells] == ["mine", "rtn"]
+    assert [c.method.values["rounding"]["kind"] for c in grid.cells] == ["nf4", "rtn"]
 
 
 def test_rules_that_a_foreign_sweeper_ignores_are_noted(tmp_path: Path) -> None:

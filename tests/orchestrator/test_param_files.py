@@ -18,8 +18,8 @@ from workers.specs import MethodSpec, freeze
 LISTS = {"model.layers.0.mlp.up_proj": [1, 2, 3], "model.layers.0.mlp.down_proj": [2, 2, 2]}
 
 
-def planned(**params: Any) -> MethodSpec:
-    return method_part(Option("method", "mine", {"rounding": {"kind": "slim_llm", "version": 1, "needs": [], "params": params}})).spec
+def planned(kind: str = "slim_llm", **params: Any) -> MethodSpec:
+    return method_part(Option("method", "mine", {"rounding": {"kind": kind, "version": 1, "needs": [], "params": params}})).spec
 
 
 @pytest.mark.parametrize("form", ["yaml", "json", "parquet"])
@@ -41,7 +41,12 @@ def test_bits_per_linear_and_other_parameters() -> None:
 def test_bits_per_linear_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "bits.yaml"
     path.write_text("'*.down_proj': 3.2\n")
-    assert planned(layer_bits=str(path)).rounding.params == (("layer_bits", freeze({"*.down_proj": 3.2})),)
+    assert planned("claq", layer_bits=str(path)).rounding.params == (("layer_bits", freeze({"*.down_proj": 3.2})),)
+    path.write_text("'*.down_proj': 8\n")
+    with pytest.raises(
+        ConfigError, match=r"layer_bits=\{.*down_proj.*:8\} is not a value for claq; give a mapping to a number from 2 to 4"
+    ):
+        planned("claq", layer_bits=str(path))
 
 
 @pytest.mark.parametrize(

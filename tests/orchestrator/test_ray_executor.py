@@ -220,7 +220,7 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     assert Counter(r["kind"] for r in records) == {"calibrate": 1, "quantize": 1, "evaluate": 2}
     (report,) = re.findall(r"^report: (.+)$", done.stdout, re.MULTILINE)
     assert Path(report).is_file()
-    assert re.search(r"^dashboard: .*bitgrid.* ui$", done.stdout, re.MULTILINE)
+    assert re.search(r"^dashboard: .*bitgrid.* ui --store .*store$", done.stdout, re.MULTILINE)
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
         runs = database.execute("select status, count(*) from runs group by status").fetchall()
     assert runs == [("FINISHED", 3)], "the sweep, its variant and the baseline"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import re
 import typing
@@ -18,11 +19,12 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from orchestrator.cell import AXES
-from orchestrator.config import CHOICES, IDLE, READ_WITH, WORDS
+from orchestrator.config import CHOICES, IDLE, READ_WITH, check_option
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid, compose_with
 from orchestrator.hydra_bridge import Composer
 from orchestrator.parts import MethodPart, method_part
+from quant import parameters
 from workers.specs import Component, freeze
 
 COMPOSER = Composer.at()
@@ -32,6 +34,7 @@ NUMBERS = {
     "awq": {"method.transforms.awq.params.scale_grid": "7", "method.transforms.awq.params.clip_search": "false"},
     "rtn": {"method.rounding.params.mse": "true"},
 }
+RTN = {"kind": "rtn", "version": 1, "needs": []}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,10 +101,8 @@ def test_a_named_sweep_sets_what_belongs_to_the_whole_sweep_and_the_command_line
 
 
 def test_words_of_the_configuration_are_those_of_the_code() -> None:
-    from quant import grids
     from workers import datasets, specs
 
-    assert set(CHOICES["method", "rounding.params.grid"]) == {*grids.GRIDS, *grids.ALIASES}
     assert set(CHOICES["calibration", "text.split"]) == set(CHOICES["task", "text.split"]) == set(datasets.SPLITS)
     assert set(CHOICES["calibration", "sampling"]) == set(datasets.SAMPLINGS)
     # Left out of the key; every shipped task keeps the key it had.
@@ -109,36 +110,88 @@ def test_words_of_the_configuration_are_those_of_the_code() -> None:
         assert task.task.values["windows"] == specs.TaskSpec("", 1, specs.TextSpec("")).windows
 
 
-def test_every_word_of_a_method_is_one_that_its_class_takes_and_says() -> None:
-    """A parameter of the type `str` is a word; a class refuses others and lists its own."""
-    from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TRANSFORMS, TUNERS
+def classes() -> dict[str, dict[str, Any]]:
+    from quant.methods import registry as r
 
-    classes: dict[str, Any] = {**ROUNDINGS, **TRANSFORMS, **MODEL_TRANSFORMS, **TUNERS}
-    typed = {name: {f.name for f in dataclasses.fields(c) if typing.get_type_hints(c)[f.name] is str} for name, c in classes.items()}
-    assert {kind: set(params) for kind, params in WORDS.items()} == {name: params for name, params in typed.items() if params}
-    for kind, params in WORDS.items():
-        for parameter, words in params.items():
-            for word in words:
-                assert getattr(classes[kind](**{parameter: word}), parameter) == word
-            with pytest.raises(ValueError, match=f"{parameter}=.?wrong.? is unknown; choose ") as refusal:
-                classes[kind](**{parameter: "wrong"})
-            listed = str(refusal.value).partition("; choose ")[2].removeprefix("one of ")
-            assert set(re.split(", | or ", listed)) == set(words)
+    return {"rounding": {**r.ROUNDINGS, **r.TUNERS, **r.TOOLKIT_METHODS}, "transform": {**r.TRANSFORMS, **r.MODEL_TRANSFORMS}}
+
+
+def test_the_table_of_parameters_is_that_of_the_classes() -> None:
+    tables = {"rounding": parameters.ROUNDINGS, "transform": parameters.TRANSFORMS}
+    for role, made in classes().items():
+        assert set(tables[role]) == set(made)
+        for kind, params in tables[role].items():
+            hints, defaults = typing.get_type_hints(made[kind]), made[kind]()
+            assert list(params) == [f.name for f in dataclasses.fields(made[kind])], kind
+            for name, param in params.items():
+                kinds = set(typing.get_args(hints[name])) if param.null else {hints[name]}
+                assert {dict if typing.get_origin(t) is tuple else t for t in kinds} == {param.type, *([type(None)] if param.null else [])}
+                assert param.takes(getattr(defaults, name)), (kind, name)
+
+
+def test_words_are_those_that_the_code_looks_up() -> None:
+    from quant import affine, grids, reassembly
+    from quant.kernels import kmeans_columns
+
+    whole = (affine.ZeroKind.CONSTANT, affine.ZeroKind.CODE, affine.ZeroKind.INTEGER)
+    assert set(parameters.GRIDS) == {*grids.GRIDS, *grids.ALIASES}
+    assert {n for n in parameters.GRIDS if grids.grid(n).zero in whole} == set(parameters.ROUNDINGS["learned_rounding"]["grid"].words)
+    assert set(parameters.ROUNDINGS["claq"]["kmeans_start"].words) == set(kmeans_columns.STARTS)
+    assert set(parameters.TRANSFORMS["qllm_reassembly"]["variant"].words) == set(reassembly.DISTANCES)
+
+
+def outside(param: parameters.Param) -> list[Any]:
+    """Values that `param` has no place for: of other types, at ends that are excluded, past those that are not."""
+    wrong: list[Any] = [[1], *([] if param.null else [None])]
+    wrong += ["wrong"] if param.words or param.type is not str else [1]
+    wrong += [1, 0.5] if param.type in (bool, dict) else [True]
+    if param.type is int:
+        wrong += [1.5, int(param.least) - 1] + ([int(param.most) + 1] if param.most < math.inf else [])
+    if param.type is float:
+        assert param.least > -math.inf or param.above > -math.inf
+        wrong += [math.nan, -math.inf, param.least - 1e-3 if param.least > -math.inf else param.above]
+        wrong += [param.most + 1e-3] if param.most < math.inf else [param.below] if not param.endless else []
+    if param.each is not None:
+        wrong += [{"*": value} for value in outside(param.each)]
+    return wrong
+
+
+@pytest.mark.parametrize("role", ["rounding", "transform"])
+def test_what_a_class_refuses_is_refused_while_composing(role: str) -> None:
+    refused = 0
+    for kind, made in classes()[role].items():
+        for name, param in {**parameters.ROUNDINGS, **parameters.TRANSFORMS}[kind].items():
+            for value in outside(param):
+                given = tuple(value.items()) if isinstance(value, dict) else value
+                with pytest.raises(
+                    ValueError, match=rf"^{name}=.* is not a value for {kind}; give {re.escape(param.allowed)}(; did you mean|$)"
+                ):
+                    made(**{name: given})
+                component = {"kind": kind, "version": 1, "needs": [], "params": {name: value}}
+                path = "method.rounding" if role == "rounding" else "method.transforms.t"
+                method = {"rounding": component} if role == "rounding" else {"rounding": RTN, "transforms": {"t": component}}
+                if isinstance(value, str) and param.type is dict:
+                    continue  # the path of a file, whose content is checked
+                with pytest.raises(
+                    ConfigError, match=rf"^method=mine: (unknown )?{re.escape(path)}.params.{name}\b.*(not a value|allowed: )"
+                ):
+                    check_option("method", "mine", method)
+                refused += 1
+    assert refused > 100
 
 
 def test_what_planning_leaves_out_exists_and_is_not_the_default() -> None:
     """That it changes no result is tested beside each class."""
-    from quant.methods.registry import TRANSFORMS
-
     for kind in IDLE.keys() | READ_WITH.keys():
-        default: Any = TRANSFORMS[kind]()
+        default: Any = classes()["transform"][kind]()
+        words = parameters.TRANSFORMS[kind]
         if kind in IDLE:
             parameter, value = IDLE[kind]
             assert getattr(default, parameter) != value
-            assert value in WORDS[kind][parameter]
+            assert value in words[parameter].words
         for name, (parameter, value) in READ_WITH.get(kind, {}).items():
             assert hasattr(default, name)
-            assert value in WORDS[kind][parameter]
+            assert value in words[parameter].words
 
 
 @pytest.mark.parametrize(
@@ -149,12 +202,61 @@ def test_what_planning_leaves_out_exists_and_is_not_the_default() -> None:
         ("owq", "method.rounding.params.outlier_metric=quick", "unknown method.rounding.params.outlier_metric 'quick'; nearest: quik"),
         ("qllm", "method.transforms.qllm_reassembly.params.variant=eq5", "unknown method.transforms.qllm_reassembly.params.variant 'eq5'"),
         ("gptq", "+method.overrides={*.q_proj:{outlier_metric:quick}}", "unknown method.overrides.*.q_proj.outlier_metric 'quick'"),
-        ("gptq", "+method.overrides={*.q_proj:{grid:g_assym}}", "unknown method.overrides.*.grid 'g_assym'; nearest: g_asym"),
+        ("gptq", "+method.overrides={*.q_proj:{grid:g_assym}}", "unknown method.overrides.*.q_proj.grid 'g_assym'; nearest: g_asym"),
+        (
+            "gptq",
+            "method.rounding.params.damp=-1",
+            "method.rounding.params.damp=-1 is not a value for gptq; give a number from 0; a fraction of mean(diag H), 0.01 is usual",
+        ),
+        ("spqr", "method.rounding.params.outlier_threshold=inf", "method.rounding.params.outlier_threshold=inf has no place in a key"),
+        ("hqq", "method.rounding.params.beta=inf", "method.rounding.params.beta=inf is not a value for hqq; give a number above 0"),
+        (
+            "awq",
+            "method.transforms.awq.params.max_shrink=2",
+            "method.transforms.awq.params.max_shrink=2 is not a value for awq; give a number above 0 up to 1",
+        ),
+        (
+            "billm",
+            "method.rounding.params.salient_columns=1.5",
+            "method.rounding.params.salient_columns=1.5 is not a value for billm; give a whole number from 0 or null (",
+        ),
+        (
+            "gptq",
+            "method.rounding.params.block_size=null",
+            "method.rounding.params.block_size=null is not a value for gptq; give a whole number from 1",
+        ),
+        ("gptq", "+method.overrides={*.q_proj:{damp:-1}}", "method.overrides.*.q_proj.damp=-1 is not a value for gptq"),
+        ("gptq", "+method.overrides={*.q_proj:{dampp:1}}", "unknown key of method.overrides.*.q_proj 'dampp'; nearest: damp"),
+        (
+            "claq",
+            "method.rounding.params.layer_bits={a:5}",
+            "method.rounding.params.layer_bits={a:5} is not a value for claq; give a mapping to a number from 2 to 4",
+        ),
     ],
 )
-def test_words_of_methods_are_checked_while_composing(method: str, line: str, message: str) -> None:
+def test_parameters_of_methods_are_checked_while_composing(method: str, line: str, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"method={method}: {message}")):
         compose_with(COMPOSER, [f"method={method}", line], multirun=False)
+
+
+def test_of_a_sweep_over_a_parameter_the_value_that_is_out_of_range_is_told() -> None:
+    message = r"method=gptq\[rounding.params.damp=-1\]: method.rounding.params.damp=-1 is not a value for gptq; give a number from 0;"
+    with pytest.raises(ConfigError, match=message):
+        compose_with(COMPOSER, ["method=gptq", "method.rounding.params.damp=0.01,-1"], multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"rounding": RTN | {"kind": "gtpq"}}, "unknown method.rounding.kind 'gtpq'; nearest: gptq"),
+        ({"rounding": RTN | {"kind": "awq"}}, "unknown method.rounding.kind 'awq'"),
+        ({"rounding": RTN, "transforms": {"t": RTN}}, "unknown method.transforms.t.kind 'rtn'"),
+        ({"rounding": RTN | {"params": {"msee": True}}}, "unknown key of method.rounding.params 'msee'; nearest: mse"),
+    ],
+)
+def test_a_method_of_ones_own_is_checked(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"method=mine: {message}")):
+        check_option("method", "mine", method)
 
 
 @pytest.mark.parametrize(("transform", "changed"), [("smoothquant", []), ("awq", ["method.rounding.params.grid=awq_asym"]), ("clip", [])])

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -17,13 +18,18 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import run
+from orchestrator.cli import main
 from orchestrator.errors import TrackingError
+from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.mlflow_setup import switch_off_telemetry
 from orchestrator.results import SweepResult
 from orchestrator.track import COOL_DOWN_S, MlflowTracker
 from orchestrator.tracked_runs import Phase
 from orchestrator.tracking import TrackingSettings
 from orchestrator.ui import HOST, free_port, latest_page, serve_ui, server_command, start_server, stop_server, wait_until_up
+from tests.orchestrator.small_stages import small_stage
+from tests.orchestrator.sweeping import sweep as small_sweep
 from tests.orchestrator.tracked_sweep import KEY, fixed_delta, full_sweep, started, with_failure
 
 pytestmark = pytest.mark.mlflow
@@ -183,9 +189,38 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "http://mlflow.example:5000" in said[0]
     with pytest.raises(TrackingError, match="run a sweep"):
         serve_ui({"kind": "mlflow"}, tmp_path)
-    with pytest.raises(TrackingError, match="tracking=none"):
+    with pytest.raises(TrackingError, match=rf"started in {ROOT}: go there, or run a sweep"):
+        serve_ui({"kind": "mlflow"}, tmp_path, started_in=ROOT)
+    with pytest.raises(TrackingError, match=r"tracking=none.*`bitgrid reconcile tracking=mlflow`.*`bitgrid ui tracking=mlflow`"):
         serve_ui({"kind": "none"}, tmp_path)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "mlflow.db").write_text("what is no database")
+    with pytest.raises(TrackingError, match=r"mlflow.db is no database \(.*\); move it away, and `bitgrid reconcile`"):
+        serve_ui({"kind": "mlflow"}, tmp_path)
+
+
+@pytest.mark.parametrize("port", [-5, 0, 65536])
+def test_what_is_no_port_is_refused(port: int, project: Path) -> None:
+    with pytest.raises(TrackingError, match=f"port {port} is none; give a whole number from 1 to 65535"):
+        serve_ui({"kind": "mlflow"}, project, port)
+
+
+def test_a_database_of_another_mlflow_is_told_with_what_upgrades_it(project: Path) -> None:
+    with closing(sqlite3.connect(project / "mlflow.db")) as db:
+        db.execute("update alembic_version set version_num = '0584bdc529eb'")
+        db.commit()
+    with pytest.raises(TrackingError, match=r"mlflow.db was written by another version of MLflow; `bitgrid reconcile` upgrades it"):
+        serve_ui({"kind": "mlflow"}, project, free_port(5680))
+
+
+def test_runs_made_from_the_store_of_a_sweep_without_tracking_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, shown = tmp_path / "store", list[dict[str, object]]()
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+    small_sweep(store, "method=rtn")
+    monkeypatch.setattr("orchestrator.ui.serve_ui", lambda settings, *_: shown.append(settings) or 0)
+    for more in ([], ["tracking=mlflow"]):
+        assert main(["ui", "--store", str(store), *more]) == 0
+    assert [s["kind"] for s in shown] == ["none", "mlflow"]
 
 
 def test_the_page_is_the_latest_sweeps(project: Path) -> None:

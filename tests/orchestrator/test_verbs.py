@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +24,18 @@ from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import read_durations
 from orchestrator.run import SweepRun, run_grid
 from orchestrator.stage import Status
-from tests.orchestrator.small_stages import small_stage
+from tests.orchestrator.small_stages import gptq_fails, is_gptq, meddle, small_stage
 from tests.orchestrator.sweeping import SMALL, bitgrid, committed, overrides, scores, sweep
 from tests.orchestrator.tracked_mlflow import client_of, dump, runs_of
-from workers.request import ErrorClass, Failure, Outcome, Request, StageRequest
+from workers.request import ErrorClass, Failure, StageRequest
 
 pytestmark = pytest.mark.mlflow
-Meddle = Callable[[StageRequest], "Failure | None"]
 
 
 @pytest.fixture(autouse=True)
 def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process; commands in processes of their own run the real ones."""
     monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
-
-
-def meddle(monkeypatch: pytest.MonkeyPatch, act: Meddle) -> None:
-    """`act` is called before each stage and may fail it."""
-
-    def runner(request: Request, on_outcome: Callable[[Outcome], None], should_stop: Callable[[], bool]) -> None:
-        failures = {s.key: f for s in request.stages if (f := act(s)) is not None}
-        for key, failure in failures.items():
-            on_outcome(Outcome(key, failure=failure))
-        left = tuple(s for s in request.stages if s.key not in failures)
-        if left:
-            small_stage(Request(request.id, left, request.models, request.texts, request.hints), on_outcome, should_stop)
-
-    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=runner))
-
-
-def is_gptq(stage: StageRequest) -> bool:
-    return stage.kind == "quantize" and stage.spec["rules"][0]["method"]["rounding"]["name"] == "gptq"
-
-
-def gptq_fails(stage: StageRequest) -> Failure | None:
-    return Failure(ErrorClass.NUMERICAL, "FakeError", "the Hessian is not positive definite") if is_gptq(stage) else None
 
 
 def resume(store: Path) -> tuple[int, str]:
@@ -152,6 +128,10 @@ def test_ctrl_c_ends_with_130_and_resume_goes_on_from_any_folder(
     assert stopped.exit_code == 130
     assert Status.CANCELLED in stopped.statuses.values()
     assert stopped.report.is_file()
+    said = io.StringIO()
+    run.show(stopped, Console(file=said, width=200))
+    assert f"resume {stopped.plan.key[:8]} --store {store}`" in said.getvalue()
+    assert f"ui --store {store}\n" in said.getvalue()
     before = committed(store)
     monkeypatch.chdir(away)
     assert resume(store)[0] == 0
@@ -380,6 +360,7 @@ def test_verbs_that_look_need_no_lease(tmp_path: Path, monkeypatch: pytest.Monke
     assert sweep(store, "method=rtn,gptq").exit_code == 0
     status, report, plan = seen
     assert "driver: bitgrid run" in status
+    assert "RUNNING" in status
     assert "PENDING" in status
     assert "report:" in report
     assert "quantize" in plan

@@ -18,7 +18,8 @@ from quant.grids import ScaleDtypeError
 from quant.kernels.braq_search import batched
 from quant.methods import binary_search as search
 from quant.methods.base import Rounded
-from quant.methods.billm import VARIANTS, Billm, entropy
+from quant.methods.billm import Billm, entropy
+from quant.parameters import ROUNDINGS
 from quant.scheme import WeightScheme
 from quant.solver import inverse_factor
 from quant.statistics import Statistics
@@ -129,7 +130,7 @@ def replayed(w: Tensor, q: Tensor, upper: Tensor, block_size: int, in_block: boo
     return starts, at, e
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDINGS["billm"]["variant"].words)
 @pytest.mark.parametrize(("metric", "scale_dtype"), [("hessian", "float16"), ("magnitude", "float32")])
 def test_every_block_is_chosen_and_binarized_by_the_rules(variant: str, metric: str, scale_dtype: str) -> None:
     n, k, size = (2, 13, 7) if variant == "joint" else (4, 40, 15)
@@ -227,7 +228,7 @@ def test_details_say_what_the_paper_counts_and_what_masks_hold() -> None:
     assert (entropy(0.0), entropy(0.5), entropy(1.0)) == (0, 1, 0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDINGS["billm"]["variant"].words)
 def test_a_fixed_count_of_salient_columns_is_kept(variant: str) -> None:
     w, statistics = layer(4, 40, 2, torch.float32)
     for count, want in ((0, 0), (3, 3 * 2), (99, 40)):
@@ -236,7 +237,7 @@ def test_a_fixed_count_of_salient_columns_is_kept(variant: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ROUNDINGS["billm"]["variant"].words)
 def test_awkward_weights_and_hessians_work(variant: str, dtype: torch.dtype) -> None:
     w, statistics = layer(5, 30, 4, torch.float32)
     w = w.to(dtype)
@@ -286,11 +287,11 @@ def test_joint_is_a_method_of_its_own_name() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"variant": "ours"}, "variant=ours is unknown; choose one of reference, paper, joint"),
-        ({"metric": "l2"}, "metric=l2 is unknown; choose one of hessian, magnitude"),
-        ({"block_size": 0}, "block_size=0 must be at least 1"),
-        ({"salient_columns": -1}, "salient_columns=-1 must be 0 or more"),
-        ({"damp": -1.0}, "damp=-1.0 must be 0 or more"),
+        ({"variant": "ours"}, "variant='ours' is not .* one of reference, paper, joint"),
+        ({"metric": "l2"}, "metric='l2' is not .* one of hessian, magnitude"),
+        ({"block_size": 0}, "block_size=0 is not .* from 1"),
+        ({"salient_columns": -1}, "salient_columns=-1 is not .* from 0 or null"),
+        ({"damp": -1.0}, "damp=-1.0 is not .* from 0"),
         ({"hessian": torch.eye(5)}, r"the Hessian has shape \(5, 5\)"),
         ({"bits": 2}, "billm does not make weight.bits=2; it makes 1"),
         ({"group_size": 8}, "billm does not work with weight.granularity=group; it works with channel"),

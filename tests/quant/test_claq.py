@@ -224,15 +224,15 @@ def test_layers_have_bits_of_their_own() -> None:
     ("params", "message"),
     [
         ({"bits": 3, "adaptive_bits": 2.2}, r"adaptive_bits=2\.2 mixes columns of 2 and 4 bits: set weight\.bits=2, not 3"),
-        ({"bits": 2, "adaptive_bits": 2.0}, r"adaptive_bits=2\.0 must be over 2 and up to 4"),
-        ({"bits": 2, "score": "loss"}, "score=loss is unknown; choose magnitude or hessian"),
-        ({"bits": 2, "variant": "paper"}, "variant=paper is unknown; choose reference or corrected"),
-        ({"bits": 2, "kmeans_start": "x"}, "kmeans_start=x is unknown; choose partition or plus_plus"),
-        ({"bits": 2, "layer_bits": {"a": 5}}, "layer_bits of a is 5; give bits from 2 to 4"),
-        ({"bits": 2, "layer_bits": "a"}, "parameter layer_bits='a' of claq has type str; give a mapping or null"),
+        ({"bits": 2, "adaptive_bits": 2.0}, r"adaptive_bits=2\.0 is not .* a number above 2 up to 4"),
+        ({"bits": 2, "score": "loss"}, "score='loss' is not .* one of magnitude, hessian"),
+        ({"bits": 2, "variant": "paper"}, "variant='paper' is not .* one of reference, corrected"),
+        ({"bits": 2, "kmeans_start": "x"}, "kmeans_start='x' is not .* one of plus_plus, partition"),
+        ({"bits": 2, "layer_bits": {"a": 5}}, r"layer_bits=.*'a', 5.* is not .* a number from 2 to 4"),
+        ({"bits": 2, "layer_bits": "a"}, "layer_bits='a' is not a value for claq; give a mapping"),
         ({"bits": 2, "group_size": 8}, "claq does not work with weight.granularity=group; it works with channel"),
-        ({"bits": 2, "block_size": 0}, "block_size=0 must be at least 1"),
-        ({"bits": 2, "damp": -1.0}, r"damp=-1\.0 must be 0 or more"),
+        ({"bits": 2, "block_size": 0}, "block_size=0 is not .* from 1"),
+        ({"bits": 2, "damp": -1.0}, r"damp=-1\.0 is not .* from 0"),
     ],
 )
 def test_wrong_settings_say_what_is_allowed(params: dict[str, Any], message: str) -> None:

@@ -221,11 +221,11 @@ def test_edges_work(kind: str, name: str) -> None:
 
 
 def test_wrong_parameters_say_what_is_allowed() -> None:
-    with pytest.raises(ValueError, match="kind=both is unknown; choose one of none, symmetric, asymmetric, learned"):
+    with pytest.raises(ValueError, match=r"kind='both' is not .* one of none, symmetric, asymmetric, learned"):
         transform("clip", {"kind": "both"})
-    with pytest.raises(ValueError, match="steps=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"steps=0 is not .* from 1"):
         transform("clip", {"steps": 0})
-    with pytest.raises(ValueError, match=r"iters=0 must be at least 1 and lr=0.02 positive"):
+    with pytest.raises(ValueError, match=r"iters=0 is not .* from 1"):
         transform("clip", {"iters": 0})
     with pytest.raises(ValueError, match="clip_output needs the statistic hessian"):
         clipped("clip_output", data()[0], Statistics(), CHANNEL)

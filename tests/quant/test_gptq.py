@@ -240,11 +240,11 @@ def test_dead_inputs_are_zeroed_and_noted_after_the_row_range_is_taken() -> None
     assert torch.equal(result.tensor.scale, stored(Rtn(), w, None, CHANNEL3).scale)
 
 
-def test_an_input_nobody_reached_rounds_to_nearest_and_says_so() -> None:
+def test_an_input_of_zeros_rounds_to_nearest_and_says_so() -> None:
     w, _, _ = problem(4, 12, 2, dtype=torch.float32)
     result = Gptq().quantize(w, Statistics(hessian=torch.zeros(12, 12)), CHANNEL3)
     assert torch.equal(result.tensor.dequantize(), stored(Rtn(), w, None, CHANNEL3).dequantize())
-    assert "no calibration token reached this input" in result.notes[0]
+    assert "all inputs are always 0 on the calibration text" in result.notes[0]
 
 
 def test_a_singular_hessian_climbs_the_ladder_and_reports_the_damping() -> None:

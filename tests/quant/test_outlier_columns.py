@@ -185,5 +185,5 @@ def test_wrong_numbers_of_columns_are_refused() -> None:
         quantize_linear(w, method="owq", bits=3, hessian=h, outlier_columns=24)
     with pytest.raises(ValueError, match="outlier_columns=-1"):
         Gptq(outlier_columns=-1)
-    with pytest.raises(ValueError, match="outlier_metric='awq' is unknown; choose owq or quik"):
+    with pytest.raises(ValueError, match="outlier_metric='awq' is not a value for gptq; give one of owq, quik"):
         Gptq(outlier_metric="awq")

@@ -230,7 +230,7 @@ def test_notes_tell_what_was_not_used() -> None:
     result = Quip().quantize(w, Statistics(hessian=torch.zeros_like(h)), WeightScheme(4, granularity=Granularity.GROUP, group_size=4))
     assert result.notes == [
         "quip has one scale for the whole matrix: granularity group is not used",
-        "no calibration token reached this input: the Hessian counts as the identity",
+        "all inputs are always 0 on the calibration text: the Hessian counts as the identity",
     ]
     w, _ = problem(4, 12, 1)
     indefinite = torch.diag(torch.arange(1.0, 13.0))
@@ -243,9 +243,9 @@ def test_notes_tell_what_was_not_used() -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"width": 0.0}, r"width=0\.0 must be positive"),
-        ({"npasses": -1}, "npasses=-1 must be 0 or more"),
-        ({"damp": -1.0}, r"damp=-1\.0 must be 0 or more"),
+        ({"width": 0.0}, r"width=0\.0 is not .* above 0"),
+        ({"npasses": -1}, "npasses=-1 is not .* from 0"),
+        ({"damp": -1.0}, r"damp=-1\.0 is not .* from 0"),
         ({"hessian": torch.eye(3)}, r"the Hessian has shape \(3, 3\)"),
     ],
 )

@@ -107,7 +107,7 @@ def test_training_ends_where_weights_are_not_finite() -> None:
 
 
 def test_wrong_parameters_and_missing_inputs_say_what_to_give() -> None:
-    with pytest.raises(ValueError, match=r"checks=0 at least 1, and lr=5e-06 positive"):
+    with pytest.raises(ValueError, match=r"checks=0 is not .* from 1"):
         ZeroQuant(checks=0)
     with pytest.raises(ValueError, match=r"method zeroquant needs data \(samples\); give inputs"):
         quantize_linear(random(5, 16), method="zeroquant", bits=4)

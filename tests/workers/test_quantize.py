@@ -299,7 +299,8 @@ def test_an_unreached_expert_is_rounded_not_zeroed(tmp_path: Path) -> None:
     dead = rows_of(artifact)["model.layers.1.mlp.experts.down_proj.2"]
     assert 0 < dead["weight_error"] < 0.2
     assert dead["output_error"] is None
-    assert "identity Hessian" in dead["notes"]
+    assert "no calibration token reached it: rounded with an identity Hessian" in dead["notes"]
+    assert "always 0" not in dead["notes"]
     assert any("down.2 alone" in n and "no calibration token" in n for n in ctx.notes)
 
 

@@ -192,7 +192,7 @@ def test_jobs_and_results_travel_unchanged(tmp_path: Path) -> None:
     ("cls", "params", "says"),
     [
         (HqqPackage, {"axis": 2}, "axis=2"),
-        (LlmCompressor, {"algorithm": "awq"}, "choose gptq or rtn"),
+        (LlmCompressor, {"algorithm": "awq"}, "give one of gptq, rtn"),
         (LlmCompressor, {"damp": -1.0}, "damp"),
         (LlmCompressor, {"block_size": 0}, "block_size"),
         (AutoRound, {"iters": -1}, "iters"),

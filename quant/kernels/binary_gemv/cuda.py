@@ -17,8 +17,12 @@ from quant.kernels import on_cuda
 from quant.kernels.binary_gemv import Packed
 from quant.kernels.binary_gemv.digits import check, prepare
 from quant.kernels.products import written_to
+from quant.kernels.wq_gemv import LANES
 
 __all__ = ["binary_gemv", "prepare", "unavailable", "values"]
+
+MOST_TILES = 65535
+"""Of eight rows, that a launch of `values` has: blocks that a grid is high."""
 
 unavailable = partial(on_cuda.unavailable, "binary_gemv")
 
@@ -37,7 +41,11 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
 def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     check(packed)
     kind = dtype if dtype is torch.bfloat16 else torch.float32
-    made = torch.empty(packed.shape, dtype=kind, device=packed.words.device)
-    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), packed.largest.contiguous(), made)
-    on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, int(kind is torch.bfloat16))
+    n, k = packed.shape
+    made = torch.empty(n, k, dtype=kind, device=packed.words.device)
+    for first in range(0, packed.words.shape[0], MOST_TILES):
+        some, rows = slice(first, first + MOST_TILES), made[first * LANES : (first + MOST_TILES) * LANES]
+        weight = (packed.words[some].contiguous(), packed.tables[:, some].contiguous(), packed.salient.contiguous())
+        tensors = (*weight, packed.largest[some].contiguous(), rows)
+        on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, len(rows), k, packed.block, int(kind is torch.bfloat16))
     return made.to(dtype)

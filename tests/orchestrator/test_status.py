@@ -1,0 +1,81 @@
+"""`bitgrid status` while a driver is at work, and when one is gone."""
+
+from __future__ import annotations
+
+import io
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from orchestrator import run, verbs
+from orchestrator.executors.in_process import InProcessExecutor
+from tests.orchestrator.small_stages import gptq_fails, is_gptq, meddle, small_stage
+from tests.orchestrator.sweeping import command, sweep
+
+WAITING = """
+import sys, time
+from pathlib import Path
+from orchestrator import run
+from orchestrator.cli import main
+from orchestrator.executors.in_process import InProcessExecutor
+
+def wait(request, on_outcome, should_stop):
+    (Path(request.stages[0].staging).parent.parent / "waits").touch()
+    time.sleep(200)
+
+run.open_executor = lambda settings: InProcessExecutor(runner=wait)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+
+
+def told_by(status: str) -> set[str]:
+    """What `bitgrid status` counts."""
+    return {" ".join(line.split()) for line in status.splitlines() if line.split()[0] in ("calibrate", "quantize", "evaluate")}
+
+
+def status_of(store: Path) -> str:
+    said = io.StringIO()
+    assert verbs.status(store, None, Console(file=said, width=200)) == 0
+    return said.getvalue()
+
+
+def test_a_stage_runs_only_as_long_as_its_driver_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    process = command(store, "method=gptq", program=WAITING)
+    while process.poll() is None and not (store / "waits").exists():
+        time.sleep(0.02)
+    rest = {"evaluate PENDING 2", "quantize PENDING 1"}
+    try:
+        assert told_by(status_of(store)) == rest | {"calibrate RUNNING 1"}
+    finally:
+        process.kill()
+        said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert list((store / "staging").iterdir())  # nobody was there to clear it
+    assert told_by(status_of(store)) == rest | {"calibrate PENDING 1"}
+    # Nor does the next driver run what that one had under way.
+    during: list[str] = []
+    monkeypatch.setattr(verbs, "try_report", lambda *_: during.append(status_of(store)))
+    assert verbs.reconcile(store, None, [], Console(file=io.StringIO())) == 0
+    assert "driver: bitgrid reconcile" in during[0]
+    assert told_by(during[0]) == rest | {"calibrate PENDING 1"}
+
+
+def test_a_failed_stage_that_is_tried_again_runs_and_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, during = tmp_path / "store", list[str]()
+    with monkeypatch.context() as broken:
+        meddle(broken, gptq_fails)
+        sweep(store, "method=gptq")
+    assert {"quantize FAILED 1", "evaluate DEP_FAILED 1"} <= told_by(status_of(store))
+    meddle(monkeypatch, lambda stage: during.append(status_of(store)) if is_gptq(stage) else None)  # type: ignore[func-returns-value]
+    assert verbs.resume(store, None, Console(file=io.StringIO())) == 0
+    assert {"quantize RUNNING 1", "evaluate PENDING 1"} <= told_by(during[0])
+    assert "FAILED" not in during[0]
