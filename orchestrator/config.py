@@ -128,7 +128,8 @@ def settings_of(base: Base, overrides: Sequence[Override]) -> DictConfig:
 
 
 def resolved_settings(settings: DictConfig) -> dict[str, Any]:
-    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell. So is an unknown hint."""
+    """Plain settings. A setting that depends on an axis is refused: it would differ from cell to cell. So is an unknown hint, and a
+    sweep without cluster, tracking or store."""
     with as_config_error("settings hold for the whole sweep and cannot read an axis"):
         plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
@@ -138,6 +139,12 @@ def resolved_settings(settings: DictConfig) -> dict[str, Any]:
     for key in hints:
         if key not in HINTS:
             raise ConfigError(unknown_name("key of hints", str(key), HINTS))
+    for group, example in (("cluster", "in_process"), ("tracking", "none")):
+        if not isinstance(plain.get(group), dict) or "kind" not in plain[group]:
+            got = f"{group}={plain[group]!r} names no kind" if group in plain else f"{group} is missing"
+            raise ConfigError(f"{got}; every sweep has one: give {group}=NAME, such as {group}={example}")
+    if "store" not in plain:
+        raise ConfigError("store is missing; every sweep has one: give store=FOLDER")
     return {str(k): v for k, v in plain.items()}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -59,8 +60,47 @@ def quantize_linear(
     if method in TOOLKIT_METHODS:
         raise ValueError(f"{method} is another toolkit's and takes a whole model; for one weight choose one of {', '.join(METHODS)}")
     if method not in METHODS:
-        raise unknown("method", method, METHODS)
+        raise unknown("method", str(method), METHODS)
     _check_types(weight, bits, group_size, symmetric, {"inputs": inputs, "hessian": hessian})
+    if type(seed) is not int:
+        raise ValueError(f"seed={seed!r}; give a whole number")
+    if activation is not None and not isinstance(activation, ActivationScheme):
+        raise ValueError(f"activation is a {type(activation).__name__}; give a quant.scheme.ActivationScheme, as ActivationScheme(8)")
+    with _own_settings(weight.device):
+        data = [None if x is None else x.detach().clone() if x.is_inference() else x.detach() for x in (weight, inputs, hessian)]
+        about = (method, bits, group_size, symmetric, seed, number, activation, method_params)
+        tensor, notes = _quantized(cast(Tensor, data[0]), data[1], data[2], *about)
+    for note in notes:
+        warnings.warn(note, QuantizationWarning, stacklevel=2)
+    return tensor
+
+
+@contextmanager
+def _own_settings(device: torch.device) -> Iterator[None]:
+    """Nothing that a notebook has set for its own code changes a result: default dtype and device, autocast, gradients off."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        placed = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        with placed, torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _quantized(
+    weight: Tensor,
+    inputs: Tensor | None,
+    hessian: Tensor | None,
+    method: str,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    seed: int,
+    number: str | None,
+    activation: ActivationScheme | None,
+    method_params: Mapping[str, Any],
+) -> tuple[StoredTensor, list[str]]:
     params = dict(method_params)
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
     numbers = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports.numbers
@@ -87,16 +127,15 @@ def quantize_linear(
         raise ValueError(reason)
     needs = rounder.needs.union(*(t.needs for t in transforms), {"samples"} if recipe.rounding in TUNERS else ())
     statistics = _statistics(method, needs, weight, inputs, hessian)
-    current, scale = weight.detach(), None
+    current, scale = weight, None
     for t in transforms:
         current, statistics, scale = _apply(t, current, statistics, scheme, scale, activation)
-    if activation is not None and not any("activation" in part.reads for part in parts):
-        warnings.warn(f"{method} does not read activation: its result is the same without", QuantizationWarning, stacklevel=2)
     rounded = _rounded(rounder, current, statistics, scheme, Linear(seed=seed), activation)
-    for note in rounded.notes:
-        warnings.warn(f"{method}: {note}", QuantizationWarning, stacklevel=2)
+    unread = activation is not None and not any("activation" in part.reads for part in parts)
+    notes = [f"{method} does not read activation: its result is the same without"] if unread else []
+    notes += [f"{method}: {note}" for note in rounded.notes]
     tensor = rounded.tensor
-    return tensor if scale is None else tensor.with_input_scale(scale)
+    return (tensor if scale is None else tensor.with_input_scale(scale)), notes
 
 
 def _rounded(
@@ -125,6 +164,10 @@ def _check_types(weight: object, bits: object, group_size: object, symmetric: ob
         if not isinstance(value, Tensor) and (value is not None or name == "weight"):
             raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor, as torch.as_tensor({name})")
     assert isinstance(weight, Tensor)
+    for name, value in {"weight": weight, **data}.items():
+        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta or value.is_complex()):
+            kind = "complex" if value.is_complex() else "on the device meta" if value.is_meta else f"of layout {value.layout}"
+            raise ValueError(f"{name} is {kind}; give an ordinary tensor of real numbers")
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
     if type(bits) is not int:
@@ -151,7 +194,7 @@ def _statistics(method: str, needs: frozenset[str], weight: Tensor, inputs: Tens
         if inputs.dim() not in (2, 3) or inputs.shape[-1] != k or not inputs.numel():
             raise ValueError(f"inputs of shape {tuple(inputs.shape)}; a weight with {k} inputs needs [M, {k}] or [S, T, {k}]")
         require_finite("inputs", inputs)
-        found = collect(inputs.detach().to(weight.device), missing)
+        found = collect(inputs.to(weight.device), missing)
     if hessian is not None and "hessian" in needs:
         found.hessian = hessian
     return found

@@ -97,7 +97,7 @@ class MiniFloat:
 
     def values(self) -> Tensor:
         half = 1 << (self.bits - 1)
-        positive = torch.tensor([self._magnitude(c) if c <= self.largest else float("nan") for c in range(half)])
+        positive = torch.tensor([self._magnitude(c) if c <= self.largest else float("nan") for c in range(half)], dtype=torch.float32)
         return torch.cat([positive, -positive])
 
 
@@ -117,7 +117,7 @@ class Table:
         return torch.searchsorted((values[1:] + values[:-1]) / 2, x.contiguous())
 
     def values(self) -> Tensor:
-        return torch.tensor(self.table)
+        return torch.tensor(self.table, dtype=torch.float32)
 
 
 @cache

@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from quant.kv import Kivi
 from workers import families
 from workers.blocks import Taps
-from workers.errors import InputError
-from workers.kv_rules import SEPARATE_ROTARY_KEYS
 from workers.tasks import base
 
 
 def aging_logits(
     model: nn.Module, device: torch.device, runtime: Callable[[], AbstractContextManager[None]], rule: Kivi, prefill: int
 ) -> base.Logits:
-    """The model with KIVI's cache, as tasks see it; the first `prefill` tokens read themselves in full precision. Raises InputError
-    for a family whose attention mask cannot be widened."""
-    kind = families.structure(model.config.to_dict()).model_type  # type: ignore[operator, union-attr]
-    if kind not in SEPARATE_ROTARY_KEYS:
-        raise InputError(f"kv.kind=kivi in a single pass works on {', '.join(SEPARATE_ROTARY_KEYS)}; use kv.mode=decode for a {kind} model")
+    """The model with KIVI's cache, as tasks see it; the first `prefill` tokens read themselves in full precision. The model's family
+    is one whose attention mask can be widened (`kv_rules.refuses`)."""
 
     def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in batches:

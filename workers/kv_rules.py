@@ -46,6 +46,8 @@ def refuses(kv: KVScheme, config: Mapping[str, Any]) -> str | None:
             f"kv.kind=kvquant quantizes keys before the rotary embedding, which is known for {', '.join(SEPARATE_ROTARY_KEYS)}; "
             f"a {kind} model has no rotary embedding or a fused projection"
         )
+    if kv.kind == "kivi" and kv.mode == "simulate" and kind not in SEPARATE_ROTARY_KEYS:
+        return f"kv.kind=kivi in a single pass works on {', '.join(SEPARATE_ROTARY_KEYS)}; use kv.mode=decode for a {kind} model"
     return None
 
 

@@ -138,17 +138,18 @@ def speed_section(model: ModelTable) -> Markup:
 
 
 def speed_table(model: ModelTable) -> Table | None:
-    """For the terminal."""
+    """For the terminal. Names give way first, then the words of headings; no number is broken where there is room for all of them."""
     found = speeds(model)
     if not found:
         return None
     out = Table(title=f"{model.model}: speed on {conditions(found)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     shown = [SHORT, *(c for c in columns(found) if c.narrow)]
-    for i, heading in enumerate(("variant", *(c.heading for c in shown))):
-        out.add_column(heading, justify="right" if i else "left", no_wrap=not i, overflow="fold")
-    for s in found:
-        cells = [c.text(s) for c in shown] if s.known else [s.stage.status.value.lower(), *[""] * (len(shown) - 1)]
-        out.add_row(Text(s.line.name), *map(Text, cells))
+    cells = [[c.text(s) for c in shown] if s.known else [s.stage.status.value.lower(), *[""] * (len(shown) - 1)] for s in found]
+    out.add_column("variant", overflow="fold")
+    for c, texts in zip(shown, zip(*cells, strict=True), strict=True):
+        out.add_column(c.heading, justify="right", overflow="fold", min_width=max(map(len, " ".join((c.heading, *texts)).split())))
+    for s, row in zip(found, cells, strict=True):
+        out.add_row(Text(s.line.name), *map(Text, row))
     return out
 
 

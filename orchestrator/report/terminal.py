@@ -21,8 +21,8 @@ _FRAME = 2
 def print_table(result: SweepResult, console: Console) -> None:
     """Variants × tasks with the difference to the unquantized model, stored bits and size; then what failed or was skipped.
 
-    Fits `console.width`: cells take two lines where one does not fit, and tasks continue in a further table where two
-    lines do not fit either.
+    Fits `console.width` from 64 columns on: cells take two lines where one does not fit, tasks continue in a further table where
+    two lines do not fit either, and names too long for what is left are wrapped.
     """
     rows = long_table(result)
     tables = model_tables(result, rows)
@@ -62,7 +62,7 @@ def _parts(table: ModelTable, width: int) -> list[Table]:
         if names + sizes + sum(widths.values()) <= width:
             return [_table(table, table.tasks, separator, 0)]
     groups: list[list[TaskInfo]] = [[]]
-    left = width - names - sizes
+    left = max(width - names - sizes, max(widths.values()))
     for task in table.tasks:
         if groups[-1] and sum(widths[t.name] for t in (*groups[-1], task)) > left:
             groups.append([])
@@ -91,7 +91,8 @@ def _table(table: ModelTable, tasks: tuple[TaskInfo, ...], separator: str, part:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    out.add_column("variant", no_wrap=True, overflow="fold")
+    # The only column that may wrap: rich takes what is missing from it first.
+    out.add_column("variant", overflow="fold")
     for task in tasks:
         out.add_column(escape(_heading(task)), justify="right", no_wrap=True, overflow="fold")
     out.add_column("stored\nbits", justify="right", no_wrap=True, overflow="fold")

@@ -125,6 +125,12 @@ def test_keys_and_values_of_the_real_rwkv_are_refused_with_the_reason(tmp_path: 
         sweep(tmp_path / "store", f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn", "scheme=w4a16kv4_g64")
 
 
+def test_a_cache_in_a_single_pass_is_refused_in_plan_where_attention_cannot_show_it(tmp_path: Path) -> None:
+    cache = ("scheme=w16a16kv2_kivi", "scheme.kv.group_size=8", "scheme.kv.residual_length=8")
+    with pytest.raises(PlanError, match=r"single pass works on .*; use kv\.mode=decode for a gpt2 model"):
+        sweep(tmp_path / "store", f"model.path={tiny_model('gpt2')}", "method=rtn", *TINY, *cache)
+
+
 def test_the_real_rwkv_is_quantized_by_weight_only_methods(tmp_path: Path) -> None:
     """Bytes are its tokens."""
     where = (f"models_dir={shared_path('models')}", "model=tiny_rwkv", "method=rtn,gptq", "scheme=w4a16_g64,w8a16_g64")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
 from orchestrator.measuring import measuring, unmeasured
 from orchestrator.report.numbers import duration, size
 from orchestrator.report.overview import model_tables
-from orchestrator.report.speed import Speed, columns, speeds
+from orchestrator.report.speed import Speed, columns, speed_table, speeds
 from orchestrator.report.tables import long_table, stage_seconds
 from orchestrator.results import StageResult
 from orchestrator.stage import Stage, Status
@@ -25,7 +28,7 @@ from tests.orchestrator.test_report import Page, without_plotly
 from tests.orchestrator.virtual_time import OK, evaluate, plan, run
 from tests.tiny_models import tiny_model
 from workers.machine import cpu_model
-from workers.specs import MeasureSpec, ModelSpec, StageKind, Workload
+from workers.specs import MeasureSpec, ModelSpec, StageKind, Workload, to_json
 
 ON = ("measure=true", "workload.threads=1", "workload.device=A100")
 REAL = ("measure=true", "workload.threads=1", "workload.prompt=4", "workload.tokens=2", "hints.device=cpu")
@@ -193,3 +196,18 @@ def test_the_table_shows_what_was_measured_and_what_quantizing_took(tmp_path: Pa
     points = {p.name: p.value for p in _facts(stage, MEASURE_FACTS)}
     assert points["perf/token_energy_j"] == 6.9
     assert points["mem/measure_reserved_bytes"] == 6e9
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_names_give_way_in_the_terminal_and_numbers_stay_whole(tmp_path: Path, width: int) -> None:
+    result = synthetic.sweep(tmp_path, methods=("omniquant[rounding.params.epochs=1,rounding.params.let=true]",))
+    model = model_tables(result, long_table(result))[0]
+    spec = to_json(MeasureSpec(ModelSpec("0" * 64), Workload(), "A100"))
+    stage = StageResult("k", "measure", "measure", Status.SUCCEEDED, {"started": 0.0, "ended": 1.0, "summary": figures()}, spec=spec)
+    timed = replace(model, lines=tuple(replace(x, variant=replace(x.variant, measure=stage)) for x in model.lines))
+    out = io.StringIO()
+    Console(file=out, width=width).print(speed_table(timed))
+    rows = [line.split() for line in out.getvalue().splitlines()]
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    wanted = ["12.3", "20.5", "81.3", "100", "4.20", "GB", "5.20", "GB", "224", "cuda"]
+    assert sum(row[-len(wanted) :] == wanted for row in rows) == len(model.lines)

@@ -210,6 +210,14 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
         ({"method": "rtn", "bits": 4.0}, "bits=4.0; give a whole number from 1 to 8"),
         ({"method": "rtn", "symmetric": "no"}, "symmetric='no'; give True or False"),
         ({"method": "gptq", "inputs": [[1.0]]}, r"inputs is a list; give a torch tensor, as torch.as_tensor\(inputs\)"),
+        (
+            {"method": "gptq", "inputs": torch.zeros(5, 32, dtype=torch.cfloat)},
+            "inputs is complex; give an ordinary tensor of real numbers",
+        ),
+        ({"method": "gptq", "hessian": torch.eye(32).to_sparse()}, "hessian is of layout torch.sparse_coo; give an ordinary tensor"),
+        ({"method": "gptq", "hessian": torch.eye(32, device="meta")}, "hessian is on the device meta; give an ordinary tensor"),
+        ({"method": "rtn", "activation": {"bits": 8}}, "activation is a dict; give a quant.scheme.ActivationScheme"),
+        ({"method": "rtn", "seed": "0"}, "seed='0'; give a whole number"),
         ({"method": "rtn", "bits": 1}, "rtn does not make weight.bits=1; it makes 2, 3, 4, 5, 6, 7, 8"),
         ({"method": "rtn", "bits": 9}, "weight.bits=9 is not between 1 and 8"),
         ({"method": "rtn", "symmetric": True, "grid": "awq_asym"}, "grid=awq_asym is asymmetric and symmetric=True was given"),
@@ -239,6 +247,38 @@ def test_a_tuner_learns_for_the_quantized_inputs() -> None:
         quantize_linear(
             w, method="omniquant", bits=4, inputs=x, activation=ActivationScheme(8, granularity=Granularity.TENSOR, dynamic=False)
         )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"method": "nf4", "bits": 4, "group_size": 16},
+        {"method": "gptq", "bits": 4},
+        {"method": "claq", "bits": 2},
+        {"method": "slim_llm_corrected", "bits": 2, "group_size": 16},
+        {"method": "clip_gptq", "bits": 4, "kind": "learned", "iters": 3},
+        {"method": "zeroquant", "bits": 4, "iters": 2},
+    ],
+    ids=lambda given: given["method"],
+)
+def test_what_a_notebook_has_set_for_torch_changes_no_result(given: dict[str, Any]) -> None:
+    weight, x = data(16)
+    wanted = quantize_linear(weight, inputs=x, **given).pack()
+
+    def same() -> None:
+        found = quantize_linear(weight.clone(), inputs=x.clone(), **given).pack()
+        assert all(torch.equal(found[k], wanted[k]) and found[k].dtype is wanted[k].dtype for k in wanted)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            same()
+            assert torch.get_default_dtype() is dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for setting in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta")):
+        with setting:
+            same()
 
 
 def test_another_version_of_a_method_is_refused() -> None:

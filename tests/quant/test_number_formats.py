@@ -306,3 +306,16 @@ def test_block_formats_quantize_tokens_as_rows_of_weights(number: str) -> None:
 def test_activation_schemes_that_cannot_be_say_why(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationScheme(**values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_no_dequantized_value(dtype: torch.dtype) -> None:
+    stored = quantize_linear(weight(), method="nf4", bits=4, group_size=64)
+    wanted = stored.dequantize()
+    torch.set_default_dtype(dtype)
+    try:
+        found = stored.dequantize()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, wanted)
