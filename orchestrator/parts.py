@@ -155,6 +155,9 @@ def scheme_part(option: Option) -> Scheme:
     values = option.values
     types: dict[str, type[Any]] = {"weight": WeightScheme, "activation": ActivationScheme, "kv": KVScheme}
     parts = {n: _checked(option, n, lambda n=n: from_json(types[n], values[n])) for n in types if values.get(n) is not None}  # type: ignore[misc]
+    activation = parts.get("activation")
+    if activation is not None and activation.outlier_threshold is not None:
+        parts["activation"] = replace(activation, outlier_version=2)
     return Scheme(**parts)
 
 

@@ -141,6 +141,8 @@ class ActivationScheme:
     """A name of `NUMBERS`."""
     outlier_threshold: float | None = None
     """Inputs that reach it anywhere in a sequence stay in 16 bits (LLM.int8(): 6.0); None for no such inputs."""
+    outlier_version: int = 1
+    """Of that rule, for keys: 1 took the tokens of a batch that reach a linear without their sequences (OPT, experts) for one sequence."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:

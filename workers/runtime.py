@@ -100,10 +100,12 @@ def quantized_input(
     shape: BatchShape,
     dynamic: Callable[[Tensor, ActivationScheme], Tensor] = fake_quantize_activation,
 ) -> Tensor:
-    """A dynamic range per tensor is one per sequence, also where tokens come flat or, routed to an expert, picked."""
+    """A dynamic range per tensor is one per sequence, and so are outliers that are kept, also where tokens come flat or, routed to an
+    expert, picked."""
     if not scheme.dynamic:
         return fake_quantize_activation(x, scheme, limits)
-    if scheme.granularity is not Granularity.TENSOR or x.dim() > 2:
+    by_sequence = scheme.granularity is Granularity.TENSOR or scheme.outlier_threshold is not None
+    if not by_sequence or x.dim() > 2:
         return dynamic(x, scheme)
     if tokens is None:
         return dynamic(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)

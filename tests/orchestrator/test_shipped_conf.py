@@ -23,7 +23,7 @@ from orchestrator.config import CHOICES, IDLE, READ_WITH, check_option
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid, compose_with
 from orchestrator.hydra_bridge import Composer
-from orchestrator.parts import MethodPart, method_part
+from orchestrator.parts import MethodPart, method_part, scheme_part
 from quant import parameters
 from workers.specs import Component, freeze
 
@@ -108,6 +108,13 @@ def test_words_of_the_configuration_are_those_of_the_code() -> None:
     # Left out of the key; every shipped task keeps the key it had.
     for task in compose_grid(["task=glob(*)"], multirun=True).cells:
         assert task.task.values["windows"] == specs.TaskSpec("", 1, specs.TextSpec("")).windows
+
+
+def test_kept_outliers_have_keys_of_the_rule_by_sequence_and_other_schemes_the_keys_they_had() -> None:
+    for cell in compose_grid(["scheme=glob(*)"], multirun=True).cells:
+        activation = scheme_part(cell.scheme).activation
+        if activation is not None:
+            assert activation.outlier_version == (2 if activation.outlier_threshold is not None else 1)
 
 
 def classes() -> dict[str, dict[str, Any]]:

@@ -288,10 +288,12 @@ def test_every_linear_gets_a_quantized_input(family: str, tmp_path: Path) -> Non
     assert torch.equal(logits(model), plain)
 
 
+@pytest.mark.parametrize("part", [{"granularity": Granularity.TENSOR}, {"outlier_threshold": 2.0}], ids=["tensor", "outliers"])
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
-def test_ranges_per_tensor_do_not_depend_on_the_batch(family: str, tmp_path: Path) -> None:
+def test_what_is_found_per_sequence_does_not_depend_on_the_batch(family: str, part: dict[str, Any], tmp_path: Path) -> None:
+    """OPT's feed-forward gets its tokens flat, and an expert those that are routed to it."""
     model = load_model(tiny_context(family, tmp_path), MODEL)
-    handle = attach_runtime(model, None, ActivationScheme(4, granularity=Granularity.TENSOR), None)
+    handle = attach_runtime(model, None, ActivationScheme(4, **part), None)
     with torch.no_grad():
         together = model(TOKENS, use_cache=False).logits
         alone = torch.cat([model(TOKENS[i : i + 1], use_cache=False).logits for i in range(len(TOKENS))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import linear
 
-from tests.workers.stage_runs import quantize_spec, quantized, tiny_context
+from quant.scheme import ActivationScheme
+from tests.workers.stage_runs import calibration_text, quantize_spec, quantized, tiny_context
 from workers import feeding
-from workers.blocks import linear_view
+from workers.blocks import linear_view, tap_inputs
 from workers.quantize import run_quantize
+from workers.rebuild import rebuild
+from workers.rounding import BlockQuantizer
+from workers.specs import ModelSpec
 from workers.staged import StagedForward
 from workers.stream import Call
 
@@ -34,6 +39,50 @@ def test_artifacts_equal_those_of_a_forward_for_every_site(family: str, tmp_path
         a, b = (load_file(folder / "payload" / name) for folder in (staged, anew))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize(
+    ("family", "transforms"),
+    [("llama_mha", ()), ("llama", ("smoothquant", "qllm_reassembly")), ("mistral", ("quarot", "awq")), ("opt", ("clip",))],
+)
+def test_every_linear_is_rounded_with_the_inputs_it_has_in_the_final_model(
+    family: str, transforms: tuple[str, ...], sequential: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """True-sequential: all that comes before a linear is final. At once: only what comes before its block is, so that the Hessians of
+    queries, keys and values alone are those of the final model. Hessians are float32 sums over 72 tokens: off by 72 units of 2^-24."""
+    used: dict[str, torch.Tensor] = {}
+    plain = BlockQuantizer.statistics_to_round
+
+    def recorded(worker: BlockQuantizer, name: str) -> Any:
+        found = plain(worker, name)
+        assert found[0].hessian is not None
+        used[worker.path(name)] = found[0].hessian.double()
+        return found
+
+    monkeypatch.setattr(BlockQuantizer, "statistics_to_round", recorded)
+    ctx = tiny_context(family, tmp_path)
+    activation = ActivationScheme(8) if "qllm_reassembly" in transforms else None
+    spec = quantize_spec("gptq", *transforms, propagation="quantized", activation=activation, true_sequential=sequential)
+    artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
+    assert summary["flags"] == []
+    model, tokens = rebuild(ctx, ModelSpec("model"), artifact), calibration_text(ctx, family)
+    final: dict[str, torch.Tensor] = {}
+
+    def seen(name: str, x: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).double()
+        final[name] = 2 / len(tokens) * flat.T @ flat
+        return x
+
+    taps = tap_inputs(model, list(used), seen)
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    taps.remove()
+    apart = {n: float((h - used[n]).norm() / h.norm()) for n, h in final.items()}
+    first = {n: a for n, a in apart.items() if n.endswith(("q_proj", "k_proj", "v_proj"))}
+    assert max((apart if sequential else first).values()) < 72 * 2**-24
+    if not sequential:
+        assert min(a for n, a in apart.items() if n not in first) > 1e-3
 
 
 class Two(nn.Module):
