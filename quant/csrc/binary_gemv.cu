@@ -121,7 +121,7 @@ extern "C" int bitgrid_binary_gemv(int64_t words, int64_t tables, int64_t kinds,
     const int g = block % UNIT == 0 ? rows_at_a_time(a, device.ranks(), device.shared) : 0;
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
     if (g > 0) return bfloat16 != 0 ? launch_of<uint16_t>(a, g, device, on) : launch_of<float>(a, g, device, on);
-    return launch_after(product_of_rows, dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on, a);
+    return launch_as(Start(dim3(unsigned((rows + 7) / 8), unsigned(count)), 256, 0, on), product_of_rows, a);
 }
 
 // To `found`, on the host: the clusters that run at once. The first number and the stream are not looked at.
@@ -135,6 +135,7 @@ extern "C" int bitgrid_binary_values(int64_t words, int64_t tables, int64_t kind
     const Signs a = made_of(words, tables, kinds, largest, 0, 0, out, rows, k, block, 1, bfloat16);
     const dim3 grid(unsigned((k + 127) / 128), unsigned(a.tiles));
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    return bfloat16 != 0 ? launch_after(weight<uint16_t>, grid, 128, 0, on, a, reinterpret_cast<uint16_t*>(out))
-                         : launch_after(weight<float>, grid, 128, 0, on, a, reinterpret_cast<float*>(out));
+    const Start start(grid, 128, 0, on);
+    return bfloat16 != 0 ? launch_as(start, weight<uint16_t>, a, reinterpret_cast<uint16_t*>(out))
+                         : launch_as(start, weight<float>, a, reinterpret_cast<float*>(out));
 }

@@ -33,27 +33,11 @@ inline cudaError_t find(Device& found) {
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&found.processors, cudaDevAttrMultiProcessorCount, device);
     if (failed == cudaSuccess) failed = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (failed == cudaSuccess) found.clusters = major >= 9;
-    return failed;
+    return told(failed);
 }
 
-// How a kernel starts: `wide` clusters side by side and `high` rows of them, each block with `threads` and `shared` bytes.
-struct Start {
-    cudaLaunchConfig_t config = {};
-    cudaLaunchAttribute attributes[2] = {};
-
-    Start(const Device& on, int64_t wide, int64_t high, int threads, int64_t shared, cudaStream_t stream) {
-        config.gridDim = dim3(unsigned(wide * on.ranks()), unsigned(high));
-        config.blockDim = dim3(unsigned(threads));
-        config.dynamicSmemBytes = size_t(shared);
-        config.stream = stream;
-        attributes[0].id = cudaLaunchAttributeClusterDimension;
-        attributes[0].val.clusterDim.x = unsigned(on.ranks()), attributes[0].val.clusterDim.y = 1, attributes[0].val.clusterDim.z = 1;
-        attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[1].val.programmaticStreamSerializationAllowed = 1;
-        config.attrs = attributes, config.numAttrs = !on.clusters ? 0 : EARLY ? 2 : 1;
-    }
-    Start(const Start&) = delete;  // `config` has the address of `attributes`
-};
+// `wide` clusters side by side and `high` rows of them.
+inline dim3 clustered(const Device& on, int64_t wide, int64_t high) { return dim3(unsigned(wide * on.ranks()), unsigned(high)); }
 
 // Clusters of the kernel that run at once, or blocks where there are no clusters: asked once for each device, kernel and size. A cluster
 // lies in one of the GPU's parts, and these need not have whole clusters of multiprocessors: the 132 of an H200 may take 15 clusters of 8
@@ -65,17 +49,16 @@ cudaError_t at_once(int& found, void (*kernel)(Problem), const Device& on, int t
     const std::lock_guard<std::mutex> held(mutex);
     int& answer = known[{on.number, kernel, shared}];
     if (answer == 0) {
-        cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+        cudaError_t failed = let_have(kernel, shared);
         if (failed != cudaSuccess) return failed;
         if (on.clusters) {
-            Start start(on, 1, 1, threads, shared, nullptr);
-            start.config.numAttrs = 1;
+            const Start start(clustered(on, 1, 1), unsigned(threads), size_t(shared), nullptr, false, CLUSTER);
             failed = cudaOccupancyMaxActiveClusters(&answer, kernel, &start.config);
         } else {
             failed = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&answer, kernel, threads, size_t(shared));
             answer *= on.processors;
         }
-        if (failed != cudaSuccess) return failed;
+        if (failed != cudaSuccess) return told(failed);
         if (answer == 0) return cudaErrorLaunchOutOfResources;
     }
     found = answer;
@@ -103,10 +86,11 @@ template <typename Problem>
 cudaError_t launch_clusters(void (*kernel)(Problem), const Problem& a, const Device& on, int64_t wide, int64_t high, int threads,
                             int64_t shared, cudaStream_t stream) {
     // All that the device has, the same in every call: threads of the host do not take it from each other.
-    const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, on.shared);
+    const cudaError_t failed = let_have(kernel, on.shared);
     if (failed != cudaSuccess) return failed;
-    const Start start(on, wide, high, threads, shared, stream);
-    return cudaLaunchKernelEx(&start.config, kernel, a);
+    const unsigned cluster = on.clusters ? CLUSTER : 0;
+    const Start start(clustered(on, wide, high), unsigned(threads), size_t(shared), stream, EARLY && on.clusters, cluster);
+    return launch_as(start, kernel, a);
 }
 
 }  // namespace

@@ -11,7 +11,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <tuple>
+
+#include "early.h"
 
 #define DEVICE __device__ __forceinline__
 #define GLOBAL __global__
@@ -25,31 +26,20 @@ namespace {
 // has, the same in every call: threads of the host do not take it from each other.
 template <class... Parameters, class... Values>
 int bitgrid_launched(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, int64_t bytes, int64_t stream, const Values&... values) {
-    const void* const function = reinterpret_cast<const void*>(kernel);
     cudaError_t e = cudaSuccess;
     if (bytes > 0) {
         cudaFuncAttributes own;
-        e = cudaFuncGetAttributes(&own, function);
+        e = cudaFuncGetAttributes(&own, kernel);
         const int64_t fixed = e == cudaSuccess ? int64_t(own.sharedSizeBytes) : 0;
         if (e == cudaSuccess && fixed + bytes > 48 * 1024) {
             int device = 0, most = 0;
             e = cudaGetDevice(&device);
             if (e == cudaSuccess) e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-            if (e == cudaSuccess) e = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most - fixed));
+            if (e == cudaSuccess) e = let_have(kernel, most - fixed);
         }
     }
-    if (e == cudaSuccess) {
-        // The error of this very launch, where cudaGetLastError would say an earlier one's as well.
-        std::tuple<Parameters...> given(values...);
-        e = std::apply(
-            [&](Parameters&... each) {
-                void* addresses[] = {&each...};
-                return cudaLaunchKernel(function, blocks, dim3(threads), addresses, size_t(bytes), reinterpret_cast<cudaStream_t>(stream));
-            },
-            given);
-    }
-    if (e != cudaSuccess) cudaGetLastError();  // returned, and not said again by a later call
-    return int(e);
+    if (e != cudaSuccess) return int(told(e));
+    return int(launch_as(Start(blocks, threads, size_t(bytes), reinterpret_cast<cudaStream_t>(stream)), kernel, values...));
 }
 
 }  // namespace

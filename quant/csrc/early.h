@@ -1,35 +1,54 @@
-// A kernel that starts before the one in front of it is over, where a device can (9.0).
+// How kernels are launched, also before the one in front is over, where a device can (9.0).
 
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace {
 
-// early: it may begin while the kernel in front of it still runs, and waits by `await_previous`.
-template <class Problem>
-cudaError_t launch_early(void (*kernel)(Problem), const Problem& problem, dim3 blocks, unsigned threads, size_t shared, bool early,
-                         cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared, config.stream = stream;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, problem);
+// What a call of the runtime returned; a later one does not say it again.
+inline cudaError_t told(cudaError_t e) {
+    if (e != cudaSuccess) cudaGetLastError();
+    return e;
 }
 
-// Any other kernel. Returns the error of this very launch, where cudaGetLastError would say an earlier call's as well.
-template <class... Parameters, class... Values>
-cudaError_t launch_after(void (*kernel)(Parameters...), dim3 blocks, unsigned threads, size_t shared, cudaStream_t stream,
-                         const Values&... values) {
+// How a kernel starts: in clusters of `cluster` blocks side by side, where a number is given; `early`: it may begin while the kernel in
+// front of it still runs, and waits by `await_previous`.
+struct Start {
     cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared, config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, values...);
+    cudaLaunchAttribute attributes[2] = {};
+
+    Start(dim3 blocks, unsigned threads, size_t shared, cudaStream_t stream, bool early = false, unsigned cluster = 0) {
+        config.gridDim = blocks, config.blockDim = dim3(threads);
+        config.dynamicSmemBytes = shared, config.stream = stream;
+        config.attrs = attributes;
+        if (cluster > 0) {
+            cudaLaunchAttribute& a = attributes[config.numAttrs++];
+            a.id = cudaLaunchAttributeClusterDimension;
+            a.val.clusterDim.x = cluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
+        }
+        if (early) {
+            cudaLaunchAttribute& a = attributes[config.numAttrs++];
+            a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            a.val.programmaticStreamSerializationAllowed = 1;
+        }
+    }
+    Start(const Start&) = delete;  // `config` has the address of `attributes`
+};
+
+// The error of this very launch, where cudaGetLastError would say an earlier call's as well.
+template <class... Parameters, class... Values>
+cudaError_t launch_as(const Start& start, void (*kernel)(Parameters...), const Values&... values) {
+    return told(cudaLaunchKernelEx(&start.config, kernel, values...));
+}
+
+// Before a launch with more than 48 KB of shared memory, static and dynamic together: dynamic bytes that blocks of the kernel may have.
+template <class Kernel>
+cudaError_t let_have(Kernel* kernel, int64_t bytes) {
+    return told(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
 // Lets the next kernel begin, up to where it waits in turn.

@@ -247,9 +247,9 @@ template <class F>
 cudaError_t launch(const Problem& p, cudaStream_t stream) {
     constexpr int ROWS = F::ROWS * F::TEAMS, SHARED = shared_bytes<F>();
     static_assert(SHARED <= 99 * 1024 || F::R > 1, "what a block may have on all GPUs from compute capability 8.0 on");
-    const cudaError_t failed = cudaFuncSetAttribute(solve<F>, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED);
+    const cudaError_t failed = let_have(solve<F>, SHARED);
     if (failed != cudaSuccess) return failed;
-    return launch_early(solve<F>, p, dim3((p.rows + ROWS - 1) / ROWS), F::THREADS, SHARED, p.early, stream);
+    return launch_as(Start(dim3((p.rows + ROWS - 1) / ROWS), F::THREADS, SHARED, stream, p.early), solve<F>, p);
 }
 
 using TwoRows = Form<1, true, 2, 4, 2>;

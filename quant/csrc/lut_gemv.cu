@@ -153,6 +153,7 @@ extern "C" int bitgrid_lut_values(int64_t words, int64_t values, int64_t columns
     const int threads = TILE * WORDS;
     const dim3 grid(unsigned((rows + TILE - 1) / TILE), unsigned(part.units));
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    return bfloat16 != 0 ? launch_after(weight<uint16_t>, grid, threads, 0, on, part, reinterpret_cast<uint16_t*>(out), rows, k)
-                         : launch_after(weight<float>, grid, threads, 0, on, part, reinterpret_cast<float*>(out), rows, k);
+    const Start start(grid, threads, 0, on);
+    return bfloat16 != 0 ? launch_as(start, weight<uint16_t>, part, reinterpret_cast<uint16_t*>(out), rows, k)
+                         : launch_as(start, weight<float>, part, reinterpret_cast<float*>(out), rows, k);
 }

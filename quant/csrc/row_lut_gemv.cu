@@ -75,11 +75,11 @@ extern "C" int bitgrid_row_lut_gemv(int64_t words, int64_t tables, int64_t x, in
         constexpr int shared = shared_bytes(M, BITS, HALF);
         const auto function = product<M, BITS, HALF>;
         if (shared > 48 * 1024) {  // which a block has without asking
-            const cudaError_t failed = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+            const cudaError_t failed = let_have(function, shared);
             if (failed != cudaSuccess) return int(failed);
         }
         const dim3 grid(unsigned((rows + ROWS - 1) / ROWS), unsigned((count + M - 1) / M));
-        return int(launch_after(function, grid, THREADS, shared, reinterpret_cast<cudaStream_t>(stream), a));
+        return int(launch_as(Start(grid, THREADS, shared, reinterpret_cast<cudaStream_t>(stream)), function, a));
     });
 }
 
@@ -91,6 +91,7 @@ extern "C" int bitgrid_row_lut_values(int64_t words, int64_t tables, int64_t out
     const int threads = 256;
     const dim3 grid(unsigned((rows + ROWS - 1) / ROWS), unsigned((a.units + threads / 32 - 1) / (threads / 32)));
     const cudaStream_t on = reinterpret_cast<cudaStream_t>(stream);
-    return bfloat16 != 0 ? launch_after(weight<uint16_t>, grid, threads, 0, on, a, int(bits), half != 0, reinterpret_cast<uint16_t*>(out))
-                         : launch_after(weight<float>, grid, threads, 0, on, a, int(bits), half != 0, reinterpret_cast<float*>(out));
+    const Start start(grid, threads, 0, on);
+    return bfloat16 != 0 ? launch_as(start, weight<uint16_t>, a, int(bits), half != 0, reinterpret_cast<uint16_t*>(out))
+                         : launch_as(start, weight<float>, a, int(bits), half != 0, reinterpret_cast<float*>(out));
 }

@@ -208,7 +208,7 @@ template <int BITS>
 cudaError_t written(const Call& call, int kind, cudaStream_t stream) {
     const dim3 grid((call.steps + TURNS * WARPS - 1) / (TURNS * WARPS), call.tiles);
     const auto kernel = kind == 0 ? weight<BITS, 0> : kind == 1 ? weight<BITS, 1> : weight<BITS, 2>;
-    return launch_after(kernel, grid, WARPS * LANES, 0, stream, call);
+    return launch_as(Start(grid, WARPS * LANES, 0, stream), kernel, call);
 }
 
 }  // namespace

@@ -23,12 +23,13 @@ cudaError_t found(Device& device) {
     static std::atomic<uint64_t> known{0};
     int number;
     cudaError_t e = cudaGetDevice(&number);
-    if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? e : cudaErrorInvalidDevice;
+    if (e != cudaSuccess || number >= 64) return e != cudaSuccess ? told(e) : cudaErrorInvalidDevice;
     if (known.load() >> number & 1) return device = kept[number], cudaSuccess;
     device.number = number;
-    if ((e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number)) != cudaSuccess) return e;
-    if ((e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number)) != cudaSuccess) return e;
-    if ((e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number)) != cudaSuccess) return e;
+    e = cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, number);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&device.shared_each, cudaDevAttrMaxSharedMemoryPerMultiprocessor, number);
+    if (e == cudaSuccess) e = cudaDeviceGetAttribute(&device.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+    if (e != cudaSuccess) return told(e);
     kept[number] = device;
     known.fetch_or(uint64_t(1) << number);
     return cudaSuccess;
@@ -40,12 +41,12 @@ cudaError_t start(const Problem& problem, const Device& device, dim3 blocks, int
     static std::atomic<uint64_t> prepared{0};
     cudaError_t e;
     if (!(prepared.load() >> device.number & 1)) {
-        if ((e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_block)) != cudaSuccess) return e;
+        if ((e = let_have(KERNEL, device.shared_block)) != cudaSuccess) return e;
         e = cudaFuncSetAttribute(KERNEL, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-        if (e != cudaSuccess) return e;
+        if (e != cudaSuccess) return told(e);
         prepared.fetch_or(uint64_t(1) << device.number);
     }
-    return launch_early(KERNEL, problem, blocks, unsigned(warps) * 32, size_t(bytes), early, stream);
+    return launch_as(Start(blocks, unsigned(warps) * 32, size_t(bytes), stream, early), KERNEL, problem);
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <tuple>
 #include <utility>
 
 #define __forceinline__
@@ -78,7 +79,8 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr asked, int)
                                                                   : int(fake::most);
     return cudaSuccess;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, const void*) {
+template <class... P>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* own, void (*)(P...)) {
     own->sharedSizeBytes = size_t(fake::fixed);
     return cudaSuccess;
 }
@@ -100,14 +102,8 @@ template <class P>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* found, void (*)(P), int, size_t) {
     return fake::asked++, *found = 1, cudaSuccess;
 }
-inline cudaError_t cudaLaunchKernel(const void* function, dim3, dim3, void** given, size_t bytes, cudaStream_t) {
-    if (!fake::fits(function, int64_t(bytes))) return fake::said(false);
-    const auto kernel = reinterpret_cast<void (*)(int, const double*)>(const_cast<void*>(function));
-    kernel(*static_cast<int*>(given[0]), *static_cast<double**>(given[1]));
-    return cudaSuccess;
-}
-template <class P>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& given) {
+template <class... P, class... V>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), const V&... given) {
     fake::config = *config, fake::cluster = 0, fake::early = false;
     for (unsigned i = 0; i < config->numAttrs; i++) {
         const cudaLaunchAttribute& own = config->attrs[i];
@@ -118,6 +114,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const bool known = fake::major >= 9 || config->numAttrs == 0;
     const bool whole = fake::cluster == 0 || config->gridDim.x % fake::cluster == 0;
     if (!known || !whole || !fake::fits(reinterpret_cast<const void*>(kernel), int64_t(config->dynamicSmemBytes))) return fake::said(false);
-    kernel(given);
+    std::apply(kernel, std::tuple<P...>(given...));
     return cudaSuccess;
 }

@@ -1,6 +1,6 @@
-"""How kernels are started (`quant/csrc/cta.h`, `wq_start.h`, `clusters.h`): a device refuses more than 48 KB of shared memory that nobody
-asked for, static and dynamic together, and older ones refuse clusters and early starts. Against a runtime with a device's rules, on the
-host."""
+"""How kernels are started (`quant/csrc/early.h`, `cta.h`, `wq_start.h`, `clusters.h`): a device refuses more than 48 KB of shared memory
+that nobody asked for, static and dynamic together, and older ones refuse clusters and early starts; what a call failed with is returned,
+and not said again by a later call's check. Against a runtime with a device's rules, on the host."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ int main() {
                 CHECK(c.gridDim.x == 7 && c.gridDim.y == 3 && c.blockDim.x == 160 && c.stream == &ran);
                 CHECK(int64_t(c.dynamicSmemBytes) == bytes);
                 CHECK(fake::early == early && fake::cluster == 0 && c.numAttrs == unsigned(early));
-                // A launch that the device refuses is said to be one.
+                // A launch that the device refuses is said to be one, once.
                 CHECK(start<kernel>(problem, device, dim3(7), 5, 227 * 1024 + 1, early, &ran) == cudaErrorInvalidValue);
+                CHECK(cudaGetLastError() == cudaSuccess);
             }
     const bool early = false;
     Device device;
@@ -108,6 +109,9 @@ int main() {
             CHECK(fake::fits(reinterpret_cast<const void*>(kernel), 227 * 1024));
         }
         CHECK(launch_clusters(kernel, Problem{}, device, 15, 2, 256, 227 * 1024 + 16, &ran) == cudaErrorInvalidValue);
+        device.shared += 16;  // which cannot be asked for
+        CHECK(launch_clusters(kernel, Problem{}, device, 15, 2, 256, 0, &ran) == cudaErrorInvalidValue);
+        CHECK(cudaGetLastError() == cudaSuccess);
     }
 }
 """
