@@ -111,18 +111,9 @@ READ_WITH: dict[str, dict[str, tuple[str, Any]]] = {"clip": _DESCENT, "clip_outp
 """Kind of a transform ▸ a parameter that is read only where another has this value. Elsewhere no key has it."""
 
 
-def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
-    """Options of an axis or of a settings group (cluster, tracking, sweep), sorted."""
-    composer = Composer.at(config_dir=config_dir)
-    names = composer.options(axis)
-    if not names:
-        raise ConfigError(unknown_name("axis", axis, [*AXES, "cluster", "tracking", "sweep"]))
-    return names
-
-
-def help_text(*, config_dir: str | None = None) -> str:
-    """Axes, settings groups and named sweeps with their options, for `bitgrid --help`."""
-    composer = Composer.at(config_dir=config_dir)
+def help_text() -> str:
+    """Axes, settings groups and named sweeps with their shipped options, for `bitgrid plan --help`."""
+    composer = Composer.at()
     lines = ["axes (sweep with -m and commas, as in: bitgrid run -m method=rtn,gptq scheme=glob(w4*)):"]
     lines += [f"  {axis:<12} {', '.join(composer.options(axis))}" for axis in AXES]
     lines += ["settings of the whole sweep:"]

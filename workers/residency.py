@@ -162,8 +162,3 @@ def process_residency() -> Residency:
     if _process is None:
         _process = Residency()
     return _process
-
-
-def resident() -> list[str]:
-    """What this process holds; empty before its first stage."""
-    return [] if _process is None else _process.holds()

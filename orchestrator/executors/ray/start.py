@@ -45,7 +45,6 @@ PROBE_S = 10.0
 class Session:
     """A connection to Ray. `close` undoes what opening it did, and nothing else."""
 
-    started_here: bool = False
     connected_here: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
     """What workers need in their environment, where they do not inherit it from a cluster started here."""
@@ -96,7 +95,7 @@ def _start(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int)
         variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # A short path of its own: sockets live in it, and the cluster is not found by address=auto from elsewhere.
     folder = _own_folder()
-    session = Session(True, True, {}, _set_environment(variables), folder)
+    session = Session(connected_here=True, restore=_set_environment(variables), folder=folder)
     try:
         _reload_authentication()
         with _own_sigterm():
@@ -134,7 +133,7 @@ def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
     address = settings.address if settings.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")
     # Ray's own default is none: whoever joins a cluster that is open to its network says so.
     mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or "token"
-    session = Session(False, True, worker_env, _set_environment({"RAY_AUTH_MODE": mode}))
+    session = Session(connected_here=True, env=worker_env, restore=_set_environment({"RAY_AUTH_MODE": mode}))
     try:
         _reload_authentication()
         if mode == "token" and not _token_found():
