@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.errors import PairingError
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
-from orchestrator.stats import Delta, adjust_holm, paired_delta
+from orchestrator.stats import holm, paired_delta
 from workers.artifact import CorruptArtifactError
 
 CONFIDENCE = 0.95
@@ -96,9 +96,9 @@ def long_table(result: SweepResult) -> tuple[Row, ...]:
             for metric in metrics_of(result, task):
                 rows.append(_row(result, variant, variants.get(variant.baseline_key), task, stage, metric))
     for primary in (True, False):
-        tested = [i for i, r in enumerate(rows) if r.is_primary is primary and r.p_value is not None and not r.is_baseline]
-        for i, d in zip(tested, adjust_holm([_as_delta(rows[i]) for i in tested]), strict=True):
-            rows[i] = replace(rows[i], p_holm=d.p_adjusted)
+        tested = [(i, r.p_value) for i, r in enumerate(rows) if r.is_primary is primary and r.p_value is not None and not r.is_baseline]
+        for (i, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+            rows[i] = replace(rows[i], p_holm=adjusted)
     return (*rows, *(_skipped_row(result, s.axes, s.reason) for s in result.skipped))
 
 
@@ -174,7 +174,7 @@ def _row(
         bits_stored=_number(facts.get("bits_stored")),
         kv_bits_stored=_number((stage.summary.get("kv") or {}).get("bits_stored")),
         model_bytes=model_size(result, variant),
-        weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),
+        weight_error=_number(facts.get("weight_error")),
         quantize_seconds=stage_seconds(quantize),
         evaluate_seconds=stage_seconds(stage),
         peak_memory_bytes=quantize.summary.get("peak_memory_bytes") if quantize else None,
@@ -214,12 +214,6 @@ def _with_delta(row: Row, stage: StageResult, base: StageResult | None, task: Ta
         n_documents=d.n_documents,
         p_value=_finite(d.p_value),
     )
-
-
-def _as_delta(row: Row) -> Delta:
-    zero = 0.0
-    assert row.p_value is not None
-    return Delta(row.metric, zero, zero, zero, zero, zero, row.confidence or CONFIDENCE, row.n_items or 0, "", row.p_value)
 
 
 def _skipped_row(result: SweepResult, axes: dict[str, str], reason: str) -> Row:
