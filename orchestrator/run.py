@@ -262,9 +262,9 @@ def estimator(history: Durations) -> Callable[[Spec, ModelSource], Resources]:
 def remember_durations(ledger: Ledger, result: SweepResult) -> None:
     """What a deleted ledger knew of a sweep's stages."""
     for stage in result.stages.values():
-        if stage.record is not None and stage.spec is not None:
+        if stage.seconds is not None:
             spec = from_json(SPEC_TYPES[StageKind(stage.kind)], stage.spec)
-            ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.record["ended"] - stage.record["started"])
+            ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.seconds)
 
 
 def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:

@@ -8,14 +8,14 @@ from typing import Any
 
 from orchestrator.report import numbers
 from orchestrator.report.choices import best_per_width
-from orchestrator.report.cost import costs, is_reused, stage_bytes
+from orchestrator.report.cost import costs, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
 from orchestrator.report.numbers import count as _count
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
-from orchestrator.report.tables import Row, spec_of, stage_seconds
+from orchestrator.report.tables import Row
 from orchestrator.report.terminal import cell_lines
 from orchestrator.results import SweepResult, TaskInfo
 
@@ -28,7 +28,7 @@ def headline(result: SweepResult, rows: Sequence[Row], models: Sequence[ModelTab
     items = [tag("li", tag("b", n, class_=mark if n else None), tag("span", word)) for word, n, mark in tally if n or word == done]
     items.append(tag("li", tag("b", sum(len(m.quantized) for m in models)), tag("span", "quantized variants")))
     items.append(tag("li", tag("b", len(models)), tag("span", "model" if len(models) == 1 else "models")))
-    ended = [float(s.record["ended"]) for s in result.stages.values() if s.record is not None and not is_reused(result, s)]
+    ended = [float(s.record["ended"]) for s in result.stages.values() if s.record is not None and not result.reused(s)]
     when = f"Started {numbers.moment(result.created)}" + (f", last stage ended {numbers.moment(max(ended))}" if ended else "")
     return join(
         (
@@ -74,15 +74,14 @@ def figure(f: Figure) -> Markup:
 def score_table(model: ModelTable) -> Markup:
     """Headline score per task, difference below it; the exact numbers are in data attributes."""
     heads = [_heading(t) for t in model.tasks]
-    flagged = any(x.variant.flags or (x.variant.quantize and x.variant.quantize.summary.get("flags")) for x in model.lines)
     headings: list[object] = ["variant", *heads, "stored bits", "size"]
     rows = [[Td(x.name), *(_score(x.cells.get(t.name), x) for t in model.tasks), *_sizes(x)] for x in model.lines]
     if model.has_caches:
         headings.append("stored KV bits")
         rows = [[*r, _cache(x)] for r, x in zip(rows, model.lines, strict=True)]
-    if flagged:
+    if any(x.variant.all_flags for x in model.lines):
         headings.append("flags")
-        rows = [[*r, _flags(x)] for r, x in zip(rows, model.lines, strict=True)]
+        rows = [[*r, Td("; ".join(x.variant.all_flags), class_="wrap")] for r, x in zip(rows, model.lines, strict=True)]
     classes = ["baseline" if x.variant.is_baseline else "" for x in model.lines]
     return table(headings, rows, label=f"{model.model}: scores", class_="scores", row_classes=classes)
 
@@ -125,11 +124,6 @@ def _sizes(line: Line) -> tuple[Td, Td]:
 
 def _cache(line: Line) -> Td:
     return Td(numbers.bits_span(line.kv_bits_stored), sort=repr(line.kv_bits_stored[0]) if line.kv_bits_stored else "")
-
-
-def _flags(line: Line) -> Td:
-    stored = line.variant.quantize.summary.get("flags", ()) if line.variant.quantize else ()
-    return Td("; ".join(dict.fromkeys((*line.variant.flags, *stored))), class_="wrap")
 
 
 def _other_metrics(model: ModelTable) -> Markup:
@@ -201,15 +195,14 @@ def cost_section(result: SweepResult) -> Markup:
         said += f", and {numbers.duration(reuse)} came from earlier sweeps." if reuse else "."
     parts += [tag("p", said), table(heads, rows, label="Cost per kind of stage")]
     stages = []
-    for s in sorted(result.stages.values(), key=lambda s: (-(stage_seconds(s) or 0.0), s.label)):
-        took = stage_seconds(s)
-        source = "reused" if is_reused(result, s) else "run" if s.record else s.status.value
+    for s in sorted(result.stages.values(), key=lambda s: (-(s.seconds or 0.0), s.label)):
+        source = "reused" if result.reused(s) else "run" if s.record else s.status.value
         phases = ", ".join(f"{k} {numbers.duration(v)}" for k, v in (s.record or {}).get("seconds", {}).items())
         stages.append(
             [
                 s.label,
                 source,
-                Td(numbers.duration(took), sort="" if took is None else repr(took)),
+                Td(numbers.duration(s.seconds), sort="" if s.seconds is None else repr(s.seconds)),
                 Td(numbers.size(stage_bytes(s)), sort=stage_bytes(s)),
                 Td(phases, class_="left"),
                 Td(tag("code", s.key[:12]), class_="left"),
@@ -229,7 +222,7 @@ def provenance(result: SweepResult) -> Markup:
             for operation, backends in s.record.get("kernels", {}).items():
                 for name in backends:
                     kernels[f"{operation}: {name}"] = kernels.get(f"{operation}: {name}", 0) + 1
-    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(spec_of(s))})
+    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(s.spec)})
     # Short facts stand in the open: `git` as git commit, git dirty.
     small = {k: v for k, v in result.provenance.items() if isinstance(v, dict) and len(v) <= 3}
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]
