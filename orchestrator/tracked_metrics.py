@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.mlflow_names import metric_name
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import Delta
 from workers.artifact import CorruptArtifactError, payload_path
 
 GIB = 2**30
@@ -25,17 +26,6 @@ class Point:
     value: float
     timestamp_ms: int
     step: int = 0
-
-
-class Delta(Protocol):
-    """Variant minus baseline, in the metric's own unit, with its interval (NaN where there is none)."""
-
-    @property
-    def delta(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
 
 
 DeltaOf = Callable[[StageResult, StageResult, TaskInfo, str], Delta]
@@ -65,13 +55,6 @@ MEASURE_FACTS = {
     "kv_bytes": "mem/kv_bytes",
 }
 LAYER_COLUMNS = ("weight_error", "output_error")
-
-
-def paired(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> Delta:
-    """`orchestrator.stats.paired_delta`, loaded when first used. Its results are cached, so repeated syncs cost little."""
-    from orchestrator.stats import paired_delta
-
-    return paired_delta(variant, baseline, task, metric)
 
 
 def scores(stage: StageResult) -> dict[str, float]:

@@ -29,8 +29,9 @@ from typing import Any
 from orchestrator.mlflow_names import param_value, tag_key, tag_value
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import paired_delta
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
-from orchestrator.tracked_metrics import DeltaOf, Point, ms, paired, progress, variant_points
+from orchestrator.tracked_metrics import DeltaOf, Point, ms, progress, variant_points
 
 SCHEMA = 3
 """Version of the form below; a change rewrites every run once."""
@@ -130,7 +131,7 @@ def run_keys(result: SweepResult) -> set[str]:
     return {SWEEP_RUN, *(v.key for v in result.variants if any(_ended_or_blocked(s, result) is not None for s in _stages(v)))}
 
 
-def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired) -> RunDescription | None:
+def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired_delta) -> RunDescription | None:
     """A variant's run; None before the first of its stages has ended, for there is nothing to say yet."""
     ended = {s.key: t for s in _stages(variant) if (t := _ended_or_blocked(s, result)) is not None}
     if not ended:
