@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from workers.errors import NumericalError
+
 Tap = Callable[[str, Tensor, Tensor | None], Tensor]
 """(name of the linear, its input `[..., K]`, index of each row among the batch's tokens or None where rows are all of them)
 ▸ the input to use."""
@@ -73,6 +75,12 @@ def linear_view(root: nn.Module, name: str) -> LinearView:
     if isinstance(module, nn.Linear):
         return LinearView(name, module, "weight")
     raise TypeError(f"{name} is a {type(module).__name__}, not a linear")
+
+
+def check_held(tensor: Tensor | None, name: str, done: str) -> None:
+    """Raises NumericalError where the model's dtype cannot hold what was written. done: to the values, before."""
+    if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(f"{name}, {done}, is not finite in {tensor.dtype}; use model.dtype=bfloat16 or float32")
 
 
 class Taps:

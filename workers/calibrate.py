@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers import datasets, kv_capture, kv_fisher, site_moments
-from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
+from workers.capture import BlockStatistics, block_file, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
 from workers.families import Structure
@@ -29,15 +29,11 @@ from workers.memory import PeakMemory
 from workers.positions import positions, refuses_calibration
 from workers.request import Location
 from workers.specs import CalibrateSpec, CalibrationSpec
-from workers.stream import BlockModel, batches, open_blocks
+from workers.stream import BlockModel, open_blocks
 
 FORMAT = 1
 SITES = "sites.json"
 OF_CACHE = frozenset({kv_capture.KIND, kv_fisher.KIND})
-
-
-def block_file(block: int) -> str:
-    return f"block_{block:04d}.safetensors"
 
 
 def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
@@ -64,7 +60,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     fisher = kv_fisher.squared_gradients(context, specs[0].model, model.structure, tokens[:kept]) if kv_fisher.KIND in wanted else {}
     with context.phase("forward"):
-        prepared = model.prepare(batches(tokens, context.batch_tokens))
+        prepared = model.prepare(datasets.batches(tokens, context.batch_tokens))
     hidden, calls = prepared.hidden, prepared.calls
     del prepared  # or the first block's inputs would stay beside every block's
     for b in range(model.structure.count):

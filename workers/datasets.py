@@ -1,4 +1,4 @@
-"""Texts: from a location to documents, from documents to tokens, from tokens to calibration samples.
+"""Texts: from a location to documents, from documents to tokens, from tokens to calibration samples and batches.
 
 Rows of a .jsonl (or .json with one object a line) and of hub data sets are documents as they are, empty ones included,
 since the perplexity protocol joins them all. Plain text is cut by `TextSpec.split`, and blank documents are left out.
@@ -289,3 +289,8 @@ SAMPLINGS: dict[str, Callable[[Sequence[str], CalibrationSpec, Tokenizer, str], 
     "documents": _documents,
     "sequential": _sequential,
 }
+
+
+def batches(sequences: Tensor, batch_tokens: int) -> list[Tensor]:
+    """`[S, T, ...]` in consecutive parts of at most `batch_tokens` tokens, of one sequence at least."""
+    return list(sequences.split(max(1, batch_tokens // sequences.shape[1])))

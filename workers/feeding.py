@@ -19,6 +19,7 @@ from workers.artifact import payload_digest, payload_path
 from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError
 from workers.kept import Kept
 from workers.memory import free_bytes
@@ -26,7 +27,7 @@ from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
 from workers.staged import StagedForward, waiting_bytes
-from workers.stream import BlockModel, Call, batches
+from workers.stream import BlockModel, Call
 
 
 class StoredStatistics:

@@ -23,11 +23,12 @@ from workers.artifact import payload_path
 from workers.blocks import linear_view
 from workers.calibrate import calibration_tokens
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError, NumericalError
 from workers.memory import PeakMemory
 from workers.recipe import Recipe
 from workers.specs import AutoBits, PrepareSpec, QuantizeSpec, Rule
-from workers.stream import BlockModel, batches, open_blocks
+from workers.stream import BlockModel, open_blocks
 from workers.tasks.base import log_probs
 from workers.tasks.divergence import compare
 

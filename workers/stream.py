@@ -335,8 +335,3 @@ def _silent() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def batches(tokens: Tensor, batch_tokens: int) -> list[Tensor]:
-    """Split `[S, T]` into batches of at most `batch_tokens` tokens, one sequence at least."""
-    return list(tokens.split(max(1, batch_tokens // tokens.shape[1])))

@@ -22,10 +22,12 @@ from quant.scheme import ActivationScheme
 from quant.straight_through import activation_through
 from workers.blocks import Taps, replace_input, tap_inputs
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError
+from workers.fold import wide
 from workers.rounding import BlockQuantizer, LinearResult, Method, translated
 from workers.runtime import BatchShape, quantized_input
-from workers.stream import BlockModel, Call, batches
+from workers.stream import BlockModel, Call
 
 
 def tuner_of(made: tuple[Method, ...]) -> BlockTuner | None:
@@ -70,7 +72,7 @@ class BlockForward:
     def all(self, x: Tensor) -> Tensor:
         """The modules as they are on `[S, T, K]`, in the model's dtype."""
         with torch.no_grad():
-            return torch.cat([self({}, part).to(self._model.dtype) for part in _parts(x)])
+            return torch.cat([self({}, part).to(self._model.dtype) for part in batches(x, LOSS_TOKENS)])
 
     @contextmanager
     def quantizing(self, scheme: ActivationScheme | None, names: list[str]) -> Iterator[None]:
@@ -215,10 +217,6 @@ class Tuning:
         )
 
 
-def _parts(x: Tensor) -> list[Tensor]:
-    return list(x.split(max(1, LOSS_TOKENS // x.shape[1])))
-
-
 def _cast(call: Call, dtype: torch.dtype) -> Call:
     """Rotary tables and masks in the type of the computation."""
 
@@ -245,7 +243,7 @@ def _norms(worker: BlockQuantizer) -> dict[str, Tensor]:
             own.pop("bias", None)
         if own and not isinstance(module, nn.Linear) and all(p.ndim == 1 for p in own.values()):
             changed = worker.weights.norms.get(name, {})
-            out.update({f"{name}.{k}": changed.get(k, worker.weights.wide(p)) for k, p in own.items()})
+            out.update({f"{name}.{k}": changed.get(k, wide(p)) for k, p in own.items()})
     return out
 
 
@@ -287,7 +285,7 @@ def _write(workers: list[BlockQuantizer], tuned: Tuned) -> None:
             if module in weights.views:
                 weights.biases[module] = value.detach()
             else:
-                own = {k: weights.wide(p) for k, p in w.block.get_submodule(module).named_parameters(recurse=False)}
+                own = {k: wide(p) for k, p in w.block.get_submodule(module).named_parameters(recurse=False)}
                 weights.norms[module] = {**(weights.norms.get(module) or own), parameter: value.detach()}
         for of, factors in ((weights.columns, tuned.columns), (weights.rows, tuned.rows)):
             for key, factor in factors.items():
