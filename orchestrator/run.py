@@ -28,7 +28,8 @@ from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
 from orchestrator.results import SweepResult
-from orchestrator.schedule import Policy, run_stages
+from orchestrator.retries import Policy
+from orchestrator.schedule import run_stages
 from orchestrator.signals import StopRequest, stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status

@@ -12,7 +12,6 @@ from orchestrator.report.cost import costs, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
-from orchestrator.report.numbers import count as _count
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
 from orchestrator.report.tables import Row
@@ -168,10 +167,12 @@ def troubles(result: SweepResult) -> Markup:
         blocked = sum(s.blocked_by in {x.key for x in stages} for s in result.stages.values())
         after = f"; {blocked} stages behind {'them' if len(stages) > 1 else 'it'} did not run" if blocked else ""
         inner = [join((tag("h3", s.label), tag("pre", str((s.failure or {}).get("log_tail") or "no log was kept")))) for s in stages]
-        parts.append(details(join((tag("span", "FAILED ", class_="bad"), message, f" ({_count(len(stages), 'stage')}{after})")), *inner))
+        parts.append(
+            details(join((tag("span", "FAILED ", class_="bad"), message, f" ({numbers.count(len(stages), 'stage')}{after})")), *inner)
+        )
     for reason, cells in skipped:
         lines = "\n".join(" · ".join(axes.values()) for axes in cells)
-        parts.append(details(f"Skipped: {reason} ({_count(len(cells), 'cell')})", tag("pre", lines)))
+        parts.append(details(f"Skipped: {reason} ({numbers.count(len(cells), 'cell')})", tag("pre", lines)))
     for remark, whom in said:
         parts.append(details(f"{remark} ({len(whom)}×)", tag("pre", "\n".join(whom))))
     return join(parts, "\n")
@@ -228,7 +229,7 @@ def provenance(result: SweepResult) -> Markup:
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]
     facts += [(f"{k} {name}", v) for k, values in small.items() for name, v in values.items()]
     if kernels:
-        facts.append(("kernels", ", ".join(f"{k} ({count} stage{'s' * (count > 1)})" for k, count in sorted(kernels.items()))))
+        facts.append(("kernels", ", ".join(f"{k} ({numbers.count(n, 'stage')})" for k, n in sorted(kernels.items()))))
     nested = {k: v for k, v in result.provenance.items() if isinstance(v, (dict, list, tuple)) and k not in small}
     keys = table(
         ["variant", "variant key", "quantize", *(f"evaluate {t}" for t in result.tasks)],
@@ -252,8 +253,10 @@ def provenance(result: SweepResult) -> Markup:
             details("Packages, overrides and other facts", tag("pre", _pretty(nested))),
             details("Configuration", tag("pre", _pretty(result.config))),
             details("Models and texts by content digest", tag("pre", _pretty({"models": result.model_names, "texts": texts}))),
-            details("Environments of the stages", *(join((tag("p", _count(n, "stage")), tag("pre", e))) for e, n in environments.items())),
-            details(f"Keys of {_count(len(result.variants), 'variant')}", keys),
+            details(
+                "Environments of the stages", *(join((tag("p", numbers.count(n, "stage")), tag("pre", e))) for e, n in environments.items())
+            ),
+            details(f"Keys of {numbers.count(len(result.variants), 'variant')}", keys),
         ),
         "\n",
     )
