@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workers.errors import NumericalError
 
+T = TypeVar("T")
 Tap = Callable[[str, Tensor, Tensor | None], Tensor]
 """(name of the linear, its input `[..., K]`, index of each row among the batch's tokens or None where rows are all of them)
 ▸ the input to use."""
@@ -81,6 +82,24 @@ def check_held(tensor: Tensor | None, name: str, done: str) -> None:
     """Raises NumericalError where the model's dtype cannot hold what was written. done: to the values, before."""
     if tensor is not None and not bool(torch.isfinite(tensor).all()):
         raise NumericalError(f"{name}, {done}, is not finite in {tensor.dtype}; use model.dtype=bfloat16 or float32")
+
+
+class Once:
+    """What was made of an input, for as long as the same one is given: linears that share an input read the same tensor object."""
+
+    def __init__(self) -> None:
+        self._given: tuple[object, ...] = ()
+        self._made: Any = None
+
+    def of(self, make: Callable[[], T], *given: object) -> T:
+        """given: the objects that what is made depends on."""
+        if len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True)):
+            self._given, self._made = given, make()
+        made: T = self._made
+        return made
+
+    def forget(self) -> None:
+        self._given, self._made = (), None
 
 
 class Taps:

@@ -50,6 +50,11 @@ def structure(config: Config) -> Structure:
     return FAMILIES[str(kind)](config)
 
 
+def structure_of(model: Any) -> Structure:
+    """As `structure`, of a model of transformers."""
+    return structure(model.config.to_dict())
+
+
 def _get(config: Config, *names: str, default: Any = None) -> Any:
     for name in names:
         if config.get(name) is not None:

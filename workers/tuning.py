@@ -20,7 +20,7 @@ from quant.methods.base import Rounded
 from quant.methods.tuner import LOSS_TOKENS, BlockTuner, Place, TunableLinear, Tuned, TuningBlocks
 from quant.scheme import ActivationScheme
 from quant.straight_through import activation_through
-from workers.blocks import Taps, replace_input, tap_inputs
+from workers.blocks import Once, Taps, replace_input, tap_inputs
 from workers.context import Context
 from workers.datasets import batches
 from workers.errors import InputError
@@ -77,18 +77,16 @@ class BlockForward:
     @contextmanager
     def quantizing(self, scheme: ActivationScheme | None, names: list[str]) -> Iterator[None]:
         """Within, inputs of the linears `names` are fake-quantized with dynamic ranges, straight-through."""
-        last: list[Tensor] = []
+        if scheme is None:
+            yield
+            return
+        once = Once()
 
         def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-            # Linears that share an input read the same tensor object: it is quantized once.
-            if not (last and last[0] is x):
-                assert scheme is not None
-                last[:] = [x, quantized_input(x, tokens, scheme, None, self._shape, activation_through)]
-            return last[1]
+            return once.of(lambda: quantized_input(x, tokens, scheme, None, self._shape, activation_through), x)
 
-        with self._tapped([] if scheme is None else names, tap):
+        with self._tapped(names, tap):
             yield
-        last.clear()
 
     def observe(self, x: Tensor, names: list[str], tap: Callable[[str, Tensor], None]) -> None:
         """Shows `tap` the inputs `[T, K]` of linears, sequence by sequence."""
