@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from quant.methods.base import InputGroup, ScaleGroup
 from quant.statistics import Statistics
-from workers.blocks import Taps, input_of, tap_inputs
+from workers.blocks import Taps, tap_inputs
 from workers.datasets import batches
 from workers.families import ScaleRule
 from workers.fold import BlockWeights
@@ -114,7 +114,6 @@ class GroupForward:
 
 def _recorder(known: dict[str, Call], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        input_of(args, kwargs)  # raises where the module has no hidden states
-        known[name] = Call((None, *args[1:]) if args else (), dict(kwargs))
+        known[name] = Call.beside_input(args, kwargs)
 
     return hook
