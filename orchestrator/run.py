@@ -228,7 +228,10 @@ def _execute(
     finally:
         executor.stop(kill=kill)
     if lease.lost.is_set():
-        raise StoreLockedError(f"another driver has taken over the store {store.root} while this one could not renew its lease")
+        raise StoreLockedError(
+            f"another driver has taken over the store {store.root} while this one could not renew its lease; "
+            "run `bitgrid resume` when it has ended"
+        )
     return Ending(hooks.statuses, signals.requested, lost)
 
 

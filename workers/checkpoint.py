@@ -143,11 +143,11 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as e:
-        raise InputError(f"{path} ({what}) is missing") from e
+        raise InputError(f"{path} ({what}) is missing; fetch the model again") from e
     except ValueError as e:
-        raise InputError(f"{path} ({what}) is not JSON: {e}") from e
+        raise InputError(f"{path} ({what}) is not JSON: {e}; fetch the model again") from e
     if not isinstance(data, dict):
-        raise InputError(f"{path} ({what}) holds a {type(data).__name__}, expected an object")
+        raise InputError(f"{path} ({what}) holds a {type(data).__name__}, expected an object; fetch the model again")
     return data
 
 

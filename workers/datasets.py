@@ -127,7 +127,9 @@ def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
             "reached. Let it be reached once, or set data_dir= (or BITGRID_DATA) or text.path="
         )
     if spec.field is None or spec.field not in rows.column_names:
-        raise InputError(f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}")
+        raise InputError(
+            f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}; set it to one of these"
+        )
     end = None if spec.documents is None else min(len(rows), spec.skip_documents + spec.documents)
     found: list[Any] = rows[:end][spec.field]
     odd = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)

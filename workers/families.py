@@ -60,7 +60,9 @@ def _get(config: Config, *names: str, default: Any = None) -> Any:
         if config.get(name) is not None:
             return config[name]
     if default is None:
-        raise UnsupportedModel(f"config.json of a {config.get('model_type')} model lacks {' or '.join(names)}")
+        raise UnsupportedModel(
+            f"config.json of a {config.get('model_type')} model lacks {' or '.join(names)}; add it, or copy the file again"
+        )
     return default
 
 

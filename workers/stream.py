@@ -217,7 +217,7 @@ class BlockModel:
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             raise InputError(
                 f"{self.checkpoint.folder} does not fit its config.json: "
-                f"{sorted(map(str, info.mismatched_keys)) or info.conversion_errors or info.error_msgs}"
+                f"{sorted(map(str, info.mismatched_keys)) or info.conversion_errors or info.error_msgs}; fetch the model again"
             )
 
 
