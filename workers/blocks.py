@@ -55,6 +55,7 @@ class LinearView:
             self.weight().copy_(weight)
 
     def write_bias(self, bias: Tensor) -> None:
+        """Copy `[N]` into the module's bias, in its own dtype. Raises ValueError where it has none."""
         if self.bias is None:
             raise ValueError(f"{self.name} has no bias")
         with torch.no_grad():
@@ -156,6 +157,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def replace_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with x in the place of the hidden states."""
     return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "hidden_states": x})
 
 

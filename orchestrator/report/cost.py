@@ -51,6 +51,7 @@ def stage_bytes(stage: StageResult) -> int:
 
 
 def costs(result: SweepResult) -> Costs:
+    """What the store tells of a sweep's stages, finished or not."""
     stages = list(result.stages.values())
     scored = [e for v in result.variants for e in v.evaluations.values() if e.record is not None]
     needed = [set(_ancestry(result, e)) for e in scored]

@@ -39,6 +39,7 @@ def headline(result: SweepResult, rows: Sequence[Row], models: Sequence[ModelTab
 
 
 def model_section(model: ModelTable, number: int, figures: Sequence[Figure], layers: Sequence[Figure]) -> Markup:
+    """number: of the model on the page. figures, layers: of its scores, and of errors layer by layer."""
     parts: list[object] = [tag("h2", model.model, id=f"model-{number}")]
     if not model.quantized:
         parts.append(tag("p", "No quantized variant of this model is in the sweep."))
