@@ -15,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
-from orchestrator.option_keys import check_keys
+from orchestrator.option_keys import COMPONENT, check_keys
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
@@ -40,24 +40,11 @@ NOT_SWEPT = {
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
 HINTS = tuple(f.name for f in fields(Hints))
 
-FACTS = (
-    "kind",
-    "version",
-    "needs",
-    "reads",
-    "uses_seed",
-    "supports",
-    "for_activations",
-    "maps",
-    "feeds_text",
-    "working_set",
-    "toolkit",
-    "needs_reference",
-    "metrics",
-)
+FACTS = (*COMPONENT.required, *COMPONENT.optional, "needs_reference", "metrics")
 """Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
 
 _GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")
+_SPLITS = ("rows", "paragraphs", "whole", "endoftext")
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): DTYPES,
     ("method", "propagation"): PROPAGATIONS,
@@ -66,8 +53,8 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("method", "transforms.*.params.grid"): _GRIDS,
     ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
-    ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
-    ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("calibration", "text.split"): _SPLITS,
+    ("task", "text.split"): _SPLITS,
     ("task", "windows"): WINDOWS,
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
