@@ -8,7 +8,7 @@ for float64 models), in batches of one size whatever the hints say: training wou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -41,18 +41,14 @@ def tuner_of(made: tuple[Method, ...]) -> BlockTuner | None:
 class BlockForward:
     """Consecutive blocks as one differentiable function; a parameter that is not given is read from the modules as they are."""
 
-    def __init__(self, model: BlockModel, indices: range) -> None:
+    def __init__(self, model: BlockModel, indices: range, workers: Sequence[BlockQuantizer] = ()) -> None:
+        """workers: of the blocks, where weights of linears will be given."""
         self._model, self._indices = model, indices
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._state = {b: {n: p.to(self._dtype) for n, p in model.blocks[b].named_parameters()} for b in indices}
         self._shape = BatchShape()
-        self._linears: dict[str, Any] = {}
-
-    def with_linears(self, workers: list[BlockQuantizer]) -> BlockForward:
-        """Knows where the weights of linears are stored."""
         self._linears = {w.path(n): view for w in workers for n, view in w.weights.views.items()}
-        return self
 
     def __call__(self, changed: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """(parameters by full name, `[B, T, K]`) ▸ `[B, T, K]` float32 or float64."""
@@ -163,7 +159,7 @@ class Tuning:
         """Quantize the linears that the tuner is to quantize; their results are in the workers, in block order."""
         start = time.perf_counter()
         indices = range(workers[0].index, workers[-1].index + 1)
-        forward = BlockForward(self._model, indices).with_linears(workers)
+        forward = BlockForward(self._model, indices, workers)
         blocks = self._blocks(workers, forward)
         if not blocks.linears:
             return
