@@ -44,7 +44,6 @@ FACTS = (*COMPONENT.required, *COMPONENT.optional, "needs_reference", "metrics")
 """Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
 
 _GRIDS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax", "absmax8")
-_SPLITS = ("rows", "paragraphs", "whole", "endoftext")
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "dtype"): DTYPES,
     ("method", "propagation"): PROPAGATIONS,
@@ -53,8 +52,8 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("method", "transforms.*.params.grid"): _GRIDS,
     ("method", "overrides.*.grid"): _GRIDS,
     ("calibration", "sampling"): SAMPLINGS,
-    ("calibration", "text.split"): _SPLITS,
-    ("task", "text.split"): _SPLITS,
+    ("calibration", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
+    ("task", "text.split"): ("rows", "paragraphs", "whole", "endoftext"),
     ("task", "windows"): WINDOWS,
     ("scheme", "weight.granularity"): tuple(g.value for g in Granularity),
     ("scheme", "activation.granularity"): tuple(g.value for g in Granularity),
