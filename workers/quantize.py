@@ -154,7 +154,7 @@ def _working_set(made: tuple[Method, ...], width: int) -> str:
 
 @dataclass
 class _Run:
-    """What lasts from block to block. A block's own tensors are locals of `block`, so that one block at a time is in memory."""
+    """What lasts from block to block. A block's own tensors are locals of `blocks`, so that one block at a time is in memory."""
 
     spec: QuantizeSpec
     made: tuple[Method, ...]
