@@ -7,7 +7,7 @@ thousand cells costs one tuple each.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 AXES = ("model", "method", "scheme", "calibration", "task", "replicate")
@@ -52,5 +52,5 @@ class Grid:
     """The composed root config without the axes: sweep, store, models_dir, data_dir, cluster, tracking, hints."""
     excluded: tuple[tuple[Cell, str], ...] = ()
     """Cells a rule of the sweep removed, with the rule."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """Said in the plan: why Hydra's own compose was used, for example."""

@@ -48,6 +48,8 @@ def planning_parser(prog: str) -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Command:
+    """A command line that composes a grid, as it was given."""
+
     overrides: tuple[str, ...]
     """Of the command line, `hydra.*` ones included."""
     multirun: bool

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from orchestrator.cell import AXES
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
-from orchestrator.option_keys import check_keys
+from orchestrator.option_keys import COMPONENT, check_keys
 from orchestrator.param_files import FILES
 from quant.parameters import ROUNDINGS, TRANSFORMS, refusal
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
@@ -43,21 +43,7 @@ NOT_SWEPT = {
 SWEEP_KEYS = ("name", "exclude", "only_if", "zip", "extra")
 HINTS = tuple(f.name for f in fields(Hints))
 
-FACTS = (
-    "kind",
-    "version",
-    "needs",
-    "reads",
-    "uses_seed",
-    "supports",
-    "for_activations",
-    "maps",
-    "feeds_text",
-    "working_set",
-    "toolkit",
-    "needs_reference",
-    "metrics",
-)
+FACTS = (*COMPONENT.required, *COMPONENT.optional, "needs_reference", "metrics")
 """Keys of methods and tasks that tell planning about the code. Changing them would not change the code."""
 
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
@@ -83,18 +69,9 @@ READ_WITH: dict[str, dict[str, tuple[str, Any]]] = {"clip": _DESCENT, "clip_outp
 """Kind of a transform ▸ a parameter that is read only where another has this value. Elsewhere no key has it."""
 
 
-def option_names(axis: str, *, config_dir: str | None = None) -> list[str]:
-    """Options of an axis or of a settings group (cluster, tracking, sweep), sorted."""
-    composer = Composer.at(config_dir=config_dir)
-    names = composer.options(axis)
-    if not names:
-        raise ConfigError(unknown_name("axis", axis, [*AXES, "cluster", "tracking", "sweep"]))
-    return names
-
-
-def help_text(*, config_dir: str | None = None) -> str:
-    """Axes, settings groups and named sweeps with their options, for `bitgrid --help`."""
-    composer = Composer.at(config_dir=config_dir)
+def help_text() -> str:
+    """Axes, settings groups and named sweeps with their shipped options, for `bitgrid plan --help`."""
+    composer = Composer.at()
     lines = ["axes (sweep with -m and commas, as in: bitgrid run -m method=rtn,gptq scheme=glob(w4*)):"]
     lines += [f"  {axis:<12} {', '.join(composer.options(axis))}" for axis in AXES]
     lines += ["settings of the whole sweep:"]

@@ -162,7 +162,7 @@ def dimensions(axes: Mapping[str, Override], varied: Collection[str] = ()) -> li
         with as_config_error():
             values = sweep_values(override)
         if not values:
-            raise ConfigError(f"{override.input_line} gives no value")
+            raise ConfigError(f"{override.input_line} gives no value; give one at least, or leave it out")
         path = plain_key(override)
         out.append(Dimension(tuple((make_override(path, v, override.type),) for v in values), swept=True))
     return out

@@ -130,7 +130,7 @@ def _zip(composer: Composer, row: Mapping[str, Any]) -> dict[str, list[Any]]:
                 raise ConfigError(f"sweep.zip: {unknown_name(str(key), str(name), composer.options(key))}; globs have no order to zip")
     lengths = {str(k): len(v) for k, v in row.items()}
     if len(row) < 2 or len(set(lengths.values())) != 1:
-        raise ConfigError(f"sweep.zip: zips two or more keys of the same length, got {lengths}")
+        raise ConfigError(f"sweep.zip: zips two or more keys of the same length, got {lengths}; give each key one value per step")
     return {str(k): list(v) for k, v in row.items()}
 
 

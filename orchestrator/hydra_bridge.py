@@ -1,4 +1,4 @@
-"""The one place that touches Hydra's internals (hydra-core is pinned): parse, list, load and compose.
+"""The one place of the driver that touches Hydra's internals (hydra-core is pinned): parse, list, load and compose.
 
 `Composer` is one search path with one root config. It caches loaded yaml files, so that composing the base of a grid and
 loading each of its options reads a file once.

@@ -22,6 +22,7 @@ RESAMPLES = 2000
 FEWEST_TO_RESAMPLE = 12
 """Below this many units the bootstrap's own coverage is poor; the t interval is used."""
 PERPLEXITIES = ("perplexity", "ppl")
+SAME_TASK = "evaluate both with the same task settings"
 _CHUNK = 250
 """Resamples multiplied at once: bounds memory for tasks of many thousand items."""
 
@@ -64,12 +65,12 @@ def compare_items(variant: str, baseline: str, metric: str, confidence: float, s
             raise PairingError(f"{where}: items hold no {column!r} for metric {metric!r}; they hold {', '.join(have)}")
     weight, other_weight = a.columns["weight"], b.columns["weight"][order]
     if not np.array_equal(weight, other_weight):
-        raise PairingError(f"{where}: the same ids carry different weights, so the items are not the same text")
+        raise PairingError(f"{where}: the same ids carry different weights, so the items are not the same text; {SAME_TASK}")
     documents, other = a.columns.get(DOCUMENT), b.columns.get(DOCUMENT)
     if other is not None:
         other = other[order]
         if documents is not None and not np.array_equal(documents, other):
-            raise PairingError(f"{where}: the same ids are of different documents, so the items are not the same text")
+            raise PairingError(f"{where}: the same ids are of different documents, so the items are not the same text; {SAME_TASK}")
     documents = other if documents is None else documents
     return compare(a.columns[column], b.columns[column][order], weight, metric, documents=documents, confidence=confidence, seed=seed)
 
@@ -81,13 +82,12 @@ def _pairing(a: _Items, b: _Items, where: str) -> Any:
     ours, theirs = a.ids.to_pylist(), b.ids.to_pylist()
     position = {item: i for i, item in enumerate(theirs)}
     if len(position) != len(theirs) or len(set(ours)) != len(ours):
-        raise PairingError(f"{where}: item ids repeat, so items cannot be paired")
+        raise PairingError(f"{where}: item ids repeat, so items cannot be paired; {SAME_TASK}")
     alone = [i for i in ours if i not in position]
     if alone or len(ours) != len(theirs):
         example = alone[0] if alone else next(i for i in theirs if i not in set(ours))
         raise PairingError(
-            f"{where}: the items are not the same ({len(ours)} against {len(theirs)}; {example!r} is in one only); "
-            "evaluate both with the same task settings"
+            f"{where}: the items are not the same ({len(ours)} against {len(theirs)}; {example!r} is in one only); {SAME_TASK}"
         )
     return np.array([position[i] for i in ours])
 

@@ -29,18 +29,19 @@ class Keys:
 
 _ANY = Keys()
 _FREE = Keys(each=_ANY)
-_COMPONENT = Keys(
+COMPONENT = Keys(
     ("kind", "version", "needs"),
     ("reads", "uses_seed", "supports", "for_activations", "maps", "feeds_text", "working_set", "toolkit"),
     {"params": _FREE},
 )
+"""Of a method: all but its parameters are facts about the code."""
 _TEXT = Keys(
     optional=("file", "asset", "path", "field", "split", "join", "documents", "skip_documents"),
     below={"hub": Keys(("id",), ("config", "split", "revision", "data_files"))},
 )
 OPTIONS: dict[str, Keys] = {
     "model": Keys(optional=("folder", "asset", "path", "dtype"), below={"hub": Keys(("id",), ("revision",))}),
-    "method": Keys(("rounding",), ("propagation", "overrides"), {"rounding": _COMPONENT, "transforms": Keys(each=_COMPONENT, null=True)}),
+    "method": Keys(("rounding",), ("propagation", "overrides"), {"rounding": COMPONENT, "transforms": Keys(each=COMPONENT, null=True)}),
     "scheme": Keys(optional=("weight", "activation", "kv", "overrides", "auto")),
     "calibration": Keys(("text",), ("samples", "sequence_length", "seed", "sampling"), {"text": _TEXT}),
     "task": Keys(

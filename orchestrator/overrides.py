@@ -52,7 +52,10 @@ def rules(
         if chosen is not None and made is not None:
             out.append(Rule(shape.name, made, chosen))
     if not out:
-        raise PlanError(f"scheme={scheme_option.name}, method={method_option.name}: the overrides leave no linear of {model} to quantize")
+        raise PlanError(
+            f"scheme={scheme_option.name}, method={method_option.name}: the overrides leave no linear of {model} to quantize; "
+            "give null for fewer, or a scheme with weight=null for none"
+        )
     return tuple(out)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from workers.machine import releases
 
 _PACKAGES = ("bitgrid", "torch", "transformers", "datasets", "hydra-core", "omegaconf", "ray", "mlflow", "numpy", "safetensors")
 
@@ -18,15 +19,8 @@ def collect(overrides: Sequence[str]) -> dict[str, Any]:
         "git": _git(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        "packages": releases(_PACKAGES),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

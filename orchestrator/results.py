@@ -29,12 +29,24 @@ class StageResult:
     """Key of the failed stage, for DEP_FAILED."""
     computed_by: str | None = None
     """Key of the sweep whose driver committed it; another sweep's key means it was reused."""
-    spec: dict[str, Any] | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
     """As planned (`workers.specs.to_json`), so that a stage that never ran still tells its bits and group size."""
 
     @property
     def summary(self) -> dict[str, Any]:
         return {} if self.record is None else dict(self.record["summary"])
+
+    @property
+    def seconds(self) -> float | None:
+        """By the clock; None before it is committed."""
+        return None if self.record is None else float(self.record["ended"]) - float(self.record["started"])
+
+    @property
+    def ended(self) -> float | None:
+        """Epoch seconds at which it was committed or failed for good; None before."""
+        if self.record is not None:
+            return float(self.record["ended"])
+        return float(self.failure["ended"]) if self.failure and self.status is Status.FAILED else None
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,13 @@ class VariantResult:
     measure: StageResult | None = None
     """Speed and memory, where the sweep times its variants."""
     flags: tuple[str, ...] = ()
-    """Such as: smoothing without activation quantization is idle."""
+    """Known when it was planned, such as: smoothing without activation quantization is idle."""
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """And those that quantizing found."""
+        found = () if self.quantize is None else self.quantize.summary.get("flags", ())
+        return tuple(dict.fromkeys((*self.flags, *found)))
 
     @property
     def status(self) -> Status:
@@ -104,3 +122,7 @@ class SweepResult:
     """Model digest ▸ option name."""
     model_bytes: dict[str, int] = field(default_factory=dict)
     """Model digest ▸ bytes of its unquantized weight files."""
+
+    def reused(self, stage: StageResult) -> bool:
+        """Whether an earlier sweep had committed the stage."""
+        return stage.record is not None and stage.computed_by not in (None, self.key)

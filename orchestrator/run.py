@@ -29,7 +29,8 @@ from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
 from orchestrator.results import SweepResult
-from orchestrator.schedule import Policy, run_stages
+from orchestrator.retries import Policy
+from orchestrator.schedule import run_stages
 from orchestrator.signals import StopRequest, stop_on_signals
 from orchestrator.sources import ModelSource, Sources
 from orchestrator.stage import Resources, Stage, Status
@@ -226,7 +227,10 @@ def _execute(
     finally:
         executor.stop(kill=kill)
     if lease.lost.is_set():
-        raise StoreLockedError(f"another driver has taken over the store {store.root} while this one could not renew its lease")
+        raise StoreLockedError(
+            f"another driver has taken over the store {store.root} while this one could not renew its lease; "
+            "run `bitgrid resume` when it has ended"
+        )
     return Ending(hooks.statuses, signals.requested, lost)
 
 
@@ -261,9 +265,9 @@ def estimator(history: Durations) -> Callable[[Spec, ModelSource], Resources]:
 def remember_durations(ledger: Ledger, result: SweepResult) -> None:
     """What a deleted ledger knew of a sweep's stages."""
     for stage in result.stages.values():
-        if stage.record is not None and stage.spec is not None:
+        if stage.seconds is not None:
             spec = from_json(SPEC_TYPES[StageKind(stage.kind)], stage.spec)
-            ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.record["ended"] - stage.record["started"])
+            ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.seconds)
 
 
 def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:

@@ -16,8 +16,6 @@ from orchestrator.stage import Stage, Status
 from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import ErrorClass, Failure, Outcome, Request
 
-__all__ = ["Adjustment", "Hooks", "Policy", "Stop", "drive", "run_stages"]
-
 POLL_S = 0.5
 """Longest wait for an event: bounds how late a second Ctrl-C is noticed."""
 
@@ -111,14 +109,13 @@ class _Loop:
         self.last_loss = ""
 
     def submit(self, assignment: Assignment) -> None:
-        a = assignment
         try:
-            request = self._hooks.request(a.request_id, a.stages, a.attempts, a.adjustment)
+            request = self._hooks.request(assignment.request_id, assignment.stages, assignment.attempts, assignment.adjustment)
         except (OSError, BitgridError) as e:
-            for stage in self._scheduler.request_ended(a.request_id):
+            for stage in self._scheduler.request_ended(assignment.request_id):
                 self._failed(stage, _failure(e))
             return
-        self._executor.submit(a.slot, request)
+        self._executor.submit(assignment.slot, request)
 
     def take_events(self, timeout_s: float) -> None:
         for event in self._executor.poll(timeout_s):

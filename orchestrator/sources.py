@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from orchestrator.errors import SourceError
 from orchestrator.fingerprint import digest
 from orchestrator.hub import describe_model
 from workers.artifact import file_digest
-from workers.model_files import EXPECTED, SAFETENSORS, SMALL_FILES, Weights, weights_in
+from workers.model_files import EXPECTED, SAFETENSORS, SMALL_FILES, Weights, safetensors_header, weights_in
 from workers.request import Location
 
 ASSETS = Path(workers.__file__).parent / "assets"
@@ -254,17 +253,8 @@ def check_pickled(path: Path) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Compare a safetensors file's size with what its header says. Raises SourceError when it is cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        start = f.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        header = f.read(length) if 0 < length < size else b""
+    """Raises SourceError for what is no whole safetensors file."""
     try:
-        tensors = json.loads(header)
-    except ValueError:
-        raise SourceError(f"{path} is not a whole safetensors file: {size} bytes with no readable header; copy it again") from None
-    end = max((t["data_offsets"][1] for k, t in tensors.items() if k != "__metadata__"), default=0)
-    expected = 8 + length + end
-    if size != expected:
-        raise SourceError(f"{path} is truncated: got {size} bytes, its header says {expected}; copy it again")
+        safetensors_header(path)
+    except ValueError as e:
+        raise SourceError(str(e)) from e

@@ -12,16 +12,15 @@ that both share cancels in the difference, so its interval is far narrower than 
 * p value: paired t test of the linearised difference (over C documents: with the cluster-robust variance, its factor C / (C - 1), and
   C - 1 degrees of freedom). Bootstrap p values cannot fall below 1/resamples, which Holm's correction over a large table would
   always reject as too coarse.
-* Multiplicity: Holm (1979) over the deltas given together.
+* Multiplicity: Holm (1979) over the p values given together.
 
 All variants of a task are resampled with the same draws, so equal items give equal intervals.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from orchestrator.errors import PairingError
@@ -59,8 +58,6 @@ class Delta:
     differs by the same amount); single (one item: no interval); undefined (a score that is not finite)."""
     p_value: float
     """Two-sided, of no difference; NaN where there is none."""
-    p_adjusted: float | None = None
-    """After Holm's correction; None until `adjust_holm`, and where there is no p value."""
     unit: Unit = Unit.ITEM
     n_documents: int | None = None
     """Of the items with a positive weight; None where items do not tell."""
@@ -68,11 +65,6 @@ class Delta:
     @property
     def n_units(self) -> int:
         return self.n_items if self.unit is Unit.ITEM or self.n_documents is None else self.n_documents
-
-    @property
-    def separable(self) -> bool:
-        """Whether the difference stands after correction for the number of comparisons."""
-        return self.p_adjusted is not None and self.p_adjusted < 1 - self.confidence
 
 
 def paired_delta(
@@ -102,15 +94,13 @@ def paired_delta(
     return compare_items(str(variant.payload), str(baseline.payload), metric, confidence, seed, where)
 
 
-def adjust_holm(deltas: Sequence[Delta]) -> list[Delta]:
-    """The same deltas with `p_adjusted` by Holm's step-down method (1979) over all that have a p value.
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p values, none of them NaN, adjusted by Holm's step-down method (1979) for being tested together; in the same order.
 
     Not by statsmodels, which tests hold this to: importing it, and the garbage collection of the whole process in each of its calls, took
     five seconds of every report."""
-    out = list(deltas)
-    tested = sorted((d.p_value, i) for i, d in enumerate(deltas) if not math.isnan(d.p_value))
+    out = [0.0] * len(p_values)
     adjusted = 0.0
-    for rank, (p, i) in enumerate(tested):
-        adjusted = max(adjusted, min(1.0, (len(tested) - rank) * p))
-        out[i] = replace(deltas[i], p_adjusted=adjusted)
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        adjusted = out[i] = max(adjusted, min(1.0, (len(p_values) - rank) * p_values[i]))
     return out

@@ -86,7 +86,8 @@ def find_sweep(store: Store, name: str | None) -> str:
     if len(found) != 1:
         named = [k for k in keys if _named(store, k) == name]
         if found and not named:
-            raise StoreError(f"sweep {name!r} is not the only one: {', '.join(f'{k[:8]} {_named(store, k)}'.rstrip() for k in found)}")
+            told = ", ".join(f"{k[:8]} {_named(store, k)}".rstrip() for k in found)
+            raise StoreError(f"sweep {name!r} is not the only one: {told}; give more of its key")
         found = named
     if not found:
         names = [n for k in keys for n in (k[:8], _named(store, k)) if n]

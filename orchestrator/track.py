@@ -22,9 +22,10 @@ from typing import Any
 from orchestrator.dashboard_view import view_tag
 from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, sqlite_file, sqlite_runs, upgrade_sqlite
 from orchestrator.results import SweepResult
+from orchestrator.stats import paired_delta
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
 from orchestrator.tracked_files import ArtifactFile
-from orchestrator.tracked_metrics import DeltaOf, Point, paired
+from orchestrator.tracked_metrics import DeltaOf, Point
 from orchestrator.tracked_runs import SWEEP_RUN, Phase, RunDescription, describe_sweep, describe_variant
 from orchestrator.tracking import NoTracker, SyncReport, SyncTally, Tracker, TrackingSettings
 
@@ -36,7 +37,7 @@ ACTIVE, DELETED = 1, 2
 """mlflow.entities.ViewType."""
 
 
-def open_tracker(settings: Mapping[str, Any], project_dir: Path, delta_of: DeltaOf = paired) -> Tracker:
+def open_tracker(settings: Mapping[str, Any], project_dir: Path, delta_of: DeltaOf = paired_delta) -> Tracker:
     """Tracker for the `tracking` group. Costs nothing: MLflow is imported by the first `prepare` or `sync`. Raises ConfigError."""
     known = TrackingSettings.of(settings, project_dir)
     return NoTracker() if known.kind == "none" else MlflowTracker(known, delta_of)
@@ -45,7 +46,7 @@ def open_tracker(settings: Mapping[str, Any], project_dir: Path, delta_of: Delta
 class MlflowTracker:
     """`clock` gives monotonic seconds."""
 
-    def __init__(self, settings: TrackingSettings, delta_of: DeltaOf = paired, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, settings: TrackingSettings, delta_of: DeltaOf = paired_delta, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._delta_of = delta_of
         self._clock = clock

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from orchestrator.mlflow_names import metric_name
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import Delta
 from workers.artifact import CorruptArtifactError, payload_path
 
 GIB = 2**30
@@ -25,17 +26,6 @@ class Point:
     value: float
     timestamp_ms: int
     step: int = 0
-
-
-class Delta(Protocol):
-    """Variant minus baseline, in the metric's own unit, with its interval (NaN where there is none)."""
-
-    @property
-    def delta(self) -> float: ...
-    @property
-    def low(self) -> float: ...
-    @property
-    def high(self) -> float: ...
 
 
 DeltaOf = Callable[[StageResult, StageResult, TaskInfo, str], Delta]
@@ -67,13 +57,6 @@ MEASURE_FACTS = {
 LAYER_COLUMNS = ("weight_error", "output_error")
 
 
-def paired(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> Delta:
-    """`orchestrator.stats.paired_delta`, loaded when first used. Its results are cached, so repeated syncs cost little."""
-    from orchestrator.stats import paired_delta
-
-    return paired_delta(variant, baseline, task, metric)
-
-
 def scores(stage: StageResult) -> dict[str, float]:
     """Metrics of an evaluate stage; empty before it is committed."""
     found = stage.summary.get("scores")
@@ -102,7 +85,7 @@ def variant_points(
     for task, stage in variant.evaluations.items():
         if stage.record is None:
             continue
-        at = _ms(stage.record["ended"])
+        at = ms(stage.record["ended"])
         points += [Point(metric_name("eval", task, m), v, at) for m, v in scores(stage).items()]
         points.append(Point(metric_name("time", f"evaluate_{task}_s"), _elapsed(stage), at))
         other = None if baseline is None or variant.is_baseline else baseline.evaluations.get(task)
@@ -115,7 +98,7 @@ def variant_points(
 def _facts(stage: StageResult, names: Mapping[str, str]) -> list[Point]:
     if stage.record is None:
         return []
-    at, known = _ms(stage.record["ended"]), _numbers(stage.summary)
+    at, known = ms(stage.record["ended"]), _numbers(stage.summary)
     values = {metric: known[name] for name, metric in names.items() if name in known}
     if "size/model_bytes" in values:
         values["size/model_gib"] = values["size/model_bytes"] / GIB
@@ -125,13 +108,13 @@ def _facts(stage: StageResult, names: Mapping[str, str]) -> list[Point]:
 def _cache_points(stage: StageResult) -> list[Point]:
     """Bits per key and value, of an evaluation whose cache is quantized."""
     bits = _numbers(stage.summary.get("kv") or {}).get("bits_stored")
-    return [] if stage.record is None or bits is None else [Point("size/kv_bits_stored", bits, _ms(stage.record["ended"]))]
+    return [] if stage.record is None or bits is None else [Point("size/kv_bits_stored", bits, ms(stage.record["ended"]))]
 
 
 def _quantize_points(stage: StageResult) -> tuple[list[Point], list[str]]:
     if stage.record is None:
         return [], []
-    at = _ms(stage.record["ended"])
+    at = ms(stage.record["ended"])
     points = [*_facts(stage, QUANTIZE_FACTS), Point("time/quantize_s", _elapsed(stage), at)]
     if stage.payload is None or "layers.parquet" not in stage.record.get("files", {}):
         return points, []
@@ -159,7 +142,7 @@ def _block_errors(artifact: str) -> tuple[tuple[str, int, float], ...]:
 def _delta_points(stage: StageResult, other: StageResult, task: TaskInfo, delta_of: DeltaOf) -> tuple[list[Point], list[str]]:
     assert stage.record is not None
     assert other.record is not None
-    at = _ms(max(stage.record["ended"], other.record["ended"]))
+    at = ms(max(stage.record["ended"], other.record["ended"]))
     base, points, notes = scores(other), [], []
     for metric, value in scores(stage).items():
         if metric not in base or metric not in task.higher_is_better:
@@ -176,19 +159,17 @@ def _delta_points(stage: StageResult, other: StageResult, task: TaskInfo, delta_
     return points, notes
 
 
-def progress(
-    result: SweepResult, reused: Callable[[StageResult, SweepResult], bool], ended_at: Callable[[StageResult], float | None]
-) -> tuple[Point, ...]:
+def progress(result: SweepResult) -> tuple[Point, ...]:
     """Stages done over time: reused ones count from the start. The stride depends on the plan alone, so that a resumed sweep
     only adds points."""
     done = [s for s in result.stages.values() if s.status in (Status.SUCCEEDED, Status.CACHED)]
-    taken = sum(reused(s, result) for s in done)
-    times = sorted(t for s in done if not reused(s, result) and (t := ended_at(s)) is not None)
+    taken = sum(result.reused(s) for s in done)
+    times = sorted(t for s in done if not result.reused(s) and (t := s.ended) is not None)
     stride = max(1, len(result.stages) // PROGRESS_POINTS)
-    points = [Point("progress/stages_done", float(taken), _ms(result.created), taken)] if taken else []
+    points = [Point("progress/stages_done", float(taken), ms(result.created), taken)] if taken else []
     for count, ended in enumerate(times, start=taken + 1):
         if count % stride == 0 or count == len(result.stages):
-            points.append(Point("progress/stages_done", float(count), _ms(ended), count))
+            points.append(Point("progress/stages_done", float(count), ms(ended), count))
     return tuple(points)
 
 
@@ -197,9 +178,9 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _elapsed(stage: StageResult) -> float:
-    assert stage.record is not None
-    return float(stage.record["ended"]) - float(stage.record["started"])
+    assert stage.seconds is not None
+    return stage.seconds
 
 
-def _ms(seconds: float) -> int:
+def ms(seconds: float) -> int:
     return round(seconds * 1000)

@@ -29,8 +29,9 @@ from typing import Any
 from orchestrator.mlflow_names import param_value, tag_key, tag_value
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import paired_delta
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
-from orchestrator.tracked_metrics import DeltaOf, Point, paired, progress, variant_points
+from orchestrator.tracked_metrics import DeltaOf, Point, ms, progress, variant_points
 
 SCHEMA = 3
 """Version of the form below; a change rewrites every run once."""
@@ -91,7 +92,7 @@ def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, 
         status = "FAILED"
     else:
         status = "KILLED" if "KILLED" in variants else "FINISHED"
-    ended = [t for s in stages if (t := ended_at(s)) is not None and not _reused(s, result)]
+    ended = [t for s in stages if (t := s.ended) is not None and not result.reused(s)]
     end = max([result.created, *ended])
     count = {s: sum(x.status is s for x in stages) for s in Status}
     done = count[Status.SUCCEEDED] + count[Status.CACHED]
@@ -100,7 +101,7 @@ def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, 
         **_identity_tags(result, "sweep"),
         "bitgrid.stages": str(len(stages)),
         "bitgrid.stages_done": str(done),
-        "bitgrid.stages_reused": str(sum(_reused(s, result) for s in stages)),
+        "bitgrid.stages_reused": str(sum(result.reused(s) for s in stages)),
         "bitgrid.stages_failed": str(count[Status.FAILED]),
         "bitgrid.stages_dep_failed": str(count[Status.DEP_FAILED]),
         "bitgrid.variants": str(len(variants)),
@@ -112,10 +113,10 @@ def describe_sweep(result: SweepResult, phase: Phase, attachments: Mapping[str, 
         key=SWEEP_RUN,
         name=f"{result.name} {result.key[:8]}",
         status=status,
-        start_ms=_ms(result.created),
-        end_ms=None if status == "RUNNING" else _ms(end),
+        start_ms=ms(result.created),
+        end_ms=None if status == "RUNNING" else ms(end),
         params={},
-        metrics=progress(result, _reused, ended_at) if phase is Phase.ENDED else (),
+        metrics=progress(result) if phase is Phase.ENDED else (),
         tags={tag_key(k): tag_value(v) for k, v in tags.items()},
         artifacts=(
             config_file("config/sweep.yaml", {"sweep": result.key, "name": result.name, "config": result.config}),
@@ -130,14 +131,14 @@ def run_keys(result: SweepResult) -> set[str]:
     return {SWEEP_RUN, *(v.key for v in result.variants if any(_ended_or_blocked(s, result) is not None for s in _stages(v)))}
 
 
-def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired) -> RunDescription | None:
+def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, delta_of: DeltaOf = paired_delta) -> RunDescription | None:
     """A variant's run; None before the first of its stages has ended, for there is nothing to say yet."""
     ended = {s.key: t for s in _stages(variant) if (t := _ended_or_blocked(s, result)) is not None}
     if not ended:
         return None
     own = [s for s in _stages(variant) if s.key in ended]
     # Reused stages may be weeks old: the run's time span is of what this sweep computed, where it computed anything.
-    fresh = [s for s in own if not _reused(s, result)] or own
+    fresh = [s for s in own if not result.reused(s)] or own
     status = _variant_status(variant, phase)
     baseline = next((v for v in result.variants if v.key == variant.baseline_key), None)
     points, notes = variant_points(variant, baseline, result.tasks, delta_of)
@@ -152,7 +153,7 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
     settings = {
         "axes": dict(variant.axes),
         "variant": variant.key,
-        "stages": {role: {"key": s.key, "spec": spec_of(s)} for role, s in _roles(variant)},
+        "stages": {role: {"key": s.key, "spec": s.spec} for role, s in _roles(variant)},
     }
     artifacts = [config_file("config/variant.yaml", settings)]
     for role, stage in _roles(variant):
@@ -161,8 +162,8 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
         key=variant.key,
         name=variant.label,
         status=status,
-        start_ms=min(_ms(_started(s, ended[s.key])) for s in fresh),
-        end_ms=None if status == "RUNNING" else max(_ms(ended[s.key]) for s in fresh),
+        start_ms=min(ms(_started(s, ended[s.key])) for s in fresh),
+        end_ms=None if status == "RUNNING" else max(ms(ended[s.key]) for s in fresh),
         params=_params(variant),
         metrics=points,
         tags={tag_key(k): tag_value(v) for k, v in tags.items()},
@@ -170,29 +171,13 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
     )
 
 
-def spec_of(stage: StageResult) -> dict[str, Any]:
-    """The stage's canonical spec, known before it runs; empty where the plan did not keep it."""
-    return dict(stage.spec or {})
-
-
-def ended_at(stage: StageResult) -> float | None:
-    """Epoch seconds at which it was committed or failed for good; None before."""
-    if stage.record is not None:
-        return float(stage.record["ended"])
-    return float(stage.failure["ended"]) if stage.failure and stage.status is Status.FAILED else None
-
-
 def _ended_or_blocked(stage: StageResult, result: SweepResult) -> float | None:
     blocker = result.stages.get(stage.blocked_by) if stage.status is Status.DEP_FAILED and stage.blocked_by else None
-    return ended_at(blocker or stage)
+    return (blocker or stage).ended
 
 
 def _started(stage: StageResult, ended: float) -> float:
     return ended if stage.record is None else float(stage.record["started"])
-
-
-def _reused(stage: StageResult, result: SweepResult) -> bool:
-    return stage.record is not None and stage.computed_by not in (None, result.key)
 
 
 def _roles(variant: VariantResult) -> Iterable[tuple[str, StageResult]]:
@@ -226,7 +211,7 @@ def _params(variant: VariantResult) -> dict[str, str]:
         "calibration.name": axes.get("calibration"),
         "replicate": axes.get("replicate"),
     }
-    specs = {role: spec_of(s) for role, s in _roles(variant)}
+    specs = {role: s.spec for role, s in _roles(variant)}
     quantize = specs.get("quantize", {})
     weights = [r["weight"] for r in quantize.get("rules", []) if r.get("weight")]
     for name in ("bits", "group_size", "symmetric"):
@@ -270,10 +255,9 @@ def _identity_tags(result: SweepResult, kind: str) -> dict[str, str]:
 
 def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str]) -> dict[str, str]:
     tags, said = {}, list(notes)
-    flags = [*variant.flags, *(variant.quantize.summary.get("flags", ()) if variant.quantize else ())]
-    if flags:
-        tags["bitgrid.flags"] = "; ".join(dict.fromkeys(map(str, flags)))
-    reused = [role for role, s in _roles(variant) if _reused(s, result)]
+    if variant.all_flags:
+        tags["bitgrid.flags"] = "; ".join(variant.all_flags)
+    reused = [role for role, s in _roles(variant) if result.reused(s)]
     if reused:
         tags["bitgrid.reused"] = ", ".join(reused)
     for role, stage in _roles(variant):
@@ -313,10 +297,6 @@ def _sweep_note(result: SweepResult, stages: int, done: int, failed: list[str]) 
     if failed:
         lines += [f"{len(failed)} variants failed:", *(f"- {label}" for label in failed[:50])]
     return "\n\n".join(lines[:2]) + ("\n\n" + "\n".join(lines[2:]) if lines[2:] else "")
-
-
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
 
 
 def _number(value: float) -> float | str:

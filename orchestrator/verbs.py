@@ -26,7 +26,6 @@ from orchestrator.run import open_projection, project, remember_durations, renew
 from orchestrator.stage import Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
-from orchestrator.tracked_runs import spec_of
 
 
 def _open(root: Path) -> Store:
@@ -129,7 +128,7 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     if code == 0:
         say(console, f"{chosen.label} exported to {out}")
         parts = {"activation": "activations", "kv": "keys and values"}
-        left_out = [words for part, words in parts.items() if any(spec_of(e).get(part) for e in chosen.evaluations.values())]
+        left_out = [words for part, words in parts.items() if any(e.spec.get(part) for e in chosen.evaluations.values())]
         if left_out:
             told = f"note: the scores are of quantized {' and '.join(left_out)} too; the checkpoint quantizes weights only"
             say(console, told)
@@ -151,7 +150,7 @@ def _variant(result: SweepResult, name: str) -> VariantResult:
 def _model_arguments(result: SweepResult, store: Store, quantize: StageResult) -> list[str]:
     """Where the export finds the unquantized model: by its content, for several options (dtypes) may share a folder."""
     plan = json.loads((store.sweep_folder(result.key) / "plan.json").read_text())
-    known = plan["models"].get(spec_of(quantize)["model"]["digest"])
+    known = plan["models"].get(quantize.spec["model"]["digest"])
     if known is None:
         raise StoreError(f"the sweep does not say where the model of {quantize.label!r} was; run it again and export then")
     location = known["location"]

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from workers.errors import NumericalError
+
+T = TypeVar("T")
 Tap = Callable[[str, Tensor, Tensor | None], Tensor]
 """(name of the linear, its input `[..., K]`, index of each row among the batch's tokens or None where rows are all of them)
 ▸ the input to use."""
@@ -52,6 +55,7 @@ class LinearView:
             self.weight().copy_(weight)
 
     def write_bias(self, bias: Tensor) -> None:
+        """Copy `[N]` into the module's bias, in its own dtype. Raises ValueError where it has none."""
         if self.bias is None:
             raise ValueError(f"{self.name} has no bias")
         with torch.no_grad():
@@ -73,6 +77,30 @@ def linear_view(root: nn.Module, name: str) -> LinearView:
     if isinstance(module, nn.Linear):
         return LinearView(name, module, "weight")
     raise TypeError(f"{name} is a {type(module).__name__}, not a linear")
+
+
+def check_held(tensor: Tensor | None, name: str, done: str) -> None:
+    """Raises NumericalError where the model's dtype cannot hold what was written. done: to the values, before."""
+    if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(f"{name}, {done}, is not finite in {tensor.dtype}; use model.dtype=bfloat16 or float32")
+
+
+class Once:
+    """What was made of an input, for as long as the same one is given: linears that share an input read the same tensor object."""
+
+    def __init__(self) -> None:
+        self._given: tuple[object, ...] = ()
+        self._made: Any = None
+
+    def of(self, make: Callable[[], T], *given: object) -> T:
+        """given: the objects that what is made depends on."""
+        if len(given) != len(self._given) or any(a is not b for a, b in zip(given, self._given, strict=True)):
+            self._given, self._made = given, make()
+        made: T = self._made
+        return made
+
+    def forget(self) -> None:
+        self._given, self._made = (), None
 
 
 class Taps:
@@ -129,6 +157,7 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def replace_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with x in the place of the hidden states."""
     return ((x, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "hidden_states": x})
 
 

@@ -12,7 +12,7 @@ Payload of one stage: `block_0000.safetensors` ... with one tensor per distinct 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers import datasets, kv_capture, kv_fisher, site_moments
-from workers.capture import BlockStatistics, check_kind, collect, sample_sequences
+from workers.capture import BlockStatistics, block_file, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
 from workers.families import Structure
@@ -29,15 +29,11 @@ from workers.memory import PeakMemory
 from workers.positions import positions, refuses_calibration
 from workers.request import Location
 from workers.specs import CalibrateSpec, CalibrationSpec
-from workers.stream import BlockModel, batches, open_blocks
+from workers.stream import BlockModel, open_blocks
 
 FORMAT = 1
 SITES = "sites.json"
 OF_CACHE = frozenset({kv_capture.KIND, kv_fisher.KIND})
-
-
-def block_file(block: int) -> str:
-    return f"block_{block:04d}.safetensors"
 
 
 def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
@@ -46,11 +42,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     Raises InputError (unknown statistic, specs that do not belong together, unusable model or text), NumericalError.
     """
     specs = [spec for spec, _ in stages.values()]
-    for spec in specs:
-        if spec.statistic not in (*OF_CACHE, site_moments.KIND):
-            check_kind(spec.statistic)
-        if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
-            raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
+    _check(specs)
     peak = PeakMemory(context.device, context.kept)
     model = open_blocks(context, specs[0].model)
     tokens = calibration_tokens(context, model, specs[0].calibration)
@@ -64,7 +56,7 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
     described: dict[str, list[dict[str, Any]]] = {key: [] for key in stages}
     fisher = kv_fisher.squared_gradients(context, specs[0].model, model.structure, tokens[:kept]) if kv_fisher.KIND in wanted else {}
     with context.phase("forward"):
-        prepared = model.prepare(batches(tokens, context.batch_tokens))
+        prepared = model.prepare(datasets.batches(tokens, context.batch_tokens))
     hidden, calls = prepared.hidden, prepared.calls
     del prepared  # or the first block's inputs would stay beside every block's
     for b in range(model.structure.count):
@@ -94,31 +86,35 @@ def run_calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Con
         if spec.statistic == site_moments.KIND:
             assert table is not None
             described[key] = table.write(payload)
-        index = {
-            "format": FORMAT,
+        facts = {
             "statistic": spec.statistic,
             "sequences": sequences,
-            "sequence_length": length,
             "sample_sequences": kept if spec.statistic in ("samples", *OF_CACHE) else None,
-            "blocks": described[key],
-            "linears": {
-                model.structure.path(b, n): model.structure.path(b, s.linears[0])
-                for b in range(model.structure.count)
-                for s in model.structure.sites
-                for n in s.linears
-            },
         }
+        index = {"format": FORMAT, **facts, "sequence_length": length, "blocks": described[key], "linears": _inputs(model.structure)}
         (payload / SITES).write_text(json.dumps(index, indent=1, sort_keys=True))
         summaries[key] = {
-            "statistic": spec.statistic,
+            **facts,
             "tokens": sequences * length,
-            "sequences": sequences,
-            "sample_sequences": index["sample_sequences"],
             "sites": sum(len(d["sites"]) for d in described[key]),
             "bytes": sum(p.stat().st_size for p in payload.iterdir()),
             "peak_memory_bytes": peak.bytes(),
         }
     return summaries
+
+
+def _check(specs: Sequence[CalibrateSpec]) -> None:
+    for spec in specs:
+        if spec.statistic not in (*OF_CACHE, site_moments.KIND):
+            check_kind(spec.statistic)
+        if (spec.model, spec.calibration) != (specs[0].model, specs[0].calibration):
+            raise InputError("calibrate stages of one request must share model and calibration set; send the others separately")
+
+
+def _inputs(structure: Structure) -> dict[str, str]:
+    """Linear ▸ the first linear that reads its input, by full names."""
+    sites = [(b, s) for b in range(structure.count) for s in structure.sites]
+    return {structure.path(b, n): structure.path(b, s.linears[0]) for b, s in sites for n in s.linears}
 
 
 def calibration_tokens(context: Context, model: BlockModel, calibration: CalibrationSpec) -> Tensor:

@@ -28,6 +28,11 @@ MOMENTS = "moments"
 """A kind beside `quant.statistics.KINDS`: no method reads it (see `workers.site_moments`)."""
 
 
+def block_file(block: int) -> str:
+    """Of a calibrate artifact: one block's tensors."""
+    return f"block_{block:04d}.safetensors"
+
+
 def check_kind(kind: str) -> str:
     """Raises InputError naming the allowed kinds."""
     if kind not in KINDS:

@@ -6,7 +6,6 @@ Pickled weights are read through their conversion to safetensors (`workers.conve
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,15 +14,13 @@ from typing import Any
 
 from workers.convert import convert_once
 from workers.errors import InputError, Unreachable
-from workers.model_files import EXPECTED, PICKLED, SAFETENSORS, SMALL_FILES, Weights, weights_in
+from workers.model_files import EXPECTED, PICKLED, SAFETENSORS, SMALL_FILES, Weights, safetensors_header, weights_in
 from workers.request import Location
 
 HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*")
 """Fetched of every hub model besides its weights."""
 TRY_LATER = (408, 429)
 """HTTP's request timeout and too many requests."""
-MAX_HEADER = 100_000_000
-"""The format's own limit for the JSON header, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -146,33 +143,17 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as e:
-        raise InputError(f"{path} ({what}) is missing") from e
+        raise InputError(f"{path} ({what}) is missing; fetch the model again") from e
     except ValueError as e:
-        raise InputError(f"{path} ({what}) is not JSON: {e}") from e
+        raise InputError(f"{path} ({what}) is not JSON: {e}; fetch the model again") from e
     if not isinstance(data, dict):
-        raise InputError(f"{path} ({what}) holds a {type(data).__name__}, expected an object")
+        raise InputError(f"{path} ({what}) holds a {type(data).__name__}, expected an object; fetch the model again")
     return data
 
 
 def _header(path: Path) -> dict[str, TensorEntry]:
-    """Entries of a safetensors file: 8 bytes of header length, a JSON header, then the data."""
-    actual = path.stat().st_size
-    with path.open("rb") as f:
-        first = f.read(8)
-        if len(first) < 8:
-            raise InputError(f"{path} is truncated: expected at least 8 bytes, got {actual}; fetch it again")
-        (length,) = struct.unpack("<Q", first)
-        if length > MAX_HEADER:
-            raise InputError(f"{path} is not a safetensors file: its header would have {length} bytes")
-        raw = f.read(length)
-    if len(raw) < length:
-        raise InputError(f"{path} is truncated: expected at least {8 + length} bytes, got {actual}; fetch it again")
     try:
-        header = json.loads(raw)
+        header = safetensors_header(path)
     except ValueError as e:
-        raise InputError(f"{path} is not a safetensors file: its header is not JSON ({e})") from e
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((e["data_offsets"][1] for e in header.values()), default=0)
-    if actual < expected:
-        raise InputError(f"{path} is truncated: expected {expected} bytes, got {actual}; fetch it again")
+        raise InputError(str(e)) from e
     return {name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"]), name) for name, e in header.items()}

@@ -1,4 +1,4 @@
-"""Texts: from a location to documents, from documents to tokens, from tokens to calibration samples.
+"""Texts: from a location to documents, from documents to tokens, from tokens to calibration samples and batches.
 
 Rows of a .jsonl (or .json with one object a line) and of hub data sets are documents as they are, empty ones included,
 since the perplexity protocol joins them all. Plain text is cut by `TextSpec.split`, and blank documents are left out.
@@ -127,7 +127,9 @@ def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
             "reached. Let it be reached once, or set data_dir= (or BITGRID_DATA) or text.path="
         )
     if spec.field is None or spec.field not in rows.column_names:
-        raise InputError(f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}")
+        raise InputError(
+            f"data set {location.path} has columns {', '.join(rows.column_names)}, not text.field={spec.field}; set it to one of these"
+        )
     end = None if spec.documents is None else min(len(rows), spec.skip_documents + spec.documents)
     found: list[Any] = rows[:end][spec.field]
     odd = next((i for i, text in enumerate(found) if not isinstance(text, str)), None)
@@ -289,3 +291,8 @@ SAMPLINGS: dict[str, Callable[[Sequence[str], CalibrationSpec, Tokenizer, str], 
     "documents": _documents,
     "sequential": _sequential,
 }
+
+
+def batches(sequences: Tensor, batch_tokens: int) -> list[Tensor]:
+    """`[S, T, ...]` in consecutive parts of at most `batch_tokens` tokens, of one sequence at least."""
+    return list(sequences.split(max(1, batch_tokens // sequences.shape[1])))

@@ -6,13 +6,12 @@ import os
 import platform
 import socket
 from functools import lru_cache
-from importlib import metadata
 from typing import Any
 
 import psutil
 
 from workers import nvml
-from workers.machine import cpu_model
+from workers.machine import cpu_model, releases
 
 PACKAGES = (
     "torch",
@@ -60,7 +59,7 @@ def _fixed(device: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
+        "packages": releases(PACKAGES),
         "hostname": socket.gethostname(),
         "kernel": platform.release(),
         "cpu": cpu_model(),
@@ -80,10 +79,3 @@ def _fixed(device: str) -> dict[str, Any]:
     except nvml.NotTold as e:
         found["nvml"] = str(e)
     return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -42,7 +42,7 @@ def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, 
     check_task(spec.task)
     peak = PeakMemory(context.device, context.kept)
     stage = _Stage(spec, inputs, payload, context, residency)
-    result = stage.perplexity() if spec.task.kind == perplexity.KIND else stage.divergence()
+    result = SCORED_BY[spec.task.kind](stage)
     with context.phase("write"):
         _write_items({**result.columns, **stage.columns}, payload / ITEMS)
     return {
@@ -102,13 +102,9 @@ class _Stage:
         windows = self._windows(params.window, params.limit, None)
         if self._is_reference:
             budget = self.context.hints.reference_bytes
-            result = self._scored(
-                windows, lambda logits: divergence.run_reference(logits, windows, self._batch_tokens, self.payload, budget)
-            )
-        else:
-            reference = self._reference(windows)
-            result = self._scored(windows, lambda logits: divergence.run(reference, logits, windows, self._batch_tokens))
-        return result
+            return self._scored(windows, lambda logits: divergence.run_reference(logits, windows, self._batch_tokens, self.payload, budget))
+        reference = self._reference(windows)
+        return self._scored(windows, lambda logits: divergence.run(reference, logits, windows, self._batch_tokens))
 
     @property
     def _is_reference(self) -> bool:
@@ -165,6 +161,10 @@ class _Stage:
             logits = resident_logits(model, self.context.device, runtime)
         with self.context.phase("forward"), torch.inference_mode():
             return run(logits)
+
+
+SCORED_BY: dict[str, Callable[[_Stage], base.Result]] = {perplexity.KIND: _Stage.perplexity, divergence.KIND: _Stage.divergence}
+"""Of every kind in TASKS."""
 
 
 def _check_fits(model: nn.Module, windows: Tensor) -> None:

@@ -37,13 +37,6 @@ def linear_shapes(config: Config) -> tuple[LinearShape, ...]:
     )
 
 
-def parameter_bytes(config: Config, bytes_per_value: int) -> int:
-    """Estimate of the size of all weights, biases and norms left out (below 1 %)."""
-    s = structure(config)
-    per_block = sum(rows * site.cols for site in s.sites for rows in site.rows)
-    return (s.count * per_block + s.other_parameters) * bytes_per_value
-
-
 def structure(config: Config) -> Structure:
     """Structure of the model that `config` (the parsed config.json) describes. Raises UnsupportedModel with the reason."""
     kind = config.get("model_type")
@@ -57,12 +50,19 @@ def structure(config: Config) -> Structure:
     return FAMILIES[str(kind)](config)
 
 
+def structure_of(model: Any) -> Structure:
+    """As `structure`, of a model of transformers."""
+    return structure(model.config.to_dict())
+
+
 def _get(config: Config, *names: str, default: Any = None) -> Any:
     for name in names:
         if config.get(name) is not None:
             return config[name]
     if default is None:
-        raise UnsupportedModel(f"config.json of a {config.get('model_type')} model lacks {' or '.join(names)}")
+        raise UnsupportedModel(
+            f"config.json of a {config.get('model_type')} model lacks {' or '.join(names)}; add it, or copy the file again"
+        )
     return default
 
 
@@ -72,8 +72,6 @@ def _llama_like(config: Config) -> Structure:
     heads = int(_get(config, "num_attention_heads"))
     kv = int(_get(config, "num_key_value_heads", default=heads))
     width = int(_get(config, "head_dim", default=256 if kind == "gemma" else hidden // heads))
-    vocab = int(_get(config, "vocab_size"))
-    tied = bool(config.get("tie_word_embeddings", kind == "gemma"))
     attention = (
         Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (heads * width, kv * width, kv * width), hidden),
         Site(("self_attn.o_proj",), (hidden,), heads * width),
@@ -116,7 +114,6 @@ def _llama_like(config: Config) -> Structure:
         norm_offset=1.0 if kind == "gemma" else 0.0,
         scores=Scores("self_attn.q_proj", "self_attn.k_proj", heads, kv, rotary=True),
         experts=experts,
-        other_parameters=vocab * hidden * (1 if tied else 2),
     )
 
 
@@ -148,8 +145,6 @@ def _opt(config: Config) -> Structure:
         attention="self_attn",
         cache_argument="past_key_values",
         scores=Scores("self_attn.q_proj", "self_attn.k_proj", heads, heads, rotary=False),
-        other_parameters=int(_get(config, "vocab_size")) * int(_get(config, "word_embed_proj_dim", default=hidden))
-        + int(_get(config, "max_position_embeddings")) * hidden,
     )
 
 
@@ -169,7 +164,6 @@ def _fused(
     output_group: ScaleRule | None = None,
     cache_argument: str = "layer_past",
     outputs: int = 1,
-    other_parameters: int = 0,
 ) -> Structure:
     """Blocks of four linears: fused qkv, output, up, down."""
     groups = (
@@ -191,7 +185,6 @@ def _fused(
         attention=qkv.split(".")[0],
         cache_argument=cache_argument,
         outputs=outputs,
-        other_parameters=other_parameters,
     )
 
 
@@ -216,7 +209,6 @@ def _gpt2(config: Config) -> Structure:
         # The values are the last third of GPT-2's fused outputs, head after head, exactly as the output projection reads them.
         output_group=ScaleRule("output", "attn.c_attn", "linear", ("attn.c_proj",), ("attn.c_proj",)),
         cache_argument="past_key_values",
-        other_parameters=(int(_get(config, "vocab_size")) + int(_get(config, "n_positions", default=1024))) * hidden,
     )
 
 
@@ -238,7 +230,6 @@ def _gpt_neox(config: Config) -> Structure:
             ScaleRule("qkv", "input_layernorm", "norm", ("attention.query_key_value",), ("attention",)),
             ScaleRule("up", "post_attention_layernorm", "norm", ("mlp.dense_h_to_4h",), ("mlp",)),
         ),
-        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings") else 2),
     )
 
 
@@ -261,7 +252,6 @@ def _bloom(config: Config) -> Structure:
             ScaleRule("up", "post_attention_layernorm", "norm", ("mlp.dense_h_to_4h",), ("mlp",), reason=reason),
         ),
         outputs=2,
-        other_parameters=int(_get(config, "vocab_size")) * hidden,
     )
 
 
@@ -303,7 +293,6 @@ def _falcon(config: Config) -> Structure:
         down="mlp.dense_4h_to_h",
         norms=norms,
         outputs=2,
-        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings", True) else 2),
     )
     return made if attention_norm != mlp_norm else _merge_first_and_third_site(made)
 
@@ -341,7 +330,6 @@ def _rwkv(config: Config) -> Structure:
         attention="attention",
         cache_argument="",
         outputs=3,
-        other_parameters=int(_get(config, "vocab_size")) * hidden * (1 if config.get("tie_word_embeddings") else 2),
     )
 
 

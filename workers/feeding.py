@@ -19,14 +19,15 @@ from workers.artifact import payload_digest, payload_path
 from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError
 from workers.kept import Kept
 from workers.memory import free_bytes
+from workers.paused import PausedForward, waiting_bytes
 from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
-from workers.staged import StagedForward, waiting_bytes
-from workers.stream import BlockModel, Call, batches
+from workers.stream import BlockModel, Call
 
 
 class StoredStatistics:
@@ -141,8 +142,8 @@ class FedStatistics:
         module, calls = self.model.blocks[block], self._calls(block)
         return [collect(module, structure, self.kinds, calls, self.hidden, self.kept, only, statistics_alone=True)[0]]
 
-    def stages(self, *, static: bool) -> bool:
-        """Whether `staged` serves a block: statistics are collected here, no ranges of the quantized block are wanted, and there is memory
+    def can_pause(self, *, static: bool) -> bool:
+        """Whether `paused` serves a block: statistics are collected here, no ranges of the quantized block are wanted, and there is memory
         for all batches to wait in. Where there is not is noted."""
         if self.stored is not None or not self.kinds or static:
             return False
@@ -158,9 +159,9 @@ class FedStatistics:
             self.notes.append(note)
         return False
 
-    def staged(self, block: int, widths: Mapping[str, int]) -> StagedForward:
-        """Its outputs are to become `hidden`. widths: as StagedForward has it."""
-        return StagedForward(self.model.blocks[block], widths, self.kinds, self._calls(block), self.hidden, self.kept)
+    def paused(self, block: int, widths: Mapping[str, int]) -> PausedForward:
+        """Its outputs are to become `hidden`. widths: as PausedForward has it."""
+        return PausedForward(self.model.blocks[block], widths, self.kinds, self._calls(block), self.hidden, self.kept)
 
     def advance(self, block: int, *, static: bool) -> dict[str, Range]:
         module, calls = self.model.blocks[block], self._calls(block)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from quant.reassembly import Reassembly
-from workers.blocks import LinearView, linear_view
-from workers.errors import NumericalError
+from workers.blocks import LinearView, check_held, linear_view
 from workers.families import ScaleRule, Structure
+
+FOLDED = "with its scales folded in"
 
 
 class BlockWeights:
@@ -25,7 +26,7 @@ class BlockWeights:
         self._block = block
         self._structure = structure
         self.views: dict[str, LinearView] = {n: linear_view(block, n) for n in structure.linear_names()}
-        self.original: dict[str, Tensor] = {n: _wide(v.weight()) for n, v in self.views.items()}
+        self.original: dict[str, Tensor] = {n: wide(v.weight()) for n, v in self.views.items()}
         self.current: dict[str, Tensor] = dict(self.original)
         """Scaled, rewritten or dequantized; replaced, never changed in place."""
         self.columns: dict[str, Tensor] = {}
@@ -84,16 +85,16 @@ class BlockWeights:
         for name in rule.consumers:
             w, bias = self.current[name], self.biases.get(name, self.views[name].bias)
             assert bias is not None
-            self.biases[name] = _wide(bias) + (w.double() @ z.to(w).double()).to(w)
+            self.biases[name] = wide(bias) + (w.double() @ z.to(w).double()).to(w)
         values = self._norm(rule.producer)
         self.norms[rule.producer] = {**values, "bias": values["bias"] - z.to(values["bias"])}
 
     def _norm(self, name: str) -> dict[str, Tensor]:
-        return self.norms.get(name) or {k: _wide(p) for k, p in self._module(name).named_parameters(recurse=False)}
+        return self.norms.get(name) or {k: wide(p) for k, p in self._module(name).named_parameters(recurse=False)}
 
     def router(self, name: str) -> Tensor:
         """The router's weight `[*, K]` as it is now."""
-        return self.routers[name] if name in self.routers else _wide(self._module(name).weight)
+        return self.routers[name] if name in self.routers else wide(self._module(name).weight)
 
     def _divide_norm(self, name: str, s: Tensor) -> None:
         values = self._norm(name)
@@ -110,7 +111,7 @@ class BlockWeights:
         self.rows[name] = self.rows.get(name, torch.ones_like(factor)) * factor
         bias = self.views[name].bias
         if bias is not None:
-            self.biases[name] = self.biases.get(name, _wide(bias)) * factor
+            self.biases[name] = self.biases.get(name, wide(bias)) * factor
 
     def unscaled(self, name: str, weight: Tensor) -> Tensor:
         """A weight of `name` in the scaled block ▸ what it stands for in the original one."""
@@ -130,11 +131,6 @@ class BlockWeights:
             out = self.inputs[name].weight(out)
         return out * self.rows[name][:, None] if name in self.rows else out
 
-    @staticmethod
-    def wide(t: Tensor) -> Tensor:
-        """A copy in float32, or float64."""
-        return _wide(t)
-
     def write(self) -> None:
         """Put the current weights, biases, norms and routers into the block's modules, in their dtypes.
 
@@ -142,25 +138,21 @@ class BlockWeights:
         for name, view in self.views.items():
             if self.current[name] is not self.original[name]:
                 view.write(self.current[name])
-                _check_held(view.storage, f"{name}.weight")
+                check_held(view.storage, f"{name}.weight", FOLDED)
         for name, bias in self.biases.items():
             self.views[name].write_bias(bias)
-            _check_held(self.views[name].bias, f"{name}.bias")
+            check_held(self.views[name].bias, f"{name}.bias", FOLDED)
         with torch.no_grad():
             for name, values in self.norms.items():
                 for k, v in values.items():
-                    _check_held(getattr(self._module(name), k).copy_(v), f"{name}.{k}")
+                    check_held(getattr(self._module(name), k).copy_(v), f"{name}.{k}", FOLDED)
             for name, weight in self.routers.items():
-                _check_held(self._module(name).weight.copy_(weight), f"{name}.weight")
+                check_held(self._module(name).weight.copy_(weight), f"{name}.weight", FOLDED)
 
     def _module(self, name: str) -> Any:
         return self._block.get_submodule(name)
 
 
-def _check_held(t: Tensor | None, name: str) -> None:
-    if t is not None and not bool(torch.isfinite(t).all()):
-        raise NumericalError(f"{name}, with its scales folded in, is not finite in {t.dtype}; use model.dtype=bfloat16 or float32")
-
-
-def _wide(t: Tensor) -> Tensor:
+def wide(t: Tensor) -> Tensor:
+    """A contiguous copy in float32, or float64 where the tensor is."""
     return t.detach().to(torch.promote_types(t.dtype, torch.float32), copy=True).contiguous()

@@ -209,10 +209,9 @@ def captured(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable
 
 
 def _fixed_cache(model: nn.Module, length: int) -> FixedCache:
-    config: Any = model.config
-    structure = families.structure(config.to_dict())
+    structure = families.structure_of(model)
     if not structure.cache_argument:
-        raise NoGraph(f"a {config.model_type} model keeps no keys and values")
+        raise NoGraph(f"a {structure.model_type} model keeps no keys and values")
     return FixedCache(layers=[_FixedLayer(length) for _ in range(structure.count)])
 
 

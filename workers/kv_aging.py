@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quant.kv import Kivi
 from workers import families
-from workers.blocks import Taps
+from workers.blocks import Taps, input_of
 from workers.tasks import base
 
 
@@ -41,11 +41,11 @@ def aging_logits(
 
 def attach(model: nn.Module, rule: Kivi, prefill: int) -> Taps:
     """Until `.remove()`, attention reads aged copies. For whole windows from their first token."""
-    structure = families.structure(model.config.to_dict())  # type: ignore[operator, union-attr]
+    structure = families.structure_of(model)
     taps = Taps()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = input_of(args, kwargs)
         mask = widened(kwargs.get("attention_mask"), views(rule, hidden.shape[1], prefill).to(hidden.device))
         return args, {**kwargs, "attention_mask": mask, structure.cache_argument: _Copies(rule)}
 

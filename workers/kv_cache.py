@@ -27,7 +27,7 @@ class QuantizedCache(Cache):
 
     def attach(self, model: nn.Module) -> Taps:
         """Until `.remove()`, keys come from `k_proj` where the quantizer wants them before the rotary embedding."""
-        structure = families.structure(model.config.to_dict())  # type: ignore[operator, union-attr]
+        structure = families.structure_of(model)
         taps = Taps()
         for block, layer in zip(model.get_submodule(structure.blocks), self.layers, strict=True):  # type: ignore[arg-type]
             if layer.quantizer.pre_rope:

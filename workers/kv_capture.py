@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quant.kv import KVQuantizer
 from workers.artifact import payload_path
 from workers.blocks import Taps
+from workers.capture import block_file
 from workers.errors import InputError, NumericalError
 from workers.families import Structure
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
@@ -80,6 +81,6 @@ def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path, fis
 
 def _of_block(artifact: Path, structure: Structure, b: int) -> tuple[Tensor, Tensor]:
     """Keys and values, or their weights, `[tokens, H D]`."""
-    found = load_file(payload_path(artifact, f"block_{b:04d}.safetensors"))
+    found = load_file(payload_path(artifact, block_file(b)))
     keys, values = (found[f"{structure.blocks}.{b}.{name}"].flatten(0, 1) for name in ("keys", "values"))
     return keys, values

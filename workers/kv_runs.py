@@ -62,7 +62,7 @@ def empty_caches(model: nn.Module, kv: KVScheme, context: Context) -> MakeCache:
 
 def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context: Context) -> list[KVQuantizer]:
     """Keys are mixed as the model's method says, where a token is rounded on its own; otherwise that is noted."""
-    structure = families.structure(_config(model))
+    structure = families.structure_of(model)
     blocks: Any = model.get_submodule(structure.blocks)
     mixed = [key_rotation(block.get_submodule(structure.attention)) for block in blocks]
     made: list[KVQuantizer] = [replace(q, mixed=m) if isinstance(q, PerToken) else q for q, m in zip(quantizers, mixed, strict=True)]
@@ -118,7 +118,7 @@ def _quantizers(model: nn.Module, kv: KVScheme, inputs: Mapping[str, Path]) -> l
     if refusal is not None:
         raise InputError(refusal)
     quantizer = _made(kv)
-    structure = families.structure(config)
+    structure = families.structure_of(model)
     if not quantizer.needs:
         return [quantizer] * structure.count
     if kv_capture.KIND not in inputs:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 SMALL_FILES = (
     "config.json",
@@ -34,6 +35,8 @@ class WeightFormat:
 
 SAFETENSORS = WeightFormat("model.safetensors", "model.safetensors.index.json")
 PICKLED = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json")
+MAX_HEADER = 100_000_000
+"""The limit of the format safetensors for a file's JSON header, in bytes."""
 EXPECTED = f"{SAFETENSORS.single}, {SAFETENSORS.index} with its shards, or {PICKLED.single} ({PICKLED.index})"
 
 
@@ -75,3 +78,31 @@ def shards(index: str, text: str) -> tuple[str, ...]:
 def weights_in(folder: Path) -> Weights | None:
     """As `find_weights`, of a folder."""
     return find_weights(lambda name: (folder / name).is_file(), lambda name: (folder / name).read_text())
+
+
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """What a whole safetensors file says of each tensor, by name: 8 bytes of header length, a JSON header, then the data.
+
+    Raises ValueError, which says what is wrong with the file and what to do.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        start = f.read(8)
+        length = int.from_bytes(start, "little") if len(start) == 8 else 0
+        if length > MAX_HEADER:
+            raise ValueError(f"{path} is not a safetensors file: its header would have {length} bytes; fetch it again")
+        raw = f.read(length)
+    if size < 8 + length:
+        raise ValueError(f"{path} is truncated: expected at least {8 + length} bytes, got {size}; fetch it again")
+    try:
+        header = json.loads(raw)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object; fetch it again")
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if size != expected:
+        what = "is truncated" if size < expected else "is damaged"
+        raise ValueError(f"{path} {what}: expected {expected} bytes, got {size}; fetch it again")
+    return header

@@ -18,7 +18,7 @@ from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
-from workers.blocks import linear_view
+from workers.blocks import Once, linear_view
 from workers.errors import InputError
 from workers.recipe import Operation, Recipe
 from workers.runtime import attach
@@ -203,11 +203,11 @@ def _name(operation: str, run: Any) -> str:
 
 
 class _Shared:
-    """Linears that share an input read the same tensor object: it is rounded once."""
+    """What linears of a model have in common."""
 
     def __init__(self) -> None:
-        self._x: Tensor | None = None
-        self._made: Any = None
+        self.rounded = Once()
+        """Codes of an input."""
         self._orders: list[_Order] = []
 
     def order(self, columns: Tensor) -> _Order:
@@ -218,29 +218,23 @@ class _Shared:
             self._orders.append(known)
         return known
 
-    def of(self, x: Tensor, make: Callable[[], Any]) -> Any:
-        if self._x is not x:
-            self._x, self._made = x, make()
-        return self._made
-
 
 class _Order:
     """In which a linear's inputs come, int32 `[K]`; an input is gathered once."""
 
     def __init__(self, columns: Tensor) -> None:
         self.columns = columns
-        self._shared = _Shared()
+        self._gathered = Once()
 
     def of(self, x: Tensor) -> Tensor:
-        found: Tensor = self._shared.of(x, lambda: x.index_select(-1, self.columns))
-        return found
+        return self._gathered.of(lambda: x.index_select(-1, self.columns), x)
 
 
 def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -> None:
     width, bias = linear.in_features, linear.bias
 
     def forward(x: Tensor) -> Tensor:
-        rounded = shared.of(x, lambda: run.rounded(x.reshape(-1, width), packed))
+        rounded = shared.rounded.of(lambda: run.rounded(x.reshape(-1, width), packed), x)
         out: Tensor = run.multiply(rounded, packed, x.dtype).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 

@@ -55,7 +55,7 @@ class PackedCaches:
             raise InputError(str(e)) from e
         assert isinstance(rule, Kivi | PerToken)
         self._rule, self._length, self._model = rule, room(workload.prompt, workload.tokens), model
-        structure = families.structure(config.to_dict())
+        structure = families.structure_of(model)
         blocks: Any = model.get_submodule(structure.blocks)
         self._attention = [block.get_submodule(structure.attention) for block in blocks]
         self.last: list[_Layer] = []

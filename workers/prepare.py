@@ -21,6 +21,9 @@ def run_prepare(spec: PrepareSpec, inputs: Mapping[str, Path], payload: Path, co
         raise InputError(f"prepare kind {spec.kind!r}; allowed: {', '.join(sorted(KINDS))}")
     module = KINDS[spec.kind]
     if spec.version != module.VERSION:
-        raise InputError(f"prepare {spec.kind} version {spec.version} is asked for, this worker has version {module.VERSION}")
+        raise InputError(
+            f"prepare {spec.kind} version {spec.version} is asked for, this worker has version {module.VERSION}; "
+            "driver and workers must run the same bitgrid"
+        )
     result: dict[str, Any] = module.run(spec, inputs, payload, context)
     return result

@@ -154,7 +154,7 @@ def _working_set(made: tuple[Method, ...], width: int) -> str:
 
 @dataclass
 class _Run:
-    """What lasts from block to block. A block's own tensors are locals of `block`, so that one block at a time is in memory."""
+    """What lasts from block to block. A block's own tensors are locals of `blocks`, so that one block at a time is in memory."""
 
     spec: QuantizeSpec
     made: tuple[Method, ...]
@@ -180,8 +180,8 @@ class _Run:
             self.model.prefetch(indices.stop)
         if self.tuning is not None:
             self.tuning.open(indices)
-        if len(indices) == 1 and self._stages(indices[0]):
-            self._staged(indices[0])
+        if len(indices) == 1 and self._can_pause(indices[0]):
+            self._with_pauses(indices[0])
             return
         workers, results = [], []
         for b in indices:
@@ -193,14 +193,14 @@ class _Run:
         for worker, rounded in zip(workers, results, strict=True):
             self._finish(worker, [*rounded, *worker.tuned])
 
-    def _stages(self, b: int) -> bool:
+    def _can_pause(self, b: int) -> bool:
         """Whether one forward of the block serves all its sites: nothing but rounding, in true-sequential order, on fed text."""
         source = self.source
         if not isinstance(source, FedStatistics) or self.rotator is not None or self._structure.experts is not None:
             return False
         methods = self._methods(b).values()
         alone = all(m.tuner is None and not m.transforms for m in methods) and any(m.sequential for m in methods)
-        return alone and source.stages(static=self._static)
+        return alone and source.can_pause(static=self._static)
 
     @property
     def _structure(self) -> families.Structure:
@@ -216,11 +216,11 @@ class _Run:
         """Whether activations have ranges that are taken from the quantized blocks."""
         return self.spec.activation is not None and not self.spec.activation.dynamic
 
-    def _staged(self, b: int) -> None:
+    def _with_pauses(self, b: int) -> None:
         assert isinstance(self.source, FedStatistics)
         context, worker = self.context, self._worker(b, {}, {})
         sites = {s.linears[0]: s for s in worker.structure.sites if any(n in worker.methods for n in s.linears)}
-        forward = self.source.staged(b, {name: site.cols for name, site in sites.items()})
+        forward = self.source.paused(b, {name: site.cols for name, site in sites.items()})
         stops, rounded, done = forward.sites(), dict[str, list[LinearResult]](), None
         while True:
             with context.phase("forward"):

@@ -160,6 +160,7 @@ class Recipe:
 
 
 def check_operation(op: Operation) -> None:
+    """Raises InputError for an operation, a step on an input or a kind of norm that is not known here."""
     if op.get("op") not in OPERATIONS:
         raise InputError(f"unknown recipe operation {op.get('op')!r}; this version knows {', '.join(OPERATIONS)}")
     given = [step.get("op") for step in op.get("input", ())]

@@ -6,17 +6,17 @@ recently used first out. Run-time parts (activation and KV fake quantization) ar
 
 from __future__ import annotations
 
-import importlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from quant.scheme import ActivationScheme, KVScheme
+from workers import rebuild
 from workers.context import Context
 from workers.datasets import TokenizedText, Tokenizer, load_documents, load_tokenizer, tokenize_documents
 from workers.specs import ModelSpec, TextSpec
@@ -57,22 +57,14 @@ def _key(content: str, model: ModelSpec, context: Context) -> Key:
 class Residency:
     """Keeps models by content, dtype, device and whether they are streamed from disk."""
 
-    def __init__(self, builder: Builder | None = None) -> None:
-        self._builder = builder
+    def __init__(self, builder: Builder = rebuild) -> None:
+        self.builder = builder
         self._digest: str | None = None
         """Of the model that everything resident is of."""
         self._model: tuple[Key, nn.Module] | None = None
         self._variants: OrderedDict[Key, nn.Module] = OrderedDict()
         self._tokenizer: tuple[str, Tokenizer] | None = None
         self._texts: OrderedDict[tuple[str, TextSpec], TokenizedText] = OrderedDict()
-
-    @property
-    def builder(self) -> Builder:
-        if self._builder is None:
-            module: Any = importlib.import_module("workers.rebuild")
-            self._builder = module
-        assert self._builder is not None
-        return self._builder
 
     def holds(self) -> list[str]:
         """Digest of the unquantized model and keys of the variants that are resident."""
@@ -162,8 +154,3 @@ def process_residency() -> Residency:
     if _process is None:
         _process = Residency()
     return _process
-
-
-def resident() -> list[str]:
-    """What this process holds; empty before its first stage."""
-    return [] if _process is None else _process.holds()

@@ -73,51 +73,50 @@ REFUSED = {
 
 
 def _llama_like(config: Config) -> Rotatable:
-    s = structure(config)
-    attention, output, up, down = s.sites
-    hidden, heads = attention.cols, int(config["num_attention_heads"])
-    return Rotatable(
+    return _of_four_sites(
+        config,
         embeddings=("model.embed_tokens",),
-        head="lm_head",
         final_norm="model.norm",
-        readers=(("input_layernorm", attention.linears), ("post_attention_layernorm", up.linears)),
-        writers=(output.linears[0], down.linears[0]),
-        value=attention.linears[2],
-        output=output.linears[0],
-        down=down.linears[0],
+        norms=("input_layernorm", "post_attention_layernorm"),
         centred=False,
-        hidden=hidden,
-        inner=down.cols,
-        heads=heads,
-        head_dim=output.cols // heads,
     )
 
 
 def _opt(config: Config) -> Rotatable:
-    s = structure(config)
-    attention, output, up, down = s.sites
-    hidden, heads = attention.cols, int(config["num_attention_heads"])
     reason = None
     if not config.get("do_layer_norm_before", True):
         reason = "its norms come after the residual sum, so no linear could undo the rotation of the stream"
     elif config.get("_remove_final_layer_norm", False):
         reason = "it has no final norm, so its head reads the mean that centring takes off"
-    elif int(config.get("word_embed_proj_dim") or hidden) != hidden:
+    elif int(config.get("word_embed_proj_dim") or config["hidden_size"]) != int(config["hidden_size"]):
         reason = "its embeddings have another width than its blocks"
     if reason is not None:
         raise UnsupportedModel(f"this opt model cannot be rotated: {reason}")
-    return Rotatable(
+    return _of_four_sites(
+        config,
         embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
-        head="lm_head",
         final_norm="model.decoder.final_layer_norm",
-        readers=(("self_attn_layer_norm", attention.linears), ("final_layer_norm", up.linears)),
+        norms=("self_attn_layer_norm", "final_layer_norm"),
+        centred=True,
+    )
+
+
+def _of_four_sites(config: Config, *, embeddings: tuple[str, ...], final_norm: str, norms: tuple[str, str], centred: bool) -> Rotatable:
+    """Blocks of query, key and value, output, up (and gate), and down. norms: before attention, and before the feed-forward module."""
+    attention, output, up, down = structure(config).sites
+    heads = int(config["num_attention_heads"])
+    return Rotatable(
+        embeddings=embeddings,
+        head="lm_head",
+        final_norm=final_norm,
+        readers=((norms[0], attention.linears), (norms[1], up.linears)),
         writers=(output.linears[0], down.linears[0]),
         value=attention.linears[2],
         output=output.linears[0],
         down=down.linears[0],
-        centred=True,
-        hidden=hidden,
+        centred=centred,
+        hidden=attention.cols,
         inner=down.cols,
         heads=heads,
-        head_dim=hidden // heads,
+        head_dim=output.cols // heads,
     )

@@ -20,15 +20,16 @@ from torch import Tensor, nn
 from quant.hadamard import mix
 from quant.methods.base import ModelShape, Rotation
 from workers import steps
-from workers.blocks import linear_view
+from workers.blocks import check_held, linear_view
 from workers.capture import BlockStatistics
-from workers.errors import InputError, NumericalError
+from workers.errors import InputError
 from workers.rotatable import Rotatable, recollects, rotatable
 from workers.stream import BlockModel
 from workers.structure import Structure
 
 ROWS = 4096
 """Rows of an embedding that are in float64 at a time."""
+ROTATED = "rotated"
 ONLINE = "a rotation mixes its channels at run time"
 
 
@@ -112,7 +113,7 @@ class Rotator:
                 if embedding and sites.centred:
                     rows = rows - rows.mean(-1, keepdim=True)
                 part.copy_((rows if embedding else rows * gain) @ residual)
-            _check_held(weight, name)
+            check_held(weight, name, ROTATED)
             tensors[f"{name}.weight"] = weight
             operations.append({"op": "dense", "module": name, "tensor": f"{name}.weight", "bias": None if embedding else bias})
         return operations, tensors
@@ -230,15 +231,10 @@ def write(block: nn.Module, made: Weights, prefix: str) -> None:
     for name, weight in made.weight.items():
         view = linear_view(block, name)
         view.write(weight)
-        _check_held(view.storage, f"{prefix}{name}.weight")
+        check_held(view.storage, f"{prefix}{name}.weight", ROTATED)
         if name in made.bias:
             steps.write_bias(view.module, made.bias[name])
-            _check_held(view.bias, f"{prefix}{name}.bias")
-
-
-def _check_held(t: Tensor | None, name: str) -> None:
-    if t is not None and not bool(torch.isfinite(t).all()):
-        raise NumericalError(f"{name}, rotated, is not finite in {t.dtype}; use model.dtype=bfloat16 or float32")
+            check_held(view.bias, f"{prefix}{name}.bias", ROTATED)
 
 
 def model_shape(sites: Rotatable, blocks: int) -> ModelShape:

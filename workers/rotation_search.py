@@ -20,7 +20,7 @@ from quant.methods.base import Rotation, RotationLoss
 from quant.methods.rtn import Rtn
 from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from quant.statistics import Statistics
-from workers.blocks import linear_view, tap_inputs
+from workers.blocks import Once, linear_view, tap_inputs
 from workers.context import Context
 from workers.rotate import Rotator, Weights, rotated, set_block_steps, sites_of
 from workers.runtime import QuantizingCache
@@ -111,12 +111,10 @@ def _attach(model: Any, structure: Structure, spec: QuantizeSpec) -> None:
     if activation is not None:
         # Static ranges are not known before the model is; the range of the sequence at hand is.
         scheme = activation if activation.dynamic else replace(activation, dynamic=True)
-        last: list[Tensor] = []
+        once = Once()
 
         def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-            if not (last and last[0] is x):
-                last[:] = [x, _straight(x, fake_quantize_activation(x.detach(), scheme))]
-            return last[1]
+            return once.of(lambda: _straight(x, fake_quantize_activation(x.detach(), scheme)), x)
 
         tap_inputs(model, names, tap)
     kv: KVScheme | None = spec.kv

@@ -10,6 +10,7 @@ imported until a stage runs.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import shutil
@@ -39,7 +40,7 @@ _one_request = threading.Lock()
 
 @dataclass(frozen=True)
 class Runners:
-    """The stage functions, loaded when first used."""
+    """The stage functions."""
 
     calibrate: Callable[[Mapping[str, tuple[CalibrateSpec, Path]], Context], dict[str, dict[str, Any]]]
     quantize: Callable[[QuantizeSpec, Mapping[str, Path], Path, Context], dict[str, Any]]
@@ -48,37 +49,23 @@ class Runners:
     measure: Callable[[MeasureSpec, Mapping[str, Path], Path, Context, Residency], dict[str, Any]]
 
 
-def _calibrate(stages: Mapping[str, tuple[CalibrateSpec, Path]], context: Context) -> dict[str, dict[str, Any]]:
-    from workers.calibrate import run_calibrate
+def _late(module: str, function: str) -> Callable[..., dict[str, Any]]:
+    """A function whose module is imported when it is first called."""
 
-    return run_calibrate(stages, context)
+    def run(*given: Any) -> dict[str, Any]:
+        found: dict[str, Any] = getattr(importlib.import_module(module), function)(*given)
+        return found
 
-
-def _quantize(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, context: Context) -> dict[str, Any]:
-    from workers.quantize import run_quantize
-
-    return run_quantize(spec, inputs, payload, context)
+    return run
 
 
-def _evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
-    from workers.evaluate import run_evaluate
-
-    return run_evaluate(spec, inputs, payload, context, residency)
-
-
-def _prepare(spec: PrepareSpec, inputs: Mapping[str, Path], payload: Path, context: Context) -> dict[str, Any]:
-    from workers.prepare import run_prepare
-
-    return run_prepare(spec, inputs, payload, context)
-
-
-def _measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
-    from workers.measure import run_measure
-
-    return run_measure(spec, inputs, payload, context, residency)
-
-
-RUNNERS = Runners(_calibrate, _quantize, _evaluate, _prepare, _measure)
+RUNNERS = Runners(
+    calibrate=_late("workers.calibrate", "run_calibrate"),
+    quantize=_late("workers.quantize", "run_quantize"),
+    evaluate=_late("workers.evaluate", "run_evaluate"),
+    prepare=_late("workers.prepare", "run_prepare"),
+    measure=_late("workers.measure", "run_measure"),
+)
 
 
 def run_request(

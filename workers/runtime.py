@@ -12,7 +12,7 @@ from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.hadamard import mix
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from workers import families
-from workers.blocks import Taps, input_of, tap_inputs
+from workers.blocks import Once, Taps, input_of, tap_inputs
 from workers.errors import InputError
 from workers.recipe import Recipe
 from workers.steps import key_rotation
@@ -29,7 +29,7 @@ def attach(
 ) -> Runtime:
     """Install the hooks; those on inputs at the linears named in `only`, where it is given. Raises InputError where static ranges are
     wanted and the recipe has none."""
-    structure = families.structure(model.config.to_dict())
+    structure = families.structure_of(model)
     handle = Taps()
     if activation is not None:
         _attach_activation(model, structure, recipe, activation, handle, only)
@@ -67,19 +67,14 @@ def _attach_activation(
     shape = BatchShape()
     for block in model.get_submodule(structure.blocks):
         handle.add(block.register_forward_pre_hook(shape.record, with_kwargs=True).remove)
-    last: list[Tensor | None] = []
+    once = Once()
 
     def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-        # Linears that share an input read the same tensor object: it is quantized once.
         kept = exact.get(name)
-        if not (last and last[0] is x and last[1] is kept):
-            last[:] = [x, kept, beside(kept, x, lambda rest: quantized_input(rest, tokens, scheme, ranges[name], shape))]
-        out = last[2]
-        assert out is not None
-        return out
+        return once.of(lambda: beside(kept, x, lambda rest: quantized_input(rest, tokens, scheme, ranges[name], shape)), x, kept)
 
     handle.add(tap_inputs(model, ranges, tap).remove)
-    handle.add(last.clear)
+    handle.add(once.forget)
 
 
 class BatchShape:

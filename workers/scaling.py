@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from quant.methods.base import InputGroup, ScaleGroup
 from quant.statistics import Statistics
-from workers.blocks import Taps, input_of, tap_inputs
+from workers.blocks import Taps, tap_inputs
+from workers.datasets import batches
 from workers.families import ScaleRule
 from workers.fold import BlockWeights
 from workers.stream import Call
@@ -63,7 +64,8 @@ class GroupForward:
             taps = tap_inputs(self._block, [following], tap)
             try:
                 # The block runs on zeros to learn the modules' arguments: before what is to be seen.
-                self._arguments_of(rule, inputs)
+                for part in batches(inputs, self._batch_tokens):
+                    self._arguments(part.shape[0], part.shape[1], rule)
                 seen.clear()
                 self._modules(rule, relative, inputs)
             finally:
@@ -77,17 +79,10 @@ class GroupForward:
         outputs = []
         dtype = next(self._block.parameters()).dtype
         with self._replaced(weights):
-            for part in self._parts(inputs.to(dtype)):
+            for part in batches(inputs.to(dtype), self._batch_tokens):
                 calls = self._arguments(part.shape[0], part.shape[1], rule)
                 outputs.append(sum(calls[m].run(self._block.get_submodule(m), part) for m in rule.inspect))
         return torch.cat(outputs)  # type: ignore[arg-type]
-
-    def _parts(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        return inputs.split(max(1, self._batch_tokens // inputs.shape[1]))
-
-    def _arguments_of(self, rule: ScaleRule, inputs: Tensor) -> None:
-        for part in self._parts(inputs):
-            self._arguments(part.shape[0], part.shape[1], rule)
 
     @contextmanager
     def _replaced(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -119,7 +114,6 @@ class GroupForward:
 
 def _recorder(known: dict[str, Call], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        input_of(args, kwargs)  # raises where the module has no hidden states
-        known[name] = Call((None, *args[1:]) if args else (), dict(kwargs))
+        known[name] = Call.beside_input(args, kwargs)
 
     return hook

@@ -23,11 +23,12 @@ from workers.artifact import payload_path
 from workers.blocks import linear_view
 from workers.calibrate import calibration_tokens
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError, NumericalError
 from workers.memory import PeakMemory
 from workers.recipe import Recipe
 from workers.specs import AutoBits, PrepareSpec, QuantizeSpec, Rule
-from workers.stream import BlockModel, batches, open_blocks
+from workers.stream import BlockModel, open_blocks
 from workers.tasks.base import log_probs
 from workers.tasks.divergence import compare
 
@@ -133,7 +134,10 @@ def with_chosen_bits(spec: QuantizeSpec, auto: AutoBits, artifact: Path) -> tupl
         picks = knapsack.choose(losses, sizes, int(auto.budget * weights / 8))
     except ValueError as e:
         least = 8 * sum(min(s) for s in sizes) / weights
-        raise InputError(f"scheme.auto.budget={auto.budget} stored bits per weight: the smallest widths take {least:.3f}") from e
+        raise InputError(
+            f"scheme.auto.budget={auto.budget} stored bits per weight: the smallest widths take {least:.3f}; raise it, or give "
+            "smaller ones in scheme.auto.bits"
+        ) from e
     (base,) = spec.rules
     rules = tuple(Rule(module, base.method, auto.candidates[p]) for module, p in zip(table, picks, strict=True))
     chosen = {module: auto.candidates[p].bits for module, p in zip(table, picks, strict=True)}

@@ -24,7 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
 
 from workers import families
-from workers.blocks import replace_input, replaced_forward
+from workers.blocks import input_of, replace_input, replaced_forward
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.context import Context
 from workers.errors import InputError, NumericalError, UnsupportedModel
@@ -40,6 +40,12 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @classmethod
+    def beside_input(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Of all arguments that a module was called with."""
+        input_of(args, kwargs)  # raises where the module has no hidden states
+        return cls((None, *args[1:]) if args else (), dict(kwargs))
 
     def run(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """Output of `module` on `hidden` `[B, T, K]`; both return types (tensor, tuple) are handled."""
@@ -155,16 +161,16 @@ class BlockModel:
 
         def record(i: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = args[0] if args else kwargs["hidden_states"]
+                hidden = input_of(args, kwargs)
                 entered.append(hidden)
-                calls.append(Call(args, kwargs))
+                calls.append(Call.beside_input(args, kwargs))
                 return self._returned(hidden)
 
             return forward
 
         with replaced_forward(self.blocks, record):
             self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
-        return entered[0], [Call((None, *c.args[1:]) if c.args else (), {**c.kwargs}) for c in calls]
+        return entered[0], calls
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -211,7 +217,7 @@ class BlockModel:
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             raise InputError(
                 f"{self.checkpoint.folder} does not fit its config.json: "
-                f"{sorted(map(str, info.mismatched_keys)) or info.conversion_errors or info.error_msgs}"
+                f"{sorted(map(str, info.mismatched_keys)) or info.conversion_errors or info.error_msgs}; fetch the model again"
             )
 
 
@@ -335,8 +341,3 @@ def _silent() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def batches(tokens: Tensor, batch_tokens: int) -> list[Tensor]:
-    """Split `[S, T]` into batches of at most `batch_tokens` tokens, one sequence at least."""
-    return list(tokens.split(max(1, batch_tokens // tokens.shape[1])))

@@ -84,8 +84,6 @@ class Structure:
     """None where queries and keys are one fused linear."""
     experts: str | None = None
     """Module that holds 3-D expert tensors."""
-    other_parameters: int = 0
-    """Estimate of everything outside the blocks."""
 
     def path(self, block: int, name: str) -> str:
         return f"{self.blocks}.{block}.{name}"

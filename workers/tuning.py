@@ -8,7 +8,7 @@ for float64 models), in batches of one size whatever the hints say: training wou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,12 +20,14 @@ from quant.methods.base import Rounded
 from quant.methods.tuner import LOSS_TOKENS, BlockTuner, Place, TunableLinear, Tuned, TuningBlocks
 from quant.scheme import ActivationScheme
 from quant.straight_through import activation_through
-from workers.blocks import Taps, replace_input, tap_inputs
+from workers.blocks import Once, Taps, replace_input, tap_inputs
 from workers.context import Context
+from workers.datasets import batches
 from workers.errors import InputError
+from workers.fold import wide
 from workers.rounding import BlockQuantizer, LinearResult, Method, translated
 from workers.runtime import BatchShape, quantized_input
-from workers.stream import BlockModel, Call, batches
+from workers.stream import BlockModel, Call
 
 
 def tuner_of(made: tuple[Method, ...]) -> BlockTuner | None:
@@ -39,18 +41,14 @@ def tuner_of(made: tuple[Method, ...]) -> BlockTuner | None:
 class BlockForward:
     """Consecutive blocks as one differentiable function; a parameter that is not given is read from the modules as they are."""
 
-    def __init__(self, model: BlockModel, indices: range) -> None:
+    def __init__(self, model: BlockModel, indices: range, workers: Sequence[BlockQuantizer] = ()) -> None:
+        """workers: of the blocks, where weights of linears will be given."""
         self._model, self._indices = model, indices
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._state = {b: {n: p.to(self._dtype) for n, p in model.blocks[b].named_parameters()} for b in indices}
         self._shape = BatchShape()
-        self._linears: dict[str, Any] = {}
-
-    def with_linears(self, workers: list[BlockQuantizer]) -> BlockForward:
-        """Knows where the weights of linears are stored."""
         self._linears = {w.path(n): view for w in workers for n, view in w.weights.views.items()}
-        return self
 
     def __call__(self, changed: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """(parameters by full name, `[B, T, K]`) ▸ `[B, T, K]` float32 or float64."""
@@ -70,23 +68,21 @@ class BlockForward:
     def all(self, x: Tensor) -> Tensor:
         """The modules as they are on `[S, T, K]`, in the model's dtype."""
         with torch.no_grad():
-            return torch.cat([self({}, part).to(self._model.dtype) for part in _parts(x)])
+            return torch.cat([self({}, part).to(self._model.dtype) for part in batches(x, LOSS_TOKENS)])
 
     @contextmanager
     def quantizing(self, scheme: ActivationScheme | None, names: list[str]) -> Iterator[None]:
         """Within, inputs of the linears `names` are fake-quantized with dynamic ranges, straight-through."""
-        last: list[Tensor] = []
+        if scheme is None:
+            yield
+            return
+        once = Once()
 
         def tap(name: str, x: Tensor, tokens: Tensor | None) -> Tensor:
-            # Linears that share an input read the same tensor object: it is quantized once.
-            if not (last and last[0] is x):
-                assert scheme is not None
-                last[:] = [x, quantized_input(x, tokens, scheme, None, self._shape, activation_through)]
-            return last[1]
+            return once.of(lambda: quantized_input(x, tokens, scheme, None, self._shape, activation_through), x)
 
-        with self._tapped([] if scheme is None else names, tap):
+        with self._tapped(names, tap):
             yield
-        last.clear()
 
     def observe(self, x: Tensor, names: list[str], tap: Callable[[str, Tensor], None]) -> None:
         """Shows `tap` the inputs `[T, K]` of linears, sequence by sequence."""
@@ -163,7 +159,7 @@ class Tuning:
         """Quantize the linears that the tuner is to quantize; their results are in the workers, in block order."""
         start = time.perf_counter()
         indices = range(workers[0].index, workers[-1].index + 1)
-        forward = BlockForward(self._model, indices).with_linears(workers)
+        forward = BlockForward(self._model, indices, workers)
         blocks = self._blocks(workers, forward)
         if not blocks.linears:
             return
@@ -215,10 +211,6 @@ class Tuning:
         )
 
 
-def _parts(x: Tensor) -> list[Tensor]:
-    return list(x.split(max(1, LOSS_TOKENS // x.shape[1])))
-
-
 def _cast(call: Call, dtype: torch.dtype) -> Call:
     """Rotary tables and masks in the type of the computation."""
 
@@ -245,7 +237,7 @@ def _norms(worker: BlockQuantizer) -> dict[str, Tensor]:
             own.pop("bias", None)
         if own and not isinstance(module, nn.Linear) and all(p.ndim == 1 for p in own.values()):
             changed = worker.weights.norms.get(name, {})
-            out.update({f"{name}.{k}": changed.get(k, worker.weights.wide(p)) for k, p in own.items()})
+            out.update({f"{name}.{k}": changed.get(k, wide(p)) for k, p in own.items()})
     return out
 
 
@@ -287,7 +279,7 @@ def _write(workers: list[BlockQuantizer], tuned: Tuned) -> None:
             if module in weights.views:
                 weights.biases[module] = value.detach()
             else:
-                own = {k: weights.wide(p) for k, p in w.block.get_submodule(module).named_parameters(recurse=False)}
+                own = {k: wide(p) for k, p in w.block.get_submodule(module).named_parameters(recurse=False)}
                 weights.norms[module] = {**(weights.norms.get(module) or own), parameter: value.detach()}
         for of, factors in ((weights.columns, tuned.columns), (weights.rows, tuned.rows)):
             for key, factor in factors.items():

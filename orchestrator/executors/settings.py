@@ -27,10 +27,11 @@ class ClusterSettings:
     """token: `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or ~/.ray/auth_token holds it (ray_local makes its own). disabled: none.
     `None`: token; for ray_existing as `RAY_AUTH_MODE` says, where it is set."""
     namespace: str | None = None
+    """Of Ray, for the workers. `None`: one of their own."""
     object_store_mb: int = 200
     """ray_local. Only small messages go through it; Ray's minimum is 75."""
     startup_timeout_s: float = 60.0
-    """Longest wait for the cluster and for its first worker."""
+    """Longest wait for the first workers, and for one that takes the place of another."""
 
     @staticmethod
     def from_config(values: Mapping[str, Any]) -> ClusterSettings:

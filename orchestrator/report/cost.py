@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from orchestrator.report.tables import stage_seconds
 from orchestrator.results import StageResult, SweepResult
 from orchestrator.stage import Status
 from workers.specs import StageKind
@@ -47,23 +46,18 @@ class Costs:
         return self.alone_seconds - self.shared_seconds
 
 
-def is_reused(result: SweepResult, stage: StageResult) -> bool:
-    return stage.record is not None and stage.computed_by not in (None, result.key)
-
-
 def stage_bytes(stage: StageResult) -> int:
     return 0 if stage.record is None else sum(int(f["bytes"]) for f in stage.record["files"].values())
 
 
 def costs(result: SweepResult) -> Costs:
+    """What the store tells of a sweep's stages, finished or not."""
     stages = list(result.stages.values())
-    order = [k.value for k in StageKind]
-    kinds = sorted({s.kind for s in stages}, key=lambda k: (order.index(k) if k in order else len(order), k))
     scored = [e for v in result.variants for e in v.evaluations.values() if e.record is not None]
     needed = [set(_ancestry(result, e)) for e in scored]
-    seconds = {s.key: stage_seconds(s) or 0.0 for s in stages}
+    seconds = {s.key: s.seconds or 0.0 for s in stages}
     return Costs(
-        kinds=tuple(_kind(result, kind, [s for s in stages if s.kind == kind]) for kind in kinds),
+        kinds=tuple(_kind(result, k.value, own) for k in StageKind if (own := [s for s in stages if s.kind == k.value])),
         alone_seconds=sum(seconds.get(key, 0.0) for keys in needed for key in sorted(keys)),
         shared_seconds=sum(seconds.get(key, 0.0) for key in sorted(set().union(*needed))),
         scores=len(scored),
@@ -72,9 +66,9 @@ def costs(result: SweepResult) -> Costs:
 
 def _kind(result: SweepResult, kind: str, stages: list[StageResult]) -> KindCost:
     done = [s for s in stages if s.record is not None]
-    reused = [s for s in done if is_reused(result, s)]
+    reused = [s for s in done if result.reused(s)]
     failed = sum(s.status in (Status.FAILED, Status.DEP_FAILED) for s in stages)
-    total, saved = (sum(stage_seconds(s) or 0.0 for s in group) for group in (done, reused))
+    total, saved = (sum(s.seconds or 0.0 for s in group) for group in (done, reused))
     return KindCost(
         kind=kind,
         run=len(done) - len(reused),
@@ -90,7 +84,7 @@ def _kind(result: SweepResult, kind: str, stages: list[StageResult]) -> KindCost
 def _ancestry(result: SweepResult, stage: StageResult) -> Iterator[str]:
     """Keys of a stage and of everything it was made from."""
     yield stage.key
-    for value in (stage.record or {}).get("inputs", {}).values():
-        source = result.stages.get(value["key"] if isinstance(value, dict) else value)
+    for key in (stage.record or {}).get("inputs", {}).values():
+        source = result.stages.get(key)
         if source is not None:
             yield from _ancestry(result, source)

@@ -18,6 +18,8 @@ from orchestrator.report.tables import Row
 from orchestrator.results import StageResult, TaskInfo
 from workers.artifact import CorruptArtifactError, payload_path
 
+Point = tuple[Line, float, float]
+"""A variant, its stored bits and its score."""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 UNITS = {"kl": "nats per token", "nll": "nats per token", "top1_agreement": "share of tokens", "flips": "share of tokens"}
 NAMES = {"ppl": "perplexity", "kl": "KL divergence", "nll": "negative log-likelihood", "top1_agreement": "top-1 agreement"}
@@ -44,7 +46,7 @@ def method_colours(tables: Sequence[ModelTable]) -> dict[str, str]:
 
 def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: int) -> Figure | None:
     """The headline score against stored bits: one line per method (and family), through the mean of replicates."""
-    groups: dict[tuple[str, str, str], list[tuple[Line, float, float]]] = {}
+    groups: dict[tuple[str, str, str], list[Point]] = {}
     scoreless = unquantized = 0
     for line in table.quantized:
         row = line.cells.get(task.name)
@@ -66,22 +68,12 @@ def quality_over_bits(table: ModelTable, task: TaskInfo, colours: dict[str, str]
     data: list[dict[str, Any]] = []
     for (method, family, calibration), points in groups.items():
         name = " · ".join((method, *([family] * (len(families) > 1)), *([calibration] * (len(calibrations) > 1))))
-        means = _scheme_means(points)
         style = {
             "legendgroup": name,
             "line": {"color": colours[method], "width": 2, "dash": DASHES[families.index(family) % len(DASHES)]},
             "marker": {"color": colours[method], "size": 8, "symbol": SYMBOLS[calibrations.index(calibration) % len(SYMBOLS)]},
         }
-        replicated = len(means) < len(points)
-        if replicated:
-            through = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
-            data.append(scatter([x for x, _ in means], [y for _, y in means], name, **style, **through))
-        points.sort(key=lambda p: p[1])
-        bars = [_bar(line.cells[task.name]) for line, _, _ in points]
-        error = {"type": "data", "array": [b[1] for b in bars], "arrayminus": [b[0] for b in bars], "thickness": 1, "width": 3}
-        shown = [_hover(line, line.cells[task.name]) for line, _, _ in points]
-        xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
-        data.append(scatter(xs, ys, name, **style, mode="markers" if replicated else "lines+markers", error_y=error, hovertext=shown))
+        data += _traces(name, points, task, style)
     layout = plot_layout("stored bits per weight", metric_axis(task.primary))
     base = table.baseline.cells.get(task.name) if table.baseline else None
     values = [y for points in groups.values() for _, _, y in points]
@@ -215,7 +207,20 @@ def _most_compared(lines: Sequence[Line]) -> str:
     return min(methods, key=lambda s: (-methods[s], width[s]))
 
 
-def _scheme_means(points: Sequence[tuple[Line, float, float]]) -> list[tuple[float, float]]:
+def _traces(name: str, points: Sequence[Point], task: TaskInfo, style: dict[str, Any]) -> list[dict[str, Any]]:
+    """Points with their intervals, and the line: through the means where there are replicates."""
+    means, points = _scheme_means(points), sorted(points, key=lambda p: p[1])
+    replicated = len(means) < len(points)
+    through = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
+    out = [scatter([x for x, _ in means], [y for _, y in means], name, **style, **through)] if replicated else []
+    bars = [_bar(line.cells[task.name]) for line, _, _ in points]
+    error = {"type": "data", "array": [b[1] for b in bars], "arrayminus": [b[0] for b in bars], "thickness": 1, "width": 3}
+    shown = [_hover(line, line.cells[task.name]) for line, _, _ in points]
+    xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+    return [*out, scatter(xs, ys, name, **style, mode="markers" if replicated else "lines+markers", error_y=error, hovertext=shown)]
+
+
+def _scheme_means(points: Sequence[Point]) -> list[tuple[float, float]]:
     """(bits, score) averaged over replicates of a scheme, ordered by bits."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for line, x, y in points:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from orchestrator.report import figures as draw
 from orchestrator.report import sections
-from orchestrator.report.markup import Markup, join, tag
+from orchestrator.report.markup import join, tag
 from orchestrator.report.overview import ModelTable, model_tables
 from orchestrator.report.plot import Figure
 from orchestrator.report.sites import site_section
@@ -48,12 +48,12 @@ def write_report(result: SweepResult, folder: Path) -> ReportFiles:
     files = ReportFiles.of(folder)
     _replace(files.csv, lambda path: write_csv(rows, path))
     _replace(files.parquet, lambda path: write_parquet(rows, path))
-    page = render_page(result, rows)
+    page = _page(result, rows)
     _replace(files.html, lambda path: path.write_text(page, encoding="utf-8"))
     return files
 
 
-def render_page(result: SweepResult, rows: tuple[Row, ...]) -> str:
+def _page(result: SweepResult, rows: tuple[Row, ...]) -> str:
     from plotly.offline import get_plotlyjs
 
     models = model_tables(result, rows)
@@ -98,6 +98,3 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
-
-
-__all__ = ["Markup", "ReportFiles", "render_page", "write_report"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.report.tables import SKIPPED, Row, model_size, nominal_bits, spec_of
+from orchestrator.report.tables import SKIPPED, Row, model_size, nominal_bits
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
 from orchestrator.stats import FEWEST_DOCUMENTS, Unit
@@ -141,8 +141,7 @@ def remarks(result: SweepResult) -> list[tuple[str, list[str]]]:
     """Flags of variants and notes of stages (fallbacks, approximations) ▸ whom they concern."""
     groups: dict[str, list[str]] = {}
     for variant in result.variants:
-        stored = variant.quantize.summary.get("flags", ()) if variant.quantize else ()
-        for flag in dict.fromkeys((*variant.flags, *stored)):
+        for flag in variant.all_flags:
             groups.setdefault(flag, []).append(variant.label)
     for stage in result.stages.values():
         for note in dict.fromkeys((stage.record or {}).get("notes", ())):
@@ -185,11 +184,11 @@ def _line(result: SweepResult, variant: VariantResult, rows: Sequence[Row], vary
 
 
 def _family(variant: VariantResult) -> str:
-    weights = [r.get("weight", {}) for r in spec_of(variant.quantize).get("rules", [])]
+    weights = [r.get("weight", {}) for r in (variant.quantize.spec.get("rules", []) if variant.quantize else ())]
     names = {f"g{w['group_size']}" if w.get("group_size") else w.get("granularity", "channel") for w in weights}
     parts = [names.pop() if len(names) == 1 else "mixed"] if names else []
     for letter, field in (("a", "activation"), ("kv", "kv")):
-        part = next((s for e in variant.evaluations.values() if (s := spec_of(e).get(field))), None)
+        part = next((s for e in variant.evaluations.values() if (s := e.spec.get(field))), None)
         if part:
             kind = f" {part['kind']}" if part.get("kind") else ""
             static = "" if part.get("dynamic", True) else "s"

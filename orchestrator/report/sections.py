@@ -8,14 +8,13 @@ from typing import Any
 
 from orchestrator.report import numbers
 from orchestrator.report.choices import best_per_width
-from orchestrator.report.cost import costs, is_reused, stage_bytes
+from orchestrator.report.cost import costs, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
 from orchestrator.report.markup import Markup, Td, details, join, table, tag
-from orchestrator.report.numbers import count as _count
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
-from orchestrator.report.tables import Row, spec_of, stage_seconds
+from orchestrator.report.tables import Row
 from orchestrator.report.terminal import cell_lines
 from orchestrator.results import SweepResult, TaskInfo
 
@@ -28,7 +27,7 @@ def headline(result: SweepResult, rows: Sequence[Row], models: Sequence[ModelTab
     items = [tag("li", tag("b", n, class_=mark if n else None), tag("span", word)) for word, n, mark in tally if n or word == done]
     items.append(tag("li", tag("b", sum(len(m.quantized) for m in models)), tag("span", "quantized variants")))
     items.append(tag("li", tag("b", len(models)), tag("span", "model" if len(models) == 1 else "models")))
-    ended = [float(s.record["ended"]) for s in result.stages.values() if s.record is not None and not is_reused(result, s)]
+    ended = [float(s.record["ended"]) for s in result.stages.values() if s.record is not None and not result.reused(s)]
     when = f"Started {numbers.moment(result.created)}" + (f", last stage ended {numbers.moment(max(ended))}" if ended else "")
     return join(
         (
@@ -40,6 +39,7 @@ def headline(result: SweepResult, rows: Sequence[Row], models: Sequence[ModelTab
 
 
 def model_section(model: ModelTable, number: int, figures: Sequence[Figure], layers: Sequence[Figure]) -> Markup:
+    """number: of the model on the page. figures, layers: of its scores, and of errors layer by layer."""
     parts: list[object] = [tag("h2", model.model, id=f"model-{number}")]
     if not model.quantized:
         parts.append(tag("p", "No quantized variant of this model is in the sweep."))
@@ -74,15 +74,14 @@ def figure(f: Figure) -> Markup:
 def score_table(model: ModelTable) -> Markup:
     """Headline score per task, difference below it; the exact numbers are in data attributes."""
     heads = [_heading(t) for t in model.tasks]
-    flagged = any(x.variant.flags or (x.variant.quantize and x.variant.quantize.summary.get("flags")) for x in model.lines)
     headings: list[object] = ["variant", *heads, "stored bits", "size"]
     rows = [[Td(x.name), *(_score(x.cells.get(t.name), x) for t in model.tasks), *_sizes(x)] for x in model.lines]
     if model.has_caches:
         headings.append("stored KV bits")
         rows = [[*r, _cache(x)] for r, x in zip(rows, model.lines, strict=True)]
-    if flagged:
+    if any(x.variant.all_flags for x in model.lines):
         headings.append("flags")
-        rows = [[*r, _flags(x)] for r, x in zip(rows, model.lines, strict=True)]
+        rows = [[*r, Td("; ".join(x.variant.all_flags), class_="wrap")] for r, x in zip(rows, model.lines, strict=True)]
     classes = ["baseline" if x.variant.is_baseline else "" for x in model.lines]
     return table(headings, rows, label=f"{model.model}: scores", class_="scores", row_classes=classes)
 
@@ -127,11 +126,6 @@ def _cache(line: Line) -> Td:
     return Td(numbers.bits_span(line.kv_bits_stored), sort=repr(line.kv_bits_stored[0]) if line.kv_bits_stored else "")
 
 
-def _flags(line: Line) -> Td:
-    stored = line.variant.quantize.summary.get("flags", ()) if line.variant.quantize else ()
-    return Td("; ".join(dict.fromkeys((*line.variant.flags, *stored))), class_="wrap")
-
-
 def _other_metrics(model: ModelTable) -> Markup:
     named = list(dict.fromkeys((t.name, r.metric) for t in model.tasks for x in model.lines for r in x.others.get(t.name, ())))
     if not named:
@@ -174,10 +168,12 @@ def troubles(result: SweepResult) -> Markup:
         blocked = sum(s.blocked_by in {x.key for x in stages} for s in result.stages.values())
         after = f"; {blocked} stages behind {'them' if len(stages) > 1 else 'it'} did not run" if blocked else ""
         inner = [join((tag("h3", s.label), tag("pre", str((s.failure or {}).get("log_tail") or "no log was kept")))) for s in stages]
-        parts.append(details(join((tag("span", "FAILED ", class_="bad"), message, f" ({_count(len(stages), 'stage')}{after})")), *inner))
+        parts.append(
+            details(join((tag("span", "FAILED ", class_="bad"), message, f" ({numbers.count(len(stages), 'stage')}{after})")), *inner)
+        )
     for reason, cells in skipped:
         lines = "\n".join(" · ".join(axes.values()) for axes in cells)
-        parts.append(details(f"Skipped: {reason} ({_count(len(cells), 'cell')})", tag("pre", lines)))
+        parts.append(details(f"Skipped: {reason} ({numbers.count(len(cells), 'cell')})", tag("pre", lines)))
     for remark, whom in said:
         parts.append(details(f"{remark} ({len(whom)}×)", tag("pre", "\n".join(whom))))
     return join(parts, "\n")
@@ -201,15 +197,14 @@ def cost_section(result: SweepResult) -> Markup:
         said += f", and {numbers.duration(reuse)} came from earlier sweeps." if reuse else "."
     parts += [tag("p", said), table(heads, rows, label="Cost per kind of stage")]
     stages = []
-    for s in sorted(result.stages.values(), key=lambda s: (-(stage_seconds(s) or 0.0), s.label)):
-        took = stage_seconds(s)
-        source = "reused" if is_reused(result, s) else "run" if s.record else s.status.value
+    for s in sorted(result.stages.values(), key=lambda s: (-(s.seconds or 0.0), s.label)):
+        source = "reused" if result.reused(s) else "run" if s.record else s.status.value
         phases = ", ".join(f"{k} {numbers.duration(v)}" for k, v in (s.record or {}).get("seconds", {}).items())
         stages.append(
             [
                 s.label,
                 source,
-                Td(numbers.duration(took), sort="" if took is None else repr(took)),
+                Td(numbers.duration(s.seconds), sort="" if s.seconds is None else repr(s.seconds)),
                 Td(numbers.size(stage_bytes(s)), sort=stage_bytes(s)),
                 Td(phases, class_="left"),
                 Td(tag("code", s.key[:12]), class_="left"),
@@ -229,13 +224,13 @@ def provenance(result: SweepResult) -> Markup:
             for operation, backends in s.record.get("kernels", {}).items():
                 for name in backends:
                     kernels[f"{operation}: {name}"] = kernels.get(f"{operation}: {name}", 0) + 1
-    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(spec_of(s))})
+    texts = sorted({d for s in result.stages.values() if s.record is not None for d in _text_digests(s.spec)})
     # Short facts stand in the open: `git` as git commit, git dirty.
     small = {k: v for k, v in result.provenance.items() if isinstance(v, dict) and len(v) <= 3}
     facts = [(k, v) for k, v in result.provenance.items() if not isinstance(v, (dict, list, tuple))]
     facts += [(f"{k} {name}", v) for k, values in small.items() for name, v in values.items()]
     if kernels:
-        facts.append(("kernels", ", ".join(f"{k} ({count} stage{'s' * (count > 1)})" for k, count in sorted(kernels.items()))))
+        facts.append(("kernels", ", ".join(f"{k} ({numbers.count(n, 'stage')})" for k, n in sorted(kernels.items()))))
     nested = {k: v for k, v in result.provenance.items() if isinstance(v, (dict, list, tuple)) and k not in small}
     keys = table(
         ["variant", "variant key", "quantize", *(f"evaluate {t}" for t in result.tasks)],
@@ -259,8 +254,10 @@ def provenance(result: SweepResult) -> Markup:
             details("Packages, overrides and other facts", tag("pre", _pretty(nested))),
             details("Configuration", tag("pre", _pretty(result.config))),
             details("Models and texts by content digest", tag("pre", _pretty({"models": result.model_names, "texts": texts}))),
-            details("Environments of the stages", *(join((tag("p", _count(n, "stage")), tag("pre", e))) for e, n in environments.items())),
-            details(f"Keys of {_count(len(result.variants), 'variant')}", keys),
+            details(
+                "Environments of the stages", *(join((tag("p", numbers.count(n, "stage")), tag("pre", e))) for e, n in environments.items())
+            ),
+            details(f"Keys of {numbers.count(len(result.variants), 'variant')}", keys),
         ),
         "\n",
     )

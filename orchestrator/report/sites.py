@@ -15,7 +15,6 @@ from orchestrator.report.markup import Markup, Td, details, join, table, tag
 from orchestrator.report.overview import ModelTable
 from orchestrator.report.plot import COLOURS, Figure, choose_scale, plot_layout, safe, scatter, short
 from orchestrator.report.sections import figure
-from orchestrator.report.tables import spec_of
 from orchestrator.results import StageResult, SweepResult
 from workers.artifact import CorruptArtifactError, payload_path
 
@@ -70,17 +69,17 @@ def site_section(result: SweepResult, model: ModelTable, number: int) -> Markup:
 
 
 def _stages(result: SweepResult, model: ModelTable) -> list[StageResult]:
-    models = [spec_of(e).get("model") for x in model.lines for e in x.variant.evaluations.values()]
+    models = [e.spec.get("model") for x in model.lines for e in x.variant.evaluations.values()]
     return [
         s
         for s in result.stages.values()
-        if s.kind == "calibrate" and (spec := spec_of(s)).get("statistic") == SITE_STATISTICS and spec.get("model") in models
+        if s.kind == "calibrate" and s.spec.get("statistic") == SITE_STATISTICS and s.spec.get("model") in models
     ]
 
 
 def _draw(stage: StageResult, model: ModelTable) -> str:
     name = stage.label.removeprefix(f"calibrate {model.model} ").removesuffix(f" {SITE_STATISTICS}")
-    return f"{name}, seed {spec_of(stage).get('calibration', {}).get('seed', 0)}"
+    return f"{name}, seed {stage.spec.get('calibration', {}).get('seed', 0)}"
 
 
 def read_series(stage: StageResult) -> list[Series]:

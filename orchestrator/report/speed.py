@@ -11,7 +11,6 @@ from rich.text import Text
 from orchestrator.report import numbers
 from orchestrator.report.markup import Markup, Td, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
-from orchestrator.report.tables import spec_of, stage_seconds
 from orchestrator.results import StageResult
 from workers.specs import MeasureSpec, from_json
 
@@ -41,7 +40,8 @@ class Speed:
 
     @property
     def quantize_s(self) -> float | None:
-        return stage_seconds(self.line.variant.quantize)
+        stage = self.line.variant.quantize
+        return None if stage is None else stage.seconds
 
     @property
     def quantize_bytes(self) -> float | None:
@@ -108,7 +108,7 @@ def speeds(model: ModelTable) -> list[Speed]:
 
 def conditions(found: Sequence[Speed]) -> str:
     """What was timed and on what: `AMD EPYC, 2 threads; 1 sequence, prompt of 128 tokens, 32 decoded`."""
-    spec = from_json(MeasureSpec, spec_of(found[0].stage))
+    spec = from_json(MeasureSpec, found[0].stage.spec)
     threads = next((s.stage.summary["threads"] for s in found if s.known), None)
     where = spec.device + (f", {numbers.count(threads, 'thread')}" if threads else "")
     workload = spec.workload

@@ -12,7 +12,7 @@ from typing import Any
 from orchestrator.errors import PairingError
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
-from orchestrator.stats import Delta, adjust_holm, paired_delta
+from orchestrator.stats import holm, paired_delta
 from workers.artifact import CorruptArtifactError
 
 CONFIDENCE = 0.95
@@ -96,9 +96,9 @@ def long_table(result: SweepResult) -> tuple[Row, ...]:
             for metric in metrics_of(result, task):
                 rows.append(_row(result, variant, variants.get(variant.baseline_key), task, stage, metric))
     for primary in (True, False):
-        tested = [i for i, r in enumerate(rows) if r.is_primary is primary and r.p_value is not None and not r.is_baseline]
-        for i, d in zip(tested, adjust_holm([_as_delta(rows[i]) for i in tested]), strict=True):
-            rows[i] = replace(rows[i], p_holm=d.p_adjusted)
+        tested = [(i, r.p_value) for i, r in enumerate(rows) if r.is_primary is primary and r.p_value is not None and not r.is_baseline]
+        for (i, _), adjusted in zip(tested, holm([p for _, p in tested]), strict=True):
+            rows[i] = replace(rows[i], p_holm=adjusted)
     return (*rows, *(_skipped_row(result, s.axes, s.reason) for s in result.skipped))
 
 
@@ -108,23 +108,11 @@ def metrics_of(result: SweepResult, task: TaskInfo) -> list[str]:
     return [task.primary, *sorted(set(scored) - {task.primary})]
 
 
-def stage_seconds(stage: StageResult | None) -> float | None:
-    """Wall seconds of a committed stage."""
-    if stage is None or stage.record is None:
-        return None
-    return float(stage.record["ended"]) - float(stage.record["started"])
-
-
-def spec_of(stage: StageResult | None) -> dict[str, Any]:
-    """Canonical JSON of a stage's spec, whether it ran or not; empty where there is none."""
-    return {} if stage is None else dict(stage.spec or {})
-
-
 def nominal_bits(variant: VariantResult) -> float | None:
     """Weight width: as quantized; as planned where that did not run, all rules agree, and the stage does not choose itself."""
     stage = variant.quantize or next(iter(variant.evaluations.values()), None)
     done = _number(stage.summary.get("bits_nominal")) if stage else None
-    spec = spec_of(variant.quantize)
+    spec = variant.quantize.spec if variant.quantize else {}
     planned = {r["weight"]["bits"] for r in spec.get("rules", []) if r.get("weight") and not spec.get("auto")}
     return done if done is not None or len(planned) != 1 else float(planned.pop())
 
@@ -134,7 +122,7 @@ def model_size(result: SweepResult, variant: VariantResult) -> int | None:
     if variant.quantize is not None:
         size = variant.quantize.summary.get("model_bytes")
         return None if size is None else int(size)
-    digests = [spec_of(e).get("model", {}).get("digest") for e in variant.evaluations.values()]
+    digests = [e.spec.get("model", {}).get("digest") for e in variant.evaluations.values()]
     return next((result.model_bytes[d] for d in digests if d in result.model_bytes), None)
 
 
@@ -174,11 +162,11 @@ def _row(
         bits_stored=_number(facts.get("bits_stored")),
         kv_bits_stored=_number((stage.summary.get("kv") or {}).get("bits_stored")),
         model_bytes=model_size(result, variant),
-        weight_error=_number(facts.get("weight_error", facts.get("mean_weight_error"))),
-        quantize_seconds=stage_seconds(quantize),
-        evaluate_seconds=stage_seconds(stage),
+        weight_error=_number(facts.get("weight_error")),
+        quantize_seconds=quantize.seconds if quantize else None,
+        evaluate_seconds=stage.seconds,
         peak_memory_bytes=quantize.summary.get("peak_memory_bytes") if quantize else None,
-        flags="; ".join(dict.fromkeys((*variant.flags, *(quantize.summary.get("flags", ()) if quantize else ())))),
+        flags="; ".join(variant.all_flags),
         variant_key=variant.key,
         quantize_key=quantize.key if quantize else None,
         evaluate_key=stage.key,
@@ -214,12 +202,6 @@ def _with_delta(row: Row, stage: StageResult, base: StageResult | None, task: Ta
         n_documents=d.n_documents,
         p_value=_finite(d.p_value),
     )
-
-
-def _as_delta(row: Row) -> Delta:
-    zero = 0.0
-    assert row.p_value is not None
-    return Delta(row.metric, zero, zero, zero, zero, zero, row.confidence or CONFIDENCE, row.n_items or 0, "", row.p_value)
 
 
 def _skipped_row(result: SweepResult, axes: dict[str, str], reason: str) -> Row:

@@ -130,7 +130,7 @@ def tokenize(model: Path, text: str) -> list[int]:
 
 def reference(artifact: Path, model_folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """Logits of bitgrid's own rebuilt model, its unquantized parameters in the checkpoint's float16."""
-    opened, _ = open_model(Recipe(artifact), model_folder)
+    opened = open_model(Recipe(artifact), model_folder)
     for i in range(opened.structure.count):
         opened.load(i)
     model: nn.Module = opened.model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,11 +42,7 @@ def run(code: str, *flags: str) -> str:
     ).stdout
 
 
-def exists(module: str) -> bool:
-    return (ROOT / (module.replace(".", "/") + ".py")).is_file()
-
-
-@pytest.mark.parametrize("module", [m for m in SHARED if exists(m)])
+@pytest.mark.parametrize("module", SHARED)
 def test_shared_module_needs_the_standard_library_only(module: str) -> None:
     # -S leaves site-packages out, so any other import fails.
     run(f"import {module}", "-S")
@@ -62,3 +59,10 @@ def test_the_driver_loads_neither_torch_nor_ray_nor_mlflow() -> None:
     )
     assert set(modules) <= set(loaded)
     assert not {"torch", "transformers", "ray", "mlflow"} & set(loaded)
+
+
+def test_files_that_the_architecture_names_are_there() -> None:
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py)", (ROOT / "docs" / "architecture.md").read_text()))
+    files = [p.relative_to(ROOT).as_posix() for folder in ("orchestrator", "workers", "tests") for p in (ROOT / folder).rglob("*.py")]
+    assert len(named) > 40
+    assert [n for n in sorted(named) if not any(f.endswith(f"/{n}") or f == n for f in files)] == []

@@ -68,7 +68,7 @@ def test_a_truncated_model_file_is_told_with_both_sizes(tmp_path: Path) -> None:
     file = folder / "model.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-64])
-    with pytest.raises(SourceError, match=rf"truncated: got {size - 64} bytes, its header says {size}; copy it again"):
+    with pytest.raises(SourceError, match=rf"truncated: expected {size} bytes, got {size - 64}; fetch it again"):
         sweep(tmp_path / "store", f"model.path={folder}")
 
 

@@ -17,7 +17,7 @@ from orchestrator.measuring import measuring, unmeasured
 from orchestrator.report.numbers import duration, size
 from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import Speed, columns, speed_table, speeds
-from orchestrator.report.tables import long_table, stage_seconds
+from orchestrator.report.tables import long_table
 from orchestrator.results import StageResult
 from orchestrator.stage import Stage, Status
 from orchestrator.tracked_metrics import MEASURE_FACTS, _facts, variant_points
@@ -187,7 +187,7 @@ def test_the_table_shows_what_was_measured_and_what_quantizing_took(tmp_path: Pa
     assert cpu["ms per token"] == "12.3 [12.1, 12.6]"
     assert (cpu["p95"], cpu["prompt, p95"], cpu["weights on disk"], cpu["kernels"]) == ("20.5", "200", "4.10 GB", "224 cuda")
     assert line.variant.quantize is not None
-    assert cpu["quantized in"] == duration(stage_seconds(line.variant.quantize))
+    assert cpu["quantized in"] == duration(line.variant.quantize.seconds)
     assert cpu["with at most"] == size(line.variant.quantize.summary["peak_memory_bytes"])
     more = shown(figures(**gpu))
     assert set(more) - set(cpu) == {"J per token", "J in all", "peak reserved"}

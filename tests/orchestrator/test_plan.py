@@ -275,7 +275,7 @@ def test_truncated_model_file_is_told_before_anything_runs(plan_of, tmp_path: Pa
     odd = odd_model(tmp_path, ASSET)
     weights = odd / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(SourceError, match=r"truncated: got \d+ bytes"):
+    with pytest.raises(SourceError, match=r"truncated: expected \d+ bytes, got \d+"):
         plan_of(f"model.path={odd}")
 
 

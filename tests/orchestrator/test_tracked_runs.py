@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from orchestrator.dashboard_view import view_tag
 from orchestrator.mlflow_names import KEY_LENGTH, metric_name, tag_key, tag_value
 from orchestrator.results import StageResult, SweepResult, TaskInfo
+from orchestrator.stats import Delta
 from orchestrator.tracked_diff import CONTENT, LoggedRun, amendable, stale_tags
-from orchestrator.tracked_metrics import Delta, Point
+from orchestrator.tracked_metrics import Point
 from orchestrator.tracked_runs import Phase, RunDescription, content_digest, describe_sweep, describe_variant
 from tests.orchestrator import synthetic
 from tests.orchestrator.tracked_sweep import OTHER, change, committed, fixed_delta, full_sweep, pending, started, variant, with_failure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import Delta
 from workers.artifact import RECORD, payload_files
 
 T0 = 1_700_000_000.0
@@ -19,16 +20,9 @@ KEY = "5eed" * 16
 OTHER = "0dd0" * 16
 
 
-@dataclass(frozen=True)
-class FixedDelta:
-    delta: float
-    low: float
-    high: float
-
-
-def fixed_delta(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> FixedDelta:
-    difference = variant.summary["scores"][metric] - baseline.summary["scores"][metric]
-    return FixedDelta(difference, difference - 0.5, difference + 0.5)
+def fixed_delta(variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str) -> Delta:
+    value, base = (s.summary["scores"][metric] for s in (variant, baseline))
+    return Delta(metric, value, base, value - base, value - base - 0.5, value - base + 0.5, 0.95, 1, "t", 0.5)
 
 
 def committed(root: Path, kind: str, key: str, at: float, summary: dict[str, Any], spec: dict[str, Any], sweep: str = KEY) -> StageResult:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -32,11 +31,11 @@ def data(n: int = 8, k: int = 32) -> tuple[Tensor, Tensor]:
     return torch.randn(n, k, generator=g), x
 
 
-def composed(method: str) -> dict[str, Any]:
+def composed(group: str, option: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        values = OmegaConf.to_container(compose(f"method/{method}"), resolve=True)
+        values = OmegaConf.to_container(compose(f"{group}/{option}"))
     assert isinstance(values, dict)
-    return values["method"]  # type: ignore[no-any-return]
+    return values[group]  # type: ignore[no-any-return]
 
 
 def facts(component: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def declared(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("option", sorted(p.stem for p in (CONF / "method").glob("*.yaml")))
 def test_method_options_equal_the_code(option: str) -> None:
-    values = composed(option)
+    values = composed("method", option)
     name = option.removesuffix("_sequential")
     recipe = {**METHODS, **MODEL_METHODS, **{m: Recipe(m) for m in TOOLKIT_METHODS}}[name]
     assert list(values["transforms"]) == list(recipe.transforms)
@@ -85,7 +84,7 @@ def test_every_parameter_is_explained() -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF / "scheme").glob("*.yaml")), ids=lambda p: p.stem)
 def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
+    values = composed("scheme", path.stem)
     assert values.pop("overrides") == {}
     if path.stem == "auto":
         assert set(values.pop("auto")) == {"budget", "bits", "sequences"}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from quant.scheme import WeightScheme
 from tests.toolkits.both import ASSETS, Quantized, agreement, divergence, hessian, needs, quantize, weights
-from workers.calibrate import block_file
+from workers.capture import block_file
 
 pytestmark = needs("llm_compressor")
 SCHEMES = {"w4_g64": weights(4, 64), "w4_g64_symmetric": weights(4, 64, symmetric=True), "w3_channel": weights(3)}

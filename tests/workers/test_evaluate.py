@@ -18,7 +18,7 @@ from tests.workers.fake_models import CountingBuilder
 from tests.workers.stage_runs import commit, quantize_spec, quantized, tiny_context
 from workers.context import Context
 from workers.errors import InputError
-from workers.evaluate import TASKS, run_evaluate
+from workers.evaluate import SCORED_BY, TASKS, run_evaluate
 from workers.residency import Residency
 from workers.specs import EvaluateSpec, ModelSpec, TaskSpec, TextSpec, freeze
 from workers.tasks import divergence
@@ -180,6 +180,10 @@ def test_task_option_is_what_the_task_code_says(path: Path) -> None:
     assert set(option["params"]) == {f.name for f in fields(code.Params)}
     text_fields = {"file", "asset", "hub", "path"} | {f.name for f in fields(TextSpec)} - {"digest"}
     assert set(option["text"]) == text_fields
+
+
+def test_every_task_is_scored() -> None:
+    assert SCORED_BY.keys() == TASKS.keys()
 
 
 def test_tiny_model_folder_is_never_changed_by_evaluation(tmp_path: Path) -> None:

@@ -63,12 +63,6 @@ def test_linears_of_a_site_read_the_same_tensor_and_sites_come_in_order(family: 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameter_estimate_is_within_five_percent(family: str) -> None:
-    counted = sum(p.numel() for p in build(family).parameters())
-    assert families.parameter_bytes(written_config(family), 2) == pytest.approx(2 * counted, rel=0.05)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_scale_groups_name_modules_that_exist(family: str) -> None:
     model = build(family)
     structure = families.structure(written_config(family))

@@ -222,7 +222,7 @@ def test_what_is_kept_makes_room_for_waiting_batches(monkeypatch: pytest.MonkeyP
         structure = None
 
     source = FedStatistics(Model(), [], [torch.zeros(1, 1, 1)], frozenset({"hessian"}), 0, [], None, holder)  # type: ignore[arg-type]
-    assert source.stages(static=False)
+    assert source.can_pause(static=False)
     assert (holder.bytes, source.notes) == (400, []), "no more than was needed, and no fallback"
 
 

@@ -291,9 +291,9 @@ def test_out_of_memory_lets_go_of_resident_models(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(residency, "_process", held)
     fake = FakeRunners(raises={"a": ValueError("x"), "b": torch.OutOfMemoryError("CUDA out of memory")})
     outcomes(request(tmp_path / "1", {"a": EVALUATE}), fake)
-    assert residency.resident() == ["m"]
+    assert held.holds() == ["m"]
     found = outcomes(request(tmp_path / "2", {"b": EVALUATE}), fake)
-    assert residency.resident() == []
+    assert held.holds() == []
     assert found["b"].failure is not None
     assert found["b"].failure.error_class is ErrorClass.MEMORY
 

@@ -58,7 +58,7 @@ def opened(family: str, tmp_path: Path, b: int = 0) -> tuple[Tuning, TuningBlock
     chosen = dict.fromkeys(model.structure.linear_names(), method)
     weights = BlockWeights(block, model.structure)
     worker = BlockQuantizer(b, block, model.structure, chosen, weights, {}, {}, None, {}, set())  # type: ignore[arg-type]
-    forward = BlockForward(model, range(b, b + 1)).with_linears([worker])
+    forward = BlockForward(model, range(b, b + 1), [worker])
     return tuning, tuning._blocks([worker], forward), worker, forward
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from workers.export.report import ExportError, ExportReport
-from workers.export.run import FORMATS, export_auto_gptq, run
+from workers.export.run import FORMATS, run
 
-__all__ = ["FORMATS", "ExportError", "ExportReport", "export_auto_gptq", "run"]
+__all__ = ["FORMATS", "ExportError", "ExportReport", "run"]

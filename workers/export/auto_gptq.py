@@ -99,7 +99,9 @@ def _check_coverage(model: QuantizedModel) -> None:
             f"{model.config['model_type']} block and cannot leave one as it is"
         )
     if extra:
-        raise ExportError(f"{extra[0]} is quantized, but auto-gptq does not replace it in a {model.config['model_type']} model")
+        raise ExportError(
+            f"{extra[0]} is quantized, but auto-gptq does not replace it in a {model.config['model_type']} model; use the format dense"
+        )
     experts = int(model.config.get("num_local_experts") or 0) if model.config["model_type"] == "mixtral" else 0
     if experts > MAX_EXPERTS:
         raise ExportError(f"the model has {experts} experts; auto-gptq knows the first {MAX_EXPERTS} of a Mixtral")
@@ -122,7 +124,7 @@ def _layout(linears: Mapping[str, AffineTensor]) -> Layout:
             raise ExportError(f"{name} has zero points of kind {t.kind.value!r}; the format stores integers within the codes")
         reason = unholdable(t.bits, t.codes, *_rows(t), act_order=act_order)
         if reason is not None:
-            raise ExportError(f"{name} has {reason}")
+            raise ExportError(f"{name} has {reason}; use the format dense")
     groups = {-1 if per_channel else t.group_size: name for name, t in linears.items()}
     bits = {t.bits: name for name, t in linears.items()}
     for what, values in (("bits", bits), ("group sizes", groups)):

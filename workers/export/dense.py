@@ -18,7 +18,7 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
     Raises InputError, ExportError (values beyond float16), CorruptArtifactError.
     """
     recipe = Recipe(artifact)
-    opened, _ = open_model(recipe, model_folder)
+    opened = open_model(recipe, model_folder)
     for i in range(opened.structure.count):
         opened.load(i)
     model = opened.model

@@ -35,7 +35,7 @@ class QuantizedModel:
     notes: tuple[str, ...] = ()
 
 
-def open_model(recipe: Recipe, model_folder: Path) -> tuple[BlockModel, Context]:
+def open_model(recipe: Recipe, model_folder: Path) -> BlockModel:
     """The recipe's model with blocks on demand, each quantized as it is loaded.
 
     Raises InputError, and ExportError for a model that is no longer one of its family."""
@@ -46,13 +46,13 @@ def open_model(recipe: Recipe, model_folder: Path) -> tuple[BlockModel, Context]
     context = Context({recipe.model_digest: location}, {}, Hints(device="cpu"), torch.device("cpu"))
     opened = open_blocks(context, ModelSpec(recipe.model_digest, recipe.dtype))
     opened.on_load.append(lambda i: recipe.apply(opened.model, f"{opened.structure.blocks}.{i}."))
-    return opened, context
+    return opened
 
 
 def read_quantized(artifact: Path, model_folder: Path) -> QuantizedModel:
     """Block by block; raises InputError for a model or recipe that cannot be read, CorruptArtifactError."""
     recipe = Recipe(artifact)
-    opened, _ = open_model(recipe, model_folder)
+    opened = open_model(recipe, model_folder)
     stored = {op["module"]: recipe.stored(op) for op in recipe.replaced()}
     biases: dict[str, Tensor] = {}
     blocks = opened.structure.blocks + "."

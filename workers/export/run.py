@@ -15,11 +15,6 @@ from workers.export.report import ExportError, ExportReport, folder_bytes
 Writer = Callable[[Path, Path, Path], tuple[int, list[str]]]
 
 
-def export_auto_gptq(artifact: Path, model_folder: Path, out: Path) -> ExportReport:
-    """Write a quantize artifact as a folder that auto-gptq 0.7.1 loads. Raises ExportError, InputError, CorruptArtifactError."""
-    return run("auto_gptq", artifact, model_folder, out)
-
-
 def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportReport:
     """Write a quantize artifact in a format of `FORMATS` as the new folder `out`.
 

@@ -73,11 +73,6 @@ def documents_of(documents: Tensor) -> list[int]:
     return [Counter(row).most_common(1)[0][0] for row in documents[:, 1:].tolist()]
 
 
-def batches(windows: Tensor, batch_tokens: int) -> list[Tensor]:
-    """Consecutive windows of at most `batch_tokens` tokens together (at least one window)."""
-    return list(windows.split(max(1, batch_tokens // windows.shape[1])))
-
-
 def chunks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """(windows, positions) of logits `[B, T, V]`: all positions with a known next token, a few rows at a time."""
     count, length, vocabulary = logits.shape

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from workers.artifact import CorruptArtifactError, payload_path
-from workers.tasks.base import Column, Logits, Result, batches, check_finite, chunks, item_ids, log_probs, next_tokens, picked
+from workers.datasets import batches
+from workers.tasks.base import Column, Logits, Result, check_finite, chunks, item_ids, log_probs, next_tokens, picked
 
 KIND = "divergence"
 VERSION = 1

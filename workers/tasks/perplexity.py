@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel
+from workers.datasets import batches
 from workers.errors import NumericalError
-from workers.tasks.base import Logits, Result, batches, check_finite, chunks, item_ids, next_tokens
+from workers.tasks.base import Logits, Result, check_finite, chunks, item_ids, next_tokens
 
 KIND = "perplexity"
 VERSION = 1

@@ -36,7 +36,10 @@ def run_toolkit(spec: QuantizeSpec, inputs: Mapping[str, Path], payload: Path, c
     toolkit = TOOLKITS[job.made.toolkit]
     found = metadata.version(toolkit.package)
     if found != job.made.release:
-        raise InputError(f"{sys.prefix} holds {toolkit.package} {found}, and the method asks for {job.made.release}")
+        raise InputError(
+            f"{sys.prefix} holds {toolkit.package} {found}, and the method asks for {job.made.release}; install that release there, or set "
+            f"method.rounding.params.release={found}"
+        )
     peak = PeakMemory(context.device)
     writer = ResultWriter(payload)
     adapter = importlib.import_module(f"workers.toolkits.{ADAPTERS[toolkit.name]}")

@@ -58,6 +58,7 @@ class Job:
         return DTYPES[self.model.dtype]
 
     def write(self, folder: Path) -> None:
+        """Everything but the device and notes, into an existing folder."""
         plain = {
             "method": to_json(self.method),
             "folder": str(self.folder),
@@ -106,12 +107,15 @@ class Job:
         return {n: found[n] for n in self.linears}
 
     def text(self) -> Tensor:
+        """Calibration tokens int64 `[S, T]`. Raises InputError where there are none."""
         if self.tokens is None:
             raise InputError(f"{self.method.name} feeds text: the spec needs a calibration")
         return self.tokens
 
 
 class ResultWriter:
+    """Writes what a toolkit made, one linear after the other, for `Results` to read."""
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._rows: dict[str, dict[str, Any]] = {}

@@ -15,7 +15,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.executors.base import Event, RequestEnded, Runner, SlotLost, StageEnded
 from orchestrator.executors.ray.actor import Batch, Identity, Worker
 from orchestrator.executors.ray.capacity import Layout, NodeResources, layout
-from orchestrator.executors.ray.start import PROJECT, Session, open_session
+from orchestrator.executors.ray.start import Session, open_session
 from orchestrator.executors.settings import ClusterSettings
 from workers.request import FORMAT, Outcome, Request
 
@@ -51,7 +51,7 @@ class RayExecutor:
     def start(self) -> None:
         if self._session is not None:
             return
-        self._session = open_session(self._settings, self._worker_environment(), self._local_cores())
+        self._session = open_session(self._settings, self._local_cores())
         try:
             self._layout = layout(self._settings, _nodes())
             starting = {i: self._spawn() for i in range(self._layout.slots)}
@@ -120,6 +120,7 @@ class RayExecutor:
             "max_task_retries": 0,
         }
         if self._session.env:
+            # Read by arithmetic libraries when torch is imported.
             threads = dict.fromkeys(THREAD_VARIABLES, str(self._layout.cpus_per_worker))
             options |= {"runtime_env": {"env_vars": {**self._session.env, **threads}}, "scheduling_strategy": "SPREAD"}
         actor: Any = ray.remote(Worker).options(**options).remote(self._layout.cpus_per_worker, self._runner)
@@ -131,10 +132,8 @@ class RayExecutor:
 
         references = {s.identity: s for s in starting.values()}
         ready, late = ray.wait(list(references), num_returns=len(references), timeout=self._settings.startup_timeout_s)
-        answered, reason = (
-            [],
-            f"no answer within cluster.startup_timeout_s={self._settings.startup_timeout_s:g}; are its cores or GPUs in use?",
-        )
+        answered = []
+        reason = f"no answer within cluster.startup_timeout_s={self._settings.startup_timeout_s:g}; are its cores or GPUs in use?"
         for reference in ready:
             try:
                 _check_version(ray.get(reference))
@@ -205,11 +204,6 @@ class RayExecutor:
     def _local_cores(self) -> int:
         """Cores of a cluster started here: this machine's, or as many as were asked for."""
         return max(_cores(), (self._settings.slots or 1) * (self._settings.threads or 1))
-
-    def _worker_environment(self) -> dict[str, str]:
-        """Where workers find the code, and how many threads arithmetic libraries start with, before torch is imported."""
-        path = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        return {"PYTHONPATH": os.pathsep.join(path), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _cores() -> int:

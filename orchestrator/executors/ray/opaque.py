@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from orchestrator.errors import ClusterError
-from orchestrator.executors.ray.start import PROJECT, Session, open_session
+from orchestrator.executors.ray.start import Session, open_session
 from orchestrator.executors.settings import ClusterSettings
 
 _sessions: list[Session] = []
@@ -94,8 +94,7 @@ def _session(cluster: ClusterSettings, cores: int | None) -> Session:
     if _sessions and ray.is_initialized():
         return _sessions[0]
     _sessions.clear()
-    path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    session = open_session(cluster, {"PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}, cores or os.cpu_count() or 1)
+    session = open_session(cluster, cores or os.cpu_count() or 1)
     _sessions.append(session)
     atexit.register(close)
     return session

@@ -45,7 +45,6 @@ PROBE_S = 10.0
 class Session:
     """A connection to Ray. `close` undoes what opening it did, and nothing else."""
 
-    started_here: bool = False
     connected_here: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
     """What workers need in their environment, where they do not inherit it from a cluster started here."""
@@ -69,7 +68,7 @@ class Session:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def open_session(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int) -> Session:
+def open_session(settings: ClusterSettings, cores: int) -> Session:
     """Connect, by starting a cluster (ray_local, with `cores` to share out) or joining one. Raises ClusterError.
 
     Where this process is connected to Ray already, that connection is used, and left open.
@@ -80,23 +79,29 @@ def open_session(settings: ClusterSettings, worker_env: Mapping[str, str], cores
     except ImportError as e:
         raise ClusterError(f"Ray cannot be imported ({e}); install it with bitgrid's dependencies, or use cluster=in_process") from e
     if ray.is_initialized():
-        return Session(env=worker_env)
-    return _start(settings, worker_env, cores) if settings.kind == "ray_local" else _join(settings, worker_env)
+        return Session(env=_worker_environment())
+    return _start(settings, cores) if settings.kind == "ray_local" else _join(settings)
 
 
-def _start(settings: ClusterSettings, worker_env: Mapping[str, str], cores: int) -> Session:
+def _worker_environment() -> dict[str, str]:
+    """Where workers find the code."""
+    path = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(path), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _start(settings: ClusterSettings, cores: int) -> Session:
     import ray
 
     if threading.current_thread() is not threading.main_thread():
         # Ray's processes end with the thread that started them.
         raise ClusterError("a local Ray cluster can be started from the main thread only; start it there, or use cluster=in_process")
     token = settings.auth != "disabled"
-    variables = {**worker_env, "RAY_AUTH_MODE": "token" if token else "disabled"}
+    variables = {**_worker_environment(), "RAY_AUTH_MODE": "token" if token else "disabled"}
     if token:
         variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # A short path of its own: sockets live in it, and the cluster is not found by address=auto from elsewhere.
     folder = _own_folder()
-    session = Session(True, True, {}, _set_environment(variables), folder)
+    session = Session(connected_here=True, restore=_set_environment(variables), folder=folder)
     try:
         _reload_authentication()
         with _own_sigterm():
@@ -128,13 +133,13 @@ def _own_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=parent))
 
 
-def _join(settings: ClusterSettings, worker_env: Mapping[str, str]) -> Session:
+def _join(settings: ClusterSettings) -> Session:
     import ray
 
     address = settings.address if settings.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")
     # Ray's own default is none: whoever joins a cluster that is open to its network says so.
     mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or "token"
-    session = Session(False, True, worker_env, _set_environment({"RAY_AUTH_MODE": mode}))
+    session = Session(connected_here=True, env=_worker_environment(), restore=_set_environment({"RAY_AUTH_MODE": mode}))
     try:
         _reload_authentication()
         if mode == "token" and not _token_found():

@@ -75,7 +75,7 @@ def test_a_folded_norm_is_exported_folded(model: Path, tmp_path: Path) -> None:
     artifact = quantized(work, tmp_path / "a", quantize_spec("rtn", "awq", weight=G16), inputs)[0]
     report = run("auto_gptq", artifact, model, tmp_path / "out")
     assert "rounded to float16" in " ".join(report.notes)
-    opened, _ = open_model(Recipe(artifact), model)
+    opened = open_model(Recipe(artifact), model)
     name = "input_layernorm.weight"
     folded = opened.load(0).get_parameter(name)
     found = load_file(tmp_path / "out" / "model.safetensors")[f"model.layers.0.{name}"]
@@ -137,7 +137,7 @@ def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> Non
     artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
     run("dense", artifact, folder, tmp_path / "out")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    opened, _ = open_model(Recipe(artifact), folder)
+    opened = open_model(Recipe(artifact), folder)
     for i in range(opened.structure.count):
         opened.load(i)
     rebuilt = dict(opened.model.named_parameters())

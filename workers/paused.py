@@ -20,7 +20,7 @@ from workers.families import Structure
 from workers.stream import Call
 
 
-class StagedForward:
+class PausedForward:
     """Of all batches through one block. Outputs, and statistics of every site, equal those of forwards run anew, bit for bit: each module
     sees the same inputs and weights."""
 

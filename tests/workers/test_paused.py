@@ -15,11 +15,11 @@ from quant.scheme import ActivationScheme
 from tests.workers.stage_runs import calibration_text, quantize_spec, quantized, tiny_context
 from workers import feeding
 from workers.blocks import linear_view, tap_inputs
+from workers.paused import PausedForward
 from workers.quantize import run_quantize
 from workers.rebuild import rebuild
 from workers.rounding import BlockQuantizer
 from workers.specs import ModelSpec
-from workers.staged import StagedForward
 from workers.stream import Call
 
 SEQUENTIAL = quantize_spec("gptq", propagation="quantized", true_sequential=True)
@@ -28,15 +28,15 @@ SEQUENTIAL = quantize_spec("gptq", propagation="quantized", true_sequential=True
 @pytest.mark.parametrize("family", ["llama", "falcon_old", "gpt2", "opt"])
 def test_artifacts_equal_those_of_a_forward_for_every_site(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ctx = tiny_context(family, tmp_path)
-    staged, _ = quantized(ctx, tmp_path / "staged", SEQUENTIAL, {})
+    paused, _ = quantized(ctx, tmp_path / "paused", SEQUENTIAL, {})
     assert not any("forward of its own" in note for note in ctx.notes)
     monkeypatch.setattr(feeding, "free_bytes", lambda device: 0)
     anew, _ = quantized(ctx, tmp_path / "anew", SEQUENTIAL, {})
     assert sum("forward of its own" in note for note in ctx.notes) == 1, "the reason is noted once, not for every block"
-    files = sorted(p.name for p in (staged / "payload").glob("*.safetensors"))
+    files = sorted(p.name for p in (paused / "payload").glob("*.safetensors"))
     assert files
     for name in files:
-        a, b = (load_file(folder / "payload" / name) for folder in (staged, anew))
+        a, b = (load_file(folder / "payload" / name) for folder in (paused, anew))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -96,9 +96,9 @@ class Two(nn.Module):
         return hidden_states + self.down(self.up(hidden_states).relu())
 
 
-def forward_of(block: Two) -> StagedForward:
+def forward_of(block: Two) -> PausedForward:
     hidden = list(torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0)))
-    return StagedForward(block, {"up": 4, "down": 6}, frozenset({"hessian"}), [Call((), {})] * 3, hidden, 0)
+    return PausedForward(block, {"up": 4, "down": 6}, frozenset({"hessian"}), [Call((), {})] * 3, hidden, 0)
 
 
 def test_each_site_sees_the_linears_before_it_as_they_are_by_then() -> None:
