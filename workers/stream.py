@@ -207,7 +207,9 @@ class BlockModel:
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
                 weight_mapping=get_model_conversion_mapping(self.model),
             )
-            info, _ = type(self.model)._load_pretrained_model(self.model, slices, None, load_config)
+            # On a GPU memory is taken beforehand for what is expected: without names that is the whole model, for every block.
+            expected = [n for n, sources in self.sources.items() if not slices.keys().isdisjoint(sources)]
+            info, _ = type(self.model)._load_pretrained_model(self.model, slices, None, load_config, expected)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             raise InputError(
                 f"{self.checkpoint.folder} does not fit its config.json: "
