@@ -68,7 +68,7 @@ class BlockModel:
     dtype: torch.dtype
     device: torch.device
     sources: dict[str, list[str]]
-    """Parameter name ▸ checkpoint tensors it is made of."""
+    """Parameter name ▸ checkpoint tensors it is made of; none of those that are left out."""
     loaded: set[int] = field(default_factory=set)
     _ahead: dict[int, Future[dict[str, Tensor]]] = field(default_factory=dict)
     """Blocks whose tensors are being read already."""
@@ -91,6 +91,10 @@ class BlockModel:
 
     def whole_bytes(self) -> int:
         return self.outer_bytes() + sum(self.block_bytes(i) for i in range(self.structure.count))
+
+    def leave_out(self, parameter: str) -> None:
+        """Of a block, which is read without it from now on: it stays on the meta device for what is called on loading to give."""
+        del self.sources[parameter]
 
     def load(self, i: int) -> nn.Module:
         """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
