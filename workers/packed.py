@@ -21,7 +21,9 @@ from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
 from workers.blocks import linear_view
 from workers.errors import InputError
+from workers.failures import classify
 from workers.recipe import Operation, Recipe, bias_and_steps, replace_linear
+from workers.request import ErrorClass
 from workers.runtime import attach
 
 OPERATIONS: dict[type[Stored], str] = {
@@ -139,7 +141,7 @@ class Packer:
             chosen = kernel(operation, backend, device)
             packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
         except (ValueError, RuntimeError) as e:
-            return str(e)
+            return _reason(e)
         cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
         made.backends[chosen.backend] += 1
         made.notes.update(chosen.notes)
@@ -149,6 +151,13 @@ class Packer:
             return partial(_multiply_codes, run=chosen.run, packed=packed, shared=self._shared)
         product = partial(_multiply_rows, run=chosen.run, operation=operation, packed=packed)
         return partial(product, cores=cores, beside=beside, order=order, ran=made.products)
+
+
+def _reason(refused: Exception) -> str:
+    """Raises it where memory was lacking: a dense weight would take more, and the same variant would be timed with other kernels."""
+    if classify(refused) is ErrorClass.MEMORY:
+        raise refused
+    return str(refused)
 
 
 def weights_bytes(model: nn.Module, packed: Packed | None) -> int:
@@ -187,7 +196,7 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
             return None, None
         packed = chosen.run.prepare(stored)
     except (ValueError, RuntimeError) as e:
-        made.notes.add(f"{TENSOR_CORES} runs not at all: {e}")
+        made.notes.add(f"{TENSOR_CORES} runs not at all: {_reason(e)}")
         return None, None
     made.notes.update(chosen.notes)
     made.bytes += packed.bytes

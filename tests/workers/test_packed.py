@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from quant.kernels import kernel
 from quant.scheme import ActivationScheme
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import FAMILIES, build
@@ -123,3 +124,16 @@ def test_a_model_is_timed_where_its_packed_weights_fit(deep: tuple[Path, Any], t
     assert measured(found["weights_bytes"])["weights_bytes"] == found["weights_bytes"]
     with pytest.raises(InputError, match=r"do not fit hints.memory_bytes=.*would be the disk's"):
         measured(found["weights_bytes"] - 1)
+
+
+def test_a_linear_is_not_left_dense_for_lack_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would be for a kernel that does not take it."""
+
+    def full(tensor: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernel("wq_gemv").run, "prepare", full)
+    ctx = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(), {})
+    with pytest.raises(torch.OutOfMemoryError):
+        rebuild_packed(ctx, MODEL, artifact, "auto", None)
