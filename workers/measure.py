@@ -32,9 +32,9 @@ from workers.errors import InputError, NumericalError
 from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate
 from workers.memory import PeakMemory
 from workers.nvml import EnergyMeter
-from workers.packed import DENSE, SIMULATED, Packed, pack_linears
+from workers.packed import DENSE, SIMULATED, Packed, weights_bytes
 from workers.packed_cache import PackedCaches
-from workers.recipe import Recipe
+from workers.rebuild import rebuild_packed, too_large_to_time
 from workers.residency import Residency
 from workers.specs import MeasureSpec, Workload
 
@@ -58,11 +58,11 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     """
     _check_device(spec, context)
     artifact, steps = inputs.get("quantize"), spec.workload.tokens
-    whole = replace(context, hints=replace(context.hints, streamed=False))
     with _threads(spec.workload.threads), ExitStack() as stack:
         packed, expected, noise = None, None, 0.0
         if artifact is None:
             residency.drop_variants()  # or their memory would count as the unquantized model's
+            whole = replace(context, hints=replace(context.hints, streamed=False))
             model = _resident(residency.unquantized(whole, spec.model), context)
         else:
             model = residency.variant(context, spec.model, artifact)
@@ -73,8 +73,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             del model
             residency.clear()  # or its memory would count as the packed model's
             with context.phase("rebuild"):
-                model = _resident(residency.builder.rebuild(whole, spec.model, artifact).eval(), context)
-                packed = pack_linears(model, Recipe(artifact), spec.workload.backend, context.device, spec.activation)
+                model, packed = rebuild_packed(context, spec.model, artifact, spec.workload.backend, spec.activation)
         caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload, context.device)
         if caches is not None:
             stack.enter_context(caches.attached())
@@ -113,10 +112,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
 
 def _resident(model: nn.Module, context: Context) -> nn.Module:
     if any(p.is_meta for p in model.parameters()):
-        raise InputError(
-            f"the weights do not fit hints.memory_bytes={context.hints.memory_bytes}, and a model that is streamed is not measured: its "
-            "time would be the disk's; raise hints.memory_bytes, or set measure=false"
-        )
+        raise too_large_to_time(context.hints.memory_bytes)
     return model
 
 
@@ -275,6 +271,4 @@ def _energy(meter: EnergyMeter, runs: int, workload: Workload, context: Context)
 
 def _memory(model: nn.Module, packed: Packed | None) -> dict[str, int]:
     """Bytes of weights on the device, and those of quantized linears that kernels read packed."""
-    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    read = 0 if packed is None else packed.bytes
-    return {"weights_bytes": own + read, "packed_bytes": read}
+    return {"weights_bytes": weights_bytes(model, packed), "packed_bytes": 0 if packed is None else packed.bytes}

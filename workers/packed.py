@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,9 @@ from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
 from workers.blocks import Once, linear_view
 from workers.errors import InputError
-from workers.recipe import Operation, Recipe
+from workers.failures import classify
+from workers.recipe import Operation, Recipe, bias_and_steps, replace_linear
+from workers.request import ErrorClass
 from workers.runtime import attach
 
 OPERATIONS: dict[type[Stored], str] = {
@@ -57,32 +60,110 @@ class Packed:
     wq_gemv: cuda`. Filled while they run."""
 
 
-def pack_linears(
-    model: nn.Module, recipe: Recipe, backend: str, device: torch.device, activation: ActivationScheme | None = None
-) -> Packed:
-    """Replace the dense weights of `model`, rebuilt from `recipe`, by what the recipe stores, wherever a kernel computes with it.
+class Packer:
+    """Puts what a recipe stores in the place of a model's linears, wherever a kernel computes with it; others get it dequantized.
 
     backend: auto, dense, or the name of a twin, which must then take every linear; where only kernels for other formats have it, auto.
     With an activation scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on
-    the inputs of a linear stay. Raises InputError for a backend that is not known, or does not take a linear.
+    the inputs of a linear stay.
     """
-    made, left, shared = Packed(), [], _Shared()
-    name, backend = DENSE if activation is None else SIMULATED, _own(backend, activation)
-    for op in recipe.replaced():
+
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, backend: str, device: torch.device, activation: ActivationScheme | None = None
+    ) -> None:
+        self.made = Packed()
+        """So far."""
+        self._model, self._recipe, self._device, self._activation = model, recipe, device, activation
+        self._asked, self._backend = backend, _own(backend, activation)
+        self._products: dict[str, Callable[[nn.Linear], None]] = {}
+        """Linear ▸ what makes it multiply packed; until it is replaced."""
+        self._left: list[str] = []
+        self._shared = _Shared()
+
+    def pack(self, below: str = "") -> list[str]:
+        """Read what is stored of linears whose path starts with `below`. Returns the parameters that `replace` gives up: nobody reads them.
+        Raises InputError for a backend that is not known, or does not take a linear."""
+        found = []
+        for op in self._recipe.replaced():
+            if not op["module"].startswith(below):
+                continue
+            product = self._product(linear_view(self._model, op["module"]).module, op)
+            if isinstance(product, str):
+                self._leave(op["module"], product)
+            else:
+                self._products[op["module"]] = product
+                found.append(f"{op['module']}.weight")
+        return found
+
+    def replace(self, model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+        """Carry out a replace_linear operation of the recipe, once its linear was packed or left."""
+        product = self._products.pop(op["module"], None)
+        if product is None:
+            replace_linear(model, op, tensors)
+            return
+        # The module stays, and with it its hooks.
+        view = linear_view(model, op["module"])
+        view.module.weight = nn.Parameter(view.storage.new_empty(0, device=self._device), requires_grad=False)
+        bias_and_steps(view, op, tensors)
+        product(cast(nn.Linear, view.module))
+
+    def finish(self) -> Packed:
+        """After the last operation."""
+        if self._activation is not None and self._left:
+            attach(self._model, self._recipe, self._activation, None, only=self._left)
+        return self.made
+
+    def _leave(self, linear: str, reason: str) -> None:
+        name = DENSE if self._activation is None else SIMULATED
+        if self._backend not in ("auto", DENSE):
+            raise InputError(f"workload.backend={self._asked} does not take {linear}: {reason}; use auto, which leaves it {name}")
+        self._left.append(linear)
+        self.made.backends[name] += 1
+        self.made.reasons[reason] += 1
+
+    def _product(self, module: nn.Module, op: Operation) -> Callable[[nn.Linear], None] | str:
+        """What makes the linear multiply with what is stored, or why the linear has no kernel."""
+        made, device, activation, backend = self.made, self._device, self._activation, self._backend
         if backend == DENSE:
-            reason: str | None = "workload.backend=dense"
-        else:
-            reason = _pack(model, recipe, op, backend, device, made, activation, shared)
-        if reason is None:
-            continue
-        if backend not in ("auto", DENSE):
-            raise InputError(f"workload.backend={backend} does not take {op['module']}: {reason}; use auto, which leaves it {name}")
-        left.append(op["module"])
-        made.backends[name] += 1
-        made.reasons[reason] += 1
-    if activation is not None and left:
-        attach(model, recipe, activation, None, only=left)
-    return made
+            return "workload.backend=dense"
+        if not isinstance(module, nn.Linear):
+            return f"a weight kept as {type(module).__name__} has no packed product"
+        stored = self._recipe.stored(op, device)
+        operation = OPERATIONS.get(type(stored))
+        if activation is not None:
+            operation = INTEGER if isinstance(stored, AffineTensor) and self._recipe.exact_inputs(op) is None else None
+        if operation is None:
+            return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
+        order: _Order | None = None
+        if activation is None and isinstance(stored, AffineTensor) and stored.g_idx is not None:
+            stored, order = _in_order(stored, self._shared)
+        try:
+            chosen = kernel(operation, backend, device)
+            packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
+        except (ValueError, RuntimeError) as e:
+            return _reason(e)
+        cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
+        made.backends[chosen.backend] += 1
+        made.notes.update(chosen.notes)
+        made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
+        made.bytes += 0 if order is None else order.columns.nbytes
+        if activation is not None:
+            return partial(_multiply_codes, run=chosen.run, packed=packed, shared=self._shared)
+        product = partial(_multiply_rows, run=chosen.run, operation=operation, packed=packed)
+        return partial(product, cores=cores, beside=beside, order=order, ran=made.products)
+
+
+def _reason(refused: Exception) -> str:
+    """Raises it where memory was lacking: a dense weight would take more, and the same variant would be timed with other kernels."""
+    if classify(refused) is ErrorClass.MEMORY:
+        raise refused
+    return str(refused)
+
+
+def weights_bytes(model: nn.Module, packed: Packed | None) -> int:
+    """Of all weights that are on the device."""
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    return own + (0 if packed is None else packed.bytes)
 
 
 def _own(backend: str, activation: ActivationScheme | None) -> str:
@@ -90,46 +171,6 @@ def _own(backend: str, activation: ActivationScheme | None) -> str:
     known = {o: set(TABLE[o]) for o in (*OPERATIONS.values(), INTEGER)}
     own = known.pop(INTEGER) if activation is not None else set().union(*(known[o] for o in OPERATIONS.values()))
     return "auto" if backend in set().union(*known.values()) - own else backend
-
-
-def _pack(
-    model: nn.Module,
-    recipe: Recipe,
-    op: Operation,
-    backend: str,
-    device: torch.device,
-    made: Packed,
-    activation: ActivationScheme | None,
-    shared: _Shared,
-) -> str | None:
-    """None, or why the linear has no kernel."""
-    view = linear_view(model, op["module"])
-    if not isinstance(view.module, nn.Linear):
-        return f"a weight kept as {type(view.module).__name__} has no packed product"
-    stored = recipe.stored(op, device)
-    operation = OPERATIONS.get(type(stored))
-    if activation is not None:
-        operation = INTEGER if isinstance(stored, AffineTensor) and recipe.exact_inputs(op) is None else None
-    if operation is None:
-        return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
-    order: _Order | None = None
-    if activation is None and isinstance(stored, AffineTensor) and stored.g_idx is not None:
-        stored, order = _in_order(stored, shared)
-    try:
-        chosen = kernel(operation, backend, device)
-        packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
-    except (ValueError, RuntimeError) as e:
-        return str(e)
-    if activation is None:
-        cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
-        _multiply_rows(view.module, chosen.run, operation, packed, cores, beside, order, made.products)
-    else:
-        _multiply_codes(view.module, chosen.run, packed, shared)
-    made.backends[chosen.backend] += 1
-    made.notes.update(chosen.notes)
-    made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
-    made.bytes += 0 if order is None else order.columns.nbytes
-    return None
 
 
 def _in_order(stored: AffineTensor, shared: _Shared) -> tuple[AffineTensor, _Order | None]:
@@ -155,7 +196,7 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
             return None, None
         packed = chosen.run.prepare(stored)
     except (ValueError, RuntimeError) as e:
-        made.notes.add(f"{TENSOR_CORES} runs not at all: {e}")
+        made.notes.add(f"{TENSOR_CORES} runs not at all: {_reason(e)}")
         return None, None
     made.notes.update(chosen.notes)
     made.bytes += packed.bytes
@@ -194,7 +235,7 @@ def _multiply_rows(
         out = out.view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
-    _replace(linear, forward)
+    linear.forward = forward  # type: ignore[assignment]
 
 
 def _name(operation: str, run: Any) -> str:
@@ -238,10 +279,4 @@ def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -
         out: Tensor = run.multiply(rounded, packed, x.dtype).view(*x.shape[:-1], -1)
         return out if bias is None else out + bias
 
-    _replace(linear, forward)
-
-
-def _replace(linear: nn.Linear, forward: Callable[[Tensor], Tensor]) -> None:
-    """Give up the dense weight. The module stays, and with it its hooks."""
-    linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-    linear.forward = forward  # type: ignore[method-assign]
+    linear.forward = forward  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from quant.scheme import ActivationScheme, KVScheme
 from workers.context import Context
 from workers.errors import InputError
+from workers.packed import Packed, Packer, weights_bytes
 from workers.recipe import Recipe
 from workers.runtime import Runtime, attach
 from workers.specs import ModelSpec
@@ -27,6 +29,43 @@ def load_model(context: Context, model: ModelSpec) -> nn.Module:
 def rebuild(context: Context, model: ModelSpec, artifact: Path) -> nn.Module:
     """The model with a quantize artifact's recipe applied: dense dequantized weights written in place, in the order of the
     recipe. Streamed as `load_model`. Raises InputError for an unknown operation or version, or another model's recipe."""
+    opened, recipe = _open(context, model, artifact)
+    opened.on_load.append(lambda i: recipe.apply(opened.model, f"{opened.structure.blocks}.{i}."))
+    return _finish(opened, context)
+
+
+def rebuild_packed(
+    context: Context, model: ModelSpec, artifact: Path, backend: str, activation: ActivationScheme | None
+) -> tuple[nn.Module, Packed]:
+    """As `rebuild`, but that linears multiply with what the recipe stores, wherever a kernel does (`workers.packed`). Their dense weights
+    are neither read nor made. Never streamed.
+
+    Raises InputError as `rebuild` and `Packer` do, and where what is on the device after a block exceeds `hints.memory_bytes`."""
+    opened, recipe = _open(context, model, artifact)
+    packer, limit = Packer(opened.model, recipe, backend, context.device, activation), context.hints.memory_bytes
+
+    def pack(i: int) -> None:
+        for parameter in packer.pack(f"{opened.structure.blocks}.{i}."):
+            opened.leave_out(parameter)
+
+    def replace(i: int) -> None:
+        recipe.apply(opened.model, f"{opened.structure.blocks}.{i}.", packer.replace)
+        if limit is not None and weights_bytes(opened.model, packer.made) > limit:
+            raise too_large_to_time(limit)
+
+    opened.on_load.append(replace)
+    return _read_all(opened, context, pack), packer.finish()
+
+
+def too_large_to_time(limit: int | None) -> InputError:
+    return InputError(
+        f"the weights do not fit hints.memory_bytes={limit}, and a model that is streamed is not measured: its time would be the disk's; "
+        "raise hints.memory_bytes, or set measure=false"
+    )
+
+
+def _open(context: Context, model: ModelSpec, artifact: Path) -> tuple[BlockModel, Recipe]:
+    """With what is outside the blocks as the recipe has it."""
     recipe = Recipe(artifact)
     if (recipe.model_digest, recipe.dtype) != (model.digest, model.dtype):
         raise InputError(
@@ -34,8 +73,7 @@ def rebuild(context: Context, model: ModelSpec, artifact: Path) -> nn.Module:
         )
     opened = open_blocks(context, model)
     recipe.apply_outside(opened.model, opened.structure.blocks)
-    opened.on_load.append(lambda i: recipe.apply(opened.model, f"{opened.structure.blocks}.{i}."))
-    return _finish(opened, context)
+    return opened, recipe
 
 
 def attach_runtime(model: nn.Module, artifact: Path | None, activation: ActivationScheme | None, kv: KVScheme | None) -> Runtime:
@@ -50,13 +88,21 @@ def _finish(opened: BlockModel, context: Context) -> nn.Module:
     if context.hints.streamed or (limit is not None and whole > limit):
         context.notes.append(f"streamed block by block: {whole} bytes of weights, {limit if limit is not None else 'any'} allowed")
         opened.stream_in_forward()
-    else:
-        if context.kept is not None:
-            context.kept.make_room(2 * whole)  # for weights, and as much again to run
-        with context.phase("read"):
-            for i in range(opened.structure.count):
-                opened.load(i)
-        # What acts on loading holds the model: without it a model that is let go is freed at once.
-        opened.on_load.clear()
+        model: nn.Module = opened.model
+        return model
+    return _read_all(opened, context)
+
+
+def _read_all(opened: BlockModel, context: Context, before: Callable[[int], None] | None = None) -> nn.Module:
+    """before: called ahead of every block."""
+    if context.kept is not None:
+        context.kept.make_room(2 * opened.whole_bytes())  # for weights, and as much again to run
+    with context.phase("read"):
+        for i in range(opened.structure.count):
+            if before is not None:
+                before(i)
+            opened.load(i)
+    # What acts on loading holds the model: without it a model that is let go is freed at once.
+    opened.on_load.clear()
     model: nn.Module = opened.model
     return model

@@ -47,6 +47,8 @@ RECIPE = "recipe.json"
 INPUT_OPERATIONS = (*steps.STEPS, "activation")
 
 Operation = dict[str, Any]
+Run = Callable[[nn.Module, Operation, dict[str, Tensor]], None]
+"""Carries an operation out on a model, with the tensors of the operation's file."""
 
 
 class RecipeWriter:
@@ -116,11 +118,13 @@ class Recipe:
             check_operation(op)
         self._open: tuple[str, dict[str, Tensor]] = ("", {})
 
-    def apply(self, model: nn.Module, below: str = "") -> None:
-        """Carry out the operations on modules whose path starts with `below`, in order, in place."""
+    def apply(self, model: nn.Module, below: str = "", replace: Run | None = None) -> None:
+        """Carry out the operations on modules whose path starts with `below`, in order, in place. replace: what carries out
+        replace_linear; None: `replace_linear` of this module."""
+        known = OPERATIONS if replace is None else {**OPERATIONS, "replace_linear": replace}
         for op in self.operations:
             if op["module"].startswith(below):
-                OPERATIONS[op["op"]](model, op, self._tensors(op))
+                known[op["op"]](model, op, self._tensors(op))
 
     def apply_outside(self, model: nn.Module, blocks: str) -> None:
         """Carry out the operations on modules that are not below `blocks`: embeddings, final norm, head."""
@@ -177,13 +181,15 @@ def _stored(op: Operation, tensors: dict[str, Tensor]) -> StoredTensor:
     return stored_tensors.unpack(op["format"], {k: tensors[n] for k, n in op["tensors"].items()}, op["meta"])
 
 
-def _replace_linear(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+def replace_linear(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
+    """With the weight dequantized, in the memory of the one that it replaces."""
     view = linear_view(model, op["module"])
     view.write(_stored(op, tensors).dequantize())
-    _bias_and_steps(view, op, tensors)
+    bias_and_steps(view, op, tensors)
 
 
-def _bias_and_steps(view: LinearView, op: Operation, tensors: dict[str, Tensor]) -> None:
+def bias_and_steps(view: LinearView, op: Operation, tensors: dict[str, Tensor]) -> None:
+    """What an operation on a linear changes besides its weight."""
     if op.get("bias") is not None:
         steps.write_bias(view.module, tensors[op["bias"]])
     steps.set_linear_steps(view, op.get("input", []), tensors)
@@ -202,7 +208,7 @@ def _dense(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     if op.get("linear"):
         view = linear_view(model, op["module"])
         view.write(tensors[op["tensor"]])
-        _bias_and_steps(view, op, tensors)
+        bias_and_steps(view, op, tensors)
         return
     module: Any = model.get_submodule(op["module"])
     with torch.no_grad():
@@ -228,8 +234,8 @@ def _untie_head(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> 
     steps.untie_head(model, op["module"])
 
 
-OPERATIONS: dict[str, Callable[[nn.Module, Operation, dict[str, Tensor]], None]] = {
-    "replace_linear": _replace_linear,
+OPERATIONS: dict[str, Run] = {
+    "replace_linear": replace_linear,
     "set_norm": _set_norm,
     "dense": _dense,
     "heads_hadamard": _heads_hadamard,

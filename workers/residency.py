@@ -6,6 +6,7 @@ recently used first out. Run-time parts (activation and KV fake quantization) ar
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ class Residency:
     def drop_variants(self) -> None:
         """Let go of quantized models."""
         self._variants.clear()
+        gc.collect()  # the hooks of a streamed model, which read its blocks, hold it
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -74,7 +74,7 @@ class BlockModel:
     dtype: torch.dtype
     device: torch.device
     sources: dict[str, list[str]]
-    """Parameter name ▸ checkpoint tensors it is made of."""
+    """Parameter name ▸ checkpoint tensors it is made of; none of those that are left out."""
     loaded: set[int] = field(default_factory=set)
     _ahead: dict[int, Future[dict[str, Tensor]]] = field(default_factory=dict)
     """Blocks whose tensors are being read already."""
@@ -97,6 +97,10 @@ class BlockModel:
 
     def whole_bytes(self) -> int:
         return self.outer_bytes() + sum(self.block_bytes(i) for i in range(self.structure.count))
+
+    def leave_out(self, parameter: str) -> None:
+        """Of a block, which is read without it from now on: it stays on the meta device for what is called on loading to give."""
+        del self.sources[parameter]
 
     def load(self, i: int) -> nn.Module:
         """Read block `i` unless it is there. Raises NumericalError for values that are not finite."""
@@ -213,7 +217,9 @@ class BlockModel:
                 dtype_plan=self.model._get_dtype_plan(self.dtype),
                 weight_mapping=get_model_conversion_mapping(self.model),
             )
-            info, _ = type(self.model)._load_pretrained_model(self.model, slices, None, load_config)
+            # On a GPU memory is taken beforehand for what is expected: without names that is the whole model, for every block.
+            expected = [n for n, sources in self.sources.items() if not slices.keys().isdisjoint(sources)]
+            info, _ = type(self.model)._load_pretrained_model(self.model, slices, None, load_config, expected)
         if info.mismatched_keys or info.conversion_errors or info.error_msgs:
             raise InputError(
                 f"{self.checkpoint.folder} does not fit its config.json: "

@@ -30,8 +30,7 @@ from workers.errors import InputError, NumericalError
 from workers.generation import NoGraph
 from workers.machine import cpu_model
 from workers.measure import FEWEST, MOST, TOLERANCE, _check, _repeat, interval, run_measure
-from workers.packed import pack_linears
-from workers.rebuild import rebuild
+from workers.rebuild import rebuild, rebuild_packed
 from workers.recipe import Recipe
 from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, Workload
@@ -250,8 +249,7 @@ def test_rounded_activations_are_multiplied_as_integers(
 def test_linears_with_one_input_round_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = tiny_context("llama", tmp_path)
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(weight=WeightScheme(8, True)), {})
-    model = rebuild(context, ModelSpec("model"), artifact).eval()
-    pack_linears(model, Recipe(artifact), kernel("int8_linear").backend, context.device, ActivationScheme(8))
+    model, _ = rebuild_packed(context, ModelSpec("model"), artifact, kernel("int8_linear").backend, ActivationScheme(8))
     seen: list[int] = []
 
     def count(x: Tensor, weight: Any) -> Any:

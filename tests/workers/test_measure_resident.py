@@ -43,12 +43,13 @@ def test_a_model_is_timed_whole_where_other_stages_stream_it(packed: bool, tmp_p
     assert len(streamed) == packed  # the simulated model, with which packed weights are compared
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_that_must_be_streamed_is_not_timed(packed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantized_weights", [False, True])
+def test_dense_weights_that_must_be_streamed_are_not_timed(quantized_weights: bool, tmp_path: Path) -> None:
     artifact, _ = quantized(tiny_context("llama", tmp_path), tmp_path / "q", quantize_spec(), {})
     context = tiny_context("llama", tmp_path, memory_bytes=60_000)
+    spec = replace(SPEC, workload=replace(SPEC.workload, backend="dense"))
     with pytest.raises(InputError, match=r"do not fit hints.memory_bytes=60000.*would be the disk's"):
-        measure.run_measure(SPEC, {"quantize": artifact} if packed else {}, tmp_path, context, Residency())
+        measure.run_measure(spec, {"quantize": artifact} if quantized_weights else {}, tmp_path, context, Residency())
 
 
 @pytest.mark.parametrize("kv", [None, KVScheme(4)])

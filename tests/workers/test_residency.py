@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,18 @@ def test_texts_are_tokenized_once(tmp_path: Path) -> None:
     residency.unquantized(context, ModelSpec("other"))
     residency.variant(context, ModelSpec("model"), Path("a"))
     assert residency.text(context, ModelSpec("model"), text) is first
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_is_let_go_is_freed_at_once(streamed: bool, tmp_path: Path) -> None:
+    """Or its embeddings would count as memory of the stage that comes next."""
+    residency = Residency()
+    model = residency.unquantized(tiny_context("llama", tmp_path, streamed=streamed), ModelSpec("model"))
+    weight = weakref.ref(model.get_input_embeddings().weight)  # type: ignore[operator]
+    del model
+    gc.disable()
+    try:
+        residency.clear()
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, modeling_utils
 
 from tests import fake_hub
 from tests.tiny_models import EXPERTS, FAMILIES, build, tiny_model
@@ -129,6 +129,20 @@ def test_a_model_that_does_not_fit_even_streamed_is_refused_with_the_numbers(tmp
     assert open_blocks(tiny_context("llama", tmp_path, memory_bytes=needed), MODEL)
     with pytest.raises(InputError, match=rf"{needed} bytes are needed.*{needed - 1} are given"):
         open_blocks(tiny_context("llama", tmp_path, memory_bytes=needed - 1), MODEL)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_no_memory_is_taken_beforehand_but_for_what_is_read(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU transformers takes as much at once as the parameters need that it expects: of a model that is read by blocks, of each
+    block anew, more than there is."""
+    taken: list[set[str]] = []
+    monkeypatch.setattr(modeling_utils, "caching_allocator_warmup", lambda model, devices, quantizer: taken.append(set(devices)))
+    opened = open_blocks(tiny_context(family, tmp_path), MODEL)
+    for b in range(opened.structure.count):
+        opened.load(b)
+    blocks = [{f"{opened.structure.blocks}.{b}.{n}" for n, _ in opened.blocks[b].named_parameters()} for b in range(2)]
+    assert taken[1:] == blocks
+    assert taken[0] == set(opened.model.state_dict()) - set().union(*blocks) - set(opened.model.all_tied_weights_keys)
 
 
 # --- damaged input --------------------------------------------------------------------------------------------------
