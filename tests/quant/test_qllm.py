@@ -200,6 +200,76 @@ def test_the_paper_variant_keeps_the_least_of_all_thresholds(seed: int) -> None:
     assert found.details["candidates"] == len(losses) - 1
 
 
+def on_omni(rows: list[Tensor], bits: int) -> Tensor:
+    """Each row on a grid of its own range, whose scale is stored in float32."""
+    out = []
+    for row in rows:
+        scale = ((row.max() - row.min()) / (2**bits - 1)).float().double()
+        zero = (-row.min() / scale).round()
+        out.append((((row / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale)
+    return torch.stack(out)
+
+
+def searched_anew(w: Tensor, x: Tensor, peaks: Tensor, variant: str, ratio: float) -> tuple[float, list[tuple[list[int], int]], int]:
+    """Section 4.1 and 4.2 channel by channel: (θ, the channels behind each channel that is stored and how often they are split, number of
+    θ that were tried). The published code pairs channels by their place before splitting while it searches, after it in what it keeps."""
+    channels = x.shape[1]
+    high, low = float(peaks.max()), float(peaks.min())
+    steps = max(100, int(high / 0.5))
+
+    def apart(i: int, j: int) -> float:
+        between = float((x[:, i] - x[:, j]).square().sum())
+        if variant == "paper":
+            return between * float((w[:, i] - w[:, j]).square().sum()) / 4
+        return between * float(w[:, i].sum() + w[:, j].sum()) ** 2
+
+    def reassembled(splits: list[int], place: list[int], added: int) -> list[tuple[list[int], int]]:
+        whole = [c for c in range(channels) if splits[c] == 1]
+        odd = [c for c in whole if place[c] % 2]
+        nearest = [min((apart(i, j), i, j) for j in odd) for i in whole if place[i] % 2 == 0]
+        pairs = sorted(nearest)[:added]
+        members = {c: [c, *(i for _, i, j in pairs if j == c)] for c in range(channels)}
+        gone = {i for _, i, _ in pairs}
+        return [(members[c], splits[c]) for c in range(channels) if c not in gone for _ in range(splits[c])]
+
+    def loss(stored: list[tuple[list[int], int]]) -> float:
+        read = torch.stack([x[:, m].mean(1) / t for m, t in stored], 1)
+        columns = torch.stack([w[:, m].sum(1) for m, _ in stored], 1)
+        return float((on_omni(list(read), 4) @ on_omni(list(columns), 4).T - x @ w.T).square().mean())
+
+    least = loss([([c], 1) for c in range(channels)]) if variant == "paper" else 1e5
+    found, before, tried = (0.0, list[tuple[list[int], int]]()), 0, 0
+    for k in range(1, steps + 1):
+        threshold = high - k * (high - low) / steps
+        splits = [max(1, int(t)) for t in (peaks / threshold).ceil()]
+        added = sum(splits) - channels
+        if added > ratio * channels:
+            break
+        if added == before:
+            continue
+        before, tried = added, tried + 1
+        first = [sum(splits[:c]) for c in range(channels)]
+        stored = reassembled(splits, first, added)
+        now = loss(stored if variant == "paper" else reassembled(splits, list(range(channels)), added))
+        if now < least:
+            least, found = now, (threshold, stored)
+    return *found, tried
+
+
+@pytest.mark.parametrize("variant", sorted(DISTANCES))
+@pytest.mark.parametrize("seed", range(3))
+def test_the_whole_search_equals_one_written_anew(variant: str, seed: int) -> None:
+    """Losses of neighbouring thresholds are a thousandth apart and more; ranges of activations in float32 move them by 1e-7."""
+    w, x = outliers(seed, 20.0)
+    found = QllmReassembly(variant=variant, ratio=0.3).reassemble(linear_group(w, x), W4, A4)
+    threshold, stored, tried = searched_anew(w, x[0], x.abs().amax((0, 1)).float(), variant, 0.3)
+    assert (found.details["threshold"], found.details["candidates"]) == (threshold, tried)
+    assert found.map is not None
+    read, columns = (torch.stack(parts, 1) for parts in zip(*((x[0][:, m].mean(1) / t, w[:, m].sum(1)) for m, t in stored), strict=True))
+    torch.testing.assert_close(found.map.apply(x[0]), read, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.map.weight(w), columns, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("variant", "weight", "activation", "share"),
     [("paper", W4, A4, 0.75), ("paper", W8, A4, 0.85), ("paper", W8, A8, 0.45), ("reference", W4, A4, 0.65), ("reference", W8, A4, 0.75)],
