@@ -149,12 +149,14 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
     try:
         context = _context(request)
         from quant.kernels import preferring, recorded
+        from workers.environment import environment
 
         # What measure times is in its spec.
         backend = "auto" if group[0].kind == StageKind.MEASURE.value else request.hints.backend
         state = fixed_state(group[0].key, request.hints)
         with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels:
             summaries = _dispatch(group, context, runners)
+            surroundings = environment(str(context.device))  # here, where the stage's own threads are still set
     except Exception as e:
         log.error("failed\n%s", formatted(e))
         outcomes = [Outcome(stage.key, failure=failure(e, tail(Path(stage.staging)))) for stage in group]
@@ -163,7 +165,7 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
             _give_up_models()
         return outcomes
     log.info("done in %.2f s", time.time() - started)
-    return _records(group, request, context, summaries, kernels, (started, time.time()))
+    return _records(group, request, context, summaries, kernels, surroundings, (started, time.time()))
 
 
 def _dispatch(group: list[StageRequest], context: Context, runners: Runners) -> dict[str, dict[str, Any]]:
@@ -214,12 +216,11 @@ def _records(
     context: Context,
     summaries: dict[str, dict[str, Any]],
     kernels: dict[str, list[str]],
+    surroundings: dict[str, Any],
     interval: tuple[float, float],
 ) -> list[Outcome]:
     """One draft record per stage. Stages that shared a forward pass get equal, consecutive shares of its time, so that
     times add up over stages."""
-    from workers.environment import environment
-
     kept = context.kept.told() if context.kept is not None else {}
     share = (interval[1] - interval[0]) / len(group)
     notes = list(context.notes)
@@ -233,7 +234,7 @@ def _records(
                 "started": interval[0] + i * share,
                 "ended": interval[0] + (i + 1) * share,
                 "seconds": {**seconds, "total": share},
-                "environment": environment(str(context.device)),
+                "environment": surroundings,
                 "hints": asdict(request.hints),
                 "kernels": kernels,
                 **({"kept": kept} if kept else {}),

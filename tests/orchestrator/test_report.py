@@ -27,7 +27,6 @@ from orchestrator.report.cost import costs
 from orchestrator.report.heat import heat_cells
 from orchestrator.report.overview import model_tables
 from orchestrator.report.tables import Row, long_table, nominal_bits
-from orchestrator.report.terminal import cell_lines
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from tests.orchestrator import synthetic
 
@@ -386,20 +385,3 @@ def test_terminal_shows_score_difference_and_interval(tmp_path: Path) -> None:
     row: Row = next(r for r in long_table(result) if r.is_primary and not r.is_baseline)
     assert f"{row.value:.1f}  +{row.delta:.1f} [{row.low:.1f}, {row.high:.1f}]*" in out.getvalue()
     assert "2.50  2.50 MB" in out.getvalue()
-
-
-@pytest.mark.parametrize("width", [64, 80, 120])
-def test_terminal_wraps_names_that_leave_no_room_and_loses_no_number(tmp_path: Path, width: int) -> None:
-    method, scheme = "omniquant[rounding.params.epochs=1,rounding.params.let=true]", "w4a16_g64[overrides={*.down_proj:{bits:8}}]"
-    result = synthetic.sweep(tmp_path, methods=(method,), schemes=(scheme,))
-    out = io.StringIO()
-    print_table(result, Console(file=out, width=width))
-    lines = out.getvalue().splitlines()
-    assert max(map(len, lines)) <= width
-    text = "\n".join(lines)
-    for row in filter(lambda r: r.is_primary, long_table(result)):
-        assert all(part in text for part in cell_lines(row, row.is_baseline))
-    assert text.count("MB") == 2 * len(result.variants)
-    # Numbers stand right of two spaces, or alone.
-    name = "".join(line.split("  ")[0] for line in lines if not line.startswith(" "))
-    assert f"{method}·{scheme}".replace(" ", "") in name.replace(" ", "")

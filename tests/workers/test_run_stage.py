@@ -240,9 +240,10 @@ def test_threads_and_determinism_hold_inside_and_come_back(tmp_path: Path) -> No
     before = torch.get_num_threads()
     seen: list[tuple[int, bool]] = []
     fake = FakeRunners(act=lambda: seen.append((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())))
-    outcomes(request(tmp_path, {"a": EVALUATE}, threads=before + 1), fake)
+    found = outcomes(request(tmp_path, {"a": EVALUATE}, threads=before + 1), fake)
     assert seen == [(before + 1, True)]
     assert torch.get_num_threads() == before
+    assert found["a"].record["environment"]["threads"] == before + 1, "the record tells what the stage had"
     assert not torch.are_deterministic_algorithms_enabled()
 
 
