@@ -28,8 +28,7 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     check(packed)
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
-    weight = (packed.words, packed.tables, packed.salient, packed.largest)
-    tensors = (*(t.contiguous() for t in weight), given, scale, made)
+    tensors = (*on_cuda.aligned(packed.words, packed.tables, packed.salient, packed.largest), given, scale, made)
     on_cuda.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], int(x.dtype is torch.bfloat16))
     return made
 
@@ -38,6 +37,6 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     check(packed)
     kind = dtype if dtype is torch.bfloat16 else torch.float32
     made = torch.empty(packed.shape, dtype=kind, device=packed.words.device)
-    tensors = (packed.words.contiguous(), packed.tables.contiguous(), packed.salient.contiguous(), packed.largest.contiguous(), made)
+    tensors = (*on_cuda.aligned(packed.words, packed.tables, packed.salient, packed.largest), made)
     on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, *packed.shape, packed.block, int(kind is torch.bfloat16))
     return made.to(dtype)
