@@ -73,6 +73,16 @@ def shared_memory(device: torch.device) -> int:
     return said or 1024 * SHARED.get(torch.cuda.get_device_capability(device), 99)
 
 
+def aligned(*given: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous, at addresses that are multiples of 16, as kernels take what they copy 16 bytes at a time. Raises ValueError for others: a
+    device would end with an error that nothing after it in the process gets past."""
+    whole = tuple(t.contiguous() for t in given)
+    for t in whole:
+        if t.data_ptr() % 16:
+            raise ValueError(f"{tuple(t.shape)}, {t.dtype} begins {t.data_ptr() % 16} bytes after a multiple of 16; give a copy: clone()")
+    return whole
+
+
 def call(name: str, function: str, *values: Tensor | int) -> None:
     """`function` of a library on the current stream of the first tensor's device. Tensors, contiguous, are passed as addresses.
 

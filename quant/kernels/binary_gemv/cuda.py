@@ -21,8 +21,8 @@ from quant.kernels.wq_gemv import LANES
 
 __all__ = ["binary_gemv", "prepare", "unavailable", "values"]
 
-MOST_TILES = 65535
-"""Of eight rows, that a launch of `values` has: blocks that a grid is high."""
+MOST_TILES = 65520
+"""Of eight rows, that a launch of `values` has: a grid is at most 65,535 blocks high, and parts of a tensor begin at multiples of 16 bytes."""
 
 unavailable = partial(on_cuda.unavailable, "binary_gemv")
 
@@ -32,8 +32,7 @@ def binary_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     check(packed)
     made, given = written_to(x, packed.shape, out), x.detach().contiguous()
     scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
-    weight = (packed.words, packed.tables, packed.salient, packed.largest)
-    tensors = (*(t.contiguous() for t in weight), given, scale, made)
+    tensors = (*on_cuda.aligned(packed.words, packed.tables, packed.salient, packed.largest), given, scale, made)
     on_cuda.call("binary_gemv", "bitgrid_binary_gemv", *tensors, *packed.shape, packed.block, x.shape[0], int(x.dtype is torch.bfloat16))
     return made
 
@@ -45,7 +44,7 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     made = torch.empty(n, k, dtype=kind, device=packed.words.device)
     for first in range(0, packed.words.shape[0], MOST_TILES):
         some, rows = slice(first, first + MOST_TILES), made[first * LANES : (first + MOST_TILES) * LANES]
-        weight = (packed.words[some].contiguous(), packed.tables[:, some].contiguous(), packed.salient.contiguous())
-        tensors = (*weight, packed.largest[some].contiguous(), rows)
+        weight = (packed.words[some], packed.tables[:, some], packed.salient, packed.largest[some])
+        tensors = (*on_cuda.aligned(*weight), rows)
         on_cuda.call("binary_gemv", "bitgrid_binary_values", *tensors, len(rows), k, packed.block, int(kind is torch.bfloat16))
     return made.to(dtype)

@@ -30,7 +30,7 @@ def arguments(packed: Packed) -> tuple[list[Tensor | int], list[Tensor | int]]:
     """Five for each of at most 3 parts, and three for the weights kept aside; zeros where there are none."""
     parts: list[Tensor | int] = []
     for part in parts_of(packed):
-        parts += [part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), len(part.columns), part.bits]
+        parts += [*on_cuda.aligned(part.words, part.values), part.columns.contiguous(), len(part.columns), part.bits]
     parts += [0] * (5 * MOST_PARTS - len(parts))
     kept = packed.apart
     return parts, [0, 0, 0] if kept is None else [kept.starts.contiguous(), kept.columns.contiguous(), kept.differences.contiguous()]
@@ -51,6 +51,6 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     kind = dtype if dtype is torch.bfloat16 and packed.apart is None else torch.float32
     made = torch.empty(packed.shape, dtype=kind, device=packed.parts[0].words.device)
     for part in parts_of(packed):
-        tensors = (part.words.contiguous(), part.values.contiguous(), part.columns.contiguous(), made)
+        tensors = (*on_cuda.aligned(part.words, part.values), part.columns.contiguous(), made)
         on_cuda.call("lut_gemv", "bitgrid_lut_values", *tensors, len(part.columns), part.bits, *packed.shape, int(kind is torch.bfloat16))
     return packed.with_apart(made).to(dtype)

@@ -60,7 +60,7 @@ def wq_gemv(x: Tensor, packed: Packed, out: Tensor | None = None) -> Tensor:
     if given.data_ptr() % 16:
         given = given.clone()
     words, ranges, half = _read(packed)
-    scale = 0 if packed.input_scale is None else packed.input_scale.contiguous()
+    scale = 0 if packed.input_scale is None else on_cuda.aligned(packed.input_scale)[0]
     n, k = packed.shape
     at_once, blocks = by_slices(packed, x.dtype) if len(x) > FEW_ROWS else (0, 0)
     if at_once:
@@ -107,10 +107,11 @@ def values(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _read(packed: Packed) -> tuple[Tensor, Tensor, int]:
-    """Words, ranges, and 1 where those are float16. Raises ValueError for the layout of other twins."""
+    """Words, ranges, and 1 where those are float16. Raises ValueError for the layout of other twins, and where they are not aligned."""
     if packed.words.dim() != 3:
         raise ValueError(f"words are {tuple(packed.words.shape)}, laid out for other backends; use what this one's prepare returns")
-    return packed.words.contiguous(), packed.ranges.contiguous(), int(packed.ranges.dtype is torch.float16)
+    words, ranges = on_cuda.aligned(packed.words, packed.ranges)
+    return words, ranges, int(ranges.dtype is torch.float16)
 
 
 @cache

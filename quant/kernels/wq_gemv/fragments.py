@@ -55,7 +55,8 @@ def prepare(tensor: AffineTensor) -> Fragments:
     if reason is not None:
         raise ValueError(reason)
     words = laid_out(tensor.codes, tensor.bits)
-    scale = None if tensor.input_scale is None else tensor.input_scale.float().contiguous()
+    # A copy: given is what may begin anywhere in other memory.
+    scale = None if tensor.input_scale is None else tensor.input_scale.float().clone(memory_format=torch.contiguous_format)
     return Fragments(words, _ranges(tensor), scale, tensor.shape, tensor.bits)
 
 
