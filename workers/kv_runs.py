@@ -55,8 +55,9 @@ def logits(
 
 
 def empty_caches(model: nn.Module, kv: KVScheme, context: Context) -> MakeCache:
-    """What makes caches that decoding fills, of a scheme that is not calibrated. Raises InputError as `logits` does."""
-    quantizers = _with_key_rotations(model, _quantizers(model, kv, {}), context)
+    """What makes caches that decoding fills, whatever `kv.mode`, of a scheme that is not calibrated. Raises InputError as `logits`
+    does for that mode."""
+    quantizers = _with_key_rotations(model, _quantizers(model, replace(kv, mode="decode"), {}), context)
     return lambda: QuantizedCache(quantizers)
 
 

@@ -179,3 +179,11 @@ def test_graphs_of_a_gpu(kv: KVScheme) -> None:
         for _ in range(2):
             got = generate(graphed, prompt, STEPS, want.tokens)
             assert (got.logits - want.logits).norm() <= 1e-5 * want.logits.norm()
+
+
+def test_caches_that_decoding_fills_need_no_single_pass(tmp_path: Path) -> None:
+    """A measurement decodes, and its scheme has the mode's default: families that KIVI's single pass refuses are timed."""
+    gpt2 = AutoModelForCausalLM.from_pretrained(tiny_model("gpt2")).eval()
+    kv = KVScheme(2, kind="kivi", group_size=8, residual_length=16)
+    steps = generate(Eager(gpt2, empty_caches(gpt2, kv, tiny_context("gpt2", tmp_path))), tokens(PROMPT), 2)
+    assert torch.isfinite(steps.logits).all()
