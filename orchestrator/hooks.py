@@ -73,6 +73,8 @@ class StoreHooks:
 
     def status(self, stage: Stage, status: Status, blocked_by: str | None) -> None:
         self.statuses[stage.key] = status
+        if status is not Status.RUNNING and (left := self._staging.pop(stage.key, None)) is not None:
+            shutil.rmtree(left[0], ignore_errors=True)  # of a worker that is lost, or of a stage that was cancelled
         for listener in self._listeners:
             listener.status(stage, status, blocked_by)
 

@@ -12,8 +12,14 @@ from rich.console import Console
 
 from orchestrator import run, verbs
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.hooks import StoreHooks
+from orchestrator.ledger import Ledger
+from orchestrator.retries import Adjustment
+from orchestrator.stage import Status
+from orchestrator.store import Store
 from tests.orchestrator.small_stages import gptq_fails, is_gptq, meddle, small_stage
 from tests.orchestrator.sweeping import command, sweep
+from workers.request import Hints
 
 WAITING = """
 import sys, time
@@ -79,3 +85,17 @@ def test_a_failed_stage_that_is_tried_again_runs_and_blocks_nothing(tmp_path: Pa
     assert verbs.resume(store, None, Console(file=io.StringIO())) == 0
     assert {"quantize RUNNING 1", "evaluate PENDING 1"} <= told_by(during[0])
     assert "FAILED" not in during[0]
+
+
+@pytest.mark.parametrize("after", [Status.PENDING, Status.CANCELLED])
+def test_a_stage_whose_worker_is_lost_runs_no_longer(after: Status, tmp_path: Path) -> None:
+    """Neither while it waits for another, nor once it has failed there."""
+    plan = sweep(tmp_path / "store", "method=rtn").plan
+    stage, store = next(iter(plan.stages.values())), Store(tmp_path / "store")
+    with Ledger(store.root / "ledger.sqlite") as ledger:
+        hooks = StoreHooks(store, ledger, plan, Hints(), ())
+        hooks.request("r1", [stage], {stage.key: 1}, Adjustment())
+        hooks.status(stage, Status.RUNNING, None)
+        assert store.staged() == {stage.key}
+        hooks.status(stage, after, None)
+    assert store.staged() == set()
