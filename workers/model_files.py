@@ -95,13 +95,10 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     if size < 8 + length:
         raise ValueError(f"{path} is truncated: expected at least {8 + length} bytes, got {size}; fetch it again")
     try:
-        header = json.loads(raw)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object; fetch it again")
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+        header = {name: t for name, t in json.loads(raw).items() if name != "__metadata__"}
+        expected = 8 + length + max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+    except (ValueError, AttributeError, TypeError, LookupError):
+        raise ValueError(f"{path} is not a safetensors file: its header is no JSON object of tensors; fetch it again") from None
     if size != expected:
         what = "is truncated" if size < expected else "is damaged"
         raise ValueError(f"{path} {what}: expected {expected} bytes, got {size}; fetch it again")

@@ -72,6 +72,14 @@ def test_a_truncated_model_file_is_told_with_both_sizes(tmp_path: Path) -> None:
         sweep(tmp_path / "store", f"model.path={folder}")
 
 
+@pytest.mark.parametrize("header", [b"[1]", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b'{"a": {"data_offsets": [0]}}', b"\xff\xfe"])
+def test_a_file_of_another_kind_is_told(header: bytes, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(SourceError, match=r"is not a safetensors file: its header is no JSON object of tensors; fetch it again"):
+        sweep(tmp_path / "store", f"model.path={folder}")
+
+
 def test_nan_weights_fail_their_model_and_no_other(tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")
