@@ -133,8 +133,8 @@ def _reconcile(arguments: list[str]) -> int:
 
 
 def _with_tracking(parser: argparse.ArgumentParser, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What the parser knows, and overrides of the tracking group."""
-    overrides = [a for a in arguments if a.startswith("tracking")]
+    """What the parser knows, and overrides of the tracking group; a sweep's name may begin with that word."""
+    overrides = [a for a in arguments if a.startswith(("tracking=", "tracking."))]
     return parser.parse_args([a for a in arguments if a not in overrides]), overrides
 
 

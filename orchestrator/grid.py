@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
 
 from orchestrator.cell import AXES, Cell, Grid
 from orchestrator.config import check_override, refuse_unknown_roots, resolved_settings, settings_of
@@ -180,7 +181,7 @@ class _SlowComposer:
     def cell(self, row: Row) -> Cell:
         self._check_changes(row)
         config = self._compose(line for choice in row for line in choice.lines)
-        options = [self._table.add(c, plain_values(config, c.axis, c.file)) for c in row]
+        options = [self._table.add(c, self._values(config, c)) for c in row]
         plain = resolved_settings(OmegaConf.masked_copy(config, [str(k) for k in config if k not in AXES]))
         if plain != self._root.plain:
             changed = sorted(k for k in {*plain, *self._root.plain} if plain.get(k) != self._root.plain.get(k))
@@ -189,6 +190,13 @@ class _SlowComposer:
                 f"{what}: an option changes {', '.join(changed)}, which belongs to the whole sweep; set it on the command line"
             )
         return Cell(*options)
+
+    def _values(self, config: DictConfig, choice: Choice) -> dict[str, Any]:
+        try:
+            return plain_values(config, choice.axis, choice.file)
+        except InterpolationResolutionError as error:
+            said = str(error).splitlines()[0]
+            raise ConfigError(f"{choice.axis}={choice.file}: {error.full_key}: {said}; name a key of an axis or a setting") from error
 
     def _check_changes(self, row: Row) -> None:
         """Keys and types of value overrides, against the composition without them."""

@@ -18,7 +18,7 @@ class StageResult:
     kind: str
     label: str
     status: Status
-    """SUCCEEDED for every committed stage; FAILED; DEP_FAILED; PENDING where it has not run."""
+    """SUCCEEDED for every committed stage; FAILED; DEP_FAILED; RUNNING, where one who asks knows it; PENDING where it has not run."""
     record: dict[str, Any] | None = None
     """The committed record.json: format, key, kind, label, sweep, attempt, inputs, files, started, ended, seconds, environment, hints,
     notes, summary."""
@@ -90,7 +90,7 @@ class VariantResult:
     @property
     def status(self) -> Status:
         stages = [s for s in (self.quantize, *self.evaluations.values(), self.measure) if s is not None]
-        for status in (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.PENDING):
+        for status in (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.RUNNING, Status.PENDING):
             if any(s.status is status for s in stages):
                 return status
         return Status.SUCCEEDED

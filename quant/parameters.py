@@ -43,13 +43,16 @@ class Param:
             return self.null is not None
         if self.type is dict:
             return self._takes_mapping(value)
-        if type(value) is not self.type and not (self.type is float and type(value) is int):
+        if not self.of_type(value):
             return False
         if self.type is str:
             return not self.words or value in self.words
         if self.type is bool:
             return True
         return self.least <= value <= self.most and self.above < value and (value < self.below or (self.endless and value == INF))
+
+    def of_type(self, value: Any) -> bool:
+        return type(value) is self.type or (self.type is float and type(value) is int)
 
     def _takes_mapping(self, value: Any) -> bool:
         pairs = tuple(value.items()) if isinstance(value, Mapping) else value
@@ -150,7 +153,7 @@ ROUNDINGS: dict[str, Params] = {
         "bit_lists": _BIT_LISTS,
     },
     "spqr": {
-        "outlier_threshold": Param(float, least=0, endless=True, tells="0.2 is usual, infinity keeps no outlier"),
+        "outlier_threshold": Param(float, least=0, endless=True, tells="0.2 is usual, 1e9 keeps no outlier"),
         "scale_bits": _whole(1, 8, "3 is usual"),
         "zero_bits": _whole(1, 8, "3 is usual"),
         "stat_rows": _whole(1, tells="16 is usual"),
@@ -305,7 +308,9 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
         return None
     near = difflib.get_close_matches(value, param.words, n=1, cutoff=0.5) if isinstance(value, str) else []
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{shown or f'{name}={value!r}'} is not a value for {kind}; give {param.allowed}{hint}"
+    # Text that reads like a number, and a number of another library, look right.
+    odd = "" if value is None or param.type is dict or param.of_type(value) else f" of type {type(value).__name__}"
+    return f"{shown or f'{name}={value!r}'}{odd} is not a value for {kind}; give {param.allowed}{hint}"
 
 
 def check(method: Any) -> None:

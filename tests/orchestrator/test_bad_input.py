@@ -286,6 +286,7 @@ def exit_code(*arguments: str) -> object:
         (["method=gptq", "method.rounding.params.dampp=0.1"], ["dampp", "nearest: damp"]),
         (["method.rounding.params.damp=0.01,-1"], ["params.damp=-1", "gptq", "a number from 0"]),
         (["method.rounding.params.block_size=0"], ["params.block_size=0", "gptq", "a whole number from 1"]),
+        (["method.rounding.params.damp=${calibration.dmp}"], ["method=gptq", "params.damp", "calibration.dmp", "not found"]),
         (["calibration.sampling=window"], ["window", "nearest: windows", "sequential"]),
         (["scheme.weight.bits=four"], ["bits", "four"]),
         (["hints.batch_token=3"], ["batch_token", "nearest: batch_tokens"]),

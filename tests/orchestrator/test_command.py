@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator import verbs
+from orchestrator.cli import main
 from orchestrator.command import call, program
 
 
@@ -49,3 +51,16 @@ def test_a_store_is_named_where_the_verbs_would_look_elsewhere(environment: Path
     assert call("resume ab", other) == f".venv/bin/bitgrid resume ab --store '{other}'"
     monkeypatch.setenv("BITGRID_STORE", str(other))
     assert call("resume ab", other) == ".venv/bin/bitgrid resume ab"
+
+
+@pytest.mark.parametrize("verb", ["ui", "reconcile"])
+def test_a_sweep_whose_name_begins_like_the_group_is_no_override(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[object, object]] = []
+
+    def called(store: Path, sweep: str | None, overrides: list[str], *rest: object) -> int:
+        given.append((sweep, overrides))
+        return 0
+
+    monkeypatch.setattr(verbs, verb, called)
+    assert main([verb, "tracking-error", "tracking=mlflow", "tracking.experiment=e"]) == 0
+    assert given == [("tracking-error", ["tracking=mlflow", "tracking.experiment=e"])]

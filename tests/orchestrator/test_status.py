@@ -17,9 +17,11 @@ from orchestrator.ledger import Ledger
 from orchestrator.retries import Adjustment
 from orchestrator.stage import Status
 from orchestrator.store import Store
+from orchestrator.sweeps import load_sweep
 from tests.orchestrator.small_stages import gptq_fails, is_gptq, meddle, small_stage
 from tests.orchestrator.sweeping import command, sweep
 from workers.request import Hints
+from workers.specs import StageKind
 
 WAITING = """
 import sys, time
@@ -73,6 +75,13 @@ def test_a_stage_runs_only_as_long_as_its_driver_lives(tmp_path: Path, monkeypat
     assert verbs.reconcile(store, None, [], Console(file=io.StringIO())) == 0
     assert "driver: bitgrid reconcile" in during[0]
     assert told_by(during[0]) == rest | {"calibrate PENDING 1"}
+
+
+def test_a_variant_is_not_done_while_a_stage_of_it_runs(tmp_path: Path) -> None:
+    made, store = sweep(tmp_path / "store", "method=rtn"), Store(tmp_path / "store")
+    evaluate = made.result.variants[1].evaluations["self_perplexity"]
+    store.set_aside(StageKind.EVALUATE, evaluate.key)
+    assert load_sweep(store, made.result.key, {evaluate.key}).variants[1].status is Status.RUNNING
 
 
 def test_a_failed_stage_that_is_tried_again_runs_and_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

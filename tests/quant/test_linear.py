@@ -204,7 +204,7 @@ def test_half_precision_weights_and_inputs_work(method: str, dtype: torch.dtype)
         ({"method": "awq", "hessian": torch.eye(32)}, r"method awq needs data \(absmean, samples\)"),
         ({"method": "gptq", "hessian": torch.eye(31)}, r"the Hessian has shape \(31, 31\)"),
         ({"method": "gptq", "inputs": torch.zeros(5, 31)}, r"a weight with 32 inputs needs \[M, 32\]"),
-        ({"method": "gptq", "hessian": torch.eye(32), "damp": "high"}, "damp='high' is not a value for gptq; give a number from 0"),
+        ({"method": "gptq", "hessian": torch.eye(32), "damp": "high"}, "damp='high' of type str is not a value for gptq; give a number"),
         ({"method": "rtn", "group_size": 5}, "group_size=5 does not divide in_features=32"),
         ({"method": "rtn", "group_size": -1}, "group_size=-1; give a whole number of inputs, or None"),
         ({"method": "rtn", "bits": 4.0}, "bits=4.0; give a whole number from 1 to 8"),
