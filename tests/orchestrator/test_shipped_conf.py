@@ -232,7 +232,7 @@ def test_what_planning_leaves_out_exists_and_is_not_the_default() -> None:
             "method.rounding.params.block_size=null",
             "method.rounding.params.block_size=null is not a value for gptq; give a whole number from 1",
         ),
-        ("gptq", "+method.overrides={*.q_proj:{damp:'0.1'}}", "q_proj.damp=0.1 of type str is not a value for gptq; give a number from 0"),
+        ("gptq", "+method.overrides={*.q_proj:{damp:'0.1'}}", "method.overrides.*.q_proj.damp=0.1 of type str is not a value for gptq"),
         ("gptq", "+method.overrides={*.q_proj:{damp:-1}}", "method.overrides.*.q_proj.damp=-1 is not a value for gptq"),
         ("gptq", "+method.overrides={*.q_proj:{dampp:1}}", "unknown key of method.overrides.*.q_proj 'dampp'; nearest: damp"),
         (
