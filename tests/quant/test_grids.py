@@ -135,7 +135,7 @@ def test_choosing_a_grid_notes_where_it_differs_from_the_scheme() -> None:
 
 
 def test_wrong_input_is_named() -> None:
-    with pytest.raises(ValueError, match=r"grid=gasym is unknown; choose one of g_asym, .*did you mean g_asym"):
+    with pytest.raises(ValueError, match=r"grid='gasym' is not a value for rtn; give one of g_asym, .*did you mean g_asym"):
         Rtn(grid="gasym")
     with pytest.raises(ValueError, match="group_size=64 does not divide in_features=172; choose one of 1, 2, 4, 43, 86, 172"):
         rtn(random_weight(2, 172), WeightScheme(4, granularity=Granularity.GROUP, group_size=64))

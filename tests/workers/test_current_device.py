@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.workers.test_run_stage import EVALUATE, FakeRunners, outcomes, request
-from workers import run_stage
+from workers import environment, run_stage
 from workers.errors import InputError
 from workers.process import pick_device
 from workers.request import Hints
@@ -27,6 +27,7 @@ def test_a_stage_has_its_gpu_as_the_current_one(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(run_stage, "pick_device", lambda hints: torch.device(hints.device))
     monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(environment, "_fixed", lambda device: {})
     fake = FakeRunners(act=lambda: seen.append(now[-1]))
     for device in ("cuda:1", "cpu"):
         outcomes(request(tmp_path / device, {"a": EVALUATE}, device=device), fake)

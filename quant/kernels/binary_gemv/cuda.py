@@ -22,7 +22,7 @@ from quant.kernels.wq_gemv import LANES
 __all__ = ["binary_gemv", "prepare", "unavailable", "values"]
 
 MOST_TILES = 65520
-"""Of eight rows, that a launch of `values` has: a grid is at most 65,535 blocks high, and parts of a tensor begin at multiples of 16 bytes."""
+"""Of eight rows, in a launch of `values`: a grid has at most 65,535 blocks, and parts of a tensor begin at multiples of 16 bytes."""
 
 unavailable = partial(on_cuda.unavailable, "binary_gemv")
 
