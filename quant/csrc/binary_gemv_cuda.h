@@ -284,7 +284,10 @@ BOTH void add_units(const Signs& a, const Place& at, void* shared, const Previou
         take_digits<X, G>(a, at, shared, fill_ring, thread);
         arrived<RING ? DEPTH : 0>();
     });
-    each([&](int thread) { sweep<G, PLANES, RING>(a, at, shared, held_of, feed, thread); });
+    each([&](int thread) {
+        Reads own;  // on the host, where nothing is kept between phases
+        sweep<G, PLANES, RING>(a, at, shared, HELD > 1 ? own : held_of, feed, thread);
+    });
 }
 
 // Pairs of a cluster, so that clusters come in whole waves of at most `at_once`; units of a rank and of its slices.

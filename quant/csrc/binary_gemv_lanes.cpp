@@ -6,6 +6,7 @@
 #endif
 
 #include "binary_gemv_cuda.h"
+#include "host_threads.h"
 
 #include <vector>
 
@@ -13,12 +14,12 @@ namespace {
 
 template <class X, int G, bool RING>
 void product(const Signs& a, int ranks) {
+    host::Launch launch;
     const int64_t bytes = shared_bytes(G, a, ranks), clusters = ((a.tiles + 1) / 2 + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(bytes / 16 + 1));
     const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
-    const auto all = [](const auto& phase) {
-        for (int t = 0; t < threads(G, PLANES_FOR<X>); t++) phase(t);
-    };
+    constexpr int THREADS = threads(G, PLANES_FOR<X>);
+    const auto all = [&](const auto& phase) { launch.every(THREADS, THREADS, phase); };
     for (int64_t first = 0; first < a.given.count; first += 2 * G) {
         for (int64_t c = 0; c < clusters; c++) {
             const auto place = [&](int r) { return Place{c, first, r, ranks}; };

@@ -66,7 +66,7 @@ BOTH void add_all(int32_t* to, int32_t v) {
     v = __reduce_add_sync(~0u, v);
     if (threadIdx.x % 32 == 0) atomicAdd(to, v);
 #else
-    *to += v;
+    add(to, v);
 #endif
 }
 

@@ -88,6 +88,8 @@ DEVICE void codes_of(const float (&x)[BATCH], const float* middles, int k, int (
         for (int i = 0; i < BATCH; i++) codes[i] += middles[codes[i] + step - 1] < x[i] ? step : 0;
 }
 
+DEVICE BY_ANY void raise(uint8_t* flag) { *flag = 1; }
+
 // Column j of a part, whose centres are in its table; `sorted`: its values.
 DEVICE void round_column(const Launch& l, int number, int j, const float* sorted, float* room) {
     const Part& b = l.part[number];
@@ -103,7 +105,7 @@ DEVICE void round_column(const Launch& l, int number, int j, const float* sorted
     __syncthreads();
     for (int c = threadIdx.x; c < b.most; c += THREADS) {
         const float centre = c < k ? given[c] : 0.0f, own = stored(centre, b.type);
-        if (b.type != FLOAT32 && !(fabsf(own - centre) <= allowed)) b.wrong[0] = 1;
+        if (b.type != FLOAT32 && !(fabsf(own - centre) <= allowed)) raise(b.wrong);
         table[c] = given[c] = own;
     }
     __syncthreads();

@@ -17,6 +17,7 @@
 #define DEVICE __device__ __forceinline__
 #define GLOBAL __global__
 #define BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define BY_ANY  // what several threads store the same to, in any order
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define LAUNCH(kernel, blocks, threads, bytes, stream, ...) bitgrid_launched(kernel, blocks, threads, bytes, stream, __VA_ARGS__)
 

@@ -9,6 +9,7 @@
 #include "gptq_found.h"
 #include "gptq_sweep.h"
 #include "gptq_updates.h"
+#include "host_threads.h"
 
 #include <algorithm>
 #include <condition_variable>
@@ -72,21 +73,37 @@ class Team {
     explicit Team(std::vector<int> order) : order_(std::move(order)), ended_(order_.size()), awaited_(order_.size()), runs_(order_[0]) {}
 
     void begin(int warp) {
+        const host::Unseen team;
         std::unique_lock<std::mutex> lock(mutex_);
         turn_.wait(lock, [&] { return runs_ == warp; });
     }
     void end(int warp) {
+        const host::Unseen team;
         std::unique_lock<std::mutex> lock(mutex_);
         ended_[warp] = true;
         choose();
     }
     void signal(int warp, Event& event) {
+        host::before(&event);
+        const host::Unseen team;
         std::unique_lock<std::mutex> lock(mutex_);
         event.there = true;
         choose();
         turn_.wait(lock, [&] { return runs_ == warp; });
     }
     void await(int warp, Event& event) {
+        wait(warp, event);
+        host::after(&event);
+    }
+    bool arrived(Event& event) {
+        if (!is_there(event)) return false;
+        host::after(&event);
+        return true;
+    }
+
+  private:
+    void wait(int warp, Event& event) {
+        const host::Unseen team;
         std::unique_lock<std::mutex> lock(mutex_);
         if (event.there) return;
         awaited_[warp] = &event;
@@ -94,8 +111,11 @@ class Team {
         turn_.wait(lock, [&] { return runs_ == warp; });
         awaited_[warp] = nullptr;
     }
+    static bool is_there(const Event& event) {
+        const host::Unseen team;
+        return event.there;
+    }
 
-  private:
     std::mutex mutex_;
     std::condition_variable turn_;
     const std::vector<int> order_;
@@ -123,7 +143,7 @@ struct Meet {
     int warp;
     // Of the warp that solves.
     void ready(int) {}
-    bool arrived(int panel) { return panel % 2 && panels.at(panel).there; }  // also where it need not
+    bool arrived(int panel) { return panel % 2 && team.arrived(panels.at(panel)); }  // also where it need not
     void receive(int panel) { team.await(warp, panels.at(panel)); }
     void send(int unit) { team.signal(warp, units.at(unit)); }
     // Of those that help.

@@ -112,6 +112,15 @@ ON_LANES void together() {
 #endif
 }
 
+// Whether to load what may not be used: a GPU does, without a branch.
+ON_LANES constexpr bool ahead([[maybe_unused]] bool used) {
+#ifdef __CUDACC__
+    return true;
+#else
+    return used;
+#endif
+}
+
 // A copy that the compiler has to keep: else it makes addresses anew again and again, from constants that take long to read.
 ON_LANES uint32_t settled(uint32_t x) {
 #ifdef __CUDACC__

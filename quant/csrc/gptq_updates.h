@@ -85,7 +85,7 @@ struct Updates {
             load(d, beside(at, 4)), load(g, beside(u, 4 * PANEL));
             apply(sum, e, f);
             at = beside(at, UNIT), u = beside(u, UNIT * PANEL);
-            load(e, at), load(f, u);
+            if (ahead(unit + 1 < last)) load(e, at), load(f, u);
             apply(sum, d, g);
         }
     }

@@ -228,7 +228,7 @@ struct Terms {
 ANYWHERE constexpr int place_of(int i) { return i / 32 * APART + i % 32; }
 
 // The largest of a warp.
-BOTH void keep_largest(uint32_t* to, uint32_t v, int thread) {
+BY_A_WARP BOTH void keep_largest(uint32_t* to, uint32_t v, int thread) {
 #if defined(__CUDA_ARCH__)
     v = __reduce_max_sync(~0u, v);
     if (thread % 32 == 0) *to = v;

@@ -5,26 +5,27 @@
 #pragma GCC optimize("Og")
 #endif
 
+#include "host_threads.h"
 #include "lut_gemv_cuda.h"
 
+#include <atomic>
 #include <vector>
 
 namespace {
 
 template <class F>
 void product(const Lut& a, int64_t limit, int ranks) {
+    host::Launch launch;
     const int64_t clusters = (a.tiles + a.group - 1) / a.group;
     std::vector<std::vector<Four>> shared(ranks, std::vector<Four>(limit / 16));
     for (int64_t first = 0; first < a.given.count; first += F::M) {
         for (int64_t c = 0; c < clusters; c++) {
-            const auto all = [](const auto& phase) {
-                for (int t = 0; t < THREADS; t++) phase(t);
-            };
+            const auto all = [&](const auto& phase) { launch.every(THREADS, THREADS, phase); };
             const auto of = [&](int rank) { return static_cast<void*>(shared[rank].data()); };
             for (auto& block : shared) {
                 for (Four& f : block) std::memset(&f, 0xff, sizeof f);  // not a number
             }
-            std::vector<int> given(ranks);
+            std::vector<std::atomic<int>> given(ranks);
             for (int r = 0; r < ranks; r++) {
                 const Place at = {c, first, r, ranks};
                 const auto send = [&](int rank, const float* place, float v) {

@@ -9,6 +9,7 @@
 #if defined(__CUDACC__)
 #define BOTH __device__ __forceinline__
 #define ANYWHERE __host__ __device__
+#define BY_A_WARP
 #define UNROLL _Pragma("unroll")
 #define PRAGMA(text) _Pragma(#text)
 #define UNROLL_BY(n) PRAGMA(unroll n)
@@ -16,6 +17,7 @@
 #else
 #define BOTH inline
 #define ANYWHERE
+#define BY_A_WARP __attribute__((noinline, no_sanitize("thread")))  // its threads together: no race, as here they come one by one
 #define UNROLL
 #define UNROLL_BY(n)
 #define NO_UNROLL
@@ -167,7 +169,7 @@ BOTH void add(int32_t* to, int32_t v) {
 #if defined(__CUDA_ARCH__)
     atomicAdd(to, v);
 #else
-    *to += v;
+    __atomic_fetch_add(to, v, __ATOMIC_RELAXED);
 #endif
 }
 

@@ -1,6 +1,7 @@
 // Runs a kernel's source on the host, for tests: the threads of a block are contexts of one thread, which change places at barriers, and
 // blocks run one after the other. Included before the source. Reading or writing past the end of the dynamic shared memory stops the
-// process; it begins as NaNs.
+// process; it begins as NaNs. Built with -fsanitize=thread, threads are such of ThreadSanitizer's (its fibers), for which barriers are all
+// that orders what they do: an exchange between lanes is no barrier, as on a GPU.
 
 #pragma once
 
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "../../quant/csrc/cta.h"
+#include "../../quant/csrc/host_threads.h"
 
 #define DEVICE inline
 #define GLOBAL inline
@@ -28,6 +30,7 @@
 #define __restrict__
 #define __grid_constant__
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulated::memory
+#define BY_ANY __attribute__((noinline, no_sanitize("thread")))
 #define LAUNCH(kernel, blocks, threads, bytes, stream, ...) \
     emulated::launch(blocks, int(threads), bytes, [&] { (kernel)(__VA_ARGS__); })
 
@@ -42,14 +45,18 @@ struct dim3 {
 
 namespace emulated {
 
+using namespace host;
+
 constexpr int64_t STACK = 256 * 1024, MOST_SHARED = 227 * 1024;
 
 struct Group {
     int size = 0, arrived = 0;
     int64_t turn = 0;
+    char meetings[2];  // of turns of even and odd number
 };
 
 struct Context {
+    Fiber fiber;
     jmp_buf place;
     ucontext_t start;
     std::vector<char> stack;
@@ -63,6 +70,8 @@ inline std::vector<Group> warps;
 inline Group block;
 inline std::function<void()> work;
 inline jmp_buf caller;
+inline Fiber caller_fiber;
+inline char block_begins, block_over;
 inline int thread = 0, alive = 0;
 inline int64_t idle = 0;
 inline uint64_t slots[2][1024];
@@ -70,19 +79,37 @@ inline int vote;
 inline dim3 at(0);
 inline int64_t* asked = nullptr;  // [4]: where launches are written down instead of run
 
-inline void enter() {
-    work();
-    contexts[thread].ended = true;
-    alive--;
-    if (alive == 0) _longjmp(caller, 1);
-    for (;;) {
+// To the next thread that has not ended.
+inline void go_on() {
+    Context* next;
+    Fiber fiber;
+    bool entered;
+    {
+        const Unseen own;
         do thread = (thread + 1) % int(contexts.size());
         while (contexts[thread].ended);
-        Context& next = contexts[thread];
-        if (next.entered) _longjmp(next.place, 1);
-        next.entered = true;
-        setcontext(&next.start);
+        next = &contexts[thread], fiber = next->fiber;
+        entered = std::exchange(next->entered, true);
     }
+    change_to(fiber);
+    if (entered) _longjmp(next->place, 1);
+    setcontext(&next->start);
+}
+
+inline void enter() {
+    after(&block_begins);
+    work();
+    before(&block_over);
+    Fiber back;
+    bool others;
+    {
+        const Unseen own;
+        contexts[thread].ended = true;
+        others = --alive > 0, back = caller_fiber;
+    }
+    if (others) go_on();
+    change_to(back);
+    _longjmp(caller, 1);
 }
 
 inline void yield() {
@@ -92,15 +119,11 @@ inline void yield() {
         std::abort();
     }
     if (_setjmp(own.place)) return;
-    do thread = (thread + 1) % int(contexts.size());
-    while (contexts[thread].ended);
-    Context& next = contexts[thread];
-    if (next.entered) _longjmp(next.place, 1);
-    next.entered = true;
-    setcontext(&next.start);
+    go_on();
 }
 
-inline void wait(Group& g) {
+inline void meet(Group& g) {
+    const Unseen own;
     const int64_t turn = g.turn;
     if (++g.arrived == g.size) {
         g.arrived = 0;
@@ -109,6 +132,16 @@ inline void wait(Group& g) {
         return;
     }
     while (g.turn == turn) yield();
+}
+
+inline void wait(Group& g) {
+    char* const meeting = [&] {
+        const Unseen own;
+        return &g.meetings[g.turn % 2];
+    }();
+    before(meeting);
+    meet(g);
+    after(meeting);
 }
 
 template <class Work>
@@ -136,6 +169,7 @@ int launch(dim3 blocks, int threads, int64_t bytes, const Work& kernel) {
             vote = 0;
             for (int t = 0; t < threads; t++) {
                 Context& c = contexts[t];
+                c.fiber = made_fiber();
                 c.entered = c.ended = false;
                 c.shuffles = 0;
                 c.stack.resize(STACK);
@@ -148,10 +182,15 @@ int launch(dim3 blocks, int threads, int64_t bytes, const Work& kernel) {
             }
             thread = 0;
             idle = 0;
+            caller_fiber = own_fiber();
             if (!_setjmp(caller)) {
                 contexts[0].entered = true;
+                before(&block_begins);
+                change_to(contexts[0].fiber);
                 setcontext(&contexts[0].start);
             }
+            after(&block_over);
+            for (Context& c : contexts) end(c.fiber);
         }
     munmap(area, room + page);
     return 0;
@@ -160,9 +199,10 @@ int launch(dim3 blocks, int threads, int64_t bytes, const Work& kernel) {
 // The value of another lane of the warp. A lane is never more than one exchange ahead: two slots do.
 template <typename T>
 T exchanged(T value, int lane) {
+    const Unseen emulation;
     uint64_t(&own)[1024] = slots[contexts[thread].shuffles++ % 2];
     std::memcpy(&own[thread], &value, sizeof value);
-    wait(warps[thread / 32]);
+    meet(warps[thread / 32]);
     std::memcpy(&value, &own[thread / 32 * 32 + lane], sizeof value);
     return value;
 }
@@ -182,12 +222,14 @@ inline void __syncthreads() { emulated::wait(emulated::block); }
 inline void __syncwarp() { emulated::wait(emulated::warps[emulated::thread / 32]); }
 
 inline int __syncthreads_or(int v) {
+    __syncthreads();
+    const emulated::Unseen emulation;
     emulated::vote |= v != 0;
-    __syncthreads();
+    emulated::meet(emulated::block);
     const int found = emulated::vote;
-    __syncthreads();
+    emulated::meet(emulated::block);
     emulated::vote = 0;
-    __syncthreads();
+    emulated::meet(emulated::block);
     return found;
 }
 
@@ -206,18 +248,23 @@ T __shfl_xor_sync(unsigned, T v, int d) {
     return emulated::exchanged(v, (emulated::thread % 32) ^ d);
 }
 inline unsigned __ballot_sync(unsigned, bool v) {
+    const emulated::Unseen emulation;
     const int warp = emulated::thread / 32;
     uint64_t(&own)[1024] = emulated::slots[emulated::contexts[emulated::thread].shuffles++ % 2];
     own[emulated::thread] = v;
-    emulated::wait(emulated::warps[warp]);
+    emulated::meet(emulated::warps[warp]);
     unsigned found = 0;
     for (int l = 0; l < emulated::warps[warp].size; l++) found |= unsigned(own[warp * 32 + l]) << l;
     return found;
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-inline int atomicMin(int* at, int v) { return std::exchange(*at, std::min(*at, v)); }
+inline int atomicMin(int* at, int v) {
+    const emulated::Unseen emulation;
+    return std::exchange(*at, std::min(*at, v));
+}
 template <typename T>
 T atomicAdd(T* at, T v) {
+    const emulated::Unseen emulation;
     return std::exchange(*at, *at + v);
 }
 inline void __threadfence() {}

@@ -20,7 +20,7 @@ from quant.kernels.native import SOURCES, kept_library
 from quant.kernels.on_cuda import compiler
 
 EMULATED = ("claq_block", "kmeans_columns", "braq_search", "braq_block")
-HEADER = Path(__file__).with_name("cuda_on_host.h")
+HEADER, THREADS = Path(__file__).with_name("cuda_on_host.h"), SOURCES / "host_threads.h"
 # Some systems' compilers fortify `longjmp`, which then refuses to change stacks.
 FLAGS = ("-O1", "-std=c++17", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-include", str(HEADER), "-x", "c++")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -33,7 +33,7 @@ def emulated(name: str) -> ctypes.CDLL:
     if found is None or platform.machine() != "x86_64" or platform.system() != "Linux":
         pytest.skip("kernels are emulated on Linux on x86-64, with g++")
     # The emulation is part of what the library is made from.
-    return ctypes.CDLL(str(kept_library(SOURCES / f"{name}.cu", found, HEADER.read_text(), FLAGS, ((),))))
+    return ctypes.CDLL(str(kept_library(SOURCES / f"{name}.cu", found, HEADER.read_text() + THREADS.read_text(), FLAGS, ((),))))
 
 
 def on_the_host(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
