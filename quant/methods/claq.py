@@ -36,7 +36,7 @@ from quant.grids import DTYPES, with_stored_scales
 from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked_together, notes_of_zeros
+from quant.methods.feedback import checked_together, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
@@ -111,18 +111,17 @@ class Claq:
     def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
         ready, hessian = checked_together("claq", weights, statistics)
         h, dead = revive_dead(hessian)
-        k, zeroed = len(h), int(dead.sum())
-        notes = notes_of_zeros(zeroed, k)
-        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=h.device)
+        zeroed, notes = int(dead.sum()), list[str]()
+        order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(len(h), device=h.device)
         upper, damp = inverse_factor(h[order][:, order], self.damp)
         if damp != self.damp:
             notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
         block = kernel("claq_block", device=h.device)
         work = _Work(order, upper, damp, block, [])
         for w, scheme, target in zip(ready, schemes, targets, strict=True):
-            columns = (w.masked_fill(dead, 0) if 0 < zeroed < k else w).T[order]
+            live, zeros = without_dead(w, dead, zeroed)
             own = ["codebooks have no symmetric form: weight.symmetric has no effect"] if scheme.symmetric else []
-            work.parts.append(self._planned(columns, upper, target, [*own, *notes]))
+            work.parts.append(self._planned(live.T[order], upper, target, [*own, *zeros, *notes]))
             work.parts[-1].notes.extend(block.notes)
         return work
 

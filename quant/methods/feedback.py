@@ -68,11 +68,14 @@ def checked_together(method: str, weights: Sequence[Tensor], statistics: Statist
     return [w.detach() if as_given else w.detach().to(place, dtype) for w in weights], given.to(place, dtype)
 
 
-def notes_of_zeros(zeroed: int, k: int) -> list[str]:
-    """Of k inputs so many are always 0. An input that no token reached has its own note: stages give the identity for its Hessian."""
-    if zeroed == k:
-        return [ALL_ZERO]
-    return [f"{zeroed} of {k} inputs are always 0 on the calibration text: their weights are set to 0"] if zeroed else []
+def without_dead(weight: Tensor, dead: Tensor, count: int) -> tuple[Tensor, list[str]]:
+    """weight `[N, K]` with 0 in the columns of inputs that are always 0 (`dead` `[K]`, `count` of them), but as it was where all are, and
+    notes of it. An input that no token reached has its own note: stages give the identity for its Hessian."""
+    if count == 0:
+        return weight, []
+    if count == len(dead):
+        return weight, [ALL_ZERO]
+    return weight.masked_fill(dead, 0), [f"{count} of {len(dead)} inputs are always 0 on the calibration text: their weights are set to 0"]
 
 
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
@@ -80,11 +83,8 @@ def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) ->
 
     Where all inputs are 0 (H = 0), H = I counts instead of zeroing the weight."""
     given, hessian = checked(method, weight, statistics)
-    k = weight.shape[1]
     h, dead = revive_dead(hessian)
-    zeroed = int(dead.sum())
-    notes = notes_of_zeros(zeroed, k)
-    w = given.masked_fill(dead, 0) if 0 < zeroed < k else given
+    w, notes = without_dead(given, dead, int(dead.sum()))
     upper, used = inverse_factor(h, damp)
     if used != damp:
         notes.append(f"damping {damp:g} did not make the Hessian positive definite: {used:g} was used")

@@ -27,7 +27,7 @@ from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, with
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked, checked_together, notes_of_zeros
+from quant.methods.feedback import checked, checked_together, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
 from quant.parameters import check
@@ -163,11 +163,8 @@ class Gptq:
         chosen, notes = choose_grid(self.grid, scheme)
         if scheme.number != "int":
             notes = without_grid(self.grid, self.mse, scheme)
-        groups, k = grouped(w, scheme), w.shape[1]
-        notes += notes_of_zeros(zeroed, k)
-        if 0 < zeroed < k:
-            w = w.masked_fill(dead, 0)
-        return _Given(w, [len(own) for own in weights], groups, scheme, chosen, notes)
+        live, zeros = without_dead(w, dead, zeroed)
+        return _Given(live, [len(own) for own in weights], grouped(w, scheme), scheme, chosen, notes + zeros)
 
     def _factor(self, h: Tensor, kept: Tensor, givens: list[_Given]) -> tuple[Tensor, Tensor, float]:
         """Order of the columns, U in it, and the damping."""

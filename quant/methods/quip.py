@@ -24,7 +24,7 @@ from quant.butterfly import butterflies
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import ALL_ZERO, checked, notes_of_zeros
+from quant.methods.feedback import ALL_ZERO, checked, without_dead
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import revive_dead
@@ -107,10 +107,8 @@ class Quip:
         chosen, notes = choose_grid(None, scheme)
         groups = grouped(w, scheme)
         h, dead = revive_dead(h)
-        zeroed = int(dead.sum())
-        notes += notes_of_zeros(zeroed, w.shape[1])
-        if 0 < zeroed < w.shape[1]:
-            w = w.masked_fill(dead, 0)
+        w, zeros = without_dead(w, dead, int(dead.sum()))
+        notes += zeros
         fed: list[Feedback] = []
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind, group_width
 from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked, notes_of_zeros
+from quant.methods.feedback import checked, without_dead
 from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
@@ -99,10 +99,8 @@ class SlimLlm:
         h = hessian.to(w)
         if corrected:
             h, dead = revive_dead(h)
-            zeroed = int(dead.sum())
-            notes += notes_of_zeros(zeroed, k)
-            if 0 < zeroed < k:
-                w = w.masked_fill(dead, 0)
+            w, zeros = without_dead(w, dead, int(dead.sum()))
+            notes += zeros
         raised = h.clone()
         raised.diagonal().add_(ABSOLUTE_DAMP)
         upper, damp = inverse_factor(h if corrected else raised, self.damp)

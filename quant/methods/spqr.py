@@ -28,7 +28,7 @@ from torch import Tensor
 from quant.affine import group_width
 from quant.grids import ScaleDtypeError, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked, notes_of_zeros
+from quant.methods.feedback import checked, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, solve_columns
@@ -77,10 +77,8 @@ class Spqr:
         dead = h.diagonal() == 0
         h.diagonal().add_(self.damp * h.diagonal().abs().mean())
         h.diagonal()[dead] = 1
-        zeroed = int(dead.sum())
-        notes += notes_of_zeros(zeroed, k)
-        if 0 < zeroed < k:
-            w = w.masked_fill(dead, 0)
+        w, zeros = without_dead(w, dead, int(dead.sum()))
+        notes += zeros
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(k, device=w.device)
         upper, more = inverse_factor(h[order][:, order], 0.0)
         if more:
