@@ -18,7 +18,7 @@ from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Base, Composer, apply_overrides, as_config_error, override_text, plain_key
 from orchestrator.option_keys import COMPONENT, check_keys
 from orchestrator.param_files import FILES
-from quant.parameters import ROUNDINGS, TRANSFORMS, refusal
+from quant.parameters import PARAMETERS, ROUNDINGS, TRANSFORMS, refusal
 from quant.scheme import KV_CODEBOOKS, KV_KINDS, KV_MODES, Granularity, Scheme
 from workers.request import Hints
 from workers.specs import DTYPES, PROPAGATIONS, SAMPLINGS, WINDOWS, from_json
@@ -250,7 +250,7 @@ def _check_method(name: str, method: Mapping[str, Any]) -> None:
 def check_params(where: str, path: str, kind: str, params: Mapping[str, Any], *, files: bool = False) -> None:
     """Raises ConfigError for a parameter that a component of this kind has not, or a value that it does not take. With `files` paths may
     stand where files of bits are read (`param_files`)."""
-    known = {**ROUNDINGS, **TRANSFORMS}[kind]
+    known = PARAMETERS[kind]
     for name, value in params.items():
         if name not in known:
             raise ConfigError(f"{where}: {unknown_name(f'key of {path}', str(name), known)}")

@@ -74,15 +74,16 @@ class Param:
             return f"one of {', '.join(self.words)}" if self.words else "text"
         if self.type is bool:
             return "true or false"
-        ends = [f"from {self.least:g}"] if self.least > -INF else [f"above {self.above:g}"] if self.above > -INF else []
-        ends += (
-            [f"{'to' if self.least > -INF else 'up to'} {self.most:g}"]
-            if self.most < INF
-            else [f"below {self.below:g}"]
-            if self.below < INF
-            else []
-        )
-        return " ".join(["a whole number" if self.type is int else "a number", *ends])
+        words = "a whole number" if self.type is int else "a number"
+        if self.least > -INF:
+            words += f" from {self.least:g}"
+        elif self.above > -INF:
+            words += f" above {self.above:g}"
+        if self.most < INF:
+            words += f" {'to' if self.least > -INF else 'up to'} {self.most:g}"
+        elif self.below < INF:
+            words += f" below {self.below:g}"
+        return words
 
 
 def _whole(least: int, most: float = INF, tells: str = "") -> Param:
@@ -298,12 +299,13 @@ TRANSFORMS: dict[str, Params] = {
         "qk": _FLAG,
     },
 }
-_ALL = {**ROUNDINGS, **TRANSFORMS}
+PARAMETERS = {**ROUNDINGS, **TRANSFORMS}
+"""Of a kind of either."""
 
 
 def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str | None:
     """Why a parameter of a known kind cannot have this value; `shown` is how the error writes the two. None where it can."""
-    param = _ALL[kind][name]
+    param = PARAMETERS[kind][name]
     if param.takes(value):
         return None
     near = difflib.get_close_matches(value, param.words, n=1, cutoff=0.5) if isinstance(value, str) else []
@@ -315,7 +317,7 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
 
 def check(method: Any) -> None:
     """Of an instance of a method's class. Raises ValueError."""
-    for name in _ALL[method.name]:
+    for name in PARAMETERS[method.name]:
         value = getattr(method, name)
         # As `quant.grids.grid` reads names.
         value = value.lower().replace("-", "_") if name == "grid" and isinstance(value, str) else value
