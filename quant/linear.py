@@ -67,12 +67,27 @@ def quantize_linear(
     if activation is not None and not isinstance(activation, ActivationScheme):
         raise ValueError(f"activation is a {type(activation).__name__}; give a quant.scheme.ActivationScheme, as ActivationScheme(8)")
     with _own_settings(weight.device):
-        data = [None if x is None else x.detach().clone() if x.is_inference() else x.detach() for x in (weight, inputs, hessian)]
-        about = (method, bits, group_size, symmetric, seed, number, activation, method_params)
-        tensor, notes = _quantized(cast(Tensor, data[0]), data[1], data[2], *about)
+        tensor, notes = _quantized(
+            _usable(weight),
+            None if inputs is None else _usable(inputs),
+            None if hessian is None else _usable(hessian),
+            method,
+            bits,
+            group_size,
+            symmetric,
+            seed,
+            number,
+            activation,
+            method_params,
+        )
     for note in notes:
         warnings.warn(note, QuantizationWarning, stacklevel=2)
     return tensor
+
+
+def _usable(x: Tensor) -> Tensor:
+    """Where gradients are taken, too."""
+    return x.detach().clone() if x.is_inference() else x.detach()
 
 
 @contextmanager
