@@ -99,8 +99,10 @@ def _explain(arguments: list[str]) -> int:
 
 
 def _parser(verb: str, about: str) -> argparse.ArgumentParser:
+    from orchestrator.store import usual_place
+
     parser = argparse.ArgumentParser(prog=f"bitgrid {verb}", description=about)
-    parser.add_argument("--store", type=Path, default=Path(os.environ.get("BITGRID_STORE", "bitgrid-store")), help="folder of the store")
+    parser.add_argument("--store", type=Path, default=usual_place(), help="folder of the store")
     return parser
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from orchestrator.cell import Grid
 from orchestrator.grid import compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
+from orchestrator.store import usual_place
 
 CONF = "pkg://conf"
 """The shipped configuration, as Hydra names it."""
@@ -33,7 +34,7 @@ def program() -> str:
 
 def call(words: str, store: Path) -> str:
     """A verb and its arguments as they are typed here; `store` is named where the verb would look elsewhere."""
-    usual = Path(os.environ.get("BITGRID_STORE", "bitgrid-store")).expanduser().resolve()
+    usual = usual_place().expanduser().resolve()
     return f"{program()} {words}" + ("" if store.resolve() == usual else f" --store {shlex.quote(str(store))}")
 
 

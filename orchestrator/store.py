@@ -42,6 +42,11 @@ OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 """No rename takes the place of a folder with files in it."""
 
 
+def usual_place() -> Path:
+    """The folder of the store for commands that name none."""
+    return Path(os.environ.get("BITGRID_STORE", "bitgrid-store"))
+
+
 class Store:
     """A folder on a local or shared POSIX file system."""
 
