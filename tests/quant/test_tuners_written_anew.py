@@ -76,6 +76,17 @@ class Reference:
         if self.losses[-1] == min(self.losses) and self.losses.count(self.losses[-1]) == 1:
             self.kept = {k: v.detach().clone() for k, v in p.items()}
 
+    def descend(self, changed: Callable[[], Parts], optimizer: torch.optim.Optimizer, epochs: int, after: Callable[[], None]) -> None:
+        """A step a sequence, then `after`; each epoch's iterate is offered, and the start."""
+        self.offer(changed())
+        for _ in range(epochs):
+            for i in range(len(self.stream)):
+                optimizer.zero_grad()
+                self.loss(changed(), slice(i, i + 1)).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                after()
+            self.offer(changed())
+
     def hold(self, tuned: Tuned, iterates: list[str]) -> None:
         """The stored iterate is the reference's."""
         assert tuned.start == pytest.approx(self.losses[0], rel=1e-6)
@@ -135,15 +146,12 @@ def test_omniquant(rates: tuple[float, float], augmented: bool) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": [t for c in clips.values() for t in c], "lr": rates[0]}, {"params": [s, shift], "lr": rates[1]}], weight_decay=0
     )
-    r.offer(changed())
-    for _ in range(epochs):
-        for i in range(4):
-            optimizer.zero_grad()
-            r.loss(changed(), slice(i, i + 1)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            with torch.no_grad():
-                s.copy_(torch.where(s.abs() < 1e-2, 1e-2 * torch.where(s < 0, -1.0, 1.0), s))
-        r.offer(changed())
+
+    @torch.no_grad()
+    def away_from_0() -> None:
+        s.copy_(torch.where(s.abs() < 1e-2, 1e-2 * torch.where(s < 0, -1.0, 1.0), s))
+
+    r.descend(changed, optimizer, epochs, away_from_0)
 
     # `norm_block` does not round its inputs: the scheme only lets the transform learn shifts.
     blocks = norm_block(G8, ActivationScheme(8, symmetric=False))
@@ -242,14 +250,7 @@ def test_qllms_correction() -> None:
 
     optimizer = torch.optim.AdamW([*(t for pair in pairs.values() for t in pair), *norms.values()], lr=0.02, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=4 * epochs)
-    r.offer(changed())
-    for _ in range(epochs):
-        for i in range(4):
-            optimizer.zero_grad()
-            r.loss(changed(), slice(i, i + 1)).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        r.offer(changed())
+    r.descend(changed, optimizer, epochs, schedule.step)
     tuned = QllmCorrection(epochs=epochs, lr=0.02, rank=rank, alpha=alpha).tune(norm_block(G8))
     r.hold(tuned, ["start", *(f"epoch {e + 1}" for e in range(epochs))])
 
