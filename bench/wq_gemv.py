@@ -56,8 +56,9 @@ def main() -> int:
         "threads": 2,
         "group": GROUP,
         "backends": backends,
+        "rows": [],
     }
-    made["rows"], good = [], True
+    good = True
     for n, k in SHAPES:
         dense = torch.randn(n, k, generator=torch.Generator().manual_seed(n))
         for m in (1, 4):
