@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import string
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
 from tempfile import mkdtemp
 from typing import Any
 
@@ -120,6 +122,7 @@ def build(family: str, **changes: Any) -> Any:
 def tiny_model(family: str) -> Path:
     """Folder of the family's tiny model, in float32 safetensors, with a character tokenizer. Not to be changed."""
     folder = Path(mkdtemp(prefix=f"bitgrid-tiny-{family}-"))
+    atexit.register(rmtree, folder, ignore_errors=True)
     build(family).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
