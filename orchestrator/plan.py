@@ -30,7 +30,7 @@ from orchestrator.stage import Resources, Stage
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
-from workers.families import linear_shapes
+from workers.families import linear_shapes, refuses_steps
 from workers.positions import positions
 from workers.specs import (
     DTYPES,
@@ -268,7 +268,9 @@ class _Planner:
                 f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {cell.model.name} "
                 f"has {limit}; lower one of them"
             )
-        reason = None if variant.is_baseline else unmeasured(scheme, source.config, length)
+        reason = refuses_steps(workload.batch, source.config)
+        if reason is None and not variant.is_baseline:
+            reason = unmeasured(scheme, source.config, length)
         if reason is not None:
             variant.flags += (f"not measured: {reason}",)
             return

@@ -37,6 +37,13 @@ def linear_shapes(config: Config) -> tuple[LinearShape, ...]:
     )
 
 
+def refuses_steps(batch: int, config: Config) -> str | None:
+    """Why so many sequences are not decoded side by side; None where they are."""
+    if batch == 1 or config.get("model_type") not in ALONE:
+        return None
+    return f"in a step of several sequences transformers mixes those of {config['model_type']}; use workload.batch=1"
+
+
 def structure(config: Config) -> Structure:
     """Structure of the model that `config` (the parsed config.json) describes. Raises UnsupportedModel with the reason."""
     kind = config.get("model_type")
@@ -346,6 +353,8 @@ FAMILIES: dict[str, Callable[[Config], Structure]] = {
     "falcon": _falcon,
     "rwkv": _rwkv,
 }
+ALONE = ("rwkv",)
+"""Families whose step reads the last token of every sequence in place of its own: states are `[B, C]` where hidden ones are `[B, 1, C]`."""
 REFUSED = {
     "mamba": "Mamba has state-space blocks instead of attention blocks",
     "t5": "it is an encoder-decoder model; only decoders are supported",

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quant.kernels.kv_attention import field
 from quant.scheme import KVScheme
-from workers import generation, kv_runs
+from workers import families, generation, kv_runs
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
 from workers.context import Context
@@ -57,6 +57,8 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
     `hints.memory_bytes`: streamed, the time would be the disk's), NumericalError where the packed model departs from the simulated one.
     """
     _check_device(spec, context)
+    if (reason := families.refuses_steps(spec.workload.batch, open_checkpoint(context.model_location(spec.model)).config)) is not None:
+        raise InputError(reason)
     artifact, steps = inputs.get("quantize"), spec.workload.tokens
     with _threads(spec.workload.threads), ExitStack() as stack:
         packed, expected, noise = None, None, 0.0

@@ -68,6 +68,17 @@ def test_a_cache_is_measured_in_its_format_however_it_is_evaluated(plan_of: Any)
     assert list(caches.values()) == [None, kivi, kivi, KVScheme(4)]
 
 
+def test_sequences_that_transformers_mixes_are_not_measured_side_by_side(plan_of: Any) -> None:
+    """Nor is the unquantized model; one sequence is."""
+    grid = (f"model.path={tiny_model('rwkv')}", "method=rtn", "scheme=w4a16_channel", "task.params.window=32", *ON)
+    several = plan_of(*grid, "workload.batch=2")
+    assert several.wanted == []
+    assert [next(iter(v.flags)) for v in several.variants.values()] == [
+        "not measured: in a step of several sequences transformers mixes those of rwkv; use workload.batch=1"
+    ] * 2
+    assert len(plan_of(*grid).wanted) == 2
+
+
 W8, A8 = WeightScheme(8), ActivationScheme(8)
 KIVI = KVScheme(4, kind="kivi", group_size=32, residual_length=128, mode="decode", prefill=64)
 

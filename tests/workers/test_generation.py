@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.tiny_models import tiny_model
+from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.fake_devices import fake_capture
 from workers import generation
+from workers.families import refuses_steps
 from workers.generation import Eager, Graphed, NoGraph, generate
 
 PROMPT = torch.randint(2, 90, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -16,6 +19,26 @@ PROMPT = torch.randint(2, 90, (2, 6), generator=torch.Generator().manual_seed(0)
 
 def model(family: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_steps_are_those_of_one_pass_over_all_tokens(family: str) -> None:
+    """Of sequences side by side, but where planning refuses them."""
+    found: Any = model(family)
+    prompt = PROMPT[:1] if refuses_steps(2, found.config.to_dict()) else PROMPT
+    got = generate(Eager(found), prompt, 4)
+    want = found(torch.cat([prompt, got.tokens], 1)).logits[:, prompt.shape[1] - 1 :]
+    assert (got.logits - want).norm() <= 1e-5 * want.norm()
+
+
+@torch.inference_mode()
+def test_steps_that_are_refused_are_wrong() -> None:
+    """Once they are right, nothing needs to be refused."""
+    found: Any = model("rwkv")
+    got = generate(Eager(found), PROMPT, 1)
+    want = found(torch.cat([PROMPT, got.tokens], 1)).logits[:, -1]
+    assert (got.logits[:, 1] - want).norm() > 1e-3 * want.norm()
 
 
 @pytest.mark.parametrize("family", ["mistral", "opt"])

@@ -345,6 +345,11 @@ def test_another_device_is_refused(tmp_path: Path) -> None:
         measured(tiny_context("llama", tmp_path), tmp_path / "m", None, device="NVIDIA H200")
 
 
+def test_sequences_that_would_be_mixed_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"transformers mixes those of rwkv; use workload\.batch=1"):
+        measured(tiny_context("rwkv", tmp_path), tmp_path / "m", None, batch=2)
+
+
 def test_logits_that_depart_are_no_measurement() -> None:
     logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0))
     assert _check(logits, logits, "float32") == 0
