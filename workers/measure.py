@@ -75,7 +75,8 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             del model
             residency.clear()  # or its memory would count as the packed model's
             with context.phase("rebuild"):
-                model, packed = rebuild_packed(context, spec.model, artifact, spec.workload.backend, spec.activation)
+                rows = (spec.workload.batch, prompt.numel())
+                model, packed = rebuild_packed(context, spec.model, artifact, spec.workload.backend, spec.activation, rows)
         caches = None if spec.kv is None else PackedCaches(model, spec.kv, spec.workload, context.device)
         if caches is not None:
             stack.enter_context(caches.attached())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, cast
@@ -39,6 +39,8 @@ DENSE, SIMULATED = "dense", "simulated"
 """In place of a backend: weights dequantized once; and their inputs fake-quantized, as in an evaluation."""
 TENSOR_CORES = "wq_gemm"
 """The kernel that does, of the first format, on a GPU where x has more rows than `wq_gemv` is for, in a type of 16 bits."""
+ANY_ROWS = range(1, TENSOR_CORE_ROWS + 1)
+"""Of x, also those of tensor cores."""
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
 
@@ -65,16 +67,23 @@ class Packer:
 
     backend: auto, dense, or the name of a twin, which must then take every linear; where only kernels for other formats have it, auto.
     With an activation scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on
-    the inputs of a linear stay.
+    the inputs of a linear stay. rows: of x, all the numbers that products will have. Codes are laid out a second time, for tensor
+    cores, only where these multiply some of them.
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, backend: str, device: torch.device, activation: ActivationScheme | None = None
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        backend: str,
+        device: torch.device,
+        activation: ActivationScheme | None = None,
+        rows: Collection[int] = ANY_ROWS,
     ) -> None:
         self.made = Packed()
         """So far."""
         self._model, self._recipe, self._device, self._activation = model, recipe, device, activation
-        self._asked, self._backend = backend, _own(backend, activation)
+        self._asked, self._backend, self._rows = backend, _own(backend, activation), rows
         self._products: dict[str, Callable[[nn.Linear], None]] = {}
         """Linear ▸ what makes it multiply packed; until it is replaced."""
         self._left: list[str] = []
@@ -142,7 +151,9 @@ class Packer:
             packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
         except (ValueError, RuntimeError) as e:
             return _reason(e)
-        cores, beside = _with_tensor_cores(stored, backend, device, made) if operation == "wq_gemv" else (None, None)
+        cores, beside = None, None
+        if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, module.weight.dtype) for m in self._rows):
+            cores, beside = _with_tensor_cores(stored, backend, device, made)
         made.backends[chosen.backend] += 1
         made.notes.update(chosen.notes)
         made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
@@ -203,6 +214,11 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
     return chosen.run, packed
 
 
+def _on_tensor_cores(rows: int, run: Any, packed: Any, dtype: torch.dtype) -> bool:
+    """Whether so many rows of x are theirs, where there are any; run, packed: the kernel for fewer."""
+    return dtype is not torch.float32 and rows <= TENSOR_CORE_ROWS and rows > rows_alone(run, packed, dtype)
+
+
 def _multiply_rows(
     linear: nn.Linear,
     run: Any,
@@ -220,8 +236,7 @@ def _multiply_rows(
 
     def forward(x: Tensor) -> Tensor:
         rows = (x if order is None else order.of(x)).reshape(-1, width)
-        gemm = cores is not None and x.dtype is not torch.float32 and len(rows) <= TENSOR_CORE_ROWS
-        if gemm and len(rows) > rows_alone(run, packed, x.dtype):
+        if cores is not None and _on_tensor_cores(len(rows), run, packed, x.dtype):
             ran.add(some)
             out = cores.wq_gemm(rows, beside)
         elif len(rows) > MANY_ROWS[x.device.type]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from quant.scheme import ActivationScheme, KVScheme
 from workers.context import Context
 from workers.errors import InputError
-from workers.packed import Packed, Packer, weights_bytes
+from workers.packed import ANY_ROWS, Packed, Packer, weights_bytes
 from workers.recipe import Recipe
 from workers.runtime import Runtime, attach
 from workers.specs import ModelSpec
@@ -35,14 +35,19 @@ def rebuild(context: Context, model: ModelSpec, artifact: Path) -> nn.Module:
 
 
 def rebuild_packed(
-    context: Context, model: ModelSpec, artifact: Path, backend: str, activation: ActivationScheme | None
+    context: Context,
+    model: ModelSpec,
+    artifact: Path,
+    backend: str,
+    activation: ActivationScheme | None,
+    rows: Collection[int] = ANY_ROWS,
 ) -> tuple[nn.Module, Packed]:
     """As `rebuild`, but that linears multiply with what the recipe stores, wherever a kernel does (`workers.packed`). Their dense weights
-    are neither read nor made. Never streamed.
+    are neither read nor made. Never streamed. rows: as `Packer` has them.
 
     Raises InputError as `rebuild` and `Packer` do, and where what is on the device after a block exceeds `hints.memory_bytes`."""
     opened, recipe = _open(context, model, artifact)
-    packer, limit = Packer(opened.model, recipe, backend, context.device, activation), context.hints.memory_bytes
+    packer, limit = Packer(opened.model, recipe, backend, context.device, activation, rows), context.hints.memory_bytes
 
     def pack(i: int) -> None:
         for parameter in packer.pack(f"{opened.structure.blocks}.{i}."):

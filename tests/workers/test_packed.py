@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from tests.live_bytes import LiveBytes
 from tests.tiny_models import FAMILIES, build
 from tests.workers.stage_runs import W4, calibrated, component, context, quantize_spec, quantized, tiny_context, with_calibration
 from tests.workers.test_rebuild import logits
-from workers import measure
+from workers import measure, packed
+from workers import rebuild as rebuilding
 from workers.context import Context
 from workers.errors import InputError
 from workers.machine import cpu_model
@@ -137,3 +140,59 @@ def test_a_linear_is_not_left_dense_for_lack_of_memory(tmp_path: Path, monkeypat
     artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(), {})
     with pytest.raises(torch.OutOfMemoryError):
         rebuild_packed(ctx, MODEL, artifact, "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "twice"),
+    [
+        ("bfloat16", packed.ANY_ROWS, True),
+        ("bfloat16", (1, 128), True),
+        ("bfloat16", (16, 2048), True),
+        ("bfloat16", (1, 512), False),
+        ("bfloat16", (8, 257), False),
+        ("float32", (16, 128), False),
+    ],
+)
+def test_codes_are_laid_out_for_tensor_cores_where_some_product_is_theirs(
+    dtype: str, rows: Collection[int], twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their layout is as large as the other: with a short prompt or many sequences alone is it worth that."""
+    asked: list[Any] = []
+
+    def beside(stored: Any, *_: Any) -> tuple[None, None]:
+        asked.append(stored)
+        return None, None
+
+    monkeypatch.setattr(packed, "_with_tensor_cores", beside)
+    ctx, model = tiny_context("llama", tmp_path), replace(MODEL, dtype=dtype)
+    artifact, _ = quantized(ctx, tmp_path / "q", replace(quantize_spec(), model=model), {})
+    _, made = rebuild_packed(ctx, model, artifact, "auto", None, rows)
+    assert len(asked) == (sum(n for name, n in made.backends.items() if name != "dense") if twice else 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_measurement_knows_how_many_rows_its_products_have(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LONGEST_S", 0.0)
+    given: set[int] = set()
+    seen: set[int] = set()
+
+    class Watched(Packer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            given.update(self._rows)
+
+    def watched(linear: torch.nn.Linear, **rest: Any) -> None:
+        multiply(linear, **rest)
+        linear.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[:-1].numel()))
+
+    multiply = packed._multiply_rows
+    monkeypatch.setattr(packed, "_multiply_rows", watched)
+    monkeypatch.setattr(rebuilding, "Packer", Watched)
+    ctx = tiny_context(family, tmp_path)
+    artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(), {})
+    (tmp_path / "payload").mkdir()
+    batch = 1 if family == "rwkv" else 2
+    spec = MeasureSpec(MODEL, Workload(batch=batch, prompt=6, tokens=3, threads=1), cpu_model())
+    measure.run_measure(spec, {"quantize": artifact}, tmp_path / "payload", ctx, Residency())
+    assert given == {batch, 6 * batch}
+    assert seen == (set() if family == "gpt2" else given)
