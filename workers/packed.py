@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
-from workers.blocks import Once, linear_view
+from workers.blocks import LinearView, Once, expert_forward, linear_view
 from workers.errors import InputError
 from workers.failures import classify
 from workers.recipe import Operation, Recipe, bias_and_steps, replace_linear
@@ -41,6 +41,8 @@ TENSOR_CORES = "wq_gemm"
 """The kernel that does, of the first format, on a GPU where x has more rows than `wq_gemv` is for, in a type of 16 bits."""
 ANY_ROWS = range(1, TENSOR_CORE_ROWS + 1)
 """Of x, also those of tensor cores."""
+Product = Callable[[Tensor], Tensor]
+"""x `[..., K]` ▸ `[..., N]`, without a bias."""
 TYPES = (torch.float32, torch.bfloat16)
 """Of activations that kernels take; others are converted to float32 and back."""
 
@@ -84,25 +86,30 @@ class Packer:
         """So far."""
         self._model, self._recipe, self._device, self._activation = model, recipe, device, activation
         self._asked, self._backend, self._rows = backend, _own(backend, activation), rows
-        self._products: dict[str, Callable[[nn.Linear], None]] = {}
-        """Linear ▸ what makes it multiply packed; until it is replaced."""
+        self._products: dict[str, Product] = {}
+        """Linear ▸ what multiplies with it packed; until it is replaced."""
+        self._experts: dict[nn.Module, dict[tuple[str, int], Product]] = {}
+        """Module ▸ parameter and expert ▸ what multiplies with it packed."""
         self._left: list[str] = []
         self._shared = _Shared()
 
     def pack(self, below: str = "") -> list[str]:
         """Read what is stored of linears whose path starts with `below`. Returns the parameters that `replace` gives up: nobody reads them.
         Raises InputError for a backend that is not known, or does not take a linear."""
-        found = []
-        for op in self._recipe.replaced():
-            if not op["module"].startswith(below):
+        linears = [(linear_view(self._model, op["module"]), op) for op in self._recipe.replaced() if op["module"].startswith(below)]
+        found = {view: self._made(view, op) for view, op in linears}
+        _all_experts_or_none(found)
+        given_up = []
+        for view, made in found.items():
+            if isinstance(made, str):
+                self._leave(view.name, made)
                 continue
-            product = self._product(linear_view(self._model, op["module"]).module, op)
-            if isinstance(product, str):
-                self._leave(op["module"], product)
-            else:
-                self._products[op["module"]] = product
-                found.append(f"{op['module']}.weight")
-        return found
+            self._products[view.name] = made.product
+            self.made.backends[made.backend] += 1
+            self.made.notes.update(made.notes)
+            self.made.bytes += made.bytes
+            given_up.append(f"{view.name}.weight" if view.expert is None else view.name.rpartition(".")[0])
+        return list(dict.fromkeys(given_up))
 
     def replace(self, model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
         """Carry out a replace_linear operation of the recipe, once its linear was packed or left."""
@@ -110,11 +117,18 @@ class Packer:
         if product is None:
             replace_linear(model, op, tensors)
             return
-        # The module stays, and with it its hooks.
+        # The module stays, and with it its hooks; of experts their number.
         view = linear_view(model, op["module"])
-        view.module.weight = nn.Parameter(view.storage.new_empty(0, device=self._device), requires_grad=False)
+        weight: Tensor = getattr(view.module, view.parameter)
+        none = weight.new_empty((0,) if view.expert is None else (len(weight), 0, 0), device=self._device)
+        setattr(view.module, view.parameter, nn.Parameter(none, requires_grad=False))
         bias_and_steps(view, op, tensors)
-        product(cast(nn.Linear, view.module))
+        if view.expert is None:
+            _multiply(view.module, product)
+        else:
+            products = self._experts.setdefault(view.module, {})
+            products[view.parameter, view.expert] = product
+            _multiply_by_expert(view.module, products)
 
     def finish(self) -> Packed:
         """After the last operation."""
@@ -130,13 +144,11 @@ class Packer:
         self.made.backends[name] += 1
         self.made.reasons[reason] += 1
 
-    def _product(self, module: nn.Module, op: Operation) -> Callable[[nn.Linear], None] | str:
-        """What makes the linear multiply with what is stored, or why the linear has no kernel."""
-        made, device, activation, backend = self.made, self._device, self._activation, self._backend
+    def _made(self, view: LinearView, op: Operation) -> _Made | str:
+        """What multiplies with what is stored of the linear, or why the linear has no kernel."""
+        device, activation, backend = self._device, self._activation, self._backend
         if backend == DENSE:
             return "workload.backend=dense"
-        if not isinstance(module, nn.Linear):
-            return f"a weight kept as {type(module).__name__} has no packed product"
         stored = self._recipe.stored(op, device)
         operation = OPERATIONS.get(type(stored))
         if activation is not None:
@@ -151,17 +163,42 @@ class Packer:
             packed = chosen.run.prepare(stored) if activation is None else chosen.run.prepare(stored, activation)
         except (ValueError, RuntimeError) as e:
             return _reason(e)
-        cores, beside = None, None
-        if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, module.weight.dtype) for m in self._rows):
-            cores, beside = _with_tensor_cores(stored, backend, device, made)
-        made.backends[chosen.backend] += 1
-        made.notes.update(chosen.notes)
-        made.bytes += sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
-        made.bytes += 0 if order is None else order.columns.nbytes
+        notes = list(chosen.notes)
+        size = sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
         if activation is not None:
-            return partial(_multiply_codes, run=chosen.run, packed=packed, shared=self._shared)
-        product = partial(_multiply_rows, run=chosen.run, operation=operation, packed=packed)
-        return partial(product, cores=cores, beside=beside, order=order, ran=made.products)
+            return _Made(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
+        # An expert gets any part of the rows.
+        rows = self._rows if view.expert is None else range(1, max(self._rows) + 1)
+        cores, beside = None, None
+        if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, view.storage.dtype) for m in rows):
+            cores, beside = _with_tensor_cores(stored, backend, device, notes)
+        size += (0 if beside is None else beside.bytes) + (0 if order is None else order.columns.nbytes)
+        product = _rows_product(chosen.run, operation, packed, cores, beside, order, self.made.products)
+        return _Made(product, chosen.backend, notes, size)
+
+
+class _Made(NamedTuple):
+    """A linear, packed."""
+
+    product: Product
+    backend: str
+    notes: list[str]
+    """Why a faster kernel was passed over."""
+    bytes: int
+
+
+def _all_experts_or_none(found: dict[LinearView, _Made | str]) -> None:
+    """Linears of a module of experts run packed together, as one forward has them all; changes `found`."""
+    modules: dict[nn.Module, list[LinearView]] = {}
+    for view in found:
+        if view.expert is not None:
+            modules.setdefault(view.module, []).append(view)
+    for module, views in modules.items():
+        whole = sum(len(p) for p in module.parameters(recurse=False))
+        if len(views) < whole or any(isinstance(found[v], str) for v in views):
+            for view in views:
+                if not isinstance(found[view], str):
+                    found[view] = "other experts of the module are not packed"
 
 
 def _reason(refused: Exception) -> str:
@@ -197,7 +234,7 @@ def _in_order(stored: AffineTensor, shared: _Shared) -> tuple[AffineTensor, _Ord
     return made, None if in_place else shared.order(columns)
 
 
-def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made: Packed) -> tuple[Any, Any]:
+def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, notes: list[str]) -> tuple[Any, Any]:
     """The kernel for some rows and its own layout of the weight; None and None where there is none, and why in the notes."""
     if device.type != "cuda":
         return None, None
@@ -207,10 +244,9 @@ def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, made:
             return None, None
         packed = chosen.run.prepare(stored)
     except (ValueError, RuntimeError) as e:
-        made.notes.add(f"{TENSOR_CORES} runs not at all: {_reason(e)}")
+        notes.append(f"{TENSOR_CORES} runs not at all: {_reason(e)}")
         return None, None
-    made.notes.update(chosen.notes)
-    made.bytes += packed.bytes
+    notes += chosen.notes
     return chosen.run, packed
 
 
@@ -219,8 +255,25 @@ def _on_tensor_cores(rows: int, run: Any, packed: Any, dtype: torch.dtype) -> bo
     return dtype is not torch.float32 and rows <= TENSOR_CORE_ROWS and rows > rows_alone(run, packed, dtype)
 
 
-def _multiply_rows(
-    linear: nn.Linear,
+def _multiply(module: Any, product: Product) -> None:
+    """Make a linear (Linear or Conv1D) multiply by it; its bias stays."""
+    bias = module.bias
+
+    def forward(x: Tensor) -> Tensor:
+        out = product(x)
+        return out if bias is None else out + bias
+
+    module.forward = forward
+
+
+def _multiply_by_expert(module: Any, products: Mapping[tuple[str, int], Product]) -> None:
+    def product(parameter: str, expert: int, x: Tensor, tokens: Tensor) -> Tensor:
+        return products[parameter, expert](x)
+
+    module.forward = partial(expert_forward, module, product)
+
+
+def _rows_product(
     run: Any,
     operation: str,
     packed: Any,
@@ -228,14 +281,14 @@ def _multiply_rows(
     beside: Any = None,
     order: _Order | None = None,
     ran: set[str] | None = None,
-) -> None:
+) -> Product:
     """cores, beside: the kernel for some rows and the weight as it reads it. ran: told which products run."""
-    width, bias, product, most = linear.in_features, linear.bias, getattr(run, operation), most_rows(run)
+    product, most = getattr(run, operation), most_rows(run)
     few, some, many = _name(operation, run), _name(TENSOR_CORES, cores), f"weight made, {_name(operation, run)}"
     ran = set() if ran is None else ran
 
-    def forward(x: Tensor) -> Tensor:
-        rows = (x if order is None else order.of(x)).reshape(-1, width)
+    def multiply(x: Tensor) -> Tensor:
+        rows = (x if order is None else order.of(x)).reshape(-1, x.shape[-1])
         if cores is not None and _on_tensor_cores(len(rows), run, packed, x.dtype):
             ran.add(some)
             out = cores.wq_gemm(rows, beside)
@@ -247,10 +300,9 @@ def _multiply_rows(
             kind = x.dtype if x.dtype in TYPES else torch.float32
             parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(most)]
             out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
-        out = out.view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
+        return out.view(*x.shape[:-1], -1)
 
-    linear.forward = forward  # type: ignore[assignment]
+    return multiply
 
 
 def _name(operation: str, run: Any) -> str:
@@ -286,12 +338,10 @@ class _Order:
         return self._gathered.of(lambda: x.index_select(-1, self.columns), x)
 
 
-def _multiply_codes(linear: nn.Linear, run: Any, packed: Any, shared: _Shared) -> None:
-    width, bias = linear.in_features, linear.bias
+def _codes_product(run: Any, packed: Any, shared: _Shared) -> Product:
+    def multiply(x: Tensor) -> Tensor:
+        rounded = shared.rounded.of(lambda: run.rounded(x.reshape(-1, x.shape[-1]), packed), x)
+        out: Tensor = run.multiply(rounded, packed, x.dtype)
+        return out.view(*x.shape[:-1], -1)
 
-    def forward(x: Tensor) -> Tensor:
-        rounded = shared.rounded.of(lambda: run.rounded(x.reshape(-1, width), packed), x)
-        out: Tensor = run.multiply(rounded, packed, x.dtype).view(*x.shape[:-1], -1)
-        return out if bias is None else out + bias
-
-    linear.forward = forward  # type: ignore[assignment]
+    return multiply

@@ -188,7 +188,7 @@ def test_some_rows_are_multiplied_by_tensor_cores_where_there_are_any() -> None:
     cores = SimpleNamespace(__name__="a.triton", wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
     layer = torch.nn.Linear(96, 5, bias=False)
     ran: set[str] = set()
-    packed._multiply_rows(layer, run, "wq_gemv", tensor, cores, tensor, None, ran)
+    packed._multiply(layer, packed._rows_product(run, "wq_gemv", tensor, cores, tensor, None, ran))
     for m in (1, 8, 9, 256, 257):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).to(dtype)
@@ -196,7 +196,7 @@ def test_some_rows_are_multiplied_by_tensor_cores_where_there_are_any() -> None:
             assert torch.allclose(layer(x).double(), want, rtol=2.0**-8, atol=1e-4)
     assert rows == [9, 256]
     assert ran == {"wq_gemv: reference", "wq_gemm: triton"}
-    packed._multiply_rows(layer, run, "wq_gemv", tensor, None, None, None, ran)
+    packed._multiply(layer, packed._rows_product(run, "wq_gemv", tensor, None, None, None, ran))
     layer(torch.zeros(513, 96))
     assert "weight made, wq_gemv: reference" in ran
 
@@ -215,7 +215,7 @@ def test_a_backend_that_takes_more_rows_at_once_keeps_them(scaled: bool, expecte
     rows: list[int] = []
     cores = SimpleNamespace(wq_gemm=lambda x, weight: rows.append(len(x)) or gemm.wq_gemm(x, weight))
     layer = torch.nn.Linear(96, 5, bias=False)
-    packed._multiply_rows(layer, SimpleNamespace(wq_gemv=product, MOST_ROWS=16), "wq_gemv", tensor, cores, tensor)
+    packed._multiply(layer, packed._rows_product(SimpleNamespace(wq_gemv=product, MOST_ROWS=16), "wq_gemv", tensor, cores, tensor))
     for m in (8, 9, 16, 17):
         x = inputs(m, 96, torch.bfloat16)
         assert torch.equal(layer(x), gemm.wq_gemm(x, tensor))

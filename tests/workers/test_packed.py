@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from quant.kernels import kernel
-from quant.scheme import ActivationScheme
+from quant.scheme import ActivationScheme, WeightScheme
 from tests.live_bytes import LiveBytes
-from tests.tiny_models import FAMILIES, build
+from tests.tiny_models import FAMILIES, build, save_tokenizer
 from tests.workers.stage_runs import W4, calibrated, component, context, quantize_spec, quantized, tiny_context, with_calibration
 from tests.workers.test_rebuild import logits
 from workers import measure, packed
@@ -28,7 +28,7 @@ from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, QuantizeSpec, Workload
 
 MODEL = ModelSpec("model")
-A8 = ActivationScheme(8)
+A8, W8 = ActivationScheme(8), WeightScheme(8)
 REASSEMBLY = component("qllm_reassembly", ratio=0.4)
 
 
@@ -60,7 +60,7 @@ def test_it_equals_the_one_that_was_dense_first(family: str, tmp_path: Path) -> 
     artifact, _ = quantized(ctx, tmp_path / "q", ordered, statistics)
     partly, _ = quantized(ctx, tmp_path / "p", quantize_spec(pattern="*.1.*"), {})
     for made in (same(ctx, artifact), same(ctx, artifact, activation=A8), same(ctx, partly)):
-        assert made.bytes > 0 or family in ("gpt2", "mixtral"), made.reasons
+        assert made.bytes > 0, made.reasons
     assert list(same(ctx, artifact, "dense").backends) == ["dense"]
 
 
@@ -77,6 +77,32 @@ def test_steps_and_folds_are_those_of_the_dense_model(family: str, spec: Quantiz
     artifact, _ = quantized(ctx, tmp_path / "q", spec, calibrated(ctx, tmp_path, "absmax", "samples", "hessian"))
     assert same(ctx, artifact).bytes > 0
     assert same(ctx, artifact, "reference").bytes > 0
+
+
+@pytest.mark.parametrize("activation", [None, A8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_experts_multiply_packed(act_order: bool, activation: ActivationScheme | None, tmp_path: Path) -> None:
+    """All of a module's or none: those that stay dense share a tensor with the others."""
+    model = build("mixtral", intermediate_size=64)
+    model.save_pretrained(tmp_path / "m")
+    save_tokenizer(tmp_path / "m")
+    ctx = context(tmp_path / "m", tmp_path)
+    statistics = calibrated(ctx, tmp_path, "hessian")
+    experts = model.model.layers[0].mlp.experts
+    made = []
+    for name, pattern in (("all", "*"), ("up", "*gate_up_proj*"), ("one", "*.0")):
+        spec = quantize_spec("gptq", pattern=pattern, weight=W8 if activation else W4, act_order=act_order)
+        artifact, _ = quantized(ctx, tmp_path / name, spec, statistics)
+        made.append(same(ctx, artifact, activation=activation))
+        if activation is None:
+            got, want = logits(rebuild_packed(ctx, MODEL, artifact, "auto", None)[0]), logits(rebuild(ctx, MODEL, artifact))
+            assert (got - want).norm() <= measure.TOLERANCE["float32"] * want.norm()
+    assert sum(made[0].backends.values()) == 2 * (4 + 2 * len(experts.gate_up_proj))
+    whole, *rest = made
+    assert not whole.reasons
+    for other in rest:
+        assert set(other.reasons) == {"other experts of the module are not packed"}
+        assert list(other.backends) == ["dense" if activation is None else "simulated"]
 
 
 @pytest.fixture
@@ -181,12 +207,12 @@ def test_a_measurement_knows_how_many_rows_its_products_have(family: str, tmp_pa
             super().__init__(*args)
             given.update(self._rows)
 
-    def watched(linear: torch.nn.Linear, **rest: Any) -> None:
-        multiply(linear, **rest)
-        linear.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[:-1].numel()))
+    def watched(module: torch.nn.Module, product: Any) -> None:
+        multiply(module, product)
+        module.register_forward_pre_hook(lambda _, args: seen.add(args[0].shape[:-1].numel()))
 
-    multiply = packed._multiply_rows
-    monkeypatch.setattr(packed, "_multiply_rows", watched)
+    multiply = packed._multiply
+    monkeypatch.setattr(packed, "_multiply", watched)
     monkeypatch.setattr(rebuilding, "Packer", Watched)
     ctx = tiny_context(family, tmp_path)
     artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec(), {})
@@ -195,4 +221,4 @@ def test_a_measurement_knows_how_many_rows_its_products_have(family: str, tmp_pa
     spec = MeasureSpec(MODEL, Workload(batch=batch, prompt=6, tokens=3, threads=1), cpu_model())
     measure.run_measure(spec, {"quantize": artifact}, tmp_path / "payload", ctx, Residency())
     assert given == {batch, 6 * batch}
-    assert seen == (set() if family == "gpt2" else given)
+    assert seen == given
