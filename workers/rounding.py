@@ -301,7 +301,7 @@ class BlockQuantizer:
         """Quantize one linear; the block then holds the dequantized weight. rounded: what `workers.together` has made in `seconds`."""
         start = time.perf_counter() - seconds
         notes = list(self.linear_notes.get(name, ()))
-        if self.statistics_to_round(name)[1]:
+        if "hessian" in self.methods[name].by.needs and self.statistics_to_round(name)[1]:
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
         rounded = rounded or self.rounded(name)
         stored = rounded.tensor.dequantize().to(self.weights.current[name])

@@ -302,6 +302,9 @@ def test_an_unreached_expert_is_rounded_not_zeroed(tmp_path: Path) -> None:
     assert "no calibration token reached it: rounded with an identity Hessian" in dead["notes"]
     assert "always 0" not in dead["notes"]
     assert any("down.2 alone" in n and "no calibration token" in n for n in ctx.notes)
+    artifact, _ = quantized(ctx, tmp_path / "nearest", quantize_spec("rtn", "clip_output"), inputs)
+    dead = rows_of(artifact)["model.layers.1.mlp.experts.down_proj.2"]
+    assert dead["notes"] == "clip_output: no calibration token reached it", "there is a Hessian, but nothing rounds by it"
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "squeezellm", "rtn"])
