@@ -20,19 +20,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from quant.kernels.kv_attention import field
 from quant.scheme import KVScheme
-from workers import families, generation, kv_runs
+from workers import generation, kv_runs, one_pass
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
 from workers.context import Context
 from workers.environment import clocks_mhz, environment
 from workers.errors import InputError, NumericalError
-from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate
+from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate, last_logits
 from workers.memory import PeakMemory
 from workers.nvml import EnergyMeter
-from workers.one_pass import decoded
 from workers.packed import DENSE, SIMULATED, Packed, weights_bytes
 from workers.packed_cache import PackedCaches
 from workers.rebuild import rebuild_packed, too_large_to_time
@@ -130,9 +130,18 @@ def _simulated(
 
 
 def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[], Any] | None, context: Context) -> Tensor:
-    if any(p.is_meta for p in model.parameters()):  # streamed
-        if families.structure_of(model).cache_argument:
-            return decoded(model, prompt, given, None if cache is None else cache())
+    if one_pass.serves(model):
+        found: list[Tensor] = []
+        # Tokens of sliding windows are all held, and masked: how many there are is then known from the first block, which others have not.
+        one_pass.decode(
+            model,
+            (prompt, *given.split(1, dim=1)),
+            DynamicCache() if cache is None else cache(),
+            lambda out: found.append(out.logits[:, -1].to(torch.float32, copy=True)),
+            **last_logits(model),
+        )
+        return torch.stack(found, 1)
+    if any(p.is_meta for p in model.parameters()):
         context.notes.append("the model has no cache of keys and values: for the comparison the checkpoint was read once for every token")
     return generate(Eager(model, cache), prompt, given.shape[1], given).logits
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
 
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.stage_runs import tiny_context
-from workers import rebuild
-from workers.generation import Eager, generate
+from workers import kv_runs, one_pass, rebuild
+from workers.generation import Eager, generate, last_logits
 from workers.kv_runs import empty_caches
-from workers.one_pass import decoded
 from workers.runtime import attach
 from workers.specs import ModelSpec
 from workers.stream import BlockModel
@@ -24,6 +25,14 @@ DRAW = torch.Generator().manual_seed(0)
 PROMPT, GIVEN = (torch.randint(2, 90, (2, n), generator=DRAW) for n in (6, 9))
 SLIDES = {"mistral", "qwen2"}
 """Their own cache drops tokens that a window does not reach; here they are masked."""
+
+
+def decoded(model: Any, prompt: torch.Tensor, given: torch.Tensor, cache: Any = None) -> torch.Tensor:
+    """float32 `[B, steps + 1, V]`, as `generate` has them."""
+    found: list[torch.Tensor] = []
+    steps = (prompt, *given.split(1, dim=1))
+    one_pass.decode(model, steps, cache or DynamicCache(), lambda out: found.append(out.logits[:, -1].float()), **last_logits(model))
+    return torch.stack(found, 1)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"rwkv"}))
@@ -78,6 +87,30 @@ def test_a_streamed_model_reads_every_block_once(tmp_path: Path, monkeypatch: py
     assert len(read) > 1
     assert torch.equal(got, decoded(resident, PROMPT, GIVEN))
     assert all(p.is_meta for n, p in streamed.named_parameters() if ".layers." in n)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        KVScheme(3, mode="decode"),
+        KVScheme(2, kind="kivi", group_size=4, residual_length=4, mode="decode"),
+        KVScheme(2, kind="kivi", group_size=4, residual_length=4, mode="decode", prefill=5),
+    ],
+)
+def test_windows_of_a_streamed_model_are_decoded_in_one_pass(kv: KVScheme, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """KIVI's steps are as long as the cache allows when they begin."""
+    windows = torch.cat([PROMPT, GIVEN], 1)
+    logits: list[torch.Tensor] = []
+    read: list[int] = []
+    load = BlockModel._tensors_of
+    monkeypatch.setattr(BlockModel, "_tensors_of", lambda self, i: read.append(i) or load(self, i))
+    for streamed in (False, True):
+        context = tiny_context("llama", tmp_path, streamed=streamed)
+        model = rebuild.load_model(context, ModelSpec("model"))
+        read.clear()
+        logits.append(torch.cat(list(kv_runs.logits(model, kv, {}, context, nullcontext)([windows]))))
+    assert read == [0, 1]
+    assert torch.equal(*logits)
 
 
 def test_a_step_that_fails_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
