@@ -20,7 +20,8 @@ class Param:
     """Values of one type, and of those only some."""
 
     type: type[Any]
-    """bool, int, float (which takes whole numbers too), str, or dict: a mapping, or pairs of names and values, as specs keep one."""
+    """bool, int, float (which takes whole numbers too), str, tuple (or a list), or dict: a mapping, or pairs of names and values, as specs
+    keep one."""
     words: tuple[str, ...] = ()
     """Of str: all there are; none for any text."""
     least: float = -INF
@@ -32,7 +33,7 @@ class Param:
     endless: bool = False
     """Infinity is a value."""
     each: Param | None = None
-    """Of dict: its values; None for those that depend on the weight, which the method refuses."""
+    """Of dict and tuple: their values."""
     null: str | None = None
     """What null does; None where it is no value."""
     tells: str = ""
@@ -43,6 +44,8 @@ class Param:
             return self.null is not None
         if self.type is dict:
             return self._takes_mapping(value)
+        if self.type is tuple:
+            return isinstance(value, (tuple, list)) and (self.each is None or all(self.each.takes(v) for v in value))
         if not self.of_type(value):
             return False
         if self.type is str:
@@ -70,6 +73,8 @@ class Param:
     def _values(self) -> str:
         if self.type is dict:
             return "a mapping" + (f" to {self.each.allowed}" if self.each else "")
+        if self.type is tuple:
+            return "a list" + (f", each element {self.each.allowed}" if self.each else "")
         if self.type is str:
             return f"one of {', '.join(self.words)}" if self.words else "text"
         if self.type is bool:
@@ -106,7 +111,7 @@ _BLOCK = _whole(1, tells="128 is usual")
 _AXIS = _whole(0, 1, "groups along the outputs or along the inputs")
 _BACKEND = _word("native", "bitsandbytes")
 _RELEASE = Param(str)
-_BIT_LISTS = replace(Param(dict), null="searched")
+_BIT_LISTS = Param(dict, each=Param(tuple, each=_whole(1, 8)), null="searched")
 _OBJECTIVE = _word("kl", "mse")
 _REFERENCE = _word("reference", "corrected")
 _CLIP = {

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workers import one_pass
 from workers.kv_cache import MakeCache, QuantizedCache
 from workers.tasks import base
 
@@ -44,21 +46,37 @@ def decoded_logits(
 @torch.inference_mode()
 def _decode(model: nn.Module, tokens: Tensor, cache: QuantizedCache, batch_tokens: int, prefill: int, longest: int | None) -> Tensor:
     """tokens `[B, T]` ▸ logits `[B, T, V]`."""
-    count, length = tokens.shape
-    most = min(max(1, batch_tokens // count), longest or length)
     found: Tensor | None = None
-    start = 0
+    done = 0
+
+    def take(out: Any) -> None:
+        nonlocal found, done
+        if found is None:
+            found = out.logits.new_empty(*tokens.shape, out.logits.shape[-1])
+        end = done + out.logits.shape[1]
+        found[:, done:end] = out.logits
+        done = end
+
+    steps = _steps(tokens, cache, batch_tokens, prefill, longest)
     with ExitStack() as stack:
         stack.callback(cache.attach(model).remove)
-        while start < length:
-            step = min(prefill if start == 0 else min(most, cache.together() or most), length - start)
-            out = model(input_ids=tokens[:, start : start + step], past_key_values=cache, use_cache=True).logits
-            if found is None:
-                found = out.new_empty(count, length, out.shape[-1])
-            found[:, start : start + step] = out
-            start += step
+        if one_pass.serves(model):
+            one_pass.decode(model, steps, cache, take)
+        else:
+            for step in steps:
+                take(model(input_ids=step, past_key_values=cache, use_cache=True))
     assert found is not None
     return found
+
+
+def _steps(tokens: Tensor, cache: QuantizedCache, batch_tokens: int, prefill: int, longest: int | None) -> Iterator[Tensor]:
+    count, length = tokens.shape
+    most = min(max(1, batch_tokens // count), longest or length)
+    start = 0
+    while start < length:
+        step = min(prefill if start == 0 else min(most, cache.together() or most), length - start)
+        yield tokens[:, start : start + step]
+        start += step
 
 
 def _groups(batches: Sequence[Tensor], model: nn.Module, batch_tokens: int) -> Iterator[list[Tensor]]:

@@ -87,7 +87,7 @@ class Eager:
     """Every kernel of a step is launched by the host. cache: makes an empty one; None: the model's own."""
 
     def __init__(self, model: nn.Module, cache: Callable[[], Any] | None = None) -> None:
-        self._model, self._cache, self._last = model, cache, _last_logits(model)
+        self._model, self._cache, self._last = model, cache, last_logits(model)
         self._kept: dict[str, Any] = {}
 
     def prompt(self, tokens: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Graphed:
         """prompt `[B, P]` int64, and the steps that a generation has."""
         if any(p.device != prompt.device for p in model.parameters()):
             raise NoGraph("its weights are read anew in every forward pass")
-        self._model, self._last = model, _last_logits(model)
+        self._model, self._last = model, last_logits(model)
         self._room = room(prompt.shape[1], steps)
         self._cache = cache or _fixed_cache(model, self._room)
         self._tokens = prompt[:, :1].clone()
@@ -262,6 +262,6 @@ def _line(e: Exception) -> str:
     return str(e).strip().partition("\n")[0]
 
 
-def _last_logits(model: nn.Module) -> dict[str, int]:
+def last_logits(model: nn.Module) -> dict[str, int]:
     """The head's product for a whole prompt is thrown away by all who generate."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}

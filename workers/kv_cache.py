@@ -21,9 +21,10 @@ class QuantizedCache(Cache):
         super().__init__(layers=[_Layer(q) for q in quantizers])
 
     def together(self) -> int | None:
-        """Next tokens that may come in one forward pass and read the same as one by one; None for any number."""
-        counts = [n for layer in self.layers if (n := layer.together()) is not None]
-        return min(counts) if counts else None
+        """Next tokens that may come in one forward pass and read the same as one by one; None for any number. The first block's layer
+        says so for all, which have one rule, and may hold less yet (`workers.one_pass`)."""
+        counts: int | None = self.layers[0].together()
+        return counts
 
     def attach(self, model: nn.Module) -> Taps:
         """Until `.remove()`, keys come from `k_proj` where the quantizer wants them before the rotary embedding."""

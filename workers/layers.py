@@ -38,12 +38,14 @@ class Layers:
         self._rows: list[dict[str, Any]] = []
         self._errors: list[Errors] = []
         """Of the rows, in their order: not read before the end, as a GPU may still be at work on them."""
+        self._lack_rank = 0
 
     def add(self, block: int, results: list[LinearResult], input_bits: Mapping[str, float]) -> None:
         """input_bits: linear ▸ its share of what is stored of its input, in bits per weight."""
         for r in results:
             shape = self._shapes[r.name]
             self._errors.append(r.errors)
+            self._lack_rank += r.lacks_rank
             self._rows.append(
                 {
                     "module": r.name,
@@ -70,6 +72,15 @@ class Layers:
 
     def notes(self) -> Iterator[tuple[str, str]]:
         return ((r["module"], r["notes"]) for r in self._rows if r["notes"])
+
+    def flags(self) -> list[str]:
+        """What a reader of scores must know."""
+        if not self._lack_rank:
+            return []
+        return [
+            f"{self._lack_rank} of {len(self._rows)} linears saw fewer calibration tokens than they have inputs: their Hessians lack rank, "
+            "so that damping decides much, and the last bits of sums, which the number of threads changes, too; give more calibration text"
+        ]
 
     def summary(self) -> dict[str, Any]:
         """bits weighted by weights; errors averaged over linears. None where nothing was quantized."""

@@ -2,7 +2,7 @@
 
 Input: `quantize`, the artifact of the variant (none: the unquantized model). A prompt of random tokens fills the cache, then
 tokens are decoded one at a time. The packed model is first checked against the simulated one (weights dequantized, as evaluated)
-on the same tokens; then the same generation is repeated until the medians are known well enough, on a GPU with a step captured as a
+on the same random tokens; then the same generation is repeated until the medians are known well enough, on a GPU with a step captured as a
 graph where it can be. Payload: times.json with every time.
 """
 
@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from quant.kernels.kv_attention import field
 from quant.scheme import KVScheme
-from workers import families, generation, kv_runs
+from workers import families, generation, kv_runs, one_pass
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
 from workers.context import Context
 from workers.environment import clocks_mhz, environment
 from workers.errors import InputError, NumericalError
-from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate
+from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate, last_logits
 from workers.memory import PeakMemory
 from workers.nvml import EnergyMeter
 from workers.packed import DENSE, SIMULATED, Packed, weights_bytes
@@ -68,9 +69,9 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             model = _resident(residency.unquantized(whole, spec.model), context)
         else:
             model = residency.variant(context, spec.model, artifact)
-        prompt = _prompt(model, spec.workload, context.device)
+        prompt, given = _tokens(model, spec.workload, context.device)
         if artifact is not None or spec.kv is not None:
-            expected, noise = _simulated(spec, model, artifact, prompt, context, residency)
+            expected, noise = _simulated(spec, model, artifact, prompt, given, context, residency)
         if artifact is not None:
             del model
             residency.clear()  # or its memory would count as the packed model's
@@ -81,8 +82,8 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         if caches is not None:
             stack.enter_context(caches.attached())
         decoder: Decoder = Eager(model, caches)
-        found = generate(decoder, prompt, steps, None if expected is None else expected.tokens)
-        error = None if expected is None else _check(found.logits, expected.logits, spec.model.dtype, noise)
+        found = generate(decoder, prompt, steps, given)
+        error = None if expected is None else _check(found.logits, expected, spec.model.dtype, noise)
         decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise), context)
         del found, expected  # or the logits of checking would count as the model's memory
         if context.device.type == "cuda":
@@ -120,15 +121,32 @@ def _resident(model: nn.Module, context: Context) -> nn.Module:
 
 
 def _simulated(
-    spec: MeasureSpec, model: nn.Module, artifact: Path | None, prompt: Tensor, context: Context, residency: Residency
-) -> tuple[Generation, float]:
-    """The variant as evaluated, and how far its logits are from those on the same tokens without anything rounded while it runs."""
-    steps = spec.workload.tokens
+    spec: MeasureSpec, model: nn.Module, artifact: Path | None, prompt: Tensor, given: Tensor, context: Context, residency: Residency
+) -> tuple[Tensor, float]:
+    """Logits `[B, steps + 1, V]` of the variant as evaluated, and how far they are from those on the same tokens without anything rounded
+    while it runs."""
     with residency.runtime(model, artifact, spec.activation, None):
-        expected = generate(Eager(model, None if spec.kv is None else kv_runs.empty_caches(model, spec.kv, context)), prompt, steps)
+        expected = _logits(model, prompt, given, None if spec.kv is None else kv_runs.empty_caches(model, spec.kv, context), context)
     if spec.activation is None and spec.kv is None:
         return expected, 0.0
-    return expected, _distance(generate(Eager(model), prompt, steps, expected.tokens).logits, expected.logits)
+    return expected, _distance(_logits(model, prompt, given, None, context), expected)
+
+
+def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[], Any] | None, context: Context) -> Tensor:
+    if one_pass.serves(model):
+        found: list[Tensor] = []
+        # Tokens of sliding windows are all held, and masked: how many there are is then known from the first block, which others have not.
+        one_pass.decode(
+            model,
+            (prompt, *given.split(1, dim=1)),
+            DynamicCache() if cache is None else cache(),
+            lambda out: found.append(out.logits[:, -1].to(torch.float32, copy=True)),
+            **last_logits(model),
+        )
+        return torch.stack(found, 1)
+    if any(p.is_meta for p in model.parameters()):
+        context.notes.append("the model has no cache of keys and values: for the comparison the checkpoint was read once for every token")
+    return generate(Eager(model, cache), prompt, given.shape[1], given).logits
 
 
 def _fastest(
@@ -167,11 +185,14 @@ def _threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _prompt(model: nn.Module, workload: Workload, device: torch.device) -> Tensor:
-    """`[B, P]`, the same tokens for every variant of a model."""
+def _tokens(model: nn.Module, workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A prompt `[B, P]` and what follows in a comparison `[B, tokens]`, the same for every variant of a model."""
     config: Any = model.config
     random = torch.Generator().manual_seed(0)
-    return torch.randint(int(config.vocab_size), (workload.batch, workload.prompt), generator=random).to(device)
+    prompt, given = (
+        torch.randint(int(config.vocab_size), (workload.batch, n), generator=random).to(device) for n in (workload.prompt, workload.tokens)
+    )
+    return prompt, given
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:

@@ -139,7 +139,7 @@ def quantize_blocks(
             "declared": _working_set(made, width),
             "block_bytes": max(model.block_bytes(i) for i in range(model.structure.count)),
         },
-        "flags": _flags(made, run.worked),
+        "flags": _flags(made, run.worked) + layers.flags(),
         **({"rotation": rotator.rotation.details} if rotator is not None and rotator.rotation.details else {}),
         **({"reassembly": run.reassembled} if run.reassembled else {}),
         **({} if tuning is None else {"tuning": tuning.losses}),

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from quant.scheme import ActivationScheme, KVScheme
+from workers.blocks import linear_view
 from workers.context import Context
 from workers.errors import InputError
 from workers.packed import ANY_ROWS, Packed, Packer, weights_bytes
@@ -30,8 +32,34 @@ def rebuild(context: Context, model: ModelSpec, artifact: Path) -> nn.Module:
     """The model with a quantize artifact's recipe applied: dense dequantized weights written in place, in the order of the
     recipe. Streamed as `load_model`. Raises InputError for an unknown operation or version, or another model's recipe."""
     opened, recipe = _open(context, model, artifact)
-    opened.on_load.append(lambda i: recipe.apply(opened.model, f"{opened.structure.blocks}.{i}."))
+    left = _leave_out(opened, recipe) if left_out_where_replaced(context.device) else []
+
+    def apply(i: int) -> None:
+        block = f"{opened.structure.blocks}.{i}."
+        for module in left:
+            if module.startswith(block):
+                linear = opened.model.get_submodule(module)
+                linear.weight = nn.Parameter(torch.empty_like(linear.weight, device=context.device), requires_grad=False)
+        recipe.apply(opened.model, block)
+
+    opened.on_load.append(apply)
     return _finish(opened, context)
+
+
+def left_out_where_replaced(device: torch.device) -> bool:
+    """Whether weights that a recipe replaces stay unread. Not on a CPU: products of one to some rows round by how far a weight lies from a
+    multiple of 16 bytes (MKL), which a file that is mapped to memory says; a GPU's memory has no such places."""
+    return device.type != "cpu"
+
+
+def _leave_out(opened: BlockModel, recipe: Recipe) -> list[str]:
+    """Module paths of the linears whose weights are replaced, and read no more; experts in one tensor and transposed weights are."""
+    replaced = [op["module"] for op in recipe.replaced() if op["module"].startswith(f"{opened.structure.blocks}.")]
+    views = [linear_view(opened.model, module) for module in replaced]
+    left = [view.name for view in views if isinstance(view.module, nn.Linear)]
+    for module in left:
+        opened.leave_out(f"{module}.weight")
+    return left
 
 
 def rebuild_packed(

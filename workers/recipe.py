@@ -182,9 +182,9 @@ def _stored(op: Operation, tensors: dict[str, Tensor]) -> StoredTensor:
 
 
 def replace_linear(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
-    """With the weight dequantized, in the memory of the one that it replaces."""
+    """With the weight dequantized on its device, in the memory of the one that it replaces."""
     view = linear_view(model, op["module"])
-    view.write(_stored(op, tensors).dequantize())
+    view.write(_stored(op, {n: tensors[n].to(view.storage.device) for n in op["tensors"].values()}).dequantize())
     bias_and_steps(view, op, tensors)
 
 

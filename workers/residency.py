@@ -84,7 +84,7 @@ class Residency:
     def drop_variants(self) -> None:
         """Let go of quantized models."""
         self._variants.clear()
-        gc.collect()  # the hooks of a streamed model, which read its blocks, hold it
+        gc.collect()  # see `_collect`; the unquantized model may have been let go, too
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -93,7 +93,9 @@ class Residency:
         key = _key(model.digest, model, context)
         if self._model is None or self._model[0] != key:
             self._leave_other_models(model)
+            held = [] if self._model is None else [self._model[1]]
             self._model = None
+            _collect(held)
             with context.phase("load"):
                 self._model = (key, self.builder.load_model(context, model).eval())
         return self._model[1]
@@ -105,8 +107,8 @@ class Residency:
             self._variants.move_to_end(key)
             return self._variants[key]
         self._leave_other_models(model)
-        while len(self._variants) >= max(1, context.hints.quantized_cache):
-            self._variants.popitem(last=False)
+        oldest = list(self._variants)[: max(0, len(self._variants) + 1 - max(1, context.hints.quantized_cache))]
+        _collect([self._variants.pop(k) for k in oldest])
         with context.phase("rebuild"):
             self._variants[key] = self.builder.rebuild(context, model, artifact).eval()
         return self._variants[key]
@@ -145,6 +147,14 @@ class Residency:
         if self._tokenizer is None or self._tokenizer[0] != model.digest:
             self._tokenizer = (model.digest, load_tokenizer(context.model_location(model)))
         return self._tokenizer[1]
+
+
+def _collect(let_go: list[nn.Module]) -> None:
+    """Free models that nothing else refers to. The hooks of a streamed one, which read its blocks, hold it until a collection."""
+    streamed = any(p.is_meta for model in let_go for p in model.parameters())
+    let_go.clear()
+    if streamed:
+        gc.collect()
 
 
 _process: Residency | None = None

@@ -150,6 +150,8 @@ class LinearResult:
     errors: Errors
     seconds: float
     notes: list[str] = field(default_factory=list)
+    lacks_rank: bool = False
+    """Of a factored Hessian: fewer tokens reached the linear than it has inputs."""
 
 
 @dataclass
@@ -299,14 +301,15 @@ class BlockQuantizer:
         """Quantize one linear; the block then holds the dequantized weight. rounded: what `workers.together` has made in `seconds`."""
         start = time.perf_counter() - seconds
         notes = list(self.linear_notes.get(name, ()))
-        if self.statistics_to_round(name)[1]:
+        if "hessian" in self.methods[name].by.needs and self.statistics_to_round(name)[1]:
             notes.append(f"{UNREACHED}: rounded with an identity Hessian")
         rounded = rounded or self.rounded(name)
         stored = rounded.tensor.dequantize().to(self.weights.current[name])
         self.weights.current[name] = stored
         self.weights.views[name].write(stored)
         errors = self.errors(name, self.statistics_of(name).hessian)
-        return LinearResult(self.path(name), rounded, errors, time.perf_counter() - start, [*notes, *rounded.notes])
+        few = rounded.damp is not None and 0 < self.tokens.get(self.site(name), 0) < stored.shape[1]
+        return LinearResult(self.path(name), rounded, errors, time.perf_counter() - start, [*notes, *rounded.notes], few)
 
     def rounded(self, name: str) -> Rounded:
         """What its rounding makes of a linear; nothing in the block changes."""

@@ -91,7 +91,7 @@ class _Walk:
         return rows
 
     def _measure(self, b: int, recipe: Recipe, op: dict[str, Any]) -> dict[str, Any]:
-        stored, view = recipe.stored(op), linear_view(self._model.model, op["module"])
+        stored, view = recipe.stored(op, self._model.device), linear_view(self._model.model, op["module"])
         before = view.weight().clone()
         view.write(stored.dequantize())
         total = tokens = 0.0

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from quant.binary import binarize, must_fit, rounded
+from quant.errors import NonFiniteError
 from quant.grids import with_stored_scales
 from quant.kernels import braq_block, kernel
 from quant.methods import binary_search as search
@@ -66,11 +67,26 @@ class Billm:
         check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
-        """`[N, K]` ▸ signs. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""
+        """`[N, K]` ▸ signs. Raises NonFiniteError (weights near 1e17, too), SingularHessianError, and ValueError for shapes that do not
+        fit."""
         ready = prepare(self.name, weight, statistics, self.damp)
+        self._must_fit(ready)
         slower: list[str] = []
         tensor, notes = with_stored_scales(scheme, lambda dtype: self._run(ready, dtype, slower))
         return Rounded(tensor, ready.damp, [*ready.notes, *slower, *notes], details(tensor))
+
+    def _must_fit(self, ready: Prepared) -> None:
+        """Raises NonFiniteError where a search may overflow: it squares a row's sum over a block, of w²/U_jj² or of w."""
+        w, saliencies = ready.weight, self.variant == "reference" and self.metric == "hessian"
+        largest = float((w.abs().amax(0) / ready.upper.diagonal() if saliencies else w.abs()).max())
+        most = math.sqrt(torch.finfo(w.dtype).max) / self.block_size
+        most = math.sqrt(most) if saliencies else most
+        if largest > most:
+            what, kind = "|w| / U_jj" if saliencies else "|w|", str(w.dtype).removeprefix("torch.")
+            raise NonFiniteError(
+                f"weights are too large for billm: {what} is {largest:.2g} at most, and above {most:.2g} squared errors overflow {kind}; "
+                "check the checkpoint, or scale the weights down"
+            )
 
     def _run(self, ready: Prepared, scale_dtype: torch.dtype, notes: list[str]) -> BinaryTensor:
         if self.variant == "reference":

@@ -5,7 +5,7 @@ the entries of W about equally large. Shapes: weight `[N, K]`, Hessian `[K, K]`.
 Reference behaviour (`--incoh_processing`) kept: columns are rescaled by (diag H / diag WᵀW)^(1/4); H is normalized to a mean
 diagonal of 1 and 1e-2 added; the grid is ±2.4 RMS for the whole matrix, and weights are clamped to it before rounding starts, so
 that what is cut off is not fed back. With incoherence=false LDLQ works on min-max grids (g_asym or g_sym, per row, tensor or static
-groups) in the space of W, dead inputs zeroed as in GPTQ.
+groups) in the space of W. Weights of dead inputs are zeroed as in GPTQ: they would widen a grid that all weights share.
 Departures: codes, scale, seed and column scales are stored, where the reference keeps a float16 weight; column scales are rounded to
 their stored type before use, and are 1 where a column or its input is always zero; the transforms work in float64 and are orthogonal
 to 1e-7; a failed factorization climbs the ladder of damping. A scale for the whole matrix serves every granularity; the notes say so.
@@ -54,7 +54,7 @@ def one_scale_note(name: str, scheme: WeightScheme) -> list[str]:
 @dataclass(frozen=True)
 class Quip:
     name: ClassVar[str] = "quip"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True
@@ -82,7 +82,9 @@ class Quip:
         return self._incoherent(w, hessian, scheme, linear) if self.incoherence else self._plain(w, hessian, scheme)
 
     def _incoherent(self, w: Tensor, h: Tensor, scheme: WeightScheme, linear: Linear) -> Rounded:
-        notes = one_scale_note("quip", scheme)
+        dead = h.diagonal() == 0
+        w, zeros = without_dead(w, dead, int(dead.sum()))
+        notes = one_scale_note("quip", scheme) + [n for n in zeros if n != ALL_ZERO]
         column_scale: Tensor | None = None
         if self.rescale:
             column_scale, scale_notes = _column_scale(w, h, scheme)

@@ -8,8 +8,8 @@ Objective: min tr((W - Q) H (W - Q)ᵀ) over codewords of eight weights. Shapes:
 sweep lowers the error as a rule, not by construction. Bits: 2, 3 or 4, plus a bit a row and a column for signs, plus one scale.
 Departures: every linear alone (the reference fuses q, k, v and gate, up by rows and keeps a scale for each); no fine-tuning of signs
 and norms; no diagonal rescaling, which is off there by default; no low-rank correction; sizes without a Hadamard matrix are
-transformed in blocks of their largest power of two, noted; the order of the 1-bit residual codebook; a failed factorization climbs
-the ladder of damping.
+transformed in blocks of their largest power of two, noted; the order of the 1-bit residual codebook; weights of dead inputs are zeroed
+as in GPTQ (they would widen the one scale); a failed factorization climbs the ladder of damping.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quant.hadamard import hadamard_block
 from quant.lattice import CODEBOOKS, DIMENSION
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked_hessian
+from quant.methods.feedback import ALL_ZERO, checked_hessian, without_dead
 from quant.methods.quip import normalized, one_scale_note
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
@@ -35,7 +35,7 @@ from quant.tensors.lattice import LatticeTensor, hadamard_rows
 @dataclass(frozen=True)
 class QuipSharp:
     name: ClassVar[str] = "quip_sharp"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True
@@ -70,6 +70,9 @@ class QuipSharp:
                 )
 
         w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        dead = hessian.diagonal() == 0
+        w, zeros = without_dead(w, dead.to(w.device), int(dead.sum()))
+        notes += [n for n in zeros if n != ALL_ZERO]
         h, zero_notes = normalized(hessian.to(w), self.ridge)
         generator = linear.generator()
         signs = [torch.randint(2, (size,), generator=generator, dtype=torch.uint8).to(w.device) for size in (n, k)]

@@ -149,6 +149,9 @@ def test_words_are_those_that_the_code_looks_up() -> None:
 
 def outside(param: parameters.Param) -> list[Any]:
     """Values that `param` has no place for: of other types, at ends that are excluded, past those that are not."""
+    if param.type is tuple:
+        assert param.each is not None
+        return [None, "wrong", 1, *([value] for value in outside(param.each))]
     wrong: list[Any] = [[1], *([] if param.null else [None])]
     wrong += ["wrong"] if param.words or param.type is not str else [1]
     wrong += [1, 0.5] if param.type in (bool, dict) else [True]
@@ -239,6 +242,11 @@ def test_what_planning_leaves_out_exists_and_is_not_the_default() -> None:
             "claq",
             "method.rounding.params.layer_bits={a:5}",
             "method.rounding.params.layer_bits={a:5} is not a value for claq; give a mapping to a number from 2 to 4",
+        ),
+        (
+            "slim_llm",
+            "method.rounding.params.bit_lists={a:q}",
+            "method.rounding.params.bit_lists={a:q} is not a value for slim_llm; give a mapping to a list, each element a whole",
         ),
     ],
 )

@@ -277,6 +277,27 @@ def test_scales_beyond_float16_are_kept_in_float32() -> None:
     assert stored(torch.tensor([[1e-9, 1.0]]), None, torch.float16)[0].tolist() == [[0.0, 1.0]]
 
 
+@pytest.mark.parametrize("metric", ROUNDINGS["billm"]["metric"].words)
+@pytest.mark.parametrize("variant", ROUNDINGS["billm"]["variant"].words)
+def test_weights_of_any_size_have_the_same_signs_or_are_refused(variant: str, metric: str) -> None:
+    """A power of two changes no rounding, until a square overflows."""
+    w, statistics = layer(6, 64, 4, torch.float32)
+    whole, _ = billm(w, statistics, variant=variant, metric=metric, block_size=32)
+    refused = []
+    for power in range(2, 127, 4):
+        try:
+            tensor, _ = billm(w * 2.0**power, statistics, variant=variant, metric=metric, block_size=32)
+        except NonFiniteError:
+            refused.append(power)
+            continue
+        assert torch.equal(tensor.dequantize(), whole.dequantize() * 2.0**power), power
+    # w, or w²/U_jj² with U about 1, summed over 32 columns and squared, stays below 2^128.
+    assert range(*((22, 28) if (variant, metric) == ("reference", "hessian") else (54, 60))).count(refused[0])
+    assert len(refused) == len(range(refused[0], 127, 4))
+    with pytest.raises(NonFiniteError, match="weights are too large for billm"):
+        billm(w * 2.0**100, statistics, variant=variant, metric=metric)
+
+
 def test_joint_is_a_method_of_its_own_name() -> None:
     w, statistics = layer(4, 40, 2, torch.float32)
     a = quantize_linear(w, method="billm_joint", bits=1, hessian=statistics.hessian)

@@ -13,7 +13,7 @@ from torch import Tensor
 from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
 from quant.butterfly import Butterfly, balanced_factors
-from quant.errors import NonFiniteError, SingularHessianError
+from quant.errors import NonFiniteError, QuantizationWarning, SingularHessianError
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import Linear
 from quant.methods.gptq import Gptq
@@ -223,6 +223,19 @@ def test_edge_cases(incoherence: bool) -> None:
             if name not in ("dead", "rank one"):
                 # 2.4 RMS clips a Gaussian's tails: 9 % of its norm; matrices of one row or input are clipped as much.
                 assert float((q - weight.float()).norm()) <= 0.2 * float(weight.float().norm()), name
+
+
+@pytest.mark.parametrize("method", ["quip", "quip_sharp"])
+def test_weights_of_dead_inputs_count_for_nothing(method: str) -> None:
+    """One scale is for all weights: those that no input meets would take it for themselves."""
+    w, h = problem(16, 32, 7, torch.float32)
+    dead = torch.arange(32) % 4 == 1
+    h = h.masked_fill(dead, 0).masked_fill(dead[:, None], 0)
+    found = []
+    for value in (0.0, 1e6):
+        with pytest.warns(QuantizationWarning, match="8 of 32 inputs are always 0 on the calibration text: their weights are set to 0"):
+            found.append(quantize_linear(w.masked_fill(dead, value), method=method, bits=4, hessian=h).dequantize())
+    assert torch.equal(*found)
 
 
 def test_notes_tell_what_was_not_used() -> None:

@@ -136,6 +136,7 @@ def test_a_bit_list_replaces_the_search_and_gives_the_same_tensor() -> None:
         ({"other": [3]}, "bit_lists has no list for weight; it has other"),
         ({"weight": [3, 3, 3]}, "give 8 whole numbers, each 2, 3 or 4"),
         ({"weight": [3] * 7 + [5]}, "give 8 whole numbers, each 2, 3 or 4"),
+        *[({"weight": bits}, "mapping to a list, each element a whole number from 1 to 8") for bits in ("q", 3, ["q"], [2.5], [True])],
     ],
 )
 def test_bit_lists_that_do_not_fit_are_refused(lists: Any, says: str) -> None:

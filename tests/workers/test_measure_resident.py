@@ -18,6 +18,7 @@ from workers.generation import Generation, generate
 from workers.machine import cpu_model
 from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, Workload
+from workers.stream import BlockModel
 
 MODEL = ModelSpec("model")
 SPEC = MeasureSpec(MODEL, Workload(batch=2, prompt=6, tokens=3, threads=1), cpu_model())
@@ -30,17 +31,30 @@ def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_model_is_timed_whole_where_other_stages_stream_it(packed: bool, tmp_path: Path) -> None:
+def test_a_model_is_timed_whole_where_other_stages_stream_it(packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a stage ran out of memory: hints are no part of the key under which the times are kept."""
+    read, tensors_of = [], BlockModel._tensors_of
+    monkeypatch.setattr(BlockModel, "_tensors_of", lambda self, i: read.append(i) or tensors_of(self, i))
     artifact, _ = quantized(tiny_context("llama", tmp_path), tmp_path / "q", quantize_spec(), {})
     inputs = {"quantize": artifact} if packed else {}
     found, contexts = [], [tiny_context("llama", tmp_path, streamed=s) for s in (False, True)]
     for context in contexts:
+        read.clear()
         found.append(measure.run_measure(SPEC, inputs, tmp_path, context, Residency()))
     for name in ("weights_bytes", "packed_bytes", "check_error", "backends", "products"):
         assert found[0][name] == found[1][name], name
     streamed = [n for n in contexts[1].notes if n.startswith("streamed block by block")]
     assert len(streamed) == packed  # the simulated model, with which packed weights are compared
+    assert sorted(read) == sorted([0, 1] * (1 + packed))  # in one pass for all tokens
+
+
+def test_a_streamed_model_without_a_cache_is_compared_token_by_token(tmp_path: Path) -> None:
+    artifact, _ = quantized(tiny_context("rwkv", tmp_path), tmp_path / "q", quantize_spec(), {})
+    errors, contexts = [], [tiny_context("rwkv", tmp_path, streamed=s) for s in (False, True)]
+    for context in contexts:
+        errors.append(measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, Residency())["check_error"])
+    assert errors[0] == errors[1]
+    assert [sum("read once for every token" in n for n in c.notes) for c in contexts] == [0, 1]
 
 
 @pytest.mark.parametrize("quantized_weights", [False, True])

@@ -1,4 +1,4 @@
-"""Every method on a GPU: the quantized model is as good as the CPU's, and is rebuilt bit for bit; and what it is measured by there.
+"""Every method on a GPU: the quantized model is as good as the CPU's, and is rebuilt there; and what it is measured by there.
 
 Codes are not compared: sums in another order move a weight across the middle between two codes now and then, and then later ones.
 """

@@ -302,6 +302,25 @@ def test_an_unreached_expert_is_rounded_not_zeroed(tmp_path: Path) -> None:
     assert "no calibration token reached it: rounded with an identity Hessian" in dead["notes"]
     assert "always 0" not in dead["notes"]
     assert any("down.2 alone" in n and "no calibration token" in n for n in ctx.notes)
+    artifact, _ = quantized(ctx, tmp_path / "nearest", quantize_spec("rtn", "clip_output"), inputs)
+    dead = rows_of(artifact)["model.layers.1.mlp.experts.down_proj.2"]
+    assert dead["notes"] == "clip_output: no calibration token reached it", "there is a Hessian, but nothing rounds by it"
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "squeezellm", "rtn"])
+def test_hessians_of_too_few_tokens_are_flagged(rounding: str, tmp_path: Path) -> None:
+    """Experts see some of the tokens; the others' inputs are fewer than those. Only what factors a Hessian suffers."""
+    ctx = tiny_context("mixtral", tmp_path)
+    inputs = calibrated(ctx, tmp_path / "c", "hessian")
+    index = json.loads((inputs["hessian"] / "payload" / "sites.json").read_text())
+    sites = {name: site for block in index["blocks"] for name, site in block["sites"].items()}
+    few = {linear for linear, first in index["linears"].items() if 0 < sites[first]["tokens"] < sites[first]["cols"]}
+    assert few
+    assert all(".experts." in name for name in few)
+    wanted = {} if rounding == "rtn" else inputs
+    _, summary = quantized(ctx, tmp_path / "q", quantize_spec(rounding), wanted)
+    words = f"{len(few)} of {summary['n_linears']} linears saw fewer calibration tokens than they have inputs"
+    assert [flag.partition(":")[0] for flag in summary["flags"]] == ([words] if rounding == "gptq" else [])
 
 
 def test_static_ranges_of_an_expert_that_no_token_reaches_are_noted(tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from quant.scheme import ActivationScheme, KVScheme
 from tests.workers.fake_models import CountingBuilder, bare_context
 from tests.workers.stage_runs import tiny_context
+from workers import rebuild
+from workers.context import Context
 from workers.residency import Residency
 from workers.specs import ModelSpec, TextSpec
 
@@ -127,3 +131,34 @@ def test_a_model_that_is_let_go_is_freed_at_once(streamed: bool, tmp_path: Path)
         assert weight() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("of_variants", [False, True])
+def test_a_model_is_freed_before_the_one_in_its_place_is_made(streamed: bool, of_variants: bool, tmp_path: Path) -> None:
+    """Or both would be on the device while it is read."""
+    contexts = [tiny_context("llama", tmp_path, streamed=streamed, memory_bytes=m) for m in (None, 10**9)]
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    class Builder(CountingBuilder):
+        def load_model(self, context: Context, model: ModelSpec) -> torch.nn.Module:
+            alive.append(sum(weight() is not None for weight in held))
+            made: Any = rebuild.load_model(context, model)
+            held.append(weakref.ref(made.get_input_embeddings().weight))
+            return made
+
+        def rebuild(self, context: Context, model: ModelSpec, artifact: Path) -> torch.nn.Module:
+            return self.load_model(context, model)
+
+    residency = Residency(Builder())
+    gc.disable()
+    try:
+        for i, context in enumerate(contexts):
+            if of_variants:
+                residency.variant(context, ModelSpec("model"), Path(str(i)))
+            else:
+                residency.unquantized(context, ModelSpec("model"))
+    finally:
+        gc.enable()
+    assert alive == [0, 0]
