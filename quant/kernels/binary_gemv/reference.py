@@ -12,10 +12,6 @@ from quant.kernels.products import dense
 from quant.tensors.binary import BinaryTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: BinaryTensor) -> BinaryTensor:
     """Nothing is to be done."""
     return tensor

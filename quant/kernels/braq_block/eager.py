@@ -11,10 +11,6 @@ from quant.kernels.braq_search import chosen
 from quant.tensors.binary import decode
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def ranked(score: Tensor) -> Tensor:
     """Columns by decreasing score `[C]`; ties keep their order."""
     return torch.argsort(score, descending=True, stable=True)

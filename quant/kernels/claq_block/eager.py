@@ -11,10 +11,6 @@ from quant.kernels.claq_block import REASONS, Found, SolvedBlock, Wanted
 from quant.kernels.kmeans_columns import unfit
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) -> Found:
     """Raises ScaleDtypeError on a CPU."""
     run = _Block(block, wanted)

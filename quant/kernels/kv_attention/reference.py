@@ -7,11 +7,7 @@ from torch import Tensor
 
 from quant.kernels.kv_attention import Cache, Scale, ages, append, append_one, checked, prepare
 
-__all__ = ["ages", "append", "append_one", "kv_attention", "prepare", "unavailable"]
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
+__all__ = ["ages", "append", "append_one", "kv_attention", "prepare"]
 
 
 def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:

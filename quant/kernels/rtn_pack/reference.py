@@ -11,10 +11,6 @@ from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
 from quant.tensors.packing import pack_bits
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def rtn_pack(
     weight: Tensor,
     grid: str,

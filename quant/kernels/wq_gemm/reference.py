@@ -10,10 +10,6 @@ from quant.kernels.wq_gemm import Packed, given_out
 from quant.tensors.affine import AffineTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: AffineTensor) -> AffineTensor:
     """Nothing is to be done."""
     return tensor

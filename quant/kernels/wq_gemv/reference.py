@@ -11,10 +11,6 @@ from quant.kernels.wq_gemv import Packed
 from quant.tensors.affine import AffineTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: AffineTensor) -> AffineTensor:
     """Nothing is to be done."""
     return tensor
