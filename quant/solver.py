@@ -61,13 +61,31 @@ def damping_ladder(damp: float) -> list[float]:
     return [*ladder, 1.0] if damp < 1 else ladder
 
 
+def first_factor(hessian: Tensor, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
+    """`factor(H + d I)` for the first d of the ladder for which there is one and it is finite, and the fraction d / mean(diag H).
+
+    Raises SingularHessianError where there is none for the whole ladder."""
+    mean = hessian.diagonal().mean()
+    ladder = damping_ladder(damp)
+    for fraction in ladder:
+        damped = hessian.clone()
+        damped.diagonal().add_(fraction * mean)
+        found = factor(damped)
+        if found is not None and bool(torch.isfinite(found).all()):
+            return found, fraction
+    tried = ", ".join(f"{d:g}" for d in ladder)
+    raise SingularHessianError(
+        f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
+    )
+
+
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed. Not to be changed in place:
     see `provided_factors`.
 
     One Cholesky factorization: reversing rows and columns of H gives H = R Rᵀ with R upper, and U = R⁻¹.
     Raises SingularHessianError when the whole ladder fails."""
-    return _provider.get()("inverse_factor", hessian, damp, partial(_factored, hessian, damp))
+    return _provider.get()("inverse_factor", hessian, damp, partial(first_factor, hessian, damp, _inverted))
 
 
 Make = Callable[[], tuple[Tensor, float]]
@@ -110,22 +128,9 @@ def shared_factors() -> Iterator[None]:
         yield
 
 
-def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    mean = hessian.diagonal().mean()
-    ladder = damping_ladder(damp)
-    for fraction in ladder:
-        damped = hessian.clone()
-        damped.diagonal().add_(fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            upper = lower.flip(0, 1)
-            inverse = _inverse(upper)
-            if bool(torch.isfinite(inverse).all()):
-                return inverse, fraction
-    tried = ", ".join(f"{d:g}" for d in ladder)
-    raise SingularHessianError(
-        f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
-    )
+def _inverted(hessian: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    return None if int(info) else _inverse(lower.flip(0, 1))
 
 
 MOST_SOLVED = 1024
