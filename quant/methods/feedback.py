@@ -78,6 +78,11 @@ def without_dead(weight: Tensor, dead: Tensor, count: int) -> tuple[Tensor, list
     return weight.masked_fill(dead, 0), [f"{count} of {len(dead)} inputs are always 0 on the calibration text: their weights are set to 0"]
 
 
+def damping_notes(asked: float, used: float) -> list[str]:
+    """Both as fractions of mean(diag H), see `quant.solver.damping_ladder`."""
+    return [] if used == asked else [f"damping {asked:g} did not make the Hessian positive definite: {used:g} was used"]
+
+
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
     """As `checked`; raises SingularHessianError too.
 
@@ -86,6 +91,4 @@ def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) ->
     h, dead = revive_dead(hessian)
     w, notes = without_dead(given, dead, int(dead.sum()))
     upper, used = inverse_factor(h, damp)
-    if used != damp:
-        notes.append(f"damping {damp:g} did not make the Hessian positive definite: {used:g} was used")
-    return Prepared(given, w, upper, used, notes)
+    return Prepared(given, w, upper, used, notes + damping_notes(damp, used))

@@ -27,7 +27,7 @@ from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, with
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked, checked_together, without_dead
+from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
 from quant.parameters import check
@@ -173,9 +173,8 @@ class Gptq:
         if kept.numel():
             order = torch.cat([order[~torch.isin(order, kept)], kept])
         upper, damp = inverse_factor(h[order][:, order] if self._reorders(kept.numel()) else h, self.damp)
-        if damp != self.damp:
-            for given in givens:
-                given.notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        for given in givens:
+            given.notes.extend(damping_notes(self.damp, damp))
         return order, upper, damp
 
     def _reorders(self, kept: int) -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind, group_width
 from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked, without_dead
+from quant.methods.feedback import checked, damping_notes, without_dead
 from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
@@ -104,8 +104,7 @@ class SlimLlm:
         raised = h.clone()
         raised.diagonal().add_(ABSOLUTE_DAMP)
         upper, damp = inverse_factor(h if corrected else raised, self.damp)
-        if damp != self.damp:
-            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        notes += damping_notes(self.damp, damp)
 
         if self.bit_lists is not None:
             widths = self._given(linear.name, k // size, scheme.bits)
