@@ -33,7 +33,7 @@ from quant.adam import Adam
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, fit, unfit_float16, with_stored_scales
-from quant.methods.base import ScaleGroup
+from quant.methods.base import ScaleGroup, working_dtype
 from quant.methods.clipping import START
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
@@ -82,7 +82,7 @@ class Clip:
         if self.kind == "none":
             return None
         require_finite(f"weight {name}", weight)
-        w = grouped(weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32), scheme)
+        w = grouped(weight.detach().to(working_dtype(weight)), scheme)
         errors = self._errors(w, statistics, scheme)
         best, shares = self._search(w, scheme, errors)
         if self.kind == "learned":

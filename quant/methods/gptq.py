@@ -26,7 +26,7 @@ from quant.affine import Affine, group_of_each, grouped
 from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
-from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
 from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
@@ -264,7 +264,7 @@ class _Ranges:
         scheme, groups, w = given.scheme, given.groups_to_fit(), given.weight
         self.grid, self.bits, self.scale_dtype, self.mse = given.chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
-        k, self.rows, self.dtype = order.numel(), len(w), torch.float64 if w.dtype is torch.float64 else torch.float32
+        k, self.rows, self.dtype = order.numel(), len(w), working_dtype(w)
         self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else k
         dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
         self.permuted = dynamic and method.act_order

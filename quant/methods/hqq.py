@@ -28,7 +28,7 @@ from quant.errors import require_finite
 from quant.grids import GRIDS, ScaleDtypeError, fit, refuse_unfit, with_stored_scales
 from quant.kernels import kernel
 from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
-from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
@@ -68,7 +68,7 @@ class Hqq:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with real zeros. Raises NonFiniteError, and ValueError for groups that do not divide."""
         require_finite("weight", weight)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        w = weight.detach().to(working_dtype(weight))
         groups = self._groups(w, scheme)
         notes = ["the scheme is symmetric; hqq has a real zero per group all the same"] if scheme.symmetric else []
         # The fast twins have no float64.

@@ -19,7 +19,7 @@ from quant.affine import group_width, grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, refuse_unfit, with_stored_scales, without_grid
 from quant.kernels import kernel
-from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.number_formats import encode, number_format
 from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
@@ -75,7 +75,7 @@ class Rtn:
 def round_floating(weight: Tensor, scheme: WeightScheme) -> Rounded:
     """`[N, K]` ▸ codes of the scheme's number format; float64 is computed in float64, all else in float32."""
     format = number_format(scheme.number)
-    groups = grouped(weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32), scheme)
+    groups = grouped(weight.detach().to(working_dtype(weight)), scheme)
 
     def run(scale_dtype: torch.dtype) -> FloatingTensor:
         scales = format.fit(groups.abs().amax(-1), scale_dtype)
