@@ -9,6 +9,7 @@ Departure: where Omni's grid would have to cut its zero off at ±1e4 (all-equal 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -77,10 +78,11 @@ class LearnedClipping:
             self._scale_dtype = torch.float32
             self._notes.append(f"{e}; scales are stored in float32")
             affine = self._affine(groups, low, high)
-        inside = affine.kind is ZeroKind.INTEGER and bool(((affine.zero >= 0) & (affine.zero <= affine.top)).all())
-        # Zeros among the codes take as many bits as a code; 16 where one group's values lie on one side of 0.
-        flat = Affine(affine.scale[..., 0], affine.zero[..., 0], affine.bits, ZeroKind.CODE if inside else affine.kind)
-        tensor = AffineTensor.build(affine.encode(groups).view(weight.shape), flat, self._scale_dtype)
+        ranges = affine.per_group()
+        if affine.kind is ZeroKind.INTEGER and bool(((affine.zero >= 0) & (affine.zero <= affine.top)).all()):
+            # Zeros among the codes take as many bits as a code; 16 where one group's values lie on one side of 0.
+            ranges = replace(ranges, kind=ZeroKind.CODE)
+        tensor = AffineTensor.build(affine.encode(groups).view(weight.shape), ranges, self._scale_dtype)
         return Rounded(tensor, notes=list(self._notes))
 
     def _affine(self, groups: Tensor, low: Tensor, high: Tensor) -> Affine:

@@ -302,8 +302,7 @@ class _Ranges:
             # Ranges go by these two alone, which one pass finds; they are the same in float32.
             groups = torch.stack(torch.aminmax(groups, dim=-1), dim=-1)
         groups = groups.to(self.dtype)
-        new = fit(self.grid, groups, self.bits, self.scale_dtype, self.mse)
-        return Affine(new.scale[..., 0], new.zero[..., 0], self.bits, self.grid.zero)
+        return fit(self.grid, groups, self.bits, self.scale_dtype, self.mse).per_group()
 
     def how(self) -> Fit:
         width = self.width if self.in_launch else 0

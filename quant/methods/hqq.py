@@ -100,8 +100,7 @@ class Hqq:
             if self.axis == 0:
                 flat = codes[0].T.reshape(weight.shape).to(torch.uint8)
                 return StridedTensor(flat, final.scale.flatten().to(scale_dtype), final.zero.flatten().to(scale_dtype), scheme.bits)
-            per_group = Affine(final.scale[..., 0], final.zero[..., 0], scheme.bits, ZeroKind.FLOAT)
-            return AffineTensor.build(codes.view(weight.shape), per_group, scale_dtype)
+            return AffineTensor.build(codes.view(weight.shape), final.per_group(), scale_dtype)
 
         tensor, dtype_notes = with_stored_scales(scheme, run if self.axis == 0 or w.dtype is torch.float64 else in_rows)
         return Rounded(tensor, notes=notes + found.notes + dtype_notes, details={"steps": steps})

@@ -179,8 +179,7 @@ class _Offsets:
         a = self._affine(hard=True)
         steps = self._groups / a.scale
         whole = steps.floor() + (self.choice() >= 0.5) if self._soft else (steps + self._v).round()
-        flat = Affine(a.scale[..., 0], a.zero[..., 0], a.bits, a.kind)
-        tensor = AffineTensor.build((whole + a.zero).clamp(0, a.top).view(self._shape), flat, self._dtype)
+        tensor = AffineTensor.build((whole + a.zero).clamp(0, a.top).view(self._shape), a.per_group(), self._dtype)
         return Rounded(tensor, notes=list(self._notes))
 
     def _affine(self, *, hard: bool) -> Affine:

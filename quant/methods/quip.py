@@ -112,8 +112,7 @@ class Quip:
         fed: list[Feedback] = []
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            per_group = fit(chosen, groups, scheme.bits, scale_dtype)
-            affine = Affine(per_group.scale[..., 0], per_group.zero[..., 0], scheme.bits, chosen.zero)
+            affine = fit(chosen, groups, scheme.bits, scale_dtype).per_group()
             width = w.shape[1] // affine.scale.shape[1]
 
             def column(j: int) -> Affine:
