@@ -164,8 +164,7 @@ def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = Fal
 
     Raises ScaleDtypeError when the stored type cannot hold them."""
     best = fit_unchecked(g, w, bits, scale_dtype, mse)
-    if scale_dtype is torch.float16:
-        check_float16(best, w)
+    check_stored(best, w, scale_dtype)
     return best
 
 
@@ -219,9 +218,10 @@ def affine_of(
     return Affine(scale, zero, bits, g.zero)
 
 
-def check_float16(affine: Affine, w: Tensor) -> None:
-    """Raises ScaleDtypeError where `unfit_float16` finds any."""
-    refuse_unfit(int(unfit_float16(affine, w).sum()), affine.scale.numel())
+def check_stored(affine: Affine, w: Tensor, scale_dtype: torch.dtype) -> None:
+    """Raises ScaleDtypeError where the stored type cannot hold the ranges of values `[..., g]`: float32 holds all."""
+    if scale_dtype is torch.float16:
+        refuse_unfit(int(unfit_float16(affine, w).sum()), affine.scale.numel())
 
 
 def refuse_unfit(wrong: int, of: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
 from quant.errors import require_finite
-from quant.grids import DTYPES, ScaleDtypeError, affine_of, check_float16, choose_grid
+from quant.grids import DTYPES, ScaleDtypeError, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.scheme import WeightScheme
 from quant.straight_through import affine_through, round_through, scaled_limits
@@ -87,6 +87,5 @@ class LearnedClipping:
 
     def _affine(self, groups: Tensor, low: Tensor, high: Tensor) -> Affine:
         affine = affine_of(self._grid, low, high, self._scheme.bits, self._scale_dtype)
-        if self._scale_dtype is torch.float16:
-            check_float16(affine, groups)
+        check_stored(affine, groups, self._scale_dtype)
         return affine

@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.adam import Adam
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
-from quant.grids import DTYPES, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid
+from quant.grids import DTYPES, Grid, ScaleDtypeError, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
 from quant.parameters import check
@@ -187,6 +187,5 @@ class _Offsets:
             return affine_through(self._grid, *scaled_limits(self._grid, self._groups, self._low, self._high), self._bits, self._dtype)
         with torch.no_grad():
             affine = affine_of(self._grid, *scaled_limits(self._grid, self._groups, self._low, self._high), self._bits, self._dtype)
-            if self._dtype is torch.float16:
-                check_float16(affine, self._groups)
+            check_stored(affine, self._groups, self._dtype)
         return affine

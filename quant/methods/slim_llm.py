@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, group_width
-from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
+from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_stored, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, damping_notes, without_dead
 from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
@@ -185,8 +185,7 @@ class _Ranges:
             return stored
         grid = GRIDS["g_sym"] if self.scheme.symmetric else MIDDLE if group in self.middle else GRIDS["g_asym"]
         best = self._search(grid, w, bits, self._importance(group, w))
-        if self.scale_dtype is torch.float16:
-            check_float16(best, w)
+        check_stored(best, w, self.scale_dtype)
         return Affine(best.scale[:, 0], best.zero[:, 0], bits, ZeroKind.CODE)
 
     def _importance(self, group: int, w: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant.affine import group_width
 from quant.errors import require_finite
-from quant.grids import DTYPES, GRIDS, ScaleDtypeError, affine_of, check_float16
+from quant.grids import DTYPES, GRIDS, ScaleDtypeError, affine_of, check_stored
 from quant.methods.base import Rounded
 from quant.methods.clipping import START
 from quant.methods.omniquant import train
@@ -156,8 +156,7 @@ class MixedClipping:
                 means = mean[..., 0]
                 continue
             a = affine_of(self._grid, *self._limits(g, bits), bits, self._dtype)
-            if self._dtype is torch.float16:
-                check_float16(a, g)
+            check_stored(a, g, self._dtype)
             codes.append(a.encode(g))
             scales.append(a.scale)
             zeros.append(a.zero)
