@@ -254,8 +254,12 @@ def with_stored_scales(scheme: WeightScheme, run: Callable[[torch.dtype], T]) ->
         return run(torch.float32), [f"{e}; scales are stored in float32"]
 
 
-def round_weight(g: Grid, weight: Tensor, scheme: WeightScheme, mse: bool = False) -> Tensor:
+def round_weight(g: Grid, weight: Tensor, scheme: WeightScheme) -> Tensor:
     """Fake-quantized `[N, K]`: what RTN on this grid stands for."""
-    groups = grouped(weight, scheme)
-    rounded, _ = with_stored_scales(scheme, lambda dtype: fit(g, groups, scheme.bits, dtype, mse).round(groups))
-    return rounded.view(weight.shape)
+    return round_groups(g, grouped(weight, scheme), scheme).view(weight.shape)
+
+
+def round_groups(g: Grid, groups: Tensor, scheme: WeightScheme) -> Tensor:
+    """As `round_weight`, of groups `[..., g]`."""
+    rounded, _ = with_stored_scales(scheme, lambda dtype: fit(g, groups, scheme.bits, dtype).round(groups))
+    return rounded
