@@ -298,9 +298,9 @@ def stacks(weights: Sequence[Tensor]) -> bool:
     return first.device.type != "cpu" or kernel("gptq_block", device=first.device).backend != "torch"
 
 
-def block_within(group: int, most: int = 128) -> int:
-    """Columns of a block, such that groups begin where blocks do: the largest divisor of `group` up to `most`."""
-    return next(b for b in range(min(group, most), 0, -1) if group % b == 0)
+def block_within(group: int) -> int:
+    """Columns of a block, such that groups begin where blocks do: the largest divisor of `group` up to 128."""
+    return next(b for b in range(min(group, 128), 0, -1) if group % b == 0)
 
 
 def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:
