@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, group_width
-from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_stored, with_stored_scales
+from quant.grids import GRIDS, MSE_POWER, Grid, affine_of, check_stored, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, damping_notes, without_dead
-from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
+from quant.methods.slim_bits import binary, bit_allocation, check_binary, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, revive_dead, solve_columns
@@ -175,13 +175,7 @@ class _Ranges:
         if bits == 1:
             scale, mean = binary(w, centred=self.method.variant == "corrected")
             stored = Affine(scale.to(self.scale_dtype).to(w), mean.to(self.scale_dtype).to(w), 1, ZeroKind.MINIMUM)
-            off = (stored.scale - scale).abs() + (stored.zero - mean).abs()
-            # Off by half a scale would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
-            bound = torch.where(scale == 0, mean.abs() * 2.0**-10, scale / 16)
-            if not bool((off <= bound).all()):
-                raise ScaleDtypeError(
-                    f"{int((~(off <= bound)).sum())} of {off.numel()} scales and means of 1-bit groups do not fit float16"
-                )
+            check_binary(scale, mean, stored.scale, stored.zero)
             return stored
         grid = GRIDS["g_sym"] if self.scheme.symmetric else MIDDLE if group in self.middle else GRIDS["g_asym"]
         best = self._search(grid, w, bits, self._importance(group, w))

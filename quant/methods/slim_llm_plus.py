@@ -23,7 +23,7 @@ from quant.grids import DTYPES, GRIDS, ScaleDtypeError, affine_of, check_stored
 from quant.methods.base import Rounded
 from quant.methods.clipping import START
 from quant.methods.omniquant import train
-from quant.methods.slim_bits import binary
+from quant.methods.slim_bits import binary, check_binary
 from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
 from quant.parameters import check
@@ -144,12 +144,7 @@ class MixedClipping:
             if bits == 1:
                 scale, mean = self._binary(g)
                 exact, middle = (t[..., None] for t in binary(g, centred=True))
-                exact = exact * (torch.sigmoid(self._upper[1]) + 0.5)
-                # Half a scale off would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
-                off = (scale - exact).abs() + (mean - middle).abs()
-                wrong = int((~(off <= torch.where(exact == 0, middle.abs() * 2.0**-10, exact / 16))).sum())
-                if wrong:
-                    raise ScaleDtypeError(f"{wrong} of {off.numel()} scales and means of 1-bit groups do not fit float16")
+                check_binary(exact * (torch.sigmoid(self._upper[1]) + 0.5), middle, scale, mean)
                 codes.append((g >= mean).to(g))
                 scales.append(scale)
                 zeros.append(torch.zeros_like(scale))
