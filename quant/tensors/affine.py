@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.tensors.base import Coded
-from quant.tensors.packing import pack_bits, unpack_bits
+from quant.tensors.packing import narrowest, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,13 @@ class AffineTensor(Coded):
     ) -> AffineTensor:
         """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
         zero_dtype = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
-        groups = affine.scale.shape[1]
-        index = None if g_idx is None else g_idx.to(torch.uint8 if groups <= 256 else torch.int16 if groups <= 2**15 else torch.int32)
         return AffineTensor(
             codes=codes.to(torch.uint8).contiguous(),
             scale=affine.scale.to(scale_dtype).contiguous(),
             zero=affine.zero.to(zero_dtype.get(affine.kind, scale_dtype)).contiguous(),
             bits=affine.bits,
             kind=affine.kind,
-            g_idx=index,
+            g_idx=None if g_idx is None else g_idx.to(narrowest(affine.scale.shape[1] - 1)),
             input_scale=None if input_scale is None else input_scale.to(scale_dtype),
         )
 
