@@ -29,6 +29,11 @@ class ZeroKind(str, Enum):
     MINIMUM = "minimum"
     """The smallest weight itself, w ≈ codes · scale + zero, stored like the scale (KIVI)."""
 
+    def dtype(self, scale_dtype: torch.dtype) -> torch.dtype:
+        """Of zeros, before those that are codes are packed."""
+        whole = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
+        return whole.get(self, scale_dtype)
+
 
 @dataclass(frozen=True)
 class Affine:

@@ -211,7 +211,7 @@ def _rtn_pack(
 def _rtn_pack_shapes(
     weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
+    shape, zero = rtn_pack.shape_of(weight, width), GRIDS[grid].zero.dtype(scale_dtype)
     stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
     stored = weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero)
     off = weight.new_empty(shape if error else 0, dtype=torch.float64)

@@ -55,11 +55,10 @@ class AffineTensor(Coded):
         input_scale: Tensor | None = None,
     ) -> AffineTensor:
         """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
-        zero_dtype = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
         return AffineTensor(
             codes=codes.to(torch.uint8).contiguous(),
             scale=affine.scale.to(scale_dtype).contiguous(),
-            zero=affine.zero.to(zero_dtype.get(affine.kind, scale_dtype)).contiguous(),
+            zero=affine.zero.to(affine.kind.dtype(scale_dtype)).contiguous(),
             bits=affine.bits,
             kind=affine.kind,
             g_idx=None if g_idx is None else g_idx.to(narrowest(affine.scale.shape[1] - 1)),

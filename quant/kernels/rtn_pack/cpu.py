@@ -10,7 +10,7 @@ from torch import Tensor
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
 from quant.kernels import native
 from quant.kernels.gptq_block import NUMBERS
-from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
+from quant.kernels.rtn_pack import Packed, shape_of
 
 __all__ = ["encoded", "fitted", "rtn_pack", "unavailable"]
 
@@ -67,7 +67,7 @@ class _Made:
         self.error = torch.empty(ranges, dtype=torch.float64) if error else None
 
     def packed(self, scale: Tensor, zero: Tensor, grid: str, scale_dtype: torch.dtype, told: Tensor) -> Packed:
-        stored = scale[..., 0].to(scale_dtype), zero[..., 0].to(zero_dtype(grid, scale_dtype))
+        stored = scale[..., 0].to(scale_dtype), zero[..., 0].to(GRIDS[grid].zero.dtype(scale_dtype))
         return Packed(self.codes, self.stream, *stored, told, None if self.error is None else self.error[..., 0])
 
 
