@@ -84,11 +84,14 @@ class AffineTensor(Coded):
             return per_group.float()[:, self.g_idx.long()]
         return per_group.float().repeat_interleave(self.group_size, dim=1)
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """`[N, K]` as the codes have it, before the input scale."""
+        scale, zero = self.columns(self.scale).to(dtype), self.columns(self.zero).to(dtype)
+        return Affine(scale, zero, self.bits, self.kind).decode(self.codes.to(dtype))
+
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
-        affine = Affine(self.columns(self.scale), self.columns(self.zero), self.bits, self.kind)
-        weight = affine.decode(self.codes.float())
-        return self.unscaled(weight)
+        return self.unscaled(self.decoded(torch.float32))
 
     @cached_property
     def _stream(self) -> Tensor:
