@@ -24,6 +24,7 @@ from torch import Tensor
 from quant import kernels
 from quant.affine import ZeroKind
 from quant.kernels.fake_quantize import RowCodes
+from quant.kernels.products import size_bytes
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 
@@ -51,7 +52,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero, self.sums) if t is not None)
+        return size_bytes(self.codes, self.scale, self.zero, self.sums)
 
 
 def prepare(tensor: AffineTensor, activation: ActivationScheme) -> Packed:
