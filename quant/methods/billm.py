@@ -32,7 +32,7 @@ from torch import Tensor
 from quant.binary import binarize, must_fit, rounded
 from quant.grids import with_stored_scales
 from quant.kernels import braq_block, kernel
-from quant.methods import binary_search as search
+from quant.methods import billm_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.parameters import check

@@ -16,7 +16,7 @@ from quant.binary import binarize, stored
 from quant.errors import NonFiniteError
 from quant.grids import ScaleDtypeError
 from quant.kernels.braq_search import batched
-from quant.methods import binary_search as search
+from quant.methods import billm_search as search
 from quant.methods.base import Rounded
 from quant.methods.billm import Billm, entropy
 from quant.parameters import ROUNDINGS
