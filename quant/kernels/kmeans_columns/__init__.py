@@ -30,6 +30,8 @@ from torch import Tensor
 
 STARTS = ("partition", "plus_plus")
 MOST_CENTRES = 256
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+"""Of the libraries' entries."""
 STEPS = 300
 """Lloyd's steps at most, as in scikit-learn."""
 TOLERANCE = 1e-4
@@ -48,6 +50,11 @@ def check(k: int, start: str) -> None:
         raise ValueError(f"k={k} centres; give 1 to {MOST_CENTRES}, what a code of 8 bits can name")
     if start not in STARTS:
         raise ValueError(f"start={start!r} is unknown; choose {' or '.join(STARTS)}")
+
+
+def known(columns: Tensor) -> Tensor:
+    """Of a type that the libraries have (`SUFFIX`), row after row."""
+    return (columns if columns.dtype in SUFFIX else columns.float()).detach().contiguous()
 
 
 def weights_of(columns: Tensor, weights: Tensor) -> Tensor:
