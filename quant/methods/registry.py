@@ -72,6 +72,8 @@ TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
 MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
 """Transforms of a whole model: the first of a method's transforms, if any."""
 TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
+ROUNDERS = {**ROUNDINGS, **TUNERS}
+"""All that a method's `rounding` may name, but for those of toolkits."""
 TOOLKIT_METHODS: dict[str, type[Any]] = {c.name: c for c in (HqqPackage, LlmCompressor, AutoRound)}
 """Carried out by other toolkits, for a whole model: in `conf/method/`, but nothing that one linear could be given to."""
 
