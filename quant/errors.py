@@ -2,6 +2,7 @@
 
 ValueError
 ├── NonFiniteError        NaN or infinity in a weight, statistic or input
+├── ScaleDtypeError       a scale, zero or table that the stored type cannot hold closely enough
 └── SingularHessianError  no damping of the ladder makes the Hessian positive definite
 RuntimeError
 └── BackendError          the kernel that was asked for by name does not work on the device, or with what it is given
@@ -18,6 +19,10 @@ from torch import Tensor
 
 class NonFiniteError(ValueError):
     """Names how many values are not finite and where the first one is."""
+
+
+class ScaleDtypeError(ValueError):
+    """Says how many scales, zeros or tables the stored type cannot hold closely enough for the codes to be right, and which type."""
 
 
 class BackendError(RuntimeError):

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
+from quant.errors import ScaleDtypeError
 from quant.scheme import WeightScheme
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -40,10 +41,6 @@ MSE_STEPS = 80
 MSE_POWER = 2.4
 
 Range = tuple[Tensor, Tensor]
-
-
-class ScaleDtypeError(ValueError):
-    """A scale or zero that the stored type cannot hold closely enough for the codes to be right."""
 
 
 @dataclass(frozen=True)

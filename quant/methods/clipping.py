@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
-from quant.errors import require_finite
-from quant.grids import DTYPES, ScaleDtypeError, affine_of, check_stored, choose_grid
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.scheme import WeightScheme
 from quant.straight_through import affine_through, round_through, scaled_limits

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
-from quant.errors import require_finite
-from quant.grids import GRIDS, ScaleDtypeError, fit, refuse_unfit, with_stored_scales
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import GRIDS, fit, refuse_unfit, with_stored_scales
 from quant.kernels import kernel
 from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype

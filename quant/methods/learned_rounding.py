@@ -20,8 +20,8 @@ from torch import Tensor
 
 from quant.adam import Adam
 from quant.affine import Affine, grouped
-from quant.errors import require_finite
-from quant.grids import DTYPES, Grid, ScaleDtypeError, affine_of, check_stored, choose_grid
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, Grid, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
 from quant.parameters import check

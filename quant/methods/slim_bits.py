@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.grids import GRIDS, ScaleDtypeError, fit
+from quant.errors import ScaleDtypeError
+from quant.grids import GRIDS, fit
 from quant.solver import inverse_factor
 
 LEAST_PROBABILITY = 1e-6

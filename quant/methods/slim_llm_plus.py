@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import group_width
-from quant.errors import require_finite
-from quant.grids import DTYPES, GRIDS, ScaleDtypeError, affine_of, check_stored
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, GRIDS, affine_of, check_stored
 from quant.methods.base import Rounded
 from quant.methods.clipping import START
 from quant.methods.omniquant import train

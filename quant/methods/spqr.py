@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import group_width
-from quant.grids import ScaleDtypeError, with_stored_scales
+from quant.errors import ScaleDtypeError
+from quant.grids import with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, without_dead
 from quant.parameters import check

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from quant import quantize_linear
 from quant.binary import binarize, stored
-from quant.errors import NonFiniteError
-from quant.grids import ScaleDtypeError
+from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.kernels.braq_search import batched
 from quant.methods import billm_search as search
 from quant.methods.base import Rounded

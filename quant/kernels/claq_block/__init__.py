@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
 from quant.kernels.kmeans_columns import bins, numbers
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import kernel
 from quant.kernels.claq_block import REASONS, Found, SolvedBlock, Wanted
 from quant.kernels.kmeans_columns import unfit
