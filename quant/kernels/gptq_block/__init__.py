@@ -50,8 +50,8 @@ def stacked(parts: Sequence[tuple[Affine, list[int]]]) -> tuple[Affine, list[int
     return Affine(joined("scale"), joined("zero"), max(bits), first.kind, tops), [rows[own] for own in columns]
 
 
-NUMBERS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax")
-"""Of the grids, as `quant/csrc/ranges.h` counts them."""
+GRID_NUMBERS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax")
+"""A grid's place is its number in `quant/csrc/ranges.h`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Fit:
     rows: int
     width: int
     """Columns of a group, which divides those of the block; 0: scale and zero are given, and what follows says nothing."""
-    grid: str = NUMBERS[0]
+    grid: str = GRID_NUMBERS[0]
     bits: int = 8
     half: bool = False
     """Rounded to float16."""
@@ -69,7 +69,7 @@ class Fit:
     @property
     def word(self) -> int:
         """All but `rows`, as compiled twins read it."""
-        return self.width << 8 | NUMBERS.index(self.grid) << 4 | self.half << 3 | self.bits - 1 if self.width else 0
+        return self.width << 8 | GRID_NUMBERS.index(self.grid) << 4 | self.half << 3 | self.bits - 1 if self.width else 0
 
 
 @dataclass(frozen=True)
