@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quant.errors import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
-from quant.kernels.kmeans_columns import bins, numbers
+from quant.kernels.kmeans_columns import bins, draws_on
 
 __all__ = ["REASONS", "TYPES", "Found", "Part", "SolvedBlock", "Wanted", "planned", "refuse", "solve_blocks"]
 
@@ -92,6 +92,6 @@ def planned(block: Tensor, wanted: Wanted, out: SolvedBlock) -> Tensor:
             given = (tuple(there.shape), there.dtype, there.device, there.stride())
             raise ValueError(f"centres are {given}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
     fits = wanted.start == "plus_plus" and wanted.centres is None
-    draws = {w: numbers(2**w, block.device).data_ptr() if fits else 0 for w in set(wanted.widths)}
+    draws = {w: draws_on(2**w, block.device).data_ptr() if fits else 0 for w in set(wanted.widths)}
     ends = wanted.tails or [(0, 0)] * len(block)
     return torch.tensor([(2**w, bins(2**w), draws[w], *ends[j]) for j, w in enumerate(wanted.widths)], dtype=torch.int64)

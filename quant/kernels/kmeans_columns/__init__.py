@@ -88,14 +88,14 @@ def draws(k: int, seed: int = 10) -> tuple[float, ...]:
     return tuple(stream.random() for _ in range(1 + (k - 1) * trials(k)))
 
 
-_NUMBERS: dict[tuple[int, torch.device], Tensor] = {}
+_DRAWS: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def numbers(k: int, device: torch.device) -> Tensor:
+def draws_on(k: int, device: torch.device) -> Tensor:
     """`draws(k)` on a device, float64. The same for all threads, and never freed: launches are given its address alone. (Two threads that
     miss a `functools.cache` at once have a tensor each, of which the cache keeps the later.)"""
-    found = _NUMBERS.get((k, device))
-    return _NUMBERS.setdefault((k, device), torch.tensor(draws(k), dtype=torch.float64, device=device)) if found is None else found
+    found = _DRAWS.get((k, device))
+    return _DRAWS.setdefault((k, device), torch.tensor(draws(k), dtype=torch.float64, device=device)) if found is None else found
 
 
 def unfit(centres: Tensor, stored: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import native
-from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, known, numbers, weights_of
+from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, draws_on, known, weights_of
 
 unavailable = partial(native.unavailable, "kmeans_columns")
 
@@ -18,7 +18,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | 
     check(k, start)
     x = known(columns)
     centres = x.new_empty(x.shape[0], k)
-    given = numbers(k, x.device) if start == "plus_plus" else 0
+    given = draws_on(k, x.device) if start == "plus_plus" else 0
     w = None if weights is None else weights_of(x, weights)
     w = w if w is None or w.stride(1) == 1 else w.contiguous()
     weighing = (0, 0) if w is None else (w, w.stride(0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel, on_cuda
-from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, known, numbers, trials, weights_of
+from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, draws_on, known, trials, weights_of
 
 THREADS, ITEMS = 512, (9, 17, 23)
 """Of a block; values of a thread."""
@@ -36,7 +36,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | 
         made: Tensor = kernel("kmeans_columns", "torch", x.device).run.kmeans(columns, k, start, weights)
         return made
     centres = x.new_empty(x.shape[0], k)
-    given = numbers(k, x.device) if start == "plus_plus" else 0
+    given = draws_on(k, x.device) if start == "plus_plus" else 0
     short = x.dtype is torch.float32 and n <= (MOST_ROWS if w is None else MOST_WEIGHED)
     if short and shared_bytes(n, k, start, w is not None) <= most:
         _fit(x, 0, w, 0, k, given, 0, 0, centres)
