@@ -10,27 +10,15 @@ By halves: three products of float16 each, where a product is over many columns 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from quant.kernels import on_triton
-from quant.kernels.lazy_update import halves
+from quant.kernels.lazy_update import Tile, halves
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["lazy_update", "reach", "refuses", "unavailable"]
-
-
-@dataclass(frozen=True)
-class Tile(on_triton.Tile):
-    """step is the columns that are multiplied at a time."""
-
-    halves: bool = False
-    """By `halves.py`."""
-    gluon: bool = False
-    """By `hopper_halves.py`, by halves."""
 
 
 TILE = Tile(128, 64, 32, 4, 3)
