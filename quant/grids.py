@@ -45,6 +45,8 @@ Range = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Grid:
+    """A row of the table above."""
+
     name: str
     zero: ZeroKind
     limits: Callable[[Tensor], Range]

@@ -158,6 +158,8 @@ Scales = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class NumberFormat:
+    """A row of the table above: R rows, G groups of each."""
+
     name: str
     element: Element
     fit: Callable[[Tensor, torch.dtype], Scales]

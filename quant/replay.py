@@ -45,6 +45,8 @@ class _Place:
 
 
 class Replays:
+    """The graphs of all threads that share it, and the memory they run on."""
+
     def __init__(
         self,
         capture: Callable[[Callable[[], None], torch.device, Any], Callable[[], None]] | None = None,
@@ -164,6 +166,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def short_of(device: torch.device, needed: int) -> str | None:
+    """None, or why so many bytes more leave a GPU too little memory (`SPARED`)."""
     free, total = torch.cuda.mem_get_info(device)
     if free - needed >= total // SPARED:
         return None

@@ -33,6 +33,8 @@ blocks, not those of the block at work."""
 
 @dataclass(frozen=True)
 class Solved:
+    """K columns of N rows."""
+
     codes: Tensor
     """`[K, N]`."""
     values: Tensor
@@ -106,7 +108,7 @@ def provided_factors(provider: FactorProvider) -> Iterator[None]:
 
 
 FACTORS = 2
-"""That are shared: SLiM-LLM makes one to choose bits and another to round."""
+"""That `shared_factors` keeps: SliM-LLM makes one to choose bits and another to round."""
 
 
 @contextmanager
@@ -160,6 +162,7 @@ class Reach:
     size: int
     """Columns, a multiple of a block's."""
     k: int
+    """Of all columns."""
 
     def after(self, start: int, end: int) -> tuple[slice, slice] | None:
         """Of block start .. end - 1: columns whose errors are taken off, and from which."""

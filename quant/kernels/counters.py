@@ -10,8 +10,6 @@ from torch import Tensor
 COUNTERS = 1 << 18
 """Of a device: calls take the next ones in turn, so that calls at the same time have their own. A graph keeps those that it was captured
 with: it is not to be replayed beside calls in other streams."""
-
-
 _lock = Lock()
 _made: dict[torch.device, Counters] = {}
 

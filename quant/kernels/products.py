@@ -19,17 +19,13 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 8
-"""Of x, in a call, of a backend without a number of its own."""
+"""Rows of x that a call takes, of backends that name no number of their own."""
 MANY_ROWS = {"cpu": 512, "cuda": 32}
 """Type of device ▸ rows of x above which it is faster to make the weight and multiply dense matrices than to go through the packed one for
 every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 ms a row with codes, codebooks and signs, a dense product
 1.3, and making the weight 100 ms. On an H200 (8192 x 8192, 4 bits) 8 rows take 21 us, making the weight 54 and a product with it 37."""
-
-
 TENSOR_CORE_ROWS = 256
 """Rows of x on a GPU up to which `wq_gemm` multiplies with codes, from `rows_alone` on."""
-
-
 SMALL = 2**24
 """Weights of a linear up to which `wq_gemv` is given all the rows that it takes in one pass."""
 
@@ -40,7 +36,7 @@ def size_bytes(*tensors: Tensor | None) -> int:
 
 
 def most_rows(backend: Any) -> int:
-    """Of x, in a call of a backend."""
+    """Rows of x that a call of a backend takes."""
     most: int = getattr(backend, "MOST_ROWS", MOST_ROWS)
     return most
 

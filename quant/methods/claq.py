@@ -269,6 +269,7 @@ class Codebooks:
         self.found: list[Found] = []
 
     def part(self, start: int, count: int, weights: Tensor, out: SolvedBlock) -> Part:
+        """Columns start .. start + count - 1 of weights `[K, N]`."""
         own, n = slice(start, start + count), weights.shape[1]
         ends = None if self.fractions is None else [tails(n, fraction) for fraction in self.fractions[own]]
         widths = self.widths[own]

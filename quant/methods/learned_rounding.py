@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.adam import Adam
 from quant.affine import Affine, grouped
 from quant.errors import ScaleDtypeError, require_finite
-from quant.grids import DTYPES, Grid, affine_of, check_stored, choose_grid
+from quant.grids import DTYPES, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
 from quant.parameters import check
@@ -133,7 +133,6 @@ class _Offsets:
         require_finite(f"weight {name}", linear.weight)
         self._shape, self._bits = linear.weight.shape, linear.scheme.bits
         self._groups = grouped(linear.weight, linear.scheme)
-        self._grid: Grid
         self._grid, self._notes = choose_grid(method.grid, linear.scheme)
         self._soft = method.rule == "adaround"
         self._dtype = DTYPES[linear.scheme.scale_dtype]

@@ -46,6 +46,7 @@ def normalized(hessian: Tensor, ridge: float) -> tuple[Tensor, list[str]]:
 
 
 def one_scale_note(name: str, scheme: WeightScheme) -> list[str]:
+    """Where the scheme asks for more scales than there are."""
     if scheme.granularity is Granularity.TENSOR:
         return []
     return [f"{name} has one scale for the whole matrix: granularity {scheme.granularity.value} is not used"]

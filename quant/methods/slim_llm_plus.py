@@ -27,7 +27,7 @@ from quant.methods.slim_bits import binary, check_binary
 from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
 from quant.parameters import check
-from quant.scheme import Supports, WeightScheme
+from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits, through
 from quant.tensors.mixed import MixedTensor
 
@@ -85,7 +85,7 @@ class MixedClipping:
     def __init__(self, name: str, linear: TunableLinear, allocation: Allocation) -> None:
         w, widths = linear.weight, allocation.widths
         require_finite(f"weight {name}", w)
-        self._scheme: WeightScheme = linear.scheme
+        self._scheme = linear.scheme
         self._size = group_width(linear.scheme, *w.shape)
         self._widths = widths
         self._of = {b: torch.tensor([i for i, x in enumerate(widths) if x == b], device=w.device) for b in sorted(set(widths))}
@@ -96,7 +96,7 @@ class MixedClipping:
         self._grid = GRIDS["g_sym" if linear.scheme.symmetric else "g_asym"]
         self._dtype = DTYPES[linear.scheme.scale_dtype]
         self._allocation = allocation
-        self._notes: list[str] = list(allocation.notes)
+        self._notes = list(allocation.notes)
 
     def parameters(self) -> list[Tensor]:
         return [*self._upper.values(), *self._lower.values()]

@@ -29,7 +29,10 @@ Solve = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Wanted:
+    """How every block of a weight is rounded."""
+
     block_size: int
+    """Columns; the last block may be narrower."""
     dtype: torch.dtype
     """Of scales and means as they are stored: float32 or float16."""
     hessian: bool = True

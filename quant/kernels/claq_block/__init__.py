@@ -32,6 +32,8 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 @dataclass(frozen=True)
 class Wanted:
+    """Of a block of B columns."""
+
     widths: list[int]
     """Bits of each column's codes."""
     tails: list[tuple[int, int]] | None
@@ -47,6 +49,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
+    """What a twin makes of a block besides what it writes."""
+
     tables: Tensor
     """`[B, 2^b]`, of the wanted type; b is the largest width, and narrower columns have zeros at the end."""
     kept: Tensor | None

@@ -85,6 +85,7 @@ class Fits:
 
     @classmethod
     def of(cls, parts: Sequence[Fit], device: torch.device) -> Fits:
+        """Of rows that lie one after another."""
         # Made where they are used: nothing is copied there.
         words = torch.cat([torch.full((p.rows,), p.word, dtype=torch.int32, device=device) for p in parts])
         return cls(tuple(parts), words, torch.zeros(1, dtype=torch.int32, device=device))
@@ -99,6 +100,7 @@ class Fits:
             raise ValueError("scale and zero are written to: they must be contiguous, of the block's type and on its device")
 
     def check_shape(self, block: Tensor) -> None:
+        """Raises ValueError where groups do not lie whole in a block `[B, N]`, or rows are others."""
         widths = sorted({p.width for p in self.parts} - {0})
         if any(width < 0 or len(block) % width for width in widths) or len(self.words) != block.shape[1]:
             said = f"groups of {', '.join(map(str, widths))} columns in {len(self.words)} rows"

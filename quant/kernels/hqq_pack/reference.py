@@ -14,6 +14,7 @@ __all__ = ["hqq_pack", "step", "zeros"]
 
 
 def step(w: Tensor, scale: Tensor, bits: int, p: float, zero: Tensor, beta: float) -> tuple[Tensor, float]:
+    """Groups `[R, G, g]`, scale and zero `[R, G, 1]` ▸ the next zeros, and mean |W - Ŵ| before."""
     codes = Affine(scale, zero, bits, ZeroKind.FLOAT).encode(w)
     error = w - (codes - zero) * scale
     size = error.abs()

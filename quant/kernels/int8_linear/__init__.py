@@ -85,13 +85,14 @@ def _unfit(tensor: AffineTensor, activation: ActivationScheme) -> str | None:
 
 
 def rounded(x: Tensor, packed: Packed) -> RowCodes:
+    """Rows of x `[M, K]`, of any float type, in codes of the weight's activation scheme."""
     run = kernels.kernel("fake_quantize", device=x.device).run
     made: RowCodes = run.encode(x, packed.bits, packed.symmetric, packed.clip)
     return made
 
 
 def scaled(sums: Tensor, rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Σ a c, int32 `[M, N]` ▸ the product."""
+    """Σ a c, int32 `[M, N]` ▸ the product `[M, N]`."""
     out = sums.float()
     if packed.zero is not None:
         added = rows.codes.sum(1, dtype=torch.int32) if rows.sums is None else rows.sums

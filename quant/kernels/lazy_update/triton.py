@@ -40,6 +40,7 @@ def refuses(later: Tensor) -> str | None:
 
 
 def tile_for(r: int, n: int, b: int, device: torch.device) -> Tile:
+    """For `later` `[r, n]` and a product over b columns."""
     if interpreted():
         return Tile(32, 32, 16, 4, 1)
     if b >= LEAST_WIDE and b <= halves.MOST and has_wide(device):
@@ -77,6 +78,7 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
 
 @cache
 def has_wide(device: torch.device) -> bool:
+    """Whether WIDE works there."""
     if interpreted() or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return has_gluon("quant.kernels.lazy_update.hopper_halves")
