@@ -101,8 +101,7 @@ class PbLlm:
             fitted = binarize(w * mask, mask if masked else torch.ones_like(mask), 1)
             scales.append(fitted.scale[0])
             means.append(fitted.mean[0])
-        scale, mean = stored(torch.stack(scales, 1), torch.stack(means, 1), scale_dtype)
-        assert mean is not None
+        scale, mean = stored([torch.stack(scales, 1), torch.stack(means, 1)], scale_dtype)
         one = high.per_group()
 
         def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

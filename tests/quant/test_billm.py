@@ -271,9 +271,9 @@ def test_scales_beyond_float16_are_kept_in_float32() -> None:
     assert tensor.scale.dtype is torch.float32
     assert "do not fit float16; scales are stored in float32" in rounded.notes[0]
     with pytest.raises(ScaleDtypeError):
-        stored(torch.tensor([[1e-9, 0.0]]), None, torch.float16)
+        stored([torch.tensor([[1e-9, 0.0]])], torch.float16)
     # A part's scale may round to 0 where the row has far larger ones.
-    assert stored(torch.tensor([[1e-9, 1.0]]), None, torch.float16)[0].tolist() == [[0.0, 1.0]]
+    assert stored([torch.tensor([[1e-9, 1.0]])], torch.float16)[0].tolist() == [[0.0, 1.0]]
 
 
 def test_joint_is_a_method_of_its_own_name() -> None:
