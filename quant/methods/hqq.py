@@ -79,8 +79,8 @@ class Hqq:
 
         def in_rows(scale_dtype: torch.dtype) -> StoredTensor:
             nonlocal steps
-            wanted = {"stream": found.backend == "cpu"}
-            made, steps = found.run.hqq_pack(w, scheme.bits, groups.shape[-1], scale_dtype, search, rounded, **wanted)
+            stream = found.backend == "cpu"
+            made, steps = found.run.hqq_pack(w, scheme.bits, groups.shape[-1], scale_dtype, search, rounded, stream=stream)
             _, unfit, wrong = made.told.tolist()
             refuse_unfit(unfit, made.scale.numel())
             _refuse_zeros(wrong, made.zero.numel())

@@ -58,10 +58,10 @@ class Rtn:
         alone = scheme.granularity is Granularity.TENSOR
         found = kernel("rtn_pack", "reference" if alone else "auto", weight.device)
         # The reference packs in a step of its own, which not every caller needs.
-        more = {"stream": found.backend != "reference", "mse": self.mse}
+        stream = found.backend != "reference"
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **more)
+            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, stream=stream, mse=self.mse)
             broken, unfit = made.told.tolist()
             if broken:
                 require_finite("weight", weight)
