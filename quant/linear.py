@@ -174,14 +174,14 @@ def _rounded(
 
 def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:
     """What a notebook may get wrong: raises ValueError."""
-    for name, value in {"weight": weight, **data}.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "weight"):
+    given = {"weight": weight, **{name: value for name, value in data.items() if value is not None}}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor, as torch.as_tensor({name})")
-    assert isinstance(weight, Tensor)
-    for name, value in {"weight": weight, **data}.items():
-        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta or value.is_complex()):
+        if value.layout is not torch.strided or value.is_meta or value.is_complex():
             kind = "complex" if value.is_complex() else "on the device meta" if value.is_meta else f"of layout {value.layout}"
             raise ValueError(f"{name} is {kind}; give an ordinary tensor of real numbers")
+    assert isinstance(weight, Tensor)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
     if type(bits) is not int:
