@@ -72,11 +72,10 @@ class Packed:
         return rows[torch.arange(n, device=entry.device)[:, None], block, entry].to(dtype)
 
 
-def with_values(packed: Packed) -> Packed:
-    """The same. Raises ValueError for tables of digits."""
+def check(packed: Packed) -> None:
+    """Raises ValueError for what `prepare` has not laid out: tables of digits."""
     if packed.has_digits:
         raise ValueError("tables are laid out for other backends; this one takes those of quant.kernels.binary_gemv")
-    return packed
 
 
 def prepare(tensor: BinaryTensor) -> Packed:
