@@ -38,7 +38,7 @@ class SingularHessianError(ValueError):
 
 
 def require_all_finite(given: Sequence[tuple[str, Tensor]]) -> None:
-    """`require_finite` of each; a device is waited for once where all are."""
+    """As `require_finite` of each (what, tensor); waits for a device once where all are finite."""
     sums = [_total(x).to(given[0][1].device, torch.float64) for _, x in given]
     if not bool(torch.isfinite(torch.stack(sums)).all()):
         for what, x in given:

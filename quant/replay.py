@@ -2,7 +2,7 @@
 
 A loop whose shapes and settings come for the first time is queued as ever, which compiles and loads what it launches. When they come again
 it is captured, on memory that stays, and from then on what is given is copied there and the graph replayed: the same launches in the same
-order, the same bits. Graphs are a thread's own on one stream, where one is over before the next begins, so that they share their memory.
+order, the same bits. A graph is of one thread and one stream, where each is over before the next begins, so that all of these share memory.
 
 What cannot be captured is queued as ever, with a note.
 """

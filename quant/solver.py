@@ -156,8 +156,8 @@ def _inverse(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reach:
-    """From which later columns the errors of finished blocks are taken off: after a block its own, from those of its reach; after the last
-    block of a reach all of the reach's, from those beyond. Later weights are read and written so much more rarely."""
+    """When the errors of finished blocks are taken off later columns: a block's at once, but from the columns of its reach alone; those of
+    all blocks of a reach after the last of them, from the columns beyond. So later weights are read and written more rarely."""
 
     size: int
     """Columns, a multiple of a block's."""
@@ -199,9 +199,9 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned. Codes are read before the next
-    call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
-    looks_ahead: `ranges` may read weights beyond the block; elsewhere those beyond its `Reach` lack some errors."""
+    spends: the weight, contiguous, is written to, and of the values those of the last block alone are returned. Codes are to be read before
+    the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
+    looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     later = kernel("lazy_update", device=w.device, later=w)
@@ -269,7 +269,8 @@ def diagonal_blocks(upper: Tensor, size: int) -> list[Tensor]:
 
 
 def by_columns(weights: Sequence[Tensor]) -> Tensor:
-    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another; where loops are replayed, to be solved before others are made."""
+    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another; where loops are replayed, to be solved before others are laid
+    out."""
     rows = [len(w) for w in weights]
     k, n, replays = weights[0].shape[1], sum(rows), replay.current()
     columns = weights[0].new_empty(k, n, dtype=torch.float32) if replays is None else replays.lent(weights[0], k, n)

@@ -163,7 +163,7 @@ def recorded() -> Iterator[dict[str, list[str]]]:
 
 
 def ran(operation: str, backend: str) -> None:
-    """Tells the record: of what `kernel` chooses, and of a part of an operation that its kernels leave to others."""
+    """Adds to the record: what `kernel` chooses, and what does a part of an operation that its kernels leave to others."""
     found = _chosen.get()
     if found is not None:
         with _telling:

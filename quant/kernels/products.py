@@ -42,9 +42,9 @@ def most_rows(backend: Any) -> int:
 
 
 def rows_alone(backend: Any, packed: Any, dtype: torch.dtype) -> int:
-    """Rows of x, of a type, up to which a backend of `wq_gemv` is not left for `wq_gemm`: `MOST_ROWS`, or as many as the backend multiplies
-    in one pass through the codes. It does so only with bfloat16 that no input scale divides: others take three columns a row. And only of
-    small weights, or by slices of K, is that faster: by blocks that have all of K 16 rows by 4-bit codes take 8.2 us on an H200 with
+    """Rows of x, of a type, up to which a backend of `wq_gemv` multiplies, before `wq_gemm` does: `MOST_ROWS`, or more where it takes more
+    in one pass through the codes and that is faster. It takes more of bfloat16 without an input scale alone: others need three columns a
+    row. It is faster with small weights, or by slices of K: by blocks that have all of K 16 rows by 4-bit codes take 8.2 us on an H200 with
     4096 x 4096 weights (9.4 by `wq_gemm`), but 15.3 with 4096 x 11008 (13.5) and 17.9 with 8192 x 8192 (17.2)."""
     if dtype is not torch.bfloat16 or packed.input_scale is not None:
         return MOST_ROWS

@@ -58,7 +58,7 @@ class Binarized:
     salient: Tensor
     """bool `[K]`."""
     scale: Tensor
-    """`[N, B, 4]`, rounded to the stored type but of the weight's."""
+    """`[N, B, 4]` in the weight's type, rounded to the stored one."""
     mean: Tensor
     """`[N, B, 3]`, likewise."""
     wrong: Tensor

@@ -30,8 +30,8 @@ WIDE = Tile(128, 128, 64, 4, 3, gluon=True, halves=True)
 LEAST_WIDE = 256
 """Columns from which on WIDE is taken."""
 REACH = 512
-"""Columns of finished blocks that are taken off all later ones at once, where WIDE is taken; 0 where each block's are. More of them read
-and write later weights more rarely; but those of the blocks among them, which each of the blocks updates, become more."""
+"""Columns of finished blocks whose errors are taken off all columns beyond at once, where WIDE is taken; 0: those of each block. With more
+columns later weights are read and written more rarely, but those within a reach, which each of its blocks updates, are more."""
 
 
 def refuses(later: Tensor) -> str | None:
