@@ -15,8 +15,7 @@ from torch import Tensor
 from quant import tensors
 from quant.accounting import zero_bits
 from quant.number_formats import SCALE_BLOCK, number_format
-from quant.tensors import codebook, columns, mixed, row_codebook, sparse
-from quant.tensors.lattice import lattice_bits
+from quant.tensors import codebook, columns, lattice, mixed, row_codebook, sparse
 
 LARGE = (4096, 4096)
 
@@ -103,7 +102,7 @@ def _incoherent(t: tensors.IncoherentTensor, n: int, k: int) -> float:
 
 
 def _lattice(t: tensors.LatticeTensor, n: int, k: int) -> float:
-    return lattice_bits(t.bits, n, k)
+    return lattice.bits_formula(t.bits, n, k)
 
 
 _FORMULAS: dict[type[Any], Any] = {

@@ -5,7 +5,7 @@ Letters: weight `[N, K]` (out, in), groups `G = K // group_size`, scale and zero
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
 
@@ -28,6 +28,11 @@ class ZeroKind(str, Enum):
     """A real number in units of codes, stored like the scale (HQQ)."""
     MINIMUM = "minimum"
     """The smallest weight itself, w ≈ codes · scale + zero, stored like the scale (KIVI)."""
+
+    def dtype(self, scale_dtype: torch.dtype) -> torch.dtype:
+        """Of zeros, before those that are codes are packed."""
+        whole = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
+        return whole.get(self, scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,10 @@ class Affine:
             return self._limited((w / self.scale).add_(self.zero).round_())
         # In place: on a CPU the memory of five temporaries costs more than the arithmetic.
         return self._limited((w / self.scale).round_().add_(self.zero))
+
+    def per_group(self) -> Affine:
+        """Scale and zero `[..., 1]` ▸ `[...]`, as they are stored."""
+        return replace(self, scale=self.scale[..., 0], zero=self.zero[..., 0])
 
     def _limited(self, codes: Tensor) -> Tensor:
         """The codes may be changed in place."""

@@ -7,12 +7,14 @@ Departure: sign(0) is +1, as a sign is stored in one bit; the reference code's s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,21 @@ def binarize(x: Tensor, mask: Tensor, order: int, *, means: bool = True) -> Bina
     return out
 
 
-def stored(scale: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def stored(values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As `rounded`. Raises ScaleDtypeError where something does not fit."""
-    scale, mean, wrong = rounded(scale, mean, dtype)
-    must_fit(wrong, scale.numel() + (0 if mean is None else mean.numel()), dtype)
-    return scale, mean
+    kept, wrong = rounded(values, dtype)
+    must_fit(wrong, sum(v.numel() for v in values), dtype)
+    return kept
 
 
-def rounded(scale: Tensor, mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+def rounded(values: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Scales `[N, P]` and means `[N, M]` of the same weights, rounded to their stored type but kept in their float type; and how many of
     them, int64 `[]` on their device, are off by more than 2^-10 of the row's largest."""
-    largest = scale.abs().amax(1, keepdim=True)
-    if mean is not None:
-        largest = torch.maximum(largest, mean.abs().amax(1, keepdim=True))
-    scale, wrong = _rounded(scale, largest, dtype)
-    if mean is None:
-        return scale, None, wrong
-    mean, more = _rounded(mean, largest, dtype)
-    return scale, mean, wrong + more
+    largest = reduce(torch.maximum, (v.abs().amax(1, keepdim=True) for v in values))
+    kept = [v.to(dtype).to(v.dtype) for v in values]
+    # NaN, from infinity, is not within the bound either.
+    wrong = [(~((k - v).abs() <= 2.0**-10 * largest)).sum() for k, v in zip(kept, values, strict=True)]
+    return kept, reduce(torch.add, wrong)
 
 
 def must_fit(wrong: Tensor, number: int, dtype: torch.dtype) -> None:
@@ -73,9 +72,3 @@ def must_fit(wrong: Tensor, number: int, dtype: torch.dtype) -> None:
     count = int(wrong)
     if count:
         raise ScaleDtypeError(f"{count} of {number} scales or means do not fit {str(dtype).removeprefix('torch.')}")
-
-
-def _rounded(x: Tensor, largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    out = x.to(dtype).to(x.dtype)
-    # NaN, from infinity, is not within the bound either.
-    return out, (~((out - x).abs() <= 2.0**-10 * largest)).sum()

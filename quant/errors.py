@@ -2,6 +2,7 @@
 
 ValueError
 ├── NonFiniteError        NaN or infinity in a weight, statistic or input
+├── ScaleDtypeError       a scale, zero or table that the stored type cannot hold closely enough
 └── SingularHessianError  no damping of the ladder makes the Hessian positive definite
 RuntimeError
 └── BackendError          the kernel that was asked for by name does not work on the device, or with what it is given
@@ -20,6 +21,10 @@ class NonFiniteError(ValueError):
     """Names how many values are not finite and where the first one is."""
 
 
+class ScaleDtypeError(ValueError):
+    """Says how many scales, zeros or tables the stored type cannot hold closely enough for the codes to be right, and which type."""
+
+
 class BackendError(RuntimeError):
     """Names the setting that asked for it, the reason, and what to choose instead."""
 
@@ -33,7 +38,7 @@ class SingularHessianError(ValueError):
 
 
 def require_all_finite(given: Sequence[tuple[str, Tensor]]) -> None:
-    """`require_finite` of each; a device is waited for once where all are."""
+    """As `require_finite` of each (what, tensor); waits for a device once where all are finite."""
     sums = [_total(x).to(given[0][1].device, torch.float64) for _, x in given]
     if not bool(torch.isfinite(torch.stack(sums)).all()):
         for what, x in given:

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
+from quant.errors import ScaleDtypeError
 from quant.scheme import WeightScheme
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -42,12 +43,10 @@ MSE_POWER = 2.4
 Range = tuple[Tensor, Tensor]
 
 
-class ScaleDtypeError(ValueError):
-    """A scale or zero that the stored type cannot hold closely enough for the codes to be right."""
-
-
 @dataclass(frozen=True)
 class Grid:
+    """A row of the table above."""
+
     name: str
     zero: ZeroKind
     limits: Callable[[Tensor], Range]
@@ -164,8 +163,7 @@ def fit(g: Grid, w: Tensor, bits: int, scale_dtype: torch.dtype, mse: bool = Fal
 
     Raises ScaleDtypeError when the stored type cannot hold them."""
     best = fit_unchecked(g, w, bits, scale_dtype, mse)
-    if scale_dtype is torch.float16:
-        check_float16(best, w)
+    check_stored(best, w, scale_dtype)
     return best
 
 
@@ -219,9 +217,10 @@ def affine_of(
     return Affine(scale, zero, bits, g.zero)
 
 
-def check_float16(affine: Affine, w: Tensor) -> None:
-    """Raises ScaleDtypeError where `unfit_float16` finds any."""
-    refuse_unfit(int(unfit_float16(affine, w).sum()), affine.scale.numel())
+def check_stored(affine: Affine, w: Tensor, scale_dtype: torch.dtype) -> None:
+    """Raises ScaleDtypeError where the stored type cannot hold the ranges of values `[..., g]`: float32 holds all."""
+    if scale_dtype is torch.float16:
+        refuse_unfit(int(unfit_float16(affine, w).sum()), affine.scale.numel())
 
 
 def refuse_unfit(wrong: int, of: int) -> None:
@@ -254,8 +253,12 @@ def with_stored_scales(scheme: WeightScheme, run: Callable[[torch.dtype], T]) ->
         return run(torch.float32), [f"{e}; scales are stored in float32"]
 
 
-def round_weight(g: Grid, weight: Tensor, scheme: WeightScheme, mse: bool = False) -> Tensor:
+def round_weight(g: Grid, weight: Tensor, scheme: WeightScheme) -> Tensor:
     """Fake-quantized `[N, K]`: what RTN on this grid stands for."""
-    groups = grouped(weight, scheme)
-    rounded, _ = with_stored_scales(scheme, lambda dtype: fit(g, groups, scheme.bits, dtype, mse).round(groups))
-    return rounded.view(weight.shape)
+    return round_groups(g, grouped(weight, scheme), scheme).view(weight.shape)
+
+
+def round_groups(g: Grid, groups: Tensor, scheme: WeightScheme) -> Tensor:
+    """As `round_weight`, of groups `[..., g]`."""
+    rounded, _ = with_stored_scales(scheme, lambda dtype: fit(g, groups, scheme.bits, dtype).round(groups))
+    return rounded

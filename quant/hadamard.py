@@ -17,9 +17,9 @@ from quant.kernels.hadamard.matrices import factors, hadamard_block, small, smal
 __all__ = ["apply_hadamard", "hadamard_block", "hadamard_matrix", "mix", "small_factor"]
 
 
-def hadamard_matrix(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """H `[n, n]`, orthonormal. Raises ValueError where there is none of order n."""
-    return apply_hadamard(torch.eye(n, dtype=torch.float64)).to(dtype)
+def hadamard_matrix(n: int) -> Tensor:
+    """H `[n, n]`, orthonormal, float64. Raises ValueError where there is none of order n."""
+    return apply_hadamard(torch.eye(n, dtype=torch.float64))
 
 
 def apply_hadamard(x: Tensor, *, transpose: bool = False, normalize: bool = True) -> Tensor:

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.errors import SingularHessianError
-from quant.solver import damping_ladder
+from quant.solver import first_factor
 
 LAZY = 128
 """Columns between products with all later errors."""
@@ -41,24 +40,17 @@ def feedback(hessian: Tensor, damp: float, block: int = 1) -> Feedback:
 
     Raises SingularHessianError when no damping of the ladder makes it positive definite."""
     k = hessian.shape[0]
-    mean = hessian.diagonal().mean()
-    ladder = damping_ladder(damp)
-    for fraction in ladder:
-        damped = hessian.clone()
-        damped.diagonal().add_(fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0 and bool(torch.isfinite(lower).all()):
-            break
-    else:
-        tried = ", ".join(f"{d:g}" for d in ladder)
-        raise SingularHessianError(
-            f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
-        )
+    lower, fraction = first_factor(hessian, damp, _lower)
     columns = lower.view(k, k // block, block).transpose(0, 1)  # [K / b, K, b]
     corner = torch.stack([lower[i : i + block, i : i + block] for i in range(0, k, block)])
     # X · corner = columns.
     unit = torch.linalg.solve_triangular(corner, columns, upper=False, left=False)
     return Feedback(unit.transpose(0, 1).reshape(k, k), corner @ corner.transpose(1, 2), fraction)
+
+
+def _lower(hessian: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    return None if int(info) else lower
 
 
 def solve_from_last(weight: Tensor, fed: Feedback, round_block: RoundBlock) -> tuple[Tensor, Tensor]:

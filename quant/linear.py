@@ -14,7 +14,7 @@ from quant.errors import QuantizationWarning, require_finite
 from quant.grids import grid as grid_named
 from quant.methods.base import Linear, Rounded, Rounding, ScaleGroup, StoredTensor, Transform
 from quant.methods.make import param_names, rounding_or_tuner, transform, unknown
-from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
+from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDERS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
 from quant.methods.single import single_linear
 from quant.methods.tuner import BlockTuner
 from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
@@ -116,9 +116,10 @@ def _quantized(
     activation: ActivationScheme | None,
     method_params: Mapping[str, Any],
 ) -> tuple[StoredTensor, list[str]]:
-    params = dict(method_params)
+    params, recipe = dict(method_params), METHODS[method]
+    rounder_class = ROUNDERS[recipe.rounding]
     granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
-    numbers = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports.numbers
+    numbers = rounder_class.supports.numbers
     number = number or ("int" if numbers == ANY_NUMBER else numbers[0])
     signed = symmetric or number != "int"
     scheme = WeightScheme(bits, signed, granularity, group_size, params.pop("scale_dtype", "float32"), number)
@@ -126,9 +127,7 @@ def _quantized(
     if symmetric and named is not None and not grid_named(named).symmetric:
         raise ValueError(f"grid={named} is asymmetric and symmetric=True was given; leave one of them out")
 
-    recipe = METHODS[method]
     transforms = [transform(t, _own(params, TRANSFORMS[t])) for t in recipe.transforms]
-    rounder_class = {**ROUNDINGS, **TUNERS}[recipe.rounding]
     rounder = rounding_or_tuner(recipe.rounding, {**recipe.rounding_params, **_own(params, rounder_class)})
     parts: list[Any] = [*(TRANSFORMS[t] for t in recipe.transforms), rounder_class]
     allowed = list(dict.fromkeys(name for part in parts for name in param_names(part)))
@@ -175,14 +174,14 @@ def _rounded(
 
 def _check_types(weight: object, bits: object, group_size: object, symmetric: object, data: Mapping[str, object]) -> None:
     """What a notebook may get wrong: raises ValueError."""
-    for name, value in {"weight": weight, **data}.items():
-        if not isinstance(value, Tensor) and (value is not None or name == "weight"):
+    given = {"weight": weight, **{name: value for name, value in data.items() if value is not None}}
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
             raise ValueError(f"{name} is a {type(value).__name__}; give a torch tensor, as torch.as_tensor({name})")
-    assert isinstance(weight, Tensor)
-    for name, value in {"weight": weight, **data}.items():
-        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_meta or value.is_complex()):
+        if value.layout is not torch.strided or value.is_meta or value.is_complex():
             kind = "complex" if value.is_complex() else "on the device meta" if value.is_meta else f"of layout {value.layout}"
             raise ValueError(f"{name} is {kind}; give an ordinary tensor of real numbers")
+    assert isinstance(weight, Tensor)
     if weight.dim() != 2 or not weight.is_floating_point() or not weight.numel():
         raise ValueError(f"weight of shape {tuple(weight.shape)} and type {weight.dtype}; give a float matrix [N, K] (out, in)")
     if type(bits) is not int:

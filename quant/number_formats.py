@@ -28,7 +28,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 
 SCALE_BLOCK = 256
 """Scales of nf4_dq that share a scale of their own."""
@@ -158,6 +158,8 @@ Scales = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class NumberFormat:
+    """A row of the table above: R rows, G groups of each."""
+
     name: str
     element: Element
     fit: Callable[[Tensor, torch.dtype], Scales]

@@ -2,7 +2,7 @@
 
 A loop whose shapes and settings come for the first time is queued as ever, which compiles and loads what it launches. When they come again
 it is captured, on memory that stays, and from then on what is given is copied there and the graph replayed: the same launches in the same
-order, the same bits. Graphs are a thread's own on one stream, where one is over before the next begins, so that they share their memory.
+order, the same bits. A graph is of one thread and one stream, where each is over before the next begins, so that all of these share memory.
 
 What cannot be captured is queued as ever, with a note.
 """
@@ -45,6 +45,8 @@ class _Place:
 
 
 class Replays:
+    """The graphs of all threads that share it, and the memory they run on."""
+
     def __init__(
         self,
         capture: Callable[[Callable[[], None], torch.device, Any], Callable[[], None]] | None = None,
@@ -164,6 +166,7 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def short_of(device: torch.device, needed: int) -> str | None:
+    """None, or why so many bytes more leave a GPU too little memory (`SPARED`)."""
     free, total = torch.cuda.mem_get_info(device)
     if free - needed >= total // SPARED:
         return None

@@ -273,6 +273,8 @@ def _check_clip(part: str, clip: float) -> None:
 
 @dataclass(frozen=True)
 class Scheme:
+    """All parts of a variant's format."""
+
     weight: WeightScheme | None = None
     activation: ActivationScheme | None = None
     kv: KVScheme | None = None

@@ -33,6 +33,8 @@ blocks, not those of the block at work."""
 
 @dataclass(frozen=True)
 class Solved:
+    """K columns of N rows."""
+
     codes: Tensor
     """`[K, N]`."""
     values: Tensor
@@ -61,13 +63,31 @@ def damping_ladder(damp: float) -> list[float]:
     return [*ladder, 1.0] if damp < 1 else ladder
 
 
+def first_factor(hessian: Tensor, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, float]:
+    """`factor(H + d I)` for the first d of the ladder for which there is one and it is finite, and the fraction d / mean(diag H).
+
+    Raises SingularHessianError where there is none for the whole ladder."""
+    mean = hessian.diagonal().mean()
+    ladder = damping_ladder(damp)
+    for fraction in ladder:
+        damped = hessian.clone()
+        damped.diagonal().add_(fraction * mean)
+        found = factor(damped)
+        if found is not None and bool(torch.isfinite(found).all()):
+            return found, fraction
+    tried = ", ".join(f"{d:g}" for d in ladder)
+    raise SingularHessianError(
+        f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
+    )
+
+
 def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     """U `[K, K]`, upper triangular with UᵀU = (H + d I)⁻¹, and the fraction d / mean(diag H) that was needed. Not to be changed in place:
     see `provided_factors`.
 
     One Cholesky factorization: reversing rows and columns of H gives H = R Rᵀ with R upper, and U = R⁻¹.
     Raises SingularHessianError when the whole ladder fails."""
-    return _provider.get()("inverse_factor", hessian, damp, partial(_factored, hessian, damp))
+    return _provider.get()("inverse_factor", hessian, damp, partial(first_factor, hessian, damp, _inverted))
 
 
 Make = Callable[[], tuple[Tensor, float]]
@@ -88,7 +108,7 @@ def provided_factors(provider: FactorProvider) -> Iterator[None]:
 
 
 FACTORS = 2
-"""That are shared: SLiM-LLM makes one to choose bits and another to round."""
+"""That `shared_factors` keeps: SliM-LLM makes one to choose bits and another to round."""
 
 
 @contextmanager
@@ -110,22 +130,9 @@ def shared_factors() -> Iterator[None]:
         yield
 
 
-def _factored(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
-    mean = hessian.diagonal().mean()
-    ladder = damping_ladder(damp)
-    for fraction in ladder:
-        damped = hessian.clone()
-        damped.diagonal().add_(fraction * mean)
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if int(info) == 0:
-            upper = lower.flip(0, 1)
-            inverse = _inverse(upper)
-            if bool(torch.isfinite(inverse).all()):
-                return inverse, fraction
-    tried = ", ".join(f"{d:g}" for d in ladder)
-    raise SingularHessianError(
-        f"the Hessian of shape {tuple(hessian.shape)} is singular with damping {tried}; give more, or more diverse, calibration text"
-    )
+def _inverted(hessian: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+    return None if int(info) else _inverse(lower.flip(0, 1))
 
 
 MOST_SOLVED = 1024
@@ -149,12 +156,13 @@ def _inverse(upper: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reach:
-    """From which later columns the errors of finished blocks are taken off: after a block its own, from those of its reach; after the last
-    block of a reach all of the reach's, from those beyond. Later weights are read and written so much more rarely."""
+    """When the errors of finished blocks are taken off later columns: a block's at once, but from the columns of its reach alone; those of
+    all blocks of a reach after the last of them, from the columns beyond. So later weights are read and written more rarely."""
 
     size: int
     """Columns, a multiple of a block's."""
     k: int
+    """Of all columns."""
 
     def after(self, start: int, end: int) -> tuple[slice, slice] | None:
         """Of block start .. end - 1: columns whose errors are taken off, and from which."""
@@ -191,9 +199,9 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: nobody reads the weight, contiguous, or the values again; those of the last block are returned. Codes are read before the next
-    call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
-    looks_ahead: `ranges` may read weights beyond the block; elsewhere those beyond its `Reach` lack some errors."""
+    spends: the weight, contiguous, is written to, and of the values those of the last block alone are returned. Codes are to be read before
+    the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
+    looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     later = kernel("lazy_update", device=w.device, later=w)
@@ -261,7 +269,8 @@ def diagonal_blocks(upper: Tensor, size: int) -> list[Tensor]:
 
 
 def by_columns(weights: Sequence[Tensor]) -> Tensor:
-    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another; where loops are replayed, to be solved before others are made."""
+    """float32 `[K, N]` of weights `[N_i, K]` on a GPU, one after another; where loops are replayed, to be solved before others are laid
+    out."""
     rows = [len(w) for w in weights]
     k, n, replays = weights[0].shape[1], sum(rows), replay.current()
     columns = weights[0].new_empty(k, n, dtype=torch.float32) if replays is None else replays.lent(weights[0], k, n)
@@ -293,9 +302,9 @@ def stacks(weights: Sequence[Tensor]) -> bool:
     return first.device.type != "cpu" or kernel("gptq_block", device=first.device).backend != "torch"
 
 
-def block_within(group: int, most: int = 128) -> int:
-    """Columns of a block, such that groups begin where blocks do: the largest divisor of `group` up to `most`."""
-    return next(b for b in range(min(group, most), 0, -1) if group % b == 0)
+def block_within(group: int) -> int:
+    """Columns of a block, such that groups begin where blocks do: the largest divisor of `group` up to 128."""
+    return next(b for b in range(min(group, 128), 0, -1) if group % b == 0)
 
 
 def solve_columns(weight: Tensor, upper: Tensor, block_size: int, round_column: RoundColumn) -> Solved:

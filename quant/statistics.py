@@ -14,8 +14,6 @@ from torch import Tensor
 
 from quant.kernels import kernel
 
-KINDS = ("hessian", "absmax", "absmean", "minmax", "samples")
-
 
 @dataclass
 class Statistics:
@@ -117,7 +115,7 @@ class HessianSum:
 
 
 class AbsMax:
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str) -> None:
         self.peak = torch.zeros(channels, device=device)
 
     def update(self, x: Tensor) -> None:
@@ -131,7 +129,7 @@ class AbsMax:
 class MinMax:
     """Zero and zero for inputs that nobody reached."""
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str) -> None:
         self.limits = torch.zeros(2, channels, device=device)
         self.seen = False
 
@@ -150,7 +148,7 @@ class MinMax:
 class AbsMean:
     """Summed in float64."""
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str) -> None:
         self.total = torch.zeros(channels, dtype=torch.float64, device=device)
         self.tokens = 0
 
@@ -166,7 +164,7 @@ class AbsMean:
 class Samples:
     """Keeps sequences as they are, in their own float type. All sequences must be equally long."""
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str) -> None:
         self.channels, self.device = channels, device
         self.kept: list[Tensor] = []
 
@@ -177,13 +175,14 @@ class Samples:
         return torch.cat(self.kept) if self.kept else torch.zeros(0, 0, self.channels, device=self.device)
 
 
-ACCUMULATORS: dict[str, type[HessianSum] | type[AbsMax] | type[AbsMean] | type[MinMax] | type[Samples]] = {
+ACCUMULATORS: dict[str, Callable[[int, torch.device | str], Accumulator]] = {
     "hessian": HessianSum,
     "absmax": AbsMax,
     "absmean": AbsMean,
     "minmax": MinMax,
     "samples": Samples,
 }
+KINDS = tuple(ACCUMULATORS)
 
 
 def accumulator(kind: str, channels: int, device: torch.device | str = "cpu") -> Accumulator:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from quant.errors import NonFiniteError
-from quant.grids import ScaleDtypeError
+from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.methods.base import Rounded, Stacks
 from workers.rounding import BlockQuantizer, LinearResult, translated
 

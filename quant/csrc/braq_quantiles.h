@@ -29,10 +29,7 @@ DEVICE void add(State& s, uint32_t bits, uint32_t number) {
 // Sums over the threads up to each.
 DEVICE int scanned(int v, int* room) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int d = 1; d < 32; d *= 2) {
-        const int before = __shfl_up_sync(ALL, v, d);
-        if (lane >= d) v += before;
-    }
+    v = warp_scan(v);
     if (lane == 31) room[warp] = v;
     __syncthreads();
     for (int w = 0; w < warp; w++) v += room[w];
@@ -61,7 +58,7 @@ GLOBAL void BOUNDS(PICK_THREADS, 1) pick(const __grid_constant__ Block b, int bl
         else
             zeros++;
     }
-    for (int d = 16; d; d /= 2) zeros += __shfl_xor_sync(ALL, zeros, d);
+    zeros = warp_sum(zeros);
     if (blockIdx.x == 0 && threadIdx.x == 0) zeros += uint32_t(b.rows * int(s.count));
     if (lane == 0 && zeros) add<PASS>(s, 0, zeros);
     if (!last(s.arrived + 2 + PASS, blocks)) return;
@@ -94,11 +91,7 @@ GLOBAL void BOUNDS(PICK_THREADS, 1) pick(const __grid_constant__ Block b, int bl
             const uint32_t* const counts = (PASS == 1 ? s.second : s.third) + start;
             int own = 0;
             for (int i = 0; i < 8; i++) own += int(counts[i]);
-            int sum = own;
-            for (int d = 1; d < 32; d *= 2) {
-                const int before = __shfl_up_sync(ALL, sum, d);
-                if (lane >= d) sum += before;
-            }
+            const int sum = warp_scan(own);
             __syncwarp();  // all lanes have read the rank that one of them replaces
             if (sum <= rank || sum - own > rank) continue;
             int before = sum - own, i = 0;

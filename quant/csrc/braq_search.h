@@ -11,14 +11,13 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cta.h"
+#include "warp.h"
 
 namespace {
 
 constexpr int COUNT_ROWS = 32, STRIDE = 33;  // rows of a tile; words from a column to the next, so that no two lanes meet in a bank
 constexpr int COUNT_WARPS = 25;              // at most
 constexpr int SPLIT_WARPS = 8, SPLIT_ROWS = 16, TOGETHER = 4;  // values that a lane ranks at a time
-constexpr unsigned ALL = 0xffffffffu;
 
 // As many warps as share the candidates out evenly.
 inline int count_warps(int64_t number) {
@@ -37,11 +36,6 @@ struct Values {
 };
 
 DEVICE float at(const Values& v, int64_t row, int i) { return v.x[row * v.stride + (v.order != nullptr ? v.order[i] : i)]; }
-
-DEVICE double warp_sum(double v) {
-    for (int d = 16; d; d /= 2) v += __shfl_xor_sync(ALL, v, d);
-    return v;
-}
 
 // What is left of columns `from` to `to` of a row when they are binarized twice, with means.
 DEVICE float left_of(const float* x, int from, int to, float sum) {
@@ -140,11 +134,7 @@ DEVICE double sort_row(const float* raw, float* ordered, double* sums, int count
         sum += v;
         squares += v * v;
     }
-    double upto = sum;
-    for (int d = 1; d < 32; d *= 2) {
-        const double before = __shfl_up_sync(ALL, upto, d);
-        if (lane >= d) upto += before;
-    }
+    const double upto = warp_scan(sum);
     const double earlier = __shfl_up_sync(ALL, upto, 1);
     double running = lane ? earlier : 0;
     if (lane == 0) sums[0] = 0;

@@ -5,13 +5,12 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cta.h"
+#include "warp.h"
 
 namespace {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32, MOST = 256, TRIALS = 8;
 constexpr int TABLE_CENTRES = 32, SIDE = 64 + 4 * TABLE_CENTRES + 1;  // of dynamic programming
-constexpr unsigned ALL = 0xffffffffu;
 
 template <typename T>
 struct Problem {
@@ -49,18 +48,10 @@ DEVICE double down<double>(double limit) {
 // beginning. Everybody calls it; the next call must be a barrier away.
 DEVICE double scan(double mine, double* totals, double& end, double& all) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double upto = mine;
-    for (int d = 1; d < 32; d *= 2) {
-        const double before = __shfl_up_sync(ALL, upto, d);
-        if (lane >= d) upto += before;
-    }
+    const double upto = warp_scan(mine);
     if (lane == 31) totals[warp] = upto;
     __syncthreads();
-    double whole = totals[lane % WARPS];
-    for (int d = 1; d < WARPS; d *= 2) {
-        const double before = __shfl_up_sync(ALL, whole, d, WARPS);
-        if (lane % WARPS >= d) whole += before;
-    }
+    const double whole = warp_scan(totals[lane % WARPS], WARPS);
     const double earlier = __shfl_sync(ALL, whole, warp ? warp - 1 : 0), next = __shfl_sync(ALL, whole, warp);
     all = __shfl_sync(ALL, whole, WARPS - 1);
     const double neighbours = __shfl_up_sync(ALL, upto, 1), base = warp ? earlier : 0;
@@ -373,7 +364,7 @@ struct Column {
                     shift = (mean - centres[c]) * (mean - centres[c]);
                     centres[c] = mean;
                 }
-                for (int d = 16; d; d /= 2) shift += __shfl_xor_sync(ALL, shift, d);
+                shift = warp_sum(shift);
                 if (lane == 0) s.totals[warp] = shift;
             }
             __syncthreads();

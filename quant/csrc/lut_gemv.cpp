@@ -16,15 +16,6 @@ constexpr int64_t HELD = 1 << 18;     // bytes of tables that stay in the cache 
 constexpr int64_t RUN = 2, SPARSE = 64;
 
 constexpr int codes_of(int bits) { return 32 / bits; }
-// Fewer than eight values stand there several times over: then the bits of the next code do no harm.
-constexpr int entries_of(int bits) { return bits > 3 ? 16 : 8; }
-
-template <int BITS>
-INLINE Floats found(const float* table, Words code) {
-    if constexpr (BITS < 4) return looked_up(load(table), code);
-    const Ints upper = (Ints)(code << 28u) >> 31;
-    return upper ? looked_up(load(table + LANES), code) : looked_up(load(table), code);
-}
 
 // Words `from` to `to` of the rows of tile `t`. tables: of all columns, from those of word `from` on.
 template <int BITS>
@@ -39,7 +30,7 @@ INLINE void sweep(const uint32_t* words, const float* table, int64_t count, floa
             UNROLL for (int r = 0; r < VECTORS; r++) word[r] = load(words + r * LANES);
             UNROLL for (int j = 0; j < codes_of(BITS); j++, table += entries_of(BITS)) {
                 UNROLL for (int r = 0; r < VECTORS; r++) {
-                    part[r] += found<BITS>(table, word[r]);
+                    part[r] += decoded<BITS>(table, word[r]);
                     word[r] = word[r] >> uint32_t(BITS);
                 }
             }

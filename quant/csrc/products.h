@@ -66,6 +66,17 @@ INLINE Floats looked_up(Floats table, Words index) {
 #endif
 }
 
+// Fewer than eight values of a table stand there several times over: then the bits of the next code do no harm.
+constexpr int entries_of(int bits) { return bits > 3 ? 16 : 8; }
+
+// Entries of such a table, by codes in the lowest bits of each lane's number.
+template <int BITS>
+INLINE Floats decoded(const float* table, Words code) {
+    if constexpr (BITS < 4) return looked_up(load(table), code);
+    const Ints upper = (Ints)(code << 28u) >> 31;
+    return upper ? looked_up(load(table + LANES), code) : looked_up(load(table), code);
+}
+
 INLINE float sum(Floats v) {
     float lane[LANES];
     std::memcpy(lane, &v, sizeof v);

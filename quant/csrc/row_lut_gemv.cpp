@@ -16,9 +16,6 @@ constexpr int ROWS = 32, UNIT = 32, GROUPS = UNIT / LANES;
 constexpr int64_t CHUNK = 32;  // units whose words, and x, stay in the first-level cache while all rows of a tile are gone through
 constexpr int TOGETHER = 2;    // rows of the weight that share what is read of x
 
-// Four values stand there twice: then the bits of the next code do no harm.
-constexpr int entries_of(int bits) { return bits > 3 ? 16 : 8; }
-
 // Eight codes, the first in the lowest bits.
 template <int BITS>
 INLINE uint32_t group_of(const uint32_t* unit, int group) {
@@ -31,10 +28,7 @@ INLINE uint32_t group_of(const uint32_t* unit, int group) {
 template <int BITS>
 INLINE Floats weights(const float* table, uint32_t codes) {
     constexpr uint32_t B = BITS;
-    const Words code = (Words{} + codes) >> Words{0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B};
-    if constexpr (BITS < 4) return looked_up(load(table), code);
-    const Ints upper = (Ints)(code << 28u) >> 31;
-    return upper ? looked_up(load(table + LANES), code) : looked_up(load(table), code);
+    return decoded<BITS>(table, (Words{} + codes) >> Words{0, B, 2 * B, 3 * B, 4 * B, 5 * B, 6 * B, 7 * B});
 }
 
 // Rows r and r + 1 of a tile, units 0 to `count`, M rows of x `stride` apart: sums [M][2].

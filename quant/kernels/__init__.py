@@ -2,9 +2,9 @@
 
 backend: auto takes the first of the operation's row that works on the device; a name of the row insists on that one. `preferring` insists
 on a name for all operations that have it, wherever auto is asked for.
-Each twin is a module with the operation's functions and `unavailable(device)`: None, or the reason why it does not work. One that does not
-take all that its operation is for has `refuses(...)` too: None, or the reason; a caller says what it has. Where
-one hands a call over nevertheless, it asks `kernel` for the other, so that records name both.
+Each twin is a module with the operation's functions. One that does not work everywhere has `unavailable(device)` too, and one that does not
+take all that its operation is for `refuses(...)`: None, or the reason; a caller says what it has. Where one hands a call over nevertheless,
+it asks `kernel` for the other, so that records name both.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def recorded() -> Iterator[dict[str, list[str]]]:
 
 
 def ran(operation: str, backend: str) -> None:
-    """Tells the record: of what `kernel` chooses, and of a part of an operation that its kernels leave to others."""
+    """Adds to the record: what `kernel` chooses, and what does a part of an operation that its kernels leave to others."""
     found = _chosen.get()
     if found is not None:
         with _telling:
@@ -179,6 +179,13 @@ class Kernel:
     backend: str
     notes: list[str]
     """Why a faster twin for this device was passed over."""
+
+
+def unavailable(operation: str, backend: str, device: torch.device | str = "cpu") -> str | None:
+    """None, or why a backend of an operation does not work on the device."""
+    twin: Any = import_module(TABLE[operation][backend])
+    reason: str | None = twin.unavailable(torch.device(device)) if hasattr(twin, "unavailable") else None
+    return reason
 
 
 def kernel(operation: str, backend: str = "auto", device: torch.device | str = "cpu", **given: Any) -> Kernel:
@@ -197,7 +204,7 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
     reasons: list[str] = []
     for name in [b for b in row if DEVICES.get(b, place.type) == place.type] if backend == "auto" else [backend]:
         module = import_module(row[name])
-        reason = module.unavailable(place)
+        reason = module.unavailable(place) if hasattr(module, "unavailable") else None
         if reason is None and given and hasattr(module, "refuses"):
             reason = module.refuses(**given)
         if reason is None:

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.grids import GRIDS
 from quant.kernels import binary_gemv as binary
 from quant.kernels import lut_gemv as lut
 from quant.kernels import row_lut_gemv as row_lut
 from quant.kernels import wq_gemm as gemm
 from quant.kernels import wq_gemv as gemv
-from quant.kernels.gptq_block import NUMBERS
+from quant.kernels.gptq_block import GRID_NUMBERS
 from quant.kernels.lut_gemv import fragments as lut_fragments
 from quant.kernels.wq_gemv import fragments as gemv_fragments
 
@@ -72,7 +71,7 @@ def gptq_block_fitted(block: Tensor, upper: Tensor, width: int, grid: str, bits:
 
 
 def _grid(grid: str, bits: int) -> None:
-    _require(grid in GRIDS and grid in NUMBERS, f"grid={grid!r}", f"choose one of {', '.join(NUMBERS)}")
+    _require(grid in GRID_NUMBERS, f"grid={grid!r}", f"choose one of {', '.join(GRID_NUMBERS)}")
     _bits(bits, 2 if grid in SIGNED else 1)
 
 

@@ -1,4 +1,4 @@
-"""Of blocks of a kernel that have arrived somewhere: numbers on a device that every call finds as zeros and leaves as zeros."""
+"""Numbers on a device with which blocks of a kernel count how many of them have arrived: every call finds zeros, and leaves zeros."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import torch
 from torch import Tensor
 
 COUNTERS = 1 << 18
-"""Of a device: calls take the next ones in turn, so that calls at the same time have their own. A graph keeps those that it was captured
-with: it is not to be replayed beside calls in other streams."""
-
-
+"""That a device has. Calls take the next ones in turn, so that calls at the same time have their own. A graph keeps those that it was
+captured with: it is not to be replayed beside calls in other streams."""
 _lock = Lock()
 _made: dict[torch.device, Counters] = {}
 
 
 class Counters:
-    """Zeros, which every call leaves as zeros."""
+    """Those of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._all = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
@@ -34,7 +32,7 @@ class Counters:
 
 
 def counters(device: torch.device) -> Counters:
-    """Those of a device; to be asked for before a graph is captured, whose own memory they must not be."""
+    """One for all threads; to be asked for before a graph is captured, whose own memory they must not be."""
     with _lock:
         # One for all threads: memory of another would be given back while a kernel counts in it.
         if device not in _made:

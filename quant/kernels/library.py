@@ -43,8 +43,9 @@ def _wq_gemv(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | Non
     return made
 
 
-def _wq_gemv_shape(x: Tensor, words: Tensor, ranges: Tensor, input_scale: Tensor | None, rows: int, bits: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
+def _product_shape(x: Tensor, *given: Any) -> Tensor:
+    """Of products whose last arguments are the rows of the weight and one number more."""
+    return x.new_empty(x.shape[0], given[-2])
 
 
 def _wq_gemm(
@@ -60,10 +61,6 @@ def _wq_gemm(
     packed = wq_gemm.Packed(low, high, scale, zero, input_scale, (rows, x.shape[1]), bits)
     made: Tensor = kernel("wq_gemm", device=x.device).run.wq_gemm(x, packed)
     return made
-
-
-def _wq_gemm_shape(x: Tensor, *given: Any) -> Tensor:
-    return x.new_empty(x.shape[0], given[-2])
 
 
 def _gptq_block(
@@ -138,12 +135,6 @@ def _binary_gemv(
     return made
 
 
-def _binary_gemv_shape(
-    x: Tensor, words: Tensor, tables: Tensor, salient: Tensor, largest: Tensor, input_scale: Tensor | None, rows: int, block: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
-
-
 def _hessian_syrk_(total: Tensor, x: Tensor) -> None:
     kernel("hessian_syrk", device=total.device, channels=len(total)).run.add(total, x)
 
@@ -157,7 +148,7 @@ def _hadamard(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor
     return made
 
 
-def _hadamard_shape(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
+def _same_shape(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -196,10 +187,6 @@ def _fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> 
     return made
 
 
-def _fake_quantize_shape(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
-    return x.new_empty(x.shape)
-
-
 def _rtn_pack(
     weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -211,7 +198,7 @@ def _rtn_pack(
 def _rtn_pack_shapes(
     weight: Tensor, grid: str, bits: int, width: int, scale_dtype: torch.dtype, mse: bool = False, error: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape, zero = rtn_pack.shape_of(weight, width), rtn_pack.zero_dtype(grid, scale_dtype)
+    shape, zero = rtn_pack.shape_of(weight, width), GRIDS[grid].zero.dtype(scale_dtype)
     stream = weight.new_empty((weight.numel() * bits + 7) // 8, dtype=torch.uint8)
     stored = weight.new_empty(shape, dtype=scale_dtype), weight.new_empty(shape, dtype=zero)
     off = weight.new_empty(shape if error else 0, dtype=torch.float64)
@@ -279,14 +266,14 @@ def _kv_attention_shape(q: Tensor, *given: Any) -> Tensor:
 define(
     "wq_gemv(Tensor x, Tensor words, Tensor ranges, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _wq_gemv,
-    _wq_gemv_shape,
+    _product_shape,
     checks.wq_gemv,
     whole=True,
 )
 define(
     "wq_gemm(Tensor x, Tensor low, Tensor? high, Tensor scale, Tensor? zero, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _wq_gemm,
-    _wq_gemm_shape,
+    _product_shape,
     checks.wq_gemm,
     whole=True,
 )
@@ -316,7 +303,7 @@ define(
 define(
     "row_lut_gemv(Tensor x, Tensor words, Tensor tables, Tensor? input_scale, SymInt rows, int bits) -> Tensor",
     _row_lut_gemv,
-    _wq_gemm_shape,
+    _product_shape,
     checks.row_lut_gemv,
     whole=True,
 )
@@ -324,12 +311,12 @@ define(
     "binary_gemv(Tensor x, Tensor words, Tensor tables, Tensor salient, Tensor largest, Tensor? input_scale, SymInt rows, int block)"
     " -> Tensor",
     _binary_gemv,
-    _binary_gemv_shape,
+    _product_shape,
     checks.binary_gemv,
     whole=True,
 )
 define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing, checks.hessian_syrk_)
-define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _hadamard_shape, checks.floats)
+define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _same_shape, checks.floats)
 define(
     "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
     " -> (Tensor, Tensor, Tensor)",
@@ -339,7 +326,7 @@ define(
 )
 define("braq_counts(Tensor m, int[] counts) -> Tensor", _braq_counts, _braq_counts_shape, checks.braq_counts)
 define("braq_splits(Tensor x, Tensor thresholds, Tensor? skip=None) -> Tensor", _braq_splits, _braq_splits_shape, checks.braq_splits)
-define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _fake_quantize_shape, checks.rows)
+define("fake_quantize(Tensor x, int bits, bool symmetric, float clip=1.0) -> Tensor", _fake_quantize, _same_shape, checks.rows)
 define(
     "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor sums, int bits, bool symmetric, float clip=1.0) -> Tensor",
     _int8_linear,

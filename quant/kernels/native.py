@@ -44,6 +44,7 @@ class NoLibrary(Exception):
 
 
 def cache_folder() -> Path:
+    """Where libraries are kept; it may not be there yet."""
     given = os.environ.get("BITGRID_CACHE")
     if given:
         return Path(given)

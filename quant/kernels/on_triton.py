@@ -52,8 +52,8 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def early(device: torch.device) -> dict[str, bool]:
-    """Options with which a kernel starts before the one in front of it is over, where a device can: it must wait for that, by `gdc_wait`,
-    before it reads or writes memory, and have a constant EARLY for it."""
+    """Options with which a kernel starts before the one in front of it is over, where the device can. Its program has a constant EARLY,
+    with which it waits, by `gdc_wait`, before it reads or writes memory."""
     return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
 
 

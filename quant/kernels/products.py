@@ -19,31 +19,32 @@ import torch
 from torch import Tensor
 
 MOST_ROWS = 8
-"""Of x, in a call, of a backend without a number of its own."""
+"""Rows of x that a call takes, of backends that name no number of their own."""
 MANY_ROWS = {"cpu": 512, "cuda": 32}
 """Type of device ▸ rows of x above which it is faster to make the weight and multiply dense matrices than to go through the packed one for
 every 8. On a CPU (4096 x 11008, 2 threads) those passes take 1.2, 2.3 and 3.0 ms a row with codes, codebooks and signs, a dense product
 1.3, and making the weight 100 ms. On an H200 (8192 x 8192, 4 bits) 8 rows take 21 us, making the weight 54 and a product with it 37."""
-
-
 TENSOR_CORE_ROWS = 256
 """Rows of x on a GPU up to which `wq_gemm` multiplies with codes, from `rows_alone` on."""
-
-
 SMALL = 2**24
 """Weights of a linear up to which `wq_gemv` is given all the rows that it takes in one pass."""
 
 
+def size_bytes(*tensors: Tensor | None) -> int:
+    """Of those that there are."""
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
 def most_rows(backend: Any) -> int:
-    """Of x, in a call of a backend."""
+    """Rows of x that a call of a backend takes."""
     most: int = getattr(backend, "MOST_ROWS", MOST_ROWS)
     return most
 
 
 def rows_alone(backend: Any, packed: Any, dtype: torch.dtype) -> int:
-    """Rows of x, of a type, up to which a backend of `wq_gemv` is not left for `wq_gemm`: `MOST_ROWS`, or as many as the backend multiplies
-    in one pass through the codes. It does so only with bfloat16 that no input scale divides: others take three columns a row. And only of
-    small weights, or by slices of K, is that faster: by blocks that have all of K 16 rows by 4-bit codes take 8.2 us on an H200 with
+    """Rows of x, of a type, up to which a backend of `wq_gemv` multiplies, before `wq_gemm` does: `MOST_ROWS`, or more where it takes more
+    in one pass through the codes and that is faster. It takes more of bfloat16 without an input scale alone: others need three columns a
+    row. It is faster with small weights, or by slices of K: by blocks that have all of K 16 rows by 4-bit codes take 8.2 us on an H200 with
     4096 x 4096 weights (9.4 by `wq_gemm`), but 15.3 with 4096 x 11008 (13.5) and 17.9 with 8192 x 8192 (17.2)."""
     if dtype is not torch.bfloat16 or packed.input_scale is not None:
         return MOST_ROWS

@@ -10,21 +10,20 @@ Values are kept as what decoding the stored codes gives, so that a read costs no
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 FULL = 16
 """Bits that mean: not quantized."""
 
 
-class KVState(ABC):
+class KVState:
     """The cache of one layer. `read` returns views into buffers that later calls overwrite."""
 
-    def __init__(self, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(self, rule: KVQuantizer, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._rule = rule
         self.length = 0
         self._keys = torch.empty(batch, heads, 0, head_dim, dtype=dtype, device=device)
         self._values = torch.empty_like(self._keys)
@@ -51,14 +50,14 @@ class KVState(ABC):
         self._keys = self._keys.index_select(0, index)
         self._values = self._values.index_select(0, index)
 
-    @abstractmethod
     def together(self) -> int | None:
         """How many next tokens may come in one append and read the same as one by one; None for any number."""
+        return None
 
-    def _settle(self) -> None:  # noqa: B027 - nothing waits in most methods
+    def _settle(self) -> None:
         """Quantize what earlier steps left to be quantized after their attention."""
 
-    def _written(self, start: int) -> None:  # noqa: B027 - nothing is quantized at once in some
+    def _written(self, start: int) -> None:
         """Quantize tokens from `start` on, where the method does so before attention."""
 
     def _grow(self, needed: int) -> None:

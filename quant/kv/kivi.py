@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.kv.base import FULL, SCALE_DTYPES, KVState, check_bits, stored
+from quant.grids import DTYPES
+from quant.kv.base import FULL, KVState, check_bits, stored
 
 
 def round_groups(x: Tensor, bits: int, group_size: int, dim: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -64,8 +65,8 @@ class Kivi:
                 f"kivi with residual_length={self.residual_length} and group_size={self.group_size}: "
                 "give a residual length that is a multiple of the group size"
             )
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype={self.scale_dtype}; choose {' or '.join(SCALE_DTYPES)}")
+        if self.scale_dtype not in DTYPES:
+            raise ValueError(f"scale_dtype={self.scale_dtype}; choose {' or '.join(DTYPES)}")
 
     def refuses(self, head_dim: int) -> str | None:
         if head_dim % self.group_size:
@@ -85,7 +86,7 @@ class Kivi:
         return length - length % self.residual_length, max(0, length - self.residual_length)
 
     def bits(self, length: int, heads: int, head_dim: int) -> float:
-        overhead = 2 * 8 * SCALE_DTYPES[self.scale_dtype].itemsize / self.group_size
+        overhead = 2 * 8 * DTYPES[self.scale_dtype].itemsize / self.group_size
         parts = []
         for bits, count in zip((self.key_bits, self.value_bits), self.quantized(length), strict=True):
             held = FULL if bits == FULL else bits + overhead
@@ -94,23 +95,17 @@ class Kivi:
 
     def keys_rounded(self, keys: Tensor) -> Tensor:
         """`[..., T, D]`, T a multiple of the group size."""
-        return keys if self.key_bits == FULL else round_groups(keys, self.key_bits, self.group_size, -2, SCALE_DTYPES[self.scale_dtype])
+        return keys if self.key_bits == FULL else round_groups(keys, self.key_bits, self.group_size, -2, DTYPES[self.scale_dtype])
 
     def values_rounded(self, values: Tensor) -> Tensor:
         """`[..., T, D]`."""
-        return (
-            values
-            if self.value_bits == FULL
-            else round_groups(values, self.value_bits, self.group_size, -1, SCALE_DTYPES[self.scale_dtype])
-        )
+        return values if self.value_bits == FULL else round_groups(values, self.value_bits, self.group_size, -1, DTYPES[self.scale_dtype])
 
 
 class _State(KVState):
-    def __init__(self, rule: Kivi, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(batch, heads, head_dim, dtype, device)
-        self._rule = rule
-        self._aged = (0, 0)
-        """Keys and values that are quantized."""
+    _rule: Kivi
+    _aged = (0, 0)
+    """Keys and values that are quantized."""
 
     def together(self) -> int:
         # Up to R tokens nothing ages; after that every step quantizes a value.

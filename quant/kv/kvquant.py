@@ -25,7 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.kv.base import FULL, SCALE_DTYPES, KVState, check_bits, stored
+from quant.grids import DTYPES
+from quant.kv.base import FULL, KVState, check_bits, stored
 from quant.kv.kmeans import kmeans
 from quant.scheme import KV_CODEBOOKS
 
@@ -101,8 +102,8 @@ class KVQuant:
             raise ValueError(f"codebook={self.codebook} of kvquant; choose {' or '.join(KV_CODEBOOKS)}")
         if self.first_few_fp16 < 0:
             raise ValueError(f"first_few_fp16={self.first_few_fp16} of kvquant must not be negative")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise ValueError(f"scale_dtype={self.scale_dtype}; choose {' or '.join(SCALE_DTYPES)}")
+        if self.scale_dtype not in DTYPES:
+            raise ValueError(f"scale_dtype={self.scale_dtype}; choose {' or '.join(DTYPES)}")
 
     @property
     def tail(self) -> float:
@@ -136,7 +137,7 @@ class KVQuant:
         return kmeans(x[inside], 2**self.bits_per_value, None if weights is None else weights[inside])
 
     def _stored(self, x: Tensor, what: str) -> Tensor:
-        return stored(x, SCALE_DTYPES[self.scale_dtype], what)
+        return stored(x, DTYPES[self.scale_dtype], what)
 
     def keys_rounded(self, keys: Tensor) -> Tensor:
         """`[..., H D]` on the calibrated ranges."""
@@ -169,7 +170,7 @@ class KVQuant:
     def bits(self, length: int, heads: int, head_dim: int) -> float:
         if self.bits_per_value == FULL or not length:
             return float(FULL)
-        width, scale = heads * head_dim, 8 * SCALE_DTYPES[self.scale_dtype].itemsize
+        width, scale = heads * head_dim, 8 * DTYPES[self.scale_dtype].itemsize
         sinks = min(self.first_few_fp16, length)
         coded = length - sinks
         kept = (self.outliers + self.kept_values(width) / width) / 2
@@ -181,12 +182,7 @@ class KVQuant:
 
 
 class _State(KVState):
-    def __init__(self, rule: KVQuant, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(batch, heads, head_dim, dtype, device)
-        self._rule = rule
-
-    def together(self) -> None:
-        return None
+    _rule: KVQuant
 
     def _written(self, start: int) -> None:
         start = max(start, self._rule.first_few_fp16)

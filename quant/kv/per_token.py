@@ -70,12 +70,7 @@ class PerToken:
 
 
 class _State(KVState):
-    def __init__(self, rule: PerToken, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(batch, heads, head_dim, dtype, device)
-        self._rule = rule
-
-    def together(self) -> None:
-        return None
+    _rule: PerToken
 
     def _written(self, start: int) -> None:
         if self._rule.bits_per_value != FULL:

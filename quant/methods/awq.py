@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quant.affine import grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, round_weight, with_stored_scales
+from quant.grids import choose_grid, round_groups, round_weight
 from quant.methods.base import ScaleGroup
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
@@ -120,8 +120,7 @@ class Awq:
         for i in range(max(1, int(self.clip_grid * self.max_shrink))):
             bound = widest * (1 - i / self.clip_grid)
             clipped = w.clamp(-bound, bound)
-            rounded, _ = with_stored_scales(scheme, lambda dtype, c=clipped: fit(chosen, c, scheme.bits, dtype).round(c))  # type: ignore[misc]
-            difference = (rounded - w).permute(1, 2, 0)  # [G, g, rows]
+            difference = (round_groups(chosen, clipped, scheme) - w).permute(1, 2, 0)  # [G, g, rows]
             error = torch.bmm(x, difference).square().sum(1).T[..., None]
             better = error < least
             best, least = torch.where(better, bound, best), torch.where(better, error, least)

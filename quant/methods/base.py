@@ -50,6 +50,11 @@ class StoredTensor(Protocol):
         """The same codes standing for the weight before its columns were multiplied by `scale` `[K]`."""
 
 
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """In which a weight is computed: float64 where it has that, float32 for all else."""
+    return torch.float64 if weight.dtype is torch.float64 else torch.float32
+
+
 @dataclass
 class Rounded:
     """What a rounding returns."""

@@ -33,7 +33,7 @@ from quant.binary import binarize, must_fit, rounded
 from quant.errors import NonFiniteError
 from quant.grids import with_stored_scales
 from quant.kernels import braq_block, kernel
-from quant.methods import binary_search as search
+from quant.methods import billm_search as search
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
 from quant.parameters import check
@@ -141,7 +141,7 @@ class _Blocks:
         salient, split = CHOICES[self.method.variant](block, self._saliency(start, block), self.method)
         low, high = binarize(block, ~salient & ~split, 1, means=False), binarize(block, split, 1, means=False)
         twice = binarize(block, salient, 2, means=False)
-        scale, _, wrong = rounded(torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1), None, self.scale_dtype)
+        [scale], wrong = rounded([torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1)], self.scale_dtype)
         self.wrong.append(wrong)
         self.salient.append(salient)
         self.split.append(split)

@@ -36,7 +36,7 @@ from quant.grids import DTYPES, with_stored_scales
 from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked_together, without_dead
+from quant.methods.feedback import checked_together, damping_notes, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
@@ -111,11 +111,10 @@ class Claq:
     def _work(self, weights: Sequence[Tensor], statistics: Statistics, schemes: Sequence[WeightScheme], targets: Sequence[float]) -> _Work:
         ready, hessian = checked_together("claq", weights, statistics)
         h, dead = revive_dead(hessian)
-        zeroed, notes = int(dead.sum()), list[str]()
+        zeroed = int(dead.sum())
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(len(h), device=h.device)
         upper, damp = inverse_factor(h[order][:, order], self.damp)
-        if damp != self.damp:
-            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        notes = damping_notes(self.damp, damp)
         block = kernel("claq_block", device=h.device)
         work = _Work(order, upper, damp, block, [])
         for w, scheme, target in zip(ready, schemes, targets, strict=True):
@@ -270,6 +269,7 @@ class Codebooks:
         self.found: list[Found] = []
 
     def part(self, start: int, count: int, weights: Tensor, out: SolvedBlock) -> Part:
+        """Columns start .. start + count - 1 of weights `[K, N]`."""
         own, n = slice(start, start + count), weights.shape[1]
         ends = None if self.fractions is None else [tails(n, fraction) for fraction in self.fractions[own]]
         widths = self.widths[own]

@@ -32,8 +32,8 @@ from torch import Tensor
 from quant.adam import Adam
 from quant.affine import Affine, grouped
 from quant.errors import require_finite
-from quant.grids import choose_grid, fit, unfit_float16, with_stored_scales
-from quant.methods.base import ScaleGroup
+from quant.grids import choose_grid, fit, round_groups, unfit_float16, with_stored_scales
+from quant.methods.base import ScaleGroup, working_dtype
 from quant.methods.clipping import START
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
@@ -82,7 +82,7 @@ class Clip:
         if self.kind == "none":
             return None
         require_finite(f"weight {name}", weight)
-        w = grouped(weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32), scheme)
+        w = grouped(weight.detach().to(working_dtype(weight)), scheme)
         errors = self._errors(w, statistics, scheme)
         best, shares = self._search(w, scheme, errors)
         if self.kind == "learned":
@@ -101,8 +101,7 @@ class Clip:
         shares = [1 - i / self.steps for i in range(max(1, int(self.steps * self.max_shrink)))]
         for p, q in [(p, p) for p in shares] if self.kind == "symmetric" else [(p, q) for p in shares for q in shares]:
             clipped = w.clamp(*self._bounds(*ends, p, q))
-            rounded, _ = with_stored_scales(scheme, lambda dtype, c=clipped: fit(chosen, c, scheme.bits, dtype).round(c))  # type: ignore[misc]
-            error = errors(rounded - w)
+            error = errors(round_groups(chosen, clipped, scheme) - w)
             better = error < least
             best, least = torch.where(better, clipped, best), torch.where(better, error, least)
             taken = [torch.where(better, share, old) for share, old in zip((p, q), taken, strict=True)]

@@ -9,14 +9,15 @@ Departure: where Omni's grid would have to cut its zero off at ±1e4 (all-equal 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
-from quant.errors import require_finite
-from quant.grids import DTYPES, ScaleDtypeError, affine_of, check_float16, choose_grid
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.scheme import WeightScheme
 from quant.straight_through import affine_through, round_through, scaled_limits
@@ -77,14 +78,14 @@ class LearnedClipping:
             self._scale_dtype = torch.float32
             self._notes.append(f"{e}; scales are stored in float32")
             affine = self._affine(groups, low, high)
-        inside = affine.kind is ZeroKind.INTEGER and bool(((affine.zero >= 0) & (affine.zero <= affine.top)).all())
-        # Zeros among the codes take as many bits as a code; 16 where one group's values lie on one side of 0.
-        flat = Affine(affine.scale[..., 0], affine.zero[..., 0], affine.bits, ZeroKind.CODE if inside else affine.kind)
-        tensor = AffineTensor.build(affine.encode(groups).view(weight.shape), flat, self._scale_dtype)
+        ranges = affine.per_group()
+        if affine.kind is ZeroKind.INTEGER and bool(((affine.zero >= 0) & (affine.zero <= affine.top)).all()):
+            # Zeros among the codes take as many bits as a code; 16 where one group's values lie on one side of 0.
+            ranges = replace(ranges, kind=ZeroKind.CODE)
+        tensor = AffineTensor.build(affine.encode(groups).view(weight.shape), ranges, self._scale_dtype)
         return Rounded(tensor, notes=list(self._notes))
 
     def _affine(self, groups: Tensor, low: Tensor, high: Tensor) -> Affine:
         affine = affine_of(self._grid, low, high, self._scheme.bits, self._scale_dtype)
-        if self._scale_dtype is torch.float16:
-            check_float16(affine, groups)
+        check_stored(affine, groups, self._scale_dtype)
         return affine

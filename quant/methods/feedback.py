@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from quant.errors import require_all_finite, require_finite
+from quant.methods.base import working_dtype
 from quant.solver import inverse_factor, revive_dead
 from quant.statistics import Statistics
 
@@ -52,7 +52,7 @@ def checked(method: str, weight: Tensor, statistics: Statistics) -> tuple[Tensor
 
     Raises NonFiniteError, and ValueError for a missing Hessian or one of another shape."""
     hessian = checked_hessian(method, weight, statistics)
-    given = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+    given = weight.detach().to(working_dtype(weight))
     return given, hessian.to(given)
 
 
@@ -63,7 +63,7 @@ def checked_together(method: str, weights: Sequence[Tensor], statistics: Statist
         if weight.shape[1] != len(given):
             raise ValueError(f"weights that read one input have {len(given)} columns each, not {weight.shape[1]}")
     require_all_finite([("weight", weights[0]), ("Hessian", given), *(("weight", w) for w in weights[1:])])
-    dtype = torch.float64 if weights[0].dtype is torch.float64 else torch.float32
+    dtype = working_dtype(weights[0])
     place = weights[0].device
     return [w.detach() if as_given else w.detach().to(place, dtype) for w in weights], given.to(place, dtype)
 
@@ -78,6 +78,11 @@ def without_dead(weight: Tensor, dead: Tensor, count: int) -> tuple[Tensor, list
     return weight.masked_fill(dead, 0), [f"{count} of {len(dead)} inputs are always 0 on the calibration text: their weights are set to 0"]
 
 
+def damping_notes(asked: float, used: float) -> list[str]:
+    """Both as fractions of mean(diag H), see `quant.solver.damping_ladder`."""
+    return [] if used == asked else [f"damping {asked:g} did not make the Hessian positive definite: {used:g} was used"]
+
+
 def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) -> Prepared:
     """As `checked`; raises SingularHessianError too.
 
@@ -86,6 +91,4 @@ def prepare(method: str, weight: Tensor, statistics: Statistics, damp: float) ->
     h, dead = revive_dead(hessian)
     w, notes = without_dead(given, dead, int(dead.sum()))
     upper, used = inverse_factor(h, damp)
-    if used != damp:
-        notes.append(f"damping {damp:g} did not make the Hessian positive definite: {used:g} was used")
-    return Prepared(given, w, upper, used, notes)
+    return Prepared(given, w, upper, used, notes + damping_notes(damp, used))

@@ -26,8 +26,8 @@ from quant.affine import Affine, group_of_each, grouped
 from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
-from quant.methods.base import ANY, Linear, Rounded, StoredTensor
-from quant.methods.feedback import checked, checked_together, without_dead
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
+from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
 from quant.parameters import check
@@ -173,9 +173,8 @@ class Gptq:
         if kept.numel():
             order = torch.cat([order[~torch.isin(order, kept)], kept])
         upper, damp = inverse_factor(h[order][:, order] if self._reorders(kept.numel()) else h, self.damp)
-        if damp != self.damp:
-            for given in givens:
-                given.notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        for given in givens:
+            given.notes.extend(damping_notes(self.damp, damp))
         return order, upper, damp
 
     def _reorders(self, kept: int) -> bool:
@@ -265,7 +264,7 @@ class _Ranges:
         scheme, groups, w = given.scheme, given.groups_to_fit(), given.weight
         self.grid, self.bits, self.scale_dtype, self.mse = given.chosen, scheme.bits, scale_dtype, method.mse
         self.order = order
-        k, self.rows, self.dtype = order.numel(), len(w), torch.float64 if w.dtype is torch.float64 else torch.float32
+        k, self.rows, self.dtype = order.numel(), len(w), working_dtype(w)
         self.width = groups.shape[2] if scheme.granularity is Granularity.GROUP else k
         dynamic = scheme.granularity is Granularity.GROUP and not method.static_groups
         self.permuted = dynamic and method.act_order
@@ -303,8 +302,7 @@ class _Ranges:
             # Ranges go by these two alone, which one pass finds; they are the same in float32.
             groups = torch.stack(torch.aminmax(groups, dim=-1), dim=-1)
         groups = groups.to(self.dtype)
-        new = fit(self.grid, groups, self.bits, self.scale_dtype, self.mse)
-        return Affine(new.scale[..., 0], new.zero[..., 0], self.bits, self.grid.zero)
+        return fit(self.grid, groups, self.bits, self.scale_dtype, self.mse).per_group()
 
     def how(self) -> Fit:
         width = self.width if self.in_launch else 0

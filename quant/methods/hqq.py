@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, grouped
-from quant.errors import require_finite
-from quant.grids import GRIDS, ScaleDtypeError, fit, refuse_unfit, with_stored_scales
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import GRIDS, fit, refuse_unfit, with_stored_scales
 from quant.kernels import kernel
 from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
-from quant.methods.base import ANY, Linear, Rounded, StoredTensor
+from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
@@ -68,7 +68,7 @@ class Hqq:
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with real zeros. Raises NonFiniteError, and ValueError for groups that do not divide."""
         require_finite("weight", weight)
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        w = weight.detach().to(working_dtype(weight))
         groups = self._groups(w, scheme)
         notes = ["the scheme is symmetric; hqq has a real zero per group all the same"] if scheme.symmetric else []
         # The fast twins have no float64.
@@ -79,8 +79,8 @@ class Hqq:
 
         def in_rows(scale_dtype: torch.dtype) -> StoredTensor:
             nonlocal steps
-            wanted = {"stream": found.backend == "cpu"}
-            made, steps = found.run.hqq_pack(w, scheme.bits, groups.shape[-1], scale_dtype, search, rounded, **wanted)
+            stream = found.backend == "cpu"
+            made, steps = found.run.hqq_pack(w, scheme.bits, groups.shape[-1], scale_dtype, search, rounded, stream=stream)
             _, unfit, wrong = made.told.tolist()
             refuse_unfit(unfit, made.scale.numel())
             _refuse_zeros(wrong, made.zero.numel())
@@ -100,8 +100,7 @@ class Hqq:
             if self.axis == 0:
                 flat = codes[0].T.reshape(weight.shape).to(torch.uint8)
                 return StridedTensor(flat, final.scale.flatten().to(scale_dtype), final.zero.flatten().to(scale_dtype), scheme.bits)
-            per_group = Affine(final.scale[..., 0], final.zero[..., 0], scheme.bits, ZeroKind.FLOAT)
-            return AffineTensor.build(codes.view(weight.shape), per_group, scale_dtype)
+            return AffineTensor.build(codes.view(weight.shape), final.per_group(), scale_dtype)
 
         tensor, dtype_notes = with_stored_scales(scheme, run if self.axis == 0 or w.dtype is torch.float64 else in_rows)
         return Rounded(tensor, notes=notes + found.notes + dtype_notes, details={"steps": steps})

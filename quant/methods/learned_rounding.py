@@ -20,8 +20,8 @@ from torch import Tensor
 
 from quant.adam import Adam
 from quant.affine import Affine, grouped
-from quant.errors import require_finite
-from quant.grids import DTYPES, Grid, ScaleDtypeError, affine_of, check_float16, choose_grid
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
 from quant.parameters import check
@@ -133,7 +133,6 @@ class _Offsets:
         require_finite(f"weight {name}", linear.weight)
         self._shape, self._bits = linear.weight.shape, linear.scheme.bits
         self._groups = grouped(linear.weight, linear.scheme)
-        self._grid: Grid
         self._grid, self._notes = choose_grid(method.grid, linear.scheme)
         self._soft = method.rule == "adaround"
         self._dtype = DTYPES[linear.scheme.scale_dtype]
@@ -179,8 +178,7 @@ class _Offsets:
         a = self._affine(hard=True)
         steps = self._groups / a.scale
         whole = steps.floor() + (self.choice() >= 0.5) if self._soft else (steps + self._v).round()
-        flat = Affine(a.scale[..., 0], a.zero[..., 0], a.bits, a.kind)
-        tensor = AffineTensor.build((whole + a.zero).clamp(0, a.top).view(self._shape), flat, self._dtype)
+        tensor = AffineTensor.build((whole + a.zero).clamp(0, a.top).view(self._shape), a.per_group(), self._dtype)
         return Rounded(tensor, notes=list(self._notes))
 
     def _affine(self, *, hard: bool) -> Affine:
@@ -188,6 +186,5 @@ class _Offsets:
             return affine_through(self._grid, *scaled_limits(self._grid, self._groups, self._low, self._high), self._bits, self._dtype)
         with torch.no_grad():
             affine = affine_of(self._grid, *scaled_limits(self._grid, self._groups, self._low, self._high), self._bits, self._dtype)
-            if self._dtype is torch.float16:
-                check_float16(affine, self._groups)
+            check_stored(affine, self._groups, self._dtype)
         return affine

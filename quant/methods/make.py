@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from quant.methods.base import ModelTransform, Rounding, Transform
-from quant.methods.registry import MODEL_TRANSFORMS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS, TUNERS
+from quant.methods.registry import MODEL_TRANSFORMS, ROUNDERS, ROUNDINGS, TOOLKIT_METHODS, TRANSFORMS
 from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
 
@@ -35,7 +35,7 @@ def model_transform(name: str, params: Mapping[str, Any], *, version: int | None
 
 def rounding_or_tuner(name: str, params: Mapping[str, Any], *, version: int | None = None) -> Rounding | BlockTuner:
     """What stands in a method's `rounding`. Raises ValueError for a wrong name, parameter, type or version."""
-    made: Rounding | BlockTuner = _make({**ROUNDINGS, **TUNERS}, "rounding", name, params, version)
+    made: Rounding | BlockTuner = _make(ROUNDERS, "rounding", name, params, version)
     return made
 
 

@@ -22,7 +22,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
 from quant.binary import binarize, stored
 from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
@@ -102,10 +101,8 @@ class PbLlm:
             fitted = binarize(w * mask, mask if masked else torch.ones_like(mask), 1)
             scales.append(fitted.scale[0])
             means.append(fitted.mean[0])
-        scale, mean = stored(torch.stack(scales, 1), torch.stack(means, 1), scale_dtype)
-        assert mean is not None
-
-        one = Affine(high.scale[:, 0], high.zero[:, 0], high.bits, high.kind)
+        scale, mean = stored([torch.stack(scales, 1), torch.stack(means, 1)], scale_dtype)
+        one = high.per_group()
 
         def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             codes = one.encode(column)

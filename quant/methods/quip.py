@@ -24,7 +24,7 @@ from quant.butterfly import butterflies
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import ALL_ZERO, checked, without_dead
+from quant.methods.feedback import ALL_ZERO, checked, damping_notes, without_dead
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.solver import revive_dead
@@ -46,6 +46,7 @@ def normalized(hessian: Tensor, ridge: float) -> tuple[Tensor, list[str]]:
 
 
 def one_scale_note(name: str, scheme: WeightScheme) -> list[str]:
+    """Where the scheme asks for more scales than there are."""
     if scheme.granularity is Granularity.TENSOR:
         return []
     return [f"{name} has one scale for the whole matrix: granularity {scheme.granularity.value} is not used"]
@@ -103,7 +104,7 @@ class Quip:
         values, fed = self._solve(steps.clamp(0, top), h, lambda _, x: x.round().clamp(0, top))
         codes, seeds = values.to(torch.uint8), torch.tensor([seed], device=device)
         tensor = IncoherentTensor(codes, scale.view(1), seeds, scheme.bits, input_scale=column_scale)
-        return Rounded(tensor, damp=fed.damp, notes=notes + zero_notes + self._damp_notes(fed))
+        return Rounded(tensor, damp=fed.damp, notes=notes + zero_notes + damping_notes(self.damp, fed.damp))
 
     def _plain(self, w: Tensor, h: Tensor, scheme: WeightScheme) -> Rounded:
         chosen, notes = choose_grid(None, scheme)
@@ -114,8 +115,7 @@ class Quip:
         fed: list[Feedback] = []
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            per_group = fit(chosen, groups, scheme.bits, scale_dtype)
-            affine = Affine(per_group.scale[..., 0], per_group.zero[..., 0], scheme.bits, chosen.zero)
+            affine = fit(chosen, groups, scheme.bits, scale_dtype).per_group()
             width = w.shape[1] // affine.scale.shape[1]
 
             def column(j: int) -> Affine:
@@ -129,7 +129,7 @@ class Quip:
             return AffineTensor.build(codes, affine, scale_dtype)
 
         tensor, dtype_notes = with_stored_scales(scheme, run)
-        return Rounded(tensor, damp=fed[0].damp, notes=notes + dtype_notes + self._damp_notes(fed[0]))
+        return Rounded(tensor, damp=fed[0].damp, notes=notes + dtype_notes + damping_notes(self.damp, fed[0].damp))
 
     def _solve(self, w: Tensor, h: Tensor, round_column: RoundBlock) -> tuple[Tensor, Feedback]:
         """Values `[N, K]` in the given column order, and the factors."""
@@ -149,11 +149,6 @@ class Quip:
         out = torch.empty_like(values)
         out[:, order] = values
         return out, fed
-
-    def _damp_notes(self, fed: Feedback) -> list[str]:
-        if fed.damp == self.damp:
-            return []
-        return [f"damping {self.damp:g} did not make the Hessian positive definite: {fed.damp:g} was used"]
 
 
 def _column_scale(w: Tensor, h: Tensor, scheme: WeightScheme) -> tuple[Tensor, list[str]]:

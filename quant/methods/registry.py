@@ -33,45 +33,15 @@ from quant.methods.squeezellm import SqueezeLlm
 from quant.methods.toolkits import AutoRound, HqqPackage, LlmCompressor
 from quant.methods.zeroquant import ZeroQuant
 
-_ROUNDINGS: tuple[type[Any], ...] = (
-    Rtn,
-    Gptq,
-    Claq,
-    SlimLlm,
-    Spqr,
-    LlmInt8,
-    Nf4,
-    Hqq,
-    Billm,
-    PbLlm,
-    Quip,
-    QuipSharp,
-    SqueezeLlm,
-)
-_TRANSFORMS: tuple[type[Any], ...] = (
-    Awq,
-    SmoothQuant,
-    QllmReassembly,
-    OsPlus,
-    Clip,
-    ClipOutput,
-)
-_MODEL_TRANSFORMS: tuple[type[Any], ...] = (
-    Quarot,
-    LearnedRotation,
-)
-_TUNERS: tuple[type[Any], ...] = (
-    OmniQuant,
-    LearnedRounding,
-    QllmCorrection,
-    SlimLlmPlus,
-    ZeroQuant,
-)
-ROUNDINGS: dict[str, type[Any]] = {c.name: c for c in _ROUNDINGS}
-TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _TRANSFORMS}
-MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in _MODEL_TRANSFORMS}
+ROUNDINGS: dict[str, type[Any]] = {
+    c.name: c for c in (Rtn, Gptq, Claq, SlimLlm, Spqr, LlmInt8, Nf4, Hqq, Billm, PbLlm, Quip, QuipSharp, SqueezeLlm)
+}
+TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in (Awq, SmoothQuant, QllmReassembly, OsPlus, Clip, ClipOutput)}
+MODEL_TRANSFORMS: dict[str, type[Any]] = {c.name: c for c in (Quarot, LearnedRotation)}
 """Transforms of a whole model: the first of a method's transforms, if any."""
-TUNERS: dict[str, type[Any]] = {c.name: c for c in _TUNERS}
+TUNERS: dict[str, type[Any]] = {c.name: c for c in (OmniQuant, LearnedRounding, QllmCorrection, SlimLlmPlus, ZeroQuant)}
+ROUNDERS = {**ROUNDINGS, **TUNERS}
+"""All that a method's `rounding` may name, but for those of toolkits."""
 TOOLKIT_METHODS: dict[str, type[Any]] = {c.name: c for c in (HqqPackage, LlmCompressor, AutoRound)}
 """Carried out by other toolkits, for a whole model: in `conf/method/`, but nothing that one linear could be given to."""
 
@@ -81,7 +51,7 @@ class Recipe:
     """A method as `quantize_linear` and `conf/method/` know it: only parameters that differ from the classes' defaults."""
 
     rounding: str
-    """Of ROUNDINGS or TUNERS."""
+    """Of ROUNDERS."""
     rounding_params: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ from quant.affine import group_width, grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, refuse_unfit, with_stored_scales, without_grid
 from quant.kernels import kernel
-from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.number_formats import encode, number_format
 from quant.parameters import check
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
@@ -58,10 +58,10 @@ class Rtn:
         alone = scheme.granularity is Granularity.TENSOR
         found = kernel("rtn_pack", "reference" if alone else "auto", weight.device)
         # The reference packs in a step of its own, which not every caller needs.
-        more = {"stream": found.backend != "reference", "mse": self.mse}
+        stream = found.backend != "reference"
 
         def run(scale_dtype: torch.dtype) -> AffineTensor:
-            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, **more)
+            made = found.run.rtn_pack(weight, chosen.name, scheme.bits, width, scale_dtype, stream=stream, mse=self.mse)
             broken, unfit = made.told.tolist()
             if broken:
                 require_finite("weight", weight)
@@ -75,7 +75,7 @@ class Rtn:
 def round_floating(weight: Tensor, scheme: WeightScheme) -> Rounded:
     """`[N, K]` ▸ codes of the scheme's number format; float64 is computed in float64, all else in float32."""
     format = number_format(scheme.number)
-    groups = grouped(weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32), scheme)
+    groups = grouped(weight.detach().to(working_dtype(weight)), scheme)
 
     def run(scale_dtype: torch.dtype) -> FloatingTensor:
         scales = format.fit(groups.abs().amax(-1), scale_dtype)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from quant.methods.base import ANY, Linear
+from quant.methods.base import ANY, Linear, working_dtype
 from quant.methods.tuner import TunableLinear, TuningBlocks
 from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
@@ -24,7 +23,7 @@ def single_linear(
 ) -> TuningBlocks:
     """weight `[N, K]`, inputs `[S, T, K]` of any float type; both streams are the same inputs, fake-quantized where there is an
     activation scheme (dynamic ranges)."""
-    w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+    w = weight.detach().to(working_dtype(weight))
     x = inputs.detach().to(w)
     key = f"{about.name}.weight"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.errors import ScaleDtypeError
 from quant.grids import GRIDS, fit
 from quant.solver import inverse_factor
 
@@ -37,6 +38,15 @@ def binary(w: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     scale = (w - mean[..., None] if centred else w).abs().mean(-1)
     constant = w.amax(-1) == w.amin(-1)
     return torch.where(constant, 0.0, scale), torch.where(constant, w[..., 0], mean)
+
+
+def check_binary(scale: Tensor, mean: Tensor, stored_scale: Tensor, stored_mean: Tensor) -> None:
+    """Raises ScaleDtypeError where scales and means of 1 bit are not stored closely enough."""
+    # Off by half a scale would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
+    bound = torch.where(scale == 0, mean.abs() * 2.0**-10, scale / 16)
+    wrong = ~((stored_scale - scale).abs() + (stored_mean - mean).abs() <= bound)
+    if bool(wrong.any()):
+        raise ScaleDtypeError(f"{int(wrong.sum())} of {wrong.numel()} scales and means of 1-bit groups do not fit float16")
 
 
 def rounded_group(w: Tensor, bits: int, *, centred: bool) -> Tensor:

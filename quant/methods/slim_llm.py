@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, group_width
-from quant.grids import GRIDS, MSE_POWER, Grid, ScaleDtypeError, affine_of, check_float16, with_stored_scales
+from quant.grids import GRIDS, MSE_POWER, Grid, affine_of, check_stored, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
-from quant.methods.feedback import checked, without_dead
-from quant.methods.slim_bits import binary, bit_allocation, labelled, salience
+from quant.methods.feedback import checked, damping_notes, without_dead
+from quant.methods.slim_bits import binary, bit_allocation, check_binary, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, revive_dead, solve_columns
@@ -104,8 +104,7 @@ class SlimLlm:
         raised = h.clone()
         raised.diagonal().add_(ABSOLUTE_DAMP)
         upper, damp = inverse_factor(h if corrected else raised, self.damp)
-        if damp != self.damp:
-            notes.append(f"damping {self.damp:g} did not make the Hessian positive definite: {damp:g} was used")
+        notes += damping_notes(self.damp, damp)
 
         if self.bit_lists is not None:
             widths = self._given(linear.name, k // size, scheme.bits)
@@ -176,18 +175,11 @@ class _Ranges:
         if bits == 1:
             scale, mean = binary(w, centred=self.method.variant == "corrected")
             stored = Affine(scale.to(self.scale_dtype).to(w), mean.to(self.scale_dtype).to(w), 1, ZeroKind.MINIMUM)
-            off = (stored.scale - scale).abs() + (stored.zero - mean).abs()
-            # Off by half a scale would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
-            bound = torch.where(scale == 0, mean.abs() * 2.0**-10, scale / 16)
-            if not bool((off <= bound).all()):
-                raise ScaleDtypeError(
-                    f"{int((~(off <= bound)).sum())} of {off.numel()} scales and means of 1-bit groups do not fit float16"
-                )
+            check_binary(scale, mean, stored.scale, stored.zero)
             return stored
         grid = GRIDS["g_sym"] if self.scheme.symmetric else MIDDLE if group in self.middle else GRIDS["g_asym"]
         best = self._search(grid, w, bits, self._importance(group, w))
-        if self.scale_dtype is torch.float16:
-            check_float16(best, w)
+        check_stored(best, w, self.scale_dtype)
         return Affine(best.scale[:, 0], best.zero[:, 0], bits, ZeroKind.CODE)
 
     def _importance(self, group: int, w: Tensor) -> Tensor | None:

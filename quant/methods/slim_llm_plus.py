@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from quant.affine import group_width
-from quant.errors import require_finite
-from quant.grids import DTYPES, GRIDS, ScaleDtypeError, affine_of, check_float16
+from quant.errors import ScaleDtypeError, require_finite
+from quant.grids import DTYPES, GRIDS, affine_of, check_stored
 from quant.methods.base import Rounded
 from quant.methods.clipping import START
 from quant.methods.omniquant import train
-from quant.methods.slim_bits import binary
+from quant.methods.slim_bits import binary, check_binary
 from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
 from quant.parameters import check
-from quant.scheme import Supports, WeightScheme
+from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits, through
 from quant.tensors.mixed import MixedTensor
 
@@ -85,7 +85,7 @@ class MixedClipping:
     def __init__(self, name: str, linear: TunableLinear, allocation: Allocation) -> None:
         w, widths = linear.weight, allocation.widths
         require_finite(f"weight {name}", w)
-        self._scheme: WeightScheme = linear.scheme
+        self._scheme = linear.scheme
         self._size = group_width(linear.scheme, *w.shape)
         self._widths = widths
         self._of = {b: torch.tensor([i for i, x in enumerate(widths) if x == b], device=w.device) for b in sorted(set(widths))}
@@ -96,7 +96,7 @@ class MixedClipping:
         self._grid = GRIDS["g_sym" if linear.scheme.symmetric else "g_asym"]
         self._dtype = DTYPES[linear.scheme.scale_dtype]
         self._allocation = allocation
-        self._notes: list[str] = list(allocation.notes)
+        self._notes = list(allocation.notes)
 
     def parameters(self) -> list[Tensor]:
         return [*self._upper.values(), *self._lower.values()]
@@ -144,20 +144,14 @@ class MixedClipping:
             if bits == 1:
                 scale, mean = self._binary(g)
                 exact, middle = (t[..., None] for t in binary(g, centred=True))
-                exact = exact * (torch.sigmoid(self._upper[1]) + 0.5)
-                # Half a scale off would change signs; a sixteenth is allowed, and float16's own precision for a constant group.
-                off = (scale - exact).abs() + (mean - middle).abs()
-                wrong = int((~(off <= torch.where(exact == 0, middle.abs() * 2.0**-10, exact / 16))).sum())
-                if wrong:
-                    raise ScaleDtypeError(f"{wrong} of {off.numel()} scales and means of 1-bit groups do not fit float16")
+                check_binary(exact * (torch.sigmoid(self._upper[1]) + 0.5), middle, scale, mean)
                 codes.append((g >= mean).to(g))
                 scales.append(scale)
                 zeros.append(torch.zeros_like(scale))
                 means = mean[..., 0]
                 continue
             a = affine_of(self._grid, *self._limits(g, bits), bits, self._dtype)
-            if self._dtype is torch.float16:
-                check_float16(a, g)
+            check_stored(a, g, self._dtype)
             codes.append(a.encode(g))
             scales.append(a.scale)
             zeros.append(a.zero)

@@ -26,13 +26,15 @@ import torch
 from torch import Tensor
 
 from quant.affine import group_width
-from quant.grids import ScaleDtypeError, with_stored_scales
+from quant.errors import ScaleDtypeError
+from quant.grids import with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, inverse_factor, solve_columns
 from quant.statistics import Statistics
+from quant.tensors.packing import narrowest
 from quant.tensors.sparse import SparseTensor, TwoLevel, joined
 
 
@@ -204,8 +206,7 @@ class _Groups:
             back = torch.argsort(order)
             codes, mask, values = codes[:, back], mask[:, back], values[:, back]
             if len(self.scales) > 1:
-                groups = len(self.scales)
-                index = (back // self.size).to(torch.uint8 if groups <= 256 else torch.int16 if groups <= 2**15 else torch.int32)
+                index = (back // self.size).to(narrowest(len(self.scales) - 1))
         zero = torch.cat(self.plain_zeros, 1).to(torch.uint8) if self.method.round_zero else joined(self.zeros)
         rows, columns = mask.nonzero(as_tuple=True)
         return SparseTensor(codes.to(torch.uint8).contiguous(), self.bits, joined(self.scales), zero, rows, columns, values[mask], index)

@@ -19,7 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError, with_stored_scales
+from quant.errors import ScaleDtypeError
+from quant.grids import with_stored_scales
 from quant.kernels import kernel
 from quant.kernels.kmeans_columns import unfit
 from quant.methods.base import ANY, Linear, Rounded

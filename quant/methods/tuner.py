@@ -198,6 +198,7 @@ class Best:
             self.kept = tuned
 
     def result(self, notes: list[str]) -> Tuned:
+        """The iterate that was kept, with notes, and in each linear's record which one it is and its losses."""
         kept = self.kept
         for rounded in kept.tensors.values():
             rounded.details.update(_facts(kept))

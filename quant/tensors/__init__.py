@@ -21,21 +21,23 @@ from quant.tensors.row_codebook import RowCodebookTensor
 from quant.tensors.sparse import SparseTensor
 from quant.tensors.strided import StridedTensor
 
-_FORMATS: tuple[type[Any], ...] = (
-    AffineTensor,
-    FloatingTensor,
-    StridedTensor,
-    BinaryTensor,
-    CodebookTensor,
-    ColumnsTensor,
-    MixedTensor,
-    SparseTensor,
-    PartiallyBinaryTensor,
-    IncoherentTensor,
-    LatticeTensor,
-    RowCodebookTensor,
-)
-FORMATS: dict[str, type[Any]] = {t.format: t for t in _FORMATS}
+FORMATS: dict[str, type[Any]] = {
+    t.format: t
+    for t in (
+        AffineTensor,
+        FloatingTensor,
+        StridedTensor,
+        BinaryTensor,
+        CodebookTensor,
+        ColumnsTensor,
+        MixedTensor,
+        SparseTensor,
+        PartiallyBinaryTensor,
+        IncoherentTensor,
+        LatticeTensor,
+        RowCodebookTensor,
+    )
+}
 
 
 def unpack(format: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> StoredTensor:

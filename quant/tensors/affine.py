@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.tensors.base import Coded
-from quant.tensors.packing import pack_bits, unpack_bits
+from quant.tensors.packing import narrowest, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,13 @@ class AffineTensor(Coded):
         input_scale: Tensor | None = None,
     ) -> AffineTensor:
         """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
-        zero_dtype = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
-        groups = affine.scale.shape[1]
-        index = None if g_idx is None else g_idx.to(torch.uint8 if groups <= 256 else torch.int16 if groups <= 2**15 else torch.int32)
         return AffineTensor(
             codes=codes.to(torch.uint8).contiguous(),
             scale=affine.scale.to(scale_dtype).contiguous(),
-            zero=affine.zero.to(zero_dtype.get(affine.kind, scale_dtype)).contiguous(),
+            zero=affine.zero.to(affine.kind.dtype(scale_dtype)).contiguous(),
             bits=affine.bits,
             kind=affine.kind,
-            g_idx=index,
+            g_idx=None if g_idx is None else g_idx.to(narrowest(affine.scale.shape[1] - 1)),
             input_scale=None if input_scale is None else input_scale.to(scale_dtype),
         )
 
@@ -87,11 +84,14 @@ class AffineTensor(Coded):
             return per_group.float()[:, self.g_idx.long()]
         return per_group.float().repeat_interleave(self.group_size, dim=1)
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """`[N, K]` as the codes have it, before the input scale."""
+        scale, zero = self.columns(self.scale).to(dtype), self.columns(self.zero).to(dtype)
+        return Affine(scale, zero, self.bits, self.kind).decode(self.codes.to(dtype))
+
     def dequantize(self) -> Tensor:
         """float32 `[N, K]`."""
-        affine = Affine(self.columns(self.scale), self.columns(self.zero), self.bits, self.kind)
-        weight = affine.decode(self.codes.float())
-        return self.unscaled(weight)
+        return self.unscaled(self.decoded(torch.float32))
 
     @cached_property
     def _stream(self) -> Tensor:

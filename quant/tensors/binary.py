@@ -137,7 +137,7 @@ class BinaryTensor(Stored):
         return BinaryTensor(*parts, int(meta["block_size"]), input_scale=payload.get("input_scale"))
 
 
-def binary_bits(shape: tuple[int, int], block_size: int, scale_dtype: str, *, means: bool) -> float:
+def bits_formula(shape: tuple[int, int], block_size: int, scale_dtype: str, *, means: bool) -> float:
     """Stored bits of the format: a sign and a flag or second sign per weight, a flag per column, 7 (or, without means, 4) values
     per row and block. Blocks of 128, float16 and many rows: 2.875, and 2.5 without means; the salient share does not matter."""
     n, k = shape

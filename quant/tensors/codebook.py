@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from quant.tensors.base import Coded
-from quant.tensors.packing import pack_bits, unpack_bits
+from quant.tensors.packing import narrowest, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class CodebookTensor(Coded):
             payload["widths"] = pack_bits(torch.searchsorted(torch.tensor(kinds).to(self.widths), self.widths), _index_bits(len(kinds)))
         if self.outliers is not None:
             payload["outliers"] = self.outliers.values
-            payload["outlier_counts"] = self.outliers.counts.to(_smallest(n))
+            payload["outlier_counts"] = self.outliers.counts.to(narrowest(n))
             payload["outlier_rows"] = _pack_wide(self.outliers.rows, _index_bits(n))
         return self.with_scale(payload)
 
@@ -142,10 +142,6 @@ def _kinds(widths: Tensor) -> list[int]:
 
 def _index_bits(count: int) -> int:
     return max(1, (count - 1).bit_length())
-
-
-def _smallest(largest: int) -> torch.dtype:
-    return torch.uint8 if largest < 256 else torch.int16 if largest < 2**15 else torch.int32
 
 
 def _pack_wide(values: Tensor, bits: int) -> Tensor:

@@ -31,7 +31,7 @@ def hadamard_rows(x: Tensor, *, transpose: bool = False, normalize: bool = True)
     return apply_hadamard(blocks, transpose=transpose, normalize=normalize).view(x.shape)
 
 
-def lattice_bits(bits: int, n: int, k: int) -> float:
+def bits_formula(bits: int, n: int, k: int) -> float:
     """bits + (N + K) / (N K), a bit for every sign, and 32 for the scale."""
     return bits + (n + k + 32) / (n * k)
 

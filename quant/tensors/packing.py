@@ -1,9 +1,14 @@
-"""Codes of 1 to 8 bits as a dense little-endian bit stream: eight codes of b bits fill exactly b bytes."""
+"""Codes of 1 to 8 bits as a dense little-endian bit stream: eight codes of b bits fill exactly b bytes. And types of other integers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def narrowest(largest: int) -> torch.dtype:
+    """Type in which integers 0 .. `largest` are stored whole."""
+    return torch.uint8 if largest < 2**8 else torch.int16 if largest < 2**15 else torch.int32
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -109,7 +109,7 @@ class PartiallyBinaryTensor(Coded):
         )
 
 
-def partially_binary_bits(shape: tuple[int, int], low_share: float, high_bits: int, group: int, scale_dtype: str) -> float:
+def bits_formula(shape: tuple[int, int], low_share: float, high_bits: int, group: int, scale_dtype: str) -> float:
     """Stored bits of the format: (1 - f) · high_bits + f + 1 (mask), a scale and a zero per row, a scale and a mean per row and
     group. f is the share of signs: 10 % of codes at 8 bits take 2.7 bits and the scales."""
     k = shape[1]

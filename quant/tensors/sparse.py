@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.tensors.base import Coded
 from quant.tensors.packing import pack_bits, unpack_bits
 

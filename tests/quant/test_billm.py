@@ -13,10 +13,9 @@ from torch import Tensor
 
 from quant import quantize_linear
 from quant.binary import binarize, stored
-from quant.errors import NonFiniteError
-from quant.grids import ScaleDtypeError
+from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.kernels.braq_search import batched
-from quant.methods import binary_search as search
+from quant.methods import billm_search as search
 from quant.methods.base import Rounded
 from quant.methods.billm import Billm, entropy
 from quant.parameters import ROUNDINGS
@@ -272,9 +271,9 @@ def test_scales_beyond_float16_are_kept_in_float32() -> None:
     assert tensor.scale.dtype is torch.float32
     assert "do not fit float16; scales are stored in float32" in rounded.notes[0]
     with pytest.raises(ScaleDtypeError):
-        stored(torch.tensor([[1e-9, 0.0]]), None, torch.float16)
+        stored([torch.tensor([[1e-9, 0.0]])], torch.float16)
     # A part's scale may round to 0 where the row has far larger ones.
-    assert stored(torch.tensor([[1e-9, 1.0]]), None, torch.float16)[0].tolist() == [[0.0, 1.0]]
+    assert stored([torch.tensor([[1e-9, 1.0]])], torch.float16)[0].tolist() == [[0.0, 1.0]]
 
 
 @pytest.mark.parametrize("metric", ROUNDINGS["billm"]["metric"].words)

@@ -13,8 +13,10 @@ from torch import Tensor
 from quant import quantize_linear
 from quant.methods.base import StoredTensor
 from quant.tensors import unpack
-from quant.tensors.binary import BinaryTensor, binary_bits, decode
-from quant.tensors.partially_binary import PartiallyBinaryTensor, partially_binary_bits
+from quant.tensors.binary import BinaryTensor, decode
+from quant.tensors.binary import bits_formula as binary_formula
+from quant.tensors.partially_binary import PartiallyBinaryTensor
+from quant.tensors.partially_binary import bits_formula as partial_formula
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -65,7 +67,7 @@ def test_binary_packs_exactly(n: int, k: int, width: int, seed: int, share: floa
     tensor = binary(n, k, width, share, means, dtype, seed)
     check(tensor)
     check(tensor.with_input_scale(torch.rand(k) + 0.5))
-    formula = binary_bits((n, k), width, dtype, means=means)
+    formula = binary_formula((n, k), width, dtype, means=means)
     assert 0 <= (tensor.bits_stored - formula) * n * k < 8 * len(tensor.pack())
     assert tensor.bits_nominal == pytest.approx(1 + int(tensor.salient.sum()) / k)
 
@@ -77,7 +79,7 @@ def test_partially_binary_packs_exactly(n: int, k: int, width: int, seed: int, s
     check(tensor)
     check(tensor.with_input_scale(torch.rand(k) + 0.5))
     low = float((~tensor.mask).double().mean())
-    formula = partially_binary_bits((n, k), low, high_bits, width, dtype)
+    formula = partial_formula((n, k), low, high_bits, width, dtype)
     assert -1e-6 <= (tensor.bits_stored - formula) * n * k < 8 * len(tensor.pack())
 
 
@@ -97,9 +99,9 @@ def test_values_are_signs_times_scales_plus_means() -> None:
 
 
 def test_published_bits() -> None:
-    assert binary_bits((4096, 4096), 128, "float16", means=True) == pytest.approx(2.875, abs=5e-4)
-    assert binary_bits((4096, 4096), 128, "float16", means=False) == pytest.approx(2.5, abs=5e-4)
-    assert partially_binary_bits((4096, 4096), 0.9, 8, 4096, "float16") == pytest.approx(2.7, abs=0.02)
+    assert binary_formula((4096, 4096), 128, "float16", means=True) == pytest.approx(2.875, abs=5e-4)
+    assert binary_formula((4096, 4096), 128, "float16", means=False) == pytest.approx(2.5, abs=5e-4)
+    assert partial_formula((4096, 4096), 0.9, 8, 4096, "float16") == pytest.approx(2.7, abs=0.02)
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     stored = quantize_linear(w, method="billm", bits=1, hessian=torch.eye(256), scale_dtype="float16")
     assert stored.bits_stored == pytest.approx(2.875 + 1 / 64)

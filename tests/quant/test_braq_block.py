@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant.binary import binarize
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import Kernel, braq_block, kernel, on_cuda, recorded
 from quant.kernels.braq_block import Binarized, Wanted, cuda, eager
 from quant.methods.billm import Billm

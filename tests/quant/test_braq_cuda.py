@@ -16,8 +16,8 @@ from quant.kernels import kernel, on_cuda
 from quant.kernels.braq_block.eager import masks
 from quant.kernels.braq_search import batched, cuda
 from quant.kernels.braq_search.cuda import MOST_COLUMNS
-from quant.methods import binary_search as search
-from quant.methods.binary_search import first_least, reference_quantiles
+from quant.methods import billm_search as search
+from quant.methods.billm_search import first_least, reference_quantiles
 from tests.quant.cuda_on_host import asked, on_the_host, spills_nothing
 from tests.quant.test_braq_search import bound, values
 

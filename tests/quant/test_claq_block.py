@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import kernel
 from quant.kernels.claq_block import Found, SolvedBlock, Wanted, refuse
 from quant.kernels.kmeans_columns import STARTS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import kernel, on_cuda
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, cuda, solve_blocks
 from quant.methods.claq import Claq, tails

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quant import quantize_linear
 from quant.methods.base import StoredTensor
-from quant.methods.registry import METHODS, ROUNDINGS, TUNERS
+from quant.methods.registry import METHODS, ROUNDERS, TUNERS
 from quant.tensors import unpack
 from tests.quick import QUICK
 
@@ -21,7 +21,7 @@ N, K, GROUP = 24, 64, 16
 def arguments(method: str) -> dict[str, Any]:
     """Four bits where the method makes them, else the most it makes; groups where it needs them; short searches."""
     rounding = METHODS[method].rounding
-    supports = {**ROUNDINGS, **TUNERS}[rounding].supports
+    supports = ROUNDERS[rounding].supports
     bits = 4 if 4 in supports.bits else max(supports.bits)
     group = None if "channel" in supports.granularity else GROUP
     return {"method": method, "bits": bits, "group_size": group, **(QUICK.get(rounding, {}) if rounding in TUNERS else {})}
@@ -71,7 +71,7 @@ def test_codes_are_in_range(method: str) -> None:
 
 
 def test_one_group_for_all_inputs_is_one_for_every_row(method: str) -> None:
-    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    supports = ROUNDERS[METHODS[method].rounding].supports
     if "group" not in supports.granularity:
         with pytest.raises(ValueError, match="group"):
             quantized(method, *data(), group_size=K)
@@ -85,7 +85,7 @@ def test_one_group_for_all_inputs_is_one_for_every_row(method: str) -> None:
 def test_a_group_size_that_does_not_divide_is_refused_or_padded_as_the_method_says(method: str) -> None:
     """172 = 128 + 44 inputs. QuIP has groups only without its random transforms, else one grid for the whole matrix."""
     more = {"incoherence": False} if method == "quip" else {}
-    supports = {**ROUNDINGS, **TUNERS}[METHODS[method].rounding].supports
+    supports = ROUNDERS[METHODS[method].rounding].supports
     w, x = data(k=172)
     if "group" not in supports.granularity:
         return  # refused above

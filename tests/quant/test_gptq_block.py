@@ -11,7 +11,7 @@ from torch import Tensor
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit, fit_unchecked, unfit_float16
 from quant.kernels import TABLE, kernel
-from quant.kernels.gptq_block import KINDS, NUMBERS, Fit, Fits, SolvedBlock, stacked
+from quant.kernels.gptq_block import GRID_NUMBERS, KINDS, Fit, Fits, SolvedBlock, stacked
 from quant.solver import inverse_factor, solve_affine
 
 TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
@@ -104,7 +104,7 @@ def test_equal_bits_and_groups_are_stacked_as_they_are() -> None:
 
 
 SolveFound = Callable[[Tensor, Tensor, Affine, list[int], SolvedBlock | None, Fits | None], SolvedBlock]
-WHOLE = tuple(name for name in NUMBERS if GRIDS[name].zero not in KINDS)
+WHOLE = tuple(name for name in GRID_NUMBERS if GRIDS[name].zero not in KINDS)
 FOUND = [WHOLE, ("hqq",) * 3, ("kivi",) * 3]
 """Grids of the parts that one launch takes: all with whole zeros, which have one kind."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import TABLE, kernel, recorded
 from quant.methods import gptq
 from quant.methods.gptq import Gptq

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from quant import quantize_linear
 from quant.accounting import bits_formula
 from quant.affine import ZeroKind
 from quant.errors import NonFiniteError
-from quant.kernels import TABLE, kernel, recorded
+from quant.kernels import TABLE, kernel, recorded, unavailable
 from quant.kernels.hqq_pack import Search
 from quant.methods.hqq import Hqq
 from quant.scheme import Granularity, WeightScheme
@@ -26,7 +25,6 @@ from quant.tensors import unpack
 from quant.tensors.strided import StridedTensor
 from tests.quant.golden_inputs import output_error, relative_error, weight
 
-CPU = torch.device("cpu")
 GOLDEN = [
     (3, 0, False, 0.235201, 135520, -130.335, None),
     (3, 0, True, 0.226609, 123367, -136.295, (1.83894, 0.37854, 1.13401, 2.4782)),
@@ -104,7 +102,7 @@ def test_steps_are_those_of_a_loop_over_scalars(bits: int, axis: int, seed: int,
     assert float((result.tensor.dequantize().double() - want).abs().max()) <= limit
 
 
-@pytest.mark.parametrize("backend", [b for b in ("cpu", "triton") if import_module(TABLE["hqq_pack"][b]).unavailable(CPU) is None])
+@pytest.mark.parametrize("backend", [b for b in ("cpu", "triton") if unavailable("hqq_pack", b) is None])
 @pytest.mark.parametrize(("scale_dtype", "width", "bits"), [(torch.float16, 32, 3), (torch.float32, 24, 4), (torch.float16, 43, 1)])
 @pytest.mark.parametrize("size", [0.02, 1.0])
 def test_the_kernel_takes_the_steps_of_torch(scale_dtype: torch.dtype, width: int, bits: int, size: float, backend: str) -> None:
@@ -123,7 +121,7 @@ def test_the_kernel_takes_the_steps_of_torch(scale_dtype: torch.dtype, width: in
     torch.testing.assert_close(got.error, want.error, rtol=2.0**-16, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", [b for b in TABLE["hqq_pack"] if import_module(TABLE["hqq_pack"][b]).unavailable(CPU) is None])
+@pytest.mark.parametrize("backend", [b for b in TABLE["hqq_pack"] if unavailable("hqq_pack", b) is None])
 def test_a_transposed_weight_has_the_result_of_its_copy(backend: str) -> None:
     """As linears of GPT-2 are stored."""
     w = 0.02 * torch.randn(64, 9, generator=torch.Generator().manual_seed(3)).T

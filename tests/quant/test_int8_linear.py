@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import pytest
 import torch
 from torch import Tensor
 
 from quant.affine import ZeroKind
 from quant.grids import GRIDS, fit
-from quant.kernels import TABLE, kernel
+from quant.kernels import TABLE, kernel, unavailable
 from quant.kernels.fake_quantize import reference as rows
 from quant.kernels.int8_linear import MOST_COLUMNS, eager, prepare
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 
-BACKENDS = [b for b, module in TABLE["int8_linear"].items() if import_module(module).unavailable(torch.device("cpu")) is None]
+BACKENDS = [b for b in TABLE["int8_linear"] if unavailable("int8_linear", b) is None]
 
 
 def weight(n: int, k: int, bits: int, grid: str = "g_asym", per_tensor: bool = False) -> AffineTensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.kernels import TABLE, kernel, kmeans_columns
-from quant.kernels.kmeans_columns import STARTS, draws, numbers, trials
+from quant.kernels.kmeans_columns import STARTS, draws, draws_on, trials
 from quant.kernels.native import library
 
 # Where there is no C++ compiler the torch twin is tested alone.
@@ -198,7 +198,7 @@ def test_the_random_numbers_are_those_of_numpy() -> None:
 
 def test_threads_have_one_tensor_of_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches are given its address: it may not be freed, though several threads made one."""
-    monkeypatch.setattr(kmeans_columns, "_NUMBERS", {})
+    monkeypatch.setattr(kmeans_columns, "_DRAWS", {})
     both = Barrier(2, timeout=30)
 
     def drawn(k: int) -> tuple[float, ...]:
@@ -207,8 +207,8 @@ def test_threads_have_one_tensor_of_random_numbers(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(kmeans_columns, "draws", drawn)
     with ThreadPoolExecutor(2) as pool:
-        one, other = pool.map(lambda k: numbers(k, torch.device("cpu")), (4, 4))
-    assert one is other is numbers(4, torch.device("cpu"))
+        one, other = pool.map(lambda k: draws_on(k, torch.device("cpu")), (4, 4))
+    assert one is other is draws_on(4, torch.device("cpu"))
     assert one.tolist() == list(draws(4))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from quant.kernels import TABLE, preferring, wq_gemm, wq_gemv
+from quant.kernels import TABLE, preferring, unavailable, wq_gemm, wq_gemv
 from quant.kernels.library import operands
 from tests.quant.products_affine import stored
 from tests.quant.products_tables import PREPARE, cases
@@ -24,8 +23,8 @@ KERNEL |= {"braq_splits": "braq_search", "kv_attention_per_token": "kv_attention
 RUNS = [
     (name, backend)
     for name in sorted(CASES)
-    for backend, module in TABLE[KERNEL.get(name, name.rstrip("_"))].items()
-    if import_module(module).unavailable(torch.device("cpu")) is None
+    for backend in TABLE[KERNEL.get(name, name.rstrip("_"))]
+    if unavailable(KERNEL.get(name, name.rstrip("_")), backend) is None
 ]
 
 

@@ -18,7 +18,7 @@ from quant.methods.quip_sharp import QuipSharp
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors import unpack
-from quant.tensors.lattice import LatticeTensor, lattice_bits
+from quant.tensors.lattice import LatticeTensor, bits_formula
 from tests.quant.test_quip import problem, proxy
 
 
@@ -103,7 +103,7 @@ def test_stored_bits_pack_and_unpack(bits: int, shape: tuple[int, int]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(again.pack().values(), payload.values(), strict=True))
     assert tensor.shape == shape
     assert tensor.bits_nominal == bits
-    assert 0 <= (tensor.bits_stored - lattice_bits(bits, *shape)) * w.numel() < 8 * len(payload)
+    assert 0 <= (tensor.bits_stored - bits_formula(bits, *shape)) * w.numel() < 8 * len(payload)
     s = torch.linspace(0.5, 2, shape[1])
     scaled = tensor.with_input_scale(s)
     assert torch.equal(scaled.dequantize(), tensor.dequantize() / s)
@@ -111,7 +111,7 @@ def test_stored_bits_pack_and_unpack(bits: int, shape: tuple[int, int]) -> None:
 
 
 def test_published_overhead_is_a_bit_per_row_and_column() -> None:
-    assert lattice_bits(2, 4096, 4096) == pytest.approx(2.0005, abs=2e-5)
+    assert bits_formula(2, 4096, 4096) == pytest.approx(2.0005, abs=2e-5)
 
 
 def test_codes_of_another_shape_are_refused() -> None:

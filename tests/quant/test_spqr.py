@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import quantize_linear
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.methods.base import Rounded
 from quant.methods.gptq import Gptq
 from quant.methods.spqr import Spqr, suspects

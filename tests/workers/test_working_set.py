@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDINGS, TUNERS, Recipe
+from quant.methods.registry import METHODS, MODEL_METHODS, ROUNDERS, Recipe
 from quant.scheme import ANY_NUMBER, ActivationScheme, Granularity, WeightScheme
 from quant.statistics import KINDS
 from tests.live_bytes import LiveBytes
@@ -110,7 +110,7 @@ def measured() -> Iterator[LiveBytes]:
 def spec_of(recipe: Recipe, **more: Any) -> QuantizeSpec:
     """Four bits where the method makes them, else the most it makes; quantized activations where they change what it does. One linear
     of every block where no transform needs them together: what is in memory beside it is the same, in a fifth of the time."""
-    supports = {**ROUNDINGS, **TUNERS}[recipe.rounding].supports
+    supports = ROUNDERS[recipe.rounding].supports
     number = "int" if supports.numbers == ANY_NUMBER else supports.numbers[0]
     bits = 4 if 4 in supports.bits else max(supports.bits)
     granularity, size = (Granularity.CHANNEL, None) if "channel" in supports.granularity else (Granularity.GROUP, GROUP)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant.kernels.products import size_bytes
 from quant.kernels.wq_gemv import LANES, laid_out, read_out
 from quant.tensors.binary import BinaryTensor, decode
 
@@ -50,12 +51,12 @@ class Packed:
 
     @property
     def bytes(self) -> int:
-        return _size(self.words, self.tables, self.salient, self.largest, self.input_scale)
+        return size_bytes(self.words, self.tables, self.salient, self.largest, self.input_scale)
 
     @property
     def read(self) -> int:
         """Bytes of the weight that a call reads; of tables of digits the half that one with bfloat16 inputs reads."""
-        return self.bytes - (_size(self.tables[1]) if self.has_digits else 0)
+        return self.bytes - (self.tables[1].nbytes if self.has_digits else 0)
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """`[N, K]` before the input scale."""
@@ -71,16 +72,10 @@ class Packed:
         return rows[torch.arange(n, device=entry.device)[:, None], block, entry].to(dtype)
 
 
-def _size(*tensors: Tensor | None) -> int:
-    """Bytes."""
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
-def with_values(packed: Packed) -> Packed:
-    """The same. Raises ValueError for tables of digits."""
+def check(packed: Packed) -> None:
+    """Raises ValueError for what `prepare` has not laid out: tables of digits."""
     if packed.has_digits:
         raise ValueError("tables are laid out for other backends; this one takes those of quant.kernels.binary_gemv")
-    return packed
 
 
 def prepare(tensor: BinaryTensor) -> Packed:

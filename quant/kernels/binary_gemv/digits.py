@@ -37,7 +37,7 @@ def prepare(tensor: BinaryTensor) -> Packed:
 
 def check(packed: Packed) -> None:
     """Raises ValueError for what `prepare` has not laid out."""
-    if packed.tables.dim() != 5:
+    if not packed.has_digits:
         raise ValueError("tables are laid out for other backends; this one takes those of quant.kernels.binary_gemv.digits")
 
 

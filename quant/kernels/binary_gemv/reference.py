@@ -12,10 +12,6 @@ from quant.kernels.products import dense
 from quant.tensors.binary import BinaryTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: BinaryTensor) -> BinaryTensor:
     """Nothing is to be done."""
     return tensor
@@ -23,10 +19,8 @@ def prepare(tensor: BinaryTensor) -> BinaryTensor:
 
 def binary_gemv(x: Tensor, packed: BinaryTensor | Packed, out: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[M, N]` in the type of x, rounded to it once from `dtype`, in which everything is computed."""
-    weight = packed.values(dtype) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize().to(dtype)
-    return dense(x, weight, packed.input_scale, out)
+    return dense(x, values(packed, dtype), packed.input_scale, out)
 
 
 def values(packed: BinaryTensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    weight = packed.values(torch.float32) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize()
-    return weight.to(dtype)
+    return packed.values(dtype) if isinstance(packed, Packed) else replace(packed, input_scale=None).dequantize().to(dtype)

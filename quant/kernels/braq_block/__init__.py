@@ -29,7 +29,10 @@ Solve = Callable[[int], Tensor]
 
 @dataclass(frozen=True)
 class Wanted:
+    """How every block of a weight is rounded."""
+
     block_size: int
+    """Columns; the last block may be narrower."""
     dtype: torch.dtype
     """Of scales and means as they are stored: float32 or float16."""
     hessian: bool = True
@@ -55,7 +58,7 @@ class Binarized:
     salient: Tensor
     """bool `[K]`."""
     scale: Tensor
-    """`[N, B, 4]`, rounded to the stored type but of the weight's."""
+    """`[N, B, 4]` in the weight's type, rounded to the stored one."""
     mean: Tensor
     """`[N, B, 3]`, likewise."""
     wrong: Tensor

@@ -11,10 +11,6 @@ from quant.kernels.braq_search import chosen
 from quant.tensors.binary import decode
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def ranked(score: Tensor) -> Tensor:
     """Columns by decreasing score `[C]`; ties keep their order."""
     return torch.argsort(score, descending=True, stable=True)
@@ -59,8 +55,7 @@ def solver(weight: Tensor, upper: Tensor, wanted: Wanted, out: Binarized) -> Sol
         salient, split = masks(block.square() / diagonal.square() if wanted.hessian else block, wanted.counts(end - start))
         low, high, twice = binarize(block, ~salient & ~split, 1), binarize(block, split, 1), binarize(block, salient, 2)
         found = torch.stack([low.mean[0], high.mean[0], twice.mean[0] + twice.mean[1]], dim=1)
-        scale, mean, wrong = rounded(torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1), found, wanted.dtype)
-        assert mean is not None
+        (scale, mean), wrong = rounded([torch.stack([low.scale[0], high.scale[0], *twice.scale], dim=1), found], wanted.dtype)
         signs, second = torch.where(salient, twice.signs[0], torch.where(split, high.signs[0], low.signs[0])), twice.signs[1] & salient
         out.signs[:, start:end], out.second[:, start:end], out.split[:, start:end], out.salient[start:end] = signs, second, split, salient
         out.scale[:, b], out.mean[:, b] = scale, mean

@@ -11,10 +11,6 @@ CHUNK = 2**17
 """Values in a temporary tensor."""
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def chunks(x: Tensor, values_per_row: int) -> Iterator[Tensor]:
     """Rows of `[N, ...]` in pieces whose temporary tensors hold about CHUNK values."""
     rows = max(1, CHUNK // max(1, values_per_row))

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels.gptq_block import SolvedBlock
-from quant.kernels.kmeans_columns import bins, numbers
+from quant.kernels.kmeans_columns import bins, draws_on
 
 __all__ = ["REASONS", "TYPES", "Found", "Part", "SolvedBlock", "Wanted", "planned", "refuse", "solve_blocks"]
 
@@ -32,6 +32,8 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 @dataclass(frozen=True)
 class Wanted:
+    """Of a block of B columns."""
+
     widths: list[int]
     """Bits of each column's codes."""
     tails: list[tuple[int, int]] | None
@@ -47,6 +49,8 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Found:
+    """What a twin makes of a block besides what it writes."""
+
     tables: Tensor
     """`[B, 2^b]`, of the wanted type; b is the largest width, and narrower columns have zeros at the end."""
     kept: Tensor | None
@@ -92,6 +96,6 @@ def planned(block: Tensor, wanted: Wanted, out: SolvedBlock) -> Tensor:
             given = (tuple(there.shape), there.dtype, there.device, there.stride())
             raise ValueError(f"centres are {given}; they must be contiguous, {shape}, {block.dtype} and on {block.device}")
     fits = wanted.start == "plus_plus" and wanted.centres is None
-    draws = {w: numbers(2**w, block.device).data_ptr() if fits else 0 for w in set(wanted.widths)}
+    draws = {w: draws_on(2**w, block.device).data_ptr() if fits else 0 for w in set(wanted.widths)}
     ends = wanted.tails or [(0, 0)] * len(block)
     return torch.tensor([(2**w, bins(2**w), draws[w], *ends[j]) for j, w in enumerate(wanted.widths)], dtype=torch.int64)

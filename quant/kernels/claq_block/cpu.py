@@ -7,11 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import native
 from quant.kernels.claq_block import REASONS, TYPES, Found, SolvedBlock, Wanted, planned
-from quant.kernels.kmeans_columns import STEPS
-from quant.kernels.kmeans_columns.cpu import SUFFIX
+from quant.kernels.kmeans_columns import STEPS, SUFFIX
 
 unavailable = partial(native.unavailable, "claq_block")
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.grids import ScaleDtypeError
+from quant.errors import ScaleDtypeError
 from quant.kernels import kernel
 from quant.kernels.claq_block import REASONS, Found, SolvedBlock, Wanted
 from quant.kernels.kmeans_columns import unfit
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
 
 
 def solve_block(block: Tensor, upper: Tensor, wanted: Wanted, out: SolvedBlock) -> Found:

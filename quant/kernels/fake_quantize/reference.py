@@ -10,10 +10,6 @@ from quant.grids import GRIDS, fit
 from quant.kernels.fake_quantize import RowCodes
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def fake_quantize(x: Tensor, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
     values = x.float().contiguous()
     return _ranges(values, bits, symmetric, clip).round(values).to(x.dtype)

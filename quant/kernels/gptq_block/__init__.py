@@ -50,8 +50,8 @@ def stacked(parts: Sequence[tuple[Affine, list[int]]]) -> tuple[Affine, list[int
     return Affine(joined("scale"), joined("zero"), max(bits), first.kind, tops), [rows[own] for own in columns]
 
 
-NUMBERS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax")
-"""Of the grids, as `quant/csrc/ranges.h` counts them."""
+GRID_NUMBERS = ("g_asym", "g_sym", "awq_asym", "omni", "q_sym", "hqq", "kivi", "absmax")
+"""A grid's place is its number in `quant/csrc/ranges.h`."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Fit:
     rows: int
     width: int
     """Columns of a group, which divides those of the block; 0: scale and zero are given, and what follows says nothing."""
-    grid: str = NUMBERS[0]
+    grid: str = GRID_NUMBERS[0]
     bits: int = 8
     half: bool = False
     """Rounded to float16."""
@@ -69,7 +69,7 @@ class Fit:
     @property
     def word(self) -> int:
         """All but `rows`, as compiled twins read it."""
-        return self.width << 8 | NUMBERS.index(self.grid) << 4 | self.half << 3 | self.bits - 1 if self.width else 0
+        return self.width << 8 | GRID_NUMBERS.index(self.grid) << 4 | self.half << 3 | self.bits - 1 if self.width else 0
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Fits:
 
     @classmethod
     def of(cls, parts: Sequence[Fit], device: torch.device) -> Fits:
+        """Of rows that lie one after another."""
         # Made where they are used: nothing is copied there.
         words = torch.cat([torch.full((p.rows,), p.word, dtype=torch.int32, device=device) for p in parts])
         return cls(tuple(parts), words, torch.zeros(1, dtype=torch.int32, device=device))
@@ -99,6 +100,7 @@ class Fits:
             raise ValueError("scale and zero are written to: they must be contiguous, of the block's type and on its device")
 
     def check_shape(self, block: Tensor) -> None:
+        """Raises ValueError where groups do not lie whole in a block `[B, N]`, or rows are others."""
         widths = sorted({p.width for p in self.parts} - {0})
         if any(width < 0 or len(block) % width for width in widths) or len(self.words) != block.shape[1]:
             said = f"groups of {', '.join(map(str, widths))} columns in {len(self.words)} rows"
@@ -139,3 +141,10 @@ class SolvedBlock:
     def like(cls, block: Tensor) -> SolvedBlock:
         """Not filled."""
         return cls(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
+
+    def check(self, block: Tensor) -> None:
+        """Raises ValueError where compiled twins cannot write what they make of the block."""
+        made = (self.codes, self.values, self.errors)
+        if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape and t.device == block.device for t in made):
+            got = [(tuple(t.shape), t.dtype) for t in made]
+            raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(block.shape)}, {block.dtype}")

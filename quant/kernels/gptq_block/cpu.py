@@ -61,11 +61,9 @@ def solve_block(
     tops = 0 if affine.tops is None else affine.tops.to(w).contiguous()
     rows = array("q", group)
     out = SolvedBlock.like(w) if out is None else out
-    made = [out.codes, out.values, out.errors]
-    if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape for t in made):
-        got = [(tuple(t.shape), t.dtype) for t in made]
-        raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
+    out.check(w)
     found = (0, 0) if fits is None else (fits.words, fits.odd)
-    numbers = (u.stride(0), *w.shape, affine.top, KINDS.get(affine.kind, 0), *made, torch.get_num_threads(), form)
-    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, tops, rows.buffer_info()[0], *found, *numbers)
+    made = (out.codes, out.values, out.errors, torch.get_num_threads(), form)
+    numbers = (u.stride(0), *w.shape, affine.top, KINDS.get(affine.kind, 0))
+    native.call("gptq_block", ENTRIES[w.dtype], w, u, scale, zero, tops, rows.buffer_info()[0], *found, *numbers, *made)
     return out

@@ -58,10 +58,7 @@ def arguments(
     if fits is not None:
         fits.check(block, affine)
     w = block.contiguous()
-    made = [out.codes, out.values, out.errors]
-    if not all(t.is_contiguous() and t.dtype == w.dtype and t.shape == w.shape and t.device == w.device for t in made):
-        got = [(tuple(t.shape), t.dtype) for t in made]
-        raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(w.shape)}, {w.dtype}")
+    out.check(w)
     if out.loss is not None and not (out.loss.is_contiguous() and out.loss.dtype == w.dtype and out.loss.shape == w.shape[1:]):
         raise ValueError(f"out.loss is {tuple(out.loss.shape)}, {out.loss.dtype}; it must be contiguous, one float32 for each row")
     rows, least, most, in_panels = _rows(tuple(group))
@@ -73,7 +70,8 @@ def arguments(
     kind = KINDS.get(affine.kind, 0)
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(kind == 0 and in_panels))
     found = (0, 0) if fits is None else (fits.words, fits.odd)
-    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, 0 if out.loss is None else out.loss, tops, *found], rows
+    made = (out.codes, out.values, out.errors, 0 if out.loss is None else out.loss)
+    return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, tops, *found], rows
 
 
 @lru_cache(maxsize=1024)  # blocks of a model's layers, which come again

@@ -9,10 +9,6 @@ from quant.affine import Affine
 from quant.kernels.gptq_block import Fits, SolvedBlock, find_ranges
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def solve_block(
     block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, fits: Fits | None = None
 ) -> SolvedBlock:

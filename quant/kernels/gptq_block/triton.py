@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine
-from quant.kernels.gptq_block import KINDS, NUMBERS, Fits, SolvedBlock
+from quant.kernels.gptq_block import GRID_NUMBERS, KINDS, Fits, SolvedBlock
 from quant.kernels.on_triton import unavailable
 
 __all__ = ["solve_block", "unavailable"]
@@ -44,5 +44,5 @@ def _grids(fits: Fits) -> int:
     grids = 0
     for part in fits.parts:
         if part.width:
-            grids |= 1 << 2 * NUMBERS.index(part.grid) + part.half
+            grids |= 1 << 2 * GRID_NUMBERS.index(part.grid) + part.half
     return grids

@@ -10,10 +10,6 @@ from quant.kernels.fake_quantize import RowCodes
 from quant.kernels.hadamard.matrices import factors, small
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def transform(x: Tensor, factor: float = 1.0, transpose: bool = False) -> Tensor:
     rows, n = x.shape
     m, width = factors(n)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
 
 
 def add(total: Tensor, x: Tensor) -> None:

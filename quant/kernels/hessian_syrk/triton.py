@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import on_triton
+from quant.kernels.hessian_syrk.panels import finished
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["add", "finished", "refuses", "unavailable"]
@@ -135,7 +136,3 @@ def _lower_tiles(k: int, rows: int, columns: int, device: torch.device) -> Tenso
     """int32 `[P, 2]`: row and column of each tile that holds some of the lower triangle."""
     found = [(i, j) for i in range(-(-k // rows)) for j in range(-(-min(k, (i + 1) * rows) // columns))]
     return torch.tensor(found, dtype=torch.int32, device=device)
-
-
-def finished(total: Tensor) -> Tensor:
-    return total.tril() + total.tril(-1).T

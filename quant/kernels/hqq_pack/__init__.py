@@ -29,6 +29,8 @@ MOST_POWER = 2.0
 
 @dataclass(frozen=True)
 class Search:
+    """Parameters of the steps, as `quant.methods.hqq.Hqq` has them."""
+
     iters: int
     p: float
     beta: float

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.kernels.hqq_pack import Search, packed, steps
 from quant.kernels.rtn_pack import reference as rtn
 
-__all__ = ["hqq_pack", "step", "unavailable", "zeros"]
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
+__all__ = ["hqq_pack", "step", "zeros"]
 
 
 def step(w: Tensor, scale: Tensor, bits: int, p: float, zero: Tensor, beta: float) -> tuple[Tensor, float]:
+    """Groups `[R, G, g]`, scale and zero `[R, G, 1]` ▸ the next zeros, and mean |W - Ŵ| before."""
     codes = Affine(scale, zero, bits, ZeroKind.FLOAT).encode(w)
     error = w - (codes - zero) * scale
     size = error.abs()

@@ -24,6 +24,7 @@ from torch import Tensor
 from quant import kernels
 from quant.affine import ZeroKind
 from quant.kernels.fake_quantize import RowCodes
+from quant.kernels.products import size_bytes
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 
@@ -51,7 +52,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero, self.sums) if t is not None)
+        return size_bytes(self.codes, self.scale, self.zero, self.sums)
 
 
 def prepare(tensor: AffineTensor, activation: ActivationScheme) -> Packed:
@@ -84,13 +85,14 @@ def _unfit(tensor: AffineTensor, activation: ActivationScheme) -> str | None:
 
 
 def rounded(x: Tensor, packed: Packed) -> RowCodes:
+    """Rows of x `[M, K]`, of any float type, in codes of the weight's activation scheme."""
     run = kernels.kernel("fake_quantize", device=x.device).run
     made: RowCodes = run.encode(x, packed.bits, packed.symmetric, packed.clip)
     return made
 
 
 def scaled(sums: Tensor, rows: RowCodes, packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Σ a c, int32 `[M, N]` ▸ the product."""
+    """Σ a c, int32 `[M, N]` ▸ the product `[M, N]`."""
     out = sums.float()
     if packed.zero is not None:
         added = rows.codes.sum(1, dtype=torch.int32) if rows.sums is None else rows.sums

@@ -8,11 +8,7 @@ from torch import Tensor
 from quant.kernels.fake_quantize import reference
 from quant.kernels.int8_linear import Packed, prepare
 
-__all__ = ["int8_linear", "multiply", "prepare", "rounded", "unavailable"]
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
+__all__ = ["int8_linear", "multiply", "prepare", "rounded"]
 
 
 def rounded(x: Tensor, packed: Packed) -> Tensor:

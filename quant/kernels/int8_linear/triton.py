@@ -113,6 +113,7 @@ def _product(rows: RowCodes, packed: Packed, dtype: torch.dtype, first: bool) ->
 
 
 def chosen(m: int, n: int, k: int, codes: Tensor, packed: Packed) -> Tile:
+    """The fastest that the device, and where codes `[m, k]` and the weight `[n, k]` lie, allow."""
     whole = k > 0 and k % ALIGNED == 0 and codes.data_ptr() % ALIGNED == 0 and packed.codes.data_ptr() % ALIGNED == 0
     if interpreted():
         return SMALL[0 if whole else 1]

@@ -30,6 +30,8 @@ from torch import Tensor
 
 STARTS = ("partition", "plus_plus")
 MOST_CENTRES = 256
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+"""Of the libraries' entries."""
 STEPS = 300
 """Lloyd's steps at most, as in scikit-learn."""
 TOLERANCE = 1e-4
@@ -48,6 +50,11 @@ def check(k: int, start: str) -> None:
         raise ValueError(f"k={k} centres; give 1 to {MOST_CENTRES}, what a code of 8 bits can name")
     if start not in STARTS:
         raise ValueError(f"start={start!r} is unknown; choose {' or '.join(STARTS)}")
+
+
+def known(columns: Tensor) -> Tensor:
+    """Of a type that the libraries have (`SUFFIX`), row after row."""
+    return (columns if columns.dtype in SUFFIX else columns.float()).detach().contiguous()
 
 
 def weights_of(columns: Tensor, weights: Tensor) -> Tensor:
@@ -81,14 +88,14 @@ def draws(k: int, seed: int = 10) -> tuple[float, ...]:
     return tuple(stream.random() for _ in range(1 + (k - 1) * trials(k)))
 
 
-_NUMBERS: dict[tuple[int, torch.device], Tensor] = {}
+_DRAWS: dict[tuple[int, torch.device], Tensor] = {}
 
 
-def numbers(k: int, device: torch.device) -> Tensor:
+def draws_on(k: int, device: torch.device) -> Tensor:
     """`draws(k)` on a device, float64. The same for all threads, and never freed: launches are given its address alone. (Two threads that
     miss a `functools.cache` at once have a tensor each, of which the cache keeps the later.)"""
-    found = _NUMBERS.get((k, device))
-    return _NUMBERS.setdefault((k, device), torch.tensor(draws(k), dtype=torch.float64, device=device)) if found is None else found
+    found = _DRAWS.get((k, device))
+    return _DRAWS.setdefault((k, device), torch.tensor(draws(k), dtype=torch.float64, device=device)) if found is None else found
 
 
 def unfit(centres: Tensor, stored: Tensor) -> Tensor:

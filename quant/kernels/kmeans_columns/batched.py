@@ -11,10 +11,6 @@ TOGETHER = 128
 """Columns worked on at once: their tables of costs take 128 x 8 (bins + 1)² bytes, 17 MB with 16 centres."""
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`."""
     check(k, start)

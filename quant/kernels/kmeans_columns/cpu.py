@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import native
-from quant.kernels.kmeans_columns import STEPS, bins, check, numbers, weights_of
-
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-
+from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, draws_on, known, weights_of
 
 unavailable = partial(native.unavailable, "kmeans_columns")
 
@@ -19,9 +16,9 @@ unavailable = partial(native.unavailable, "kmeans_columns")
 def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`."""
     check(k, start)
-    x = _known(columns)
+    x = known(columns)
     centres = x.new_empty(x.shape[0], k)
-    given = numbers(k, x.device) if start == "plus_plus" else 0
+    given = draws_on(k, x.device) if start == "plus_plus" else 0
     w = None if weights is None else weights_of(x, weights)
     w = w if w is None or w.stride(1) == 1 else w.contiguous()
     weighing = (0, 0) if w is None else (w, w.stride(0))
@@ -31,16 +28,11 @@ def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | 
 
 def nearest(columns: Tensor, centres: Tensor) -> Tensor:
     """uint8 `[C, N]`."""
-    x = _known(columns)
+    x = known(columns)
     c = centres.to(x.dtype).contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8)
     _call("nearest", x, *x.shape, c, c.shape[1], _threads(x), codes)
     return codes
-
-
-def _known(columns: Tensor) -> Tensor:
-    """Of a type the library has, row after row."""
-    return (columns if columns.dtype in SUFFIX else columns.float()).detach().contiguous()
 
 
 def _threads(x: Tensor) -> int:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel, on_cuda
-from quant.kernels.kmeans_columns import STEPS, bins, check, numbers, trials, weights_of
+from quant.kernels.kmeans_columns import STEPS, SUFFIX, bins, check, draws_on, known, trials, weights_of
 
-SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 THREADS, ITEMS = 512, (9, 17, 23)
 """Of a block; values of a thread."""
 MOST_ROWS, MOST_WEIGHED = 23 * THREADS, 17 * THREADS
@@ -29,7 +28,7 @@ unavailable = partial(on_cuda.unavailable, "kmeans_columns")
 def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`."""
     check(k, start)
-    x = _known(columns)
+    x = known(columns)
     n, w = x.shape[1], None if weights is None else weights_of(x, weights)
     w = w if w is None or w.stride(1) == 1 else w.contiguous()
     most = on_cuda.shared_memory(x.device)
@@ -37,7 +36,7 @@ def kmeans(columns: Tensor, k: int, start: str = "partition", weights: Tensor | 
         made: Tensor = kernel("kmeans_columns", "torch", x.device).run.kmeans(columns, k, start, weights)
         return made
     centres = x.new_empty(x.shape[0], k)
-    given = numbers(k, x.device) if start == "plus_plus" else 0
+    given = draws_on(k, x.device) if start == "plus_plus" else 0
     short = x.dtype is torch.float32 and n <= (MOST_ROWS if w is None else MOST_WEIGHED)
     if short and shared_bytes(n, k, start, w is not None) <= most:
         _fit(x, 0, w, 0, k, given, 0, 0, centres)
@@ -67,7 +66,7 @@ def _table(k: int, start: str) -> int:
 
 def nearest(columns: Tensor, centres: Tensor) -> Tensor:
     """uint8 `[C, N]`."""
-    x = _known(columns)
+    x = known(columns)
     c = centres.to(x.dtype).contiguous()
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     on_cuda.call("kmeans_columns", f"bitgrid_nearest_{SUFFIX[x.dtype]}", x, *x.shape, c, c.shape[1], codes)
@@ -81,8 +80,3 @@ def _fit(
     weighing = (0, 0, 0) if w is None else (w, w.stride(0), beside)
     sizes = (*x.shape, k, bins(k), STEPS, trials(k))
     on_cuda.call("kmeans_columns", f"bitgrid_kmeans_{SUFFIX[x.dtype]}", x, ordered, *weighing, *sizes, given, scratch, stride, centres)
-
-
-def _known(columns: Tensor) -> Tensor:
-    """Of a type the library has, row after row."""
-    return (columns if columns.dtype in SUFFIX else columns.float()).detach().contiguous()

@@ -8,10 +8,6 @@ from torch import Tensor
 from quant.kernels.kmeans_columns import STEPS, TOLERANCE, check, draws, trials, weights_of
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def kmeans(columns: Tensor, k: int, start: str = "plus_plus", weights: Tensor | None = None) -> Tensor:
     """`[C, N]` ▸ centres `[C, k]`. Raises ValueError for start=partition, which is the fast backends' own."""
     check(k, start)

@@ -26,7 +26,6 @@ from quant.affine import Affine, ZeroKind
 if TYPE_CHECKING:
     from quant.kernels.kv_attention.per_token import PerTokenPacked
 
-Scale: TypeAlias = "float | None"
 Cache: TypeAlias = "Packed | Plain | PerTokenPacked"
 Write: TypeAlias = "Callable[[Packed, Tensor, Tensor], None]"
 """A prompt into its cache, which has its `length` and `coded` already."""
@@ -348,7 +347,7 @@ def _write_values(cache: Packed, at: Tensor, values: Tensor, wanted: Tensor | No
         held[:, :, block, :, inside] = new if wanted is None else torch.where(wanted, new, held[:, :, block, :, inside])
 
 
-def checked(q: Tensor, cache: Cache, scale: Scale, out: Tensor | None) -> tuple[Tensor, float]:
+def checked(q: Tensor, cache: Cache, scale: float | None, out: Tensor | None) -> tuple[Tensor, float]:
     """`out`, or new memory for it, and the factor of scores. Raises ValueError for what no backend takes."""
     s, kv, d = cache.keys.shape[0], cache.heads, cache.width
     if q.dim() != 3 or (q.shape[0], q.shape[2]) != (s, d) or q.shape[1] % kv or not q.is_floating_point():

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Cache, Scale, ages, append, append_one, checked, prepare
+from quant.kernels.kv_attention import Cache, ages, append, append_one, checked, prepare
 
-__all__ = ["ages", "append", "append_one", "kv_attention", "prepare", "unavailable"]
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
+__all__ = ["ages", "append", "append_one", "kv_attention", "prepare"]
 
 
-def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
+def kv_attention(
+    q: Tensor, packed: Cache, scale: float | None = None, out: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """`[S, H, D]` in the type of q, rounded to it once from `dtype`, in which everything is computed."""
     made, factor = checked(q, packed, scale, out)
     keys, values = packed.decoded(dtype)

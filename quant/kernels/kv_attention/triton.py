@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from quant.kernels.kv_attention import Cache, Plain, Scale, checked, field
+from quant.kernels.kv_attention import Cache, Plain, checked, field
 from quant.kernels.kv_attention.on_device import ages, append, append_one, prepare
 from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kernels.on_triton import early, interpreted, multiprocessors, unavailable
@@ -30,7 +30,7 @@ HEAVY = 4.0
 """Bytes of a channel of a token in the window: it takes as long as so many of codes."""
 
 
-def kv_attention(q: Tensor, packed: Cache, scale: Scale = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
+def kv_attention(q: Tensor, packed: Cache, scale: float | None = None, out: Tensor | None = None, splits: int | None = None) -> Tensor:
     """`[S, H, D]` in the type of q; sums and softmax in float32, p and q · steps rounded to float16 (the window: to its own type).
 
     splits: parts of the tokens of a sequence and KV head; chosen where None, from the room in the cache, not what lies on the device.

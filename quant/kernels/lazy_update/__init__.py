@@ -6,3 +6,19 @@ be those that each has alone, bit for bit; None where there is one. Sums are flo
 Σ |left| |right|, u = 2^-24 (2^-53). And `reach(block, device)`: how many columns, of blocks of so many, are best taken off all columns
 beyond them at once.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quant.kernels import on_triton
+
+
+@dataclass(frozen=True)
+class Tile(on_triton.Tile):
+    """Of `later`; step is the columns that are multiplied at a time."""
+
+    halves: bool = False
+    """By `halves.py`."""
+    gluon: bool = False
+    """By `hopper_halves.py`, by halves."""

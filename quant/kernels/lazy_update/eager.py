@@ -8,10 +8,6 @@ import torch
 from torch import Tensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def reach(block: int, device: torch.device) -> int:
     return block
 

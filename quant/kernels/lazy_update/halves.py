@@ -11,13 +11,12 @@ that are not finite make their row or column not finite.
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from quant.kernels.lazy_update.triton import Tile
+from quant.kernels.lazy_update import Tile
 
 WIDE, WARPS = 32, 8
 """Numbers of a row of the factor, or of errors, that a program splits."""

@@ -10,27 +10,15 @@ By halves: three products of float16 each, where a product is over many columns 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from quant.kernels import on_triton
-from quant.kernels.lazy_update import halves
+from quant.kernels.lazy_update import Tile, halves
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["lazy_update", "reach", "refuses", "unavailable"]
-
-
-@dataclass(frozen=True)
-class Tile(on_triton.Tile):
-    """step is the columns that are multiplied at a time."""
-
-    halves: bool = False
-    """By `halves.py`."""
-    gluon: bool = False
-    """By `hopper_halves.py`, by halves."""
 
 
 TILE = Tile(128, 64, 32, 4, 3)
@@ -42,8 +30,8 @@ WIDE = Tile(128, 128, 64, 4, 3, gluon=True, halves=True)
 LEAST_WIDE = 256
 """Columns from which on WIDE is taken."""
 REACH = 512
-"""Columns of finished blocks that are taken off all later ones at once, where WIDE is taken; 0 where each block's are. More of them read
-and write later weights more rarely; but those of the blocks among them, which each of the blocks updates, become more."""
+"""Columns of finished blocks whose errors are taken off all columns beyond at once, where WIDE is taken; 0: those of each block. With more
+columns later weights are read and written more rarely, but those within a reach, which each of its blocks updates, are more."""
 
 
 def refuses(later: Tensor) -> str | None:
@@ -52,6 +40,7 @@ def refuses(later: Tensor) -> str | None:
 
 
 def tile_for(r: int, n: int, b: int, device: torch.device) -> Tile:
+    """For `later` `[r, n]` and a product over b columns."""
     if interpreted():
         return Tile(32, 32, 16, 4, 1)
     if b >= LEAST_WIDE and b <= halves.MOST and has_wide(device):
@@ -89,6 +78,7 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
 
 @cache
 def has_wide(device: torch.device) -> bool:
+    """Whether WIDE works there."""
     if interpreted() or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return False
     return has_gluon("quant.kernels.lazy_update.hopper_halves")

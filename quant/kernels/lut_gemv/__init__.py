@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant.kernels.products import size_bytes
 from quant.tensors.codebook import CodebookTensor
 
 MOST_BITS = 4
@@ -36,7 +37,7 @@ class Part:
 
     @property
     def bytes(self) -> int:
-        return self.words.nbytes + self.values.nbytes + self.columns.nbytes
+        return size_bytes(self.words, self.values, self.columns)
 
     @property
     def read(self) -> int:
@@ -67,9 +68,8 @@ class Packed:
 
     @property
     def bytes(self) -> int:
-        more = [] if self.apart is None else [self.apart.starts, self.apart.columns, self.apart.differences]
-        more += [] if self.input_scale is None else [self.input_scale]
-        return sum(p.bytes for p in self.parts) + sum(t.nbytes for t in more)
+        kept = () if self.apart is None else (self.apart.starts, self.apart.columns, self.apart.differences)
+        return sum(p.bytes for p in self.parts) + size_bytes(*kept, self.input_scale)
 
     @property
     def read(self) -> int:

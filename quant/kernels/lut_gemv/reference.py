@@ -12,10 +12,6 @@ from quant.kernels.products import dense
 from quant.tensors.codebook import CodebookTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: CodebookTensor) -> CodebookTensor:
     """Nothing is to be done."""
     return tensor

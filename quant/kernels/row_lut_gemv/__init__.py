@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant.kernels.products import size_bytes
 from quant.tensors.row_codebook import RowCodebookTensor
 
 ROWS = 32
@@ -39,7 +40,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.tables, self.input_scale) if t is not None)
+        return size_bytes(self.words, self.tables, self.input_scale)
 
     def codes(self) -> Tensor:
         """int64 `[T, U · 32, 32]`: columns, then rows of a tile."""

@@ -12,10 +12,6 @@ from quant.kernels.row_lut_gemv import Packed
 from quant.tensors.row_codebook import RowCodebookTensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def prepare(tensor: RowCodebookTensor) -> RowCodebookTensor:
     """Nothing is to be done."""
     return tensor

@@ -9,9 +9,5 @@ AT_ONCE = 2**23
 """Numbers: 64 MB of products."""
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def row_sums(bits: Tensor, odd: Tensor) -> Tensor:
     return torch.cat([(rows * odd).sum(1) for rows in torch.split(bits, max(1, AT_ONCE // max(1, bits.shape[1])))])

@@ -14,11 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-
-from quant.affine import ZeroKind
-from quant.grids import GRIDS
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,3 @@ def shape_of(weight: Tensor, width: int) -> tuple[int, int]:
     if width < 1 or k % width:
         raise ValueError(f"groups of {width} do not fit a weight of shape {(n, k)}")
     return n, k // width
-
-
-def zero_dtype(grid: str, scale_dtype: torch.dtype) -> torch.dtype:
-    """How the zeros of a grid are stored."""
-    whole = {ZeroKind.CONSTANT: torch.uint8, ZeroKind.CODE: torch.uint8, ZeroKind.INTEGER: torch.int16}
-    return whole.get(GRIDS[grid].zero, scale_dtype)

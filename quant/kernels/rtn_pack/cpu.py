@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
 from quant.kernels import native
-from quant.kernels.gptq_block import NUMBERS
-from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
+from quant.kernels.gptq_block import GRID_NUMBERS
+from quant.kernels.rtn_pack import Packed, shape_of
 
 __all__ = ["encoded", "fitted", "rtn_pack", "unavailable"]
 
@@ -67,7 +67,7 @@ class _Made:
         self.error = torch.empty(ranges, dtype=torch.float64) if error else None
 
     def packed(self, scale: Tensor, zero: Tensor, grid: str, scale_dtype: torch.dtype, told: Tensor) -> Packed:
-        stored = scale[..., 0].to(scale_dtype), zero[..., 0].to(zero_dtype(grid, scale_dtype))
+        stored = scale[..., 0].to(scale_dtype), zero[..., 0].to(GRIDS[grid].zero.dtype(scale_dtype))
         return Packed(self.codes, self.stream, *stored, told, None if self.error is None else self.error[..., 0])
 
 
@@ -83,7 +83,7 @@ def _run(
 ) -> None:  # fmt: skip
     outputs = (0, 0, 0) if made is None else tuple(t if t is not None else 0 for t in (made.codes, made.stream, made.error))
     flags = (scale_dtype is torch.float16, mse, fit, encode)
-    sizes = (NUMBERS.index(grid), bits, groups.shape[-1], scale.numel(), *map(int, flags), torch.get_num_threads())
+    sizes = (GRID_NUMBERS.index(grid), bits, groups.shape[-1], scale.numel(), *map(int, flags), torch.get_num_threads())
     if groups.numel():
         native.call("rtn_pack", "bitgrid_rtn_pack", groups, scale, zero, told, *outputs, *sizes)
 

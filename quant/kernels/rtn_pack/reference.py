@@ -7,12 +7,8 @@ from torch import Tensor
 
 from quant.affine import Affine
 from quant.grids import GRIDS, fit_unchecked, unfit_float16
-from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
+from quant.kernels.rtn_pack import Packed, shape_of
 from quant.tensors.packing import pack_bits
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
 
 
 def rtn_pack(
@@ -51,6 +47,6 @@ def encoded(
     affine = Affine(scale, zero, bits, GRIDS[grid].zero)
     whole = affine.encode(groups).to(torch.uint8).view(shape)
     off = (affine.round(groups) - groups).double().square().sum(-1) if error else None
-    stored = scale[..., 0].to(scale_dtype).contiguous(), zero[..., 0].to(zero_dtype(grid, scale_dtype)).contiguous()
+    stored = scale[..., 0].to(scale_dtype).contiguous(), zero[..., 0].to(GRIDS[grid].zero.dtype(scale_dtype)).contiguous()
     none = torch.zeros(2, dtype=torch.int32, device=groups.device)
     return Packed(whole if codes else None, pack_bits(whole, bits) if stream else None, *stored, none, off)

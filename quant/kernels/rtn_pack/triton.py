@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quant.grids import GRIDS
 from quant.kernels import kernel
 from quant.kernels.on_triton import interpreted, unavailable
-from quant.kernels.rtn_pack import Packed, shape_of, zero_dtype
+from quant.kernels.rtn_pack import Packed, shape_of
 from quant.tensors.packing import pack_bits
 
 __all__ = ["rtn_pack", "unavailable"]
@@ -44,7 +45,7 @@ def rtn_pack(
     given = weight.detach().contiguous()
     given = given.float() if weight.dtype is torch.float64 else given
     scale = given.new_empty(shape, dtype=scale_dtype)
-    zero = given.new_empty(shape, dtype=zero_dtype(grid, scale_dtype))
+    zero = given.new_empty(shape, dtype=GRIDS[grid].zero.dtype(scale_dtype))
     told = torch.zeros(2, dtype=torch.int32, device=given.device)
     off = torch.zeros(shape if error else 0, device=given.device)
     # The program packs whole words only. Codes of 8 bits are their own stream.

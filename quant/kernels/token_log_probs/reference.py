@@ -6,9 +6,5 @@ import torch
 from torch import Tensor
 
 
-def unavailable(device: torch.device) -> str | None:
-    return None
-
-
 def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, tokens[..., None])[..., 0]

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quant.affine import ZeroKind
+from quant.kernels.products import size_bytes
 from quant.tensors.affine import AffineTensor
 
 BITS = (2, 3, 4, 8)
@@ -56,7 +57,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.low, self.high, self.scale, self.zero, self.input_scale) if t is not None)
+        return size_bytes(self.low, self.high, self.scale, self.zero, self.input_scale)
 
     @property
     def group(self) -> int:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
 from quant.kernels.wq_gemm import Packed, given_out
 from quant.tensors.affine import AffineTensor
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
 
 
 def prepare(tensor: AffineTensor) -> AffineTensor:
@@ -25,12 +20,5 @@ def wq_gemm(x: Tensor, packed: AffineTensor | Packed, out: Tensor | None = None,
     given = x.to(dtype)
     if packed.input_scale is not None:
         given = given / packed.input_scale.to(dtype)
-    return made.copy_(given @ _values(packed, dtype).T)
-
-
-def _values(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:
-    """`[N, K]`, before the input scale."""
-    if isinstance(weight, Packed):
-        return weight.values(dtype)
-    scale, zero = weight.columns(weight.scale).to(dtype), weight.columns(weight.zero).to(dtype)
-    return Affine(scale, zero, weight.bits, weight.kind).decode(weight.codes.to(dtype))
+    weight = packed.values(dtype) if isinstance(packed, Packed) else packed.decoded(dtype)
+    return made.copy_(given @ weight.T)

@@ -44,8 +44,6 @@ class Shape:
 TILES = {16: (128, 4, 4, 3), 32: (128, 4, 4, 3), 64: (128, 8, 3, 1), 128: (128, 8, 3, 1), 256: (128, 8, 3, 1)}
 """Rows of x ▸ rows of the weight, warps, stages, and programs of which a multiprocessor holds that many at once (registers). Chosen from
 what the compiler says, not from times: see `candidates`."""
-
-
 OLDER = (64, 4, 3, 2)
 """The same before compute capability 9.0, whose tensor cores read no operand from shared memory; there for at most 64 rows of x."""
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quant.affine import ZeroKind
+from quant.kernels.products import size_bytes
 from quant.tensors.affine import AffineTensor
 
 BITS = (2, 3, 4, 8)
@@ -47,7 +48,7 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What a call reads of the weight."""
-        return sum(t.numel() * t.element_size() for t in (self.words, self.ranges, self.input_scale) if t is not None)
+        return size_bytes(self.words, self.ranges, self.input_scale)
 
     @property
     def groups(self) -> int:

@@ -32,7 +32,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SLICES, WARPS = 8, 16
 """Of K, and warps of a block, where a block has a slice of K (`wq_slices.cu`): so many blocks share some rows of the weight."""
 AT_ONCE = (2, 1)
-"""Tiles (16 rows) that a warp may have at once: that number by which more of a block's warps have tiles at all times, or the first."""
+"""Tiles (16 rows) that a warp may have at once; of these numbers that which leaves fewer of a block's warps without any, else the first."""
 FULL = 0.8
 """Least share of a block's warps that have tiles; where it is less, the product is by blocks that have all of K."""
 LEAST_STAGES = {1: 6, 2: 3}

@@ -5,14 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
 from quant.kernels.products import dense
 from quant.kernels.wq_gemv import Packed
 from quant.tensors.affine import AffineTensor
-
-
-def unavailable(device: torch.device) -> str | None:
-    return None
 
 
 def prepare(tensor: AffineTensor) -> AffineTensor:
@@ -22,16 +17,13 @@ def prepare(tensor: AffineTensor) -> AffineTensor:
 
 def wq_gemv(x: Tensor, packed: AffineTensor | Packed, out: Tensor | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
     """`[M, N]` in the type of x, rounded to it once from `dtype`, in which everything is computed."""
-    return dense(x, _values(packed, dtype), packed.input_scale, out)
+    return dense(x, _made(packed, dtype), packed.input_scale, out)
 
 
 def values(packed: AffineTensor | Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    return _values(packed, torch.float32).to(dtype)
+    return _made(packed, torch.float32).to(dtype)
 
 
-def _values(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:
+def _made(weight: AffineTensor | Packed, dtype: torch.dtype) -> Tensor:
     """`[N, K]`, before the input scale."""
-    if isinstance(weight, Packed):
-        return weight.values(dtype)
-    scale, zero = weight.columns(weight.scale).to(dtype), weight.columns(weight.zero).to(dtype)
-    return Affine(scale, zero, weight.bits, weight.kind).decode(weight.codes.to(dtype))
+    return weight.values(dtype) if isinstance(weight, Packed) else weight.decoded(dtype)
