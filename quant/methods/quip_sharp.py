@@ -23,7 +23,7 @@ from torch import Tensor
 from quant.hadamard import hadamard_block
 from quant.lattice import CODEBOOKS, DIMENSION
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
-from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.methods.feedback import ALL_ZERO, checked_hessian, without_dead
 from quant.methods.quip import normalized, one_scale_note
 from quant.parameters import check
@@ -69,7 +69,7 @@ class QuipSharp:
                     f"no Hadamard matrix of order {size} is known here: the {what} are transformed in blocks of {hadamard_block(size)}"
                 )
 
-        w = weight.detach().to(torch.float64 if weight.dtype is torch.float64 else torch.float32)
+        w = weight.detach().to(working_dtype(weight))
         dead = hessian.diagonal() == 0
         w, zeros = without_dead(w, dead.to(w.device), int(dead.sum()))
         notes += [n for n in zeros if n != ALL_ZERO]
