@@ -99,8 +99,7 @@ def read_overrides(composer: Composer, lines: Iterable[str], *, multirun: bool) 
             _refuse_bad_sweep(override, root, multirun=multirun)
         if axis_of(override) is not None:
             _check_group(composer, override)
-            # `model=tiny` chooses a file, `model={dtype: float16}` changes values: both may be there.
-            key = override.get_key_element() + ("={}" if isinstance(override.value(), dict) else "")
+            key = _key(override)
             # As Hydra does it: a sweep keeps the place of the first and the value of the last, a single run applies in order.
             if not multirun:
                 axes.pop(key, None)
@@ -115,6 +114,11 @@ def read_overrides(composer: Composer, lines: Iterable[str], *, multirun: bool) 
     return Request(axes, tuple(groups), tuple(settings))
 
 
+def _key(override: Override) -> str:
+    """`model=tiny` chooses a file, `model={dtype: float16}` changes values: both may be there."""
+    return str(override.get_key_element()) + ("={}" if isinstance(override.value(), dict) else "")
+
+
 def _refuse_bad_sweep(override: Override, root: str, *, multirun: bool) -> None:
     if axis_of(override) is None and root in NOT_SWEPT:
         raise ConfigError(f"{override.input_line}: {root} cannot be swept: {NOT_SWEPT[root]}")
@@ -125,8 +129,6 @@ def _refuse_bad_sweep(override: Override, root: str, *, multirun: bool) -> None:
         )
     if axis_of(override) is None:
         raise ConfigError(f"{override.input_line}: {unknown_name('axis', root, AXES)}")
-    if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...), or a search sweeper")
 
 
 def _check_group(composer: Composer, override: Override) -> None:
@@ -166,6 +168,11 @@ def dimensions(axes: Mapping[str, Override], varied: Collection[str] = ()) -> li
         path = plain_key(override)
         out.append(Dimension(tuple((make_override(path, v, override.type),) for v in values), swept=True))
     return out
+
+
+def swept_keys(composer: Composer, lines: Iterable[str]) -> set[str]:
+    """Keys of overrides that sweep or search an axis."""
+    return {_key(o) for o in composer.parse(lines) if o.is_sweep_override() and axis_of(o) is not None}
 
 
 def varied_keys(requests: Sequence[Request]) -> set[str]:

@@ -64,7 +64,12 @@ def plain_key(override: Override) -> str:
 
 
 def sweep_values(override: Override) -> list[Any]:
-    """Every value of a choice, range or glob sweep, quotes kept."""
+    """Every value of a choice, range or glob sweep, quotes kept. Raises ConfigError for an interval."""
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{override.input_line}: an interval has no list of values; use choice(...) or range(...), "
+            "or a sweeper that searches, as hydra/sweeper=optuna"
+        )
     return list(override.sweep_iterator())
 
 
