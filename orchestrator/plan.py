@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
+from orchestrator.facts import check_facts
 from orchestrator.fingerprint import digest, stage_key
 from orchestrator.measuring import measured_cache, measuring, unmeasured
 from orchestrator.overrides import has_overrides, rules
@@ -75,6 +76,8 @@ class _Planner:
             raise PlanError("the grid has no cells: every one was excluded; loosen sweep.exclude or sweep.only_if")
         self._check_model_path()
         self._check_budget()
+        for option in {id(o): o for c in self._grid.cells for o in (c.method, c.task)}.values():
+            check_facts(option)
         for cell in self._grid.cells:
             reason = self._impossible(cell)
             if reason is None:
