@@ -17,7 +17,19 @@ from omegaconf.errors import InterpolationResolutionError
 from orchestrator.cell import AXES, Cell, Grid
 from orchestrator.config import check_override, refuse_unknown_roots, resolved_settings, settings_of
 from orchestrator.errors import ConfigError, SearchError
-from orchestrator.grid_axes import Choice, Request, axis_of, choices, dimensions, narrowed, read_overrides, swept_keys, varied_keys, zipped
+from orchestrator.grid_axes import (
+    Choice,
+    Request,
+    axis_of,
+    choices,
+    common,
+    dimensions,
+    narrowed,
+    read_overrides,
+    swept_keys,
+    varied_keys,
+    zipped,
+)
 from orchestrator.grid_options import OptionLoader, OptionTable, ReachesOutside, plain_values, reaches_in
 from orchestrator.grid_rules import Rules, apply_rules, extra_dimensions, read_rules, unzipped_conflicts
 from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text
@@ -64,7 +76,7 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
         raise ConfigError(
             f"the rules of sweep={root.base.choices.get('sweep')} leave no cell of {len(excluded)}; loosen sweep.exclude or only_if"
         )
-    return Grid(cells, root.plain, tuple(excluded), (*notes, *rule_notes))
+    return Grid(cells, root.plain, tuple(excluded), (*notes, *rule_notes), common(request))
 
 
 def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]], asked: Sequence[str] = ()) -> tuple[Grid, list[Cell]]:
@@ -92,7 +104,7 @@ def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]], asked: Seque
     idle = [f"sweep.{k}" for k in ("exclude", "only_if", "zip", "extra") if (root.plain.get("sweep") or {}).get(k)]
     if idle:
         notes = (*notes, f"{', '.join(idle)} had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules")
-    return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes), cells
+    return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes, common(requests[0], varied)), cells
 
 
 @dataclass(frozen=True)

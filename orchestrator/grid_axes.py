@@ -18,6 +18,9 @@ from orchestrator.config import NOT_SWEPT
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Composer, as_config_error, first_name, make_override, plain_key, quoted, sweep_values
 
+NAMING = ("model", "method", "scheme", "task")
+"""Axes whose options name a sweep that has no name of its own."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -179,6 +182,15 @@ def varied_keys(requests: Sequence[Request]) -> set[str]:
     """Keys of axes that differ between requests, or that only some have: what the sweeper behind them swept."""
     keys = {key for r in requests for key in r.axes}
     return {key for key in keys if len({str(r.axes[key].input_line) if key in r.axes else None for r in requests}) > 1}
+
+
+def common(request: Request, varied: Collection[str] = ()) -> tuple[str, ...]:
+    """Overrides that tell a grid from others, but stand in no option's name: of one value, and not of the axes that name a sweep."""
+    told = []
+    for key, override in request.axes.items():
+        in_names = key in NAMING or key in varied or (override.is_sweep_override() and "." in key)
+        told += [] if in_names else [str(override.input_line)]
+    return (*told, *(str(o.input_line) for o in request.settings if o.key_or_group == "budget"))
 
 
 def zipped(rows: Mapping[str, Sequence[Any]], fixed: Mapping[str, Override]) -> Dimension:
