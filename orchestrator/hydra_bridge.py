@@ -152,10 +152,21 @@ class Composer:
         parsed = []
         for line in lines:
             if line not in self._parsed:
-                with as_config_error():
-                    self._parsed[line] = self._parser.parse_overrides([line])[0]
+                self._parsed[line] = self._parse(line)
             parsed.append(self._parsed[line])
         return parsed
+
+    def _parse(self, line: str) -> Override:
+        try:
+            return self._parser.parse_overrides([line])[0]
+        except HYDRA_ERRORS as error:
+            # Of Hydra's lexer only the place is told, by a mark below the line; at its end is an address.
+            said = str(error).splitlines()[-2 if "\nSee http" in str(error) else -1].strip()
+            said = "a character that has no place there" if said == "^" else said
+            raise ConfigError(
+                f"{line}: {said}; write KEY=VALUE, and text with other than plain characters in quotes inside those of the shell: "
+                "\"KEY='VALUE'\""
+            ) from error
 
     def options(self, group: str) -> list[str]:
         """Names of a group's options."""
