@@ -44,7 +44,7 @@ def run_command(arguments: Sequence[str]) -> int:
     sweeper_folders.clear()
     task()
     for folder in sweeper_folders:
-        if any(folder.iterdir()):
+        if any(f.name != "multirun.yaml" for f in folder.iterdir()):
             print(f"the sweeper's own files: {folder}")
     return max(_exit_codes, default=0)
 

@@ -32,7 +32,7 @@ from orchestrator.grid_axes import (
 )
 from orchestrator.grid_options import OptionLoader, OptionTable, ReachesOutside, plain_values, reaches_in
 from orchestrator.grid_rules import Rules, apply_rules, extra_dimensions, read_rules, unzipped_conflicts
-from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text
+from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text, plain_key
 
 Row = tuple[Choice, ...]
 """One choice per axis, in the order of AXES."""
@@ -54,6 +54,7 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
     request = read_overrides(composer, overrides, multirun=multirun)
     root = _Root.of(composer, request)
     if multirun:
+        _refuse_idle(root.base, request)
         _refuse_search(root.base)
     rules = read_rules(composer, root.plain["sweep"] if isinstance(root.plain.get("sweep"), Mapping) else {})
     axes = dict(request.axes)
@@ -142,9 +143,29 @@ def _lines(params: Mapping[str, str]) -> list[str]:
     return [f"{k}={v}" for k, v in params.items()]
 
 
+def _plugin(base: Base, kind: str) -> str:
+    """Name of the class that is the sweeper or launcher."""
+    return str(OmegaConf.select(base.config, f"hydra.{kind}._target_")).rpartition(".")[2]
+
+
+def _refuse_idle(base: Base, request: Request) -> None:
+    """Settings of Hydra's that a user would take for settings of the sweep."""
+    sweeper, launcher = _plugin(base, "sweeper"), _plugin(base, "launcher")
+    for override in request.groups:
+        key = plain_key(override)
+        if key.startswith("hydra.launcher.") and launcher == "BitgridLauncher":
+            told = "it is for the jobs of other programs; cells run as cluster= says: cluster.slots, cluster.threads, cluster.address"
+        elif key == "hydra/launcher" and launcher != "BitgridLauncher" and sweeper == "BitgridSweeper":
+            told = "hydra/sweeper=bitgrid launches nothing; cells run as cluster= says, or give hydra/sweeper=basic too"
+        elif key == "hydra.sweeper.max_batch_size" and sweeper == "BitgridSweeper":
+            told = "all cells are one graph of stages; give hydra/sweeper=basic too for launches of so many cells"
+        else:
+            continue
+        raise ConfigError(f"{override.input_line} would have no effect: {told}")
+
+
 def _refuse_search(base: Base) -> None:
-    sweeper = OmegaConf.select(base.config, "hydra.sweeper._target_")
-    if sweeper is not None and str(sweeper).rpartition(".")[2] not in RUN_ALL:
+    if _plugin(base, "sweeper") not in (*RUN_ALL, "None"):
         raise SearchError(
             f"hydra/sweeper={base.choices.get('hydra/sweeper')} chooses cells while it runs, by the scores of earlier ones: there is no "
             "grid to show before; start it with `bitgrid run -m`, or leave the sweeper out for a grid"

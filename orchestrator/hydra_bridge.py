@@ -116,7 +116,7 @@ class Composer:
         self._options: dict[str, list[str]] = {}
         self._parser = OverridesParser.create(config_loader=loader)
         with warnings.catch_warnings():
-            # A search path that does not exist is reported by `at`.
+            # A search path that does not exist is an error of `at`.
             warnings.simplefilter("ignore", UserWarning)
             _, self.repository = loader._parse_overrides_and_create_caching_repo(config_name, list(hydra_overrides))
 
@@ -143,6 +143,11 @@ class Composer:
             if source.provider in ("main", "command-line") and not source.available():
                 raise ConfigError(f"configuration folder {source.path!r} is not there; give a folder that holds the groups' yaml files")
         composer = cls(loader, config_name, hydra_overrides)
+        for source in composer.repository.get_sources():
+            if source.provider.startswith("hydra.searchpath") and not source.available():
+                raise ConfigError(
+                    f"hydra.searchpath: {source.full_path()} is not there; give folders as file://PATH, or packages as pkg://NAME"
+                )
         if not composer.repository.config_exists(config_name):
             raise ConfigError(f"root config {config_name!r} is not in {main} nor in {config_dir}; give a name without .yaml")
         return composer
