@@ -366,7 +366,8 @@ class _Planner:
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
             auto=auto,
         )
-        key = self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
+        told = parts.draw(cell, self._several, calibration, seeded=method.uses_seed) + suffix
+        key = self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{told}")
         if method.toolkit is not None:
             self._plan.toolkits[key] = method.toolkit
         return key
@@ -378,7 +379,8 @@ class _Planner:
 
     def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
         def make() -> str:
-            label = f"calibrate {cell.model.name} {cell.calibration.name} {statistic}"
+            several = {**self._several, "calibration": True}
+            label = f"calibrate {cell.model.name}{parts.draw(cell, several, calibration)} {statistic}"
             return self._stage(StageKind.CALIBRATE, CalibrateSpec(model, calibration, statistic), {}, label)
 
         return self._once(("calibrate", id(cell.model), id(cell.calibration), id(cell.replicate), statistic), make)
