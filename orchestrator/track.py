@@ -277,6 +277,8 @@ class _Pass:
         self.client.log_batch(run.run_id, metrics, params, [RunTag(k, v) for k, v in tags.items() if run.tags.get(k) != v])
         for tag in stale_tags(run, wanted):
             self.client.delete_tag(run.run_id, tag)
+        if run.name != wanted.name:
+            self.client.update_run(run.run_id, name=wanted.name)
         self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
         if wanted.end_ms is not None:
             self.client.set_terminated(run.run_id, wanted.status, wanted.end_ms)

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ def test_runs_deleted_by_hand_are_made_again_with_a_note(mlflow_project: Path, s
     assert [n for n in again.notes if "deleted by hand" in n]
     assert dump(client) == before
     assert tracker.sync(sweep, Phase.ENDED).unchanged == 6
+
+
+def test_a_sweep_that_is_renamed_renames_its_run(mlflow_project: Path, sweep: SweepResult) -> None:
+    tracker = tracker_of(mlflow_project)
+    ids = tracker.sync(sweep, Phase.ENDED).run_ids
+    assert tracker.sync(replace(sweep, name="mine"), Phase.ENDED).failed is None
+    run = client_of(mlflow_project).get_run(ids[SWEEP_RUN])
+    assert run.info.run_name == run.data.tags["mlflow.runName"] == f"mine {sweep.key[:8]}"
+    assert tracker.sync(replace(sweep, name="mine"), Phase.ENDED).unchanged == 6
 
 
 PREPARES = """
