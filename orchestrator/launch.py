@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.cell import Cell
 from orchestrator.command import Command
-from orchestrator.errors import BitgridError, PlanError
+from orchestrator.errors import BitgridError, ClusterError, PlanError, SourceError, StoreError
 from orchestrator.executors.settings import ClusterSettings
 
 MARK = "bitgrid_task"
@@ -64,8 +64,13 @@ def sweep_grid(master: DictConfig, arguments: Sequence[str]) -> Any:
     try:
         return sweep(Command.of_hydra(master.hydra, arguments, multirun=True))
     except BitgridError as error:
-        print(f"bitgrid: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended(error) from None
+
+
+def _ended(error: BitgridError) -> SystemExit:
+    """Of the whole process, for wrong input: Hydra would show a traceback."""
+    print(f"bitgrid: {error}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def launch_cells(launch: Launch) -> list[JobReturn]:
@@ -79,6 +84,8 @@ def launch_cells(launch: Launch) -> list[JobReturn]:
     try:
         grid, cells = command.compose_jobs()
         run = sweep(command, grid)
+    except (StoreError, SourceError, ClusterError) as error:
+        raise _ended(error) from None  # no other values of what is searched would help
     except BitgridError as error:
         return [_returned(launch, c, error) for c in configs]
     if run.ending.interrupted:

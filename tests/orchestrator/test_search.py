@@ -103,6 +103,16 @@ def test_a_search_has_no_plan_and_wrong_settings_are_told_before_it(search: list
     assert Searching.seen == []
 
 
+def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as end:
+        main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"store={tmp_path / 'file' / 'store'}"])
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("bitgrid: the store "), "Traceback" in said) == (2, 1, False)
+
+
 @pytest.mark.parametrize("launcher", ["bitgrid", "basic"])
 def test_a_search_that_is_stopped_starts_no_further_launch(
     launcher: str, search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
