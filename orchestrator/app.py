@@ -1,14 +1,16 @@
 """`bitgrid run` as a Hydra application: Hydra's flags, sweepers and launchers work; bitgrid's own sweeper takes the grid as a whole.
 
 Without flags that only Hydra knows the grid is composed once before Hydra starts, so that a mistake is told in our words; it is kept
-for the sweeper.
+for the sweeper. Of a search, whose sweeper chooses the cells, only the settings are looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,25 +20,32 @@ from rich.console import Console
 
 from orchestrator.cell import Grid
 from orchestrator.command import Command, planning_parser
-from orchestrator.errors import BitgridError
+from orchestrator.errors import BitgridError, SearchError
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
 _exit_codes: list[int] = []
+sweeper_folders: dict[Path, None] = {}
+"""Where a sweeper that is not bitgrid's writes what it found."""
 
 
 def run_command(arguments: Sequence[str]) -> int:
     """Exit code of `bitgrid run ARGUMENTS`. Raises BitgridError."""
     given, overrides = planning_parser("bitgrid run").parse_known_args(arguments)
     if not any(o.startswith("-") for o in overrides):
-        _grid(Command.of_flags(given, overrides))
+        with contextlib.suppress(SearchError):
+            _grid(Command.of_flags(given, overrides))
         # Hydra's parser takes overrides in one piece only.
         flags = ["--multirun"] * given.multirun + [f"--config-name={given.config_name}"]
         flags += [] if given.config_dir is None else [f"--config-dir={given.config_dir}"]
         arguments = [*flags, *overrides]
     sys.argv = ["bitgrid run", *arguments]
     _exit_codes.clear()
+    sweeper_folders.clear()
     task()
+    for folder in sweeper_folders:
+        if any(f.name != "multirun.yaml" for f in folder.iterdir()):
+            print(f"the sweeper's own files: {folder}")
     return max(_exit_codes, default=0)
 
 
@@ -76,6 +85,8 @@ def task(config: DictConfig) -> float:
     chosen_by_sweeper = hydra_config.mode is RunMode.MULTIRUN
     try:
         run = sweep(Command.of_hydra(hydra_config, overrides, multirun=False, jobs=[overrides] if chosen_by_sweeper else None))
+        if chosen_by_sweeper and run.ending.interrupted:
+            raise KeyboardInterrupt  # or the sweeper would go on with its next job
         cell = run.plan.cells[0]
         return score(run, cell.evaluate, cell.cell.task.name)
     except BitgridError as e:

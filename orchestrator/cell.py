@@ -54,3 +54,5 @@ class Grid:
     """Cells a rule of the sweep removed, with the rule."""
     notes: tuple[str, ...] = ()
     """Said in the plan: why Hydra's own compose was used, for example."""
+    common: tuple[str, ...] = ()
+    """Overrides that hold for all cells and stand in no option's name, and choices that a sweep is not named by: as they were given."""

@@ -179,9 +179,13 @@ def _toolkit(arguments: list[str]) -> int:
     parser.add_argument("--dir", type=Path, default=Path(os.environ.get("BITGRID_TOOLKITS", FOLDER)), help="folder of the environments")
     parser.add_argument("--python", default=sys.executable, help="interpreter to make it with; this one when left out")
     given = parser.parse_args(arguments)
+    if given.name is None and given.action == "install":
+        raise ConfigError(f"which toolkit? `bitgrid toolkit install NAME`, with one of {', '.join(TOOLKITS)}")
+    if given.name is not None and given.name not in TOOLKITS:
+        raise ConfigError(unknown_name("toolkit", given.name, TOOLKITS))
     console = Console()
     if given.action == "install":
-        install(given.name or "", given.dir, given.python, console)
+        install(given.name, given.dir, given.python, console)
     for toolkit in TOOLKITS.values():
         if given.name in (None, toolkit.name):
             say(console, describe(toolkit, given.dir))

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.cell import Grid
+from orchestrator.cell import Cell, Grid
 from orchestrator.grid import compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
 from orchestrator.store import usual_place
@@ -55,7 +55,7 @@ class Command:
     """Of the command line, `hydra.*` ones included."""
     multirun: bool
     jobs: tuple[tuple[str, ...], ...] | None = None
-    """The overrides of each cell, where another sweeper than bitgrid's chose the cells."""
+    """The overrides of each cell, where another sweeper than bitgrid's chose the cells; `overrides` are what it was asked then."""
     main: str = CONF
     """Root of the configuration (Hydra's --config-path)."""
     config_dir: str | None = None
@@ -92,8 +92,12 @@ class Command:
     def compose(self) -> Grid:
         """Raises ConfigError."""
         if self.jobs is not None:
-            return compose_jobs(self.composer(), self.jobs)[0]
+            return self.compose_jobs()[0]
         return compose_with(self.composer(), self.overrides, multirun=self.multirun)
+
+    def compose_jobs(self) -> tuple[Grid, list[Cell]]:
+        """The grid of the jobs, and the cell of each. Raises ConfigError."""
+        return compose_jobs(self.composer(), self.jobs or (), self.overrides)
 
     def with_overrides(self, more: Sequence[str]) -> Command:
         """Settings that win over what was given."""

@@ -2,6 +2,7 @@
 
 BitgridError                    exit code 2 from the command line, message only
 ├── ConfigError                 a key, option or value that does not exist or is not allowed
+│   └── SearchError             there is no grid: a search chooses its cells while it runs
 ├── PlanError                   a grid that cannot be planned (unknown statistic, every cell impossible, ...)
 ├── SourceError                 a model or text that is missing, truncated, empty or too short
 ├── StoreError                  the store cannot be used
@@ -25,6 +26,10 @@ class BitgridError(Exception):
 
 
 class ConfigError(BitgridError):
+    pass
+
+
+class SearchError(ConfigError):
     pass
 
 

@@ -16,14 +16,28 @@ from omegaconf.errors import InterpolationResolutionError
 
 from orchestrator.cell import AXES, Cell, Grid
 from orchestrator.config import check_override, refuse_unknown_roots, resolved_settings, settings_of
-from orchestrator.errors import ConfigError
-from orchestrator.grid_axes import Choice, Request, axis_of, choices, dimensions, narrowed, read_overrides, varied_keys, zipped
+from orchestrator.errors import ConfigError, SearchError
+from orchestrator.grid_axes import (
+    Choice,
+    Request,
+    axis_of,
+    choices,
+    common,
+    dimensions,
+    narrowed,
+    read_overrides,
+    swept_keys,
+    varied_keys,
+    zipped,
+)
 from orchestrator.grid_options import OptionLoader, OptionTable, ReachesOutside, plain_values, reaches_in
 from orchestrator.grid_rules import Rules, apply_rules, extra_dimensions, read_rules, unzipped_conflicts
-from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text
+from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text, plain_key
 
 Row = tuple[Choice, ...]
 """One choice per axis, in the order of AXES."""
+RUN_ALL = ("BitgridSweeper", "BasicSweeper")
+"""Classes of sweepers that run every cell of a grid. Others choose cells while they run."""
 
 
 def compose_grid(overrides: Sequence[str], *, config_dir: str | None = None, config_name: str = "config", multirun: bool) -> Grid:
@@ -36,9 +50,12 @@ def compose_grid(overrides: Sequence[str], *, config_dir: str | None = None, con
 
 
 def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool) -> Grid:
-    """`compose_grid` with a composer at hand."""
+    """`compose_grid` with a composer at hand. Raises SearchError, with settings in order, where the sweeper is to choose the cells."""
     request = read_overrides(composer, overrides, multirun=multirun)
     root = _Root.of(composer, request)
+    if multirun:
+        _refuse_idle(root.base, request)
+        _refuse_search(root.base)
     rules = read_rules(composer, root.plain["sweep"] if isinstance(root.plain.get("sweep"), Mapping) else {})
     axes = dict(request.axes)
     given = set(axes)
@@ -60,23 +77,25 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
         raise ConfigError(
             f"the rules of sweep={root.base.choices.get('sweep')} leave no cell of {len(excluded)}; loosen sweep.exclude or only_if"
         )
-    return Grid(cells, root.plain, tuple(excluded), (*notes, *rule_notes))
+    return Grid(cells, root.plain, tuple(excluded), (*notes, *rule_notes), common(request))
 
 
-def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Grid, list[Cell]]:
-    """The grid of a launcher's jobs, each a full list of overrides for one cell, and the cell of each job.
+def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]], asked: Sequence[str] = ()) -> tuple[Grid, list[Cell]]:
+    """The grid of a launcher's jobs, each a full list of overrides for one cell, and the cell of each job. `asked`: the command line
+    behind all launches of the sweeper.
 
-    Equal jobs share a cell. What differs between jobs is swept, and stands in the names of options. Settings must be the same in
-    every job. Rules of a named sweep are for bitgrid's own sweeper; a note says so where there are some.
+    Equal jobs share a cell. What was asked to vary is swept, and stands in the names of options, and so is what differs between jobs.
+    Settings must be the same in every job. Rules of a named sweep are for bitgrid's own sweeper; a note says so where there are some.
     """
     roots: dict[tuple[str, ...], _Root] = {}
     rows: list[Row] = []
     requests = [read_overrides(composer, job, multirun=False) for job in jobs]
-    varied = varied_keys(requests)
+    varied = varied_keys(requests) | swept_keys(composer, asked)
     for request in requests:
         outside = tuple(str(o.input_line) for o in (*request.groups, *request.settings))
         if outside not in roots:
             roots[outside] = _Root.of(composer, request)
+            varied |= swept_keys(composer, _lines(_sweeper_params(roots[outside].base)))
         rows.append(next(choices(dimensions(request.axes, varied), roots[outside].defaults)))
     settings = [r.plain for r in roots.values()]
     if any(s != settings[0] for s in settings):
@@ -86,7 +105,7 @@ def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]]) -> tuple[Gri
     idle = [f"sweep.{k}" for k in ("exclude", "only_if", "zip", "extra") if (root.plain.get("sweep") or {}).get(k)]
     if idle:
         notes = (*notes, f"{', '.join(idle)} had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules")
-    return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes), cells
+    return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes, common(requests[0], varied)), cells
 
 
 @dataclass(frozen=True)
@@ -120,13 +139,46 @@ def _sweeper_params(base: Base) -> dict[str, str]:
     return {} if params is None else {str(k): v if isinstance(v, str) else override_text(_container(v)) for k, v in params.items()}
 
 
+def _lines(params: Mapping[str, str]) -> list[str]:
+    return [f"{k}={v}" for k, v in params.items()]
+
+
+def _plugin(base: Base, kind: str) -> str:
+    """Name of the class that is the sweeper or launcher."""
+    return str(OmegaConf.select(base.config, f"hydra.{kind}._target_")).rpartition(".")[2]
+
+
+def _refuse_idle(base: Base, request: Request) -> None:
+    """Settings of Hydra's that a user would take for settings of the sweep."""
+    sweeper, launcher = _plugin(base, "sweeper"), _plugin(base, "launcher")
+    for override in request.groups:
+        key = plain_key(override)
+        if key.startswith("hydra.launcher.") and launcher == "BitgridLauncher":
+            told = "it is for the jobs of other programs; cells run as cluster= says: cluster.slots, cluster.threads, cluster.address"
+        elif key == "hydra/launcher" and launcher != "BitgridLauncher" and sweeper == "BitgridSweeper":
+            told = "hydra/sweeper=bitgrid launches nothing; cells run as cluster= says, or give hydra/sweeper=basic too"
+        elif key == "hydra.sweeper.max_batch_size" and sweeper == "BitgridSweeper":
+            told = "all cells are one graph of stages; give hydra/sweeper=basic too for launches of so many cells"
+        else:
+            continue
+        raise ConfigError(f"{override.input_line} would have no effect: {told}")
+
+
+def _refuse_search(base: Base) -> None:
+    if _plugin(base, "sweeper") not in (*RUN_ALL, "None"):
+        raise SearchError(
+            f"hydra/sweeper={base.choices.get('hydra/sweeper')} chooses cells while it runs, by the scores of earlier ones: there is no "
+            "grid to show before; start it with `bitgrid run -m`, or leave the sweeper out for a grid"
+        )
+
+
 def _container(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _with_params(composer: Composer, params: Mapping[str, str], request: Request) -> dict[str, Any]:
     """`hydra.sweeper.params` of the sweep's yaml, then the command line, which wins key by key."""
-    from_yaml = read_overrides(composer, [f"{k}={v}" for k, v in params.items()], multirun=True)
+    from_yaml = read_overrides(composer, _lines(params), multirun=True)
     for override in (*from_yaml.groups, *from_yaml.settings):
         raise ConfigError(f"hydra.sweeper.params: {override.input_line} is a setting of the whole sweep; set it in the sweep's yaml itself")
     return {**from_yaml.axes, **request.axes}

@@ -18,6 +18,9 @@ from orchestrator.config import NOT_SWEPT
 from orchestrator.errors import ConfigError, unknown_name
 from orchestrator.hydra_bridge import Composer, as_config_error, first_name, make_override, plain_key, quoted, sweep_values
 
+NAMING = ("model", "method", "scheme", "task")
+"""Axes whose options name a sweep that has no name of its own."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -99,8 +102,7 @@ def read_overrides(composer: Composer, lines: Iterable[str], *, multirun: bool) 
             _refuse_bad_sweep(override, root, multirun=multirun)
         if axis_of(override) is not None:
             _check_group(composer, override)
-            # `model=tiny` chooses a file, `model={dtype: float16}` changes values: both may be there.
-            key = override.get_key_element() + ("={}" if isinstance(override.value(), dict) else "")
+            key = _key(override)
             # As Hydra does it: a sweep keeps the place of the first and the value of the last, a single run applies in order.
             if not multirun:
                 axes.pop(key, None)
@@ -115,6 +117,11 @@ def read_overrides(composer: Composer, lines: Iterable[str], *, multirun: bool) 
     return Request(axes, tuple(groups), tuple(settings))
 
 
+def _key(override: Override) -> str:
+    """`model=tiny` chooses a file, `model={dtype: float16}` changes values: both may be there."""
+    return str(override.get_key_element()) + ("={}" if isinstance(override.value(), dict) else "")
+
+
 def _refuse_bad_sweep(override: Override, root: str, *, multirun: bool) -> None:
     if axis_of(override) is None and root in NOT_SWEPT:
         raise ConfigError(f"{override.input_line}: {root} cannot be swept: {NOT_SWEPT[root]}")
@@ -125,8 +132,6 @@ def _refuse_bad_sweep(override: Override, root: str, *, multirun: bool) -> None:
         )
     if axis_of(override) is None:
         raise ConfigError(f"{override.input_line}: {unknown_name('axis', root, AXES)}")
-    if not override.is_discrete_sweep():
-        raise ConfigError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...), or a search sweeper")
 
 
 def _check_group(composer: Composer, override: Override) -> None:
@@ -168,10 +173,24 @@ def dimensions(axes: Mapping[str, Override], varied: Collection[str] = ()) -> li
     return out
 
 
+def swept_keys(composer: Composer, lines: Iterable[str]) -> set[str]:
+    """Keys of overrides that sweep or search an axis."""
+    return {_key(o) for o in composer.parse(lines) if o.is_sweep_override() and axis_of(o) is not None}
+
+
 def varied_keys(requests: Sequence[Request]) -> set[str]:
     """Keys of axes that differ between requests, or that only some have: what the sweeper behind them swept."""
     keys = {key for r in requests for key in r.axes}
     return {key for key in keys if len({str(r.axes[key].input_line) if key in r.axes else None for r in requests}) > 1}
+
+
+def common(request: Request, varied: Collection[str] = ()) -> tuple[str, ...]:
+    """Overrides that tell a grid from others, but stand in no option's name: of one value, and not of the axes that name a sweep."""
+    told = []
+    for key, override in request.axes.items():
+        in_names = key in NAMING or key in varied or (override.is_sweep_override() and "." in key)
+        told += [] if in_names else [str(override.input_line)]
+    return (*told, *(str(o.input_line) for o in request.settings if o.key_or_group == "budget"))
 
 
 def zipped(rows: Mapping[str, Sequence[Any]], fixed: Mapping[str, Override]) -> Dimension:

@@ -64,7 +64,12 @@ def plain_key(override: Override) -> str:
 
 
 def sweep_values(override: Override) -> list[Any]:
-    """Every value of a choice, range or glob sweep, quotes kept."""
+    """Every value of a choice, range or glob sweep, quotes kept. Raises ConfigError for an interval."""
+    if not override.is_discrete_sweep():
+        raise ConfigError(
+            f"{override.input_line}: an interval has no list of values; use choice(...) or range(...), "
+            "or a sweeper that searches, as hydra/sweeper=optuna"
+        )
     return list(override.sweep_iterator())
 
 
@@ -111,7 +116,7 @@ class Composer:
         self._options: dict[str, list[str]] = {}
         self._parser = OverridesParser.create(config_loader=loader)
         with warnings.catch_warnings():
-            # A search path that does not exist is reported by `at`.
+            # A search path that does not exist is an error of `at`.
             warnings.simplefilter("ignore", UserWarning)
             _, self.repository = loader._parse_overrides_and_create_caching_repo(config_name, list(hydra_overrides))
 
@@ -138,6 +143,11 @@ class Composer:
             if source.provider in ("main", "command-line") and not source.available():
                 raise ConfigError(f"configuration folder {source.path!r} is not there; give a folder that holds the groups' yaml files")
         composer = cls(loader, config_name, hydra_overrides)
+        for source in composer.repository.get_sources():
+            if source.provider.startswith("hydra.searchpath") and not source.available():
+                raise ConfigError(
+                    f"hydra.searchpath: {source.full_path()} is not there; give folders as file://PATH, or packages as pkg://NAME"
+                )
         if not composer.repository.config_exists(config_name):
             raise ConfigError(f"root config {config_name!r} is not in {main} nor in {config_dir}; give a name without .yaml")
         return composer
@@ -147,10 +157,21 @@ class Composer:
         parsed = []
         for line in lines:
             if line not in self._parsed:
-                with as_config_error():
-                    self._parsed[line] = self._parser.parse_overrides([line])[0]
+                self._parsed[line] = self._parse(line)
             parsed.append(self._parsed[line])
         return parsed
+
+    def _parse(self, line: str) -> Override:
+        try:
+            return self._parser.parse_overrides([line])[0]
+        except HYDRA_ERRORS as error:
+            # Of Hydra's lexer only the place is told, by a mark below the line; at its end is an address.
+            said = str(error).splitlines()[-2 if "\nSee http" in str(error) else -1].strip()
+            said = "a character that has no place there" if said == "^" else said
+            raise ConfigError(
+                f"{line}: {said}; write KEY=VALUE, and text with other than plain characters in quotes inside those of the shell: "
+                "\"KEY='VALUE'\""
+            ) from error
 
     def options(self, group: str) -> list[str]:
         """Names of a group's options."""

@@ -15,9 +15,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.cell import Cell
 from orchestrator.command import Command
-from orchestrator.errors import BitgridError, PlanError
+from orchestrator.errors import BitgridError, ClusterError, PlanError, SourceError, StoreError
 from orchestrator.executors.settings import ClusterSettings
-from orchestrator.grid import compose_jobs
 
 MARK = "bitgrid_task"
 """Attribute of the task function whose jobs are cells."""
@@ -65,22 +64,32 @@ def sweep_grid(master: DictConfig, arguments: Sequence[str]) -> Any:
     try:
         return sweep(Command.of_hydra(master.hydra, arguments, multirun=True))
     except BitgridError as error:
-        print(f"bitgrid: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise _ended(error) from None
+
+
+def _ended(error: BitgridError) -> SystemExit:
+    """Of the whole process, for wrong input: Hydra would show a traceback."""
+    print(f"bitgrid: {error}", file=sys.stderr)
+    return SystemExit(2)
 
 
 def launch_cells(launch: Launch) -> list[JobReturn]:
     """The jobs of a foreign sweeper as one grid; in order, the primary score of each or the reason why it has none."""
-    from orchestrator.app import score, sweep
+    from orchestrator.app import score, sweep, sweeper_folders
 
     configs = launch.prepare()
+    sweeper_folders[Path(str(launch.master.hydra.sweep.dir))] = None
     asked = [str(o) for o in launch.master.hydra.overrides.task]
     command = Command.of_hydra(launch.master.hydra, asked, multirun=True, jobs=launch.jobs)
     try:
-        grid, cells = compose_jobs(command.composer(), command.jobs or ())
+        grid, cells = command.compose_jobs()
         run = sweep(command, grid)
+    except (StoreError, SourceError, ClusterError) as error:
+        raise _ended(error) from None  # no other values of what is searched would help
     except BitgridError as error:
         return [_returned(launch, c, error) for c in configs]
+    if run.ending.interrupted:
+        raise KeyboardInterrupt  # or a search would go on with its next launch
     planned = {id_of(c.cell): c for c in run.plan.cells}
     skipped = {id_of(s.cell): s.reason for s in run.plan.skipped}
     returns = []

@@ -13,6 +13,11 @@ from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 OUT_OF_DATE = "out-of-date database schema"
 """In MLflow's message about a database of another version."""
 UPGRADE_LIMIT_S = 300
@@ -59,6 +64,32 @@ def check_sqlite(file: Path, timeout_s: float) -> None:
     with closing(sqlite3.connect(file, timeout=timeout_s, isolation_level=None)) as db:
         db.execute("BEGIN IMMEDIATE")
         db.execute("ROLLBACK")
+
+
+@contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """While it lasts no other driver creates or migrates the database: MLflow makes tables one by one, and two that make the same fail.
+
+    Where files cannot be locked it begins at once. Raises TimeoutError when another one does not end.
+    """
+    lock = file.with_name(f".{file.name}.lock")
+    with lock.open("a") as held:
+        until = time.monotonic() + UPGRADE_LIMIT_S
+        while fcntl is not None:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise TimeoutError(f"another process has held {lock} for {UPGRADE_LIMIT_S} s") from None
+                time.sleep(0.05)
+            except OSError:
+                break
+        try:
+            yield
+        finally:
+            # Those who wait have it open. Who comes later makes another, and finds the tables.
+            lock.unlink(missing_ok=True)
 
 
 def sqlite_runs(file: Path, experiments: Collection[str], sweep: str, timeout_s: float) -> set[str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from orchestrator.cell import Option
+from orchestrator.cell import Cell, Option
 from orchestrator.config import IDLE, READ_WITH, check_params, check_whole
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.param_files import FILES, with_files_read
@@ -248,6 +248,14 @@ def _check_least(where: str, values: Mapping[str, Any], least: Mapping[str, int]
     for name, bound in least.items():
         if values.get(name) is not None:
             check_whole(f"{where}.{name}", values[name], bound)
+
+
+def draw(cell: Cell, several: Mapping[str, bool], calibration: CalibrationSpec | None, *, seeded: bool = False) -> str:
+    """For a stage's label: its calibration set and replicate, where the sweep has several and the stage depends on them."""
+    names = [cell.calibration.name] if calibration is not None and several["calibration"] else []
+    if several["replicate"] and (seeded or (calibration is not None and calibration.sampling != "sequential")):
+        names.append(cell.replicate.name)
+    return "".join(f" {name}" for name in names)
 
 
 def replicate_seed(option: Option) -> int:

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from orchestrator import impossible, parts
 from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
+from orchestrator.facts import check_facts
 from orchestrator.fingerprint import digest, stage_key
 from orchestrator.measuring import measured_cache, measuring, unmeasured
 from orchestrator.overrides import has_overrides, rules
@@ -75,6 +76,8 @@ class _Planner:
             raise PlanError("the grid has no cells: every one was excluded; loosen sweep.exclude or sweep.only_if")
         self._check_model_path()
         self._check_budget()
+        for option in {id(o): o for c in self._grid.cells for o in (c.method, c.task)}.values():
+            check_facts(option)
         for cell in self._grid.cells:
             reason = self._impossible(cell)
             if reason is None:
@@ -365,7 +368,8 @@ class _Planner:
             seed=parts.replicate_seed(cell.replicate) if method.uses_seed else None,
             auto=auto,
         )
-        key = self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{suffix}")
+        told = parts.draw(cell, self._several, calibration, seeded=method.uses_seed) + suffix
+        key = self._stage(StageKind.QUANTIZE, spec, inputs, f"quantize {cell.model.name} {cell.method.name} {cell.scheme.name}{told}")
         if method.toolkit is not None:
             self._plan.toolkits[key] = method.toolkit
         return key
@@ -377,7 +381,8 @@ class _Planner:
 
     def _calibrate(self, cell: Cell, model: ModelSpec, calibration: CalibrationSpec, statistic: str) -> str:
         def make() -> str:
-            label = f"calibrate {cell.model.name} {cell.calibration.name} {statistic}"
+            several = {**self._several, "calibration": True}
+            label = f"calibrate {cell.model.name}{parts.draw(cell, several, calibration)} {statistic}"
             return self._stage(StageKind.CALIBRATE, CalibrateSpec(model, calibration, statistic), {}, label)
 
         return self._once(("calibrate", id(cell.model), id(cell.calibration), id(cell.replicate), statistic), make)

@@ -13,6 +13,7 @@ and the first writer wins. JSON, Parquet and safetensors only.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -118,9 +119,15 @@ class Store:
         return {p.name.partition(".")[0] for p in (self.root / "staging").glob("*.*")}
 
     def clear_staging(self) -> None:
-        """Remove what earlier drivers left unfinished; for the holder of the lease only, before anything else."""
-        shutil.rmtree(self.root / "staging", ignore_errors=True)
+        """Remove what earlier drivers left unfinished; for the holder of the lease only, before anything else.
+
+        Moved aside first: a worker of such a driver, on another host, may still write there, and would keep its folder from going.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / "staging").rename(self.root / f"staging.{uuid.uuid4().hex[:8]}")
         (self.root / "staging").mkdir(exist_ok=True)
+        for aside in self.root.glob("staging.*"):
+            shutil.rmtree(aside, ignore_errors=True)
 
     def commit(self, stage: Stage, outcome: Outcome, staging: Path, attempt: int, sweep: str) -> dict[str, Any]:
         """Turn a staging folder into an artifact. Raises OSError (disk full); the staging folder is then removed."""

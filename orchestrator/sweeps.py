@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.command import Command
 from orchestrator.errors import StoreError, unknown_name
+from orchestrator.grid_axes import NAMING
 from orchestrator.planned import Plan
 from orchestrator.provenance import collect
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
@@ -23,6 +24,10 @@ from workers.artifact import PAYLOAD, CorruptArtifactError
 from workers.specs import StageKind
 
 STARTED = "started.json"
+NAME_MARK = " · "
+"""In a name, before the overrides that are common to all cells."""
+LONGEST = 160
+"""Characters of these."""
 
 
 def write_sweep(store: Store, plan: Plan, command: Command) -> None:
@@ -32,13 +37,16 @@ def write_sweep(store: Store, plan: Plan, command: Command) -> None:
     write_json(folder / STARTED, {"started": time.time(), "command": command.to_json()})
     path = folder / "plan.json"
     settings = json.loads(json.dumps(plan.grid.settings, default=str))
-    content = {**plan.to_json(), "name": _name(plan), "config": {"settings": settings, "axes": _axes(plan)}}
+    named = NAME_MARK.join((_named_by(plan), *([_common(plan.grid.common)] if plan.grid.common else [])))
+    content = {**plan.to_json(), "name": named, "config": {"settings": settings, "axes": _axes(plan)}}
     old: dict[str, Any] = {}
     if path.is_file():
         try:
             old = _plan(store, plan.key)
         except StoreError:
             old = {}  # damaged: all but its first start is known
+        if old and _head(old["name"]) == _named_by(plan):
+            content["name"] = old["name"]  # the same grid, asked for in other words
         if old and all(old.get(k) == content[k] for k in content):
             return
     if old:
@@ -56,11 +64,20 @@ def last_command(store: Store, key: str) -> Command:
     return Command.from_json(read_json(path, "start the sweep again with `bitgrid run`")["command"])
 
 
-def _name(plan: Plan) -> str:
+def _named_by(plan: Plan) -> str:
     named = (plan.grid.settings.get("sweep") or {}).get("name")
     if named:
         return str(named)
-    return " × ".join(_short(names) for axis, names in _axes(plan).items() if axis in ("model", "method", "scheme", "task"))
+    return " × ".join(_short(names) for axis, names in _axes(plan).items() if axis in NAMING)
+
+
+def _common(overrides: Sequence[str]) -> str:
+    told = ", ".join(overrides)
+    return told if len(told) <= LONGEST else f"{told[:LONGEST]}…"
+
+
+def _head(name: str) -> str:
+    return name.partition(NAME_MARK)[0]
 
 
 def _short(names: Sequence[str]) -> str:
@@ -76,7 +93,8 @@ def _axes(plan: Plan) -> dict[str, list[str]]:
 
 
 def find_sweep(store: Store, name: str | None) -> str:
-    """Key of a sweep given by key prefix or name; the latest when None. Raises StoreError naming those there are."""
+    """Key of a sweep given by key prefix or name, with or without its common overrides; the latest when None. Raises StoreError naming
+    those there are."""
     keys = store.sweep_keys()
     if not keys:
         raise StoreError(f"the store {store.root} holds no sweep yet; start one with `bitgrid run`")
@@ -84,14 +102,13 @@ def find_sweep(store: Store, name: str | None) -> str:
         return keys[0]
     found = [k for k in keys if k.startswith(name)]
     if len(found) != 1:
-        named = [k for k in keys if _named(store, k) == name]
-        if found and not named:
-            told = ", ".join(f"{k[:8]} {_named(store, k)}".rstrip() for k in found)
-            raise StoreError(f"sweep {name!r} is not the only one: {told}; give more of its key")
-        found = named
-    if not found:
-        names = [n for k in keys for n in (k[:8], _named(store, k)) if n]
-        raise StoreError(unknown_name("sweep", name, names))
+        names = {k: _named(store, k) for k in keys}
+        found = [k for k, n in names.items() if n == name] or [k for k, n in names.items() if n and _head(n) == name] or found
+        if len(found) > 1:
+            told = "".join(f"\n  {k[:8]} {names[k]}" for k in found)
+            raise StoreError(f"sweep {name!r} is not the only one, the latest first:{told}\ngive its key")
+        if not found:
+            raise StoreError(unknown_name("sweep", name, [n for k in keys for n in (k[:8], names[k]) if n]))
     return found[0]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.dashboard_view import view_tag
-from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, sqlite_file, sqlite_runs, upgrade_sqlite
+from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, one_at_a_time, sqlite_file, sqlite_runs, upgrade_sqlite
 from orchestrator.results import SweepResult
 from orchestrator.stats import paired_delta
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
@@ -139,8 +139,15 @@ class MlflowTracker:
             return
         uri = self._settings.uri or ""
         file = sqlite_file(uri)
-        if file is not None:
-            check_sqlite(file, self._settings.timeout_s)
+        if file is None:
+            self._client = self._connected(uri, None)
+            return
+        check_sqlite(file, self._settings.timeout_s)
+        with one_at_a_time(file):
+            self._client = self._connected(uri, file)
+
+    def _connected(self, uri: str, file: Path | None) -> Any:
+        """A client whose database, where it is the file, has the tables of this MLflow."""
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
@@ -155,7 +162,7 @@ class MlflowTracker:
             self._said.append(upgrade_sqlite(file))
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-        self._client = client
+        return client
 
     def _trip(self, error: Exception) -> str:
         self._pause_until = self._clock() + COOL_DOWN_S
@@ -270,6 +277,8 @@ class _Pass:
         self.client.log_batch(run.run_id, metrics, params, [RunTag(k, v) for k, v in tags.items() if run.tags.get(k) != v])
         for tag in stale_tags(run, wanted):
             self.client.delete_tag(run.run_id, tag)
+        if run.name != wanted.name:
+            self.client.update_run(run.run_id, name=wanted.name)
         self._upload(run.run_id, new_files(run.files if self.trust_earlier is same_content else {}, wanted))
         if wanted.end_ms is not None:
             self.client.set_terminated(run.run_id, wanted.status, wanted.end_ms)

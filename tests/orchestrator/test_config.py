@@ -68,7 +68,9 @@ WRONG = [
     ("hints.x=1,2", "hints cannot be swept"),
     ("hydra.verbose=true,false", "hydra cannot be swept"),
     ("replicate.seed=interval(0,1)", "an interval has no list of values"),
-    ("model=ti{ny", "override_grammar"),
+    ("model=ti{ny", "model=ti{ny: mismatched input '{' expecting <EOF>; write KEY=VALUE, and text with other"),
+    ("store=/home/jörg/store", "store=/home/jörg/store: a character that has no place there; write KEY=VALUE"),
+    ("model", "model: missing EQUAL at '<EOF>'; write KEY=VALUE"),
 ]
 
 

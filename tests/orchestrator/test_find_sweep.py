@@ -42,12 +42,38 @@ def test_a_start_of_several_keys_is_refused_unless_it_is_a_name(tmp_path: Path) 
     made = sweep(store.root, "method=rtn").result.key
     twin = made[:4] + ("0" if made[4] != "0" else "1") + made[5:]
     shutil.copytree(store.sweep_folder(made), store.sweep_folder(twin))
-    with pytest.raises(StoreError, match=f"not the only one: .*{twin[:8]}"):
+    with pytest.raises(StoreError, match=f"(?s)not the only one.*{twin[:8]}"):
         find_sweep(store, made[:4])
     plan = json.loads((store.sweep_folder(twin) / "plan.json").read_text())
     (store.sweep_folder(twin) / "plan.json").write_text(json.dumps({**plan, "name": made[:4]}))
     assert find_sweep(store, made[:4]) == twin
     assert find_sweep(store, made[:5]) == made
+
+
+def test_sweeps_that_differ_in_what_all_their_cells_share_have_names_of_their_own(tmp_path: Path) -> None:
+    store, damp = Store(tmp_path / "store"), "method.rounding.params.damp"
+    plain = sweep(store.root, "method=gptq").result
+    low, high = (sweep(store.root, "method=gptq", f"{damp}={d}").result for d in (0.05, 0.1))
+    wikitext, swept = (sweep(store.root, "method=gptq", *more).result for more in (("calibration.seed=3",), (f"{damp}=0.05,0.2",)))
+    head, common = plain.name.split(" · ")
+    assert (head, common) == ("wikitext_llama × gptq × w4a16_g64 × self_perplexity", low.name.split(" · ")[1].rpartition(", ")[0])
+    assert common.split(", ") == ["task.params.limit=2", "calibration=self_text", "calibration.samples=2", "calibration.sequence_length=64"]
+    assert [r.name.rpartition(", ")[2] for r in (low, high, wikitext)] == [f"{damp}=0.05", f"{damp}=0.1", "calibration.seed=3"]
+    assert swept.name == f"{head.replace('gptq', 'gptq[rounding.params.damp=0.05],gptq[rounding.params.damp=0.2]')} · {common}"
+    assert [find_sweep(store, r.name) for r in (low, high, plain)] == [low.key, high.key, plain.key]
+    with pytest.raises(StoreError, match="not the only one, the latest first:") as told:
+        find_sweep(store, head)
+    lines = [f"  {r.key[:8]} {r.name}" for r in (wikitext, high, low, plain)]
+    assert str(told.value).splitlines()[1:] == [*lines, "give its key"]
+
+
+def test_the_same_grid_in_other_words_keeps_its_name(tmp_path: Path) -> None:
+    first = sweep(tmp_path / "store", "method=gptq").result
+    again = sweep(tmp_path / "store", "method=gptq", "method.rounding.params.damp=0.01").result
+    assert (again.key, again.name) == (first.key, first.name)
+    named = sweep(tmp_path / "store", "method=gptq", "sweep.name=mine").result
+    assert (named.key, named.name.partition(" · ")[0]) == (first.key, "mine")
+    assert find_sweep(Store(tmp_path / "store"), "mine") == first.key
 
 
 def test_resume_finds_a_store_whose_path_has_quotes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from orchestrator.command import Command
 from orchestrator.errors import BitgridError
 from orchestrator.launch import bitgrid_task, is_bitgrid_task
 from orchestrator.planned import PlannedCell, Skip
+from orchestrator.run import Ending
 
 CORES = "hydra.launcher.num_cpus=2"
 CHDIR = "hydra.job.chdir=true"
@@ -129,6 +130,7 @@ class FakeRun:
     """Of a sweep that ran nothing: w4a16_channel scores 4, w3a16_channel failed, w2a16_channel is impossible."""
 
     plan: FakePlan
+    ending: Ending = field(default_factory=lambda: Ending({}))
 
 
 @dataclass

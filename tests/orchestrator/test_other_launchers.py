@@ -9,7 +9,9 @@ import pytest
 
 from orchestrator import run
 from orchestrator.cli import main
+from orchestrator.errors import ConfigError
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.grid import compose_grid
 from orchestrator.store import Store
 from tests.orchestrator.small_stages import small_stage
 from tests.orchestrator.sweeping import committed, overrides
@@ -27,3 +29,22 @@ def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.
     assert len(Store(store).sweep_keys()) == 2
     # The baseline is of both cells: one Hessian, two quantizations, three evaluations.
     assert len(committed(store)) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["hydra.launcher.num_cpus=2"], "hydra.launcher.num_cpus=2 would have no effect: .* cluster.slots"),
+        (["hydra.launcher.num_cpus=2", "hydra/sweeper=basic"], "hydra.launcher.num_cpus=2 would have no effect"),
+        (["hydra/launcher=basic"], "hydra/launcher=basic would have no effect: .*give hydra/sweeper=basic too"),
+        (["hydra.sweeper.max_batch_size=1"], "max_batch_size=1 would have no effect"),
+        (["hydra.searchpath=[file://nowhere]"], "hydra.searchpath: .*nowhere is not there"),
+        ([*BASIC, "hydra.sweeper.max_batch_size=1"], None),
+    ],
+)
+def test_settings_of_hydra_without_effect_are_refused(given: list[str], told: str | None) -> None:
+    if told is None:
+        assert compose_grid(["method=rtn", *given], multirun=True).cells
+        return
+    with pytest.raises(ConfigError, match=told):
+        compose_grid(["method=rtn", *given], multirun=True)

@@ -164,6 +164,19 @@ def test_tasks_that_differ_under_one_name_are_refused(tmp_path: Path) -> None:
         build_plan(replace(grid, cells=alike), Sources(None, None, tmp_path / "digests.json"))
 
 
+def test_labels_tell_stages_of_several_draws_apart(plan_of) -> None:
+    swept = ("method=rtn,gptq,quip", "calibration.samples=2,4", "replicate=r0,r1", "task=self_perplexity")
+    drawn, in_order = (plan_of(*swept, f"calibration.sampling={s}") for s in ("windows", "sequential"))
+    for plan in (drawn, in_order):
+        assert len({s.label for s in plan.stages.values()}) == len(plan.stages)
+    assert "quantize wikitext_llama rtn w4a16_g64" in {s.label for s in drawn.stages.values()}
+    assert "quantize wikitext_llama gptq w4a16_g64 self_text[samples=2] r1" in {s.label for s in drawn.stages.values()}
+    assert "calibrate wikitext_llama self_text[samples=4] r0 hessian" in {s.label for s in drawn.stages.values()}
+    labels = {s.label for s in in_order.stages.values()}
+    assert "quantize wikitext_llama gptq w4a16_g64 self_text[samples=2]" in labels
+    assert "quantize wikitext_llama quip w4a16_g64 self_text[samples=2] r1" in labels, "its rotations have seeds"
+
+
 def test_inputs_come_before_what_reads_them(plan_of) -> None:
     plan = plan_of("method=rtn,gptq,awq", "scheme=w4a16_g64", "task=self_divergence")
     seen: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -103,6 +104,20 @@ def test_full_disk_leaves_no_half_artifact(store: Store, monkeypatch: pytest.Mon
         store.commit(stage, an_outcome(stage), staging, 1, "sweep")
     assert not store.has(stage.kind, stage.key)
     assert list((store.root / "staging").iterdir()) == []
+
+
+def test_a_worker_of_a_dead_driver_that_still_writes_keeps_no_staging_folder(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rmdir = store.new_staging("0123"), os.rmdir
+
+    def meanwhile(path: Any, **more: Any) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "payload" / "late").write_text("of a worker on another host")
+        rmdir(path, **more)
+
+    monkeypatch.setattr(os, "rmdir", meanwhile)
+    store.clear_staging()
+    assert store.staged() == set()
+    assert [p.name for p in store.root.glob("staging*")] == ["staging"]
 
 
 def test_changed_payload_is_told_as_corrupt_and_set_aside(store: Store) -> None:

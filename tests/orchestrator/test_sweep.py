@@ -151,13 +151,17 @@ def test_driver_killed_at_a_random_moment_is_resumed_to_the_same_table_and_runs(
     assert {status for _, status in runs} == {"FINISHED"}
 
 
-def test_a_finished_variant_is_exported(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_variant_is_exported(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def in_this_process(arguments: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         assert arguments[:3] == [sys.executable, "-m", "workers.export"]
         return subprocess.CompletedProcess(arguments, export(arguments[3:]))
 
     monkeypatch.setattr(verbs.subprocess, "run", in_this_process)
     key, out = find_sweep(Store(finished), None), tmp_path / "out"
+    assert main(["export", key[:8], "gptq w4a16_g64", "--store", str(finished), "--format", "gguf", "--out", str(out)]) == 2
+    assert capsys.readouterr().err == "unknown export format 'gguf'; allowed: auto_gptq, dense\n"
     assert main(["export", key[:8], "gptq w4a16_g64", "--store", str(finished), "--format", "dense", "--out", str(out)]) == 0
     model = AutoModelForCausalLM.from_pretrained(out)
     weight = model.model.layers[0].self_attn.q_proj.weight

@@ -193,6 +193,12 @@ def test_the_verb_lists_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "auto_round: not in" in said
 
 
+@pytest.mark.parametrize(("given", "told"), [(["list", "hqqq"], "unknown toolkit 'hqqq'; nearest: hqq"), (["install"], "which toolkit?")])
+def test_a_toolkit_must_be_named_and_known(given: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["toolkit", *given, "--dir", str(tmp_path)]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_package_is_found_by_its_files(tmp_path: Path) -> None:
     assert installed_release(fake_hqq(tmp_path), "hqq") == HQQ_RELEASE
     assert installed_release(tmp_path / "hqq", "auto-round") is None

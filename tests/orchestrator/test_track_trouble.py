@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from orchestrator.results import SweepResult
 from orchestrator.track import COOL_DOWN_S, MlflowTracker
 from orchestrator.tracked_runs import SWEEP_RUN, Phase
 from orchestrator.tracking import TrackingSettings
+from tests.orchestrator.sweeping import ROOT
 from tests.orchestrator.tracked_mlflow import client_of, dump, tracker_of
 from tests.orchestrator.tracked_sweep import (
     KEY,
@@ -43,6 +48,40 @@ def test_runs_deleted_by_hand_are_made_again_with_a_note(mlflow_project: Path, s
     assert [n for n in again.notes if "deleted by hand" in n]
     assert dump(client) == before
     assert tracker.sync(sweep, Phase.ENDED).unchanged == 6
+
+
+def test_a_sweep_that_is_renamed_renames_its_run(mlflow_project: Path, sweep: SweepResult) -> None:
+    tracker = tracker_of(mlflow_project)
+    ids = tracker.sync(sweep, Phase.ENDED).run_ids
+    assert tracker.sync(replace(sweep, name="mine"), Phase.ENDED).failed is None
+    run = client_of(mlflow_project).get_run(ids[SWEEP_RUN])
+    assert run.info.run_name == run.data.tags["mlflow.runName"] == f"mine {sweep.key[:8]}"
+    assert tracker.sync(replace(sweep, name="mine"), Phase.ENDED).unchanged == 6
+
+
+PREPARES = """
+import sys, time
+from pathlib import Path
+from orchestrator.track import MlflowTracker
+from orchestrator.tracking import TrackingSettings
+import mlflow.tracking
+print("ready", flush=True)
+sys.stdin.readline()
+said = MlflowTracker(TrackingSettings.of({"kind": "mlflow"}, Path.cwd())).prepare()
+print(said or "well")
+"""
+
+
+def test_drivers_that_start_at_once_make_one_database(tmp_path: Path) -> None:
+    """Of stores of their own, in one project folder."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    drivers = [subprocess.Popen([sys.executable, "-c", PREPARES], env=environment, **pipes) for _ in range(3)]  # type: ignore[call-overload]
+    assert [d.stdout.readline() for d in drivers] == ["ready\n"] * 3
+    for driver in drivers:
+        driver.stdin.write("go\n")
+        driver.stdin.flush()
+    assert [d.communicate()[0] for d in drivers] == ["well\n"] * 3
 
 
 def test_a_deleted_experiment_is_restored_with_a_note(mlflow_project: Path, sweep: SweepResult) -> None:

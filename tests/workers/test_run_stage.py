@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import random
@@ -182,6 +183,14 @@ def test_record_says_when_where_and_how(tmp_path: Path) -> None:
     assert {"python", "packages", "hostname", "kernel", "cpu", "device", "device_name", "threads"} <= set(record["environment"])
     # Not torch.__version__, which may have a local part that the installed metadata lacks.
     assert record["environment"]["packages"]["torch"] == version("torch")
+
+
+def test_a_clock_that_is_put_back_makes_no_stage_quicker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(1_000_000, -3600)
+    monkeypatch.setattr(run_stage.time, "time", lambda: float(next(clock)))
+    record = outcomes(request(tmp_path, {"a": EVALUATE}), FakeRunners())["a"].record
+    assert record is not None
+    assert 0 <= record["ended"] - record["started"] < 3600
 
 
 def test_calibrate_stages_of_one_set_share_a_pass_and_its_time(tmp_path: Path) -> None:

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from workers.export.report import ExportError, ExportReport
-from workers.export.run import FORMATS, run
+from workers.export.run import FORMATS, check_format, run
 
-__all__ = ["FORMATS", "ExportError", "ExportReport", "run"]
+__all__ = ["FORMATS", "ExportError", "ExportReport", "check_format", "run"]

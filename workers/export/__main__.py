@@ -15,13 +15,13 @@ from pathlib import Path
 from workers.artifact import CorruptArtifactError
 from workers.checkpoint import locate
 from workers.errors import WorkerError
-from workers.export import FORMATS, run
+from workers.export import FORMATS, check_format, run
 from workers.request import Location
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.export", description="Write a quantized model in another tool's format.")
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
+    parser.add_argument("--format", required=True, help=" or ".join(FORMATS))
     parser.add_argument("--artifact", required=True, type=Path, help="folder of the quantize stage (holds record.json)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder of the unquantized model")
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     location = Location("folder", given.model) if given.model else Location("hub_model", given.hub_model, given.revision)
     try:
+        check_format(given.format)  # before a model of the hub is fetched
         report = run(given.format, given.artifact, locate(location), given.out)
     except WorkerError as e:
         print(e, file=sys.stderr)

@@ -24,8 +24,7 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
 
     Raises ExportError where the format cannot hold the model, InputError, CorruptArtifactError; then `out` is not made.
     """
-    if format not in FORMATS:
-        raise ExportError(f"unknown export format {format!r}; allowed: {', '.join(FORMATS)}")
+    check_format(format)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty folder; give a new one")
     try:
@@ -45,6 +44,12 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(format, str(out), linears, folder_bytes(out), tuple(notes))
+
+
+def check_format(format: str) -> None:
+    """Raises ExportError for a name that is none of `FORMATS`."""
+    if format not in FORMATS:
+        raise ExportError(f"unknown export format {format!r}; allowed: {', '.join(FORMATS)}")
 
 
 def _auto_gptq(artifact: Path, model_folder: Path, staging: Path) -> tuple[int, list[str]]:

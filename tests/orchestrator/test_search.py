@@ -1,0 +1,127 @@
+"""Sweepers that choose cells by the scores of earlier ones: launch by launch, as Optuna's does, each launch a sweep of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from orchestrator import run
+from orchestrator.cli import main
+from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.store import Store
+from orchestrator.sweeps import load_sweep
+from tests.orchestrator.small_stages import meddle, small_stage
+from tests.orchestrator.sweeping import overrides
+from workers.request import Failure, StageRequest
+
+DAMP = "method.rounding.params.damp"
+
+
+class Searching(Sweeper):
+    """One job per launch: the end of an interval first, then values that follow from the score before. Failures do not end it."""
+
+    seen: ClassVar[list[tuple[float, float]]] = []
+    """(value, score) of each trial."""
+
+    def __init__(self, trials: int, params: dict[str, str] | None = None) -> None:
+        self.trials, self.params = trials, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.folder = Path(config.hydra.sweep.dir)
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        lines = [*(f"{k}={v}" for k, v in self.params.items()), *arguments]
+        parsed = OverridesParser.create().parse_overrides(lines)
+        searched = next(o for o in parsed if o.is_interval_sweep())
+        fixed = [str(o.input_line) for o in parsed if o is not searched]
+        interval: Any = searched.value()
+        assert self.launcher is not None
+        value = interval.end
+        for number in range(self.trials):
+            (job,) = self.launcher.launch([[f"{searched.get_key_element()}={value}", *fixed]], initial_job_idx=number)
+            Searching.seen.append((value, float(job.return_value)))
+            value = interval.start + (interval.end - interval.start) * (job.return_value % 1)
+        (self.folder / "found.yaml").write_text("best: 1\n")
+
+
+Searching.__module__ = "hydra_plugins.searching"  # Hydra takes plugins of this package alone
+
+
+@pytest.fixture
+def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hydra_restore_singletons: Any) -> list[str]:
+    """Arguments of a search by that sweeper."""
+    Searching.seen = []
+    monkeypatch.setitem(sys.modules, Searching.__module__, sys.modules[__name__])
+    monkeypatch.setattr("hydra_plugins.searching", sys.modules[__name__], raising=False)
+    Plugins.instance().register(Searching)
+    node = {"_target_": "hydra_plugins.searching.Searching", "trials": 3, "params": None}
+    ConfigStore.instance().store(group="hydra/sweeper", name="searching", node=node)
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.chdir(tmp_path)
+    return ["-m", "hydra/sweeper=searching", *overrides(tmp_path / "store", "method=gptq")]
+
+
+def found(store: Store) -> list[tuple[str, float]]:
+    """(label, score) of the quantized variants of all sweeps, the oldest sweep first."""
+    results = [load_sweep(store, key) for key in reversed(store.sweep_keys())]
+    variants = [v for r in results for v in r.variants if not v.is_baseline]
+    return [(v.label, v.evaluations["self_perplexity"].summary["scores"]["ppl"]) for v in variants]
+
+
+@pytest.mark.parametrize("in_yaml", [False, True])
+def test_a_search_gets_scores_and_names_what_it_searches(
+    search: list[str], in_yaml: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    interval = "interval(0.01,0.2)"
+    asked = f"hydra.sweeper.params={{{DAMP}:'{interval}'}}" if in_yaml else f"{DAMP}={interval}"
+    assert main(["run", *search, asked]) == 0
+    assert len({value for value, _ in Searching.seen}) == 3
+    labels = [f"wikitext_llama · gptq[rounding.params.damp={value}] · w4a16_g64" for value, _ in Searching.seen]
+    assert found(Store(tmp_path / "store")) == list(zip(labels, (score for _, score in Searching.seen), strict=True))
+    assert "the sweeper's own files: multirun" in capsys.readouterr().out
+
+
+def test_a_search_has_no_plan_and_wrong_settings_are_told_before_it(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    asked = f"{DAMP}=interval(0.01,0.2)"
+    assert main(["plan", *search, asked]) == 2
+    assert "hydra/sweeper=searching chooses cells while it runs" in capsys.readouterr().err
+    assert main(["run", *search, asked, "hints.thread=1"]) == 2
+    assert "unknown key" in capsys.readouterr().err
+    assert Searching.seen == []
+
+
+def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(SystemExit) as end:
+        main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"store={tmp_path / 'file' / 'store'}"])
+    said = capsys.readouterr().err
+    assert (end.value.code, said.count("bitgrid: the store "), "Traceback" in said) == (2, 1, False)
+
+
+@pytest.mark.parametrize("launcher", ["bitgrid", "basic"])
+def test_a_search_that_is_stopped_starts_no_further_launch(
+    launcher: str, search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: StageRequest) -> Failure | None:
+        if stage.kind == "evaluate" and "quantize" in stage.inputs:
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    meddle(monkeypatch, stop)
+    assert main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"hydra/launcher={launcher}"]) == 130
+    assert len(Store(tmp_path / "store").sweep_keys()) == 1
