@@ -21,7 +21,7 @@ from workers.request import Location
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m workers.export", description="Write a quantized model in another tool's format.")
-    parser.add_argument("--format", required=True, choices=sorted(FORMATS))
+    parser.add_argument("--format", required=True, help=", ".join(FORMATS))
     parser.add_argument("--artifact", required=True, type=Path, help="folder of the quantize stage (holds record.json)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="folder of the unquantized model")
