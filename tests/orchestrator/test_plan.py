@@ -245,6 +245,18 @@ def test_model_path_with_several_models_is_refused(plan_of) -> None:
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
 
 
+@pytest.mark.parametrize(
+    ("swept", "digests", "dtypes"), [("model.path={a},{b}", 2, 1), ("model.dtype=float32,bfloat16 model.path={a}", 1, 2)]
+)
+def test_models_with_folders_of_their_own_are_compared(swept: str, digests: int, dtypes: int, plan_of, tmp_path: Path) -> None:
+    other = shutil.copytree(ASSET, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    overrides = swept.format(a=ASSET, b=other).split()
+    plan = plan_of("method=rtn", "scheme=w4a16_channel", "task=self_perplexity", *overrides)
+    models = {s.spec.model for s in plan.stages.values() if isinstance(s.spec, EvaluateSpec)}
+    assert (len({m.digest for m in models}), len({m.dtype for m in models})) == (digests, dtypes)
+
+
 def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:
     (tmp_path / "models" / "other").mkdir(parents=True)
     with pytest.raises(SourceError, match="other"):
