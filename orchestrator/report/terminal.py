@@ -128,6 +128,7 @@ def _print_legend(result: SweepResult, rows: tuple[Row, ...], tables: tuple[Mode
             + ". * differs after Holm's correction over the whole table.",
             style="dim",
             highlight=False,
+            markup=False,  # names of swept tasks and models have brackets
         )
     if not result.variants:
         console.print("No variant was planned.", highlight=False)

@@ -61,3 +61,18 @@ def test_what_was_resampled_names_the_models_where_it_differs(tmp_path: Path) ->
         out = io.StringIO()
         print_table(result, Console(file=out, width=400))
         assert said in out.getvalue()
+
+
+def test_names_of_swept_tasks_and_models_stay_whole(tmp_path: Path) -> None:
+    """Brackets are markup to rich."""
+    tasks = tuple(replace(synthetic.PERPLEXITY, name=f"self_perplexity[params.limit={n}]") for n in (4, 8))
+    results = [
+        synthetic.sweep(tmp_path / m, models=(m,), methods=("rtn",), tasks=tasks, n_items=n) for m, n in (("m[path=/a]", 9), ("b", 8))
+    ]
+    both = replace(results[0], variants=(*results[0].variants, *results[1].variants))
+    out = io.StringIO()
+    print_table(both, Console(file=out, width=600))
+    said = (
+        "m[path=/a], self_perplexity[params.limit=4]: 9 items, which do not tell their documents; self_perplexity[params.limit=8]: 9 items"
+    )
+    assert said in out.getvalue()
