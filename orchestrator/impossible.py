@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.cell import Cell
 from orchestrator.overrides import check_linears, has_overrides
 from orchestrator.parts import AutoPart, MethodPart
+from quant.parameters import refuses_number
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
@@ -62,6 +63,10 @@ def _why_not_quantized(
         refusal = method.refuses(scheme, config.get("model_type"))
         if refusal is not None:
             return refusal
+    for rule in table:
+        refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
+        if refusal is not None:
+            return f"method {cell.method.name}: {refusal}"
     chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
     sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
     bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]

@@ -315,6 +315,14 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
     return f"{shown or f'{name}={value!r}'}{odd} is not a value for {kind}; give {param.allowed}{hint}"
 
 
+def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | None:
+    """Why a rounding with these parameters cannot make codes of a number format; None where only `Supports` decides."""
+    columns = params.get("outlier_columns", 0) if kind == "gptq" else 0
+    if not columns or number == "int":
+        return None
+    return f"outlier_columns={columns} works with integer codes; weight.number={number} has none: use 0"
+
+
 def check(method: Any) -> None:
     """Of an instance of a method's class. Raises ValueError."""
     for name in PARAMETERS[method.name]:

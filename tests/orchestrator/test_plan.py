@@ -240,6 +240,15 @@ def test_impossible_cell_alone_is_refused(plan_of, tmp_path: Path) -> None:
         plan_of("method=rtn", "scheme=w4a16_g64", f"model.path={odd}")
 
 
+def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
+    plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
+    assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]
+    assert "owq: outlier_columns=4 works with integer codes; weight.number=fp8_e4m3 has none" in plan.skipped[0].reason
+    assert not plan_of("method=owq", "scheme=w8fpa16_channel", "method.rounding.params.outlier_columns=0").skipped
+    with pytest.raises(PlanError, match=r"weight\.number=fp8_e4m3 has none"):
+        plan_of("method=owq", "scheme=w8a16_channel", "+scheme.overrides={*.q_proj:{number:fp8_e4m3,symmetric:true}}")
+
+
 def test_model_path_with_several_models_is_refused(plan_of) -> None:
     with pytest.raises(ConfigError, match="single model"):
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
