@@ -323,6 +323,18 @@ def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | N
     return f"outlier_columns={columns} works with integer codes; weight.number={number} has none: use 0"
 
 
+def undivided(kind: str, params: Mapping[str, Any], group_size: int | None, rows: int, cols: int) -> tuple[str, int, str] | None:
+    """What a rounding without ragged groups cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can."""
+    if kind == "quip_sharp" and cols % 8:
+        return "8 weights that quip_sharp codes together do not divide", cols, "inputs"
+    if group_size is None:
+        return None
+    # HQQ's axis 0 folds the whole weight into groups.
+    whole = kind in ("hqq", "hqq_package") and params.get("axis") == 0
+    count, of = (rows * cols, "weights, as axis=0 needs") if whole else (cols, "inputs")
+    return None if count % group_size == 0 else (f"group size {group_size} does not divide", count, of)
+
+
 def check(method: Any) -> None:
     """Of an instance of a method's class. Raises ValueError."""
     for name in PARAMETERS[method.name]:

@@ -240,6 +240,20 @@ def test_impossible_cell_alone_is_refused(plan_of, tmp_path: Path) -> None:
         plan_of("method=rtn", "scheme=w4a16_g64", f"model.path={odd}")
 
 
+def test_what_cannot_be_cut_into_groups_is_skipped_and_what_can_is_not(plan_of, tmp_path: Path) -> None:
+    """quip_sharp codes 8 inputs together whatever the scheme; groups along HQQ's axis 0 are of the whole weight."""
+    odd = f"model.path={odd_model(tmp_path, ASSET)}"
+    plan = plan_of("method=rtn,quip_sharp", "scheme=w4a16_channel", odd)
+    assert [s.cell.method.name for s in plan.skipped] == ["quip_sharp"]
+    assert "8 weights that quip_sharp codes together do not divide 172 inputs" in plan.skipped[0].reason
+    along = ("method=hqq", odd, "method.rounding.params.axis=0,1", "scheme=w4a16_g64")
+    assert [s.cell.method.name for s in plan_of(*along).skipped] == ["hqq[rounding.params.axis=1]"]
+    with pytest.raises(PlanError, match=r"group size 64 does not divide 172 inputs"):
+        plan_of("method=hqq", "+transform@method.transforms.awq=awq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64")
+    with pytest.raises(PlanError, match=r"group size 7 does not divide .* weights, as axis=0 needs"):
+        plan_of("method=hqq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64", "scheme.weight.group_size=7")
+
+
 def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
     plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
     assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]
