@@ -73,9 +73,8 @@ def _why_not_quantized(
     bad: dict[str, list[tuple[str, int, str]]] = {}
     for s in shapes:
         if (row := chosen.get(s.name)) is not None:
-            rounding = row.method.rounding
-            params = {} if row.method.transforms else dict(rounding.params)  # searches of transforms have groups of inputs
-            found = undivided(rounding.name, params, row.weight.group_size, s.rows, s.cols)
+            by = row.method.rounding
+            found = undivided(by.name, dict(by.params), bool(row.method.transforms), row.weight.group_size, s.rows, s.cols)
             if found is not None:
                 bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
     for what, linears in bad.items():
