@@ -106,9 +106,9 @@ def _parser(verb: str, about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _sweep_parser(verb: str, about: str) -> argparse.ArgumentParser:
+def _sweep_parser(verb: str, about: str, left_out: str = "the latest") -> argparse.ArgumentParser:
     parser = _parser(verb, about)
-    parser.add_argument("sweep", nargs="?", help="name or start of the key; the latest when left out")
+    parser.add_argument("sweep", nargs="?", help=f"name or start of the key; {left_out} when left out")
     return parser
 
 
@@ -129,7 +129,8 @@ def _report(arguments: list[str]) -> int:
 def _reconcile(arguments: list[str]) -> int:
     from orchestrator.verbs import reconcile
 
-    parser = _sweep_parser("reconcile", "Write MLflow anew from the store; tracking=... and tracking.KEY=... say where.")
+    about = "Write MLflow anew from the store; tracking=... and tracking.KEY=... say where."
+    parser = _sweep_parser("reconcile", about, left_out="all sweeps")
     given, overrides = _with_tracking(parser, arguments)
     return reconcile(given.store, given.sweep, overrides, Console())
 

@@ -12,6 +12,7 @@ and `what` have run: then their mean. Only ratios matter to the scheduler, and t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -102,10 +103,11 @@ def estimate(spec: Spec, model: ModelFacts, history: History) -> Resources:
         steps = STEPWISE if spec.kv is not None and spec.kv.mode == "decode" else 1
         kind, seconds, output = StageKind.EVALUATE, _seconds(2 * size.parameters * tokens * steps), 16 * tokens
     seen = history.get((kind.value, model.digest, what(spec)))
+    guess = UNKNOWN if model.weight_bytes else math.inf  # of a model that the hub did not tell of nothing is known
     return Resources(
         seconds=seconds if seen is None else seen,
         output_bytes=output,
-        uncertainty=UNKNOWN if seen is None else 1.0,
+        uncertainty=guess if seen is None else 1.0,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.cell import Cell
 from orchestrator.overrides import check_linears, has_overrides
 from orchestrator.parts import AutoPart, MethodPart
+from quant.parameters import refuses_number, undivided
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
@@ -62,13 +63,24 @@ def _why_not_quantized(
         refusal = method.refuses(scheme, config.get("model_type"))
         if refusal is not None:
             return refusal
-    chosen = {s.name: weight for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r.weight for r in table}
-    sizes = {s.name: chosen[s.name].group_size for s in shapes if s.name in chosen and not method.ragged_groups}
-    bad = [s for s in shapes if (size := sizes.get(s.name)) is not None and s.cols % size]
-    if not bad:
+    for rule in table:
+        refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
+        if refusal is not None:
+            return f"method {cell.method.name}: {refusal}"
+    if method.ragged_groups:
         return None
-    size, widths = sizes[bad[0].name], ", ".join(str(w) for w in sorted({s.cols for s in bad}))
-    return f"{cell.model.name}: group size {size} does not divide {widths} inputs ({len(bad)} linears, first {bad[0].name})"
+    chosen = {s.name: table[0] for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r for r in table}
+    bad: dict[str, list[tuple[str, int, str]]] = {}
+    for s in shapes:
+        if (row := chosen.get(s.name)) is not None:
+            by = row.method.rounding
+            found = undivided(by.name, dict(by.params), bool(row.method.transforms), row.weight.group_size, s.rows, s.cols)
+            if found is not None:
+                bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
+    for what, linears in bad.items():
+        widths, of = ", ".join(map(str, sorted({n for _, n, _ in linears}))), linears[0][2]
+        return f"{cell.model.name}: {what} {widths} {of} ({len(linears)} linears, first {linears[0][0]})"
+    return None
 
 
 def long_window(cell: Cell, config: Config) -> str | None:

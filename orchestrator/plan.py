@@ -97,12 +97,17 @@ class _Planner:
         return plan
 
     def _check_model_path(self) -> None:
-        models = {id(c.model): c.model for c in self._grid.cells}
-        if len(models) > 1 and any(m.values.get("path") for m in models.values()):
-            names = ", ".join(m.name for m in models.values())
-            raise ConfigError(
-                f"model.path= is for a single model, but the grid has {names}; put their folders into one and set models_dir= to it"
-            )
+        """Refuses one folder under several names: `model=a,b model.path=...` would compare a model with itself."""
+        named: dict[str, set[str]] = {}
+        for cell in self._grid.cells:
+            if cell.model.values.get("path"):
+                named.setdefault(str(cell.model.values["path"]), set()).add(cell.model.file)
+        for path, names in named.items():
+            if len(names) > 1:
+                raise ConfigError(
+                    f"model.path= is for a single model, but {path} would stand for {', '.join(sorted(names))}; "
+                    "put their folders into one and set models_dir= to it"
+                )
 
     def _check_budget(self) -> None:
         budget = self._grid.settings.get("budget")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from orchestrator.ledger import read_durations
 from orchestrator.lines import say
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
-from orchestrator.report.numbers import duration, size
+from orchestrator.report.numbers import count, duration, size
 from orchestrator.run import check_settings, estimator, missing_stages, sources, store_root
 from orchestrator.stage import Stage
 from orchestrator.store import Store
@@ -36,12 +37,13 @@ def print_plan(command: Command, console: Console) -> None:
         table.add_row(kind, str(len(stages)), str(there), str(len(todo)), _seconds(todo), _bytes(todo))
     console.print(table)
     work = list(missing.values())
-    console.print(
-        f"{len(plan.cells)} cells, {len(plan.variants)} variants; "
-        + (f"in all {_seconds(work)} of work, shared by the workers, and {_bytes(work)}" if work else "everything is cached"),
-        highlight=False,
-    )
-    if any(s.resources.uncertainty > 1 for s in work):
+    total = f"in all {_seconds(work)} of work, shared by the workers, and {_bytes(work)}"
+    if not work:
+        total = "everything is cached"
+    elif _unknown(work):
+        total = "how much work it is depends on models whose size is not known"
+    console.print(f"{count(len(plan.cells), 'cell')}, {count(len(plan.variants), 'variant')}; {total}", highlight=False)
+    if any(1 < s.resources.uncertainty < math.inf for s in work):
         console.print("A range stands where no stage of that kind, model and method or task has run here yet.", highlight=False)
     _print_left_out(plan, console)
 
@@ -58,9 +60,15 @@ def _range(estimates: Sequence[float], stages: Sequence[Stage], text: Callable[[
     """The sum, with its bounds where some of it is a guess; empty for none."""
     if not stages:
         return ""
+    if _unknown(stages):
+        return "unknown"
     low = text(sum(e / s.resources.uncertainty for e, s in zip(estimates, stages, strict=True)))
     high = text(sum(e * s.resources.uncertainty for e, s in zip(estimates, stages, strict=True)))
     return f"about {low}" if low == high else f"{low} to {high}"
+
+
+def _unknown(stages: Sequence[Stage]) -> bool:
+    return any(math.isinf(s.resources.uncertainty) for s in stages)
 
 
 def _print_left_out(plan: Plan, console: Console) -> None:

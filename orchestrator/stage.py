@@ -31,7 +31,8 @@ class Resources:
     output_bytes: int = 0
     """Estimated size of the artifact."""
     uncertainty: float = 1.0
-    """Time and size are likely between `estimate / uncertainty` and `estimate * uncertainty`; 1 where history tells them."""
+    """Time and size are likely between `estimate / uncertainty` and `estimate * uncertainty`; 1 where history tells them, infinite where
+    not even the model's size is known."""
 
 
 @dataclass(frozen=True)

@@ -320,6 +320,29 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
     return f"{shown or f'{name}={value!r}'}{odd} is not a value for {kind}; give {param.allowed}{hint}"
 
 
+def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | None:
+    """Why a rounding with these parameters cannot make codes of a number format; None where only `Supports` decides."""
+    columns = params.get("outlier_columns", 0) if kind == "gptq" else 0
+    if not columns or number == "int":
+        return None
+    return f"outlier_columns={columns} works with integer codes; weight.number={number} has none: use 0"
+
+
+def undivided(
+    kind: str, params: Mapping[str, Any], transformed: bool, group_size: int | None, rows: int, cols: int
+) -> tuple[str, int, str] | None:
+    """What a rounding without ragged groups cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can.
+    `transformed`: a transform comes before it, whose searches have groups of inputs."""
+    if kind == "quip_sharp" and cols % 8:
+        return "8 weights that quip_sharp codes together do not divide", cols, "inputs"
+    if group_size is None:
+        return None
+    # HQQ's axis 0 folds the whole weight into groups.
+    whole = kind in ("hqq", "hqq_package") and params.get("axis") == 0 and not transformed
+    count, of = (rows * cols, "weights, as axis=0 needs") if whole else (cols, "inputs")
+    return None if count % group_size == 0 else (f"group size {group_size} does not divide", count, of)
+
+
 def check(method: Any) -> None:
     """Of an instance of a method's class. Raises ValueError."""
     for name in PARAMETERS[method.name]:

@@ -18,6 +18,7 @@ from quant.methods.base import Linear, ModelTransform, Rounded, Rounding, ScaleG
 from quant.methods.registry import MODEL_TRANSFORMS, TOOLKIT_METHODS, TUNERS
 from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
+from quant.parameters import undivided
 from quant.scheme import ActivationScheme, WeightScheme
 from quant.statistics import Statistics
 from workers.aside import aside
@@ -123,8 +124,7 @@ def method_for(made: tuple[Method, ...], name: str) -> Method | None:
 
 
 def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], family: str) -> None:
-    """Raises InputError for a scheme or family that a method does not support, and for a group size that does not divide a
-    linear's inputs."""
+    """Raises InputError for a scheme or family that a method does not support, and for linears that it cannot cut into groups."""
     for method in made:
         for part in method.parts:
             reason = part.supports.refuses(part.name, method.scheme, family)
@@ -132,13 +132,19 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
                 raise InputError(reason)
     for shape in shapes:
         method = method_for(made, shape.name)
-        size = method.scheme.group_size if method else None
-        if method is not None and size is not None and shape.cols % size and not method.by.supports.ragged_groups:
-            fitting = [d for d in range(8, shape.cols + 1) if shape.cols % d == 0]
-            raise InputError(
-                f"group_size={size} does not divide the {shape.cols} inputs of {shape.name}; "
-                f"divisors are {', '.join(map(str, fitting[:8]))}; or use granularity channel"
-            )
+        if method is None or method.by.supports.ragged_groups:
+            continue
+        size, spec = method.scheme.group_size, method.rule.method
+        found = undivided(spec.rounding.name, dict(spec.rounding.params), bool(spec.transforms), size, shape.rows, shape.cols)
+        if found is None:
+            continue
+        if size is None or shape.cols % size == 0 or found[2] != "inputs":
+            raise InputError(f"{shape.name}: {found[0]} {found[1]} {found[2]}")
+        fitting = [d for d in range(8, shape.cols + 1) if shape.cols % d == 0]
+        raise InputError(
+            f"group_size={size} does not divide the {shape.cols} inputs of {shape.name}; "
+            f"divisors are {', '.join(map(str, fitting[:8]))}; or use granularity channel"
+        )
 
 
 @dataclass

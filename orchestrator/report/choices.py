@@ -26,7 +26,7 @@ class Pick:
     line: Line
     row: Row
     tied: tuple[str, ...]
-    """Names of variants whose difference to it could be chance (their paired interval holds zero)."""
+    """Names of variants whose difference to it could be chance (their paired interval holds zero, or there is none: one item)."""
 
 
 def badness(row: Row | None) -> float | None:
@@ -84,9 +84,9 @@ def best_per_width(table: ModelTable) -> dict[float, dict[str, Pick]]:
 
 
 def _tied(a: Line, b: Line, task: TaskInfo) -> bool:
-    """Whether the paired interval of the difference of two variants holds zero."""
+    """Whether the paired interval of the difference of two variants holds zero, or nothing tells how wide it is."""
     try:
         d = paired_delta(b.variant.evaluations[task.name], a.variant.evaluations[task.name], task, task.primary, confidence=CONFIDENCE)
     except (PairingError, CorruptArtifactError):
         return False
-    return d.low <= 0 <= d.high
+    return not (d.low > 0 or d.high < 0)  # NaN, of a single item, tells nothing apart

@@ -131,6 +131,8 @@ def resampled(model: ModelTable) -> str:
 def _units(unit: str | None, documents: int | None, items: int | None) -> str:
     if unit == Unit.DOCUMENT.value:
         return f"{documents} documents of {items} items"
+    if items == 1:
+        return "1 item, which gives no interval"
     if documents is None:
         return f"{items} items, which do not tell their documents"
     few = "1 document is" if documents == 1 else f"{documents} documents are"

@@ -142,7 +142,7 @@ def speed_table(model: ModelTable) -> Table | None:
     found = speeds(model)
     if not found:
         return None
-    out = Table(title=f"{model.model}: speed on {conditions(found)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    out = Table(title=Text(f"{model.model}: speed on {conditions(found)}"), title_justify="left", box=None, padding=(0, 2, 0, 0))
     shown = [SHORT, *(c for c in columns(found) if c.narrow)]
     cells = [[c.text(s) for c in shown] if s.known else [s.stage.status.value.lower(), *[""] * (len(shown) - 1)] for s in found]
     out.add_column("variant", overflow="fold")

@@ -119,13 +119,16 @@ def _cell(row: Row | None, is_baseline: bool, separator: str) -> Text:
 
 def _print_legend(result: SweepResult, rows: tuple[Row, ...], tables: tuple[ModelTable, ...], console: Console) -> None:
     if any(r.delta is not None for r in rows):
-        units = dict.fromkeys(filter(None, map(resampled, tables)))
+        units = {t.model: said for t in tables if (said := resampled(t))}
+        if len(set(units.values())) > 1:  # another tokenizer cuts a text into other windows
+            units = {model: f"{model}, {said}" for model, said in units.items()}
         console.print(
             "Score, then difference to the unquantized model with its 95 % interval over pairs"
-            + (f" (resampled: {'; '.join(units)})" if units else "")
+            + (f" (resampled: {'; '.join(dict.fromkeys(units.values()))})" if units else "")
             + ". * differs after Holm's correction over the whole table.",
             style="dim",
             highlight=False,
+            markup=False,  # names of swept tasks and models have brackets
         )
     if not result.variants:
         console.print("No variant was planned.", highlight=False)

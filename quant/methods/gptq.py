@@ -30,7 +30,7 @@ from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
 from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
-from quant.parameters import check
+from quant.parameters import check, refuses_number
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
@@ -101,10 +101,9 @@ class Gptq:
         w, hessian = checked("gptq", weight, statistics)
         h, dead = revive_dead(hessian)
         given = self._given([w], scheme, dead, int(dead.sum()))
-        if self.outlier_columns and scheme.number != "int":
-            raise ValueError(
-                f"outlier_columns={self.outlier_columns} works with integer codes; weight.number={scheme.number} has none: use 0"
-            )
+        reason = refuses_number(self.name, {"outlier_columns": self.outlier_columns}, scheme.number)
+        if reason is not None:
+            raise ValueError(reason)
         kept = self._kept_columns(given, hessian.diagonal())
         order, upper, damp = self._factor(h, kept, [given])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,12 @@ def test_a_hub_model_that_is_not_cached_says_what_to_do(tmp_path: Path) -> None:
     assert "HF_HUB_OFFLINE" in done.stderr
     assert "models_dir=" in done.stderr
     assert "Traceback" not in done.stderr
+    # It can be planned; how long it takes, without its size, cannot be told.
+    looked = run(tmp_path, "model.hub.id=org/absent", f"model.hub.revision={COMMIT}", verb="plan")
+    assert looked.returncode == 0, looked.stderr
+    assert "the hub was not reached" in looked.stdout
+    assert "1 cell, 2 variants; how much work it is depends on models whose size is not known" in " ".join(looked.stdout.split())
+    assert not re.search(r"\d (s|B|kB|MB)\b", looked.stdout), looked.stdout
 
 
 def test_only_the_weights_that_are_read_count(tmp_path: Path) -> None:

@@ -211,13 +211,15 @@ def test_the_table_shows_what_was_measured_and_what_quantizing_took(tmp_path: Pa
 
 @pytest.mark.parametrize("width", [80, 100])
 def test_names_give_way_in_the_terminal_and_numbers_stay_whole(tmp_path: Path, width: int) -> None:
-    result = synthetic.sweep(tmp_path, methods=("omniquant[rounding.params.epochs=1,rounding.params.let=true]",))
+    name = "m[dtype=bfloat16]"
+    result = synthetic.sweep(tmp_path, models=(name,), methods=("omniquant[rounding.params.epochs=1,rounding.params.let=true]",))
     model = model_tables(result, long_table(result))[0]
     spec = to_json(MeasureSpec(ModelSpec("0" * 64), Workload(), "A100"))
     stage = StageResult("k", "measure", "measure", Status.SUCCEEDED, {"started": 0.0, "ended": 1.0, "summary": figures()}, spec=spec)
     timed = replace(model, lines=tuple(replace(x, variant=replace(x.variant, measure=stage)) for x in model.lines))
     out = io.StringIO()
     Console(file=out, width=width).print(speed_table(timed))
+    assert out.getvalue().startswith(f"{name}: speed on A100")
     rows = [line.split() for line in out.getvalue().splitlines()]
     assert max(map(len, out.getvalue().splitlines())) <= width
     wanted = ["12.3", "20.5", "81.3", "100", "4.20", "GB", "5.20", "GB", "224", "cuda"]

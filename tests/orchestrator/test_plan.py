@@ -253,9 +253,44 @@ def test_impossible_cell_alone_is_refused(plan_of, tmp_path: Path) -> None:
         plan_of("method=rtn", "scheme=w4a16_g64", f"model.path={odd}")
 
 
+def test_what_cannot_be_cut_into_groups_is_skipped_and_what_can_is_not(plan_of, tmp_path: Path) -> None:
+    """quip_sharp codes 8 inputs together whatever the scheme; groups along HQQ's axis 0 are of the whole weight."""
+    odd = f"model.path={odd_model(tmp_path, ASSET)}"
+    plan = plan_of("method=rtn,quip_sharp", "scheme=w4a16_channel", odd)
+    assert [s.cell.method.name for s in plan.skipped] == ["quip_sharp"]
+    assert "8 weights that quip_sharp codes together do not divide 172 inputs" in plan.skipped[0].reason
+    along = ("method=hqq", odd, "method.rounding.params.axis=0,1", "scheme=w4a16_g64")
+    assert [s.cell.method.name for s in plan_of(*along).skipped] == ["hqq[rounding.params.axis=1]"]
+    with pytest.raises(PlanError, match=r"group size 64 does not divide 172 inputs"):
+        plan_of("method=hqq", "+transform@method.transforms.awq=awq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64")
+    with pytest.raises(PlanError, match=r"group size 7 does not divide .* weights, as axis=0 needs"):
+        plan_of("method=hqq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64", "scheme.weight.group_size=7")
+
+
+def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
+    plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
+    assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]
+    assert "owq: outlier_columns=4 works with integer codes; weight.number=fp8_e4m3 has none" in plan.skipped[0].reason
+    assert not plan_of("method=owq", "scheme=w8fpa16_channel", "method.rounding.params.outlier_columns=0").skipped
+    with pytest.raises(PlanError, match=r"weight\.number=fp8_e4m3 has none"):
+        plan_of("method=owq", "scheme=w8a16_channel", "+scheme.overrides={*.q_proj:{number:fp8_e4m3,symmetric:true}}")
+
+
 def test_model_path_with_several_models_is_refused(plan_of) -> None:
     with pytest.raises(ConfigError, match="single model"):
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
+
+
+@pytest.mark.parametrize(
+    ("swept", "digests", "dtypes"), [("model.path={a},{b}", 2, 1), ("model.dtype=float32,bfloat16 model.path={a}", 1, 2)]
+)
+def test_models_with_folders_of_their_own_are_compared(swept: str, digests: int, dtypes: int, plan_of, tmp_path: Path) -> None:
+    other = shutil.copytree(ASSET, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    overrides = swept.format(a=ASSET, b=other).split()
+    plan = plan_of("method=rtn", "scheme=w4a16_channel", "task=self_perplexity", *overrides)
+    models = {s.spec.model for s in plan.stages.values() if isinstance(s.spec, EvaluateSpec)}
+    assert (len({m.digest for m in models}), len({m.dtype for m in models})) == (digests, dtypes)
 
 
 def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from orchestrator.report import print_table, write_report
+from orchestrator.report.choices import Standing, best_per_width, standings
+from orchestrator.report.overview import model_tables
 from orchestrator.report.tables import long_table
 from tests.orchestrator import synthetic
 
@@ -30,3 +33,46 @@ def test_report_says_what_was_resampled(documents: int | None, said: str, unit: 
         assert said in write_report(result, tmp_path / "report").html.read_text(encoding="utf-8")
     row = next(r for r in long_table(result) if r.is_primary and not r.is_baseline)
     assert (row.interval_unit, row.n_documents) == (unit, documents)
+
+
+def test_a_single_item_tells_no_variant_from_another(tmp_path: Path) -> None:
+    """It has no interval, so that nothing is beaten and the best has all others beside it."""
+    result = synthetic.sweep(tmp_path, schemes=("w4a16_g64",), tasks=(synthetic.PERPLEXITY,), n_items=1)
+    (model,) = model_tables(result, long_table(result))
+    pick = best_per_width(model)[4.0]["self_perplexity"]
+    assert {pick.line.name, *pick.tied} == {x.name for x in model.quantized}
+    assert Standing.DOMINATED not in {s for _, s in standings(model, synthetic.PERPLEXITY)}
+    out = io.StringIO()
+    print_table(result, Console(file=out, width=400))
+    assert "self_perplexity: 1 item, which gives no interval" in out.getvalue()
+
+
+def test_what_was_resampled_names_the_models_where_it_differs(tmp_path: Path) -> None:
+    """Each model's tokenizer cuts the text into windows of its own."""
+    one, other = (
+        synthetic.sweep(tmp_path / m, models=(m,), methods=("rtn",), schemes=("w2a16_g64",), tasks=(synthetic.PERPLEXITY,), n_items=n)
+        for m, n in (("a", 60), ("b", 40))
+    )
+    both = replace(one, variants=(*one.variants, *other.variants), stages={**one.stages, **other.stages})
+    for result, said in (
+        (both, "resampled: a, self_perplexity: 60 items, which do not tell their documents; b, "),
+        (one, "resampled: self"),
+    ):
+        out = io.StringIO()
+        print_table(result, Console(file=out, width=400))
+        assert said in out.getvalue()
+
+
+def test_names_of_swept_tasks_and_models_stay_whole(tmp_path: Path) -> None:
+    """Brackets are markup to rich."""
+    tasks = tuple(replace(synthetic.PERPLEXITY, name=f"self_perplexity[params.limit={n}]") for n in (4, 8))
+    results = [
+        synthetic.sweep(tmp_path / m, models=(m,), methods=("rtn",), tasks=tasks, n_items=n) for m, n in (("m[path=/a]", 9), ("b", 8))
+    ]
+    both = replace(results[0], variants=(*results[0].variants, *results[1].variants))
+    out = io.StringIO()
+    print_table(both, Console(file=out, width=600))
+    said = (
+        "m[path=/a], self_perplexity[params.limit=4]: 9 items, which do not tell their documents; self_perplexity[params.limit=8]: 9 items"
+    )
+    assert said in out.getvalue()

@@ -48,6 +48,13 @@ def reconcile(store: Path, *given: str) -> tuple[int, str]:
     return verbs.reconcile(store, None, given, Console(file=said, width=200)), said.getvalue()
 
 
+def test_help_says_which_sweeps_a_verb_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, left_out in (("reconcile", "all sweeps"), ("resume", "the latest"), ("report", "the latest")):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert f"{left_out} when left out" in " ".join(capsys.readouterr().out.split())
+
+
 # --- MLflow from the store ----------------------------------------------------------------------------------------------
 
 

@@ -341,6 +341,17 @@ def test_a_group_size_that_does_not_divide_is_refused_before_any_work(tmp_path: 
     assert list((tmp_path / "q" / "payload").iterdir()) == []
 
 
+def test_groups_along_hqqs_axis_0_are_of_the_whole_weight(tmp_path: Path) -> None:
+    """64 divides no width of this model (32 and 48) and every weight of it; 20 divides none of both."""
+    ctx, wide = tiny_context("llama", tmp_path), WeightScheme(4, granularity=Granularity.GROUP, group_size=64)
+    summary = quantized(ctx, tmp_path / "q", quantize_spec("hqq", weight=wide, axis=0), {})[1]
+    assert summary["coverage"]["asked"] == summary["coverage"]["quantized"]
+    with pytest.raises(InputError, match="does not divide the 32 inputs"):
+        quantized(ctx, tmp_path / "one", quantize_spec("hqq", weight=wide), {})
+    with pytest.raises(InputError, match="q_proj: group size 20 does not divide 1024 weights, as axis=0 needs"):
+        quantized(ctx, tmp_path / "other", quantize_spec("hqq", weight=replace(wide, group_size=20), axis=0), {})
+
+
 def test_missing_statistics_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="need the statistics absmean, hessian, samples; given: none"):
         quantized(tiny_context("llama", tmp_path), tmp_path / "q", quantize_spec("gptq", "awq"), {})

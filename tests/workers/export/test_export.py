@@ -154,6 +154,8 @@ def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, 
     assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
     assert main(arguments) == 2
     assert "not an empty folder" in capsys.readouterr().err
+    assert main([*arguments, "--format", "gptq"]) == 2
+    assert capsys.readouterr().err == "unknown export format 'gptq'; allowed: auto_gptq, dense\n"
 
 
 def test_a_corrupt_artifact_is_told_with_how_to_make_it_again(
