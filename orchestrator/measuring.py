@@ -13,7 +13,9 @@ from orchestrator.config import check_whole
 from orchestrator.errors import ConfigError
 from quant.scheme import Granularity, KVScheme, Scheme
 from workers import kv_rules
+from workers.families import refuses_steps
 from workers.machine import cpu_model
+from workers.positions import positions
 from workers.specs import Workload
 
 LEAST = {"batch": 1, "prompt": 1, "tokens": 1, "threads": 1}
@@ -53,12 +55,23 @@ def measured_cache(kv: KVScheme | None) -> KVScheme | None:
     return None if kv is None else replace(kv, mode="simulate", prefill=1)
 
 
-def unmeasured(scheme: Scheme, config: Mapping[str, Any], length: int) -> str | None:
-    """None, or why no kernel computes in the scheme's numbers, so that there is but a simulation to time.
+def check_length(workload: Workload, config: Mapping[str, Any], model: str) -> None:
+    """Raises ConfigError where the model has no positions for what is fed. config: the model's, empty where it is not known yet."""
+    limit, length = positions(config), workload.prompt + workload.tokens
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {model} has {limit}; "
+            "lower one of them"
+        )
 
-    config: the model's, empty where it is not known yet; length: tokens of prompt and decoding together."""
+
+def unmeasured(scheme: Scheme | None, config: Mapping[str, Any], workload: Workload) -> str | None:
+    """None, or why the workload is not timed: the model cannot decode so, or no kernel computes in the scheme's numbers, so that there
+    is but a simulation to time. scheme: None for the unquantized model; config: as `check_length` has it."""
+    if (reason := refuses_steps(workload.batch, config)) is not None or scheme is None:
+        return reason
     weight, activation = scheme.weight, scheme.activation
-    if scheme.kv is not None and (reason := kv_rules.not_packed(scheme.kv, config, length)) is not None:
+    if scheme.kv is not None and (reason := kv_rules.not_packed(scheme.kv, config, workload.prompt + workload.tokens)) is not None:
         return reason
     if activation is None:
         return None

@@ -23,7 +23,7 @@ from orchestrator.cell import Cell, Grid, Option
 from orchestrator.errors import ConfigError, PlanError
 from orchestrator.facts import check_facts
 from orchestrator.fingerprint import digest, stage_key
-from orchestrator.measuring import measured_cache, measuring, unmeasured
+from orchestrator.measuring import check_length, measured_cache, measuring, unmeasured
 from orchestrator.overrides import has_overrides, rules
 from orchestrator.planned import Plan, PlannedCell, PlannedVariant, Skip
 from orchestrator.sources import ModelSource, Sources
@@ -31,8 +31,7 @@ from orchestrator.stage import Resources, Stage
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
-from workers.families import linear_shapes, refuses_steps
-from workers.positions import positions
+from workers.families import linear_shapes
 from workers.specs import (
     DTYPES,
     AutoBits,
@@ -270,15 +269,8 @@ class _Planner:
         assert self._measuring is not None
         workload, device = self._measuring
         (source, model), scheme = self._model(cell.model), self._scheme(cell.scheme)
-        limit, length = positions(source.config), workload.prompt + workload.tokens
-        if limit is not None and length > limit:
-            raise ConfigError(
-                f"workload.prompt={workload.prompt} and workload.tokens={workload.tokens} make {length} positions, and {cell.model.name} "
-                f"has {limit}; lower one of them"
-            )
-        reason = refuses_steps(workload.batch, source.config)
-        if reason is None and not variant.is_baseline:
-            reason = unmeasured(scheme, source.config, length)
+        check_length(workload, source.config, cell.model.name)
+        reason = unmeasured(None if variant.is_baseline else scheme, source.config, workload)
         if reason is not None:
             variant.flags += (f"not measured: {reason}",)
             return

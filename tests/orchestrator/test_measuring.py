@@ -102,7 +102,7 @@ KIVI = KVScheme(4, kind="kivi", group_size=32, residual_length=128, mode="decode
     ],
 )
 def test_what_kernels_compute_in_is_measured(scheme: Scheme, reason: str | None) -> None:
-    found = unmeasured(scheme, {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}, 160)
+    found = unmeasured(scheme, {"model_type": "llama", "hidden_size": 512, "num_attention_heads": 8}, Workload(prompt=128, tokens=32))
     assert (found is None) if reason is None else (found is not None and reason in found)
 
 
