@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator import run
 from orchestrator.cli import main
+from orchestrator.command import Command
 from orchestrator.errors import ConfigError
 from orchestrator.executors.in_process import InProcessExecutor
-from orchestrator.grid import compose_grid
 from orchestrator.store import Store
 from tests.orchestrator.small_stages import small_stage
 from tests.orchestrator.sweeping import committed, overrides
@@ -43,8 +43,9 @@ def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_settings_of_hydra_without_effect_are_refused(given: list[str], told: str | None) -> None:
+    command = Command(("method=rtn", *given), multirun=True)
     if told is None:
-        assert compose_grid(["method=rtn", *given], multirun=True).cells
+        assert command.compose().cells
         return
     with pytest.raises(ConfigError, match=told):
-        compose_grid(["method=rtn", *given], multirun=True)
+        command.compose()
