@@ -239,6 +239,7 @@ KERNEL(early) {
     if (n & 1) asm volatile("griddepcontrol.wait;" ::: "memory");
     out[T] = a[T];
 }
+KERNEL(blocks) { out[T] = blockIdx.x; }
 KERNEL(for_ever) { while (*static_cast<volatile const float*>(a) >= -1e30f) out[T] = 1.0f; }
 """
 SAID = {
@@ -253,6 +254,7 @@ SAID = {
     "not_its_lanes": "lane 20, which takes no part",
     "too_soon": "a race with a write",
     "early": "before the kernel in front is over",
+    "blocks": "a race with what another block",
     "for_ever": "does not end",
 }
 
@@ -269,7 +271,9 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Module:
 def run(module: Module, name: str, n: int) -> tuple[Tensor, Tensor]:
     a, out = torch.arange(1.0, 65.0), torch.zeros(64)
     memory = {"late": [a]} if name == "early" else {}
-    module.run(name, 1, 64, a, out, n, dynamic=1024 if name == "too_soon" else 256, early=name == "early", **memory)
+    module.run(
+        name, 2 if name == "blocks" else 1, 64, a, out, n, dynamic=1024 if name == "too_soon" else 256, early=name == "early", **memory
+    )
     return a, out
 
 

@@ -84,7 +84,8 @@ void integers(Table& t, const std::string& type) {
     using U = std::make_unsigned_t<T>;
     constexpr int N = 8 * sizeof(T);
     t["add." + type] = TWO(T, T(U(a) + U(b))), t["sub." + type] = TWO(T, T(U(a) - U(b)));
-    t["mul.lo." + type] = TWO(T, T(uint64_t(a) * uint64_t(b))), t["mul.wide." + type] = TWO(T, W(W(a) * W(b)));
+    t["mul.lo." + type] = TWO(T, T(uint64_t(a) * uint64_t(b)));
+    if constexpr (sizeof(W) <= 8) t["mul.wide." + type] = TWO(T, W(W(a) * W(b)));
     t["mul.hi." + type] = TWO(T, T(W(a) * W(b) >> N));
     t["mad.lo." + type] = THREE(T, T(uint64_t(a) * uint64_t(b) + uint64_t(c)));
     t["mad.wide." + type] = [](Warp& w, const Inst& i, uint32_t m) {

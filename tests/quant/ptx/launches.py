@@ -155,16 +155,19 @@ class Program(Module):
         super().__init__("\n".join(m.decode() for m in re.findall(rb"\.version [^\0]*", path.read_bytes())), seed)
         self.library, self.target, self.failed = ctypes.CDLL(str(path)), target, ""
         self.buffers: list[tuple[int, int, int]] = []
-        self.numbers: dict[tuple[int, int], int] = {}
+        self.numbers: dict[tuple[int, int, int | None], int] = {}
         self._run, self._fixed = RUN(self._launched), FIXED(lambda name: self.kernel(name.decode())[0].fixed)
         for symbol, own in (("fake_run", self._run), ("fake_fixed", self._fixed)):
             ctypes.c_void_p.in_dll(self.library, symbol).value = ctypes.cast(own, ctypes.c_void_p).value
         self.on()
 
-    def on(self, multiprocessors: int = 132, clusters: int = 15) -> None:
-        """The device: multiprocessors, and clusters that it runs at once. Libraries know a device by its number."""
-        number = self.numbers.setdefault((multiprocessors, clusters), len(self.numbers))
-        self.library.fake_device(*map(ctypes.c_int64, (number, multiprocessors, *DEVICES[self.target])))
+    def on(self, multiprocessors: int = 132, clusters: int = 15, shared: int | None = None) -> None:
+        """The device: multiprocessors, clusters that it runs at once, and bytes of shared memory that a block may have. Libraries know a
+        device by its number."""
+        number = self.numbers.setdefault((multiprocessors, clusters, shared), len(self.numbers))
+        each, block, generation = DEVICES[self.target]
+        memory = (each, block) if shared is None else (shared + KB, shared)
+        self.library.fake_device(*map(ctypes.c_int64, (number, multiprocessors, *memory, generation)))
         ctypes.c_int.in_dll(self.library, "fake_clusters").value = clusters
 
     def _launched(self, name: bytes, launched: Any, given: Any) -> int:
@@ -212,7 +215,7 @@ EARLY = {"bitgrid_wq_gemv": (2, 4), "bitgrid_wq_slices": (2, 3, 4, 5), "bitgrid_
 
 
 def on_the_machine(programs: Programs, monkeypatch: pytest.MonkeyPatch, also: list[Tensor] | None = None) -> None:
-    """Calls of CUDA libraries are run, on CPU tensors whose empty ones hold what is not a number. also: see `Program.call`."""
+    """Calls of CUDA libraries are run, on CPU tensors whose empty ones hold what a machine's memory does. also: see `Program.call`."""
     shared = DEVICES[programs.target][1]
 
     def call(name: str, function: str, *values: Tensor | int) -> None:
@@ -221,16 +224,16 @@ def on_the_machine(programs: Programs, monkeypatch: pytest.MonkeyPatch, also: li
 
     monkeypatch.setattr(on_cuda, "call", call)
     monkeypatch.setattr(on_cuda, "shared_memory", lambda device: shared)
-    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
-    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty, programs))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like, programs))
+    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty, programs))
 
 
-def _poisoned(make: Any) -> Any:
+def _poisoned(make: Any, programs: Programs) -> Any:
     def made(*given: Any, **named: Any) -> Tensor:
         t: Tensor = make(*given, **named)
         if t.is_contiguous() and t.numel():
-            ctypes.memset(t.data_ptr(), 0xFF, t.numel() * t.element_size())
+            ctypes.memset(t.data_ptr(), 0x3D if programs.seed % 2 else 0xFF, t.numel() * t.element_size())
         return t
 
     return made

@@ -147,6 +147,7 @@ void step(Warp& w, Program& p, int turns) {
 void begin(Launch& a, const Program& p, uint32_t first, size_t shared, bool early) {
     const uint32_t all = a.threads[0] * a.threads[1] * a.threads[2], warps = (all + LANES - 1) / LANES;
     a.blocks.resize(a.cluster), a.warps.resize(a.cluster * warps), a.sent.clear();
+    a.number = first / a.cluster + 1, a.acquired = false;
     a.phase = 0, a.arriving.assign(a.warps.size(), 0), a.released = a.arriving;
     for (uint32_t rank = 0; rank < a.cluster; rank++) {
         Block& b = a.blocks[rank];
@@ -154,7 +155,7 @@ void begin(Launch& a, const Program& p, uint32_t first, size_t shared, bool earl
         for (Barrier& each : b.barriers) each = {};
         const uint32_t n = first + rank;
         b.rank = rank, b.place[0] = n % a.grid[0], b.place[1] = n / a.grid[0] % a.grid[1], b.place[2] = n / a.grid[0] / a.grid[1];
-        b.shared.assign(shared, 0xff), b.wrote.assign(shared, {}), b.read.assign(shared * warps, 0);
+        b.shared.assign(shared, a.poison[0]), b.wrote.assign(shared, {}), b.read.assign(shared * warps, 0);
         for (uint32_t i = 0; i < warps; i++) {
             Warp& w = a.warps[rank * warps + i];
             w.held = w.exited = w.cluster_phase = 0, w.waits = w.of_cluster = false, w.reduced = -1;
@@ -177,8 +178,11 @@ std::string where(const Warp& w, const Program& p) {
     return said.str();
 }
 
+uint8_t poison_of(uint64_t seed) { return seed % 2 ? 0x3d : 0xff; }
+
 void run(Launch& a, Program& p, size_t shared, bool early, uint64_t seed) {
     std::mt19937_64 random(seed);
+    std::fill_n(a.poison, sizeof a.poison, poison_of(seed));
     std::vector<uint32_t> order(a.grid[0] * a.grid[1] * a.grid[2] / a.cluster);
     std::iota(order.begin(), order.end(), 0);
     if (seed) std::shuffle(order.begin(), order.end(), random);
@@ -236,7 +240,10 @@ int64_t ptx_run(ptx::Program* p, const int64_t* shape, const void* params, int64
     for (int i = 0; i < 3; i++) a.grid[i] = uint32_t(shape[i]), a.threads[i] = uint32_t(shape[3 + i]);
     a.cluster = uint32_t(shape[6]), a.most = uint64_t(shape[10]), a.strict = shape[11] != 0;
     a.params.assign(static_cast<const uint8_t*>(params), static_cast<const uint8_t*>(params) + size);
-    for (int64_t i = 0; i < count; i++) a.buffers.push_back({uint64_t(buffers[3 * i]), uint64_t(buffers[3 * i + 1]), buffers[3 * i + 2]});
+    for (int64_t i = 0; i < count; i++) {
+        const size_t size = size_t(buffers[3 * i + 1]);
+        a.buffers.push_back({uint64_t(buffers[3 * i]), size, buffers[3 * i + 2], std::vector<uint32_t>(size), std::vector<uint32_t>(size)});
+    }
     try {
         ptx::run(a, *p, size_t(shape[7]), shape[8] != 0, uint64_t(shape[9]));
     } catch (const std::exception& e) {

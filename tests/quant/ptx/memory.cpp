@@ -47,7 +47,19 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, int bytes, Access how, b
     return &block.shared[at];
 }
 
-uint8_t* global_at(Warp& w, int lane, uint64_t address, int bytes) {
+// Blocks of a launch, but for those of a cluster, wait for each other by nothing but what `acquired` notes.
+void check_blocks(Launch& a, Buffer& b, int lane, uint64_t address, int bytes, Access how, const uint8_t* value) {
+    for (size_t i = address - b.base, end = i + bytes; i < end; i++) {
+        const bool other = b.wrote[i] != 0 && b.wrote[i] != a.number;
+        const bool seen = how == WRITE && b.read[i] != 0 && b.read[i] != a.number;
+        const bool same = how == WRITE && value[i + bytes - end] == reinterpret_cast<const uint8_t*>(b.base)[i];
+        if ((other || seen) && !same && !a.acquired) fail("a race with what another block writes or reads", address, bytes, lane);
+        if (how == READ) b.read[i] = b.read[i] == 0 || b.read[i] == a.number ? a.number : ~0u;
+        if (how == WRITE) b.wrote[i] = a.number;
+    }
+}
+
+uint8_t* global_at(Warp& w, int lane, uint64_t address, int bytes, Access how, const uint8_t* value = nullptr) {
     Launch& a = *w.launch;
     const auto inside = [&](const Buffer& b) { return address >= b.base && address + bytes <= b.base + b.bytes; };
     if (a.last == nullptr || !inside(*a.last)) {
@@ -56,6 +68,7 @@ uint8_t* global_at(Warp& w, int lane, uint64_t address, int bytes) {
         a.last = &*found;
     }
     if (w.early && a.last->late) fail("before the kernel in front is over, which may write it", address, bytes, lane);
+    if (how != ATOMIC) check_blocks(a, *a.last, lane, address, bytes, how, value);
     return reinterpret_cast<uint8_t*>(address);
 }
 
@@ -63,10 +76,8 @@ uint8_t* place(Warp& w, int lane, uint64_t address, int bytes, Access how, char 
     if (address % bytes) fail("not a multiple of its size", address, bytes, lane);
     if (space == 's') return shared_at(w, lane, uint32_t(address), bytes, how, false, value);
     if (space == 'e' && address >= SHARED) return shared_at(w, lane, uint32_t(address), bytes, how, true, value);
-    return global_at(w, lane, address, bytes);
+    return global_at(w, lane, address, bytes, how, value);
 }
-
-constexpr uint8_t NONE[16] = {255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255};
 
 template <char SPACE>
 void load(Warp& w, const Inst& i, uint32_t lanes) {
@@ -80,7 +91,7 @@ void load(Warp& w, const Inst& i, uint32_t lanes) {
         } else {
             w.launch->poisoned = false;
             from = place(w, l, address, n * size, READ, SPACE);
-            if (w.launch->poisoned) from = NONE;
+            if (w.launch->poisoned) from = w.launch->poison;
         }
         for (int k = 0; k < n; k++) {
             uint64_t v = 0;
@@ -109,6 +120,7 @@ void atomic(Warp& w, const Inst& i, uint32_t lanes, F f) {
         std::memcpy(at, &made, sizeof made);
         w.of(i.at[0])[l] = bits(old);
     });
+    w.launch->acquired |= i.name.find("acq_rel") != std::string::npos;
 }
 
 Counter& counter(Warp& w, uint32_t address) {
@@ -134,14 +146,14 @@ void copy(Warp& w, const Inst& i, uint32_t lanes) {
         const int bytes = int(w.of(i.at[4])[l]), given = i.at.size() > 5 ? int(uint32_t(w.of(i.at[5])[l])) : bytes;
         if (to % bytes || from % bytes) fail("copied to or from what is not a multiple of its size", from, bytes, l);
         if (given < 0 || given > bytes) fail("more bytes than are copied", from, given, l);
-        const Copy mine = {Copy::BYTES, to, given ? global_at(w, l, from, given) : nullptr, bytes, given};
+        const Copy mine = {Copy::BYTES, to, given ? global_at(w, l, from, given, READ) : nullptr, bytes, given};
         bool again = false;  // lanes may copy the same
         each(lanes & ((1u << l) - 1), [&](int other) {
             const Copy& c = w.copies[other].back();
             again |= c.to == mine.to && c.from == mine.from && c.bytes == bytes && c.given == given;
         });
         if (!again) {
-            std::memset(shared_at(w, l, to, bytes, WRITE, false), 0xff, bytes);
+            std::memcpy(shared_at(w, l, to, bytes, WRITE, false), w.launch->poison, bytes);
             // Until it is over, and waited for, nobody may look.
             Stamp* const last = &w.block->wrote[to & ((1u << RANK) - 1)];
             for (int k = 0; k < bytes; k++) last[k] = {~0u, uint16_t(w.id), 255, 0};
@@ -199,7 +211,7 @@ void send(Warp& w, const Inst& i, uint32_t lanes) {
         Sent s = {uint32_t(w.of(i.at[0])[l] + w.of(i.at[1])[l]), uint32_t(w.of(i.at[3])[l] + w.of(i.at[4])[l]), {}, i.width, &w, w.clock};
         std::memcpy(s.value, &w.of(i.at[2])[l], i.width);
         if (s.to % i.width) fail("not a multiple of its size", s.to, i.width, l);
-        std::memset(shared_at(w, l, s.to, i.width, WRITE, true), 0xff, i.width);
+        std::memcpy(shared_at(w, l, s.to, i.width, WRITE, true), w.launch->poison, i.width);
         w.launch->sent.push_back(s);
     });
     w.clock[w.id]++;
@@ -252,7 +264,7 @@ void add_memory(Table& t) {
     ATOM("shared.add.u32", 's', uint32_t, a + b);
     ATOM("shared.min.s32", 's', int32_t, std::min(a, b));
     ATOM("global.add.u32", 'g', uint32_t, a + b);
-    ATOM("global.add.s32", 'g', int32_t, a + b);
+    ATOM("acq_rel.global.add.s32", 'g', int32_t, a + b);
     ATOM("global.add.u64", 'g', uint64_t, a + b);
     t["cp.async"] = copy, t["cp.async.commit_group"] = commit, t["cp.async.wait_group"] = wait;
     t["cp.async.mbarrier.arrive.noinc"] = tell_after;
@@ -260,7 +272,8 @@ void add_memory(Table& t) {
     t["mbarrier.test_wait.parity"] = t["mbarrier.try_wait.parity"] = ask_counter;
     t["st.async"] = send;
     const Handler none = [](Warp&, const Inst&, uint32_t) {};
-    t["membar.gl"] = t["fence.mbarrier_init.release.cluster"] = t["griddepcontrol.launch_dependents"] = none;
+    t["membar.gl"] = [](Warp& w, const Inst&, uint32_t) { w.launch->acquired = true; };
+    t["fence.mbarrier_init.release.cluster"] = t["griddepcontrol.launch_dependents"] = none;
     t["prefetch.global.L2"] = none;  // of addresses that need not be there
     t["griddepcontrol.wait"] = [](Warp& w, const Inst&, uint32_t) { w.early = false; };
     t["cvta.to.global.u64"] = [](Warp& w, const Inst& i, uint32_t m) { address(w, i, m, [](uint64_t v, int) { return v; }); };

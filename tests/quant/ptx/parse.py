@@ -217,7 +217,7 @@ def _named(name: str, given: str) -> tuple[int, str, int, int]:
     if first in ("shfl", "vote", "redux") or name == "bar.warp.sync":
         return TOGETHER, name, 0, 0
     if first == "atom":
-        return PLAIN, ".".join(p for p in parts if p not in ("acq_rel", "relaxed", "gpu")), 0, 0
+        return PLAIN, ".".join(p for p in parts if p != "gpu"), 0, 0
     if first == "mbarrier":
         return (
             PLAIN,

@@ -75,6 +75,7 @@ struct Block {
 struct Buffer {
     uint64_t base, bytes;
     int64_t late;  // what may still be written by the kernel before
+    std::vector<uint32_t> wrote, read;  // of each byte the last cluster, from 1 on, that did; of reads ~0: several
 };
 
 struct Sent {  // to another block: a value, and the counter that is told
@@ -92,8 +93,12 @@ struct Launch {
     std::vector<Sent> sent;
     std::vector<Buffer> buffers;
     std::vector<uint8_t> params;
-    const Buffer* last = nullptr;
+    Buffer* last = nullptr;
+    uint32_t number = 0;    // of the cluster that runs, from 1 on
+    bool acquired = false;  // it has waited for others' writes, or fenced its own
     bool strict = true, poisoned = false;  // strict: a load in a race is a fault, also where nothing is made of it
+    // What memory holds that nothing was written to: no numbers or, for what takes these for a case of its own, wrong ones.
+    uint8_t poison[16];
     uint64_t steps = 0, most = 0;  // instructions of warps
     uint32_t phase = 0, arrived = 0;  // of the cluster's barrier
     Clock arriving, released;
