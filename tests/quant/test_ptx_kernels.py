@@ -38,7 +38,8 @@ from tests.quant.ptx.launches import Programs, on_the_machine
 
 COMPILES = os.environ.get("BITGRID_COMPILE") == "1"
 LONG = pytest.mark.skipif(not COMPILES, reason="BITGRID_COMPILE is not 1: compiling takes minutes")
-TARGETS = ("90a", "80") if COMPILES else ("90a",)
+ORDERS = (("90a", 0), ("90a", 1), *([("80", 1)] if COMPILES else []))
+"""Target, and a number of the order in which warps and blocks go on; 0: one after another."""
 pytestmark = [pytest.mark.xdist_group("ptx"), pytest.mark.timeout(1200)]
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
 LITTLE = 99 * 1024
@@ -50,9 +51,8 @@ def programs(target: str) -> Programs:
     return Programs(target)
 
 
-@pytest.fixture(params=product(TARGETS, (0, 1)), ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(params=ORDERS, ids=lambda p: f"{p[0]}-{p[1]}")
 def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Programs]:
-    """For each target, warps one after another and in some order."""
     target, seed = request.param
     made = programs(target)
     made.order(seed)
@@ -109,18 +109,26 @@ def test_products_with_affine_codes(machine: Programs, bits: int, multiprocessor
     monkeypatch.setattr(wq_cuda, "_early", lambda device: early)
     monkeypatch.setattr(wq_cuda, "_device", lambda device: (multiprocessors, shared))
     machine["wq_gemv"].on(multiprocessors)
-    for n, k, group in [*of_wq.CASES, (120, 1024, 128)]:
+    for n, k, group in [*of_wq.CASES, *((n, 384, group) for n in (40, 80, 120) for group in (32, 64, 128))]:
         for dtype in (torch.float16, FLOAT32):
             tensor = stored(n, k, bits, group, dtype=dtype)
             packed = of_wq.prepare(tensor)
-            for x in (inputs(1, k, BFLOAT16), inputs(3, k, BFLOAT16), inputs(1, k), inputs(11, k, BFLOAT16), inputs(5, k)):
+            for x in (inputs(1, k, BFLOAT16), inputs(3, k, BFLOAT16), inputs(1, k), inputs(11, k, BFLOAT16), inputs(5, k), inputs(9, k)):
                 of_wq.checked(wq_cuda.wq_gemv(x, packed), x, tensor)
             for kind in (BFLOAT16, FLOAT32, torch.float16) if n == 40 else (BFLOAT16,):
                 of_wq.check_weight(wq_cuda.values(packed, kind), packed)
 
 
 # Multiprocessors, N, K, group: forms for one row that K and the number of tiles choose between, with x in little and in all memory.
-ALONE = ((4, 64, 8192, 128), (2, 64, 16384, 128), (2, 32, 22016, 128), (2, 64, 28672, 128), (1, 96, 1024, 128), (1, 33, 4096, 4096))
+ALONE = (
+    (4, 64, 8192, 128),
+    (2, 64, 16384, 128),
+    (4, 64, 18432, 18432),
+    (2, 32, 22016, 128),
+    (2, 64, 28672, 128),
+    (1, 96, 1024, 128),
+    (1, 33, 4096, 4096),
+)
 ALONE += ((3, 48, 11008, 128), (1, 160, 640, 128))
 
 

@@ -88,7 +88,7 @@ class Module:
     """
 
     def __init__(self, text: str, seed: int = 0) -> None:
-        self.text, self.seed, self.steps, self.most = text, seed, 0, 400_000_000
+        self.text, self.seed, self.steps, self.most = text, seed, 0, 100_000_000
         self.strict = True
         self.read: dict[str, tuple[parse.Kernel, int]] = {}
         self.ran: dict[str, ctypes.Array[ctypes.c_uint8]] = {}
