@@ -212,16 +212,25 @@ def test_centres_of_columns(machine: Programs, shape: str, start: str, monkeypat
         if shape in ("heavy", "two", "rounded"):
             of.same(kmeans_cuda, columns(shape, n, seed=n, count=2), k, start, of.heaviness(n, 2))
     monkeypatch.setattr(kmeans_cuda, "TOGETHER", 2)
-    of.same(kmeans_cuda, columns(shape, 333, count=3, dtype=torch.float64), 6, start)
+    for weights in (None, of.heaviness(333, 3)):
+        of.same(kmeans_cuda, columns(shape, 333, count=3, dtype=torch.float64), 6, start, weights)
     if shape == "normal" and machine.target == "90a":
         for n, k in ((5000, 4), (11008, 4), (kmeans_cuda.MOST_ROWS + 1, 2)):
             of.same(kmeans_cuda, columns(shape, n, count=1), k, start)
+        for n in (5000, kmeans_cuda.MOST_WEIGHED + 1):
+            of.same(kmeans_cuda, columns(shape, n, count=1), 2, start, of.heaviness(n, 1)[0])
+
+
+TALL: dict[str, Any] = {
+    "tall": ([9000], [[1, 1]], None, "partition", False),
+    "tall given": ([4700, 9000], [[2, 1], [1, 2]], 0.014, "partition", True),
+}
 
 
 @LONG
-@pytest.mark.parametrize("case", test_claq_stacked.CASES)
+@pytest.mark.parametrize("case", [*test_claq_stacked.CASES, *TALL])
 def test_blocks_of_tables(machine: Programs, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = test_claq_stacked.parts_of(*test_claq_stacked.CASES[case])
+    parts = test_claq_stacked.parts_of(*(test_claq_stacked.CASES | TALL)[case])
     made: list[Tensor] = []
     on_the_machine(machine, monkeypatch, made)
     # A table on the host has the addresses of what it is made of.
