@@ -2,8 +2,8 @@
 code, with the forms and grids that it chooses on devices with many and with few multiprocessors, against what tests on a GPU hold them to.
 On the way no access may be beside a tensor or shared memory, at an odd address, or in a race of threads or blocks.
 
-What a GPU does that this does not show: time, the order of its sums in tensor cores (their last bits), and races of a block's threads in
-global memory.
+What a GPU does that this does not show: what ptxas makes of PTX, time, the order of its sums in tensor cores and approximate reciprocals
+(their last bits), races of a block's threads in global memory, and a missing barrier of a warp between a read and a later write.
 """
 
 from __future__ import annotations
@@ -76,9 +76,11 @@ def test_products_with_tables(machine: Programs, operation: str) -> None:
     for tensor in [*cases(operation), *more]:
         packed, k = test_table_gemv_cuda.PREPARE[operation](tensor), tensor.shape[1]
         # One cluster at once has many tiles; little memory has no room for rings, or for all columns' bits.
-        for clusters, shared in ((1 if tensor.shape[0] > 64 else 15, None), *([(15, LITTLE)] if k == 1500 else [])):
-            machine[operation].on(clusters=clusters, shared=shared)
-            for x in (inputs(1, k, BFLOAT16), inputs(1, k), inputs(2, k), inputs(3, k, BFLOAT16), inputs(5, k, BFLOAT16)):
+        little = (LITTLE, LITTLE // 2) if operation == "binary_gemv" else (LITTLE,)
+        for shared in (None, *(little if k == 1500 else ())):
+            machine[operation].on(clusters=1 if tensor.shape[0] > 64 else 15, shared=shared)
+            for m, dtype in product((1, 2, 3, 5), (BFLOAT16, FLOAT32)):
+                x = inputs(m, k, dtype)
                 test_table_gemv_cuda.check(run(x, packed), x, tensor)
 
 
