@@ -97,7 +97,7 @@ class Packer:
         """Read what is stored of linears whose path starts with `below`. Returns the parameters that `replace` gives up: nobody reads them.
         Raises InputError for a backend that is not known, or does not take a linear."""
         linears = [(linear_view(self._model, op["module"]), op) for op in self._recipe.replaced() if op["module"].startswith(below)]
-        found = {view: self._made(view, op) for view, op in linears}
+        found = {view: self._packed_linear(view, op) for view, op in linears}
         _all_experts_or_none(found)
         given_up = []
         for view, made in found.items():
@@ -144,7 +144,7 @@ class Packer:
         self.made.backends[name] += 1
         self.made.reasons[reason] += 1
 
-    def _made(self, view: LinearView, op: Operation) -> _Made | str:
+    def _packed_linear(self, view: LinearView, op: Operation) -> _PackedLinear | str:
         """What multiplies with what is stored of the linear, or why the linear has no kernel."""
         device, activation, backend = self._device, self._activation, self._backend
         if backend == DENSE:
@@ -166,7 +166,7 @@ class Packer:
         notes = list(chosen.notes)
         size = sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
         if activation is not None:
-            return _Made(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
+            return _PackedLinear(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
         # An expert gets any part of the rows.
         rows = self._rows if view.expert is None else range(1, max(self._rows) + 1)
         cores, beside = None, None
@@ -174,10 +174,10 @@ class Packer:
             cores, beside = _with_tensor_cores(stored, backend, device, notes)
         size += (0 if beside is None else beside.bytes) + (0 if order is None else order.columns.nbytes)
         product = _rows_product(chosen.run, operation, packed, cores, beside, order, self.made.products)
-        return _Made(product, chosen.backend, notes, size)
+        return _PackedLinear(product, chosen.backend, notes, size)
 
 
-class _Made(NamedTuple):
+class _PackedLinear(NamedTuple):
     """A linear, packed."""
 
     product: Product
@@ -187,7 +187,7 @@ class _Made(NamedTuple):
     bytes: int
 
 
-def _all_experts_or_none(found: dict[LinearView, _Made | str]) -> None:
+def _all_experts_or_none(found: dict[LinearView, _PackedLinear | str]) -> None:
     """Linears of a module of experts run packed together, as one forward has them all; changes `found`."""
     modules: dict[nn.Module, list[LinearView]] = {}
     for view in found:
