@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import TABLE, kernel
-from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, with_many_rows
+from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, size_bytes, with_many_rows
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.base import Stored
@@ -164,7 +164,7 @@ class Packer:
         except (ValueError, RuntimeError) as e:
             return _reason(e)
         notes = list(chosen.notes)
-        size = sum(t.numel() * t.element_size() for t in stored.pack().values()) if packed is stored else packed.bytes
+        size = size_bytes(*stored.pack().values()) if packed is stored else packed.bytes
         if activation is not None:
             return _PackedLinear(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
         # An expert gets any part of the rows.
