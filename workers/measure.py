@@ -38,6 +38,7 @@ from workers.packed_cache import PackedCaches
 from workers.rebuild import rebuild_packed, too_large_to_time
 from workers.residency import Residency
 from workers.specs import MeasureSpec, Workload
+from workers.stream import streams
 
 TIMES = "times.json"
 FEWEST, MOST = 6, 100
@@ -115,7 +116,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
 
 
 def _resident(model: nn.Module, context: Context) -> nn.Module:
-    if any(p.is_meta for p in model.parameters()):
+    if streams(model):
         raise too_large_to_time(context.hints.memory_bytes)
     return model
 
@@ -144,7 +145,7 @@ def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[],
             **last_logits(model),
         )
         return torch.stack(found, 1)
-    if any(p.is_meta for p in model.parameters()):
+    if streams(model):
         context.notes.append("the model has no cache of keys and values: for the comparison the checkpoint was read once for every token")
     return generate(Eager(model, cache), prompt, given.shape[1], given).logits
 

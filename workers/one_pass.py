@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache
 
 from workers import families
 from workers.blocks import Taps
+from workers.stream import streams
 
 
 def serves(model: nn.Module) -> bool:
     """Whether the model is streamed, and its family keeps keys and values."""
-    return any(p.is_meta for p in model.parameters()) and bool(families.structure_of(model).cache_argument)
+    return streams(model) and bool(families.structure_of(model).cache_argument)
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from workers import rebuild
 from workers.context import Context
 from workers.datasets import TokenizedText, Tokenizer, load_documents, load_tokenizer, tokenize_documents
 from workers.specs import ModelSpec, TextSpec
+from workers.stream import streams
 
 TEXTS = 4
 """Tokenized texts kept."""
@@ -151,7 +152,7 @@ class Residency:
 
 def _collect(let_go: list[nn.Module]) -> None:
     """Free models that nothing else refers to. The hooks of a streamed one, which read its blocks, hold it until a collection."""
-    streamed = any(p.is_meta for model in let_go for p in model.parameters())
+    streamed = any(map(streams, let_go))
     let_go.clear()
     if streamed:
         gc.collect()

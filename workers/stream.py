@@ -330,6 +330,11 @@ def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:
             raise NumericalError(f"weights of {name} hold {bad} NaN or infinite values of {p.numel()}; {why}")
 
 
+def streams(model: nn.Module) -> bool:
+    """Whether the model reads its blocks in every forward (`BlockModel.stream_in_forward`); in between they are on the meta device."""
+    return any(p.is_meta for p in model.parameters())
+
+
 def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a module's parameters in `dtype`; shared ones count once."""
     return sum(p.numel() for p in module.parameters()) * torch.empty((), dtype=dtype).element_size()
