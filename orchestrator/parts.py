@@ -36,7 +36,8 @@ SITE_STATISTICS = "moments"
 """What a calibrate stage collects for the report alone, as `workers.site_moments` calls it."""
 LEAST_OF_TEXT = {"documents": 1, "skip_documents": 0}
 """Below, a slice would take documents from the end of the text."""
-LEAST_OF_TASK = {"window": 2, "limit": 1, "max_windows": 1}
+LEAST_OF_TASK = {"limit": 1, "max_windows": 1}
+LEAST_WINDOW = 2
 """What `workers.tasks.base.cut` takes."""
 
 
@@ -235,10 +236,11 @@ def task_part(option: Option, source: TextSource) -> TaskPart:
     if windows not in WINDOWS:
         raise ConfigError(f"task {option.name!r}: {unknown_name('windows', str(windows), WINDOWS)}")
     text = text_part(option, source)
-    _check_least(f"task {option.name!r}: params", values.get("params") or {}, LEAST_OF_TASK)
-    spec = _checked(
-        option, "params", lambda: TaskSpec(values["kind"], values["version"], text, freeze(values.get("params") or {}), windows)
-    )
+    params = values.get("params") or {}
+    if "window" in params:
+        check_whole(f"task {option.name!r}: params.window", params["window"], LEAST_WINDOW)
+    _check_least(f"task {option.name!r}: params", params, LEAST_OF_TASK)
+    spec = _checked(option, "params", lambda: TaskSpec(values["kind"], values["version"], text, freeze(params), windows))
     info = TaskInfo(option.name, values["kind"], values["primary"], metrics)
     return TaskPart(spec, bool(values.get("needs_reference", False)), info)
 

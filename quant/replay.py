@@ -161,8 +161,7 @@ def captured(work: Callable[[], None], device: torch.device, pool: Any) -> Calla
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """That nobody else has: torch hands out streams of normal priority in turn, and again from the first."""
-    stream: torch.cuda.Stream = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-    return stream
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def short_of(device: torch.device, needed: int) -> str | None:

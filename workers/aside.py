@@ -16,6 +16,10 @@ def moment(device: torch.device) -> torch.cuda.Event | None:
     """After all that is queued on the device so far; None on a CPU, where everything is done at once."""
     if device.type != "cuda":
         return None
+    return _queued(device)
+
+
+def _queued(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
@@ -29,7 +33,7 @@ def aside(device: torch.device, *leaves: Tensor, after: torch.cuda.Event | None 
         yield
         return
     stream = _stream(device)
-    stream.wait_event(after or moment(device))
+    stream.wait_event(after or _queued(device))
     for tensor in leaves:
         tensor.record_stream(stream)
     with torch.cuda.stream(stream):

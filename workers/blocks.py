@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from workers.errors import NumericalError
+from workers.structure import Structure
 
 T = TypeVar("T")
 Tap = Callable[[str, Tensor, Tensor | None], Tensor]
@@ -154,7 +155,8 @@ def _pre_hook(name: str, tap: Tap) -> Callable[..., tuple[tuple[Any, ...], dict[
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """The hidden states among a module's arguments."""
-    return args[0] if args else kwargs["hidden_states"]
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
 
 
 def replace_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,7 +200,7 @@ def expert_forward(
     """
     out, flat = torch.zeros_like(hidden_states), top_k_index.T.reshape(-1)
     # The host reads numbers of tokens once, not each expert's.
-    each = flat.argsort(stable=True).split(flat.bincount(minlength=len(module.gate_up_proj)).tolist())
+    each = torch.split(flat.argsort(stable=True), flat.bincount(minlength=len(module.gate_up_proj)).tolist())
     for e, places in enumerate(each[: len(module.gate_up_proj)]):
         if len(places) == 0:
             continue
@@ -207,6 +209,13 @@ def expert_forward(
         y = product("down_proj", e, module.act_fn(gate) * up, token) * top_k_weights[token, slot, None]
         out.index_add_(0, token, y.to(out.dtype))
     return out
+
+
+def decoder_blocks(model: nn.Module, structure: Structure) -> nn.ModuleList:
+    """Of the whole model."""
+    found = model.get_submodule(structure.blocks)
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 @contextmanager

@@ -24,12 +24,12 @@ from workers import datasets, kv_capture, kv_fisher, site_moments
 from workers.capture import BlockStatistics, block_file, check_kind, collect, sample_sequences
 from workers.context import Context
 from workers.errors import InputError
-from workers.families import Structure
 from workers.memory import PeakMemory
 from workers.positions import positions, refuses_calibration
 from workers.request import Location
 from workers.specs import CalibrateSpec, CalibrationSpec
 from workers.stream import BlockModel, open_blocks
+from workers.structure import Structure
 
 FORMAT = 1
 SITES = "sites.json"

@@ -16,8 +16,8 @@ from quant.moments import Moments, MomentSums
 from quant.statistics import KINDS, Accumulator, Statistics, accumulator
 from workers.blocks import tap_inputs
 from workers.errors import InputError, NumericalError
-from workers.families import Structure
 from workers.stream import Call
+from workers.structure import Structure
 
 SAMPLE_SEQUENCES = 16
 """Whole sequences kept by `samples`, at most."""

@@ -295,4 +295,4 @@ SAMPLINGS: dict[str, Callable[[Sequence[str], CalibrationSpec, Tokenizer, str], 
 
 def batches(sequences: Tensor, batch_tokens: int) -> list[Tensor]:
     """`[S, T, ...]` in consecutive parts of at most `batch_tokens` tokens, of one sequence at least."""
-    return list(sequences.split(max(1, batch_tokens // sequences.shape[1])))
+    return list(torch.split(sequences, max(1, batch_tokens // sequences.shape[1])))

@@ -38,7 +38,7 @@ def decoded_logits(
         for group in _groups(batches, model, batch_tokens):
             with runtime():
                 found = _decode(model, torch.cat(list(group)).to(device), make_cache(), batch_tokens, prefill, longest)
-            yield from found.split([len(b) for b in group])
+            yield from torch.split(found, [len(b) for b in group])
 
     return logits
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,12 @@ from workers.residency import Residency
 from workers.specs import EvaluateSpec, TaskSpec
 from workers.tasks import base, divergence, perplexity
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 TASKS: dict[str, ModuleType] = {task.KIND: task for task in (perplexity, divergence)}
 ITEMS = "items.parquet"
-P = TypeVar("P")
+P = TypeVar("P", bound="DataclassInstance")
 
 
 def run_evaluate(spec: EvaluateSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
@@ -70,12 +73,12 @@ def check_task(task: TaskSpec) -> None:
 def parse_params(kind: type[P], task: TaskSpec) -> P:
     """The task's parameters as their dataclass. Raises InputError for an unknown name."""
     given = dict(task.params)
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
+    known = {f.name: f.default for f in fields(kind)}
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise InputError(f"task.params.{unknown[0]} is unknown to {task.kind}; allowed: {', '.join(known)}")
     for name, value in given.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        if (value is not None or known[name] is not None) and (isinstance(value, bool) or not isinstance(value, int)):
             raise InputError(f"task.params.{name}={value!r}; give a whole number")
     return kind(**given)
 

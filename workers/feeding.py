@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant.statistics import Statistics
-from workers import families
 from workers.artifact import payload_digest, payload_path
 from workers.calibrate import SITES, calibration_tokens
 from workers.capture import BlockStatistics, Range, check_kind, collect, run_block, sample_sequences
@@ -28,6 +27,7 @@ from workers.rotate import Rotator
 from workers.rounding import Method, missing_statistics
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, Call
+from workers.structure import Structure
 
 
 class StoredStatistics:
@@ -42,7 +42,7 @@ class StoredStatistics:
         self._device = device
         self._keeps = keeps
 
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+    def collect(self, block: int, structure: Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         prefix = f"{structure.blocks}.{block}."
         parts = []
         for kind, (folder, index) in self._indices.items():
@@ -77,7 +77,7 @@ class MappedStatistics:
     def __init__(self, stored: StoredStatistics, rotator: Rotator) -> None:
         self._stored, self._rotator = stored, rotator
 
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+    def collect(self, block: int, structure: Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         return [self._rotator.mapped(block, part) for part in self._stored.collect(block, structure, only)]
 
     def origin(self, block: int) -> str | None:
@@ -99,7 +99,7 @@ class RecollectedStatistics:
     kept: int
     kinds: frozenset[str] = frozenset()
 
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+    def collect(self, block: int, structure: Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         calls = [c[block] for c in self.calls]
         found, self.hidden = collect(self.model.blocks[block], structure, self.wanted, calls, self.hidden, self.kept, only)
         return [found]
@@ -134,7 +134,7 @@ class FedStatistics:
     def origin(self, block: int) -> str | None:
         return None if self.stored is None else self.stored.origin(block)
 
-    def collect(self, block: int, structure: families.Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
+    def collect(self, block: int, structure: Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         if self.stored is not None:
             return self.stored.collect(block, structure, only)
         if not self.kinds:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quant.reassembly import Reassembly
 from workers.blocks import LinearView, check_held, linear_view
-from workers.families import ScaleRule, Structure
+from workers.structure import ScaleRule, Structure
 
 FOLDED = "with its scales folded in"
 

@@ -144,7 +144,7 @@ class Graphed:
         self._replay, self._logits = captured(self._on_device, prompt.device)
 
     def prompt(self, tokens: Tensor) -> Tensor:
-        self._cache.reset()
+        self._cache.reset()  # type: ignore[no-untyped-call]
         return self._forward(tokens)
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ class _FixedLayer(CacheLayerMixin):
     """Windows of sliding attention are the mask's affair: all tokens are held."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._length = length
         self._held: Tensor | None = None
 
@@ -240,6 +240,8 @@ class _FixedLayer(CacheLayerMixin):
         if self._held is None:
             self.lazy_initialization(key_states, value_states)
         assert self._held is not None
+        assert self.keys is not None
+        assert self.values is not None
         at = torch.arange(key_states.shape[2], device=key_states.device) + self._held
         self._held.add_(key_states.shape[2])
         return self.keys.index_copy_(2, at, key_states), self.values.index_copy_(2, at, value_states)
@@ -251,7 +253,7 @@ class _FixedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length, 0
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of transformers' StaticLayer, which says int
         return 0 if self._held is None else self._held
 
     def get_max_length(self) -> int:

@@ -279,7 +279,7 @@ def _tensors(value: Any) -> list[Tensor]:
 def matrix_digest(matrix: Tensor) -> bytes:
     """SHA-256 of a matrix `[K, K]`, or where it is not on the host of its `row_sums`: a fraction of the time of factoring it."""
     told = matrix if matrix.device.type == "cpu" else row_sums(matrix)
-    return hashlib.sha256(told.contiguous().cpu().numpy()).digest()
+    return hashlib.sha256(told.contiguous().cpu().numpy().data).digest()
 
 
 def row_sums(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quant.kv import Kivi
 from workers import families
-from workers.blocks import Taps, input_of
+from workers.blocks import Taps, decoder_blocks, input_of
 from workers.tasks import base
 
 
@@ -49,7 +49,7 @@ def attach(model: nn.Module, rule: Kivi, prefill: int) -> Taps:
         mask = widened(kwargs.get("attention_mask"), views(rule, hidden.shape[1], prefill).to(hidden.device))
         return args, {**kwargs, "attention_mask": mask, structure.cache_argument: _Copies(rule)}
 
-    for block in model.get_submodule(structure.blocks):  # type: ignore[attr-defined]
+    for block in decoder_blocks(model, structure):
         taps.add(block.get_submodule(structure.attention).register_forward_pre_hook(hook, with_kwargs=True).remove)
     return taps
 

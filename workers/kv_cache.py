@@ -11,26 +11,26 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from quant.kv import KVQuantizer, KVState
 from workers import families
-from workers.blocks import Taps
+from workers.blocks import Taps, decoder_blocks
 
 
 class QuantizedCache(Cache):
     """One quantizer per decoder block; a fresh cache per batch of sequences."""
 
     def __init__(self, quantizers: Sequence[KVQuantizer]) -> None:
-        super().__init__(layers=[_Layer(q) for q in quantizers])
+        self._layers = [_Layer(q) for q in quantizers]
+        super().__init__(layers=list(self._layers))
 
     def together(self) -> int | None:
         """Next tokens that may come in one forward pass and read the same as one by one; None for any number. The first block's layer
         says so for all, which have one rule, and may hold less yet (`workers.one_pass`)."""
-        counts: int | None = self.layers[0].together()
-        return counts
+        return self._layers[0].together()
 
     def attach(self, model: nn.Module) -> Taps:
         """Until `.remove()`, keys come from `k_proj` where the quantizer wants them before the rotary embedding."""
         structure = families.structure_of(model)
         taps = Taps()
-        for block, layer in zip(model.get_submodule(structure.blocks), self.layers, strict=True):  # type: ignore[arg-type]
+        for block, layer in zip(decoder_blocks(model, structure), self._layers, strict=True):
             if layer.quantizer.pre_rope:
                 attention = block.get_submodule(structure.attention)
                 taps.add(attention.register_forward_pre_hook(layer.see_rotation, with_kwargs=True).remove)
@@ -43,7 +43,7 @@ class _Layer(CacheLayerMixin):
     """Windows of sliding attention are the mask's affair: all tokens are held."""
 
     def __init__(self, quantizer: KVQuantizer) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.quantizer = quantizer
         self._state: KVState | None = None
         self._keys: Tensor | None = None

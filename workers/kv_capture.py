@@ -19,8 +19,8 @@ from workers.artifact import payload_path
 from workers.blocks import Taps
 from workers.capture import block_file
 from workers.errors import InputError, NumericalError
-from workers.families import Structure
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
+from workers.structure import Structure
 
 KIND = "kv"
 

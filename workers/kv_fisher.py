@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from workers.blocks import Taps
 from workers.context import Context
 from workers.errors import InputError, NumericalError
-from workers.families import Structure
 from workers.specs import ModelSpec
 from workers.stream import open_blocks
+from workers.structure import Structure
 
 KIND = "kv_fisher"
 
@@ -33,7 +33,7 @@ def squared_gradients(context: Context, spec: ModelSpec, structure: Structure, t
         model = _whole(context, spec).requires_grad_(False)
     found: dict[str, list[Tensor]] = {}
     with context.phase("backward"), torch.enable_grad():
-        for sequence in tokens.to(context.device).split(1):
+        for sequence in torch.split(tokens.to(context.device), 1):
             for name, gradient in _gradients(model, structure, sequence).items():
                 found.setdefault(name, []).append(gradient.float().square().cpu())
     out = {name: torch.cat(parts) for name, parts in found.items()}

@@ -17,6 +17,7 @@ from torch import nn
 from quant.kv import Kivi, KVQuantizer, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_capture, kv_fisher, kv_rules
+from workers.blocks import decoder_blocks
 from workers.context import Context
 from workers.decoding import decoded_logits
 from workers.errors import InputError
@@ -64,8 +65,7 @@ def empty_caches(model: nn.Module, kv: KVScheme, context: Context) -> MakeCache:
 def _with_key_rotations(model: nn.Module, quantizers: list[KVQuantizer], context: Context) -> list[KVQuantizer]:
     """Keys are mixed as the model's method says, where a token is rounded on its own; otherwise that is noted."""
     structure = families.structure_of(model)
-    blocks: Any = model.get_submodule(structure.blocks)
-    mixed = [key_rotation(block.get_submodule(structure.attention)) for block in blocks]
+    mixed = [key_rotation(block.get_submodule(structure.attention)) for block in decoder_blocks(model, structure)]
     made: list[KVQuantizer] = [replace(q, mixed=m) if isinstance(q, PerToken) else q for q, m in zip(quantizers, mixed, strict=True)]
     if any(mixed) and not isinstance(quantizers[0], PerToken):
         context.notes.append(f"the method's rotation of keys is left out: kv.kind={quantizers[0].name} rounds them by channel")

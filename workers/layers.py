@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workers.families import LinearShape
 from workers.rounding import LinearResult
 from workers.rounding_errors import Errors
+from workers.structure import LinearShape
 
 SCHEMA = pa.schema(
     [

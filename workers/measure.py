@@ -139,7 +139,7 @@ def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[],
         # Tokens of sliding windows are all held, and masked: how many there are is then known from the first block, which others have not.
         one_pass.decode(
             model,
-            (prompt, *given.split(1, dim=1)),
+            (prompt, *torch.split(given, 1, dim=1)),
             DynamicCache() if cache is None else cache(),
             lambda out: found.append(out.logits[:, -1].to(torch.float32, copy=True)),
             **last_logits(model),

@@ -24,7 +24,9 @@ def free_bytes(device: torch.device) -> int:
 class Keeps(Protocol):
     """What a process keeps between stages (`workers.kept`)."""
 
-    bytes: int
+    @property
+    def bytes(self) -> int: ...
+
     changing: Callable[[], AbstractContextManager[None]]
     """Entered around every change of `bytes`."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from workers import families
-from workers.blocks import Taps
+from workers.blocks import Taps, decoder_blocks
 from workers.stream import streams
 
 
@@ -30,7 +30,7 @@ def decode(model: nn.Module, steps: Iterable[Tensor], cache: Cache, take: Callab
     """Forwards of steps with `cache`, an empty one; each block sees the inputs, and what the cache holds, that it sees in steps one after
     another. steps: the next tokens `[B, t]`, each asked for when the step before has passed the first block. take: called with the
     model's output of every step, in their order. more: arguments of the model."""
-    blocks: Any = model.get_submodule(families.structure_of(model).blocks)
+    blocks = decoder_blocks(model, families.structure_of(model))
     begun: list[greenlet] = []
     taps = Taps()
     try:

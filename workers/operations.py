@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quant.methods.base import StoredTensor
-from quant.tensors import ColumnsTensor
+from quant.tensors.columns import ColumnsTensor
 from workers.capture import Range
 from workers.reassemble import input_steps
 from workers.recipe import Operation
@@ -47,7 +47,9 @@ def _norms(worker: BlockQuantizer, rotator: Rotator | None) -> Made:
 
 
 def _routers(worker: BlockQuantizer) -> Made:
-    tensors = {f"{worker.path(name)}.weight": worker.block.get_submodule(name).weight for name in worker.weights.routers}
+    tensors: dict[str, Tensor] = {
+        f"{worker.path(name)}.weight": worker.block.get_parameter(f"{name}.weight") for name in worker.weights.routers
+    }
     return [{"op": "dense", "module": n.removesuffix(".weight"), "tensor": n} for n in tensors], tensors
 
 
@@ -57,9 +59,9 @@ def _linear(worker: BlockQuantizer, name: str, rounded: LinearResult | None, ran
     steps = [] if rotator is None else rotator.input_steps(name)
     more, tensors = input_steps(worker, name)
     steps += more
-    bias = None
-    if name in weights.biases or (rotator is not None and view.bias is not None):
-        bias, tensors[f"{path}.bias"] = f"{path}.bias", view.bias
+    bias, held = None, view.bias
+    if held is not None and (name in weights.biases or rotator is not None):
+        bias, tensors[f"{path}.bias"] = f"{path}.bias", held
     changed = _outputs(worker, name, rotator)
     if rounded is not None:
         stored = rounded.rounded.tensor

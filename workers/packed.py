@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from quant.kernels import TABLE, kernel
 from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, size_bytes, with_many_rows
+from quant.methods.base import StoredTensor
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
-from quant.tensors.base import Stored
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
@@ -26,7 +26,7 @@ from workers.recipe import Operation, Recipe, bias_and_steps, replace_linear
 from workers.request import ErrorClass
 from workers.runtime import attach
 
-OPERATIONS: dict[type[Stored], str] = {
+OPERATIONS: dict[type[StoredTensor], str] = {
     AffineTensor: "wq_gemv",
     CodebookTensor: "lut_gemv",
     RowCodebookTensor: "row_lut_gemv",
@@ -234,7 +234,7 @@ def _in_order(stored: AffineTensor, shared: _Shared) -> tuple[AffineTensor, _Ord
     return made, None if in_place else shared.order(columns)
 
 
-def _with_tensor_cores(stored: Stored, backend: str, device: torch.device, notes: list[str]) -> tuple[Any, Any]:
+def _with_tensor_cores(stored: StoredTensor, backend: str, device: torch.device, notes: list[str]) -> tuple[Any, Any]:
     """The kernel for some rows and its own layout of the weight; None and None where there is none, and why in the notes."""
     if device.type != "cuda":
         return None, None
@@ -289,6 +289,7 @@ def _rows_product(
 
     def multiply(x: Tensor) -> Tensor:
         rows = (x if order is None else order.of(x)).reshape(-1, x.shape[-1])
+        out: Tensor
         if cores is not None and _on_tensor_cores(len(rows), run, packed, x.dtype):
             ran.add(some)
             out = cores.wq_gemm(rows, beside)
@@ -298,7 +299,7 @@ def _rows_product(
         else:
             ran.add(few)
             kind = x.dtype if x.dtype in TYPES else torch.float32
-            parts = [product(part.to(kind).contiguous(), packed) for part in rows.split(most)]
+            parts = [product(part.to(kind).contiguous(), packed) for part in torch.split(rows, most)]
             out = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.dtype)
         return out.view(*x.shape[:-1], -1)
 

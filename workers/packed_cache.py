@@ -26,6 +26,7 @@ from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kv import Kivi, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_rules
+from workers.blocks import decoder_blocks
 from workers.errors import InputError
 from workers.generation import FixedCache, room
 from workers.specs import Workload
@@ -56,8 +57,7 @@ class PackedCaches:
         assert isinstance(rule, Kivi | PerToken)
         self._rule, self._length, self._model = rule, room(workload.prompt, workload.tokens), model
         structure = families.structure_of(model)
-        blocks: Any = model.get_submodule(structure.blocks)
-        self._attention = [block.get_submodule(structure.attention) for block in blocks]
+        self._attention = [block.get_submodule(structure.attention) for block in decoder_blocks(model, structure)]
         self.last: list[_Layer] = []
         """Layers of the cache that was made last."""
 
@@ -120,7 +120,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, run: Any, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._run, self._length = run, length
         self.packed: Packed | PerTokenPacked | None = None
         self.on_device = False
@@ -170,7 +170,7 @@ class _Layer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length, 0  # masks are not made for this attention
 
-    def get_seq_length(self) -> int | Tensor:
+    def get_seq_length(self) -> int | Tensor:  # type: ignore[override]  # as of transformers' StaticLayer, which says int
         if self.packed is None or self._empty:
             return 0
         return self.packed.counts[0, 2].long() if self.on_device else self.packed.length
@@ -232,6 +232,7 @@ class _PerTokenLayer(_Layer):
         return self._rule.keys_rounded(keys), self._rule.values_rounded(values)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
+        assert self.packed is not None
         (per_token.append_one if self.on_device else per_token.append)(self.packed, mix(keys, self._rule.mixed), values)
 
     def _asks(self, query: Tensor) -> Tensor:

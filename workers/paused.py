@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from workers.blocks import tap_inputs
 from workers.capture import BlockStatistics, Collector, gathered
-from workers.families import Structure
 from workers.stream import Call
+from workers.structure import Structure
 
 
 class PausedForward:

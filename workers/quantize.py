@@ -54,6 +54,7 @@ from workers.sensitivity import note_budget, with_chosen_bits
 from workers.sites import round_block, round_site
 from workers.specs import QuantizeSpec
 from workers.stream import BlockModel, open_blocks
+from workers.structure import LinearShape, Structure
 from workers.toolkits.launch import made_by_toolkit, without_toolkit
 from workers.tuning import Tuning, tuner_of
 
@@ -203,7 +204,7 @@ class _Run:
         return alone and source.can_pause(static=self._static)
 
     @property
-    def _structure(self) -> families.Structure:
+    def _structure(self) -> Structure:
         return self.model.structure if self.rotator is None else self.rotator.structure
 
     def _methods(self, b: int) -> dict[str, Method]:
@@ -307,9 +308,7 @@ def _tuning(
     return Tuning(tuner, model, tokens, activation, context)
 
 
-def _check_coverage(
-    shapes: tuple[families.LinearShape, ...], made: tuple[Method, ...], replaced: set[str], kept: list[dict[str, str]]
-) -> None:
+def _check_coverage(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], replaced: set[str], kept: list[dict[str, str]]) -> None:
     asked = {s.name for s in shapes if method_for(made, s.name) is not None}
     if asked != replaced or {s.name for s in shapes} - asked != {k["module"] for k in kept}:
         raise WorkerError(

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quant.accounting import bits_stored
 from quant.methods.base import InputTransform
-from workers.families import ScaleRule
 from workers.steps import set_reassembly
+from workers.structure import ScaleRule
 
 if TYPE_CHECKING:
     from workers.rounding import BlockQuantizer

@@ -51,11 +51,11 @@ def rotated(given: Weights, sites: Rotatable, rotation: Rotation, residual: Tens
         w[name] = residual.T @ w[name]
         if name in b:
             b[name] = b[name] @ residual
-    rows = w[sites.value].unflatten(0, (-1, sites.head_dim))
+    rows = torch.unflatten(w[sites.value], 0, (-1, sites.head_dim))
     w[sites.value] = torch.einsum("hdk,de->hek", rows, value).flatten(0, 1)
     if sites.value in b:
-        b[sites.value] = (b[sites.value].unflatten(0, (-1, sites.head_dim)) @ value).flatten()
-    w[sites.output] = (w[sites.output].unflatten(1, (-1, sites.head_dim)) @ value).flatten(1)
+        b[sites.value] = (torch.unflatten(b[sites.value], 0, (-1, sites.head_dim)) @ value).flatten()
+    w[sites.output] = (torch.unflatten(w[sites.output], 1, (-1, sites.head_dim)) @ value).flatten(1)
     w[sites.output] = steps.mix_heads(w[sites.output], sites.heads, rotation.heads)
     w[sites.down] = mix(w[sites.down], rotation.down)
     return Weights(w, b)
@@ -209,7 +209,7 @@ class Rotator:
         if site == sites.down:
             return lambda x: mix(x, rotation.down)
         value = rotation.values[i].to(self.model.device)
-        return lambda x: steps.mix_heads((x.unflatten(-1, (-1, sites.head_dim)) @ value).flatten(-2), sites.heads, rotation.heads)
+        return lambda x: steps.mix_heads((torch.unflatten(x, -1, (-1, sites.head_dim)) @ value).flatten(-2), sites.heads, rotation.heads)
 
 
 def down_steps(sites: Rotatable, rotation: Rotation) -> list[dict[str, Any]]:

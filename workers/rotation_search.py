@@ -20,7 +20,7 @@ from quant.methods.base import Rotation, RotationLoss
 from quant.methods.rtn import Rtn
 from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from quant.statistics import Statistics
-from workers.blocks import Once, linear_view, tap_inputs
+from workers.blocks import Once, decoder_blocks, linear_view, tap_inputs
 from workers.context import Context
 from workers.rotate import Rotator, Weights, rotated, set_block_steps, sites_of
 from workers.runtime import QuantizingCache
@@ -124,5 +124,5 @@ def _attach(model: Any, structure: Structure, spec: QuantizeSpec) -> None:
             name = structure.cache_argument
             return args, {**kwargs, name: _StraightCache(kwargs.get(name), kv, key_rotation(module))}
 
-        for block in model.get_submodule(structure.blocks):
+        for block in decoder_blocks(model, structure):
             block.get_submodule(structure.attention).register_forward_pre_hook(hook, with_kwargs=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,16 +21,16 @@ from quant.methods.toolkits import ToolkitMethod
 from quant.methods.tuner import BlockTuner
 from quant.parameters import undivided
 from quant.scheme import ActivationScheme, WeightScheme
-from quant.statistics import Statistics
+from quant.statistics import KINDS, Statistics
 from workers.aside import aside
-from workers.capture import KINDS, BlockStatistics
+from workers.capture import BlockStatistics
 from workers.errors import InputError, NumericalError
-from workers.families import LinearShape, ScaleRule, Structure
 from workers.fold import BlockWeights
 from workers.reassemble import OTHERS, REASSEMBLED, reassemble
 from workers.rounding_errors import Errors, in_quadratic_form, size
 from workers.scaling import GroupForward
 from workers.specs import Component, Rule
+from workers.structure import LinearShape, ScaleRule, Structure
 
 UNREACHED = "no calibration token reached it"
 
@@ -131,10 +132,10 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
             if reason is not None:
                 raise InputError(reason)
     for shape in shapes:
-        method = method_for(made, shape.name)
-        if method is None or method.by.supports.ragged_groups:
+        own = method_for(made, shape.name)
+        if own is None or own.by.supports.ragged_groups:
             continue
-        size, spec = method.scheme.group_size, method.rule.method
+        size, spec = own.scheme.group_size, own.rule.method
         found = undivided(spec.rounding.name, dict(spec.rounding.params), bool(spec.transforms), size, shape.rows, shape.cols)
         if found is None:
             continue
@@ -202,7 +203,7 @@ class BlockQuantizer:
             found = [(rule, s) for rule in self.structure.groups if (s := self._scale_of(rule, position)) is not None]
             for rule, s in found:
                 self.weights.scale(rule, s)
-                self.map_statistics(rule, lambda statistics, s=s: statistics.scaled(s.to(torch.float32)))
+                self.map_statistics(rule, partial(Statistics.scaled, s=s.to(torch.float32)))
             if found:
                 self.weights.write()
         for name, method in self.methods.items():
@@ -215,15 +216,17 @@ class BlockQuantizer:
         found = [(rule, z) for rule in self.structure.groups if (z := self._shift_of(rule, position)) is not None]
         for rule, z in found:
             self.weights.shift(rule, z)
-            self.map_statistics(rule, lambda statistics, z=z: statistics.shifted(z.to(torch.float32)))
+            self.map_statistics(rule, partial(Statistics.shifted, z=z.to(torch.float32)))
         if found:
             self.weights.write()
 
     def _shift_of(self, rule: ScaleRule, position: int) -> Tensor | None:
         wanted = self._wanted(rule, position)
-        if wanted is None or not isinstance(wanted[0], Shifts):
+        if wanted is None:
             return None
         transform, method, reason = wanted
+        if not isinstance(transform, Shifts):
+            return None
         if reason is not None:
             return None  # said when it is asked for a scale
         with translated(rule.name):

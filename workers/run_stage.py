@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None, runners: Runners = RUNNERS) -> int:
     options = parser.parse_args(argv)
     try:
         request = Request.from_json(json.loads(options.request.read_text()))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         print(f"{options.request} is not a request: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
     succeeded: list[str] = []

@@ -12,10 +12,11 @@ from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.hadamard import mix
 from quant.scheme import ActivationScheme, Granularity, KVScheme
 from workers import families
-from workers.blocks import Once, Taps, input_of, tap_inputs
+from workers.blocks import Once, Taps, decoder_blocks, input_of, tap_inputs
 from workers.errors import InputError
 from workers.recipe import Recipe
 from workers.steps import key_rotation
+from workers.structure import Structure
 
 Runtime = Taps
 
@@ -36,7 +37,7 @@ def attach(
     if kv is not None:
         if not structure.cache_argument:
             raise InputError(f"a {structure.model_type} model has no keys and values to quantize; use a scheme with kv: null")
-        for block in model.get_submodule(structure.blocks):
+        for block in decoder_blocks(model, structure):
             attention = block.get_submodule(structure.attention)
             hook = _quantize_cache(structure.cache_argument, kv)
             handle.add(attention.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -45,7 +46,7 @@ def attach(
 
 def _attach_activation(
     model: nn.Module,
-    structure: families.Structure,
+    structure: Structure,
     recipe: Recipe | None,
     scheme: ActivationScheme,
     handle: Taps,
@@ -65,7 +66,7 @@ def _attach_activation(
         )
 
     shape = BatchShape()
-    for block in model.get_submodule(structure.blocks):
+    for block in decoder_blocks(model, structure):
         handle.add(block.register_forward_pre_hook(shape.record, with_kwargs=True).remove)
     once = Once()
 
@@ -106,7 +107,7 @@ def quantized_input(
         return dynamic(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)
     out = torch.empty_like(x)
     sequence = tokens // shape.length
-    for s in sequence.unique():
+    for s in torch.unique(sequence):
         out[sequence == s] = dynamic(x[sequence == s], scheme)
     return out
 

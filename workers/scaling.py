@@ -13,9 +13,9 @@ from quant.methods.base import InputGroup, ScaleGroup
 from quant.statistics import Statistics
 from workers.blocks import Taps, tap_inputs
 from workers.datasets import batches
-from workers.families import ScaleRule
 from workers.fold import BlockWeights
 from workers.stream import Call
+from workers.structure import ScaleRule
 
 
 class GroupForward:

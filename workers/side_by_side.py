@@ -59,9 +59,8 @@ def side_by_side(device: torch.device, works: Mapping[str, Callable[[], T]]) -> 
         except Exception as e:
             return e.with_traceback(None)  # its frames hold tensors
 
-    ours = torch.cuda.current_stream(device) if streams else None
     for stream in streams:
-        stream.wait_stream(ours)
+        stream.wait_stream(torch.cuda.current_stream(device))
     try:
         # Providers of factors and the record of kernels are the context's.
         waiting = {name: pool.submit(copy_context().run, run, work) for name, work in works.items()}
@@ -69,7 +68,7 @@ def side_by_side(device: torch.device, works: Mapping[str, Callable[[], T]]) -> 
     finally:
         # Memory that a stream's tensors leave is given to that stream alone, which waits for this one when it is next used.
         for stream in streams:
-            ours.wait_stream(stream)
+            torch.cuda.current_stream(device).wait_stream(stream)
 
 
 _own = local()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quant.moments import Moments, MomentSums, moments
 from workers.blocks import Taps, linear_view
 from workers.capture import MOMENTS, BlockStatistics, check_finite
-from workers.families import Structure
+from workers.structure import Structure
 
 KIND = MOMENTS
 FILE = "moments.parquet"

@@ -30,6 +30,7 @@ from workers.context import Context
 from workers.errors import InputError, NumericalError, UnsupportedModel
 from workers.specs import ModelSpec
 from workers.steps import drop_reassemblies
+from workers.structure import Structure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -51,7 +52,8 @@ class Call:
         """Output of `module` on `hidden` `[B, T, K]`; both return types (tensor, tuple) are handled."""
         args, kwargs = replace_input(self.args, self.kwargs, hidden)
         out = module(*args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states
 
 
 @dataclass
@@ -70,7 +72,7 @@ class BlockModel:
 
     model: Any
     checkpoint: Checkpoint
-    structure: families.Structure
+    structure: Structure
     dtype: torch.dtype
     device: torch.device
     sources: dict[str, list[str]]
@@ -92,7 +94,7 @@ class BlockModel:
     def outer_bytes(self) -> int:
         """Of everything outside the blocks; tied weights count once."""
         tied = self.model.all_tied_weights_keys
-        whole = sum(p.numel() for n, p in self.model.named_parameters(remove_duplicate=False) if n not in tied)
+        whole: int = sum(p.numel() for n, p in self.model.named_parameters(remove_duplicate=False) if n not in tied)
         return whole * self.dtype.itemsize - sum(self.block_bytes(i) for i in range(self.structure.count))
 
     def whole_bytes(self) -> int:

@@ -20,7 +20,7 @@ from quant.methods.base import Rounded
 from quant.methods.tuner import LOSS_TOKENS, BlockTuner, Place, TunableLinear, Tuned, TuningBlocks
 from quant.scheme import ActivationScheme
 from quant.straight_through import activation_through
-from workers.blocks import Once, Taps, replace_input, tap_inputs
+from workers.blocks import Once, Tap, Taps, replace_input, tap_inputs
 from workers.context import Context
 from workers.datasets import batches
 from workers.errors import InputError
@@ -97,13 +97,13 @@ class BlockForward:
             self.all(x)
 
     @contextmanager
-    def _tapped(self, names: list[str], tap: Any) -> Iterator[None]:
+    def _tapped(self, names: list[str], tap: Tap) -> Iterator[None]:
         taps = Taps()
         try:
             for b in self._indices:
                 prefix = self._prefix(b)
                 own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
-                taps.add(tap_inputs(self._model.blocks[b], own, lambda n, x, t, p=prefix: tap(p + n, x, t)).remove)
+                taps.add(tap_inputs(self._model.blocks[b], own, _below(prefix, tap)).remove)
             yield
         finally:
             taps.remove()
@@ -129,6 +129,11 @@ class BlockForward:
             whole = states[b][name]
             states[b][name] = torch.stack([given.get(e, whole[e]) for e in range(whole.shape[0])])
         return states
+
+
+def _below(prefix: str, tap: Tap) -> Tap:
+    """`tap`, which is told full names."""
+    return lambda name, x, tokens: tap(prefix + name, x, tokens)
 
 
 class Tuning:

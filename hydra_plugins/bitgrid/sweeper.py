@@ -22,6 +22,8 @@ class BitgridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from orchestrator.launch import is_bitgrid_task, sweep_grid
 
+        assert self.config is not None, "setup comes first"
+        assert self.hydra_context is not None
         if is_bitgrid_task(self.task_function):
             return sweep_grid(self.config, arguments)
         from hydra._internal.core_plugins.basic_sweeper import BasicSweeper

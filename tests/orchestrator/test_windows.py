@@ -92,6 +92,7 @@ def test_site_statistics_of_long_samples_are_left_out_and_noted(plan_of: PlanOf)
     ("override", "said"),
     [
         ("task.params.window=1", "task 'self_perplexity': params.window=1; give a whole number from 2"),
+        ("task.params.window=null", "params.window=None; give a whole number from 2"),
         ("task.params.window=-4", "params.window=-4; give a whole number from 2"),
         ("task.params.limit=0", "params.limit=0; give a whole number from 1"),
         ("task.params.limit=2.5", "params.limit=2.5"),

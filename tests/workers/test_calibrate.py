@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quant.statistics import KINDS
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers.stage_runs import (
     CALIBRATION,
@@ -23,7 +24,7 @@ from tests.workers.stage_runs import (
     tiny_context,
 )
 from workers.calibrate import run_calibrate
-from workers.capture import KINDS, SAMPLE_TOKENS, check_kind, sample_sequences
+from workers.capture import SAMPLE_TOKENS, check_kind, sample_sequences
 from workers.errors import InputError, NumericalError
 from workers.specs import CalibrateSpec, ModelSpec
 

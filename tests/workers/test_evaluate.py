@@ -146,6 +146,7 @@ def test_divergence_of_a_variant_needs_its_reference(tmp_path: Path) -> None:
         (task("perplexity", version=2), "version 2 is asked for, this worker has version 1"),
         (task("accuracy"), "allowed: divergence, perplexity"),
         (task("perplexity", windows=3), "task.params.windows is unknown .* window, limit, max_windows"),
+        (task("divergence", window=None), "task.params.window=None; give a whole number"),
         (task("divergence", max_windows=3), "task.params.max_windows is unknown"),
         (task("perplexity", window="16"), "give a whole number"),
         (task("perplexity", window=129), "window=129 is above the model's 128 positions"),

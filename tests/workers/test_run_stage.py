@@ -385,8 +385,9 @@ def test_command_line_exit_codes(tmp_path: Path) -> None:
     row = json.loads((tmp_path / "out.jsonl").read_text())
     assert row["failure"]["error_class"] == "user"
     assert "no text is left" in row["failure"]["message"]
-    (tmp_path / "request.json").write_text('{"format": 99}')
-    assert run_stage.main([str(tmp_path / "request.json")]) == 2
+    for unreadable in ('{"format": 99}', "[]", '{"format": 1, "id": "r", "stages": [], "models": [], "texts": {}, "hints": {}}'):
+        (tmp_path / "request.json").write_text(unreadable)
+        assert run_stage.main([str(tmp_path / "request.json")]) == 2
 
 
 def test_importing_the_runner_needs_the_standard_library_only() -> None:

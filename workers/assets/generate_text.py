@@ -65,7 +65,7 @@ def documents(split: Split) -> list[str]:
     generator = torch.Generator().manual_seed(split.seed)
     texts: list[str] = []
     drawn = 0
-    for batch in firsts.split(BATCH):
+    for batch in torch.split(firsts, BATCH):
         if len(texts) >= split.documents:
             break
         for tokens in generate(model, batch, special, generator):

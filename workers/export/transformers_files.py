@@ -31,6 +31,8 @@ _ROPE_SCALING = {
     "gpt_neox": ("linear", "dynamic"),
 }
 """Kinds of rope scaling that 4.44 reads, by family; the other families have none."""
+_TWO_KEYS = ("falcon", "gpt_neox")
+"""Families whose rope scaling 4.44 takes as a type and a factor, and with nothing else."""
 _FIXED_HEAD_DIM = ("llama", "mixtral", "qwen2")
 """Families whose head size in 4.44 is always hidden_size / num_attention_heads."""
 
@@ -75,10 +77,10 @@ def with_both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]
     kind = scaling.get("rope_type", "default")
     if kind == "default":
         out["rope_scaling"] = None
-    elif config.get("model_type") == "llama":
-        out["rope_scaling"] = scaling
-    else:
+    elif config.get("model_type") in _TWO_KEYS and kind in ("linear", "dynamic"):
         out["rope_scaling"] = {"type": kind, "factor": float(scaling["factor"])}
+    else:
+        out["rope_scaling"] = scaling  # whole: transformers 5 reads it before rope_parameters
     return out
 
 

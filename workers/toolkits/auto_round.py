@@ -28,7 +28,7 @@ LEFT = {"bits": 16, "data_type": "float", "act_bits": 16, "act_data_type": "floa
 def quantize(job: Job) -> Iterator[tuple[str, Rounded]]:
     # Its exports cannot hold asymmetric 8-bit weights; ours can.
     os.environ["AR_ALLOW_W8_ASYM"] = "1"
-    import auto_round  # type: ignore[import-not-found]
+    import auto_round
 
     method: AutoRound = job.made
     model = job.load_model()

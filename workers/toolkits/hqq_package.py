@@ -21,7 +21,7 @@ BITS_OF_ROUNDED_ZEROS = 4
 
 
 def quantize(job: Job) -> Iterator[tuple[str, Rounded]]:
-    from hqq.core.quantize import Quantizer  # type: ignore[import-not-found]
+    from hqq.core.quantize import Quantizer
 
     method: HqqPackage = job.made
     model = job.load_model()

@@ -24,8 +24,8 @@ log = logging.getLogger("workers.toolkits")
 
 
 def quantize(job: Job) -> Iterator[tuple[str, Rounded]]:
-    from compressed_tensors.quantization import quantize as codes_of  # type: ignore[import-not-found]
-    from llmcompressor import oneshot  # type: ignore[import-not-found]
+    from compressed_tensors.quantization import quantize as codes_of
+    from llmcompressor import oneshot
 
     method: LlmCompressor = job.made
     model = job.load_model()
@@ -50,9 +50,9 @@ def quantize(job: Job) -> Iterator[tuple[str, Rounded]]:
 
 def modifier(method: LlmCompressor, linears: dict[str, WeightScheme]) -> Any:
     """One configuration group per format."""
-    from compressed_tensors.quantization import QuantizationScheme  # type: ignore[import-not-found]
-    from llmcompressor.modifiers.gptq import GPTQModifier  # type: ignore[import-not-found]
-    from llmcompressor.modifiers.quantization import QuantizationModifier  # type: ignore[import-not-found]
+    from compressed_tensors.quantization import QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
 
     groups: dict[WeightScheme, list[str]] = {}
     for name, scheme in linears.items():
@@ -84,7 +84,8 @@ def arguments(scheme: WeightScheme) -> dict[str, Any]:
 
 def batches(tokens: Tensor) -> Any:
     """`[S, T]` ▸ a loader of one sequence a batch, in order."""
-    return torch.utils.data.DataLoader([{"input_ids": t[None]} for t in tokens], batch_size=None)
+    rows = [{"input_ids": t[None]} for t in tokens]
+    return torch.utils.data.DataLoader(rows, batch_size=None)  # type: ignore[arg-type]  # torch takes any sequence
 
 
 def stored(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> Rounded:
@@ -97,7 +98,7 @@ def stored(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightSche
 
 def _listen() -> list[str]:
     """llm-compressor logs through loguru; its warnings go to our log, and are returned."""
-    from loguru import logger  # type: ignore[import-not-found]
+    from loguru import logger
 
     told: list[str] = []
 

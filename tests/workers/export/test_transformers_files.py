@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer, GemmaConfig
+from transformers import AutoConfig, AutoTokenizer, GemmaConfig
 
 from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 
@@ -35,6 +35,38 @@ def test_gpt_neox_has_names_of_its_own() -> None:
     both = with_both_spellings(new, "float16")
     assert (both["rotary_emb_base"], both["rotary_pct"]) == (20000.0, 0.5)
     assert both["rope_scaling"] == {"type": "linear", "factor": 4.0}
+
+
+SCALINGS: dict[str, dict[str, object]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_position_embeddings": 64},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma", "mixtral", "gpt_neox", "falcon"])
+def test_new_transformers_turns_positions_by_the_same_angles(family: str, scaling: str, old: bool) -> None:
+    """It reads rope_scaling before rope_parameters: one that lacked a parameter would be another model, or none."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 256}
+    if family == "mixtral":
+        sizes["head_dim"] = 16  # transformers checks longrope's factors by it
+    theta, rope = {"rope_theta": 5000.0}, {"rope_type": scaling, **SCALINGS[scaling]}
+    partial: dict[str, object] = {"partial_rotary_factor": 1.0} if family == "gpt_neox" else {}
+    of_family = {"rotary_emb_base": 5000.0, "rotary_pct": 1.0} if family == "gpt_neox" else theta
+    spelled = {**of_family, "rope_scaling": rope} if old else {"rope_parameters": {**theta, **partial, **rope}}
+    config = {"model_type": family, **sizes, **spelled}
+
+    def read(given: dict) -> dict:
+        values = {k: v for k, v in json.loads(json.dumps(given)).items() if k != "model_type"}
+        found = AutoConfig.for_model(family, **values).rope_parameters
+        return {k: v for k, v in found.items() if k != "type"}
+
+    assert read(with_both_spellings(config, "float16")) == read(config)
 
 
 @pytest.mark.parametrize("given", [{"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "relu"}, {}])
