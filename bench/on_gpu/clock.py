@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,21 @@ class Bench:
 
     def _least(self, work: Callable[[], object]) -> float:
         return min(elapsed_us(work) for _ in range(REPLAYS))
+
+
+def going_on(rows: Iterable[Callable[[], Row]]) -> Iterator[Row]:
+    """One that fails is told, and keeps no other from being measured. Raises RuntimeError after the last where any did."""
+    failed = 0
+    for row in rows:
+        try:
+            made = row()
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+        else:
+            yield made
+    if failed:
+        raise RuntimeError(f"{failed} of the piece's rows failed, for the reasons above")
 
 
 def elapsed_us(work: Callable[[], object]) -> float:
