@@ -86,13 +86,13 @@ def goals(plan: Call, first: Call, second: Call) -> list[Goal]:
         return Goal(what, f"{seconds:.2f} s{rest}", f"{limit:g} s{allowed}", seconds <= limit and holds)
 
     added = second.mlflow_runs - first.mlflow_runs
-    imported = [", torch imported" if "torch" in plan.imported else ", torch not imported"]
-    started = [", ray imported" if "ray" in second.imported else ", Ray not started"]
+    imported = ", torch imported" if "torch" in plan.imported else ", torch not imported"
+    started = ", ray imported" if "ray" in second.imported else ", Ray not started"
     return [
-        within("bitgrid plan", plan.seconds, 2, *imported, ", torch never imported", "torch" not in plan.imported),
+        within("bitgrid plan", plan.seconds, 2, imported, ", torch never imported", "torch" not in plan.imported),
         within("first run", first.seconds, 240, f", {first.mlflow_runs} MLflow runs"),
         within("second run", second.seconds, 20, f", {added} MLflow runs added", ", none added", added == 0),
-        within("its planning, cache checks", second.planning_s, 1, *started, ", no Ray started", "ray" not in second.imported),
+        within("its planning, cache checks", second.planning_s, 1, started, ", no Ray started", "ray" not in second.imported),
     ]
 
 

@@ -25,9 +25,10 @@ import pyarrow.parquet as pq
 
 from bench.evidence_bits import LARGE, bits_at
 from bench.evidence_claims import CLAIMS, Claim
-from bench.evidence_stats import BLOCK, BLOCKS, FEWEST_DOCUMENTS, Effect, Floats, adjusted, clusters, difference, effect
+from bench.evidence_stats import BLOCK, BLOCKS, Effect, Floats, adjusted, clusters, difference, effect
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
+from orchestrator.stats import FEWEST_DOCUMENTS
 from orchestrator.store import Store
 from orchestrator.sweeps import find_sweep, load_sweep
 from workers.recipe import Recipe

@@ -24,6 +24,7 @@ def job(config: DictConfig) -> float:
     from orchestrator.plan import build_plan
     from orchestrator.retries import Adjustment
     from orchestrator.run import sources
+    from orchestrator.stage import Stage
     from orchestrator.store import Store
     from workers.request import Hints, Outcome
     from workers.run_stage import run_request
@@ -37,7 +38,7 @@ def job(config: DictConfig) -> float:
             hooks = StoreHooks(store, ledger, plan, Hints(threads=1), ())
             for stage in plan.stages.values():
 
-                def commit(outcome: Outcome, stage=stage) -> None:
+                def commit(outcome: Outcome, stage: Stage = stage) -> None:
                     if outcome.failure is not None:
                         raise RuntimeError(f"{stage.label}: {outcome.failure.message}\n{outcome.failure.log_tail}")
                     hooks.commit(stage, outcome)

@@ -28,8 +28,8 @@ from bench.copies import copied  # noqa: E402
 from bench.kept import keep  # noqa: E402
 from quant.affine import ZeroKind  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
+from quant.methods.base import StoredTensor  # noqa: E402
 from quant.tensors.affine import AffineTensor  # noqa: E402
-from quant.tensors.base import Stored  # noqa: E402
 from quant.tensors.binary import BinaryTensor  # noqa: E402
 from quant.tensors.codebook import CodebookTensor, Outliers  # noqa: E402
 from quant.tensors.row_codebook import RowCodebookTensor  # noqa: E402
@@ -86,9 +86,9 @@ def main() -> int:
     return 0 if good else 1
 
 
-def formats(n: int, k: int) -> list[tuple[str, str, Stored]]:
+def formats(n: int, k: int) -> list[tuple[str, str, StoredTensor]]:
     """Name, operation, weight."""
-    found: list[tuple[str, str, Stored]] = [(f"{bits} bits", "wq_gemv", affine(n, k, bits)) for bits in (2, 3, 4, 8)]
+    found: list[tuple[str, str, StoredTensor]] = [(f"{bits} bits", "wq_gemv", affine(n, k, bits)) for bits in (2, 3, 4, 8)]
     found += [(f"codebooks of {bits} bits", "lut_gemv", codebook(n, k, bits)) for bits in (2, 3, 4)]
     found.append(("codebooks of 2 bits, 1 % of the weights kept", "lut_gemv", codebook(n, k, 2, n // 100)))
     found += [(f"tables of rows of {bits} bits", "row_lut_gemv", row_codebook(n, k, bits)) for bits in (2, 3, 4)]
@@ -127,7 +127,7 @@ def signs(n: int, k: int) -> BinaryTensor:
     return BinaryTensor(sign, second & salient, split & ~salient, salient, scale, mean, GROUP)
 
 
-def errors(x: Tensor, tensor: Stored, ours: Tensor) -> tuple[float, float]:
+def errors(x: Tensor, tensor: StoredTensor, ours: Tensor) -> tuple[float, float]:
     """Relative to the product in float64, where (code - zero) · scale is exact: of ours; and twice that of torch's in float32, or half an
     ulp of all terms' magnitudes."""
     weight = tensor.dequantize()
@@ -162,7 +162,8 @@ def aten(x: Tensor, tensor: AffineTensor) -> dict[str, float]:
             ranges = torch.stack([tensor.scale.T, torch.zeros_like(tensor.scale.T)], dim=2).bfloat16().contiguous()
 
             def int4(w: tuple[Tensor, Tensor]) -> Tensor:
-                return torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])
+                made: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, w[0], GROUP, w[1])
+                return made
 
             return {"ATen int4": least((codes, ranges), int4)}
         codes = (tensor.codes.int() - 128).to(torch.int8)

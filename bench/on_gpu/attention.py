@@ -20,11 +20,11 @@ from quant.kernels.kv_attention.per_token import PerTokenPacked
 def attention(b: Bench) -> Iterator[Row]:
     cold = b.size(int(COLD), 0)
     s, n, h, d = b.size(16, 1), b.size(4096, 70), b.size(32, 2), b.size(128, 16)
-    goal = Goal(100.0)
+    most = Goal(100.0)
     forms: tuple[tuple[int, int, int | None, int, Goal | None], ...] = (
-        *((4, 64, 64, 1, goal), (4, 64, 128, 1, None), (2, 32, 128, 1, None), (8, 64, 64, 1, None), (4, 64, 64, 4, None)),
+        *((4, 64, 64, 1, most), (4, 64, 128, 1, None), (2, 32, 128, 1, None), (8, 64, 64, 1, None), (4, 64, 64, 4, None)),
         # Ranges of keys per token, too: no window.
-        *((4, 128, None, 1, goal), (4, 64, None, 1, None), (2, 32, None, 1, None), (8, 128, None, 1, None), (4, 128, None, 4, None)),
+        *((4, 128, None, 1, most), (4, 64, None, 1, None), (2, 32, None, 1, None), (8, 128, None, 1, None), (4, 128, None, 4, None)),
     )
     for bits, group, residual, rows, goal in forms if not b.dry else ((4, 16, 16, 1, None), (4, 16, None, 1, None)):
         kv, dtype = h // rows, torch.float16 if b.dry else torch.bfloat16

@@ -40,7 +40,8 @@ def block(b: Bench) -> Iterator[Row]:
         affine = Affine(ranges.scale[..., 0].T.contiguous(), ranges.zero[..., 0].T.contiguous(), 4, ZeroKind.CODE)
         group = [j // width for j in range(columns)]
         fits = Fits.of([Fit(rows, width, "g_asym", 4)], w.device) if found else None
-        here = Affine(*(torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)), 4, ZeroKind.CODE) if found else affine
+        poisoned = [torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)]
+        here = Affine(poisoned[0], poisoned[1], 4, ZeroKind.CODE) if found else affine
         # Each call has memory of its own, as a solver's has: block and results, four times the block.
         copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (4 * w.nbytes)), 1))]
 
@@ -59,8 +60,8 @@ def block(b: Bench) -> Iterator[Row]:
         few = Affine(affine.scale[:, some].cpu(), affine.zero[:, some].cpu(), 4, ZeroKind.CODE)
         want = kernel("gptq_block", "reference").run.solve_block(w[:, some].cpu(), upper.cpu(), few, group)
         fuses = ours.backend == "cuda"
-        pairs = ((got.codes, want.codes),) if fuses else ((got.codes, want.codes), (got.values, want.values), (got.errors, want.errors))
-        pairs += ((here.scale, few.scale), (here.zero, few.zero))
+        pairs = [(got.codes, want.codes), (here.scale, few.scale), (here.zero, few.zero)]
+        pairs += [] if fuses else [(got.values, want.values), (got.errors, want.errors)]
         wrong = max(float((mine[:, some].cpu() != plain).double().mean()) for mine, plain in pairs)
 
         beside: dict[str, float | None] = {}
@@ -78,7 +79,7 @@ def block(b: Bench) -> Iterator[Row]:
             single[rows] = took
         one = {f"one_of_{rows // 8}": single.get(rows // 8)}
         moved = sum(t.nbytes for t in (w, upper, got.codes, got.values, got.errors))
-        work = {"float32": float(columns * columns * rows)}
+        sums = {"float32": float(columns * columns * rows)}
         name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
         others = peers.times(b, "block", rows if form == "one group" else 0, 128, 0, 4)
-        yield Row(name, wrong, 1e-3 if fuses else 0.0, took, known(**beside, **one) | others, moved, None if b.dry else GOALS[rows], work)
+        yield Row(name, wrong, 1e-3 if fuses else 0.0, took, known(**beside, **one) | others, moved, None if b.dry else GOALS[rows], sums)

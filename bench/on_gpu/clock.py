@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,15 +214,32 @@ class Bench:
         return self._least(work)
 
     def _least(self, work: Callable[[], object]) -> float:
-        best = float("inf")
-        for _ in range(REPLAYS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            work()
-            end.record()
-            end.synchronize()
-            best = min(best, 1e3 * start.elapsed_time(end))
-        return best
+        return min(elapsed_us(work) for _ in range(REPLAYS))
+
+
+def going_on(rows: Iterable[Callable[[], Row]]) -> Iterator[Row]:
+    """One that fails is told, and keeps no other from being measured. Raises RuntimeError after the last where any did."""
+    failed = 0
+    for row in rows:
+        try:
+            made = row()
+        except Exception:
+            traceback.print_exc()
+            failed += 1
+        else:
+            yield made
+    if failed:
+        raise RuntimeError(f"{failed} of the piece's rows failed, for the reasons above")
+
+
+def elapsed_us(work: Callable[[], object]) -> float:
+    """On the device, what it waits for the host counted."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(1e3 * start.elapsed_time(end))
 
 
 def shown(us: float) -> str:

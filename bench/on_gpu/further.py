@@ -17,7 +17,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.torch_version import TorchVersion
 
-from bench.on_gpu.clock import Bench, Goal, Row, known
+from bench.on_gpu.clock import Bench, Goal, Row, elapsed_us, known
 from quant.methods.gptq import Gptq
 from quant.replay import replaying
 from quant.scheme import Granularity, WeightScheme
@@ -101,7 +101,7 @@ def made_blocks(b: Bench, hidden: int, inner: int, layers: int) -> Iterator[list
         x[:, 1:] += x[:, :-1]
         base[k] = x.T @ x / k
     for layer in range(layers):
-        sites = []
+        sites: list[Site] = []
         for name, k, rows in (
             ("qkv", hidden, (hidden,) * 3),
             ("o", hidden, (hidden,)),
@@ -143,16 +143,11 @@ def clocked(b: Bench, work: Callable[[], object], turns: int) -> float | None:
     if b.dry:
         work()
         return None
-    best = float("inf")
+    took = []
     for _ in range(turns):
         torch.cuda.synchronize()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        best = min(best, 1e3 * start.elapsed_time(end))
-    return best
+        took.append(elapsed_us(work))
+    return min(took)
 
 
 def busy(b: Bench, work: Callable[[], object]) -> float | None:

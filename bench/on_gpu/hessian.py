@@ -23,7 +23,7 @@ def hessian(b: Bench) -> Iterator[Row]:
         some = spread(k)
         flat = x.view(-1, k)
         want = flat.double().T[some] @ flat.double()
-        chunks = flat.split(16384)
+        chunks = torch.split(flat, 16384)
         summed = torch.zeros(len(range(k)[some]), k, device=b.device)
         for c in chunks:
             summed += c.float().T[some] @ c.float() if b.dry else torch.mm(c.T[some].contiguous(), c, out_dtype=torch.float32)
@@ -44,16 +44,20 @@ def hessian(b: Bench) -> Iterator[Row]:
             addmm_out_dtype=None if b.dry else b.once(lambda: [torch.mm(c.T, c, out_dtype=torch.float32) for c in chunks]),  # noqa: B023
             addmm_float32_of_a_sixteenth=b.once(lambda: torch.addmm(total, chunks[0].float().T, chunks[0].float())),  # noqa: B023
         )
+
+        def one_by_one(to: Tensor, x: Tensor) -> None:
+            for sequence in x:
+                run.add(to, sequence[None])
+
         # In the chunks that a calibration adds.
         together = x.view(-1, min(flat.shape[0], getattr(run, "CHUNK", length)), k)
         yield row("hessian_syrk", run.add, peers, together)
-        yield row("hessian_syrk, sequences of 2048 one by one", lambda t, x: [run.add(t, s[None]) for s in x] and None, {}, x)
+        yield row("hessian_syrk, sequences of 2048 one by one", one_by_one, {}, x)
         for name, add in () if b.dry else ways():
             yield row(name, add, {}, together)
-        if k == 4096:
-            total.zero_()
-            run.add(total, together)
-            yield same_codes(b, flat, run.finished(total))
+        total.zero_()
+        run.add(total, together)
+        yield same_codes(b, flat, run.finished(total))
 
 
 def ways() -> Iterator[tuple[str, Callable[[Tensor, Tensor], None]]]:
@@ -75,10 +79,10 @@ def ways() -> Iterator[tuple[str, Callable[[Tensor, Tensor], None]]]:
 def same_codes(b: Bench, flat: Tensor, hessian: Tensor) -> Row:
     """Of GPTQ with this Hessian and with one summed in float64: the share that differs."""
     exact = torch.zeros(flat.shape[1], flat.shape[1], dtype=torch.float64, device=b.device)
-    for c in flat.split(16384):
+    for c in torch.split(flat, 16384):
         exact.addmm_(c.double().T, c.double())
-    weight = b.random(1024, flat.shape[1])
-    make = partial(quantize_linear, weight, method="gptq", bits=4, group_size=128)
+    weight = b.random(b.size(1024, 64), flat.shape[1])
+    make = partial(quantize_linear, weight, method="gptq", bits=4, group_size=b.size(128, 16))
     # Codes: ranges of groups follow the updated weights, whose last bits differ.
     ours, want = (cast(AffineTensor, make(hessian=h.float() / len(flat))).codes for h in (hessian, exact))
-    return Row("codes of GPTQ that a float64 Hessian changes", float((ours != want).double().mean()), 1e-3)
+    return Row(f"codes of GPTQ that a float64 Hessian changes, {flat.shape[1]} columns", float((ours != want).double().mean()), 1e-3)

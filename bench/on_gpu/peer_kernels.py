@@ -103,7 +103,8 @@ def drawn(b: Bench, case: Case) -> tuple[Tensor, Tensor]:
 
 def decoded(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     """(code - half the range) · scale, float64."""
-    return (codes.double() - 2 ** (bits - 1)) * scale.double().repeat_interleave(GROUP, 1)
+    made: Tensor = (codes.double() - 2 ** (bits - 1)) * scale.double().repeat_interleave(GROUP, 1)
+    return made
 
 
 def tinygemm(b: Bench, cases: list[Case]) -> Callable[[Case], Ready]:

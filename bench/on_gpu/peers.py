@@ -84,11 +84,11 @@ def figures(b: Bench, name: str, peer: Peer) -> Iterator[Figure]:
             return
         try:
             ready = make(case)
-            error = ready.error(ready.run(0))
+            wrong = ready.error(ready.run(0))
             took = b.time(ready.run, ready.copies)
             if took is not None and ready.beside is not None:
                 took -= b.time(ready.beside) or 0
-            figure = Figure(name, case, took, error, ready.allowed, ready.read)
+            figure = Figure(name, case, took, wrong, ready.allowed, ready.read)
             del ready
         except Exception as problem:
             figure = Figure(name, case, reason=why(problem))

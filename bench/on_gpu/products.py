@@ -17,7 +17,7 @@ from bench.on_gpu.peer_kernels import SHAPES
 from bench.on_gpu.weights import affine, codebook, row_codebook, signs
 from quant.kernels import kernel
 from quant.kernels.products import most_rows
-from quant.tensors.base import Stored
+from quant.methods.base import StoredTensor
 
 
 def products(b: Bench) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def batches(b: Bench) -> Iterator[Row]:
             copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
             def ours(i: int) -> Tensor:
-                return torch.cat([run.wq_gemv(part, copies[i]) for part in x.split(most_rows(run))])  # noqa: B023
+                return torch.cat([run.wq_gemv(part, copies[i]) for part in torch.split(x, most_rows(run))])  # noqa: B023
 
             want = x.double() @ weight.double().T
             allowed = float((2 * (linear(x.float(), weight).double() - want).norm() + 2.0**-8 * want.norm()) / want.norm())
@@ -78,7 +78,7 @@ def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int
     xs = {m: b.random(m, k, dtype=torch.bfloat16) for m in ((1, 2, 4, 8) if not b.dry else (1, 2))}
     plain = {m: beside_dense(b, x, dense) for m, x in xs.items()}
     for name, operation, make in makers:
-        tensor: Stored = make(b, n, k)
+        tensor: StoredTensor = make(b, n, k)
         chosen = kernel(operation, b.backend if b.dry else "auto", b.device)
         other = kernel(operation, b.backend, b.device)
         packed, packed_other = (one.run.prepare(tensor) for one in (chosen, other))

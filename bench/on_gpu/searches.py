@@ -40,15 +40,15 @@ def searches(b: Bench) -> Iterator[Row]:
         fitted = run.kmeans(x, 16, start, w)
         # By what sums of squares are larger than those of the other twin, of some columns.
         some = spread(len(x), 8)
-        errors = [_squares(x[some], c, w) for c in (fitted[some], twin.kmeans(x[some], 16, start, w))]
+        ours, theirs = (_squares(x[some], c, w) for c in (fitted[some], twin.kmeans(x[some], 16, start, w)))
         took = b.time(lambda i: run.kmeans(x, 16, start, w))  # noqa: B023
-        peers = dict(
+        beside = dict(
             torch=b.once(lambda: twin.kmeans(x, 16, start, w)) if count < 4096 else None,  # noqa: B023
             codes=b.time(lambda i: run.nearest(x, fitted)),  # noqa: B023
         )
-        worse = float((errors[0] / errors[1]).max()) - 1
+        worse = float((ours / theirs).max()) - 1
         kind = f"{start}, weighed" if weighed else start
-        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {kind}", worse, 1e-6, took, known(**peers), x.nbytes, goal)
+        yield Row(f"kmeans_columns {tuple(x.shape)}, 16 centres, {kind}", worse, 1e-6, took, known(**beside), x.nbytes, goal)
     block, loop = (kernel("claq_block", backend, b.device).run for backend in (name, "torch"))
     for n, bits in ((4096, 2), (4096, 4), (11008, 2)) if not b.dry else ((40, 2),):
         x = b.random(b.size(128, 5), n)
@@ -75,14 +75,14 @@ def searches(b: Bench) -> Iterator[Row]:
         error = worst(*(float((a - c).abs().max()) / squares for a, c in (left, split)))
         counted, parted = b.time(lambda i: search.order_two_errors(x, counts)), b.time(lambda i: search.split_errors(x, thresholds))  # noqa: B023
         whole = b.time(lambda i: masks(x, counts)) if not b.dry else None  # noqa: B023
-        peers = dict(
+        beside = dict(
             counts_alone=counted,
             splits_alone=parted,
             torch=b.once(lambda: (plain.order_two_errors(x, counts), plain.split_errors(x, thresholds))),  # noqa: B023
         )
         allowed = 2 * (128 + 20) * 2.0**-24
         goal = Goal(250.0) if n == 4096 else None
-        yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**peers), x.nbytes, goal)
+        yield Row(f"braq_search, all of a block's choices, {n} x 128", error, allowed, whole, known(**beside), x.nbytes, goal)
     yield from _blocks(b, name)
 
 

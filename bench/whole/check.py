@@ -59,7 +59,7 @@ class Yardstick:
         self.weight = weight_of(model, QUERY, device)
         k = self.weight.shape[1]
         self._hessian = torch.zeros(k, k, dtype=torch.float64, device=device)
-        for part in tokens.flatten().to(device).split(16384):
+        for part in torch.split(tokens.flatten().to(device), 16384):
             x = embedding[part]
             x = x / (x.square().mean(1, keepdim=True) + EPSILON).sqrt()
             self._hessian.addmm_(x.T, x)

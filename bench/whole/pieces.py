@@ -7,12 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from bench.on_gpu.clock import Bench, Goal, Row
+from bench.on_gpu.clock import Bench, Goal, Row, going_on
 from bench.whole.decoding import decoded
 from bench.whole.runs import Work, measured
+from bench.whole.stages import WRITTEN
 from workers.request import Hints
 
 GPTQ = {"static_groups": True, "true_sequential": True}
@@ -42,9 +43,17 @@ def _temporary() -> Path:
 
 
 def _rows(works: tuple[Work, ...], b: Bench) -> Iterator[Row]:
-    for work in works:
-        made = replace(work, shape="dry", samples=2, length=32) if b.dry else replace(work, layers=b.layers or work.layers)
-        yield measured(made, _root(b), b, Hints(device=b.device.type, threads=1 if b.dry else None))
+    root, hints = _root(b), Hints(device=b.device.type, threads=1 if b.dry else None)
+
+    def row(work: Work) -> Row:
+        try:
+            return measured(work, root, b, hints)
+        finally:
+            for folder in WRITTEN:
+                shutil.rmtree(root / folder, ignore_errors=True)
+
+    small = [replace(w, shape="dry", samples=2, length=32) if b.dry else replace(w, layers=b.layers or w.layers) for w in works]
+    return going_on(partial(row, work) for work in small)
 
 
 def whole(b: Bench) -> Iterator[Row]:

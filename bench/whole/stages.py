@@ -25,6 +25,10 @@ SCHEMES = {"billm": WeightScheme(1), "claq": WeightScheme(2)}
 """Method ▸ the scheme where 4 bits in groups of 128 is not what it is for."""
 
 
+WRITTEN = ("staging", "objects")
+"""Folders of a store that artifacts are in."""
+
+
 @dataclass(frozen=True)
 class Made:
     folder: Path
@@ -73,7 +77,7 @@ def committed(
 ) -> Made:
     """inputs: role ▸ artifact; texts: digest ▸ location."""
     key = f"{time.time_ns():064x}"
-    staging = store / "staging" / key
+    staging, final = (store / folder / key for folder in WRITTEN)
     (staging / PAYLOAD).mkdir(parents=True)
     request = Request(
         id="bench",
@@ -91,7 +95,6 @@ def committed(
         raise RuntimeError(f"{outcome.failure and outcome.failure.message}\n{outcome.failure and outcome.failure.log_tail}")
     record = {**outcome.record, "files": payload_files(staging)}
     write_json(staging / RECORD, record)
-    final = store / "objects" / key
     final.parent.mkdir(exist_ok=True)
     rename_flushed(staging, final)
     return Made(final, record, made - began, time.perf_counter() - made)

@@ -32,7 +32,9 @@ def solve(weight: Tensor, hessian: Tensor) -> tuple[AffineTensor, Tensor]:
     w[:, dead] = 0
     hessian.diagonal().add_(DAMP * hessian.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    codes, scales, zeros = torch.empty_like(w), [], []
+    codes = torch.empty_like(w)
+    scales: list[Tensor] = []
+    zeros: list[Tensor] = []
     for first in range(0, k, BLOCK):
         block, factor = w[:, first : first + BLOCK], upper[first : first + BLOCK, first : first + BLOCK]
         ranges = fit(grid, block.reshape(n, 1, -1), BITS, torch.float16)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.on_gpu.clock import Bench, Ceilings, Goal, Row, spread, worst
+from bench.on_gpu.clock import Bench, Ceilings, Goal, Row, going_on, spread, worst
 
 HERE = Ceilings(read_gbs=4000, copy_gbs=3000, launch_us=2, tflops={"bfloat16": 500})
 
@@ -76,6 +76,17 @@ def test_an_error_that_is_nan_is_the_worst() -> None:
     assert worst(3.0) == 3.0
     for errors in ((math.nan, math.inf), (math.inf, math.nan)):
         assert math.isnan(worst(*errors))
+
+
+def test_a_row_that_fails_keeps_no_other_from_being_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> Row:
+        raise ValueError("no memory")
+
+    rows = going_on([row, fails, row])
+    assert [next(rows).name, next(rows).name] == ["a product"] * 2
+    with pytest.raises(RuntimeError, match="1 of the piece's rows failed"):
+        next(rows)
+    assert "ValueError: no memory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("n", [1, 5, 256, 4096, 11008])
