@@ -103,6 +103,27 @@ def test_a_search_has_no_plan_and_wrong_settings_are_told_before_it(search: list
     assert Searching.seen == []
 
 
+def test_a_sweeper_may_be_chosen_in_the_yaml_of_a_named_sweep(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own" / "sweep").mkdir(parents=True)
+    (tmp_path / "own" / "sweep" / "damping.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [none, override /hydra/sweeper: searching, _self_]\n"
+        "sweep: {name: damping}\n"
+        f"hydra: {{sweeper: {{trials: 2, params: {{{DAMP}: 'interval(0.01,0.2)'}}}}}}\n"
+    )
+    named = ["-m", f"--config-dir={tmp_path / 'own'}", "sweep=damping", *search[2:]]
+    assert main(["run", *named]) == 0
+    assert len(Searching.seen) == 2
+    assert len(found(Store(tmp_path / "store"))) == 2
+    capsys.readouterr()
+    assert main(["plan", *named]) == 2
+    assert "hydra/sweeper=searching chooses cells while it runs" in capsys.readouterr().err
+    assert main(["plan", *named, "hydra/sweeper=bitgrid"]) == 2  # the command line wins
+    assert "'trials' not in 'BitgridSweeperConf'" in capsys.readouterr().err
+
+
 def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
