@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +56,7 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
     root = _Root.of(composer, request)
     if multirun:
         _refuse_idle(root.base, request)
+        _refuse_storage(root.base)
         _refuse_search(root.base)
     rules = read_rules(composer, root.plain["sweep"] if isinstance(root.plain.get("sweep"), Mapping) else {})
     axes = dict(request.axes)
@@ -162,6 +164,20 @@ def _refuse_idle(base: Base, request: Request) -> None:
         else:
             continue
         raise ConfigError(f"{override.input_line} would have no effect: {told}")
+
+
+def _refuse_storage(base: Base) -> None:
+    """Optuna 2 does not find what it has just written to a database through SQLAlchemy 2, and ends in an assertion."""
+    storage = OmegaConf.select(base.config, "hydra.sweeper.storage")
+    if _plugin(base, "sweeper") != "OptunaSweeper" or not isinstance(storage, str) or storage.startswith("redis"):
+        return
+    versions = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
+    if versions["optuna"].startswith("2.") and not versions["sqlalchemy"].startswith("1."):
+        raise ConfigError(
+            f"hydra.sweeper.storage={storage}: Optuna {versions['optuna']} cannot use a database through SQLAlchemy "
+            f"{versions['sqlalchemy']}, which MLflow needs; leave it out: the same command with a hydra.sweeper.sampler.seed= "
+            "takes from the store what ran before"
+        )
 
 
 def _refuse_search(base: Base) -> None:

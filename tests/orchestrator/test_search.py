@@ -124,6 +124,23 @@ def test_a_sweeper_may_be_chosen_in_the_yaml_of_a_named_sweep(
     assert "'trials' not in 'BitgridSweeperConf'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("sqlalchemy", "storage", "refused"),
+    [("2.0.1", "sqlite:///a.db", True), ("1.4.54", "sqlite:///a.db", False), ("2.0.1", "redis://host", False), ("2.0.1", "null", False)],
+)
+def test_a_database_that_optuna_cannot_use_is_refused(
+    sqlalchemy: str, storage: str, refused: bool, search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("orchestrator.grid.metadata.version", {"optuna": "2.10.1", "sqlalchemy": sqlalchemy}.__getitem__)
+    node = {"_target_": "hydra_plugins.searching.OptunaSweeper", "params": None, "storage": None}
+    ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=node)
+    asked = ["-m", "hydra/sweeper=optuna", *search[2:], f"{DAMP}=interval(0.01,0.2)", f"hydra.sweeper.storage='{storage}'"]
+    assert main(["plan", *asked] if storage != "null" else ["plan", *asked[:-1]]) == 2
+    said = capsys.readouterr().err
+    assert ("Optuna 2.10.1 cannot use a database through SQLAlchemy 2.0.1" in said) is refused
+    assert ("chooses cells while it runs" in said) is not refused
+
+
 def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
