@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,6 +56,8 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
     root = _Root.of(composer, request)
     if multirun:
         _refuse_idle(root.base, request)
+        _refuse_idle_rules(root)
+        _refuse_storage(root.base)
         _refuse_search(root.base)
     rules = read_rules(composer, root.plain["sweep"] if isinstance(root.plain.get("sweep"), Mapping) else {})
     axes = dict(request.axes)
@@ -102,9 +105,9 @@ def compose_jobs(composer: Composer, jobs: Sequence[Sequence[str]], asked: Seque
         raise ConfigError("jobs of one launch differ in settings of the sweep (cluster, tracking, store, folders); these cannot be swept")
     root = next(iter(roots.values()))
     cells, _, notes = _cells(composer, root, rows, [])
-    idle = [f"sweep.{k}" for k in ("exclude", "only_if", "zip", "extra") if (root.plain.get("sweep") or {}).get(k)]
+    idle = _rules_given(root)
     if idle:
-        notes = (*notes, f"{', '.join(idle)} had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules")
+        notes = (*notes, f"{idle} had no effect: the sweeper in use chose the cells; hydra/sweeper=bitgrid applies rules")
     return Grid(tuple(dict.fromkeys(cells)), root.plain, (), notes, common(requests[0], varied)), cells
 
 
@@ -162,6 +165,35 @@ def _refuse_idle(base: Base, request: Request) -> None:
         else:
             continue
         raise ConfigError(f"{override.input_line} would have no effect: {told}")
+
+
+def _refuse_idle_rules(root: _Root) -> None:
+    """Other sweepers than bitgrid's run another grid than the rules leave."""
+    idle = _rules_given(root)
+    if idle and _plugin(root.base, "sweeper") not in ("BitgridSweeper", "None"):
+        raise ConfigError(
+            f"{idle} of sweep={root.base.choices.get('sweep')} would have no effect: "
+            f"hydra/sweeper={root.base.choices.get('hydra/sweeper')} chooses the cells, and only hydra/sweeper=bitgrid applies rules; use that one, or take the rules out"
+        )
+
+
+def _rules_given(root: _Root) -> str:
+    """`sweep.exclude, sweep.zip`."""
+    return ", ".join(f"sweep.{k}" for k in ("exclude", "only_if", "zip", "extra") if (root.plain.get("sweep") or {}).get(k))
+
+
+def _refuse_storage(base: Base) -> None:
+    """Optuna 2 does not find what it has just written to a database through SQLAlchemy 2, and ends in an assertion."""
+    storage = OmegaConf.select(base.config, "hydra.sweeper.storage")
+    if _plugin(base, "sweeper") != "OptunaSweeper" or not isinstance(storage, str) or storage.startswith("redis"):
+        return
+    versions = {name: metadata.version(name) for name in ("optuna", "sqlalchemy")}
+    if versions["optuna"].startswith("2.") and not versions["sqlalchemy"].startswith("1."):
+        raise ConfigError(
+            f"hydra.sweeper.storage={storage}: Optuna {versions['optuna']} cannot use a database through SQLAlchemy "
+            f"{versions['sqlalchemy']}, which MLflow needs; leave it out: the same command with a hydra.sweeper.sampler.seed= "
+            "takes from the store what ran before"
+        )
 
 
 def _refuse_search(base: Base) -> None:

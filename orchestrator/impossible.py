@@ -55,14 +55,14 @@ def _why_not_quantized(
             return f"method {cell.method.name}: automatic bits work with methods without transforms and overrides"
         refusal = next((r for w in auto.auto.candidates if (r := method.refuses(w, config.get("model_type"))) is not None), None)
         if refusal is not None:
-            return refusal
+            return _of_option(cell, refusal)
     table = rules(weight)
     for spec in dict.fromkeys(rule.method for rule in table):
         check_linears(cell.method, spec, shapes, cell.model.name)
     for scheme in dict.fromkeys(rule.weight for rule in table):
         refusal = method.refuses(scheme, config.get("model_type"))
         if refusal is not None:
-            return refusal
+            return _of_option(cell, refusal)
     for rule in table:
         refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
         if refusal is not None:
@@ -81,6 +81,12 @@ def _why_not_quantized(
         widths, of = ", ".join(map(str, sorted({n for _, n, _ in linears}))), linears[0][2]
         return f"{cell.model.name}: {what} {widths} {of} ({len(linears)} linears, first {linears[0][0]})"
     return None
+
+
+def _of_option(cell: Cell, refusal: str) -> str:
+    """The refusal of a rounding or transform, with the option that has it: of `awq` the rounding is `rtn`."""
+    name = cell.method.name
+    return refusal if refusal.startswith(f"{name} ") else f"method {name}: {refusal}"
 
 
 def long_window(cell: Cell, config: Config) -> str | None:

@@ -13,12 +13,14 @@ that both share cancels in the difference, so its interval is far narrower than 
   C - 1 degrees of freedom). Bootstrap p values cannot fall below 1/resamples, which Holm's correction over a large table would
   always reject as too coarse.
 * Multiplicity: Holm (1979) over the p values given together.
+* Replicates: `over_replicates` adds how far calibration draws and seeds move a score to how far other text would.
 
 All variants of a task are resampled with the same draws, so equal items give equal intervals.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -104,3 +106,37 @@ def holm(p_values: Sequence[float]) -> list[float]:
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         adjusted = out[i] = max(adjusted, min(1.0, (len(p_values) - rank) * p_values[i]))
     return out
+
+
+def over_replicates(
+    differences: Sequence[tuple[float, float, float]], *sides: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """The mean of differences between replicates, with the ends of its interval over other text and other draws.
+
+    Args:
+        differences: (difference, low, high) over text of each replicate, or pair of replicates, compared.
+        sides: scores of all replicates of what is compared, and of what it is compared with. A side of one is taken as exact: nothing
+            tells how its draws vary.
+        confidence: of the interval, and of those given.
+
+    Text: the mean of the ends. All were resampled with the same draws, and the deviation of a mean is at most the mean of deviations, so
+    this is no narrower than the interval of the mean. Draws: Welch's t interval (1947) of the difference of two means. Both together:
+    the interval of a sum of two independent estimates from their own (Zou and Donner 2008). NaN where a difference has no interval.
+    """
+    delta, low, high = (sum(ends) / len(differences) for ends in zip(*differences, strict=True))
+    errors = [(_standard_error(s), len(s) - 1) for s in sides if len(s) > 1]
+    error = math.hypot(*(e for e, _ in errors))
+    if error > 0:
+        from scipy.special import stdtrit  # as in `paired_delta`
+
+        freedom = 1 / sum((e / error) ** 4 / n for e, n in errors)
+        reach = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
+        low, high = delta - math.hypot(delta - low, reach), delta + math.hypot(high - delta, reach)
+    return delta, low, high
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    """Of their mean; nothing is squared, which perplexities of broken models would overflow."""
+    n = len(values)
+    mean = sum(values) / n
+    return math.hypot(*(v - mean for v in values)) / math.sqrt(n * (n - 1))

@@ -1,17 +1,22 @@
-"""What to pick: the best variant at each weight width, and the Pareto front over quality and size."""
+"""What to pick: the best at each weight width, and the Pareto front over quality and size.
+
+Chosen is a method with its scheme and calibration, not one of its replicates: whoever runs it again gets another draw. So contenders
+are judged by the mean of their replicates, and the intervals of their differences hold how far draws move that mean.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from orchestrator.errors import PairingError
+from orchestrator.report import numbers
 from orchestrator.report.overview import Line, ModelTable
 from orchestrator.report.tables import CONFIDENCE, Row
 from orchestrator.results import TaskInfo
-from orchestrator.stats import paired_delta
+from orchestrator.stats import over_replicates, paired_delta
 from workers.artifact import CorruptArtifactError
 
 
@@ -22,18 +27,77 @@ class Standing(str, Enum):
 
 
 @dataclass(frozen=True)
+class Contender:
+    """Variants of one model that differ in their replicate alone, with their scores on one task."""
+
+    name: str
+    lines: tuple[Line, ...]
+    """Those with a score, which may not be finite."""
+    asked: int
+    """Replicates in the sweep, those without a score included."""
+    task: TaskInfo
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(x.cells[self.task.name] for x in self.lines)
+
+    @property
+    def values(self) -> list[float]:
+        return [r.value for r in self.rows if r.value is not None]
+
+    @property
+    def value(self) -> float:
+        """Mean over replicates; not finite where one of them is not."""
+        return _mean(self.values)
+
+    @property
+    def badness(self) -> float:
+        """The score with its sign turned so that smaller is better."""
+        return -self.value if self.task.higher_is_better.get(self.task.primary) else self.value
+
+    @property
+    def size(self) -> float | None:
+        """Bytes of the whole model, the mean over replicates; None where not known."""
+        sizes = [x.model_bytes for x in self.lines if x.model_bytes is not None]
+        return _mean(sizes) if sizes else None
+
+    @property
+    def bits_stored(self) -> float | None:
+        bits = [x.bits_stored for x in self.lines if x.bits_stored is not None]
+        return _mean(bits) if bits else None
+
+    @property
+    def difference(self) -> tuple[float, float, float] | None:
+        """To the unquantized model, with its interval (NaN: none); None where a replicate has none."""
+        known = [(r.delta, _end(r.low), _end(r.high)) for r in self.rows if r.delta is not None]
+        return over_replicates(known, self.values, confidence=CONFIDENCE) if len(known) == len(self.lines) else None
+
+    @property
+    def replicates(self) -> str:
+        """`mean of 3 replicates, 87.2 to 88.0`; empty where there is one."""
+        if self.asked == 1:
+            return ""
+        if len(self.lines) == 1:
+            return f"1 of {self.asked} replicates"
+        many = f"{self.asked}" if len(self.lines) == self.asked else f"{len(self.lines)} of {self.asked}"
+        return f"mean of {many} replicates, {numbers.number(min(self.values), 4)} to {numbers.number(max(self.values), 4)}"
+
+
+@dataclass(frozen=True)
 class Pick:
-    line: Line
-    row: Row
+    best: Contender
     tied: tuple[str, ...]
-    """Names of variants whose difference to it could be chance (their paired interval holds zero, or there is none: one item)."""
+    """Names of contenders whose difference to it could be chance (the interval holds zero, or there is none: one item)."""
 
 
-def badness(row: Row | None) -> float | None:
-    """The score with its sign turned so that smaller is better; None where there is no finite score."""
-    if row is None or row.value is None or not math.isfinite(row.value):
-        return None
-    return -row.value if row.higher_is_better else row.value
+def contenders(lines: Iterable[Line], task: TaskInfo) -> list[Contender]:
+    """Those with a finite score: of all that have one, each must be finite."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        if task.name in line.cells:
+            groups.setdefault(line.contender, []).append(line)
+    found = [Contender(n, tuple(x for x in g if x.cells[task.name].value is not None), len(g), task) for n, g in groups.items()]
+    return [c for c in found if c.lines and math.isfinite(c.value)]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -52,41 +116,54 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return front
 
 
-def standings(table: ModelTable, task: TaskInfo) -> list[tuple[Line, Standing]]:
-    """Every variant with a finite score and a known size, ordered by size."""
-    known = [(x, x.model_bytes, badness(x.cells.get(task.name))) for x in table.lines]
-    lines = sorted(((x, s, b) for x, s, b in known if s is not None and b is not None), key=lambda t: (t[1], t[2]))
-    front = pareto_front([(s, b) for _, s, b in lines])
+def standings(table: ModelTable, task: TaskInfo) -> list[tuple[Contender, Standing]]:
+    """Every contender with a finite score and a known size, ordered by size."""
+    ranked = sorted(((s, c.badness, c) for c in contenders(table.lines, task) if (s := c.size) is not None), key=lambda t: t[:2])
+    front = pareto_front([(s, b) for s, b, _ in ranked])
     out = []
-    for (line, size, bad), on_front in zip(lines, front, strict=True):
+    for (size, bad, contender), on_front in zip(ranked, front, strict=True):
         if on_front:
-            out.append((line, Standing.FRONT))
+            out.append((contender, Standing.FRONT))
             continue
-        better = [x for (x, s, b), f in zip(lines, front, strict=True) if f and s <= size and b <= bad]
-        close = all(_tied(x, line, task) for x in better)
-        out.append((line, Standing.CLOSE if close else Standing.DOMINATED))
+        better = [c for (s, b, c), f in zip(ranked, front, strict=True) if f and s <= size and b <= bad]
+        close = all(_tied(c, contender) for c in better)
+        out.append((contender, Standing.CLOSE if close else Standing.DOMINATED))
     return out
 
 
 def best_per_width(table: ModelTable) -> dict[float, dict[str, Pick]]:
-    """Weight width (nominal bits, widest first) ▸ task ▸ the best quantized variant of that width."""
-    widths = sorted({x.bits_nominal for x in table.quantized if x.bits_nominal is not None}, reverse=True)
+    """Weight width (nominal bits, widest first) ▸ task ▸ the best quantized contender of that width."""
+    bits: dict[str, list[float]] = {}
+    for line in table.quantized:
+        if line.bits_nominal is not None:
+            bits.setdefault(line.contender, []).append(line.bits_nominal)
+    width_of = {name: _mean(found) for name, found in bits.items()}  # chosen bits may differ from draw to draw
     out: dict[float, dict[str, Pick]] = {}
-    for width in widths:
+    for width in sorted(set(width_of.values()), reverse=True):
         for task in table.tasks:
-            scored = [(b, x) for x in table.quantized if x.bits_nominal == width and (b := badness(x.cells.get(task.name))) is not None]
+            scored = contenders((x for x in table.quantized if width_of.get(x.contender) == width), task)
             if not scored:
                 continue
-            best = min(scored, key=lambda s: s[0])[1]
-            tied = tuple(x.name for _, x in scored if x is not best and _tied(best, x, task))
-            out.setdefault(width, {})[task.name] = Pick(best, best.cells[task.name], tied)
+            best = min(scored, key=lambda c: c.badness)
+            out.setdefault(width, {})[task.name] = Pick(best, tuple(c.name for c in scored if c is not best and _tied(best, c)))
     return out
 
 
-def _tied(a: Line, b: Line, task: TaskInfo) -> bool:
-    """Whether the paired interval of the difference of two variants holds zero, or nothing tells how wide it is."""
+def _tied(a: Contender, b: Contender) -> bool:
+    """Whether the interval of the difference of two contenders holds zero, or nothing tells how wide it is."""
+    name, metric = a.task.name, a.task.primary
+    pairs = [(x.variant.evaluations[name], y.variant.evaluations[name]) for x in a.lines for y in b.lines]
     try:
-        d = paired_delta(b.variant.evaluations[task.name], a.variant.evaluations[task.name], task, task.primary, confidence=CONFIDENCE)
+        found = [paired_delta(y, x, a.task, metric, confidence=CONFIDENCE) for x, y in pairs]
     except (PairingError, CorruptArtifactError):
         return False
-    return not (d.low > 0 or d.high < 0)  # NaN, of a single item, tells nothing apart
+    _, low, high = over_replicates([(d.delta, d.low, d.high) for d in found], a.values, b.values, confidence=CONFIDENCE)
+    return not (low > 0 or high < 0)  # NaN, of a single item, tells nothing apart
+
+
+def _end(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.report import numbers
-from orchestrator.report.choices import Standing, standings
+from orchestrator.report.choices import Contender, Standing, standings
 from orchestrator.report.overview import Line, ModelTable
 from orchestrator.report.plot import COLOURS, DASHES, GREY, Figure, choose_scale, is_wide, log_axis, plot_layout, safe, scatter, short
 from orchestrator.report.tables import Row
@@ -101,18 +101,20 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
         "Full points form the front: nothing smaller scores as well. Open points are beaten, but by no more than chance "
         "(the paired 95 % interval holds zero). Grey crosses are beaten."
     )
-    if not any(x.variant.is_baseline for x, _ in ranked):
+    if any(c.asked > 1 for c, _ in ranked):
+        caption += " Replicates are one point, their mean; whether it is beaten beyond chance counts how far they differ."
+    if not any(_is_baseline(c) for c, _ in ranked):
         caption += " The unquantized model is not drawn: it has no score or no known size."
-    values = [_value(x, task) for x, _ in ranked if not x.variant.is_baseline]
-    if is_wide(values) and any(_value(x, task) <= 0 for x, _ in ranked):
-        ranked = [(x, s) for x, s in ranked if not x.variant.is_baseline]
+    values = [c.value for c, _ in ranked if not _is_baseline(c)]
+    if is_wide(values) and any(c.value <= 0 for c, _ in ranked):
+        ranked = [(c, s) for c, s in ranked if not _is_baseline(c)]
         caption += " The unquantized model, 0 by definition, has no place on the logarithmic axis."
-    divisor, unit = numbers.size_unit(max(x.model_bytes or 0 for x, _ in ranked))
-    front = [(x.model_bytes or 0, _value(x, task), x) for x, s in ranked if s is Standing.FRONT]
+    divisor, unit = numbers.size_unit(max(c.size or 0 for c, _ in ranked))
+    front = [c for c, s in ranked if s is Standing.FRONT]
     data = [
         scatter(
-            [s / divisor for s, _, _ in front],
-            [v for _, v, _ in front],
+            [(c.size or 0) / divisor for c in front],
+            [c.value for c in front],
             "front",
             mode="lines",
             line={"color": GREY, "width": 2, "shape": "hv"},
@@ -126,21 +128,21 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
         Standing.FRONT: lambda m: {"color": _colour(colours, m), "size": 11, "symbol": "circle"},
     }
     for standing, look in looks.items():
-        for method in dict.fromkeys(x.method for x, s in ranked if s is standing):
-            lines = [x for x, s in ranked if s is standing and x.method == method]
+        for method in dict.fromkeys(c.lines[0].method for c, s in ranked if s is standing):
+            shown = [c for c, s in ranked if s is standing and c.lines[0].method == method]
             data.append(
                 scatter(
-                    [(x.model_bytes or 0) / divisor for x in lines],
-                    [_value(x, task) for x in lines],
+                    [(c.size or 0) / divisor for c in shown],
+                    [c.value for c in shown],
                     method,
                     mode="markers",
                     marker=look(method),
-                    hovertext=[f"{_hover(x, x.cells[task.name])}<br>{standing.value}" for x in lines],
+                    hovertext=[f"{_hover_contender(c)}<br>{standing.value}" for c in shown],
                     showlegend=standing is Standing.FRONT,
                 )
             )
     layout = plot_layout(f"model size ({unit})", metric_axis(task.primary))
-    choose_scale(layout, [_value(x, task) for x, _ in ranked])
+    choose_scale(layout, [c.value for c, _ in ranked])
     return Figure(f"pareto-{number}", f"{task.name}: quality and size", caption, {"data": data, "layout": layout})
 
 
@@ -238,10 +240,26 @@ def _bar(row: Row) -> tuple[float, float]:
 def _hover(line: Line, row: Row) -> str:
     parts = [f"<b>{safe(line.name)}</b>", f"{safe(row.metric)} {numbers.number(row.value, 4)}"]
     if row.delta is not None and row.low is not None and row.high is not None:
-        places = numbers.decimals_for(row.delta, row.low, row.high)
-        parts.append(f"difference {numbers.signed(row.delta, places)} {numbers.interval(row.low, row.high, places)}")
-    parts.append(f"{numbers.bits(line.bits_stored)} stored bits, {numbers.size(line.model_bytes)}")
-    return "<br>".join(parts)
+        parts.append(_difference(row.delta, row.low, row.high))
+    return "<br>".join((*parts, _weights(line.bits_stored, line.model_bytes)))
+
+
+def _hover_contender(c: Contender) -> str:
+    if len(c.lines) == 1:
+        return _hover(c.lines[0], c.rows[0])
+    parts = [f"<b>{safe(c.name)}</b>", f"{safe(c.task.primary)} {numbers.number(c.value, 4)}", c.replicates]
+    if c.difference is not None:
+        parts.append(_difference(*c.difference))
+    return "<br>".join((*parts, _weights(c.bits_stored, c.size)))
+
+
+def _difference(delta: float, low: float, high: float) -> str:
+    places = numbers.decimals_for(delta, low, high)
+    return f"difference {numbers.signed(delta, places)} {numbers.interval(low, high, places)}".strip()
+
+
+def _weights(bits: float | None, size: float | None) -> str:
+    return f"{numbers.bits(bits)} stored bits, {numbers.size(size)}"
 
 
 def _baseline_line(layout: dict[str, Any], value: float) -> None:
@@ -249,10 +267,8 @@ def _baseline_line(layout: dict[str, Any], value: float) -> None:
     layout["shapes"].append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": value, "y1": value, "line": line})
 
 
-def _value(line: Line, task: TaskInfo) -> float:
-    value = line.cells[task.name].value
-    assert value is not None
-    return value
+def _is_baseline(c: Contender) -> bool:
+    return c.lines[0].variant.is_baseline
 
 
 def _colour(colours: dict[str, str], method: str) -> str:

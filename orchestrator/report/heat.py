@@ -73,7 +73,8 @@ def _cell(cell: HeatCell | None, scale: tuple[float, float]) -> Td:
     first = cell.rows[0]
     low, high = (x if x is not None and len(cell.rows) == 1 else math.nan for x in (first.low, first.high))
     places = numbers.decimals_for(cell.delta, low, high)
-    what = f"mean of {len(cell.losses)} replicates" if len(cell.rows) > 1 else f"{numbers.number(first.value)}"
+    left_out = f" of {len(cell.rows)}" if len(cell.losses) < len(cell.rows) else ""
+    what = f"mean of {len(cell.losses)}{left_out} replicates" if len(cell.rows) > 1 else f"{numbers.number(first.value)}"
     hint = f"{what}, difference {numbers.signed(cell.delta, places)} {numbers.interval(low, high, places)}".strip()
     data = (("delta", repr(cell.delta)),)
     return Td(

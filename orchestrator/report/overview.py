@@ -21,6 +21,8 @@ class Line:
     variant: VariantResult
     name: str
     """Unique within its model: method · scheme, with calibration and replicate where these vary."""
+    contender: str
+    """The name without the replicate: the same for variants that differ in it alone."""
     cells: dict[str, Row]
     """Task ▸ its headline row; a task that was never asked of this variant is absent."""
     others: dict[str, tuple[Row, ...]]
@@ -168,14 +170,15 @@ def _model_table(result: SweepResult, rows: Sequence[Row], model: str) -> ModelT
 
 
 def _line(result: SweepResult, variant: VariantResult, rows: Sequence[Row], varying: Sequence[str]) -> Line:
-    parts = [variant.axes.get(a, "") for a in ("method", "scheme", *varying)]
+    parts = {a: variant.axes.get(a, "") for a in ("method", "scheme", *varying)}
     others: dict[str, tuple[Row, ...]] = {}
     for row in rows:
         if not row.is_primary:
             others[row.task] = (*others.get(row.task, ()), row)
     return Line(
         variant=variant,
-        name=BASELINE if variant.is_baseline else " · ".join(parts),
+        name=BASELINE if variant.is_baseline else " · ".join(parts.values()),
+        contender=BASELINE if variant.is_baseline else " · ".join(part for axis, part in parts.items() if axis != "replicate"),
         cells={r.task: r for r in rows if r.is_primary},
         others=others,
         family=_family(variant),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.report import numbers
-from orchestrator.report.choices import best_per_width
+from orchestrator.report.choices import Contender, best_per_width
 from orchestrator.report.cost import costs, stage_bytes
 from orchestrator.report.figures import metric_axis, metric_name
 from orchestrator.report.heat import heat_map
@@ -15,7 +15,7 @@ from orchestrator.report.markup import Markup, Td, details, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable, counts, failures, remarks, resampled, skips, state_word
 from orchestrator.report.plot import Figure
 from orchestrator.report.tables import Row
-from orchestrator.report.terminal import cell_lines
+from orchestrator.report.terminal import cell_lines, difference_text
 from orchestrator.results import SweepResult, TaskInfo
 
 
@@ -150,13 +150,25 @@ def _picks(model: ModelTable) -> Markup:
             if pick is None:
                 cells.append(Td("–", sort=""))
                 continue
-            score, difference = cell_lines(pick.row, False)
             tied = f"not separable: {', '.join(pick.tied)}" if pick.tied else ""
-            below = [tag("span", t, class_="delta") for t in (f"{score}  {difference}".strip(), tied) if t]
-            cells.append(Td(join((tag("b", pick.line.name), *below)), sort=repr(pick.row.value), class_="wrap"))
+            below = [tag("span", t, class_="delta") for t in (*_pick_lines(pick.best), tied) if t]
+            cells.append(Td(join((tag("b", pick.best.name), *below)), sort=repr(pick.best.value), class_="wrap"))
         rows.append([Td(f"{width:.3g}", sort=repr(width)), *cells])
     heads = [join((t.name, tag("small", metric_name(t.primary)))) for t in model.tasks]
-    return join((tag("h3", "Best of each weight width"), table(["bits", *heads], rows, label=f"{model.model}: best of each weight width")))
+    parts = [tag("h3", "Best of each weight width")]
+    if any(x.contender != x.name for x in model.quantized):
+        said = "Judged by the mean of replicates; intervals hold how far other text and other draws of calibration would move it."
+        parts.append(tag("p", said, class_="caption"))
+    return join((*parts, table(["bits", *heads], rows, label=f"{model.model}: best of each weight width")))
+
+
+def _pick_lines(best: Contender) -> tuple[str, str]:
+    """Score and difference as in the table, those of a mean without its mark; and what it is the mean of."""
+    if len(best.lines) == 1:
+        return "  ".join(filter(None, cell_lines(best.rows[0], False))), best.replicates
+    mean = best.difference
+    said = "" if mean is None else difference_text(*mean, baseline=best.rows[0].baseline_value)
+    return f"{numbers.number(best.value)}  {said}".strip(), best.replicates
 
 
 def troubles(result: SweepResult) -> Markup:

@@ -45,11 +45,14 @@ def cell_lines(row: Row | None, is_baseline: bool) -> tuple[str, str]:
     if is_baseline or row.delta is None:
         return numbers.number(row.value), ""
     low, high = (float("nan") if x is None else x for x in (row.low, row.high))
-    places = numbers.decimals_for(row.delta, low, high)
-    mark = "*" if row.separable else ""
-    # Against a baseline of exactly zero (divergence) the difference is the score itself.
-    difference = "" if row.baseline_value == 0 else numbers.signed(row.delta, places)
-    return numbers.number(row.value), f"{difference} {numbers.interval(low, high, places)}".strip() + mark
+    return numbers.number(row.value), difference_text(row.delta, low, high, baseline=row.baseline_value) + ("*" if row.separable else "")
+
+
+def difference_text(delta: float, low: float, high: float, *, baseline: float | None) -> str:
+    """`+2.0 [1.8, 2.3]`; the interval alone against a baseline of exactly zero (divergence), where the difference is the score itself."""
+    places = numbers.decimals_for(delta, low, high)
+    difference = "" if baseline == 0 else numbers.signed(delta, places)
+    return f"{difference} {numbers.interval(low, high, places)}".strip()
 
 
 def _parts(table: ModelTable, width: int) -> list[Table]:

@@ -77,7 +77,9 @@ SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
 THETA: dict[str, Any] = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 G16 = weight(4, 16)
 CASES = {
-    "shipped_rtn_g64": Case(shipped, weight(4, 64), configuration={"bits": 4, "group_size": 64, "desc_act": False, "sym": False}),
+    "shipped_rtn_g64": Case(
+        shipped, weight(4, 64), configuration={"bits": 4, "group_size": 64, "desc_act": False, "sym": False, "true_sequential": False}
+    ),
     "shipped_gptq_act_order": Case(
         shipped, weight(4, 64), ("gptq",), ("hessian",), {"act_order": True}, {"group_size": 64, "desc_act": True}
     ),

@@ -20,6 +20,7 @@ defaults:
   - tracking: none
   - _self_
   - sweep: none
+  - override hydra/sweeper: bitgrid
 store: some/store
 models_dir: null
 data_dir: null

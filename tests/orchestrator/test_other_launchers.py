@@ -39,6 +39,10 @@ def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.
         (["hydra/launcher=basic"], "hydra/launcher=basic would have no effect: .*give hydra/sweeper=basic too"),
         (["hydra.sweeper.max_batch_size=1"], "max_batch_size=1 would have no effect"),
         (["hydra.searchpath=[file://nowhere]"], "hydra.searchpath: .*nowhere is not there"),
+        (
+            ["hydra/sweeper=basic", "sweep=examples"],
+            "sweep.exclude, .*sweep.extra of sweep=examples would have no effect: hydra/sweeper=basic",
+        ),
         ([*BASIC, "hydra.sweeper.max_batch_size=1"], None),
     ],
 )

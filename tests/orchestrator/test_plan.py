@@ -267,6 +267,17 @@ def test_what_cannot_be_cut_into_groups_is_skipped_and_what_can_is_not(plan_of, 
         plan_of("method=hqq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64", "scheme.weight.group_size=7")
 
 
+def test_a_refusal_by_a_part_of_a_method_names_the_option_that_the_grid_has(plan_of) -> None:
+    """AWQ's and SmoothQuant's rounding is RTN."""
+    plan = plan_of("method=rtn,awq,smoothquant", "scheme=w1a16_channel,w4a16_channel")
+    refused = "rtn does not make weight.bits=1; it makes 2, 3, 4, 5, 6, 7, 8"
+    assert {s.cell.method.name: s.reason for s in plan.skipped} == {
+        "rtn": refused,
+        "awq": f"method awq: {refused}",
+        "smoothquant": f"method smoothquant: {refused}",
+    }
+
+
 def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
     plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
     assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]

@@ -213,11 +213,11 @@ def test_dominated_variants_are_close_only_when_the_paired_interval_says_so(tmp_
     finally:
         del synthetic.METHODS["twin"]
     (model,) = model_tables(result, long_table(result))
-    found = {x.method: s for x, s in standings(model, synthetic.PERPLEXITY)}
+    found = {c.lines[0].method: s for c, s in standings(model, synthetic.PERPLEXITY)}
     assert found["rtn"] is Standing.DOMINATED
     assert {found["gptq"], found["twin"]} == {Standing.FRONT, Standing.CLOSE}
     pick = best_per_width(model)[4.0]["self_perplexity"]
-    assert pick.line.method in ("gptq", "twin")
+    assert pick.best.lines[0].method in ("gptq", "twin")
     assert len(pick.tied) == 1
 
 

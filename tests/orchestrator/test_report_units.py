@@ -40,7 +40,7 @@ def test_a_single_item_tells_no_variant_from_another(tmp_path: Path) -> None:
     result = synthetic.sweep(tmp_path, schemes=("w4a16_g64",), tasks=(synthetic.PERPLEXITY,), n_items=1)
     (model,) = model_tables(result, long_table(result))
     pick = best_per_width(model)[4.0]["self_perplexity"]
-    assert {pick.line.name, *pick.tied} == {x.name for x in model.quantized}
+    assert {pick.best.name, *pick.tied} == {x.name for x in model.quantized}
     assert Standing.DOMINATED not in {s for _, s in standings(model, synthetic.PERPLEXITY)}
     out = io.StringIO()
     print_table(result, Console(file=out, width=400))

@@ -103,6 +103,44 @@ def test_a_search_has_no_plan_and_wrong_settings_are_told_before_it(search: list
     assert Searching.seen == []
 
 
+def test_a_sweeper_may_be_chosen_in_the_yaml_of_a_named_sweep(
+    search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own" / "sweep").mkdir(parents=True)
+    (tmp_path / "own" / "sweep" / "damping.yaml").write_text(
+        "# @package _global_\n"
+        "defaults: [none, override /hydra/sweeper: searching, _self_]\n"
+        "sweep: {name: damping}\n"
+        f"hydra: {{sweeper: {{trials: 2, params: {{{DAMP}: 'interval(0.01,0.2)'}}}}}}\n"
+    )
+    named = ["-m", f"--config-dir={tmp_path / 'own'}", "sweep=damping", *search[2:]]
+    assert main(["run", *named]) == 0
+    assert len(Searching.seen) == 2
+    assert len(found(Store(tmp_path / "store"))) == 2
+    capsys.readouterr()
+    assert main(["plan", *named]) == 2
+    assert "hydra/sweeper=searching chooses cells while it runs" in capsys.readouterr().err
+    assert main(["plan", *named, "hydra/sweeper=bitgrid"]) == 2  # the command line wins
+    assert "'trials' not in 'BitgridSweeperConf'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sqlalchemy", "storage", "refused"),
+    [("2.0.1", "sqlite:///a.db", True), ("1.4.54", "sqlite:///a.db", False), ("2.0.1", "redis://host", False), ("2.0.1", "null", False)],
+)
+def test_a_database_that_optuna_cannot_use_is_refused(
+    sqlalchemy: str, storage: str, refused: bool, search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("orchestrator.grid.metadata.version", {"optuna": "2.10.1", "sqlalchemy": sqlalchemy}.__getitem__)
+    node = {"_target_": "hydra_plugins.searching.OptunaSweeper", "params": None, "storage": None}
+    ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=node)
+    asked = ["-m", "hydra/sweeper=optuna", *search[2:], f"{DAMP}=interval(0.01,0.2)", f"hydra.sweeper.storage='{storage}'"]
+    assert main(["plan", *asked] if storage != "null" else ["plan", *asked[:-1]]) == 2
+    said = capsys.readouterr().err
+    assert ("Optuna 2.10.1 cannot use a database through SQLAlchemy 2.0.1" in said) is refused
+    assert ("chooses cells while it runs" in said) is not refused
+
+
 def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

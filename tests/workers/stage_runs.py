@@ -26,7 +26,7 @@ from workers.calibrate import run_calibrate
 from workers.context import Context
 from workers.quantize import run_quantize
 from workers.request import Hints, Location
-from workers.specs import CalibrateSpec, CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec
+from workers.specs import CalibrateSpec, CalibrationSpec, Component, MethodSpec, ModelSpec, QuantizeSpec, Rule, TextSpec, to_json
 
 CALIBRATION = CalibrationSpec(TextSpec("text"), samples=6, sequence_length=12)
 W4 = WeightScheme(4)
@@ -125,6 +125,7 @@ def quantized(ctx: Context, folder: Path, spec: QuantizeSpec, inputs: Mapping[st
     """(committed artifact, summary)."""
     (folder / "payload").mkdir(parents=True)
     summary = run_quantize(spec, inputs, folder / "payload", ctx)
+    (folder / "spec.json").write_text(json.dumps({"spec": to_json(spec)}))
     return commit(folder), summary
 
 

@@ -7,9 +7,10 @@ replaces every linear of its own list for a family and gives all of them the sam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -28,6 +29,8 @@ FAMILIES = ("bloom", "falcon", "gemma", "gpt2", "gpt_neox", "llama", "mistral", 
 """Those of ours that auto-gptq 0.7.1 knows; it refuses every other model_type."""
 MAX_EXPERTS = 8
 """auto-gptq lists the first eight experts of a Mixtral by name."""
+DAMP = 0.01
+"""The format's usual, where a method has none or one that readers refuse."""
 OLD_NAMES = {"mixtral": (".mlp.gate.", ".block_sparse_moe.gate."), "gpt_neox": ("lm_head.", "embed_out.")}
 """Family ▸ part of a parameter's name in transformers 5, and in 4.44; a Mixtral's experts are handled by `old_linears`."""
 
@@ -66,10 +69,7 @@ def write(model: QuantizedModel, out: Path) -> list[str]:
     quantization = {
         "bits": layout.bits,
         "group_size": layout.group_size,
-        # How the codes were found is in the artifact's record; no reader uses these three, and each must have a value.
-        "damp_percent": 0.01,
-        "static_groups": False,
-        "true_sequential": True,
+        **_how(model.methods),
         "desc_act": layout.act_order,
         "sym": layout.symmetric,
         "model_name_or_path": None,
@@ -87,6 +87,20 @@ def write(model: QuantizedModel, out: Path) -> list[str]:
             f"a reader that does not wrap would take {top}"
         )
     return [*model.notes, *notes, *bias_notes, *copy_tokenizer(model.folder, out)]
+
+
+def _how(methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How the codes were found, in the format's words: readers show these and compute nothing from them, but each must have a value.
+    It has no word for other methods than GPTQ, nor for statistics of the unquantized model: both are not true-sequential."""
+    params = [m["rounding"].get("params", {}) for m in methods]
+    damp = max((float(p["damp"]) for p in params if "damp" in p), default=DAMP)
+    return {
+        "damp_percent": damp if 0 < damp < 1 else DAMP,  # readers refuse others
+        "static_groups": all(p.get("static_groups", False) for p in params),
+        "true_sequential": all(
+            m.get("propagation") == "quantized" and p.get("true_sequential", False) for m, p in zip(methods, params, strict=True)
+        ),
+    }
 
 
 def _check_coverage(model: QuantizedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from quant.methods.base import StoredTensor
 from workers.blocks import linear_view
 from workers.context import Context
+from workers.errors import InputError
 from workers.export.report import ExportError
 from workers.recipe import Recipe
 from workers.request import Hints, Location
@@ -32,6 +34,8 @@ class QuantizedModel:
     """Module path ▸ bias `[N]` of those linears that have one."""
     others: Mapping[str, Tensor]
     """Parameter name ▸ every other parameter, folds applied: linears that were left alone, and a tied head under its own name."""
+    methods: tuple[Mapping[str, Any], ...]
+    """`MethodSpec` as JSON, of each rule of the quantize stage."""
     notes: tuple[str, ...] = ()
 
 
@@ -68,7 +72,15 @@ def read_quantized(artifact: Path, model_folder: Path) -> QuantizedModel:
                 biases[path] = view.bias.detach().clone()
         others.update({n: p.detach().clone() for n, p in block.named_parameters(f"{blocks}{i}") if id(p) not in owned})
         opened.release(i)
-    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, tuple(left_out(recipe)))
+    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, _methods(artifact), tuple(left_out(recipe)))
+
+
+def _methods(artifact: Path) -> tuple[Mapping[str, Any], ...]:
+    path = artifact / "spec.json"
+    try:
+        return tuple(rule["method"] for rule in json.loads(path.read_text())["spec"]["rules"])
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{path} does not say how the model was quantized ({e!r}); give the whole folder of a quantize stage") from e
 
 
 def left_out(recipe: Recipe) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
+from workers.errors import InputError
 from workers.export import ExportError, run
 from workers.export.__main__ import main
 from workers.export.model import as_half, open_model, read_quantized
@@ -67,6 +68,32 @@ def test_the_checkpoint_holds_the_very_weights(model: Path, artifact: Path, tmp_
         "desc_act": False,
         "sym": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("propagation", "params", "told"),
+    [
+        ("original", {"damp": 0.05}, (0.05, False, False)),
+        ("quantized", {"static_groups": True, "damp": 1.5}, (0.01, True, False)),  # readers refuse 1 and more
+        ("quantized", {"true_sequential": True}, (0.01, False, True)),
+    ],
+)
+def test_the_configuration_says_how_the_codes_were_found(propagation: str, params: dict, told: tuple, model: Path, tmp_path: Path) -> None:
+    work = context(model, tmp_path)
+    inputs = calibrated(work, tmp_path / "statistics", "hessian") if propagation == "original" else {}
+    artifact = quantized(work, tmp_path / "a", quantize_spec("gptq", weight=G16, propagation=propagation, **params), inputs)[0]
+    run("auto_gptq", artifact, model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "quantize_config.json").read_text())
+    assert (config["damp_percent"], config["static_groups"], config["true_sequential"]) == told
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"] == config
+    (artifact / "spec.json").unlink()
+    with pytest.raises(InputError, match=r"spec\.json does not say how the model was quantized"):
+        run("auto_gptq", artifact, model, tmp_path / "again")
+
+
+def test_rounding_to_nearest_is_not_true_sequential(model: Path, artifact: Path, tmp_path: Path) -> None:
+    run("auto_gptq", artifact, model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "quantize_config.json").read_text())["true_sequential"] is False
 
 
 def test_a_folded_norm_is_exported_folded(model: Path, tmp_path: Path) -> None:
