@@ -67,16 +67,15 @@ def _why_not_quantized(
         refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
         if refusal is not None:
             return f"method {cell.method.name}: {refusal}"
-    if method.ragged_groups:
-        return None
     chosen = {s.name: table[0] for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r for r in table}
     bad: dict[str, list[tuple[str, int, str]]] = {}
     for s in shapes:
         if (row := chosen.get(s.name)) is not None:
-            by = row.method.rounding
-            found = undivided(by.name, dict(by.params), bool(row.method.transforms), row.weight.group_size, s.rows, s.cols)
-            if found is not None:
-                bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
+            for part, (_, supports) in zip((*row.method.transforms, row.method.rounding), method.supports, strict=True):
+                found = undivided(part.name, dict(part.params), supports, row.weight.group_size, s.rows, s.cols)
+                if found is not None:
+                    bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
+                    break
     for what, linears in bad.items():
         widths, of = ", ".join(map(str, sorted({n for _, n, _ in linears}))), linears[0][2]
         return f"{cell.model.name}: {what} {widths} {of} ({len(linears)} linears, first {linears[0][0]})"

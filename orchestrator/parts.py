@@ -64,10 +64,6 @@ class MethodPart:
     toolkit: ToolkitNeed | None = None
     """The environment that its quantize stage needs."""
 
-    @property
-    def ragged_groups(self) -> bool:
-        return self.supports[-1][1].ragged_groups
-
     def refuses(self, weight: WeightScheme, family: str | None) -> str | None:
         """Why the method cannot make this weight scheme on this family of models."""
         return next((r for name, s in self.supports if (r := s.refuses(name, weight, family)) is not None), None)

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quant.scheme import Supports
+
 INF = math.inf
 
 
@@ -329,17 +331,16 @@ def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | N
 
 
 def undivided(
-    kind: str, params: Mapping[str, Any], transformed: bool, group_size: int | None, rows: int, cols: int
+    kind: str, params: Mapping[str, Any], supports: Supports, group_size: int | None, rows: int, cols: int
 ) -> tuple[str, int, str] | None:
-    """What a rounding without ragged groups cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can.
-    `transformed`: a transform comes before it, whose searches have groups of inputs."""
-    if kind == "quip_sharp" and cols % 8:
-        return "8 weights that quip_sharp codes together do not divide", cols, "inputs"
-    if group_size is None:
+    """What a part of a method cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can."""
+    together = supports.inputs_together
+    if cols % together:
+        return f"{together} weights that {kind} codes together do not divide", cols, "inputs"
+    if group_size is None or supports.ragged_groups:
         return None
     # HQQ's axis 0 folds the whole weight into groups.
-    whole = kind in ("hqq", "hqq_package") and params.get("axis") == 0 and not transformed
-    count, of = (rows * cols, "weights, as axis=0 needs") if whole else (cols, "inputs")
+    count, of = (rows * cols, "weights, as axis=0 needs") if params.get("axis") == 0 else (cols, "inputs")
     return None if count % group_size == 0 else (f"group size {group_size} does not divide", count, of)
 
 

@@ -132,10 +132,12 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
                 raise InputError(reason)
     for shape in shapes:
         method = method_for(made, shape.name)
-        if method is None or method.by.supports.ragged_groups:
+        if method is None:
             continue
         size, spec = method.scheme.group_size, method.rule.method
-        found = undivided(spec.rounding.name, dict(spec.rounding.params), bool(spec.transforms), size, shape.rows, shape.cols)
+        components = zip((*spec.transforms, spec.rounding), method.parts, strict=True)
+        each = (undivided(c.name, dict(c.params), part.supports, size, shape.rows, shape.cols) for c, part in components)
+        found = next((f for f in each if f is not None), None)
         if found is None:
             continue
         if size is None or shape.cols % size == 0 or found[2] != "inputs":

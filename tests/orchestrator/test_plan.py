@@ -267,6 +267,17 @@ def test_what_cannot_be_cut_into_groups_is_skipped_and_what_can_is_not(plan_of, 
         plan_of("method=hqq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64", "scheme.weight.group_size=7")
 
 
+def test_groups_are_asked_of_every_part_of_a_method_that_has_them(plan_of, tmp_path: Path) -> None:
+    """awq searches in groups of inputs; pb_llm's may be ragged, those along HQQ's axis 0 are others, and scales and rotations have none."""
+    odd = f"model.path={odd_model(tmp_path, ASSET)}"
+    for method, scheme in (("pb_llm",), "w1a16_g128"), (("hqq", "method.rounding.params.axis=0"), "w4a16_g64"):
+        given = [f"method={method[0]}", *method[1:], f"scheme={scheme}", odd]
+        for transform in ("smoothquant", "quarot", "learned_rotation"):
+            assert not plan_of(*given, f"+transform@method.transforms.t={transform}").skipped
+        with pytest.raises(PlanError, match=r"group size \d+ does not divide 172 inputs"):
+            plan_of(*given, "+transform@method.transforms.t=awq")
+
+
 def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
     plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
     assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]
