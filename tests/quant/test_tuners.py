@@ -293,6 +293,18 @@ def test_scales_beyond_float16_are_kept_in_float32() -> None:
         assert float((rounded.tensor.dequantize() - w).norm() / w.norm()) < 0.2
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_learned_ranges_too_small_for_float16_are_kept_in_float32(symmetric: bool) -> None:
+    """Ranges whose scales just fit at the start: 4 bits take scales from 2^-20 on. The start is stored as it always was."""
+    w = random(5, 16, dtype=torch.float32)
+    w *= 1.01 * 15 * 2.0**-20 / (w.amax(1) - w.amin(1)).amin()
+    scheme = WeightScheme(4, symmetric=symmetric)
+    for tuner in (LearnedRounding(iters=4, checks=4), LearnedRounding(iters=2, checks=2)):
+        ((_, rounded),) = tuner.tune(single_linear(w, 1e6 * random(2, 4, 16), scheme)).tensors.items()
+        assert any("stored in float32" in n for n in rounded.notes) == (rounded.tensor.scale_dtype is torch.float32)
+        assert float((rounded.tensor.dequantize() - w).norm() / w.norm()) < 0.2
+
+
 # --- iterates -------------------------------------------------------------------------------------------------------
 
 TUNERS = [
