@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.cell import Cell
 from orchestrator.overrides import check_linears, has_overrides
 from orchestrator.parts import AutoPart, MethodPart
-from quant.parameters import refuses_number, undivided
+from quant.parameters import refuses_scheme, undivided
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
@@ -64,9 +64,10 @@ def _why_not_quantized(
         if refusal is not None:
             return refusal
     for rule in table:
-        refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
-        if refusal is not None:
-            return f"method {cell.method.name}: {refusal}"
+        for part in (*rule.method.transforms, rule.method.rounding):
+            refusal = refuses_scheme(part.name, dict(part.params), rule.weight)
+            if refusal is not None:
+                return f"method {cell.method.name}: {refusal}"
     chosen = {s.name: table[0] for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r for r in table}
     bad: dict[str, list[tuple[str, int, str]]] = {}
     for s in shapes:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quant.scheme import Supports
+from quant.scheme import Granularity, Supports, WeightScheme
 
 INF = math.inf
 
@@ -322,12 +322,14 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
     return f"{shown or f'{name}={value!r}'}{odd} is not a value for {kind}; give {param.allowed}{hint}"
 
 
-def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | None:
-    """Why a rounding with these parameters cannot make codes of a number format; None where only `Supports` decides."""
+def refuses_scheme(kind: str, params: Mapping[str, Any], scheme: WeightScheme) -> str | None:
+    """Why a part of a method with these parameters cannot make a scheme; None where only `Supports` decides."""
     columns = params.get("outlier_columns", 0) if kind == "gptq" else 0
-    if not columns or number == "int":
-        return None
-    return f"outlier_columns={columns} works with integer codes; weight.number={number} has none: use 0"
+    if columns and scheme.number != "int":
+        return f"outlier_columns={columns} works with integer codes; weight.number={scheme.number} has none: use 0"
+    if kind == "awq" and params.get("clip_search", True) and scheme.granularity is Granularity.TENSOR:
+        return "awq's clip search works per group or channel; set weight.granularity to one of them, or clip_search=false"
+    return None
 
 
 def undivided(

@@ -287,6 +287,14 @@ def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> No
         plan_of("method=owq", "scheme=w8a16_channel", "+scheme.overrides={*.q_proj:{number:fp8_e4m3,symmetric:true}}")
 
 
+def test_awqs_clip_search_is_skipped_where_a_tensor_has_one_scale(plan_of) -> None:
+    one = ("scheme=w8a16_channel", "scheme.weight.granularity=channel,tensor")
+    plan = plan_of("method=rtn,awq,hqq", "+transform@method.transforms.before=awq", *one)
+    assert len(plan.cells) == len(plan.skipped) == 3
+    assert all("awq's clip search works per group or channel" in s.reason for s in plan.skipped)
+    assert not plan_of("method=awq", "method.transforms.awq.params.clip_search=false", *one).skipped
+
+
 def test_model_path_with_several_models_is_refused(plan_of) -> None:
     with pytest.raises(ConfigError, match="single model"):
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
