@@ -103,6 +103,12 @@ def method_part(option: Option) -> MethodPart:
             f"method {option.name!r}: true_sequential=true does nothing with propagation=original, which takes all statistics from the "
             "unquantized model; set method.propagation=quantized too, or leave it false"
         )
+    late = next((t for t in transforms[1:] if "maps" in t), None)
+    if late is not None:
+        raise ConfigError(
+            f"method {option.name!r}: {late['kind']} rewrites the whole model: it must be the first transform; got "
+            f"{', '.join(t['kind'] for t in transforms)}"
+        )
     components = [*transforms, rounding]
     needs = {s for c in components for s in c["needs"]}
     for statistic in sorted(needs):

@@ -295,6 +295,12 @@ def test_awqs_clip_search_is_skipped_where_a_tensor_has_one_scale(plan_of) -> No
     assert not plan_of("method=awq", "method.transforms.awq.params.clip_search=false", *one).skipped
 
 
+@pytest.mark.parametrize(("method", "added"), [("awq", "quarot"), ("quarot", "learned_rotation")])
+def test_a_transform_of_the_whole_model_that_does_not_come_first_is_refused(method: str, added: str, plan_of) -> None:
+    with pytest.raises(ConfigError, match=f"{added} rewrites the whole model: it must be the first transform; got {method}, {added}"):
+        plan_of(f"method={method}", f"+transform@method.transforms.more={added}")
+
+
 def test_model_path_with_several_models_is_refused(plan_of) -> None:
     with pytest.raises(ConfigError, match="single model"):
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
