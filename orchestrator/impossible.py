@@ -8,7 +8,7 @@ from typing import Any
 from orchestrator.cell import Cell
 from orchestrator.overrides import check_linears, has_overrides
 from orchestrator.parts import AutoPart, MethodPart
-from quant.parameters import refuses_number, undivided
+from quant.parameters import refuses_scheme, undivided
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
@@ -64,19 +64,19 @@ def _why_not_quantized(
         if refusal is not None:
             return _of_option(cell, refusal)
     for rule in table:
-        refusal = refuses_number(rule.method.rounding.name, dict(rule.method.rounding.params), rule.weight.number)
-        if refusal is not None:
-            return f"method {cell.method.name}: {refusal}"
-    if method.ragged_groups:
-        return None
+        for part in (*rule.method.transforms, rule.method.rounding):
+            refusal = refuses_scheme(part.name, dict(part.params), rule.weight)
+            if refusal is not None:
+                return f"method {cell.method.name}: {refusal}"
     chosen = {s.name: table[0] for s in shapes} if len(table) == 1 and table[0].pattern == "*" else {r.pattern: r for r in table}
     bad: dict[str, list[tuple[str, int, str]]] = {}
     for s in shapes:
         if (row := chosen.get(s.name)) is not None:
-            by = row.method.rounding
-            found = undivided(by.name, dict(by.params), bool(row.method.transforms), row.weight.group_size, s.rows, s.cols)
-            if found is not None:
-                bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
+            for part, (_, supports) in zip((*row.method.transforms, row.method.rounding), method.supports, strict=True):
+                found = undivided(part.name, dict(part.params), supports, row.weight.group_size, s.rows, s.cols)
+                if found is not None:
+                    bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
+                    break
     for what, linears in bad.items():
         widths, of = ", ".join(map(str, sorted({n for _, n, _ in linears}))), linears[0][2]
         return f"{cell.model.name}: {what} {widths} {of} ({len(linears)} linears, first {linears[0][0]})"

@@ -65,10 +65,6 @@ class MethodPart:
     toolkit: ToolkitNeed | None = None
     """The environment that its quantize stage needs."""
 
-    @property
-    def ragged_groups(self) -> bool:
-        return self.supports[-1][1].ragged_groups
-
     def refuses(self, weight: WeightScheme, family: str | None) -> str | None:
         """Why the method cannot make this weight scheme on this family of models."""
         return next((r for name, s in self.supports if (r := s.refuses(name, weight, family)) is not None), None)
@@ -107,6 +103,12 @@ def method_part(option: Option) -> MethodPart:
         raise ConfigError(
             f"method {option.name!r}: true_sequential=true does nothing with propagation=original, which takes all statistics from the "
             "unquantized model; set method.propagation=quantized too, or leave it false"
+        )
+    late = next((t for t in transforms[1:] if "maps" in t), None)
+    if late is not None:
+        raise ConfigError(
+            f"method {option.name!r}: {late['kind']} rewrites the whole model: it must be the first transform; got "
+            f"{', '.join(t['kind'] for t in transforms)}"
         )
     components = [*transforms, rounding]
     needs = {s for c in components for s in c["needs"]}

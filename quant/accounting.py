@@ -13,9 +13,14 @@ from quant.scheme import NUMBERS, WeightScheme
 SCALE_BITS = {"float16": 16, "float32": 32}
 
 
+def size_bytes(*tensors: Tensor | None) -> int:
+    """Of those that there are."""
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
 def bits_stored(payload: Mapping[str, Tensor], weights: int) -> float:
     """8 x bytes of every payload tensor / weights."""
-    return 8 * sum(t.numel() * t.element_size() for t in payload.values()) / weights
+    return 8 * size_bytes(*payload.values()) / weights
 
 
 def zero_bits(kind: ZeroKind, bits: int, scale_bits: int) -> int:

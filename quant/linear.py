@@ -41,7 +41,7 @@ def quantize_linear(
     group_size: inputs that share a scale; None is one group per output channel.
     symmetric: the grid g_sym; `grid=` names any other of `quant.grids`.
     inputs: `[M, K]` (one sequence) or `[S, T, K]`, for the statistics the method needs; a tuner takes the linear for its block.
-    hessian: `[K, K]`, instead of inputs, for methods that need nothing else.
+    hessian: `[K, K]`, symmetric, instead of inputs, for methods that need nothing else.
     seed: for methods that draw random numbers.
     number: number format of the codes (`quant.scheme.NUMBERS`), whose bits must be given as `bits`; None is the first that the
     method makes, integers for most.
@@ -53,7 +53,7 @@ def quantize_linear(
     Returns the stored tensor: `dequantize()` approximates the given weight (transform methods keep their input scale in
     it), `bits_stored`, `bits_nominal`, `pack()`. What a method notes (a fallback, the damping that was needed) is a
     QuantizationWarning. Raises ValueError for unknown names, missing inputs, groups that do not
-    divide K; NonFiniteError; SingularHessianError.
+    divide K, a Hessian of which one triangle is missing; NonFiniteError; SingularHessianError.
     """
     if method in MODEL_METHODS:
         raise ValueError(f"{method} rewrites a whole model; for one weight use its rounding alone: method={MODEL_METHODS[method].rounding}")
@@ -210,8 +210,28 @@ def _statistics(method: str, needs: frozenset[str], weight: Tensor, inputs: Tens
         require_finite("inputs", inputs)
         found = collect(inputs.to(weight.device), missing)
     if hessian is not None and "hessian" in needs:
+        _check_symmetric(hessian)
         found.hessian = hessian
     return found
+
+
+def _check_symmetric(hessian: Tensor) -> None:
+    """Methods read either triangle: one left empty would count as no correlation, without a word. Raises ValueError.
+
+    Each entry may be off by what rounding makes of a sum of products: sums of T in float32 differ by about √T 2^-24 of √(H_ii H_jj),
+    2^-10 being T = 2^28; types of fewer digits by their own steps."""
+    if hessian.dim() != 2 or hessian.shape[0] != hessian.shape[1]:
+        return  # refused by its shape
+    h = hessian if hessian.dtype is torch.float64 else hessian.float()
+    digits = torch.finfo(hessian.dtype).eps if hessian.is_floating_point() else 0.0
+    roots = max(2**-10, 4 * digits) ** 0.5 * h.diagonal().clamp(min=0).sqrt()
+    wrong = (h - h.T).abs_() > torch.outer(roots, roots)
+    if bool(wrong.any()):
+        i, j = (int(x) for x in wrong.nonzero()[0])
+        raise ValueError(
+            f"the Hessian is not symmetric: [{i}, {j}] is {float(h[i, j]):g}, [{j}, {i}] is {float(h[j, i]):g}; give the whole of xᵀx: "
+            "with a lower triangle h alone, h + h.tril(-1).T"
+        )
 
 
 def _apply(

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from quant.scheme import Granularity, Supports, WeightScheme
+
 INF = math.inf
 
 
@@ -320,26 +322,27 @@ def refusal(kind: str, name: str, value: Any, shown: str | None = None) -> str |
     return f"{shown or f'{name}={value!r}'}{odd} is not a value for {kind}; give {param.allowed}{hint}"
 
 
-def refuses_number(kind: str, params: Mapping[str, Any], number: str) -> str | None:
-    """Why a rounding with these parameters cannot make codes of a number format; None where only `Supports` decides."""
+def refuses_scheme(kind: str, params: Mapping[str, Any], scheme: WeightScheme) -> str | None:
+    """Why a part of a method with these parameters cannot make a scheme; None where only `Supports` decides."""
     columns = params.get("outlier_columns", 0) if kind == "gptq" else 0
-    if not columns or number == "int":
-        return None
-    return f"outlier_columns={columns} works with integer codes; weight.number={number} has none: use 0"
+    if columns and scheme.number != "int":
+        return f"outlier_columns={columns} works with integer codes; weight.number={scheme.number} has none: use 0"
+    if kind == "awq" and params.get("clip_search", True) and scheme.granularity is Granularity.TENSOR:
+        return "awq's clip search works per group or channel; set weight.granularity to one of them, or clip_search=false"
+    return None
 
 
 def undivided(
-    kind: str, params: Mapping[str, Any], transformed: bool, group_size: int | None, rows: int, cols: int
+    kind: str, params: Mapping[str, Any], supports: Supports, group_size: int | None, rows: int, cols: int
 ) -> tuple[str, int, str] | None:
-    """What a rounding without ragged groups cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can.
-    `transformed`: a transform comes before it, whose searches have groups of inputs."""
-    if kind == "quip_sharp" and cols % 8:
-        return "8 weights that quip_sharp codes together do not divide", cols, "inputs"
-    if group_size is None:
+    """What a part of a method cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can."""
+    together = supports.inputs_together
+    if cols % together:
+        return f"{together} weights that {kind} codes together do not divide", cols, "inputs"
+    if group_size is None or supports.ragged_groups:
         return None
     # HQQ's axis 0 folds the whole weight into groups.
-    whole = kind in ("hqq", "hqq_package") and params.get("axis") == 0 and not transformed
-    count, of = (rows * cols, "weights, as axis=0 needs") if whole else (cols, "inputs")
+    count, of = (rows * cols, "weights, as axis=0 needs") if params.get("axis") == 0 else (cols, "inputs")
     return None if count % group_size == 0 else (f"group size {group_size} does not divide", count, of)
 
 

@@ -107,7 +107,9 @@ class Supports:
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     granularity: tuple[str, ...] = ("tensor", "channel", "group")
     ragged_groups: bool = False
-    """Works where the group size does not divide the inputs: the last group is smaller."""
+    """Works where the group size does not divide the inputs: the last group is smaller, or it has no groups."""
+    inputs_together: int = 1
+    """Consecutive inputs that have one code; their number must divide the inputs, whatever the groups are."""
     families: tuple[str, ...] | None = None
     """Model types of config.json; None for all that bitgrid knows."""
     numbers: tuple[str, ...] = ("int",)

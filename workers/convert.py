@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant.accounting import size_bytes
 from workers.artifact import file_digest, rename_flushed
 from workers.errors import InputError
 
@@ -127,7 +128,7 @@ def _write(pickled: Sequence[Path], folder: Path) -> None:
             kept[memory] = name
             # Parts of one memory each get their own: safetensors holds no views.
             part[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
-            if sum(t.nbytes for t in part.values()) >= FILE_BYTES:
+            if size_bytes(*part.values()) >= FILE_BYTES:
                 close()
         # The next shard's tensors may come to lie where this one's were.
         close()

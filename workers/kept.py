@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.accounting import size_bytes
 from quant.kernels import kernel
 from quant.solver import provided_factors
 from workers.memory import free_bytes
@@ -240,7 +241,7 @@ class Kept:
         return found
 
     def _keep(self, key: Hashable, value: Any) -> None:
-        entry = Entry(value, sum(t.nbytes for t in _tensors(value)), self._stage)
+        entry = Entry(value, size_bytes(*_tensors(value)), self._stage)
         if self._near.makes_room(entry.bytes, entry.stage):
             self._near.add(key, entry)
         else:
@@ -257,7 +258,7 @@ class Kept:
         if held is None:
             return None
         value, held.stage = self._moved(held.value, self._near.device), self._stage
-        size = sum(t.nbytes for t in _tensors(value))
+        size = size_bytes(*_tensors(value))
         # What has to go for it finds the room that it leaves.
         if self._near.makes_room(size, held.stage):
             self._near.add(key, Entry(value, size, held.stage))

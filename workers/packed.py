@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quant.accounting import size_bytes
 from quant.kernels import TABLE, kernel
-from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, size_bytes, with_many_rows
+from quant.kernels.products import MANY_ROWS, TENSOR_CORE_ROWS, most_rows, rows_alone, with_many_rows
 from quant.methods.base import StoredTensor
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
@@ -210,7 +211,7 @@ def _reason(refused: Exception) -> str:
 
 def weights_bytes(model: nn.Module, packed: Packed | None) -> int:
     """Of all weights that are on the device."""
-    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
+    own = size_bytes(*(t for t in (*model.parameters(), *model.buffers()) if not t.is_meta))
     return own + (0 if packed is None else packed.bytes)
 
 

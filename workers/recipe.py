@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from quant import tensors as stored_tensors
+from quant.accounting import size_bytes
 from quant.methods.base import StoredTensor
 from workers import steps
 from workers.artifact import flush, payload_path
@@ -70,7 +71,7 @@ class RecipeWriter:
         self._wait()
         if not tensors:
             return
-        self.bytes += sum(t.numel() * t.element_size() for t in tensors.values())
+        self.bytes += size_bytes(*tensors.values())
         given = {k: t.detach() for k, t in tensors.items()}
         self._writing = self._thread.submit(_write_tensors, given, self._payload / file, _made(given))
 

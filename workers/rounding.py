@@ -133,10 +133,12 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
                 raise InputError(reason)
     for shape in shapes:
         own = method_for(made, shape.name)
-        if own is None or own.by.supports.ragged_groups:
+        if own is None:
             continue
         size, spec = own.scheme.group_size, own.rule.method
-        found = undivided(spec.rounding.name, dict(spec.rounding.params), bool(spec.transforms), size, shape.rows, shape.cols)
+        components = zip((*spec.transforms, spec.rounding), own.parts, strict=True)
+        each = (undivided(c.name, dict(c.params), part.supports, size, shape.rows, shape.cols) for c, part in components)
+        found = next((f for f in each if f is not None), None)
         if found is None:
             continue
         if size is None or shape.cols % size == 0 or found[2] != "inputs":

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from quant.accounting import size_bytes
 from workers import knapsack
 from workers.artifact import payload_path
 from workers.blocks import linear_view
@@ -99,8 +100,7 @@ class _Walk:
             kl = compare(self._reference[i], self._logits(b, i), batch).kl.double()
             total, tokens = total + float(kl.sum()), tokens + kl.numel()
         view.write(before)
-        payload_bytes = sum(t.numel() * t.element_size() for t in stored.pack().values())
-        return {"loss": total / tokens, "bytes": payload_bytes, "weights": before.numel()}
+        return {"loss": total / tokens, "bytes": size_bytes(*stored.pack().values()), "weights": before.numel()}
 
     def _run(self, b: int, i: int, hidden: Tensor) -> Tensor:
         return self._calls[i][b].run(self._model.blocks[b], hidden)

@@ -30,11 +30,6 @@ SMALL = 2**24
 """Weights of a linear up to which `wq_gemv` is given all the rows that it takes in one pass."""
 
 
-def size_bytes(*tensors: Tensor | None) -> int:
-    """Of those that there are."""
-    return sum(t.nbytes for t in tensors if t is not None)
-
-
 def most_rows(backend: Any) -> int:
     """Rows of x that a call of a backend takes."""
     most: int = getattr(backend, "MOST_ROWS", MOST_ROWS)

@@ -24,8 +24,8 @@ from quant.affine import grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, round_groups, round_weight
 from quant.methods.base import ScaleGroup
-from quant.parameters import check
-from quant.scheme import Granularity, Supports, WeightScheme
+from quant.parameters import check, refuses_scheme
+from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 
 LOSS_TOKENS = 1024
@@ -100,8 +100,9 @@ class Awq:
 
     def clip(self, weight: Tensor, samples: Tensor, scheme: WeightScheme) -> Tensor:
         """Clamps each row and group at the bound of least output error. Samples are `[.., K]`."""
-        if scheme.granularity is Granularity.TENSOR:
-            raise ValueError("awq's clip search works per group or channel; set weight.granularity to one of them, or clip_search=false")
+        reason = refuses_scheme(self.name, {}, scheme)
+        if reason is not None:
+            raise ValueError(reason)
         tokens = samples.reshape(-1, samples.shape[-1])
         tokens = tokens[:: max(1, tokens.shape[0] // self.clip_tokens)].float()
         w = grouped(weight.detach().float(), scheme)

@@ -30,7 +30,7 @@ from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
 from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
-from quant.parameters import check, refuses_number
+from quant.parameters import check, refuses_scheme
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
@@ -101,7 +101,7 @@ class Gptq:
         w, hessian = checked("gptq", weight, statistics)
         h, dead = revive_dead(hessian)
         given = self._given([w], scheme, dead, int(dead.sum()))
-        reason = refuses_number(self.name, {"outlier_columns": self.outlier_columns}, scheme.number)
+        reason = refuses_scheme(self.name, {"outlier_columns": self.outlier_columns}, scheme)
         if reason is not None:
             raise ValueError(reason)
         kept = self._kept_columns(given, hessian.diagonal())

@@ -35,7 +35,7 @@ class LearnedRotation:
     reads: ClassVar[frozenset[str]] = frozenset({"activation", "kv", "text"})
     uses_seed: ClassVar[bool] = True
     for_activations: ClassVar[bool] = True
-    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), families=FAMILIES)
+    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), ragged_groups=True, families=FAMILIES)
     maps: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
     working_set: ClassVar[str] = "model"
     searches: ClassVar[bool] = True

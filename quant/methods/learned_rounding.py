@@ -139,11 +139,7 @@ class _Offsets:
         w = self._groups
         ends = w.new_ones(*w.shape[:-1], 1)
         self._low, self._high = (ends.clone().requires_grad_(not self._soft and method.tune_range) for _ in range(2))
-        try:
-            self._affine(hard=True)
-        except ScaleDtypeError as e:
-            self._dtype = torch.float32
-            self._notes.append(f"{e}; scales are stored in float32")
+        self._stored()
         self._v = torch.zeros_like(w)
         if self._soft:
             steps = w / self._affine(hard=True).scale
@@ -175,11 +171,20 @@ class _Offsets:
     @torch.no_grad()
     def hard(self) -> Rounded:
         """What is stored."""
-        a = self._affine(hard=True)
+        a = self._stored()
         steps = self._groups / a.scale
         whole = steps.floor() + (self.choice() >= 0.5) if self._soft else (steps + self._v).round()
         tensor = AffineTensor.build((whole + a.zero).clamp(0, a.top).view(self._shape), a.per_group(), self._dtype)
         return Rounded(tensor, notes=list(self._notes))
+
+    def _stored(self) -> Affine:
+        """Of `hard`. Scales that do not fit their type are kept in float32 from then on, noted."""
+        try:
+            return self._affine(hard=True)
+        except ScaleDtypeError as e:
+            self._dtype = torch.float32
+            self._notes.append(f"{e}; scales are stored in float32")
+            return self._affine(hard=True)
 
     def _affine(self, *, hard: bool) -> Affine:
         if not hard:

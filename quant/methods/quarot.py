@@ -35,7 +35,7 @@ class Quarot:
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True
     for_activations: ClassVar[bool] = True
-    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), families=FAMILIES)
+    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), ragged_groups=True, families=FAMILIES)
     maps: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
     working_set: ClassVar[str] = "block"
     searches: ClassVar[bool] = False

@@ -39,7 +39,7 @@ class QuipSharp:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True
-    supports: ClassVar[Supports] = Supports(bits=(2, 3, 4), granularity=("tensor", "channel"))
+    supports: ClassVar[Supports] = Supports(bits=(2, 3, 4), granularity=("tensor", "channel"), inputs_together=DIMENSION)
 
     ridge: float = 0.01
     """Added to the diagonal of H after its mean is made 1."""

@@ -8,7 +8,8 @@ Shapes: weight `[N, K]`, Hessian `[K, K]`, samples `[S, T, K]`, G = K / group_si
 `variant="reference"` is the reference code, quirks included: the 0.01 added to H for the allocation stays in H, so that no input
 counts as dead; p = 0 is no candidate; the layer's bias is missing from the quantized output; groups of N - 1 bits before the first
 wider group have the fixed zero 2^(b-1), but for saved bit lists; 1-bit groups have the scale mean |w| around mean w.
-`variant="corrected"`: 0.01 for the allocation only, p = 0 .. G / 2, bias on both sides, zeros of their own, scale mean |w - mean w|.
+`variant="corrected"`: 0.01 for the allocation only, weights of dead inputs set to 0 before it, p = 0 .. G / 2, bias on both sides,
+zeros of their own, scale mean |w - mean w|.
 Departures, both variants: where the reference crashes (fewer than 4 groups; no salient weight in a group) all groups have N bits, or
 all weights count alike; a constant 1-bit group has the scale 0 and is exact, and sign(0) is 1 elsewhere; the candidates' outputs are
 summed group by group instead of computed anew, on the samples that calibrate keeps (16 sequences, 8,192 tokens at most); ties of
@@ -48,7 +49,7 @@ MIDDLE = replace(GRIDS["g_asym"], name="slim_middle", zero=ZeroKind.CONSTANT)
 @dataclass(frozen=True)
 class SlimLlm:
     name: ClassVar[str] = "slim_llm"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
@@ -109,9 +110,8 @@ class SlimLlm:
         if self.bit_lists is not None:
             widths = self._given(linear.name, k // size, scheme.bits)
         else:
-            unquantized = weight.detach().to(w)
             p, losses, why = bit_allocation(
-                unquantized, raised, statistics.samples, linear.bias, scheme.bits, size, self.objective, corrected=corrected
+                w, raised, statistics.samples, linear.bias, scheme.bits, size, self.objective, corrected=corrected
             )
             notes += why
             widths = labelled(salience(w, upper, size), p, scheme.bits)

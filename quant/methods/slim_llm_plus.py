@@ -35,7 +35,7 @@ from quant.tensors.mixed import MixedTensor
 @dataclass(frozen=True)
 class SlimLlmPlus:
     name: ClassVar[str] = "slim_llm_plus"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
     reads: ClassVar[frozenset[str]] = frozenset({"activation"})
     uses_seed: ClassVar[bool] = False

@@ -34,7 +34,7 @@ class SmoothQuant:
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = False
     for_activations: ClassVar[bool] = True
-    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), numbers=ANY_NUMBER)
+    supports: ClassVar[Supports] = Supports(bits=tuple(range(1, 9)), ragged_groups=True, numbers=ANY_NUMBER)
 
     alpha: float = 0.5
     """Share of the outliers' size that moves into the weights: 0 none, 1 all."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from quant.accounting import SCALE_BITS
+from quant.accounting import SCALE_BITS, size_bytes
 from quant.tensors.base import Stored
 from quant.tensors.packing import pack_bits, unpack_bits
 
@@ -105,7 +105,7 @@ class BinaryTensor(Stored):
         n, k = self.shape
         s = int(self.salient.sum())
         streams = sum(-(-flags // 8) for flags in (k, n * k, n * s, n * (k - s)))
-        values = sum(t.numel() * t.element_size() for t in (self.scale, self.mean, self.input_scale) if t is not None)
+        values = size_bytes(self.scale, self.mean, self.input_scale)
         return 8 * (streams + values) / (n * k)
 
     def pack(self) -> dict[str, Tensor]:

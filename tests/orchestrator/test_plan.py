@@ -185,17 +185,6 @@ def test_inputs_come_before_what_reads_them(plan_of) -> None:
         seen.add(stage.key)
 
 
-def odd_model(folder: Path, like: Path) -> Path:
-    """The shipped model's files under another width of the feed-forward, which no group of 64 divides."""
-    model = folder / "odd"
-    model.mkdir(parents=True)
-    for path in like.iterdir():
-        (model / path.name).write_bytes(path.read_bytes())
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "intermediate_size": 172}))
-    return model
-
-
 def tiny(folder: Path, family: str) -> Path:
     shutil.copytree(tiny_model(family), folder / family)
     return folder / family
@@ -237,54 +226,6 @@ def test_a_model_that_cannot_be_rotated_is_refused_with_the_reason(plan_of, tmp_
 
 
 ASSET = Path(__file__).resolve().parents[2] / "workers" / "assets" / "wikitext_llama"
-
-
-def test_group_that_does_not_divide_is_skipped_with_its_reason(plan_of, tmp_path: Path) -> None:
-    odd = odd_model(tmp_path, ASSET)
-    plan = plan_of("method=rtn", "scheme=w4a16_g64,w4a16_channel", f"model.path={odd}")
-    assert [s.cell.scheme.name for s in plan.skipped] == ["w4a16_g64"]
-    assert "64 does not divide 172" in plan.skipped[0].reason
-    assert len(plan.cells) == 1
-
-
-def test_impossible_cell_alone_is_refused(plan_of, tmp_path: Path) -> None:
-    odd = odd_model(tmp_path, ASSET)
-    with pytest.raises(PlanError, match="64 does not divide 172"):
-        plan_of("method=rtn", "scheme=w4a16_g64", f"model.path={odd}")
-
-
-def test_what_cannot_be_cut_into_groups_is_skipped_and_what_can_is_not(plan_of, tmp_path: Path) -> None:
-    """quip_sharp codes 8 inputs together whatever the scheme; groups along HQQ's axis 0 are of the whole weight."""
-    odd = f"model.path={odd_model(tmp_path, ASSET)}"
-    plan = plan_of("method=rtn,quip_sharp", "scheme=w4a16_channel", odd)
-    assert [s.cell.method.name for s in plan.skipped] == ["quip_sharp"]
-    assert "8 weights that quip_sharp codes together do not divide 172 inputs" in plan.skipped[0].reason
-    along = ("method=hqq", odd, "method.rounding.params.axis=0,1", "scheme=w4a16_g64")
-    assert [s.cell.method.name for s in plan_of(*along).skipped] == ["hqq[rounding.params.axis=1]"]
-    with pytest.raises(PlanError, match=r"group size 64 does not divide 172 inputs"):
-        plan_of("method=hqq", "+transform@method.transforms.awq=awq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64")
-    with pytest.raises(PlanError, match=r"group size 7 does not divide .* weights, as axis=0 needs"):
-        plan_of("method=hqq", odd, "method.rounding.params.axis=0", "scheme=w4a16_g64", "scheme.weight.group_size=7")
-
-
-def test_a_refusal_by_a_part_of_a_method_names_the_option_that_the_grid_has(plan_of) -> None:
-    """AWQ's and SmoothQuant's rounding is RTN."""
-    plan = plan_of("method=rtn,awq,smoothquant", "scheme=w1a16_channel,w4a16_channel")
-    refused = "rtn does not make weight.bits=1; it makes 2, 3, 4, 5, 6, 7, 8"
-    assert {s.cell.method.name: s.reason for s in plan.skipped} == {
-        "rtn": refused,
-        "awq": f"method awq: {refused}",
-        "smoothquant": f"method smoothquant: {refused}",
-    }
-
-
-def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:
-    plan = plan_of("method=owq", "scheme=w8a16_channel,w8fpa16_channel")
-    assert [s.cell.scheme.name for s in plan.skipped] == ["w8fpa16_channel"]
-    assert "owq: outlier_columns=4 works with integer codes; weight.number=fp8_e4m3 has none" in plan.skipped[0].reason
-    assert not plan_of("method=owq", "scheme=w8fpa16_channel", "method.rounding.params.outlier_columns=0").skipped
-    with pytest.raises(PlanError, match=r"weight\.number=fp8_e4m3 has none"):
-        plan_of("method=owq", "scheme=w8a16_channel", "+scheme.overrides={*.q_proj:{number:fp8_e4m3,symmetric:true}}")
 
 
 def test_model_path_with_several_models_is_refused(plan_of) -> None:
@@ -331,11 +272,11 @@ def test_what_a_given_folder_lacks_is_noted_with_what_is_used_instead(tmp_path: 
 
 
 def test_truncated_model_file_is_told_before_anything_runs(plan_of, tmp_path: Path) -> None:
-    odd = odd_model(tmp_path, ASSET)
-    weights = odd / "model.safetensors"
+    cut = Path(shutil.copytree(ASSET, tmp_path / "cut"))
+    weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(SourceError, match=r"truncated: expected \d+ bytes, got \d+"):
-        plan_of(f"model.path={odd}")
+        plan_of(f"model.path={cut}")
 
 
 def test_same_content_in_another_folder_has_the_same_keys(plan_of, tmp_path: Path) -> None:

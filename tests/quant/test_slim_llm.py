@@ -246,6 +246,10 @@ def test_dead_inputs_are_zeroed_in_the_corrected_variant_and_unreached_ones_note
     result = SlimLlm(variant="corrected").quantize(w, s, scheme(3, 4))
     assert result.notes == ["1 of 16 inputs are always 0 on the calibration text: their weights are set to 0"]
     assert not bool(result.tensor.dequantize()[:, 5].any())
+    # Not even the bits depend on them: neither which groups count as salient nor what a candidate loses.
+    loud = SlimLlm(variant="corrected").quantize(w.index_fill(1, torch.tensor([5]), 1e3), s, scheme(3, 4))
+    assert loud.details == result.details
+    assert torch.equal(loud.tensor.dequantize(), result.tensor.dequantize())
     unreached = SlimLlm().quantize(w, Statistics(hessian=torch.eye(16)), scheme(3, 4))
     assert unreached.notes == ["no calibration samples reached this input: all groups have 3 bits"]
 

@@ -276,14 +276,6 @@ def test_zeros_among_the_codes_are_stored_in_their_bits() -> None:
     assert (inside.bits_stored, outside.bits_stored) == (2 + 18 / 64, 2 + 32 / 64)
 
 
-def test_learned_rounding_starts_at_round_to_nearest() -> None:
-    w = random(6, 32, dtype=torch.float32)
-    want = quantize_linear(w, method="rtn", bits=3, group_size=8)
-    for rule in ("autoround", "adaround"):
-        got = quantize_linear(w, method="learned_rounding", bits=3, group_size=8, inputs=random(2, 5, 32), rule=rule, iters=0)
-        assert torch.equal(got.dequantize(), want.dequantize())
-
-
 def test_scales_beyond_float16_are_kept_in_float32() -> None:
     w = 1e-9 * random(5, 16, dtype=torch.float32)
     for tuner in (OmniQuant(epochs=1, grid="g_asym"), LearnedRounding(iters=1)):

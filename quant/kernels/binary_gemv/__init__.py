@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.kernels.products import size_bytes
+from quant.accounting import size_bytes
 from quant.kernels.wq_gemv import LANES, laid_out, read_out
 from quant.tensors.binary import BinaryTensor, decode
 

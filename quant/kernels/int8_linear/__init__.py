@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from quant import kernels
+from quant.accounting import size_bytes
 from quant.affine import ZeroKind
 from quant.kernels.fake_quantize import RowCodes
-from quant.kernels.products import size_bytes
 from quant.scheme import ActivationScheme, Granularity
 from quant.tensors.affine import AffineTensor
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from quant.accounting import size_bytes
 from quant.affine import ZeroKind
-from quant.kernels.products import size_bytes
 from quant.tensors.affine import AffineTensor
 
 BITS = (2, 3, 4, 8)
