@@ -125,9 +125,9 @@ def speed_section(model: ModelTable) -> Markup:
         f"On {conditions(found)}. Each with the weights that it stores, by the kernel named on the right; dense: its linears were "
         "dequantized first, so that the time is that of the unquantized format; simulated: and their inputs rounded as in the evaluation, "
         "whose time says nothing of the format's speed. Medians, with the 95 % interval of the median over generations; p95: 95 in 100 "
-        "steps, or prompts, took no longer. Energy is that of the whole device, a token's with its share of the prompt. Peak memory of a "
-        "CPU is that of the whole process; reserved: with what torch keeps for reuse. Quantized in: time and peak memory of the quantize "
-        "stage.",
+        "steps, or prompts, took no longer; tokens per s: of all sequences, over all steps of a generation. Energy is that of the whole "
+        "device, a token's with its share of the prompt. Peak memory of a CPU is that of the whole process; reserved: with what torch "
+        "keeps for reuse. Quantized in: time and peak memory of the quantize stage.",
         class_="caption",
     )
     shown = columns(found)
