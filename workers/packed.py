@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -59,7 +59,7 @@ class Packed:
     notes: set[str] = field(default_factory=set)
     """Why a faster kernel was passed over."""
     bytes: int = 0
-    """That kernels read of packed weights, all linears together."""
+    """In memory, of what kernels read in place of dense weights, all linears together."""
     products: set[str] = field(default_factory=set)
     """Operation and backend of the products that ran, of linears with rows of codes: `wq_gemv: cuda`, `wq_gemm: triton`, or `weight made,
     wq_gemv: cuda`. Filled while they run."""
@@ -156,7 +156,7 @@ class Packer:
             operation = INTEGER if isinstance(stored, AffineTensor) and self._recipe.exact_inputs(op) is None else None
         if operation is None:
             return f"the stored format {op['format']} has no packed product" + ("" if activation is None else " with rounded activations")
-        order: _Order | None = None
+        order, orders = None, self._shared.bytes
         if activation is None and isinstance(stored, AffineTensor) and stored.g_idx is not None:
             stored, order = _in_order(stored, self._shared)
         try:
@@ -165,7 +165,7 @@ class Packer:
         except (ValueError, RuntimeError) as e:
             return _reason(e)
         notes = list(chosen.notes)
-        size = size_bytes(*stored.pack().values()) if packed is stored else packed.bytes
+        size = _held_bytes(packed) if packed is stored else packed.bytes
         if activation is not None:
             return _PackedLinear(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
         # An expert gets any part of the rows.
@@ -173,7 +173,7 @@ class Packer:
         cores, beside = None, None
         if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, view.storage.dtype) for m in rows):
             cores, beside = _with_tensor_cores(stored, backend, device, notes)
-        size += (0 if beside is None else beside.bytes) + (0 if order is None else order.columns.nbytes)
+        size += (0 if beside is None else beside.bytes) + self._shared.bytes - orders
         product = _rows_product(chosen.run, operation, packed, cores, beside, order, self.made.products)
         return _PackedLinear(product, chosen.backend, notes, size)
 
@@ -207,6 +207,12 @@ def _reason(refused: Exception) -> str:
     if classify(refused) is ErrorClass.MEMORY:
         raise refused
     return str(refused)
+
+
+def _held_bytes(weight: Any) -> int:
+    """Of a stored weight's tensors as they lie in memory: codes and signs have a byte each there, however few bits they are stored in."""
+    found = (getattr(weight, f.name) for f in fields(weight))
+    return sum(v.nbytes if isinstance(v, Tensor) else _held_bytes(v) for v in found if isinstance(v, Tensor) or is_dataclass(v))
 
 
 def weights_bytes(model: nn.Module, packed: Packed | None) -> int:
@@ -319,6 +325,10 @@ class _Shared:
         self.rounded = Once()
         """Codes of an input."""
         self._orders: list[_Order] = []
+
+    @property
+    def bytes(self) -> int:
+        return sum(o.columns.nbytes for o in self._orders)
 
     def order(self, columns: Tensor) -> _Order:
         """One for all linears whose inputs come in the same order: those with one input share its Hessian."""

@@ -49,6 +49,14 @@ class Speed:
         return None if stage is None else stage.summary.get("peak_memory_bytes")
 
     @property
+    def quantize_device(self) -> str | None:
+        """Where that is another device than the timed one, as of a stage that an earlier sweep ran."""
+        stage = self.line.variant.quantize
+        name: str | None = None if stage is None else ((stage.record or {}).get("environment") or {}).get("device_name")
+        timed = self.stage.summary.get("device")
+        return None if timed is None or name == timed else name
+
+    @property
     def kernels(self) -> str:
         """Which ran how many quantized linears, which read the cache where that is quantized, and whether a step was one launch."""
         s = self.stage.summary
@@ -70,6 +78,10 @@ def _figure(heading: str, name: str, written: Callable[[float | None], str], nar
     return Column(heading, lambda s: written(s.of(name)), lambda s: s.of(name), narrow)
 
 
+def _quantized(written: str, speed: Speed) -> str:
+    return written if speed.quantize_device is None or written == NONE else f"{written} on {speed.quantize_device}"
+
+
 def _ms(seconds: float | None) -> str:
     return NONE if seconds is None else numbers.number(1000 * seconds)
 
@@ -88,8 +100,8 @@ COLUMNS = (
     _figure("cache", "kv_bytes", numbers.size),
     _figure("peak memory", "peak_memory_bytes", numbers.size, True),
     _figure("peak reserved", "peak_reserved_bytes", numbers.size),
-    Column("quantized in", lambda s: numbers.duration(s.quantize_s), lambda s: s.quantize_s),
-    Column("with at most", lambda s: numbers.size(s.quantize_bytes), lambda s: s.quantize_bytes),
+    Column("quantized in", lambda s: _quantized(numbers.duration(s.quantize_s), s), lambda s: s.quantize_s),
+    Column("with at most", lambda s: _quantized(numbers.size(s.quantize_bytes), s), lambda s: s.quantize_bytes),
     Column("kernels", lambda s: s.kernels, lambda s: s.kernels, True),
 )
 SHORT = Column("ms per token", lambda s: _ms(s.of("decode_p50_s")), lambda s: None, True)
@@ -125,9 +137,9 @@ def speed_section(model: ModelTable) -> Markup:
         f"On {conditions(found)}. Each with the weights that it stores, by the kernel named on the right; dense: its linears were "
         "dequantized first, so that the time is that of the unquantized format; simulated: and their inputs rounded as in the evaluation, "
         "whose time says nothing of the format's speed. Medians, with the 95 % interval of the median over generations; p95: 95 in 100 "
-        "steps, or prompts, took no longer. Energy is that of the whole device, a token's with its share of the prompt. Peak memory of a "
-        "CPU is that of the whole process; reserved: with what torch keeps for reuse. Quantized in: time and peak memory of the quantize "
-        "stage.",
+        "steps, or prompts, took no longer; tokens per s: of all sequences, over all steps of a generation. Energy is that of the whole "
+        "device, a token's with its share of the prompt. Peak memory of a CPU is that of the whole process; reserved: with what torch "
+        "keeps for reuse. Quantized in: time and peak memory of the quantize stage, and its device where that is another one.",
         class_="caption",
     )
     shown = columns(found)

@@ -209,6 +209,21 @@ def test_the_table_shows_what_was_measured_and_what_quantizing_took(tmp_path: Pa
     assert points["mem/measure_reserved_bytes"] == 6e9
 
 
+def test_what_quantizing_took_elsewhere_says_where(tmp_path: Path) -> None:
+    """A worker with a GPU times what a CPU quantized before: the CPU's figures are not the GPU's."""
+    result = synthetic.sweep(tmp_path)
+    line = next(x for x in model_tables(result, long_table(result))[0].lines if x.variant.quantize is not None)
+    assert line.variant.quantize is not None
+    record = {**(line.variant.quantize.record or {}), "environment": {"device_name": "EPYC"}}
+    variant = replace(line.variant, quantize=replace(line.variant.quantize, record=record))
+    for device, end in (("EPYC", ""), ("A100", " on EPYC")):
+        stage = StageResult("k", "measure", "measure", Status.SUCCEEDED, {"ended": 1.0, "summary": figures(device=device)})
+        speed = Speed(replace(line, variant=variant), stage)
+        cells = {c.heading: c.text(speed) for c in columns([speed])}
+        assert cells["quantized in"] == duration(speed.quantize_s) + end
+        assert cells["with at most"] == size(speed.quantize_bytes) + end
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_names_give_way_in_the_terminal_and_numbers_stay_whole(tmp_path: Path, width: int) -> None:
     name = "m[dtype=bfloat16]"

@@ -64,6 +64,31 @@ def test_results_do_not_depend_on_how_tensors_lie(name: str, backend: str) -> No
                 torch.testing.assert_close(one, as_it_was, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+def _filled(make: Callable[..., Tensor], value: int) -> Callable[..., Tensor]:
+    def made(*given: Any, **more: Any) -> Tensor:
+        return make(*given, **more).fill_(value)
+
+    return made
+
+
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_all_of_a_result_is_written(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit the same, whatever new memory holds."""
+    run, written = getattr(OPS, name), name.endswith("_")
+    for arguments in CASES[name]():
+        if backend == "reference" and "partition" in str(arguments[1:]):
+            continue  # the fast backends' own
+        results = []
+        for value in (3, 100):
+            given = tree_map_only(Tensor, torch.clone, arguments)
+            with monkeypatch.context() as patched, preferring(backend):
+                for where, make in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (Tensor, "new_empty")):
+                    patched.setattr(where, make, _filled(getattr(where, make), value))
+                made = run(*given)
+            results.append([given[0]] if written else tree_leaves(made))
+        assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
 def _affine(**other: Any) -> dict[str, Any]:
     given = {"block": torch.randn(4, 6), "upper": torch.eye(4), "scale": torch.ones(2, 6), "zero": torch.ones(2, 6)}
     return given | {"group": [0, 0, 1, 1], "bits": 3, "zero_kind": "code"} | other
