@@ -6,19 +6,21 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from orchestrator.config import check_whole
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, unknown_name
 from quant.scheme import Granularity, KVScheme, Scheme
 from workers import kv_rules
 from workers.families import refuses_steps
 from workers.machine import cpu_model
 from workers.positions import positions
+from workers.request import BACKENDS
 from workers.specs import Workload
 
 LEAST = {"batch": 1, "prompt": 1, "tokens": 1, "threads": 1}
+WORKLOAD_BACKENDS = (*BACKENDS, "dense")
 ELSEWHERE = "ray_existing"
 
 
@@ -31,11 +33,15 @@ def measuring(settings: Mapping[str, Any]) -> Measuring | None:
     """None where the sweep times nothing. Raises ConfigError for a workload that no worker could run."""
     if not settings.get("measure"):
         return None
-    given = dict(settings["workload"])
+    given = {**asdict(Workload()), "device": "auto", **(settings.get("workload") or {})}
     for name, least in LEAST.items():
         if not (name == "threads" and given[name] is None):
             check_whole(f"workload.{name}", given[name], least)
-    device = str(given.pop("device"))
+    if given["backend"] not in WORKLOAD_BACKENDS:
+        raise ConfigError(unknown_name("workload.backend", str(given["backend"]), WORKLOAD_BACKENDS))
+    device = given.pop("device")
+    if not isinstance(device, str):
+        raise ConfigError(f"workload.device={device}; give the name that the device must have, or auto for this machine's")
     if device == "auto":
         if settings["cluster"]["kind"] == ELSEWHERE:
             raise ConfigError(

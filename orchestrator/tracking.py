@@ -50,6 +50,10 @@ class TrackingSettings:
         given = TrackingSettings(**settings)
         if given.kind not in KINDS:
             raise ConfigError(unknown_name("tracking.kind", str(given.kind), KINDS))
+        if not isinstance(given.experiment, str) or not given.experiment.strip():
+            raise ConfigError(f"tracking.experiment={given.experiment!r}; give the experiment's name, such as bitgrid")
+        if isinstance(given.timeout_s, bool) or not isinstance(given.timeout_s, (int, float)) or not given.timeout_s > 0:
+            raise ConfigError(f"tracking.timeout_s={given.timeout_s!r}; give a positive number of seconds")
         uri, artifacts = given.uri, given.artifact_location
         if given.kind == "mlflow_server":
             uri = uri or os.environ.get("MLFLOW_TRACKING_URI")

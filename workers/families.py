@@ -19,6 +19,10 @@ from workers.structure import LinearShape, ScaleRule, Scores, Site, Structure
 
 Config = Mapping[str, Any]
 
+HEAD_WIDTHS = {"gemma": 256}
+"""Family ▸ what transformers takes where config.json gives no `head_dim`; others divide the hidden size by the heads."""
+KV_HEADS = {"gemma": 16, "mistral": 8, "mixtral": 8, "qwen2": 32}
+"""Likewise of `num_key_value_heads`; others, and null, have as many as query heads."""
 POST_NORM = "the norm's output is also the residual, so dividing it by a scale would change the block"
 NONLINEAR = "an activation function that is not positively homogeneous produces this input"
 FUSED = "the producer is part of a fused qkv whose rows are not the values alone"
@@ -77,8 +81,8 @@ def _llama_like(config: Config) -> Structure:
     kind = str(config["model_type"])
     hidden, inner = int(_get(config, "hidden_size")), int(_get(config, "intermediate_size"))
     heads = int(_get(config, "num_attention_heads"))
-    kv = int(_get(config, "num_key_value_heads", default=heads))
-    width = int(_get(config, "head_dim", default=256 if kind == "gemma" else hidden // heads))
+    kv = int(config.get("num_key_value_heads", KV_HEADS.get(kind)) or heads)
+    width = int(_get(config, "head_dim", default=HEAD_WIDTHS.get(kind, hidden // heads)))
     attention = (
         Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (heads * width, kv * width, kv * width), hidden),
         Site(("self_attn.o_proj",), (hidden,), heads * width),

@@ -7,7 +7,7 @@ from typing import Any
 
 from quant.scheme import KVScheme
 from workers.errors import UnsupportedModel
-from workers.families import structure
+from workers.families import HEAD_WIDTHS, structure
 
 SEPARATE_ROTARY_KEYS = ("gemma", "llama", "mistral", "mixtral", "qwen2")
 """Families whose keys are a linear of their own (`k_proj`), then rotated by halves of a head."""
@@ -16,14 +16,19 @@ PACKED_FAMILIES = ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "mixtral", "
 """Families whose attention is a function of queries, keys and values alone, which another may stand in for."""
 PACKED_WIDTHS, PACKED_GROUPS = (16, 32, 64, 128, 256), (16, 32, 64, 128)
 """Channels of a head, and sizes of KIVI's groups, that `quant.kernels.kv_attention` takes; groups per token are of as many as a head."""
+WINDOWS = {"mistral": 4096, "mixtral": None, "qwen2": 4096}
+"""Family whose attention has a window ▸ what transformers takes where config.json does not say."""
+SWITCHED = ("qwen2",)
+"""Those whose window is off unless `use_sliding_window` is set."""
 MOST_GROUPS = 8
 """Groups of a head per token that it takes."""
 
 
 def head_width(config: Mapping[str, Any]) -> int | None:
     """Channels of a head; None where the configuration does not say."""
-    if config.get("head_dim"):
-        return int(config["head_dim"])
+    stated = config.get("head_dim") or HEAD_WIDTHS.get(str(config.get("model_type")))
+    if stated:
+        return int(stated)
     hidden = config.get("hidden_size") or config.get("n_embd")
     heads = config.get("num_attention_heads") or config.get("n_head")
     return int(hidden) // int(heads) if hidden and heads else None
@@ -72,10 +77,19 @@ def not_packed(kv: KVScheme, config: Mapping[str, Any], length: int) -> str | No
         return (
             f"kv.group_size={kv.group_size}: the kernel kv_attention has at most {MOST_GROUPS} groups to a head, here of {width} channels"
         )
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    window = _window(config)
     if window and length > window:
         return f"a token sees {window} tokens at most, and kv_attention reads all {length}: lower workload.prompt or workload.tokens"
     return None
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    """Tokens that one sees at most; None where it sees all."""
+    kind = str(config.get("model_type"))
+    if kind not in WINDOWS or (kind in SWITCHED and not config.get("use_sliding_window")):
+        return None
+    stated = config.get("sliding_window", WINDOWS[kind])
+    return None if stated is None else int(stated)
 
 
 def _unread(kv: KVScheme) -> str:

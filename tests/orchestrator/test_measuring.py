@@ -113,11 +113,20 @@ def test_what_kernels_compute_in_is_measured(scheme: Scheme, reason: str | None)
         (("workload.prompt=2040",), "make 2072 positions, and wikitext_llama has 2048"),
         (("cluster=ray_existing", "workload.device=auto"), "give the name its workers report"),
         (("workload.promt=1",), "prompt"),
+        (("workload.backend=trition",), "unknown workload.backend 'trition'; nearest: triton"),
+        (("workload.backend=null",), "unknown workload.backend 'None'; .*allowed: auto, .*, dense"),
+        (("workload.device=null",), "workload.device=None; give the name"),
     ],
 )
 def test_a_workload_that_cannot_run_is_refused_on_the_driver(plan_of: Any, more: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_of("method=rtn", "scheme=w4a16_g64", *ON, *more)
+
+
+@pytest.mark.parametrize("less", ["workload=null", "~workload", "~workload.tokens"])
+def test_what_is_left_out_of_the_workload_is_at_its_default(plan_of: Any, less: str) -> None:
+    whole = plan_of("method=rtn", "scheme=w4a16_g64", "measure=true")
+    assert plan_of("method=rtn", "scheme=w4a16_g64", "measure=true", less).stages.keys() == whole.stages.keys()
 
 
 def test_it_belongs_to_the_sweep() -> None:

@@ -234,6 +234,9 @@ def test_no_tracking_writes_nothing(tmp_path: Path, sweep: SweepResult) -> None:
         ({"kind": "mlfow"}, "nearest: mlflow"),
         ({"kind": "mlflow", "urii": "x"}, "nearest: uri"),
         ({"kind": "mlflow_server", "uri": "sqlite:///x.db"}, "http://"),
+        ({"kind": "mlflow", "experiment": None}, "experiment=None; give the experiment's name"),
+        ({"kind": "mlflow", "timeout_s": None}, "timeout_s=None; give a positive number"),
+        ({"kind": "mlflow", "timeout_s": 0}, "timeout_s=0; give a positive number"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quant.kernels.kv_attention import GROUPS, WIDTHS
 from quant.kernels.kv_attention.per_token import MOST_GROUPS
@@ -140,8 +140,7 @@ G64 = KVScheme(4, kind="kivi", group_size=64, residual_length=64)
     [
         (G64, CONFIG, None),
         (G64, {}, None),
-        (G64, {**CONFIG, "sliding_window": 160}, None),
-        (G64, {**CONFIG, "sliding_window": 100, "use_sliding_window": False}, None),
+        (G64, {**CONFIG, "model_type": "mistral", "sliding_window": 160}, None),
         (KV4, CONFIG, None),
         (KVScheme(3, True, 64), {**CONFIG, "hidden_size": 1024}, None),
         (KVScheme(4, group_size=8), CONFIG, "groups of 16, 32, 64, 128, 256 for kv.kind=per_token"),
@@ -154,12 +153,25 @@ G64 = KVScheme(4, kind="kivi", group_size=64, residual_length=64)
         (G64, {**CONFIG, "hidden_size": 256}, "heads of 32 channels in groups of 64"),
         (G64, {**CONFIG, "hidden_size": 640}, "heads of 80 channels"),
         (G64, {**CONFIG, "model_type": "bloom"}, "a bloom model"),
-        (G64, {**CONFIG, "sliding_window": 159}, "sees 159 tokens at most"),
+        (G64, {**CONFIG, "model_type": "mistral", "sliding_window": 159}, "sees 159 tokens at most"),
     ],
 )
 def test_what_no_kernel_reads_is_refused_with_a_reason(kv: KVScheme, config: dict[str, Any], reason: str | None) -> None:
     found = kv_rules.not_packed(kv, config, 160)
     assert (found is None) if reason is None else (found is not None and re.search(reason, found) is not None)
+
+
+@pytest.mark.parametrize("family", kv_rules.PACKED_FAMILIES)
+@pytest.mark.parametrize(
+    "more", [{}, {"sliding_window": 512}, {"use_sliding_window": True}, {"use_sliding_window": False, "sliding_window": 512}]
+)
+def test_what_a_config_leaves_out_is_as_transformers_has_it(family: str, more: dict[str, Any]) -> None:
+    """Planning reads config.json, a worker the configuration that transformers makes of it."""
+    written = {"hidden_size": 3072, "num_attention_heads": 48, **more}
+    made = AutoConfig.for_model(family, **written).to_dict()
+    assert kv_rules.head_width({"model_type": family, **written}) == kv_rules.head_width(made)
+    for length in (500, 4000, 5000):
+        assert kv_rules.not_packed(G64, {"model_type": family, **written}, length) == kv_rules.not_packed(G64, made, length)
 
 
 def test_a_worker_refuses_too(gemma: Any) -> None:
