@@ -112,8 +112,16 @@ def test_hessian_is_the_sum_of_outer_products(dtype: torch.dtype, k: int) -> Non
 
 
 def test_partial_sums_are_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tokens than a partial sum has, in two sequences; ones, so that every sum is a whole number."""
+    """More tokens than a partial sum has, in two sequences, of ones after a 2^15: beside its square steps of 16 tokens are lost, half of a
+    float32's unit being 64, and 128 tokens that are summed from zero are not."""
     monkeypatch.setattr("quant.kernels.hessian_syrk.triton.PROMOTE", 128)
+    x = torch.ones(2, 300, 4, dtype=torch.float16)
+    x[0, 0] = 2.0**15
+    total = torch.zeros(4, 4)
+    kernel("hessian_syrk", "triton").run.add(total, x)
+    # Lost are those beside the square, and the 44 at the end of each sequence.
+    want = 2.0**30 + 128 * (2 + 1)
+    assert torch.equal(total.tril(), torch.full((4, 4), want).tril())
     total = torch.zeros(4, 4)
     kernel("hessian_syrk", "triton").run.add(total, torch.ones(2, 300, 4, dtype=torch.float16))
     assert torch.equal(total.tril(), torch.full((4, 4), 600.0).tril())
