@@ -146,6 +146,20 @@ def test_hadamard_transform(n: int, dtype: torch.dtype) -> None:
     assert ((want.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize(("n", "m"), [(11008, 172), (13824, 108), (14336, 28), (28672, 28)])
+def test_hadamard_transform_of_models_widths(n: int, m: int) -> None:
+    """Whole numbers, so that sums in any order are exact: the matrix of order m along the slow index, Sylvester's along the other."""
+    x = torch.randint(-3, 4, (1, n), generator=torch.Generator().manual_seed(n)).float()
+    by, along = (hadamard_matrix(order) * order**0.5 for order in (m, n // m))
+    want = by.T.round() @ x.double().view(m, -1) @ along.round()
+    for backend in ("triton", "reference"):
+        got = kernel("hadamard", backend).run.transform(x)
+        assert torch.equal(got.double().view(m, -1), want), backend
+    codes, plain = kernel("hadamard", "triton").run.encode(x, 8, True), kernel("fake_quantize", "reference").run.encode(got, 8, True)
+    assert torch.equal(codes.codes, plain.codes)
+    assert torch.equal(codes.scale, plain.scale)
+
+
 @pytest.mark.parametrize("n", [64, 96])
 def test_longer_rows_are_transformed_in_parts(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from quant.kernels.hadamard import triton
