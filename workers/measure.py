@@ -52,9 +52,9 @@ TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
-    """Write times.json into `payload`; return the figures: seconds per pass, tokens per second of all sequences together (of a prompt, and
-    of all steps of a generation, of which the median counts), bytes, joules of a generation and of a decoded token (its share of the prompt
-    included), None where the device does not count them.
+    """Write times.json into `payload`; return the figures: seconds per pass (the median of steps is that of generations' medians), tokens
+    per second of all sequences together (of a prompt, and of all steps of a generation, of which the median counts), bytes, joules of a
+    generation and of a decoded token (its share of the prompt included), None where the device does not count them.
 
     Raises InputError (another device than the spec's, a backend that does not take the weights, no cache, weights above
     `hints.memory_bytes`: streamed, the time would be the disk's), NumericalError where the packed model departs from the simulated one.
@@ -257,10 +257,12 @@ def _speeds(runs: Sequence[Sequence[float]], workload: Workload, context: Contex
     prompts, steps = [r[0] for r in runs], [s for r in runs for s in r[1:]]
     if not _tight(runs):
         context.notes.append(f"times vary: after {len(runs)} generations a median is known to no better than {TIGHT:.0%}")
-    low, high = interval([float(np.median(r[1:])) for r in runs])
+    typical = [float(np.median(r[1:])) for r in runs]
+    low, high = interval(typical)
     out: dict[str, Any] = {"runs": len(runs), "decode_low_s": low, "decode_high_s": high}
     for name, values in (("prefill", prompts), ("decode", steps)):
         out[f"{name}_p50_s"], out[f"{name}_p95_s"] = (float(np.quantile(values, q)) for q in (0.5, 0.95))
+    out["decode_p50_s"] = float(np.median(typical))  # what the interval is of: that of all steps may lie outside it
     out["prefill_tokens_per_s"] = workload.batch * workload.prompt / out["prefill_p50_s"]
     # Of whole generations: some steps take longer than most, as where keys of a cache age.
     out["decode_tokens_per_s"] = workload.batch * workload.tokens / float(np.median([sum(r[1:]) for r in runs]))

@@ -52,6 +52,16 @@ def test_rows_of_any_size_are_rounded_as_the_grids_say(
     agree(x, bits, symmetric, clip)
 
 
+def test_halves_go_to_the_even_code() -> None:
+    """Of steps with 10 bits, so that values halfway between two codes are float32 numbers: a product with 1 / step would miss some."""
+    step, halves = 1 + torch.arange(512)[:, None] / 512, torch.arange(-126, 126) + 0.5
+    x = torch.cat([127 * step, step * halves], dim=1)
+    made = kernel("fake_quantize", "cpu").run.encode(x, 8, True)
+    same(made.scale, step)
+    assert torch.equal(made.codes[:, 1:], halves.round().to(torch.int8).expand(512, -1))
+    agree(x, 8, False, 1.0)
+
+
 ODD = [
     [0.0, 0.0, 0.0],
     [-0.0, 0.0, -0.0],

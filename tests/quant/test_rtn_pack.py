@@ -127,16 +127,17 @@ def test_few_groups_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @quiet
-def test_errors_of_groups() -> None:
+@pytest.mark.parametrize("k", [24, 43])
+def test_errors_of_groups(k: int) -> None:
     """Against the stored tensor's values in float64. Values are off by 2^-24 of 16 steps, errors by as much."""
-    w = weight(6, 24)
+    w = weight(6, k)
     w[3] = 1
     for (backend, at), (grid, kind) in itertools.product(places(), (("omni", "integer"), ("hqq", "float"), ("kivi", "minimum"))):
-        made = kernel("rtn_pack", backend, at).run.rtn_pack(w.to(at), grid, 4, 24, WHOLE, error=True)
+        made = kernel("rtn_pack", backend, at).run.rtn_pack(w.to(at), grid, 4, k, WHOLE, error=True)
         values = AffineTensor(made.codes.cpu(), made.scale.cpu(), made.zero.cpu(), 4, ZeroKind(kind)).dequantize().double()
-        off = (values - w).view(*made.scale.shape, 24)
+        off = (values - w).view(*made.scale.shape, k)
         unit = 2.0**-20 * w.abs().amax()
-        assert ((made.error.cpu() - off.square().sum(-1)).abs() <= 24 * unit * (2 * off.abs().amax(-1) + unit)).all()
+        assert ((made.error.cpu() - off.square().sum(-1)).abs() <= k * unit * (2 * off.abs().amax(-1) + unit)).all()
 
 
 @quiet

@@ -112,8 +112,16 @@ def test_hessian_is_the_sum_of_outer_products(dtype: torch.dtype, k: int) -> Non
 
 
 def test_partial_sums_are_promoted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More tokens than a partial sum has, in two sequences; ones, so that every sum is a whole number."""
+    """More tokens than a partial sum has, in two sequences, of ones after a 2^15: beside its square steps of 16 tokens are lost, half of a
+    float32's unit being 64, and 128 tokens that are summed from zero are not."""
     monkeypatch.setattr("quant.kernels.hessian_syrk.triton.PROMOTE", 128)
+    x = torch.ones(2, 300, 4, dtype=torch.float16)
+    x[0, 0] = 2.0**15
+    total = torch.zeros(4, 4)
+    kernel("hessian_syrk", "triton").run.add(total, x)
+    # Lost are those beside the square, and the 44 at the end of each sequence.
+    want = 2.0**30 + 128 * (2 + 1)
+    assert torch.equal(total.tril(), torch.full((4, 4), want).tril())
     total = torch.zeros(4, 4)
     kernel("hessian_syrk", "triton").run.add(total, torch.ones(2, 300, 4, dtype=torch.float16))
     assert torch.equal(total.tril(), torch.full((4, 4), 600.0).tril())
@@ -136,6 +144,20 @@ def test_hadamard_transform(n: int, dtype: torch.dtype) -> None:
     bound = (m + n.bit_length()) * unit * x.double().abs().sum(1, keepdim=True) + torch.finfo(dtype).eps * exact.abs()
     assert ((got.double() - exact).abs() <= bound).all()
     assert ((want.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(11008, 172), (13824, 108), (14336, 28), (28672, 28)])
+def test_hadamard_transform_of_models_widths(n: int, m: int) -> None:
+    """Whole numbers, so that sums in any order are exact: the matrix of order m along the slow index, Sylvester's along the other."""
+    x = torch.randint(-3, 4, (1, n), generator=torch.Generator().manual_seed(n)).float()
+    by, along = (hadamard_matrix(order) * order**0.5 for order in (m, n // m))
+    want = by.T.round() @ x.double().view(m, -1) @ along.round()
+    for backend in ("triton", "reference"):
+        got = kernel("hadamard", backend).run.transform(x)
+        assert torch.equal(got.double().view(m, -1), want), backend
+    codes, plain = kernel("hadamard", "triton").run.encode(x, 8, True), kernel("fake_quantize", "reference").run.encode(got, 8, True)
+    assert torch.equal(codes.codes, plain.codes)
+    assert torch.equal(codes.scale, plain.scale)
 
 
 @pytest.mark.parametrize("n", [64, 96])

@@ -13,9 +13,11 @@ import torch
 from quant.scheme import KVScheme
 from tests.workers.stage_runs import quantize_spec, quantized, tiny_context
 from workers import measure
-from workers.errors import InputError
+from workers.errors import InputError, NumericalError
 from workers.generation import Generation, generate
 from workers.machine import cpu_model
+from workers.nvml import EnergyMeter
+from workers.rebuild import rebuild_packed
 from workers.residency import Residency
 from workers.specs import MeasureSpec, ModelSpec, Workload
 from workers.stream import BlockModel
@@ -79,15 +81,16 @@ def test_the_unquantized_model_is_timed_alone(kv: KVScheme | None, tmp_path: Pat
     assert residency.unquantized(context, MODEL) is model
 
 
-def test_no_logits_of_checking_are_in_memory_while_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = tiny_context("llama", tmp_path)
+def test_nothing_of_checking_is_in_memory_while_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither logits nor the simulated model."""
+    context, residency = tiny_context("llama", tmp_path), Residency()
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
     kept: list[int] = []
     timed = measure._repeat
 
     def repeat(run: Any, meter: Any) -> Any:
         gc.collect()
-        kept.append(sum(type(x) is Generation for x in gc.get_objects()))
+        kept.append(sum(type(x) is Generation for x in gc.get_objects()) + len(residency.holds()))
         return timed(run, meter)
 
     lengths: list[int] = []
@@ -99,10 +102,43 @@ def test_no_logits_of_checking_are_in_memory_while_it_is_timed(tmp_path: Path, m
 
     monkeypatch.setattr(measure, "_repeat", repeat)
     monkeypatch.setattr(measure, "generate", generated)
-    measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, Residency())
+    measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, residency)
     assert kept == [0]
     assert lengths[:2] == [SPEC.workload.tokens + 1] * 2
     assert set(lengths[2:]) == {1}
+
+
+def test_a_packed_model_that_departs_from_the_evaluated_one_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(*given: Any) -> Any:
+        model, packed = rebuild_packed(*given)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.01)
+        return model, packed
+
+    context = tiny_context("llama", tmp_path)
+    artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
+    monkeypatch.setattr(measure, "rebuild_packed", built)
+    monkeypatch.setattr(measure, "_repeat", lambda *_: pytest.fail("it was timed"))
+    with pytest.raises(NumericalError, match=r"differ from the simulated ones by 0\.01 of their norm"):
+        measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, Residency())
+
+
+def test_threads_are_those_of_the_workload_and_clocks_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "clocks_mhz", lambda device: {device: 7.0})
+    before, seen, timed = torch.get_num_threads(), list[int](), measure._repeat
+    monkeypatch.setattr(measure, "_repeat", lambda *given: seen.append(torch.get_num_threads()) or timed(*given))
+    for threads in (1, 2):
+        spec = replace(SPEC, workload=replace(SPEC.workload, threads=threads))
+        found = measure.run_measure(spec, {}, tmp_path, tiny_context("llama", tmp_path), Residency())
+        assert (found["threads"], found["clocks_mhz"]) == (threads, {"cpu": 7.0})
+    assert seen == [1, 2]
+    assert torch.get_num_threads() == before
+
+
+def test_the_first_generation_is_not_counted() -> None:
+    """It compiles, allocates and reads what later ones find."""
+    times = iter([[9.0, 9.0], *[[1.0, 1.0]] * measure.FEWEST])
+    assert measure._repeat(lambda: next(times), EnergyMeter(torch.device("cpu"))) == [[1.0, 1.0]] * measure.FEWEST
 
 
 def test_the_last_logits_are_those_of_all() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import socket
@@ -15,13 +16,14 @@ from transformers import AutoModelForCausalLM, modeling_utils
 
 from tests import fake_hub
 from tests.tiny_models import EXPERTS, FAMILIES, build, tiny_model
-from tests.workers.stage_runs import context, tiny_context
+from tests.workers.stage_runs import context, quantize_spec, quantized, tiny_context
+from workers.artifact import payload_files
 from workers.checkpoint import locate
 from workers.errors import InputError, NumericalError, Unreachable, UnsupportedModel
 from workers.rebuild import load_model
 from workers.request import Location
 from workers.specs import ModelSpec
-from workers.stream import open_blocks
+from workers.stream import BlockModel, open_blocks
 
 TOKENS = torch.arange(2, 38).view(3, 12)
 MODEL = ModelSpec("model")
@@ -59,6 +61,32 @@ def test_tensors_read_ahead_are_used(tmp_path: Path) -> None:
         assert torch.equal(own, files[name] + 1 if i < 2 else files[name])
     opened.release(1)
     assert torch.equal(opened.load(1).state_dict()[names[0].removeprefix("model.layers.1.")], files[names[0]]), "once"
+
+
+def test_a_block_is_read_while_the_one_before_is_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a GPU, whose pinned memory is stood in for; the artifact is the same."""
+    events: list[tuple[str, int]] = []
+    prefetch, load, release = BlockModel.prefetch, BlockModel.load, BlockModel.release
+
+    def prefetched(self: BlockModel, i: int) -> None:
+        on_gpu = copy.copy(self)
+        on_gpu.device = torch.device("cuda")
+        prefetch(on_gpu, i)
+        events.append(("asked", i))
+
+    def loaded(self: BlockModel, i: int) -> torch.nn.Module:
+        events.extend([] if i in self.loaded else [("ahead" if i in self._ahead else "read", i)])
+        return load(self, i)
+
+    ctx = tiny_context("llama", tmp_path)
+    plain, _ = quantized(ctx, tmp_path / "plain", quantize_spec(), {})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(BlockModel, "prefetch", prefetched)
+    monkeypatch.setattr(BlockModel, "load", loaded)
+    monkeypatch.setattr(BlockModel, "release", lambda self, i: events.append(("done", i)) or release(self, i))
+    ahead, _ = quantized(ctx, tmp_path / "ahead", quantize_spec(), {})
+    assert events == [("read", 0), ("asked", 1), ("done", 0), ("ahead", 1), ("done", 1)]
+    assert payload_files(ahead)["tensors_0001.safetensors"] == payload_files(plain)["tensors_0001.safetensors"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
