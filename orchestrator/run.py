@@ -28,6 +28,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
+from orchestrator.report.numbers import count
 from orchestrator.results import SweepResult
 from orchestrator.retries import Policy
 from orchestrator.schedule import run_stages
@@ -164,6 +165,8 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     require_toolkits(plan, missing)
     statuses = {k: Status.CACHED for k in plan.stages}
     say(console, _headline(plan, missing))
+    for note in plan.notes:
+        say(console, f"note: {note}")
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
@@ -185,8 +188,8 @@ def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
     todo = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nothing"
     skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
     excluded = f", {len(plan.grid.excluded)} excluded" if plan.grid.excluded else ""
-    cells, stages = len(plan.cells), len(plan.stages)
-    return f"sweep {plan.key[:8]}: {cells} cells{skipped}{excluded}, {stages} stages; to run: {todo}"
+    cells, stages = count(len(plan.cells), "cell"), count(len(plan.stages), "stage")
+    return f"sweep {plan.key[:8]}: {cells}{skipped}{excluded}, {stages}; to run: {todo}"
 
 
 @dataclass(frozen=True)
