@@ -307,13 +307,17 @@ def try_report(store: Store, result: SweepResult, console: Console) -> Path | No
 
 def refresh_report(store: Store, result: SweepResult) -> Path:
     """Write the report unless the files that are there tell this very state; path of the page."""
+    return current_report(store, result) or renew_report(store, result)
+
+
+def current_report(store: Store, result: SweepResult) -> Path | None:
+    """Path of the page, where the files that are there tell this very state."""
     from orchestrator.report import ReportFiles
 
     folder = store.sweep_folder(result.key)
     files, marker = ReportFiles.of(folder), folder / REPORT_MARKER
-    if files.all_there() and marker.is_file() and marker.read_text() == _report_state(result):
-        return files.html
-    return renew_report(store, result)
+    there = files.all_there() and marker.is_file() and marker.read_text() == _report_state(result)
+    return files.html if there else None
 
 
 def renew_report(store: Store, result: SweepResult) -> Path:

@@ -22,7 +22,17 @@ from orchestrator.ledger import Ledger
 from orchestrator.lines import say
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
-from orchestrator.run import open_projection, project, remember_durations, renew_report, run_grid, show, sync_lines, try_report
+from orchestrator.run import (
+    current_report,
+    open_projection,
+    project,
+    remember_durations,
+    renew_report,
+    run_grid,
+    show,
+    sync_lines,
+    try_report,
+)
 from orchestrator.stage import Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
@@ -56,7 +66,10 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
     try:
         page = renew_report(store, result)
     except OSError as e:
-        raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
+        there = current_report(store, result)
+        if there is None:
+            raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
+        page = there  # of a store that is for reading
     say(console, f"report: {page}")
     return 0
 
