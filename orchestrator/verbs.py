@@ -94,6 +94,9 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
             try_report(store, result, console)
             remember_durations(ledger, result)
             settings = elsewhere or result.config["settings"]
+            if settings["tracking"]["kind"] == "none":
+                say(console, f"{result.key[:8]} has tracking=none, so that MLflow is not written; give tracking=mlflow to write it")
+                continue
             projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
             report = project(projection, store, result, reconcile=True)
             failed = failed or not report.complete
