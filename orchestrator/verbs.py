@@ -188,4 +188,5 @@ def ui(root: Path, sweep: str | None, overrides: Sequence[str], port: int, conso
         port,
         partial(say, console),
         Path(last_command(store, key).folder),
+        key if sweep else None,
     )
