@@ -21,7 +21,7 @@ import pytest
 
 from orchestrator import run
 from orchestrator.cli import main
-from orchestrator.errors import TrackingError
+from orchestrator.errors import ConfigError, TrackingError
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.mlflow_setup import switch_off_telemetry
 from orchestrator.results import SweepResult
@@ -252,3 +252,18 @@ def test_the_page_is_that_of_the_sweep_which_was_named(
     for given in ([], [key[:8]]):
         assert main(["ui", "--store", str(store), *given]) == 0
     assert named == [None, key]
+
+
+@pytest.mark.parametrize(("name", "fits"), [("a?b", False), ("a%25b", False), ("50% ünd a#1", True)])
+def test_a_folder_whose_name_an_address_cannot_hold_is_refused(name: str, fits: bool, tmp_path: Path) -> None:
+    """SQLAlchemy reads the address; the database would be elsewhere, and the dashboard empty."""
+    from sqlalchemy import make_url
+
+    folder = tmp_path / name
+    read = make_url(f"sqlite:///{folder / 'mlflow.db'}").database
+    assert (read == str(folder / "mlflow.db")) is fits
+    if fits:
+        assert make_url(str(TrackingSettings.of({"kind": "mlflow"}, folder).uri)).database == read
+        return
+    with pytest.raises(ConfigError, match=r"MLflow cannot keep its database in .*run in another folder"):
+        TrackingSettings.of({"kind": "mlflow"}, folder)
