@@ -32,7 +32,8 @@ USAGE = """bitgrid VERB ...
   ui [SWEEP]                the MLflow dashboard on 127.0.0.1; takes tracking=...
   toolkit install NAME      the environment of another toolkit (hqq, llm_compressor, auto_round); `toolkit list` says what is there
 
-SWEEP is a name or the start of a key; the latest when left out. --store FOLDER (or BITGRID_STORE) when it is not ./bitgrid-store.
+SWEEP is a name or the start of a key; the latest when left out. Where the store is not ./bitgrid-store: BITGRID_STORE; or store=FOLDER
+for run, plan and explain, --store FOLDER for verbs on a sweep.
 `bitgrid VERB --help` tells more."""
 
 
@@ -70,12 +71,13 @@ def _run(arguments: list[str]) -> int:
 
 def _planning(arguments: list[str], verb: str) -> Command:
     """The command line of `bitgrid run`, with those of Hydra's flags that change what is composed."""
-    from orchestrator.command import Command, planning_parser
+    from orchestrator.command import Command, planning_parser, refuse_store_flag
     from orchestrator.config import help_text
 
     if any(a in ("-h", "--help") for a in arguments):
         print(f"bitgrid {verb} [-m] [--config-dir FOLDER] [--config-name NAME] [OVERRIDES]\n\n{help_text()}")
         raise SystemExit(0)
+    refuse_store_flag(arguments)
     given, overrides = planning_parser(f"bitgrid {verb}").parse_known_args(arguments)
     unknown = [a for a in overrides if a.startswith("-")]
     if unknown:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.cell import Cell, Grid
+from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
 from orchestrator.store import usual_place
@@ -45,6 +46,13 @@ def planning_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
     parser.add_argument("--config-name", "-cn", default="config")
     return parser
+
+
+def refuse_store_flag(arguments: Sequence[str]) -> None:
+    """Of a verb that plans. Raises ConfigError."""
+    given = next((a for a in arguments if a.partition("=")[0] == "--store"), None)
+    if given is not None:
+        raise ConfigError(f"{given} is for verbs on a sweep that is there; run, plan and explain take the store as a setting: store=FOLDER")
 
 
 @dataclass(frozen=True)

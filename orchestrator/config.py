@@ -80,9 +80,12 @@ def help_text() -> str:
 
 
 def refuse_unknown_roots(composer: Composer, base: Base) -> None:
-    """A misspelt root key in a sweep's own yaml would otherwise be carried along unseen."""
-    root = composer.raw(composer.config_name)
-    allowed = {str(k) for k in (root or {})} | {group for group in base.choices if "/" not in group and "@" not in group}
+    """A misspelt root key in a sweep's own yaml would otherwise be carried along unseen. Known are keys of the root, and of files beside it
+    that it builds on (`defaults: [config, _self_]`)."""
+    roots = {composer.config_name} | {d.config_path for d in base.defaults if d.config_path and "/" not in d.config_path}
+    allowed = {str(k) for name in roots for k in (composer.raw(name) or {})} | {
+        group for group in base.choices if "/" not in group and "@" not in group
+    }
     for key in base.config:
         if key != "hydra" and str(key) not in allowed:
             raise ConfigError(unknown_name("root key", str(key), allowed))

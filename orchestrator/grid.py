@@ -173,8 +173,8 @@ def _refuse_idle_rules(root: _Root) -> None:
     if idle and _plugin(root.base, "sweeper") not in ("BitgridSweeper", "None"):
         raise ConfigError(
             f"{idle} of sweep={root.base.choices.get('sweep')} would have no effect: "
-            f"hydra/sweeper={root.base.choices.get('hydra/sweeper')} chooses the cells, and only hydra/sweeper=bitgrid "
-            "applies rules; use that one, or take the rules out"
+            f"hydra/sweeper={root.base.choices.get('hydra/sweeper')} chooses the cells, and only hydra/sweeper=bitgrid applies rules; "
+            "use that one, or take the rules out"
         )
 
 

@@ -28,6 +28,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
 from orchestrator.projection import Projection
+from orchestrator.report.numbers import count
 from orchestrator.results import SweepResult
 from orchestrator.retries import Policy
 from orchestrator.schedule import run_stages
@@ -164,6 +165,8 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     require_toolkits(plan, missing)
     statuses = {k: Status.CACHED for k in plan.stages}
     say(console, _headline(plan, missing))
+    for note in plan.notes:
+        say(console, f"note: {note}")
     projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
     ending = Ending({})
     if missing:
@@ -185,8 +188,8 @@ def _headline(plan: Plan, missing: Mapping[str, Stage]) -> str:
     todo = ", ".join(f"{n} {kind}" for kind, n in kinds.items()) or "nothing"
     skipped = f", {len(plan.skipped)} skipped" if plan.skipped else ""
     excluded = f", {len(plan.grid.excluded)} excluded" if plan.grid.excluded else ""
-    cells, stages = len(plan.cells), len(plan.stages)
-    return f"sweep {plan.key[:8]}: {cells} cells{skipped}{excluded}, {stages} stages; to run: {todo}"
+    cells, stages = count(len(plan.cells), "cell"), count(len(plan.stages), "stage")
+    return f"sweep {plan.key[:8]}: {cells}{skipped}{excluded}, {stages}; to run: {todo}"
 
 
 @dataclass(frozen=True)
@@ -304,13 +307,17 @@ def try_report(store: Store, result: SweepResult, console: Console) -> Path | No
 
 def refresh_report(store: Store, result: SweepResult) -> Path:
     """Write the report unless the files that are there tell this very state; path of the page."""
+    return current_report(store, result) or renew_report(store, result)
+
+
+def current_report(store: Store, result: SweepResult) -> Path | None:
+    """Path of the page, where the files that are there tell this very state."""
     from orchestrator.report import ReportFiles
 
     folder = store.sweep_folder(result.key)
     files, marker = ReportFiles.of(folder), folder / REPORT_MARKER
-    if files.all_there() and marker.is_file() and marker.read_text() == _report_state(result):
-        return files.html
-    return renew_report(store, result)
+    there = files.all_there() and marker.is_file() and marker.read_text() == _report_state(result)
+    return files.html if there else None
 
 
 def renew_report(store: Store, result: SweepResult) -> Path:

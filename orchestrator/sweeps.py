@@ -24,6 +24,8 @@ from workers.artifact import PAYLOAD, CorruptArtifactError
 from workers.specs import StageKind
 
 STARTED = "started.json"
+SHOWN = 8
+"""Characters of a key that messages give."""
 NAME_MARK = " · "
 """In a name, before the overrides that are common to all cells."""
 LONGEST = 160
@@ -101,7 +103,7 @@ def find_sweep(store: Store, name: str | None) -> str:
     if name is None:
         return keys[0]
     found = [k for k in keys if k.startswith(name)]
-    if len(found) != 1:
+    if len(found) != 1 or len(name) < SHOWN:  # `c4` may be a sweep's name, and the start of another one's key
         names = {k: _named(store, k) for k in keys}
         found = [k for k, n in names.items() if n == name] or [k for k, n in names.items() if n and _head(n) == name] or found
         if len(found) > 1:

@@ -60,6 +60,11 @@ class TrackingSettings:
         _refuse_credentials("tracking.uri (or MLFLOW_TRACKING_URI)", uri)
         _refuse_credentials("tracking.artifact_location", artifacts)
         if given.kind == "mlflow":
+            if not uri and re.search(r"\?|%[0-9A-Fa-f]{2}", str(project_dir.resolve())):
+                raise ConfigError(
+                    f"MLflow cannot keep its database in {project_dir.resolve()}: in an address ? and % with two digits mean other "
+                    "things, and it would be elsewhere; run in another folder, or set tracking.uri=, or tracking=none"
+                )
             uri = uri or f"sqlite:///{project_dir.resolve() / 'mlflow.db'}"
             artifacts = artifacts or (project_dir.resolve() / "mlartifacts").as_uri()
         elif given.kind == "mlflow_server" and (not uri or not uri.startswith(("http://", "https://"))):

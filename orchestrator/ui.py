@@ -28,12 +28,18 @@ STOP_LIMIT_S = 4.0
 
 
 def serve_ui(
-    settings: Mapping[str, Any], project_dir: Path, port: int = 5000, say: Callable[[str], None] = print, started_in: Path | None = None
+    settings: Mapping[str, Any],
+    project_dir: Path,
+    port: int = 5000,
+    say: Callable[[str], None] = print,
+    started_in: Path | None = None,
+    sweep: str | None = None,
 ) -> int:
     """Serve until Ctrl-C (or SIGTERM, or the terminal is closed); the exit code.
 
     A taken `port` gives the next free one. With tracking=mlflow_server the address of the server is named and nothing is started.
-    `started_in`: the folder of the sweep's last start, for the message that there is no database.
+    `started_in`: the folder of the sweep's last start, for the message that there is no database. `sweep`: key of the one to open at; None:
+    that started last.
 
     Raises:
         TrackingError: tracking is off, there is no database yet or it is none, `port` is none, or the server does not start.
@@ -64,7 +70,7 @@ def serve_ui(
                     remedy = "run `mlflow db upgrade` on it" if file is None else "`bitgrid reconcile` upgrades it, and keeps a copy"
                     raise TrackingError(f"{file or known.uri} was written by another version of MLflow; {remedy}")
                 raise TrackingError(f"the MLflow server did not start on {HOST}:{chosen}; its last words:\n{tail}")
-            where = "" if file is None else latest_page(file, known.experiment)
+            where = "" if file is None else sweep_page(file, known.experiment, sweep)
             say(f"MLflow dashboard: http://{HOST}:{chosen}/{where}   (Ctrl-C ends it)")
             code = server.wait()
             raise TrackingError(f"the MLflow server ended by itself with exit code {code}")
@@ -123,17 +129,19 @@ def free_port(wanted: int, tries: int = 50) -> int:
     raise TrackingError(f"ports {wanted} to {end - 1} are all taken; give another with --port")
 
 
-def latest_page(file: Path, experiment: str) -> str:
-    """Where the dashboard opens: the view of the sweep started last, read from the database; the front page where it cannot be told."""
+def sweep_page(file: Path, experiment: str, sweep: str | None = None) -> str:
+    """Where the dashboard opens: the view of a sweep, by its key, or of the one started last, read from the database; the front page where
+    it cannot be told."""
     query = (
         "select e.experiment_id, t.value from experiments e join runs r on r.experiment_id = e.experiment_id "
         "join tags t on t.run_uuid = r.run_uuid and t.key = 'bitgrid.sweep_key' "
         "join tags k on k.run_uuid = r.run_uuid and k.key = 'bitgrid.kind' and k.value = 'sweep' "
-        "where e.name = ? and e.lifecycle_stage = 'active' and r.lifecycle_stage = 'active' order by r.start_time desc limit 1"
+        "where e.name = ? and t.value = coalesce(?, t.value) and e.lifecycle_stage = 'active' and r.lifecycle_stage = 'active' "
+        "order by r.start_time desc limit 1"
     )
     try:
-        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True, timeout=5)) as db:
-            row = db.execute(query, (experiment,)).fetchone()
+        with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as db:
+            row = db.execute(query, (experiment, sweep)).fetchone()
     except sqlite3.Error:
         return ""
     return "" if row is None else page(str(row[0]), str(row[1]))

@@ -22,7 +22,17 @@ from orchestrator.ledger import Ledger
 from orchestrator.lines import say
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
-from orchestrator.run import open_projection, project, remember_durations, renew_report, run_grid, show, sync_lines, try_report
+from orchestrator.run import (
+    current_report,
+    open_projection,
+    project,
+    remember_durations,
+    renew_report,
+    run_grid,
+    show,
+    sync_lines,
+    try_report,
+)
 from orchestrator.stage import Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
@@ -56,7 +66,10 @@ def report(root: Path, sweep: str | None, console: Console) -> int:
     try:
         page = renew_report(store, result)
     except OSError as e:
-        raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
+        there = current_report(store, result)
+        if there is None:
+            raise StoreError(f"the report cannot be written: {e}; what is there is of an earlier time, the table above is of now") from e
+        page = there  # of a store that is for reading
     say(console, f"report: {page}")
     return 0
 
@@ -81,6 +94,9 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
             try_report(store, result, console)
             remember_durations(ledger, result)
             settings = elsewhere or result.config["settings"]
+            if settings["tracking"]["kind"] == "none":
+                say(console, f"{result.key[:8]} has tracking=none, so that MLflow is not written; give tracking=mlflow to write it")
+                continue
             projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
             report = project(projection, store, result, reconcile=True)
             failed = failed or not report.complete
@@ -172,4 +188,5 @@ def ui(root: Path, sweep: str | None, overrides: Sequence[str], port: int, conso
         port,
         partial(say, console),
         Path(last_command(store, key).folder),
+        key if sweep else None,
     )

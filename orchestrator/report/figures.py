@@ -237,8 +237,8 @@ def _bar(row: Row) -> tuple[float, float]:
     return max(0.0, row.delta - row.low), max(0.0, row.high - row.delta)
 
 
-def _hover(line: Line, row: Row) -> str:
-    parts = [f"<b>{safe(line.name)}</b>", f"{safe(row.metric)} {numbers.number(row.value, 4)}"]
+def _hover(line: Line, row: Row, name: str | None = None) -> str:
+    parts = [f"<b>{safe(name or line.name)}</b>", f"{safe(row.metric)} {numbers.number(row.value, 4)}"]
     if row.delta is not None and row.low is not None and row.high is not None:
         parts.append(_difference(row.delta, row.low, row.high))
     return "<br>".join((*parts, _weights(line.bits_stored, line.model_bytes)))
@@ -246,7 +246,7 @@ def _hover(line: Line, row: Row) -> str:
 
 def _hover_contender(c: Contender) -> str:
     if len(c.lines) == 1:
-        return _hover(c.lines[0], c.rows[0])
+        return _hover(c.lines[0], c.rows[0], c.name)
     parts = [f"<b>{safe(c.name)}</b>", f"{safe(c.task.primary)} {numbers.number(c.value, 4)}", c.replicates]
     if c.difference is not None:
         parts.append(_difference(*c.difference))

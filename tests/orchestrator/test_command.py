@@ -64,3 +64,11 @@ def test_a_sweep_whose_name_begins_like_the_group_is_no_override(verb: str, monk
     monkeypatch.setattr(verbs, verb, called)
     assert main([verb, "tracking-error", "tracking=mlflow", "tracking.experiment=e"]) == 0
     assert given == [("tracking-error", ["tracking=mlflow", "tracking.experiment=e"])]
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "explain"])
+@pytest.mark.parametrize("given", [["--store", "s"], ["--store=s"]])
+def test_verbs_that_plan_say_how_they_take_the_store(verb: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The flag is that of all other verbs."""
+    assert main([verb, "-m", "method=rtn", *given]) == 2
+    assert "run, plan and explain take the store as a setting: store=FOLDER" in capsys.readouterr().err

@@ -48,6 +48,9 @@ def test_a_start_of_several_keys_is_refused_unless_it_is_a_name(tmp_path: Path) 
     (store.sweep_folder(twin) / "plan.json").write_text(json.dumps({**plan, "name": made[:4]}))
     assert find_sweep(store, made[:4]) == twin
     assert find_sweep(store, made[:5]) == made
+    (store.sweep_folder(twin) / "plan.json").write_text(json.dumps({**plan, "name": made[:5]}))
+    assert find_sweep(store, made[:5]) == twin  # as `c4` may be both
+    assert find_sweep(store, made[:8]) == made
 
 
 def test_sweeps_that_differ_in_what_all_their_cells_share_have_names_of_their_own(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from orchestrator.cell import AXES, Cell
 from orchestrator.errors import ConfigError
-from orchestrator.grid import compose_jobs, compose_with
+from orchestrator.grid import compose_grid, compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
 from tests.orchestrator.small_conf import composer, write_conf
 
@@ -245,6 +245,16 @@ def test_files_found_beside_the_shipped_folder_are_options_too(tmp_path: Path) -
     (tmp_path / "more" / "method" / "mine.yaml").write_text("rounding: {kind: nf4, version: 1, needs: []}\n")
     grid = compose_with(Composer.at(str(main), config_dir=str(tmp_path / "more")), ["method=mine,plain"], multirun=True)
     assert [c.method.values["rounding"]["kind"] for c in grid.cells] == ["nf4", "rtn"]
+
+
+def test_a_root_of_ones_own_may_build_on_the_shipped_one(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nsite_statistics: true\n")
+    (tmp_path / "sweep" / "wrong.yaml").write_text("# @package _global_\ndefaults: [none, _self_]\nmesure: true\n")
+    grid = compose_grid(["method=rtn,gptq"], config_dir=str(tmp_path), config_name="mine", multirun=True)
+    assert (len(grid.cells), grid.settings["site_statistics"], grid.settings["measure"]) == (2, True, False)
+    with pytest.raises(ConfigError, match="unknown root key 'mesure'; nearest: measure"):
+        compose_grid(["sweep=wrong"], config_dir=str(tmp_path), config_name="mine", multirun=True)
 
 
 def test_rules_that_a_foreign_sweeper_ignores_are_noted(tmp_path: Path) -> None:

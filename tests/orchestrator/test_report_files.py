@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from orchestrator import report, run
+from orchestrator import report, run, verbs
+from orchestrator.errors import StoreError
 from orchestrator.report import html
 from orchestrator.results import SkippedCell, SweepResult
 from orchestrator.run import refresh_report
 from orchestrator.store import Store
 from tests.orchestrator import synthetic
+from tests.orchestrator.sweeping import sweep
 
 FILES = ["report.html", "table.csv", "table.parquet"]
 OLD = "as it was before"
@@ -83,3 +85,19 @@ def test_a_full_disk_is_not_told_as_a_report_that_cannot_be_written(tmp_path: Pa
     error = errno.ENOSPC
     with pytest.raises(OSError, match="as told"):
         run.try_report(store, result, Console(file=said))
+
+
+def test_a_store_for_reading_shows_the_report_that_tells_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = sweep(tmp_path / "store", "method=rtn").report
+    assert page is not None
+
+    def read_only(store: Store, result: SweepResult) -> Path:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(verbs, "renew_report", read_only)
+    said = io.StringIO()
+    assert verbs.report(tmp_path / "store", None, Console(file=said, width=200)) == 0
+    assert f"report: {page}" in said.getvalue()
+    (page.parent / run.REPORT_MARKER).write_text("of another state")
+    with pytest.raises(StoreError, match="what is there is of an earlier time"):
+        verbs.report(tmp_path / "store", None, Console(file=said, width=200))

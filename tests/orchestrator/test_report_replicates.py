@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +89,13 @@ def test_a_method_whose_replicates_are_one_variant_is_judged_by_it(tmp_path: Pat
     row = next(r for r in long_table(result) if r.method == "rtn" and r.is_primary)
     assert (found.name, found.value, found.replicates) == ("rtn · w4a16_g64", row.value, "")
     assert found.difference == (row.delta, row.low, row.high)
+    shown = write_report(result, tmp_path / "report").html.read_text(encoding="utf-8")
+    (drawn,) = re.findall(r'data-plot="pareto-0">(.*?)</script>', shown)
+    assert {t.split("</b>")[0] for trace in json.loads(drawn)["data"] for t in trace.get("hovertext", ())} == {
+        "<b>unquantized",
+        "<b>rtn · w4a16_g64",  # of its replicates it is one alone, but for all
+        "<b>gptq · w4a16_g64",
+    }
 
 
 def test_failed_replicates_are_counted_and_one_that_overflowed_is_never_best(tmp_path: Path) -> None:

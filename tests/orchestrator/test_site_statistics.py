@@ -25,7 +25,7 @@ from orchestrator.sources import Sources
 from orchestrator.store import Store
 from orchestrator.sweeps import load_sweep
 from tests.orchestrator import synthetic
-from tests.orchestrator.sweeping import committed, overrides, sweep
+from tests.orchestrator.sweeping import committed, overrides, sweep, told
 from tests.orchestrator.test_report import Page, without_plotly
 from tests.tiny_models import tiny_model
 from workers.artifact import payload_files
@@ -224,3 +224,10 @@ def test_the_page_of_a_real_sweep_shows_what_was_collected(finished: tuple[Path,
     assert shown == sorted(largest.values())
     assert {s.kind for s in read_series(stage)} == {"input", "weight", "keys", "values"}
     assert sum(f["bytes"] for f in payload_files(stage.payload.parent).values()) < 100_000
+
+
+def test_a_run_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """As `bitgrid plan` does: RTN reads no text, so that the cell runs, and site statistics are missing from its report."""
+    _, said = told(tmp_path / "store", f"model.path={tiny_model('opt')}", *line(ON, "calibration.sequence_length=4096")[1:])
+    assert re.search(r"^note: no site statistics of wikitext_llama: .*4096", said, re.MULTILINE)
+    assert "1 cell, 3 stages;" in said

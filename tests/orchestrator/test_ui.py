@@ -14,20 +14,21 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from orchestrator import run
 from orchestrator.cli import main
-from orchestrator.errors import TrackingError
+from orchestrator.errors import ConfigError, TrackingError
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.mlflow_setup import switch_off_telemetry
 from orchestrator.results import SweepResult
 from orchestrator.track import COOL_DOWN_S, MlflowTracker
 from orchestrator.tracked_runs import Phase
 from orchestrator.tracking import TrackingSettings
-from orchestrator.ui import HOST, free_port, latest_page, serve_ui, server_command, start_server, stop_server, wait_until_up
+from orchestrator.ui import HOST, free_port, serve_ui, server_command, start_server, stop_server, sweep_page, wait_until_up
 from tests.orchestrator.small_stages import small_stage
 from tests.orchestrator.sweeping import sweep as small_sweep
 from tests.orchestrator.tracked_sweep import KEY, fixed_delta, full_sweep, started, with_failure
@@ -224,7 +225,45 @@ def test_runs_made_from_the_store_of_a_sweep_without_tracking_are_shown(tmp_path
 
 
 def test_the_page_is_the_latest_sweeps(project: Path) -> None:
-    assert f"bitgrid-{KEY[:12]}" in latest_page(project / "mlflow.db", "bitgrid")
-    assert latest_page(project / "mlflow.db", "another") == ""
+    assert f"bitgrid-{KEY[:12]}" in sweep_page(project / "mlflow.db", "bitgrid")
+    assert sweep_page(project / "mlflow.db", "another") == ""
+    odd = project / "a#1 50%25?"
+    odd.mkdir()
+    shutil.copy(project / "mlflow.db", odd / "mlflow.db")
+    assert f"bitgrid-{KEY[:12]}" in sweep_page(odd / "mlflow.db", "bitgrid")
     shutil.copy(ROOT / "pyproject.toml", project / "not.db")
-    assert latest_page(project / "not.db", "bitgrid") == ""
+    assert sweep_page(project / "not.db", "bitgrid") == ""
+
+
+def test_the_page_is_that_of_the_sweep_which_was_named(
+    project: Path, sweep: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    later = replace(sweep, key="9" * 32, created=sweep.created + 100)
+    tracker = MlflowTracker(TrackingSettings.of({"kind": "mlflow"}, project), fixed_delta)
+    assert tracker.sync(later, Phase.ENDED).failed is None
+    tracker.close()
+    database = project / "mlflow.db"
+    assert f"bitgrid-{later.key[:12]}" in sweep_page(database, "bitgrid")
+    assert f"bitgrid-{KEY[:12]}" in sweep_page(database, "bitgrid", KEY)
+    store, named = tmp_path / "small", list[object]()
+    monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
+    key = small_sweep(store, "method=rtn").result.key
+    monkeypatch.setattr("orchestrator.ui.serve_ui", lambda *given: named.append(given[-1]) or 0)
+    for given in ([], [key[:8]]):
+        assert main(["ui", "--store", str(store), *given]) == 0
+    assert named == [None, key]
+
+
+@pytest.mark.parametrize(("name", "fits"), [("a?b", False), ("a%25b", False), ("50% ünd a#1", True)])
+def test_a_folder_whose_name_an_address_cannot_hold_is_refused(name: str, fits: bool, tmp_path: Path) -> None:
+    """SQLAlchemy reads the address; the database would be elsewhere, and the dashboard empty."""
+    from sqlalchemy import make_url
+
+    folder = tmp_path / name
+    read = make_url(f"sqlite:///{folder / 'mlflow.db'}").database
+    assert (read == str(folder / "mlflow.db")) is fits
+    if fits:
+        assert make_url(str(TrackingSettings.of({"kind": "mlflow"}, folder).uri)).database == read
+        return
+    with pytest.raises(ConfigError, match=r"MLflow cannot keep its database in .*run in another folder"):
+        TrackingSettings.of({"kind": "mlflow"}, folder)

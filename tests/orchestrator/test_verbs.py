@@ -99,6 +99,8 @@ def test_a_sweep_without_tracking_is_written_to_mlflow_later(tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     store = tmp_path / "store"
     sweep(store, "method=rtn")
+    code, said = reconcile(store)
+    assert (code, "has tracking=none, so that MLflow is not written; give tracking=mlflow" in said) == (0, True)
     assert not (tmp_path / "mlflow.db").exists()
     assert reconcile(store, "tracking=mlflow")[0] == 0
     assert [r.info.status for r in runs_of(client_of(tmp_path))] == ["FINISHED"] * 3
