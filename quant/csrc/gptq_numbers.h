@@ -112,9 +112,9 @@ ON_LANES void together() {
 #endif
 }
 
-// Whether to load what may not be used: a GPU does, without a branch.
+// Whether to load what may not be used: a GPU does, without a branch. Tests that look for races want what is used alone.
 ON_LANES constexpr bool ahead([[maybe_unused]] bool used) {
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(BITGRID_LOADS_USED)
     return true;
 #else
     return used;

@@ -35,6 +35,7 @@ ON_LANES void sweep(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet)
             } else {
                 lanes.template end<false>(p);
             }
+            if (L > 1) together();  // of the last two panels: one's errors go where the row's other lanes read the other
             lanes.each([&](auto& lane) { lane.put_unit(panel, UNIT); });
             meet.send(2 * panel + 1);
             panel++;

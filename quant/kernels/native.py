@@ -13,12 +13,13 @@ import os
 import platform
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -80,11 +81,29 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
         made = Path(scratch) / path.name
         for more in tries:
             command = [compiler, *flags, *more, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LONGEST)
-            if done.returncode == 0:
+            code, said = _ended(command)
+            if code == 0:
                 os.replace(made, path)
                 return path
-    raise RuntimeError(done.stderr.strip()[-400:] or f"{compiler} ended with {done.returncode}")
+    raise RuntimeError(said.strip()[-400:] or f"{compiler} ended with {code}")
+
+
+def _ended(command: Sequence[str]) -> tuple[int, str]:
+    """Code and errors of a compiler. Raises TimeoutExpired after `LONGEST` seconds. Compilers are drivers of processes of their own, which
+    would run on."""
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as driver:
+        try:
+            _, said = driver.communicate(timeout=LONGEST)
+        except BaseException:
+            if hasattr(os, "killpg"):
+                with suppress(ProcessLookupError):
+                    os.killpg(driver.pid, signal.SIGKILL)
+            else:
+                driver.kill()
+            raise
+    return driver.returncode, said
 
 
 def _whole(path: Path) -> bool:

@@ -6,9 +6,11 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,27 @@ def test_nobody_waits_for_ever(tmp_path: Path, compiler: Path, monkeypatch: pyte
         assert builds(source, compiler) == path
     assert path.exists()
     assert path.with_suffix(".lock").exists(), "another's lock stays"
+
+
+def test_a_compiler_that_takes_too_long_leaves_nothing_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drivers start processes of their own, as g++ does cc1plus, which went on when the driver was killed."""
+    monkeypatch.setenv("BITGRID_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "LONGEST", 1)
+    driver, beat = tmp_path / "driver", tmp_path / "beat"
+    driver.write_text(f"#!/bin/sh\n(while :; do date +%N > {beat}; sleep 0.05; done) &\necho $! > {tmp_path}/child\nwait\n")
+    driver.chmod(0o755)
+    start = time.monotonic()
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            kept_library(source_of(tmp_path), str(driver), "1", (), ((), ("-DMORE",)))
+        assert time.monotonic() - start < 20
+        last = beat.read_text()
+        time.sleep(0.5)
+        assert beat.read_text() == last, "its child runs on"
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+    assert not list((tmp_path / "cache" / "kernels").glob("*.so"))
 
 
 @pytest.mark.parametrize("error", [None, OSError("no locks here")])

@@ -3,7 +3,7 @@ code, with the forms and grids that it chooses on devices with many and with few
 On the way no access may be beside a tensor or shared memory, at an odd address, or in a race of threads or blocks.
 
 What a GPU does that this does not show: what ptxas makes of PTX, time, the order of its sums in tensor cores and approximate reciprocals
-(their last bits), races of a block's threads in global memory, and a missing barrier of a warp between a read and a later write.
+(their last bits), and races of a block's threads in global memory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.kernels import native
 from quant.kernels.binary_gemv import cuda as binary_cuda
 from quant.kernels.braq_block import cuda as braq_block
 from quant.kernels.braq_block import eager
@@ -34,7 +35,7 @@ from tests.quant import test_braq_block, test_braq_cuda, test_claq_stacked, test
 from tests.quant import test_wq_fragments as of_wq
 from tests.quant.products_affine import inputs, stored
 from tests.quant.products_tables import cases, codebook, signs
-from tests.quant.ptx.launches import Programs, on_the_machine
+from tests.quant.ptx.launches import Program, Programs, on_the_machine
 
 COMPILES = os.environ.get("BITGRID_COMPILE") == "1"
 LONG = pytest.mark.skipif(not COMPILES, reason="BITGRID_COMPILE is not 1: compiling takes minutes")
@@ -166,25 +167,45 @@ def solved(block: Tensor, upper: Tensor, affine: Any, group: list[int], lanes: i
     return gptq_cuda.solve_block(block, upper, affine, group, out, lanes=lanes)
 
 
-@pytest.mark.parametrize("grid", sorted(test_gptq_lanes.GRIDS))
-def test_blocks_of_gptq(machine: Programs, grid: str) -> None:
-    machine["gptq_block"].strict = False  # errors are loaded ahead (`Updates::take`)
-    machine["gptq_block"].on(1 if grid == "g_asym" else 132)  # more blocks than multiprocessors have fewer helpers
+@cache
+def loading_what_it_uses(target: str) -> Program:
+    return Program(native.SOURCES / "gptq_block.cu", target, more=("-DBITGRID_LOADS_USED",))
+
+
+@pytest.fixture
+def gptq(machine: Programs, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Programs:
+    """With `ahead`, gptq_block as a GPU has it: it loads errors ahead that it does not use (`Updates::take`), in races that are none but
+    in form. Else without these loads, so that any race is one."""
+    ahead = request.param == "ahead"
+    if not ahead:
+        monkeypatch.setitem(machine, "gptq_block", loading_what_it_uses(machine.target))
+        machine.order(machine.seed)
+    machine["gptq_block"].strict = not ahead
+    return machine
+
+
+IN_BOTH = pytest.mark.parametrize("gptq", ["ahead", "used"], indirect=True)
+
+
+@pytest.mark.parametrize(("gptq", "grid"), [("ahead", "g_asym"), *(("used", g) for g in sorted(test_gptq_lanes.GRIDS))], indirect=["gptq"])
+def test_blocks_of_gptq(gptq: Programs, grid: str) -> None:
+    gptq["gptq_block"].on(1 if grid == "g_asym" else 132)  # more blocks than multiprocessors have fewer helpers
     for lanes, (rows, columns, bits) in product((0, 1, 2, 4), [*test_gptq_lanes.SHAPES, (150, 128, 4)]):
         given = test_gptq_lanes.problem(rows, columns, grid, bits, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, lanes), *given)
 
 
-def test_blocks_of_gptq_with_two_rows_a_lane(machine: Programs) -> None:
-    machine["gptq_block"].strict = False
+@IN_BOTH
+@pytest.mark.usefixtures("gptq")
+def test_blocks_of_gptq_with_two_rows_a_lane() -> None:
     for rows, columns, bits in ((64, 128, 4), (128, 96, 3), (192, 16, 2), (448, 112, 5)):
         given = test_gptq_lanes.problem(rows, columns, "g_asym", bits, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, -2), *given)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_ranges_are_found_in_the_launch_of_a_block(machine: Programs, lanes: int) -> None:
-    machine["gptq_block"].strict = False
+@pytest.mark.parametrize(("gptq", "lanes"), [("ahead", 1), ("used", 1), ("used", 2), ("used", 4)], indirect=["gptq"])
+@pytest.mark.usefixtures("gptq")
+def test_ranges_are_found_in_the_launch_of_a_block(lanes: int) -> None:
     for grids in test_gptq_lanes.FOUND:
         test_gptq_lanes.ranges_are_found(lambda *given: gptq_cuda.solve_block(*given, lanes), grids)
     test_gptq_lanes.ranges_are_found(lambda *given: gptq_cuda.solve_block(*given, lanes), test_gptq_lanes.FOUND[0][:3], 128, 32)

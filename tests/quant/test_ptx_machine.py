@@ -222,6 +222,13 @@ KERNEL(overwritten) {
     out[T] = s[63 - T];
     s[T] = 0.0f;
 }
+KERNEL(overwritten_in_a_warp) {
+    volatile float* s = room();
+    s[T] = a[T];
+    __syncwarp();
+    out[T] = s[T ^ 1];
+    s[T] = 0.0f;
+}
 KERNEL(no_warp_barrier) { volatile float* s = room(); s[T] = a[T]; out[T] = s[T ^ 1]; }
 KERNEL(not_all) {
     if (T < n) __syncthreads();
@@ -249,6 +256,7 @@ SAID = {
     "beside_shared": "outside shared memory",
     "no_barrier": "a race with a",
     "overwritten": "a race with a",
+    "overwritten_in_a_warp": "a race with a read",
     "no_warp_barrier": "a race with a write",
     "not_all": "wait at barriers",
     "not_its_lanes": "lane 20, which takes no part",

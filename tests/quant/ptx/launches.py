@@ -141,9 +141,9 @@ class Module:
 
 
 class Program(Module):
-    """A library of CUDA C++ whose host code launches what is run here."""
+    """A library of CUDA C++ whose host code launches what is run here. more: nvcc's options beside the usual."""
 
-    def __init__(self, source: Path, target: str = "90a", seed: int = 0) -> None:
+    def __init__(self, source: Path, target: str = "90a", seed: int = 0, more: Sequence[str] = ()) -> None:
         nvcc = on_cuda.compiler()
         if nvcc is None:
             pytest.skip("there is no nvcc")
@@ -152,7 +152,7 @@ class Program(Module):
         # The runtime is the fake one, each library's own; code for devices is there as PTX.
         flags = ("-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", "-no-compress", "-w", code)
         link = ("-Xlinker", "-Bsymbolic", str(FAKE))
-        path = native.kept_library(source, nvcc, said + FAKE.read_text(), (*flags, *link), ((),))
+        path = native.kept_library(source, nvcc, said + FAKE.read_text(), (*flags, *more, *link), ((),))
         super().__init__("\n".join(m.decode() for m in re.findall(rb"\.version [^\0]*", path.read_bytes())), seed)
         self.library, self.target, self.failed = ctypes.CDLL(str(path)), target, ""
         self.buffers: list[tuple[int, int, int]] = []

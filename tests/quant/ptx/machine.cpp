@@ -132,6 +132,7 @@ void step(Warp& w, Program& p, int turns) {
                 if (m && (all & ~here) == 0) {
                     w.held &= ~all;
                     each(all, [&](int l) { w.pc[l] = pc + 1; });
+                    w.met += all == all_of(w);
                     i.run(w, i, all);
                 }
                 break;
@@ -155,14 +156,14 @@ void begin(Launch& a, const Program& p, uint32_t first, size_t shared, bool earl
         for (Barrier& each : b.barriers) each = {};
         const uint32_t n = first + rank;
         b.rank = rank, b.place[0] = n % a.grid[0], b.place[1] = n / a.grid[0] % a.grid[1], b.place[2] = n / a.grid[0] / a.grid[1];
-        b.shared.assign(shared, a.poison[0]), b.wrote.assign(shared, {}), b.read.assign(shared * warps, 0);
+        b.shared.assign(shared, a.poison[0]), b.wrote.assign(shared, {}), b.read.assign(shared * warps, {});
         for (uint32_t i = 0; i < warps; i++) {
             Warp& w = a.warps[rank * warps + i];
             w.held = w.exited = w.cluster_phase = 0, w.waits = w.of_cluster = false, w.reduced = -1;
             w.launch = &a, w.block = &b, w.id = int(rank * warps + i), w.number = int(i), w.early = early;
             w.real = all - i * LANES >= LANES ? ~0u : (1u << (all - i * LANES)) - 1;
             std::fill_n(w.pc, LANES, 0);
-            w.clock.assign(a.warps.size(), 0), w.clock[w.id] = 1;
+            w.clock.assign(a.warps.size(), 0), w.clock[w.id] = 1, w.met = 1;
             w.registers.assign(size_t(p.registers) * LANES, 0xfff8'dead'fff8'deadu);
             for (const Constant& c : p.constants)
                 for (int l = 0; l < LANES; l++) w.of(c.at)[l] = special(a, w, c.kind, c.value, l);

@@ -37,11 +37,17 @@ uint8_t* shared_at(Warp& w, int lane, uint32_t address, int bytes, Access how, b
             continue;
         }
         if (!before && !same) fail("a race with a write of shared memory", i, bytes, lane);
-        uint32_t* const read = &block.read[i * warps];
-        if (how != WRITE) read[w.number] = w.now();
+        Reading* const read = &block.read[i * warps];
+        if (how != WRITE) {
+            Reading& own = read[w.number];
+            own = {w.now(), w.met, own.met == w.met && own.lane != uint32_t(lane) ? SEVERAL : uint32_t(lane)};
+        }
         if (how == READ) continue;
-        for (size_t v = 0, id = rank * warps; v < warps && how == WRITE && a.strict; v++, id++)
-            if (id != size_t(w.id) && read[v] > w.clock[id]) fail("a race with a read of shared memory", i, bytes, lane);
+        for (size_t v = 0, id = rank * warps; v < warps && how == WRITE && a.strict; v++, id++) {
+            const bool own = id == size_t(w.id);
+            const bool by_another = own ? read[v].met == w.met && read[v].lane != uint32_t(lane) : read[v].clock > w.clock[id];
+            if (by_another) fail("a race with a read of shared memory", i, bytes, lane);
+        }
         last = {w.now(), uint16_t(w.id), uint8_t(lane), uint8_t(how == ATOMIC)};
     }
     return &block.shared[at];

@@ -63,11 +63,19 @@ struct Stamp {  // the last write of a byte; clock 0: none
     uint8_t lane = 0, atomic = 0;
 };
 
+constexpr uint32_t SEVERAL = LANES;
+
+struct Reading {  // the last of a byte by a warp (clock 0: none), and the lane, or SEVERAL since all lanes met
+    uint32_t clock = 0, met : 26, lane : 6;
+    Reading() : met(0), lane(0) {}
+    Reading(uint32_t now, uint32_t times, uint32_t by) : clock(now), met(times), lane(by) {}
+};
+
 struct Block {
     uint32_t place[3], rank = 0;
     std::vector<uint8_t> shared;
     std::vector<Stamp> wrote;
-    std::vector<uint32_t> read;  // of each byte and warp of the block: the clock of its last read
+    std::vector<Reading> read;  // of each byte and warp of the block
     std::map<uint32_t, Counter> counters;
     Barrier barriers[16];
 };
@@ -115,6 +123,9 @@ struct Warp {
     int reduced = -1;  // the predicate that a barrier will write
     uint32_t cluster_phase = 0, current = 0;  // current: the instruction
     Clock clock;
+    // How often all lanes did something together, from 1 on. None goes on before all have come there, so that reads in front are before
+    // writes behind; a write in front is not before a read behind unless they wait for memory, as a barrier does.
+    uint32_t met = 1;
     std::deque<Copy> copies[LANES];
     uint64_t* of(int r) { return &registers[size_t(r) * LANES]; }
     uint32_t now() const { return clock[id]; }
