@@ -34,7 +34,7 @@ from bench.on_gpu.products import batches, products, tables
 from bench.on_gpu.rounding import rounding
 from bench.on_gpu.searches import searches
 from bench.on_gpu.skinny import prompts, skinny
-from bench.whole.pieces import decoding, streamed, whole, whole_searches
+from bench.whole.pieces import decoding, decoding_experts, decoding_large, decoding_widths, streamed, whole, whole_searches
 from quant.affine import ZeroKind
 from quant.kernels import kernel
 from quant.scheme import ActivationScheme
@@ -103,7 +103,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 _KERNELS = (hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
-_MODELS = (further, whole, whole_searches, streamed, decoding)
+_MODELS = (further, whole, whole_searches, streamed, decoding, decoding_widths, decoding_large, decoding_experts)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, *_KERNELS, *_MODELS)}
 
 
