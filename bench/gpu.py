@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
-from bench.kept import keep
+from bench.kept import commit, keep
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
 from bench.on_gpu.clock import Bench, Goal, Row, known, spread
@@ -34,11 +34,12 @@ from bench.on_gpu.products import batches, products, tables
 from bench.on_gpu.rounding import rounding
 from bench.on_gpu.searches import searches
 from bench.on_gpu.skinny import prompts, skinny
-from bench.whole.pieces import decoding, streamed, whole, whole_searches
+from bench.whole.pieces import decoding, decoding_experts, decoding_large, decoding_widths, streamed, whole, whole_searches
 from quant.affine import ZeroKind
 from quant.kernels import kernel
 from quant.scheme import ActivationScheme
 from quant.tensors.affine import AffineTensor
+from workers.environment import environment
 
 
 def integers(b: Bench) -> Iterator[Row]:
@@ -103,7 +104,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 _KERNELS = (hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
-_MODELS = (further, whole, whole_searches, streamed, decoding)
+_MODELS = (further, whole, whole_searches, streamed, decoding, decoding_widths, decoding_large, decoding_experts)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, *_KERNELS, *_MODELS)}
 
 
@@ -123,15 +124,17 @@ def main() -> int:
     b = Bench(given.dry, given.alone)
     b.folder, b.layers, b.longest = given.folder, given.layers, given.longest
     device = "the CPU, Triton's interpreter" if given.dry else torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
     rows: list[Row] = []
     failed: list[str] = []
     over: list[str] = []
-    date = time.strftime("%Y-%m-%d")
+    about = {"device": device, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "environment": environment(str(b.device))}
+    print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {about['commit'] or 'not known'}", flush=True)
 
     def kept() -> None:
-        told = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "date": date, "pieces": over, "failed": failed}
-        keep(given.out, told | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]})
+        keep(
+            given.out,
+            about | {"pieces": over, "failed": failed} | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]},
+        )
 
     # Every row is compared with what the device can do in the same run.
     for name in dict.fromkeys(["limits", *(given.pieces or PIECES)]):

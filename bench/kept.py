@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def keep(path: Path | None, figures: Any) -> None:
@@ -14,3 +17,12 @@ def keep(path: Path | None, figures: Any) -> None:
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(json.dumps(figures, indent=1) + "\n")
     draft.replace(path)
+
+
+def commit() -> str | None:
+    """Of the code that runs, marked where files differ from it; None where git does not tell."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

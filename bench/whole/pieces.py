@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from bench.on_gpu.clock import Bench, Goal, Row, going_on
-from bench.whole.decoding import decoded
+from bench.whole.decoding import EXPERTS, OTHER_WIDTHS, SHAPE_7B, SHAPE_70B, Model, decoded
 from bench.whole.runs import Work, measured
 from bench.whole.stages import WRITTEN
 from workers.request import Hints
@@ -71,6 +71,25 @@ def streamed(b: Bench) -> Iterator[Row]:
     yield from _rows(STREAMED, b)
 
 
+def _decoded(b: Bench, model: Model) -> Iterator[Row]:
+    yield from decoded(_root(b), b, Hints(device=b.device.type, threads=1 if b.dry else None), model)
+
+
 def decoding(b: Bench) -> Iterator[Row]:
-    """The stage `measure`, on packed models of 7 billion weights."""
-    yield from decoded(_root(b), b, Hints(device=b.device.type, threads=1 if b.dry else None))
+    """The stage `measure`, on a model of 7 billion weights of 4 bits, also with its cache in 4."""
+    yield from _decoded(b, SHAPE_7B)
+
+
+def decoding_widths(b: Bench) -> Iterator[Row]:
+    """The same with weights of 3, 2 and 8 bits."""
+    yield from _decoded(b, OTHER_WIDTHS)
+
+
+def decoding_large(b: Bench) -> Iterator[Row]:
+    """The same of 70 billion weights of 4 bits, through one layer's file."""
+    yield from _decoded(b, SHAPE_70B)
+
+
+def decoding_experts(b: Bench) -> Iterator[Row]:
+    """The same of a model of experts, with 47 billion weights."""
+    yield from _decoded(b, EXPERTS)

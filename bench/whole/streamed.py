@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from workers import measure, stream
 from workers.artifact import file_digest, flush
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.context import Context
@@ -34,6 +37,15 @@ def repeated(checkpoint: Checkpoint) -> Checkpoint:
     shard = {n.removeprefix(FIRST): e for n, e in checkpoint.tensors.items() if n.startswith(FIRST)}
     layers = range(checkpoint.config["num_hidden_layers"])
     return replace(checkpoint, tensors=checkpoint.tensors | {f"model.layers.{i}.{n}": e for i in layers for n, e in shard.items()})
+
+
+@contextmanager
+def one_for_all() -> Iterator[None]:
+    """While it lasts every checkpoint that is opened is `repeated`."""
+    with ExitStack() as stack:
+        for module in (stream, measure):
+            stack.enter_context(patch.object(module, "open_checkpoint", lambda location: repeated(open_checkpoint(location))))
+        yield
 
 
 def forget(path: Path) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import gptq_block, gpu, grids, int8_linear, kmeans, whole_model, wq_gemv
+from bench import gptq_block, gpu, grids, int8_linear, kept, kmeans, whole_model, wq_gemv
 from bench.kept import keep
 from bench.on_gpu.clock import Bench, Row
 
@@ -25,6 +27,26 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"rows": [1]}
     keep(None, {})
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_figures_name_the_commit_where_git_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "ROOT", tmp_path)
+    assert kept.commit() is None
+    run = partial(subprocess.run, check=True, cwd=tmp_path, capture_output=True)
+    (tmp_path / "file").write_text("one")
+    as_somebody = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (
+        ["git", "init"],
+        ["git", "add", "file"],
+        [*as_somebody, "commit", "-m", "one"],
+        [*as_somebody, "tag", "-a", "v1", "-m", "v1"],
+    ):
+        run(command)
+    named = kept.commit()
+    assert named is not None
+    assert run(["git", "rev-parse", "HEAD"]).stdout.decode().startswith(named)
+    (tmp_path / "file").write_text("two")
+    assert kept.commit() == f"{named}-dirty"
 
 
 def test_pieces_that_are_cut_off_leave_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +69,7 @@ def test_pieces_that_are_cut_off_leave_their_rows(tmp_path: Path, monkeypatch: p
     told = json.loads(path.read_text())
     assert [r["name"] for r in told["rows"]] == ["first", "second", "third"]
     assert (told["pieces"], told["failed"]) == (["limits"], ["fails"])
+    assert told["environment"]["packages"]["torch"] == torch.__version__
 
 
 def test_methods_that_are_cut_off_leave_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.on_gpu.clock import Bench
-from bench.whole import torch_loop
+from bench.whole import shapes, torch_loop
 from bench.whole.check import ALLOWED, Yardstick, check, tokens_of
 from bench.whole.runs import Work, fitting, measured, model_in, together
-from bench.whole.shapes import SHAPES, make_model
+from bench.whole.shapes import SHAPES, Shape, make_model
 from bench.whole.stages import Made, quantize, spec_of
 from bench.whole.streamed import FIRST, STREAMED, bytes_from_disk, read_rate
 from quant import quantize_linear
@@ -136,6 +136,24 @@ def test_a_model_is_made_once_and_anew_where_that_was_stopped(tmp_path: Path) ->
     assert (made / "outer.safetensors").stat().st_mtime_ns == written
     assert not part.exists()
     assert sum("q_proj" in name for name in first) == 1
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_blocks_do_not_outweigh_what_enters_them(experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that roundings of one are not amplified by the next."""
+    from transformers import AutoModelForCausalLM
+
+    shape = Shape(256, 640, 16, 4, 4, 12, experts)
+    monkeypatch.setattr(shapes, "WEIGHT", 0.08)  # what a product makes of its input is as much larger as with 4096 columns and 0.02
+    make_model(tmp_path / "model", shape, shape.layers, "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.randint(0, 32000, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        entered = model.model.embed_tokens(tokens)
+        left: list[torch.Tensor] = []
+        model.model.norm.register_forward_pre_hook(lambda _, given: left.append(given[0]))
+        model(tokens)
+    assert 1 / 8 < float((left[0] - entered).norm() / entered.norm()) < 1 / 2
 
 
 def test_the_plain_loop_makes_our_codes() -> None:
