@@ -234,7 +234,7 @@ def going_on(rows: Iterable[Callable[[], Row]]) -> Iterator[Row]:
 
 def elapsed_us(work: Callable[[], object]) -> float:
     """On the device, what it waits for the host counted."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     work()
     end.record()

@@ -42,7 +42,7 @@ Program = Callable[[Path, Tensor, Path, torch.device], Iterator[tuple[str, Tenso
 
 def llm_compressor(folder: Path, tokens: Tensor, out: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """GPTQ as it comes, in the plain order of columns, 4 bits in groups of 128; it places the model on devices itself."""
-    from llmcompressor import oneshot  # type: ignore[import-not-found]
+    from llmcompressor import oneshot
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quant.methods.toolkits import LlmCompressor
