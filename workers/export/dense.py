@@ -23,7 +23,9 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
         opened.load(i)
     model = opened.model
     _, notes = as_half(dict(model.named_parameters()))
-    # transformers writes its own names (experts apart, tied heads once).
+    # transformers writes the names of published files (experts apart, a GPT-NeoX's head as embed_out, tied heads once): by what it noted
+    # of the last block read, unless that is taken away.
+    model._weight_conversions = None
     model.to(torch.float16).save_pretrained(out)
     config = with_both_spellings(opened.checkpoint.config, "float16")
     (out / "config.json").write_text(json.dumps(config, indent=2))

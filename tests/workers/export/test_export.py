@@ -156,13 +156,15 @@ def test_values_beyond_float16_are_refused() -> None:
         as_half({"norm": torch.tensor([1e6])})
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
 def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build(family, **SIZES).save_pretrained(folder)
     save_tokenizer(folder)
     artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
     run("dense", artifact, folder, tmp_path / "out")
+    # Names of old files, which every version reads.
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     opened = open_model(Recipe(artifact), folder)
     for i in range(opened.structure.count):
