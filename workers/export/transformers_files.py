@@ -7,6 +7,7 @@ float32): a checkpoint written by the one and read by the other is silently wron
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,11 @@ def unreadable_by_old(config: Mapping[str, Any]) -> str | None:
         return f"head_dim {head_dim}: transformers 4.44 takes hidden_size / num_attention_heads = {hidden} / {heads} for {kind}"
     if kind == "qwen2" and config.get("use_sliding_window"):
         return "sliding-window attention, which transformers 4.44 leaves out for qwen2"
+    window = config.get("sliding_window") if kind == "mixtral" else None
+    if window is not None and window < config.get("max_position_embeddings", math.inf):
+        return f"a window of {window} tokens for attention, which transformers 4.44 leaves out for mixtral"
+    if kind == "gpt2" and (config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)):
+        return "scale_attn_by_inverse_layer_idx or scale_attn_weights, which transformers 4.44 ignores"
     if config.get("use_bidirectional_attention"):
         return "bidirectional attention, which transformers 4.44 does not have"
     return None

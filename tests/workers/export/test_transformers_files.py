@@ -88,14 +88,27 @@ def test_a_config_without_rope_keeps_none() -> None:
         ({"model_type": "llama", "head_dim": 128, "hidden_size": 1024, "num_attention_heads": 16}, "head_dim 128"),
         ({"model_type": "llama", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
+        ({"model_type": "mixtral", "sliding_window": 4096, "max_position_embeddings": 32768}, "window of 4096 tokens"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "4.44 ignores"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "4.44 ignores"),
     ],
 )
 def test_what_old_transformers_would_misread_is_named(config: dict, reason: str) -> None:
     assert reason in str(unreadable_by_old(config))
 
 
-def test_a_model_both_read_alike_has_no_reason() -> None:
-    assert unreadable_by_old(json.loads((SHIPPED / "config.json").read_text())) is None
+@pytest.mark.parametrize(
+    "config",
+    [
+        json.loads((SHIPPED / "config.json").read_text()),
+        {"model_type": "mixtral", "sliding_window": 4096, "max_position_embeddings": 4096},
+        {"model_type": "mixtral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768},
+        {"model_type": "gpt2"},
+    ],
+)
+def test_a_model_both_read_alike_has_no_reason(config: dict) -> None:
+    assert unreadable_by_old(config) is None
 
 
 def test_the_adapted_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
