@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from workers.export.model import as_half, left_out, open_model
-from workers.export.transformers_files import copy_tokenizer, with_both_spellings
+from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 from workers.recipe import Recipe
 
 
@@ -29,4 +29,7 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
     model.to(torch.float16).save_pretrained(out)
     config = with_both_spellings(opened.checkpoint.config, "float16")
     (out / "config.json").write_text(json.dumps(config, indent=2))
+    reason = unreadable_by_old(config)
+    if reason is not None:
+        notes.append(f"the model has {reason}: read it with transformers 5")
     return len(recipe.replaced()), [*left_out(recipe), *notes, *copy_tokenizer(model_folder, out)]

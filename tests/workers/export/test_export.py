@@ -175,6 +175,15 @@ def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> Non
     assert all(torch.equal(found[n], rebuilt[n].half().float()) for n in found)
 
 
+def test_a_dense_export_that_old_transformers_would_misread_says_so(model: Path, artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": yarn}))
+    assert "rope scaling 'yarn'" in " ".join(run("dense", artifact, folder, tmp_path / "yarn").notes)
+    assert "transformers" not in " ".join(run("dense", artifact, model, tmp_path / "plain").notes)
+
+
 def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--format", "auto_gptq", "--artifact", str(artifact), "--model", str(model), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--json"]) == 0
