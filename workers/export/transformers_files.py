@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
 COPIED = (
     "generation_config.json",
     "special_tokens_map.json",
@@ -21,7 +23,7 @@ COPIED = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 """Copied as they are; tokenizer.json and tokenizer_config.json are adapted."""
@@ -132,5 +134,21 @@ def copy_tokenizer(model_folder: Path, out: Path) -> list[str]:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        templates = _chat_templates(model_folder)
+        if templates:
+            # 4.44 reads them here alone; 5 reads them here where there is no file, and with the file that file alone.
+            config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+            if len(templates) == 1:
+                config["chat_template"] = templates["default"]
+            else:
+                (out / CHAT_TEMPLATE).unlink(missing_ok=True)
         (out / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
     return notes
+
+
+def _chat_templates(model_folder: Path) -> dict[str, str]:
+    """Name ▸ text of the templates that transformers 5 keeps in files of their own; empty without the default one."""
+    files = {"default": model_folder / CHAT_TEMPLATE} if (model_folder / CHAT_TEMPLATE).is_file() else {}
+    if files:
+        files.update({p.stem: p for p in sorted((model_folder / MORE_CHAT_TEMPLATES).glob("*.jinja"))})
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,19 @@ def test_merges_that_old_files_cannot_hold_are_kept_and_noted(tmp_path: Path) ->
     (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}}))
     assert "tokens with spaces" in copy_tokenizer(source, out)[0]
     assert json.loads((out / "tokenizer.json").read_text())["model"]["merges"] == merges
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["one", "several"])
+def test_chat_templates_are_where_old_and_new_transformers_look(more: bool, tmp_path: Path) -> None:
+    """4.44 knows no template in a file of its own."""
+    source, out = Path(shutil.copytree(SHIPPED, tmp_path / "source")), tmp_path / "out"
+    out.mkdir()
+    (source / "chat_template.jinja").write_text("plain {{ messages }}")
+    if more:
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ messages }}")
+    assert copy_tokenizer(source, out) == []
+    wanted = AutoTokenizer.from_pretrained(source).chat_template
+    assert AutoTokenizer.from_pretrained(out).chat_template == wanted
+    old = json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
+    assert (old if isinstance(old, str) else {t["name"]: t["template"] for t in old}) == wanted
