@@ -27,6 +27,8 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
     # of the last block read, unless that is taken away.
     model._weight_conversions = None
     model.to(torch.float16).save_pretrained(out)
+    # The model's own is copied below; without one readers take what config.json says, all of which transformers has not written here.
+    (out / "generation_config.json").unlink(missing_ok=True)
     config = with_both_spellings(opened.checkpoint.config, "float16")
     (out / "config.json").write_text(json.dumps(config, indent=2))
     reason = unreadable_by_old(config)

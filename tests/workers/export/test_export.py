@@ -184,6 +184,19 @@ def test_a_dense_export_that_old_transformers_would_misread_says_so(model: Path,
     assert "transformers" not in " ".join(run("dense", artifact, model, tmp_path / "plain").notes)
 
 
+@pytest.mark.parametrize("own_file", [True, False])
+def test_generation_settings_are_the_model_s_own(own_file: bool, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """Old models have them in config.json."""
+    folder, settings = Path(shutil.copytree(model, tmp_path / "model")), {"do_sample": True, "temperature": 0.7, "max_length": 50}
+    (folder / "generation_config.json").unlink()
+    path = folder / ("generation_config.json" if own_file else "config.json")
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **settings}))
+    run("dense", artifact, folder, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.to_dict()
+    assert {k: found[k] for k in settings} == settings
+    assert found == AutoModelForCausalLM.from_pretrained(folder).generation_config.to_dict()
+
+
 def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--format", "auto_gptq", "--artifact", str(artifact), "--model", str(model), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--json"]) == 0
