@@ -97,8 +97,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("rope_parameters"):
         return dict(config["rope_parameters"])
     out: dict[str, Any] = {}
-    theta = config.get("rope_theta", config.get("rotary_emb_base"))
-    partial = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    neox = config.get("model_type") == "gpt_neox"  # transformers reads these of its names alone
+    theta = config.get("rotary_emb_base" if neox else "rope_theta")
+    partial = config.get("rotary_pct" if neox else "partial_rotary_factor")
     scaling = dict(config.get("rope_scaling") or {})
     if theta is not None:
         out["rope_theta"] = float(theta)

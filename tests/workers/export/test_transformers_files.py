@@ -70,6 +70,13 @@ def test_new_transformers_turns_positions_by_the_same_angles(family: str, scalin
     assert read(with_both_spellings(config, "float16")) == read(config)
 
 
+def test_a_gpt_neox_is_turned_by_its_own_names_alone() -> None:
+    """transformers ignores the other families' names there."""
+    given = {"model_type": "gpt_neox", "rope_theta": 5.0, "rotary_emb_base": 20000, "partial_rotary_factor": 1.0}
+    both = with_both_spellings(given, "float16")
+    assert (both["rope_parameters"]["rope_theta"], "partial_rotary_factor" in both["rope_parameters"]) == (20000.0, False)
+
+
 @pytest.mark.parametrize("given", [{"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "relu"}, {}])
 def test_a_gemma_keeps_the_activation_that_new_transformers_gives_it(given: dict) -> None:
     """4.44 reads `hidden_activation` as it stands; the "gelu" of the first published files means the tanh form."""
