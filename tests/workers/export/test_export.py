@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -149,6 +150,18 @@ def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: 
         run("gguf", artifact, model, tmp_path / "out")
     with pytest.raises(ExportError, match=r"no folder can be made in .*file.*--out"):
         run("auto_gptq", artifact, model, tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("form", ["auto_gptq", "dense"])
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(form: str, model: Path, artifact: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ExportError, match=r"out was not written: .*File too large.*--out"):
+            run(form, artifact, model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_beyond_float16_are_refused() -> None:
