@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from workers.export.model import as_half, left_out, open_model
+from workers.export.model import as_half, head_is_embedding, left_out, open_model
 from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 from workers.recipe import Recipe
 
@@ -29,7 +29,7 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
     model.to(torch.float16).save_pretrained(out)
     # The model's own is copied below; without one readers take what config.json says, all of which transformers has not written here.
     (out / "generation_config.json").unlink(missing_ok=True)
-    config = with_both_spellings(opened.checkpoint.config, "float16")
+    config = with_both_spellings(opened.checkpoint.config, "float16", tied=head_is_embedding(model))
     (out / "config.json").write_text(json.dumps(config, indent=2))
     reason = unreadable_by_old(config)
     if reason is not None:

@@ -64,9 +64,13 @@ def unreadable_by_old(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def with_both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`."""
+def with_both_spellings(config: Mapping[str, Any], dtype: str, *, tied: bool = True) -> dict[str, Any]:
+    """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`.
+
+    tied: the head is the embedding. Where it is not, the config must not say so: 5 sees it by the tensors, 4.44 drops the head."""
     out = {**config, "dtype": dtype, "torch_dtype": dtype}
+    if not tied:
+        out["tie_word_embeddings"] = False
     if config.get("model_type") == "gemma":
         # transformers 5 takes the "gelu" of the first published files for the tanh form that was meant, and that is its default; 4.44
         # reads this key alone and takes it at its word.

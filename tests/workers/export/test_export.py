@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -162,6 +162,21 @@ def test_a_disk_that_is_full_is_told_and_leaves_nothing(form: str, model: Path, 
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["auto_gptq", "dense"])
+def test_a_head_of_its_own_is_not_called_tied(form: str, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """transformers 5 keeps both where config.json ties them and the tensors differ; 4.44 would drop the head."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    for source, tied in ((folder, False), (model, True)):
+        out = tmp_path / f"out_{tied}"
+        run(form, artifact, source, out)
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+    assert torch.equal(load_file(tmp_path / "out_False" / "model.safetensors")["lm_head.weight"], head.half())
 
 
 def test_values_beyond_float16_are_refused() -> None:
