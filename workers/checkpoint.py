@@ -17,7 +17,7 @@ from workers.errors import InputError, Unreachable
 from workers.model_files import EXPECTED, PICKLED, SAFETENSORS, SMALL_FILES, Weights, safetensors_header, weights_in
 from workers.request import Location
 
-HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*")
+HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*", "additional_chat_templates/*")
 """Fetched of every hub model besides its weights."""
 TRY_LATER = (408, 429)
 """HTTP's request timeout and too many requests."""

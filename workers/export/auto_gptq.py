@@ -77,7 +77,7 @@ def write(model: QuantizedModel, out: Path) -> list[str]:
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
     }
-    config = {**with_both_spellings(model.config, "float16"), "quantization_config": quantization}
+    config = {**with_both_spellings(model.config, "float16", tied=model.tied), "quantization_config": quantization}
     (out / "config.json").write_text(json.dumps(config, indent=2))
     (out / "quantize_config.json").write_text(json.dumps(quantization, indent=2))
     if layout.wrapped_zeros:

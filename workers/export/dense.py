@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from workers.export.model import as_half, left_out, open_model
-from workers.export.transformers_files import copy_tokenizer, with_both_spellings
+from workers.export.model import as_half, head_is_embedding, left_out, open_model
+from workers.export.transformers_files import copy_tokenizer, unreadable_by_old, with_both_spellings
 from workers.recipe import Recipe
 
 
@@ -23,8 +23,15 @@ def write(artifact: Path, model_folder: Path, out: Path) -> tuple[int, list[str]
         opened.load(i)
     model = opened.model
     _, notes = as_half(dict(model.named_parameters()))
-    # transformers writes its own names (experts apart, tied heads once).
+    # transformers writes the names of published files (experts apart, a GPT-NeoX's head as embed_out, tied heads once): by what it noted
+    # of the last block read, unless that is taken away.
+    model._weight_conversions = None
     model.to(torch.float16).save_pretrained(out)
-    config = with_both_spellings(opened.checkpoint.config, "float16")
+    # The model's own is copied below; without one readers take what config.json says, all of which transformers has not written here.
+    (out / "generation_config.json").unlink(missing_ok=True)
+    config = with_both_spellings(opened.checkpoint.config, "float16", tied=head_is_embedding(model))
     (out / "config.json").write_text(json.dumps(config, indent=2))
+    reason = unreadable_by_old(config)
+    if reason is not None:
+        notes.append(f"the model has {reason}: read it with transformers 5")
     return len(recipe.replaced()), [*left_out(recipe), *notes, *copy_tokenizer(model_folder, out)]

@@ -36,6 +36,8 @@ class QuantizedModel:
     """Parameter name ▸ every other parameter, folds applied: linears that were left alone, and a tied head under its own name."""
     methods: tuple[Mapping[str, Any], ...]
     """`MethodSpec` as JSON, of each rule of the quantize stage."""
+    tied: bool
+    """The head is the embedding."""
     notes: tuple[str, ...] = ()
 
 
@@ -72,7 +74,12 @@ def read_quantized(artifact: Path, model_folder: Path) -> QuantizedModel:
                 biases[path] = view.bias.detach().clone()
         others.update({n: p.detach().clone() for n, p in block.named_parameters(f"{blocks}{i}") if id(p) not in owned})
         opened.release(i)
-    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, _methods(artifact), tuple(left_out(recipe)))
+    tied, notes = head_is_embedding(opened.model), tuple(left_out(recipe))
+    return QuantizedModel(opened.checkpoint.config, model_folder, stored, biases, others, _methods(artifact), tied, notes)
+
+
+def head_is_embedding(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _methods(artifact: Path) -> tuple[Mapping[str, Any], ...]:

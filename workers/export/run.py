@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from workers.artifact import rename_flushed
 from workers.export import auto_gptq, dense
 from workers.export.model import read_quantized
@@ -22,7 +24,8 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
         artifact: folder of the committed quantize stage (record.json, payload/).
         model_folder: the unquantized model it was made from.
 
-    Raises ExportError where the format cannot hold the model, InputError, CorruptArtifactError; then `out` is not made.
+    Raises ExportError where the format cannot hold the model or `out` cannot be written, InputError, CorruptArtifactError; then `out` is
+    not made.
     """
     check_format(format)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -41,6 +44,8 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
         if out.exists():
             out.rmdir()
         rename_flushed(staging, out)
+    except (OSError, SafetensorError) as e:
+        raise ExportError(f"{out} was not written: {e}; make room, or give --out a new folder elsewhere") from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(format, str(out), linears, folder_bytes(out), tuple(notes))

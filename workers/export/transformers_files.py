@@ -7,11 +7,14 @@ float32): a checkpoint written by the one and read by the other is silently wron
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+CHAT_TEMPLATE = "chat_template.jinja"
+MORE_CHAT_TEMPLATES = "additional_chat_templates"
 COPIED = (
     "generation_config.json",
     "special_tokens_map.json",
@@ -20,7 +23,7 @@ COPIED = (
     "vocab.txt",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
 )
 """Copied as they are; tokenizer.json and tokenizer_config.json are adapted."""
@@ -51,14 +54,23 @@ def unreadable_by_old(config: Mapping[str, Any]) -> str | None:
         return f"head_dim {head_dim}: transformers 4.44 takes hidden_size / num_attention_heads = {hidden} / {heads} for {kind}"
     if kind == "qwen2" and config.get("use_sliding_window"):
         return "sliding-window attention, which transformers 4.44 leaves out for qwen2"
+    window = config.get("sliding_window") if kind == "mixtral" else None
+    if window is not None and window < config.get("max_position_embeddings", math.inf):
+        return f"a window of {window} tokens for attention, which transformers 4.44 leaves out for mixtral"
+    if kind == "gpt2" and (config.get("scale_attn_by_inverse_layer_idx") or not config.get("scale_attn_weights", True)):
+        return "scale_attn_by_inverse_layer_idx or scale_attn_weights, which transformers 4.44 ignores"
     if config.get("use_bidirectional_attention"):
         return "bidirectional attention, which transformers 4.44 does not have"
     return None
 
 
-def with_both_spellings(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`."""
+def with_both_spellings(config: Mapping[str, Any], dtype: str, *, tied: bool = True) -> dict[str, Any]:
+    """A config.json's values with the keys of transformers 4.44 and of 5, for weights stored as `dtype`.
+
+    tied: the head is the embedding. Where it is not, the config must not say so: 5 sees it by the tensors, 4.44 drops the head."""
     out = {**config, "dtype": dtype, "torch_dtype": dtype}
+    if not tied:
+        out["tie_word_embeddings"] = False
     if config.get("model_type") == "gemma":
         # transformers 5 takes the "gelu" of the first published files for the tanh form that was meant, and that is its default; 4.44
         # reads this key alone and takes it at its word.
@@ -89,8 +101,9 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("rope_parameters"):
         return dict(config["rope_parameters"])
     out: dict[str, Any] = {}
-    theta = config.get("rope_theta", config.get("rotary_emb_base"))
-    partial = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    neox = config.get("model_type") == "gpt_neox"  # transformers reads these of its names alone
+    theta = config.get("rotary_emb_base" if neox else "rope_theta")
+    partial = config.get("rotary_pct" if neox else "partial_rotary_factor")
     scaling = dict(config.get("rope_scaling") or {})
     if theta is not None:
         out["rope_theta"] = float(theta)
@@ -126,5 +139,21 @@ def copy_tokenizer(model_folder: Path, out: Path) -> list[str]:
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(config.get("extra_special_tokens"), list):
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
+        templates = _chat_templates(model_folder)
+        if templates:
+            # 4.44 reads them here alone; 5 reads them here where there is no file, and with the file that file alone.
+            config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+            if len(templates) == 1:
+                config["chat_template"] = templates["default"]
+            else:
+                (out / CHAT_TEMPLATE).unlink(missing_ok=True)
         (out / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
     return notes
+
+
+def _chat_templates(model_folder: Path) -> dict[str, str]:
+    """Name ▸ text of the templates that transformers 5 keeps in files of their own; empty without the default one."""
+    files = {"default": model_folder / CHAT_TEMPLATE} if (model_folder / CHAT_TEMPLATE).is_file() else {}
+    if files:
+        files.update({p.stem: p for p in sorted((model_folder / MORE_CHAT_TEMPLATES).glob("*.jinja"))})
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}

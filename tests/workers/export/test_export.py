@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -151,18 +152,47 @@ def test_a_used_folder_and_an_unknown_format_are_refused(model: Path, artifact: 
         run("auto_gptq", artifact, model, tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("form", ["auto_gptq", "dense"])
+def test_a_disk_that_is_full_is_told_and_leaves_nothing(form: str, model: Path, artifact: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(ExportError, match=r"out was not written: .*File too large.*--out"):
+            run(form, artifact, model, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["auto_gptq", "dense"])
+def test_a_head_of_its_own_is_not_called_tied(form: str, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """transformers 5 keeps both where config.json ties them and the tensors differ; 4.44 would drop the head."""
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    head = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    for source, tied in ((folder, False), (model, True)):
+        out = tmp_path / f"out_{tied}"
+        run(form, artifact, source, out)
+        assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is tied
+    assert torch.equal(load_file(tmp_path / "out_False" / "model.safetensors")["lm_head.weight"], head.half())
+
+
 def test_values_beyond_float16_are_refused() -> None:
     with pytest.raises(ExportError, match="norm has values that float16 cannot hold"):
         as_half({"norm": torch.tensor([1e6])})
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt_neox"])
 def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     build(family, **SIZES).save_pretrained(folder)
     save_tokenizer(folder)
     artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
     run("dense", artifact, folder, tmp_path / "out")
+    # Names of old files, which every version reads.
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(load_file(folder / "model.safetensors"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     opened = open_model(Recipe(artifact), folder)
     for i in range(opened.structure.count):
@@ -171,6 +201,28 @@ def test_a_dense_export_is_an_ordinary_model(family: str, tmp_path: Path) -> Non
     found = dict(loaded.named_parameters())
     assert set(found) == set(rebuilt)
     assert all(torch.equal(found[n], rebuilt[n].half().float()) for n in found)
+
+
+def test_a_dense_export_that_old_transformers_would_misread_says_so(model: Path, artifact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": yarn}))
+    assert "rope scaling 'yarn'" in " ".join(run("dense", artifact, folder, tmp_path / "yarn").notes)
+    assert "transformers" not in " ".join(run("dense", artifact, model, tmp_path / "plain").notes)
+
+
+@pytest.mark.parametrize("own_file", [True, False])
+def test_generation_settings_are_the_model_s_own(own_file: bool, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """Old models have them in config.json."""
+    folder, settings = Path(shutil.copytree(model, tmp_path / "model")), {"do_sample": True, "temperature": 0.7, "max_length": 50}
+    (folder / "generation_config.json").unlink()
+    path = folder / ("generation_config.json" if own_file else "config.json")
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.is_file() else {}), **settings}))
+    run("dense", artifact, folder, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config.to_dict()
+    assert {k: found[k] for k in settings} == settings
+    assert found == AutoModelForCausalLM.from_pretrained(folder).generation_config.to_dict()
 
 
 def test_the_command_prints_a_report_or_the_reason(model: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

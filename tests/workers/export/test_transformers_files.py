@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ def test_new_transformers_turns_positions_by_the_same_angles(family: str, scalin
     assert read(with_both_spellings(config, "float16")) == read(config)
 
 
+def test_a_gpt_neox_is_turned_by_its_own_names_alone() -> None:
+    """transformers ignores the other families' names there."""
+    given = {"model_type": "gpt_neox", "rope_theta": 5.0, "rotary_emb_base": 20000, "partial_rotary_factor": 1.0}
+    both = with_both_spellings(given, "float16")
+    assert (both["rope_parameters"]["rope_theta"], "partial_rotary_factor" in both["rope_parameters"]) == (20000.0, False)
+
+
 @pytest.mark.parametrize("given", [{"hidden_act": "gelu"}, {"hidden_act": "gelu_pytorch_tanh"}, {"hidden_act": "relu"}, {}])
 def test_a_gemma_keeps_the_activation_that_new_transformers_gives_it(given: dict) -> None:
     """4.44 reads `hidden_activation` as it stands; the "gelu" of the first published files means the tanh form."""
@@ -88,14 +96,27 @@ def test_a_config_without_rope_keeps_none() -> None:
         ({"model_type": "llama", "head_dim": 128, "hidden_size": 1024, "num_attention_heads": 16}, "head_dim 128"),
         ({"model_type": "llama", "rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "differ between layers"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "sliding-window"),
+        ({"model_type": "mixtral", "sliding_window": 4096, "max_position_embeddings": 32768}, "window of 4096 tokens"),
+        ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "4.44 ignores"),
+        ({"model_type": "gpt2", "scale_attn_weights": False}, "4.44 ignores"),
     ],
 )
 def test_what_old_transformers_would_misread_is_named(config: dict, reason: str) -> None:
     assert reason in str(unreadable_by_old(config))
 
 
-def test_a_model_both_read_alike_has_no_reason() -> None:
-    assert unreadable_by_old(json.loads((SHIPPED / "config.json").read_text())) is None
+@pytest.mark.parametrize(
+    "config",
+    [
+        json.loads((SHIPPED / "config.json").read_text()),
+        {"model_type": "mixtral", "sliding_window": 4096, "max_position_embeddings": 4096},
+        {"model_type": "mixtral", "sliding_window": None},
+        {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768},
+        {"model_type": "gpt2"},
+    ],
+)
+def test_a_model_both_read_alike_has_no_reason(config: dict) -> None:
+    assert unreadable_by_old(config) is None
 
 
 def test_the_adapted_tokenizer_gives_the_same_ids(tmp_path: Path) -> None:
@@ -115,3 +136,19 @@ def test_merges_that_old_files_cannot_hold_are_kept_and_noted(tmp_path: Path) ->
     (source / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "merges": merges}}))
     assert "tokens with spaces" in copy_tokenizer(source, out)[0]
     assert json.loads((out / "tokenizer.json").read_text())["model"]["merges"] == merges
+
+
+@pytest.mark.parametrize("more", [False, True], ids=["one", "several"])
+def test_chat_templates_are_where_old_and_new_transformers_look(more: bool, tmp_path: Path) -> None:
+    """4.44 knows no template in a file of its own."""
+    source, out = Path(shutil.copytree(SHIPPED, tmp_path / "source")), tmp_path / "out"
+    out.mkdir()
+    (source / "chat_template.jinja").write_text("plain {{ messages }}")
+    if more:
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools {{ messages }}")
+    assert copy_tokenizer(source, out) == []
+    wanted = AutoTokenizer.from_pretrained(source).chat_template
+    assert AutoTokenizer.from_pretrained(out).chat_template == wanted
+    old = json.loads((out / "tokenizer_config.json").read_text())["chat_template"]
+    assert (old if isinstance(old, str) else {t["name"]: t["template"] for t in old}) == wanted
