@@ -60,18 +60,19 @@ def test_bytes_of_weights_are_those_in_memory(method: str, bits: int, backend: s
     weight = WeightScheme(4, granularity=Granularity.GROUP, group_size=16) if method == "gptq" else WeightScheme(bits)
     spec = quantize_spec(method, weight=weight, **({"act_order": True} if method == "gptq" else {}))
     artifact, _ = quantized(ctx, tmp_path / "q", spec, {} if method == "rtn" else calibrated(ctx, tmp_path, "hessian"))
-    before = storages()
+    before = storages()  # kept: an address must not be given out again
     model, made = rebuild_packed(ctx, MODEL, artifact, backend, None)
     assert backend == "auto" or "dense" not in made.backends
-    held = sum(size for at, size in storages().items() if at not in before)
+    held = sum(s.nbytes() for at, s in storages().items() if at not in before)
     assert weights_bytes(model, made) == held
 
 
-def storages() -> dict[int, int]:
-    """Address ▸ bytes, of all tensors of the process."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Address ▸ storage, of all plain dense tensors of the process; those of other tests among them, which may be sparse or fake."""
     gc.collect()
-    found = (o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu")
-    return {s.data_ptr(): s.nbytes() for s in found}
+    plain = (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
+    found = (t.untyped_storage() for t in plain if t.layout is torch.strided and t.device.type == "cpu")
+    return {s.data_ptr(): s for s in found}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
