@@ -339,7 +339,8 @@ def undivided(
     together = supports.inputs_together
     if cols % together:
         return f"{together} weights that {kind} codes together do not divide", cols, "inputs"
-    if group_size is None or supports.ragged_groups:
+    rounds = kind == "learned_rotation" and params.get("weights", False)  # to nearest, in its search
+    if group_size is None or (supports.ragged_groups and not rounds):
         return None
     # HQQ's axis 0 folds the whole weight into groups.
     count, of = (rows * cols, "weights, as axis=0 needs") if params.get("axis") == 0 else (cols, "inputs")

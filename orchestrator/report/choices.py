@@ -166,4 +166,5 @@ def _end(value: float | None) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    """That of equal values is the value itself, which the quotient of a sum may miss."""
+    return values[0] + sum(v - values[0] for v in values) / len(values)

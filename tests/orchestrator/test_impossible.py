@@ -60,6 +60,8 @@ def test_groups_are_asked_of_every_part_of_a_method_that_has_them(plan_of, tmp_p
             assert not plan_of(*given, f"+transform@method.transforms.t={transform}").skipped
         with pytest.raises(PlanError, match=r"group size \d+ does not divide 172 inputs"):
             plan_of(*given, "+transform@method.transforms.t=awq")
+        with pytest.raises(PlanError, match=r"group size \d+ does not divide 172 inputs"):  # its search rounds to nearest
+            plan_of(*given, "+transform@method.transforms.t=learned_rotation", "method.transforms.t.params.weights=true")
 
 
 def test_columns_kept_beside_codes_of_a_number_format_are_skipped(plan_of) -> None:

@@ -98,6 +98,14 @@ def test_a_method_whose_replicates_are_one_variant_is_judged_by_it(tmp_path: Pat
     }
 
 
+def test_a_mean_of_equal_widths_is_that_width(tmp_path: Path) -> None:
+    """Three times 3.3 divided by 3 is another number, which got a row of its own."""
+    result = sweep_of(tmp_path, {"rtn": (0.05,), "gptq": (0.10, 0.101, 0.102)})
+    table = table_of(result)
+    table = replace(table, lines=tuple(replace(x, bits_nominal=None if x.variant.is_baseline else 3.3) for x in table.lines))
+    assert list(best_per_width(table)) == [3.3]
+
+
 def test_failed_replicates_are_counted_and_one_that_overflowed_is_never_best(tmp_path: Path) -> None:
     result = sweep_of(tmp_path, LUCKY)
     awq = [v for v in result.variants if v.axes["method"] == "awq"]
