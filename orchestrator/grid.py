@@ -171,8 +171,10 @@ def _refuse_idle_rules(root: _Root) -> None:
     """Other sweepers than bitgrid's run another grid than the rules leave."""
     idle = _rules_given(root)
     if idle and _plugin(root.base, "sweeper") not in ("BitgridSweeper", "None"):
+        named = root.base.choices.get("sweep")
+        whose = "" if named in (None, "none") else f" of sweep={named}"
         raise ConfigError(
-            f"{idle} of sweep={root.base.choices.get('sweep')} would have no effect: "
+            f"{idle}{whose} would have no effect: "
             f"hydra/sweeper={root.base.choices.get('hydra/sweeper')} chooses the cells, and only hydra/sweeper=bitgrid applies rules; "
             "use that one, or take the rules out"
         )

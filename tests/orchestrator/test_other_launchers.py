@@ -43,6 +43,7 @@ def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.
             ["hydra/sweeper=basic", "sweep=examples"],
             "sweep.exclude, .*sweep.extra of sweep=examples would have no effect: hydra/sweeper=basic",
         ),
+        (["hydra/sweeper=basic", "sweep.exclude=[{method:gptq}]"], "^sweep.exclude would have no effect: "),
         ([*BASIC, "hydra.sweeper.max_batch_size=1"], None),
     ],
 )
