@@ -200,13 +200,13 @@ def cost_section(result: SweepResult) -> Markup:
     heads = ["stage", "run", "reused", "failed", "not run", "time run", "time reused", "stored"]
     parts: list[object] = [tag("h2", "Cost", id="cost")]
     reuse = sum(k.reused_seconds for k in c.kinds)
-    said = f"Stages of this sweep took {numbers.duration(c.run_seconds)} of worker time."
+    earlier = f"; reused ones took {numbers.duration(reuse)} in earlier sweeps" if reuse else ""
+    said = f"Stages of this sweep took {numbers.duration(c.run_seconds)} of worker time{earlier}."
     if c.scores:
         said += (
-            f" One job per score, each computing all it needs, would have taken {numbers.duration(c.alone_seconds)}: "
-            f"sharing stages saved {numbers.duration(c.saved_seconds)}"
+            f" Those that scores need took {numbers.duration(c.shared_seconds)}, each once; one job per score, each computing all it "
+            f"needs, would have taken {numbers.duration(c.alone_seconds)}: sharing stages saved {numbers.duration(c.saved_seconds)}."
         )
-        said += f", and {numbers.duration(reuse)} came from earlier sweeps." if reuse else "."
     parts += [tag("p", said), table(heads, rows, label="Cost per kind of stage")]
     stages = []
     for s in sorted(result.stages.values(), key=lambda s: (-(s.seconds or 0.0), s.label)):

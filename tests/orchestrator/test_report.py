@@ -26,6 +26,7 @@ from orchestrator.report.choices import Standing, best_per_width, pareto_front, 
 from orchestrator.report.cost import costs
 from orchestrator.report.heat import heat_cells
 from orchestrator.report.overview import model_tables
+from orchestrator.report.sections import cost_section
 from orchestrator.report.tables import Row, long_table, nominal_bits
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from tests.orchestrator import synthetic
@@ -292,6 +293,9 @@ def test_cost_counts_each_stage_once_and_each_cell_alone(tmp_path: Path) -> None
     assert c.alone_seconds == pytest.approx(4 + 10 + 26)
     assert c.shared_seconds == pytest.approx(8 + 6 + 12)
     assert sum(k.bytes for k in c.kinds) == sum(p.stat().st_size for p in tmp_path.glob("objects/*/*/*/payload/*"))
+    said = str(cost_section(result))
+    assert "took 23 s of worker time; reused ones took 3.0 s in earlier sweeps. Those that scores need took 26 s, each once;" in said
+    assert "would have taken 40 s: sharing stages saved 14 s." in said
 
 
 def overflowing(result: SweepResult, root: Path) -> SweepResult:
