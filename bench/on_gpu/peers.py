@@ -9,8 +9,6 @@ whatever a peer does, it costs a line that says why it was not run.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench.on_gpu.peer_kernels import PEERS, Case, Peer
+from quant.kernels.native import apart
 
 if TYPE_CHECKING:
     from bench.on_gpu.clock import Bench
@@ -118,14 +117,11 @@ def supervised(names: Iterable[str], command: Callable[[list[str], Path], list[s
 
 def run_apart(command: list[str], log: Path, seconds: float) -> int | None:
     """The exit status of a command in a process group of its own, its output in `log`; None where it took too long and was ended."""
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
+    try:
+        with log.open("w") as file, apart(command, stdout=file, stderr=subprocess.STDOUT) as process:
             return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return None
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def last_said(log: Path) -> list[str]:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -81,21 +81,21 @@ def kept_library(source: Path, compiler: str, version: str, flags: Sequence[str]
         made = Path(scratch) / path.name
         for more in tries:
             command = [compiler, *flags, *more, str(source), "-o", str(made)]
-            code, said = _ended(command)
-            if code == 0:
+            with apart(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as driver:
+                _, said = driver.communicate(timeout=LONGEST)
+            if driver.returncode == 0:
                 os.replace(made, path)
                 return path
-    raise RuntimeError(said.strip()[-400:] or f"{compiler} ended with {code}")
+    raise RuntimeError(said.strip()[-400:] or f"{compiler} ended with {driver.returncode}")
 
 
-def _ended(command: Sequence[str]) -> tuple[int, str]:
-    """Code and errors of a compiler. Raises TimeoutExpired after `LONGEST` seconds. Compilers are drivers of processes of their own, which
-    would run on."""
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as driver:
+@contextmanager
+def apart(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """`subprocess.Popen` in a process group of its own, all of which ends with a block that fails or is interrupted: what a command is a
+    driver of would run on."""
+    with subprocess.Popen(command, text=True, start_new_session=True, **options) as driver:
         try:
-            _, said = driver.communicate(timeout=LONGEST)
+            yield driver
         except BaseException:
             if hasattr(os, "killpg"):
                 with suppress(ProcessLookupError):
@@ -103,7 +103,6 @@ def _ended(command: Sequence[str]) -> tuple[int, str]:
             else:
                 driver.kill()
             raise
-    return driver.returncode, said
 
 
 def _whole(path: Path) -> bool:
