@@ -131,10 +131,8 @@ def main() -> int:
     print(f"{device}, torch {torch.__version__}, CUDA {torch.version.cuda}, commit {about['commit'] or 'not known'}", flush=True)
 
     def kept() -> None:
-        keep(
-            given.out,
-            about | {"pieces": over, "failed": failed} | {"ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]},
-        )
+        told = {"pieces": over, "failed": failed, "ceilings": asdict(b.ceilings), "rows": [r.told(b.ceilings) for r in rows]}
+        keep(given.out, about | told)
 
     # Every row is compared with what the device can do in the same run.
     for name in dict.fromkeys(["limits", *(given.pieces or PIECES)]):

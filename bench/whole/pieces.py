@@ -42,8 +42,12 @@ def _temporary() -> Path:
     return folder
 
 
+def _hints(b: Bench) -> Hints:
+    return Hints(device=b.device.type, threads=1 if b.dry else None)
+
+
 def _rows(works: tuple[Work, ...], b: Bench) -> Iterator[Row]:
-    root, hints = _root(b), Hints(device=b.device.type, threads=1 if b.dry else None)
+    root, hints = _root(b), _hints(b)
 
     def row(work: Work) -> Row:
         try:
@@ -72,7 +76,7 @@ def streamed(b: Bench) -> Iterator[Row]:
 
 
 def _decoded(b: Bench, model: Model) -> Iterator[Row]:
-    yield from decoded(_root(b), b, Hints(device=b.device.type, threads=1 if b.dry else None), model)
+    yield from decoded(_root(b), b, _hints(b), model)
 
 
 def decoding(b: Bench) -> Iterator[Row]:
