@@ -72,11 +72,11 @@ def _why_not_quantized(
     bad: dict[str, list[tuple[str, int, str]]] = {}
     for s in shapes:
         if (row := chosen.get(s.name)) is not None:
-            for part, (_, supports) in zip((*row.method.transforms, row.method.rounding), method.supports, strict=True):
-                found = undivided(part.name, dict(part.params), supports, row.weight.group_size, s.rows, s.cols)
-                if found is not None:
-                    bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
-                    break
+            components = zip((*row.method.transforms, row.method.rounding), method.supports, strict=True)
+            parts = ((c.name, dict(c.params), supports) for c, (_, supports) in components)
+            found = undivided(parts, row.weight.group_size, s.rows, s.cols)
+            if found is not None:
+                bad.setdefault(found[0], []).append((s.name, found[1], found[2]))
     for what, linears in bad.items():
         widths, of = ", ".join(map(str, sorted({n for _, n, _ in linears}))), linears[0][2]
         return f"{cell.model.name}: {what} {widths} {of} ({len(linears)} linears, first {linears[0][0]})"

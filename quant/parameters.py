@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -333,9 +333,17 @@ def refuses_scheme(kind: str, params: Mapping[str, Any], scheme: WeightScheme) -
 
 
 def undivided(
+    parts: Iterable[tuple[str, Mapping[str, Any], Supports]], group_size: int | None, rows: int, cols: int
+) -> tuple[str, int, str] | None:
+    """What the first part of a method that cannot do so would cut a weight `[rows, cols]` into, how many there are, and of what; None where
+    all can. parts: kind, parameters and class's facts of each."""
+    each = (_undivided(kind, params, supports, group_size, rows, cols) for kind, params, supports in parts)
+    return next((found for found in each if found is not None), None)
+
+
+def _undivided(
     kind: str, params: Mapping[str, Any], supports: Supports, group_size: int | None, rows: int, cols: int
 ) -> tuple[str, int, str] | None:
-    """What a part of a method cannot cut a weight `[rows, cols]` into, how many there are, and of what; None where it can."""
     together = supports.inputs_together
     if cols % together:
         return f"{together} weights that {kind} codes together do not divide", cols, "inputs"

@@ -137,8 +137,7 @@ def check_shapes(shapes: tuple[LinearShape, ...], made: tuple[Method, ...], fami
             continue
         size, spec = own.scheme.group_size, own.rule.method
         components = zip((*spec.transforms, spec.rounding), own.parts, strict=True)
-        each = (undivided(c.name, dict(c.params), part.supports, size, shape.rows, shape.cols) for c, part in components)
-        found = next((f for f in each if f is not None), None)
+        found = undivided(((c.name, dict(c.params), part.supports) for c, part in components), size, shape.rows, shape.cols)
         if found is None:
             continue
         if size is None or shape.cols % size == 0 or found[2] != "inputs":
