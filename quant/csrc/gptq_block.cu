@@ -64,10 +64,22 @@ struct Solvers {
 
 template <int ROWS, int R>
 struct Helpers {
-    Updates<ROWS, R> lane;
+    using One = Updates<ROWS, R>;
+    One lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
         f(lane);
+    }
+    template <int I>
+    __device__ __forceinline__ void multiply() {
+        lane.products(lane.held[I], [](typename One::Tile& sums, int m, int j, const Left& a, const Right& b) {
+            float none[2] = {0.0f, 0.0f};  // of rows that are not there
+            asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                : "+f"(One::place_of(sums, none[0], m, j, 0)), "+f"(One::place_of(sums, none[0], m, j, 1)),
+                  "+f"(One::place_of(sums, none[0], m, j, 2)), "+f"(One::place_of(sums, none[1], m, j, 3))
+                : "r"(bits_of(a.at[0])), "r"(bits_of(a.at[1])), "r"(bits_of(a.at[2])), "r"(bits_of(a.at[3])), "r"(bits_of(b.at[0])),
+                  "r"(bits_of(b.at[1])));
+        });
     }
 };
 

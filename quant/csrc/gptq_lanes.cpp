@@ -56,10 +56,43 @@ struct Solvers {
 
 template <int ROWS, int R>
 struct Helpers {
-    Updates<ROWS, R> lane[LANES];
+    using One = Updates<ROWS, R>;
+    One lane[LANES];
     template <class F>
     void each(F f) {
-        for (Updates<ROWS, R>& l : lane) f(l);
+        for (One& l : lane) f(l);
+    }
+    // What a GPU multiplies of an operand: its bits above the last 13.
+    static double operand(float x) {
+        uint32_t bits = bits_of(x) & 0xffffe000u;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+    }
+    // Sums of eight products, exact but for one rounding; a GPU's are cut off.
+    template <int I>
+    void multiply() {
+        struct Product {
+            typename One::Tile* sums;
+            int m, j;
+            Left a;
+            Right b;
+        };
+        std::vector<Product> of[LANES];
+        for (int i = 0; i < LANES; i++)
+            lane[i].products(lane[i].held[I], [&](typename One::Tile& sums, int m, int j, const Left& a, const Right& b) {
+                of[i].push_back({&sums, m, j, a, b});
+            });
+        for (size_t n = 0; n < of[0].size(); n++)
+            for (int i = 0; i < LANES; i++)
+                for (int d = 0; d < 4; d++) {
+                    const int g = i / 4, t = i % 4, column = 2 * t + d % 2;
+                    double sum = 0.0;
+                    for (int k = 0; k < 8; k++)
+                        sum += operand(of[4 * g + k % 4][n].a.at[k / 4 * 2 + d / 2]) * operand(of[4 * column + k % 4][n].b.at[k / 4]);
+                    float none = 0.0f;
+                    float& to = One::place_of(*of[i][n].sums, none, of[i][n].m, of[i][n].j, d);
+                    to = float(to + sum);
+                }
     }
 };
 

@@ -5,27 +5,52 @@
 
 namespace gptq {
 
-// One of 32 lanes, which have a panel's columns of 8 ROWS rows: 4 columns and ROWS rows each, so that 16 bytes of the factor or of errors
-// serve for several products. R: rows of a lane that solves.
+// What a lane has of a product of 16 x 8 and 8 x 8 numbers: rows g and g + 8, first of column t, then of t + 4; of column g rows t, t + 4.
+struct Left {
+    float at[4];
+};
+struct Right {
+    float at[2];
+};
+
+// The nearest number of 11 bits, with halves away from 0; of none that is next to infinity.
+ON_LANES float large_of(float x) {
+    const uint32_t bits = bits_of(x) + 0x1000u & 0xffffe000u;
+#ifdef __CUDACC__
+    return __uint_as_float(bits);
+#else
+    float large;
+    std::memcpy(&large, &bits, sizeof large);
+    return large;
+#endif
+}
+
+// One of 32 lanes, which have a panel's columns of 8 ROWS rows: sums of errors times the factor, on tensor cores (m16n8k8). An operand of
+// theirs has 11 bits; a number is split into two of them, `large` and what is left, and of the four products all but that of what is left
+// are made: what a product lacks is below 2^-21 of it, and of either sign. Products with what is left are added up apart, as sums are cut
+// off at the size of their largest term. Lane 4 g + t has rows g, g + 8, ... of the sums, columns 4 t to 4 t + 3, errors of columns 2 t and
+// 2 t + 1 of a unit, and the factor's columns 2 g and 2 g + 1. R: rows of a lane that solves.
 template <int ROWS, int R>
 struct Updates {
     static constexpr int APART = 8;  // in shared memory, from one of a lane's rows to the next
     ON_LANES static constexpr int far(int r) { return r % 4 * APART * R + r / 4; }  // in the block, from the first to row r
     using Tile = float[ROWS][4];
-    Tile sum, next;   // a panel less errors; the one after it of this warp as given
-    uint32_t row;     // its first
-    uint32_t column;  // first of the lane's in a panel
-    Near errors;      // [STRIDE] of its first row
-
-    // Lanes that load 16 bytes of the same row, and those that load them from the same columns, lie beside each other: a multiprocessor
-    // then serves two lanes at once.
-    ON_LANES static uint32_t local_row(uint32_t lane) { return (lane >> 1 & 1) | (lane >> 2 & 6); }
-    ON_LANES static uint32_t local_column(uint32_t lane) { return 4 * ((lane & 1) | (lane >> 1 & 2)); }
+    struct Fragment {
+        float errors[ROWS][2], factor[2][2];
+    };
+    Tile given, sum, rest;  // a panel as given; sums of products, and of those with what is left of one
+    uint32_t row;           // its first
+    uint32_t column;        // first of the lane's in a panel
+    Near errors;            // [STRIDE] of its first row
+    int lane_errors, lane_factor;  // of a unit's floats, its first
+    Fragment held[2];
 
     // first_row, all_errors: of the team. first_panel: of this warp.
     ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors, int first_panel) {
-        row = first_row + local_row(lane) * R;
-        column = local_column(lane), errors = beside(all_errors, int(local_row(lane)) * STRIDE);
+        const int g = int(lane / 4), t = int(lane % 4);
+        row = first_row + g * R;
+        column = 4 * t, errors = beside(all_errors, g * STRIDE);
+        lane_errors = 2 * t, lane_factor = 2 * t * PANEL + 2 * g;
         fetch(p, first_panel);
     }
 
@@ -36,7 +61,7 @@ struct Updates {
         if (first + 4 <= p.columns && row + far(ROWS - 1) < p.rows) {
             const float* from = p.block + (first * p.rows + row);
             UNROLLED for (int c = 0; c < 4; c++, from += p.rows)
-                UNROLLED for (int r = 0; r < ROWS; r++) next[r][c] = get(from + far(r), true);
+                UNROLLED for (int r = 0; r < ROWS; r++) given[r][c] = get(from + far(r), true);
         } else {
             ROLLED for (int c = 0; c < 4; c++) {
                 const float* const all = p.block + (first + c) * p.rows;
@@ -44,70 +69,78 @@ struct Updates {
                     const uint32_t at = row + far(r) < p.rows ? row + far(r) : p.rows - 1;
                     const float x = get(all + at, first + c < p.columns);
                     UNROLLED for (int d = 0; d < 4; d++)
-                        if (d == c) next[r][d] = x;
+                        if (d == c) given[r][d] = x;
                 }
             }
         }
     }
-    // The panel that was fetched, and loads of the one after it.
-    ON_LANES void advance(const Problem& p, int panel) {
+    ON_LANES void clear() {
         UNROLLED for (int r = 0; r < ROWS; r++)
-            UNROLLED for (int c = 0; c < 4; c++) sum[r][c] = next[r][c];
-        fetch(p, panel);
+            UNROLLED for (int c = 0; c < 4; c++) sum[r][c] = rest[r][c] = 0.0f;
     }
 
-    struct Factor {
-        Four at[4];
-    };
-    struct Errors {
-        Four at[ROWS];
-    };
-    ON_LANES static void load(Factor& f, Near u) {
-        UNROLLED for (int i = 0; i < 4; i++) f.at[i] = near_four(beside(u, i * PANEL));
+    ON_LANES void load_factor(Fragment& f, const Shared& s, int panel, int unit) const {
+        const Near u = beside(s.factor, panel_start(panel) + unit * UNIT * PANEL + lane_factor);
+        UNROLLED for (int k = 0; k < 2; k++) near_two(beside(u, k * PANEL), f.factor[k][0], f.factor[k][1]);
     }
-    ON_LANES static void load(Errors& e, Near at) {
-        UNROLLED for (int r = 0; r < ROWS; r++) e.at[r] = near_four(beside(at, r * APART * STRIDE));
-    }
-    ON_LANES static void apply(Tile& x, const Errors& e, const Factor& f) {
-        UNROLLED for (int i = 0; i < 4; i++)
-            UNROLLED for (int r = 0; r < ROWS; r++)
-                UNROLLED for (int c = 0; c < 4; c++) x[r][c] = less(x[r][c], e.at[r].at[i], f.at[i].at[c]);
+    ON_LANES void load_errors(Fragment& f, int unit) const {
+        const Near e = beside(errors, unit * UNIT + lane_errors);
+        UNROLLED for (int r = 0; r < ROWS; r++) near_two(beside(e, r * APART * STRIDE), f.errors[r][0], f.errors[r][1]);
     }
 
-    // Errors of units first .. last - 1 off a panel, all of which are there. Some after them are loaded and not used.
-    ON_LANES void take(const Shared& s, int panel, int first, int last) {
-        if (first >= last) return;
-        Near u = beside(s.factor, panel_start(panel) + first * UNIT * PANEL + int(column)), at = beside(errors, first * UNIT);
-        Factor f, g;
-        Errors e, d;
-        load(e, at), load(f, u);
-        ROLLED for (int unit = first; unit < last; unit++) {
-            load(d, beside(at, 4)), load(g, beside(u, 4 * PANEL));
-            apply(sum, e, f);
-            at = beside(at, UNIT), u = beside(u, UNIT * PANEL);
-            if (ahead(unit + 1 < last)) load(e, at), load(f, u);
-            apply(sum, d, g);
+    // All products of a unit: f(sums, m, j, left, right) of rows 2 m and 2 m + 1 of a lane, and of its columns j and j + 2.
+    template <class F>
+    ON_LANES void products(const Fragment& u, const F& f) {
+        UNROLLED for (int part = 0; part < 3; part++)
+            UNROLLED for (int m = 0; m < (ROWS + 1) / 2; m++)
+                UNROLLED for (int j = 0; j < 2; j++) {
+                    Left a;
+                    Right b;
+                    UNROLLED for (int k = 0; k < 2; k++) {
+                        UNROLLED for (int h = 0; h < 2; h++) {
+                            const float e = 2 * m + h < ROWS ? u.errors[(2 * m + h) % ROWS][k] : 0.0f;
+                            a.at[2 * k + h] = part < 2 ? large_of(e) : minus(e, large_of(e));
+                        }
+                        b.at[k] = part ? large_of(u.factor[k][j]) : minus(u.factor[k][j], large_of(u.factor[k][j]));
+                    }
+                    f(part == 1 ? sum : rest, m, j, a, b);
+                }
+    }
+    // The d-th of the sums that a lane has of a product; rows g + 8 may not be there.
+    ON_LANES static float& place_of(Tile& sums, float& none, int m, int j, int d) {
+        return 2 * m + d / 2 < ROWS ? sums[(2 * m + d / 2) % ROWS][j + d % 2 * 2] : none;
+    }
+
+    ON_LANES void hand_over(const Problem& p, int panel, int next) {
+        UNROLLED for (int r = 0; r < ROWS; r++) {
+            float x[4];
+            UNROLLED for (int c = 0; c < 4; c++) x[c] = minus(given[r][c], plus(sum[r][c], rest[r][c]));
+            near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + int(column)), x);
         }
-    }
-    // Errors of a unit off a panel once they are there: the factor is asked for before.
-    template <class Await>
-    ON_LANES void take_one(const Shared& s, int panel, int unit, const Await& await) {
-        const Near u = beside(s.factor, panel_start(panel) + unit * UNIT * PANEL + int(column)), at = beside(errors, unit * UNIT);
-        Factor f, g;
-        Errors e, d;
-        load(f, u), load(g, beside(u, 4 * PANEL));
-        await();
-        load(e, at), load(d, beside(at, 4));
-        apply(sum, e, f), apply(sum, d, g);
-    }
-
-    ON_LANES void hand_over(int panel) {
-        UNROLLED for (int r = 0; r < ROWS; r++) near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + int(column)), sum[r]);
+        fetch(p, next);
     }
 };
 
+// Errors of units first .. last - 1 off a panel, all of which are there. Some after them are loaded and not used.
+template <class Lanes>
+ON_LANES void take(Lanes& lanes, const Shared& s, int panel, int first, int last) {
+    const auto load = [&](int i, int unit) {
+        lanes.each([&](auto& lane) { lane.load_errors(lane.held[i], unit), lane.load_factor(lane.held[i], s, panel, unit); });
+    };
+    if (first >= last) return;
+    load(0, first);
+    ROLLED for (int unit = first; unit < last; unit += 2) {
+        if (ahead(unit + 1 < last)) load(1, unit + 1);
+        lanes.template multiply<0>();
+        if (unit + 1 >= last) break;
+        if (ahead(unit + 2 < last)) load(0, unit + 2);
+        lanes.template multiply<1>();
+    }
+}
+
 // One of the warps that help, `helper` of `helpers`: they take panels in turn. `await(unit)` returns when that unit's errors are in their
 // slots, `whole(panel)` when that panel of the factor is in shared memory; `hand_over(panel)` says that the panel is in its slot.
+// `Lanes` says how lanes run (`each`) and multiply what they hold.
 template <class Lanes, class Meet>
 ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet, int helper, int helpers) {
     const int panels = p.panels();
@@ -115,15 +148,18 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
     ROLLED for (int panel = 1 + helper; panel < panels; panel += helpers) {
         const int units = 2 * panel - 1;  // all but the last, which the warp that solves takes off
         meet.whole(panel);
-        lanes.each([&](auto& lane) {
-            lane.advance(p, panel + helpers);
-            lane.take(s, panel, 0, there);
-        });
-        ROLLED for (int unit = there; unit < units; unit++)
-            lanes.each([&](auto& lane) { lane.take_one(s, panel, unit, [&] { meet.await(unit); }); });
+        lanes.each([&](auto& lane) { lane.clear(); });
+        take(lanes, s, panel, 0, there);
+        ROLLED for (int unit = there; unit < units; unit++) {
+            // The factor is asked for before.
+            lanes.each([&](auto& lane) { lane.load_factor(lane.held[0], s, panel, unit); });
+            meet.await(unit);
+            lanes.each([&](auto& lane) { lane.load_errors(lane.held[0], unit); });
+            lanes.template multiply<0>();
+        }
         there = units;
         together();  // a slot may be where errors were read from
-        lanes.each([&](auto& lane) { lane.hand_over(panel); });
+        lanes.each([&](auto& lane) { lane.hand_over(p, panel, panel + helpers); });
         meet.hand_over(panel);
     }
 }

@@ -1,4 +1,5 @@
-"""The plain loop of the GPTQ block where it takes errors off by one operation, rounded once: what twins that fuse give, bit for bit."""
+"""The plain loop of the GPTQ block where it takes errors off by one operation, rounded once: what the twin in C++ gives, bit for bit; and
+what of each row holds whatever sums its errors were added up in."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import ctypes.util
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
+from quant.affine import Affine, ZeroKind
 from quant.kernels.gptq_block import SolvedBlock
 
 FMA = ctypes.CDLL(ctypes.util.find_library("m")).fma
@@ -50,3 +51,31 @@ def same(got: SolvedBlock, want: SolvedBlock) -> None:
     for name in ("codes", "values", "errors"):
         ours, theirs = getattr(got, name), getattr(want, name)
         assert torch.equal(ours.nan_to_num(12345.0), theirs.nan_to_num(12345.0)), name
+
+
+def follows(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int], roundings: int) -> Tensor:
+    """Of each row `[N]`, whether every column is what the errors before it, as they are in `got`, leave of it: in float64, but for
+    `roundings` of float32 of the numbers that are added up. Values are those of the codes bit for bit; errors are rounded twice more."""
+    w, u, e = block.double(), upper.double(), got.errors.double()
+    good = torch.isfinite(torch.cat([got.codes, got.values, got.errors])).all(0)
+    unit = 2.0**-24
+    for j in range(len(w)):
+        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
+        fine = Affine(own.scale.double(), own.zero.double(), own.bits, own.kind, own.tops)
+        terms = e[:j] * u[:j, j, None]
+        x, off = w[j] - terms.sum(0), roundings * unit * (w[j].abs() + terms.abs().sum(0))
+        code, value = got.codes[j].double(), got.values[j].double()
+        made = e[j] * u[j, j]
+        good &= got.values[j] == own.decode(got.codes[j])
+        good &= (value + made - x).abs() <= off + 2 * unit * (x - value).abs()
+        # Steps are a quotient and a sum, each rounded.
+        off += 2 * unit * (x.abs() + (fine.zero if own.kind is ZeroKind.MINIMUM else fine.zero * fine.scale).abs())
+        ends = torch.stack([fine.encode(x - off), fine.encode(x + off)])
+        good &= (ends.amin(0) <= code) & (code <= ends.amax(0))
+    return good
+
+
+def alike(got: SolvedBlock, want: SolvedBlock) -> Tensor:
+    """Of each row `[N]`, whether all is the same bit for bit, but for which NaN and which zero."""
+    pairs = zip((got.codes, got.values, got.errors), (want.codes, want.values, want.errors), strict=True)
+    return torch.stack([(mine.nan_to_num(12345.0) == plain.nan_to_num(12345.0)).all(0) for mine, plain in pairs]).all(0)

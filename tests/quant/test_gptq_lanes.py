@@ -1,6 +1,8 @@
 """The GPU's column loop: the same source on the host, lane by lane; what nvcc makes of it; and on a GPU where there is one.
 
-All results equal those of the plain loop on a CPU bit for bit, where that takes errors off by one operation, rounded once.
+Errors of earlier panels come off by sums of tensor cores, of numbers split in two. So every column is what the errors before it leave of
+it, within some roundings of float32; rows that are solved again are the plain loop's, bit for bit. However many lanes share a row, and
+whatever stands beside it, its results are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel, native, on_cuda, recorded
 from quant.kernels.gptq_block import Fit, Fits, SolvedBlock, cuda, triton
-from tests.quant.plain_loop import plain_loop, same
+from tests.quant.plain_loop import alike, follows, plain_loop
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 GPU = pytest.mark.gpu("nvcc")
@@ -64,14 +66,45 @@ def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes
 RUNS = [pytest.param(emulated, id="host"), pytest.param(on_gpu, id="gpu", marks=GPU)]
 
 
+# The warp that solves subtracts at most 23 products from a number. Tensor cores add up at most 15 units, nine numbers at a time, cut off a
+# few bits below the last one of the largest: 4 roundings a time. Products lack that of what is left of both factors, 8 roundings at most;
+# two more join the sums.
+ROUNDINGS = 23 + 15 * 4 + 8 + 2
+
+
 def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> None:
-    want = plain_loop(block, upper, affine, group)
-    same(got, want)
-    sums = want.errors.double().square().sum(0) + 0.5
+    again = alike(got, plain_loop(block, upper, affine, group))
+    assert bool((again | follows(got, block, upper, affine, group, ROUNDINGS)).all())
+    sums = got.errors.double().square().sum(0) + 0.5
     assert got.loss is not None
     # A sum of B terms in float32, each rounded once more.
     fine = torch.isfinite(sums) & (sums < 1e30)
     assert torch.allclose(got.loss.double()[fine], sums[fine], rtol=(len(block) + 1) * 2.0**-24, atol=0)
+
+
+def equal(got: SolvedBlock, want: SolvedBlock, times: int = 1) -> bool:
+    """want: of rows that come again. Bit for bit."""
+    pairs = zip((got.codes, got.values, got.errors), (want.codes, want.values, want.errors), strict=True)
+    return all(torch.equal(mine.cpu(), one.cpu().repeat(1, times)[:, : mine.shape[1]]) for mine, one in pairs)
+
+
+def test_sums_that_are_not_exact_enough_are_seen() -> None:
+    """Factors of 11 bits, as tensor cores take them: without what is left of them, three rows of four are refused or more."""
+    w, upper, affine, group = problem(40, 128, "g_asym", 4, torch.float32)
+    rounded = (upper * (1 + 2.0**-11)).view(torch.int32).bitwise_and(~0x1FFF).view(torch.float32)
+    assert bool(follows(plain_loop(w, upper, affine, group), w, upper, affine, group, ROUNDINGS).all())
+    coarse = plain_loop(w, rounded.triu(1) + upper.diagonal().diag(), affine, group)
+    assert float(follows(coarse, w, upper, affine, group, ROUNDINGS).double().mean()) < 0.25
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_lanes_of_a_row_change_nothing(run: Any) -> None:
+    for rows, columns, bits in ((64, 128, 4), (64, 112, 3), (128, 48, 2)):
+        given = problem(rows, columns, "g_asym", bits, torch.float32)
+        one = run(*given, 1)
+        assert all(equal(run(*given, lanes), one) for lanes in (2, 4, TWO_ROWS))
+        if run is emulated:  # the form for all kinds
+            assert equal(emulated(*given, 1, plain=False), one)
 
 
 @pytest.mark.parametrize("grid", sorted(GRIDS))
@@ -89,14 +122,14 @@ def test_codes_are_those_of_products_rounded_first(grid: str) -> None:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("grid", sorted(GRIDS))
 @pytest.mark.parametrize("lanes", [1, 2, 4])
-def test_equals_the_plain_loop(run: Any, grid: str, lanes: int) -> None:
+def test_each_column_is_what_errors_leave_of_it(run: Any, grid: str, lanes: int) -> None:
     for rows, columns, bits in SHAPES:
         given = problem(rows, columns, grid, bits, torch.float32)
         agrees(run(*given, lanes), *given)
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_two_rows_a_lane_equal_the_plain_loop(run: Any) -> None:
+def test_two_rows_a_lane(run: Any) -> None:
     """Whole teams of 64 rows, one to three warps that help each on the host; numbers that the fast division cannot take in either row."""
     for rows, columns, bits in ((64, 128, 4), (128, 96, 3), (192, 16, 2), (64, 48, 8), (448, 112, 5), (64, 32, 6)):
         given = problem(rows, columns, "g_asym", bits, torch.float32)
@@ -154,13 +187,13 @@ def test_ranges_of_two_rows_a_lane_are_found() -> None:
     block, u, group = w.repeat(1, 300).cuda(), upper.cuda(), [j // 32 for j in range(128)]
     fitted = fit(GRIDS["g_asym"], w.T.reshape(64, 4, 32), 4, w.dtype)
     scale, zero = fitted.scale[..., 0].T.contiguous(), fitted.zero[..., 0].T.contiguous()
-    want = plain_loop(w, upper, Affine(scale, zero, 4, affine.kind), group)
+    want = on_gpu(w, upper, Affine(scale, zero, 4, affine.kind), group, 1)
     for rows in (64, 64 * 200, 64 * 300):  # one team, and more than a wave
         fits = Fits.of([Fit(rows, 32, "g_asym", 4)], block.device)
         here = Affine(torch.full((4, rows), torch.nan, device="cuda"), torch.full((4, rows), torch.nan, device="cuda"), 4, affine.kind)
         got = cuda.solve_block(block[:, :rows].contiguous(), u, here, group, None, fits, TWO_ROWS)
-        pairs = ((here.scale, scale), (here.zero, zero), (got.codes, want.codes), (got.errors, want.errors))
-        assert all(torch.equal(x.cpu(), y.repeat(1, rows // 64)) for x, y in pairs)
+        assert all(torch.equal(x.cpu(), y.repeat(1, rows // 64)) for x, y in ((here.scale, scale), (here.zero, zero)))
+        assert equal(got, want, rows // 64)
         assert int(fits.odd) == 0
     odd = Affine(scale[:, :63].cuda(), zero[:, :63].cuda(), 4, affine.kind)
     with pytest.raises(RuntimeError, match="CUDA error"):
@@ -291,22 +324,20 @@ def test_many_rows_on_a_gpu_and_in_a_graph() -> None:
     w, upper, affine, _ = problem(601, 128, "g_asym", 4, torch.float32)
     block, scale, zero = (t.repeat(1, 60).cuda() for t in (w, affine.scale, affine.zero))
     u, wide, group = upper.cuda(), Affine(scale, zero, 4, affine.kind), [j // 32 for j in range(128)]
-    want = plain_loop(w, upper, affine, group)
+    want = on_gpu(w, upper, affine, group, 1)
+    agrees(want, w, upper, affine, group)
     many = block.shape[1] // 64 * 64
     two = block[:, :many].contiguous(), Affine(scale[:, :many].contiguous(), zero[:, :many].contiguous(), 4, affine.kind)
     for rows, lanes in ((many, 0), (many, TWO_ROWS), (9600, TWO_ROWS), (6400, TWO_ROWS)):
         affines = Affine(two[1].scale[:, :rows], two[1].zero[:, :rows], 4, affine.kind)
-        got = cuda.solve_block(two[0][:, :rows].contiguous(), u, affines, group, lanes=lanes)
-        for name in ("codes", "values", "errors"):
-            assert torch.equal(getattr(got, name).cpu(), getattr(want, name).repeat(1, 60)[:, :rows]), (rows, lanes, name)
+        assert equal(cuda.solve_block(two[0][:, :rows].contiguous(), u, affines, group, lanes=lanes), want, 60), (rows, lanes)
     for lanes in (0, 1, 2, 4):
         out = poisoned(block, loss=False)
         cuda.solve_block(block, u, wide, group, out, lanes=lanes)
-        for name in ("codes", "values", "errors"):
-            assert torch.equal(getattr(out, name).cpu(), getattr(want, name).repeat(1, 60)), (lanes, name)
+        assert equal(out, want, 60), lanes
     graph, replayed = torch.cuda.CUDAGraph(), poisoned(block, loss=False)
     with torch.cuda.graph(graph):
         cuda.solve_block(block, u, wide, group, replayed)
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(replayed.errors, out.errors)
+    assert equal(replayed, want, 60)

@@ -144,8 +144,9 @@ def test_votes_and_sums_of_some_lanes() -> None:
     assert total.tolist() == [int(a[:20].sum()) % 2**32] * 20 + [0] * 12
 
 
-# NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k16, k32, k256": of a register's element i of all, its row and column.
+# NVIDIA, PTX ISA, "Matrix Fragments for mma.m16n8k8, k16, k32, k256": of a register's element i of all, its row and column.
 LAYOUTS = {
+    "m16n8k8.row.col.f32.tf32.tf32.f32": (1, 8),
     "m16n8k16.row.col.f32.bf16.bf16.f32": (2, 16),
     "m16n8k32.row.col.s32.u8.s8.s32": (4, 32),
     "m16n8k256.row.col.s32.b1.b1.s32.and.popc": (32, 256),
@@ -156,11 +157,13 @@ LAYOUTS = {
 def test_fragments_of_products(kind: str) -> None:
     each, k = LAYOUTS[kind]
     g = np.random.default_rng(k)
-    low, high = {2: (-50, 50), 4: (0, 256), 32: (0, 2)}[each]
+    low, high = {1: (-50, 50), 2: (-50, 50), 4: (0, 256), 32: (0, 2)}[each]
     a, b = g.integers(low, high, (16, k)), g.integers(-128 if each == 4 else low, 128 if each == 4 else high, (k, 8))
     c = g.integers(-99, 99, (16, 8))
 
     def bits(v: int) -> int:
+        if each == 1:  # what is below the 11 bits of tf32 is not read
+            return int(torch.tensor(float(v)).view(torch.int32)) & 0xFFFFFFFF | 0x1FFF
         return int(torch.tensor(float(v)).bfloat16().view(torch.int16)) & 0xFFFF if each == 2 else v & (0xFF if each == 4 else 1)
 
     registers = np.zeros((6, 32), dtype=np.uint32)
@@ -175,7 +178,7 @@ def test_fragments_of_products(kind: str) -> None:
             row = thread * each + i % each + (k // 2 if i >= each else 0)
             registers[4 + i // each, lane] |= bits(int(b[row, group])) << (32 // each * (i % each))
     places = [[((lane >> 2) + 8 * (i >= 2), 2 * (lane & 3) + i % 2) for lane in range(32)] for i in range(4)]
-    sums = [np.array([c[at] for at in place], dtype=np.float32 if each == 2 else np.int32) for place in places]
+    sums = [np.array([c[at] for at in place], dtype=np.float32 if each < 4 else np.int32) for place in places]
     body = f"mma.sync.aligned.{kind} {{%d0, %d1, %d2, %d3}}, {{%a0, %a1, %a2, %a3}}, {{%a4, %a5}}, {{%c0, %c1, %c2, %c3}};"
     # Nine inputs at most: the sums come as constants of each lane, one after another.
     made = [
@@ -183,7 +186,7 @@ def test_fragments_of_products(kind: str) -> None:
     ]
     want = a @ b + c
     for i, place in enumerate(places):
-        got = made[i].astype(np.uint32).view(np.float32 if each == 2 else np.int32)
+        got = made[i].astype(np.uint32).view(np.float32 if each < 4 else np.int32)
         assert got.tolist() == [want[at] for at in place]
 
 

@@ -70,6 +70,9 @@ double brains(uint32_t a, uint32_t b) {  // a multiprocessor's own sums are less
     const auto v = [](uint32_t x) { return double(as<float>(uint64_t(x))); };
     return v(a << 16) * v(b << 16) + v(a & 0xffff0000u) * v(b & 0xffff0000u);
 }
+double shorts(uint32_t a, uint32_t b) {  // of float32 what tf32 has
+    return double(as<float>(uint64_t(a & 0xffffe000u))) * double(as<float>(uint64_t(b & 0xffffe000u)));
+}
 int32_t bytes(uint32_t a, uint32_t b) {
     int32_t s = 0;
     for (int e = 0; e < 32; e += 8) s += int32_t(a >> e & 255) * int8_t(b >> e);
@@ -161,6 +164,7 @@ void add_together(Table& t) {
     t["redux.sync.max.u32"] = [](Warp& w, In i, uint32_t m) { reduce(w, i, m, [](uint32_t a, uint32_t b) { return std::max(a, b); }); };
     t["bar.warp.sync"] = [](Warp& w, const Inst&, uint32_t) { w.clock[w.id]++; };
     t["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = [](Warp& w, In i, uint32_t m) { product<2, double>(w, i, m, brains); };
+    t["mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"] = [](Warp& w, In i, uint32_t m) { product<1, double>(w, i, m, shorts); };
     t["mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"] = [](Warp& w, In i, uint32_t m) { product<4, int32_t>(w, i, m, bytes); };
     t["mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"] = [](Warp& w, In i, uint32_t m) {
         product<32, int32_t>(w, i, m, [](uint32_t a, uint32_t b) { return __builtin_popcount(a & b); });
