@@ -138,10 +138,10 @@ __device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t by
 template <int FIRST, int LAST>
 __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
     constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
-    static_assert(STEP == 2 * PANEL, "a panel's last rows are half of a step");
+    static_assert(STEP == 2 * PANEL && STEP % UNIT == 0, "a panel's last rows are half of a step");
     const uint32_t i = thread / EACH, column = thread % EACH * 4;
     const float* from = p.upper + (i * p.upper_stride + column);
-    const uint32_t to = near(factor + i * PANEL + column);
+    const uint32_t to = near(factor + in_factor(i, column));
     UNROLLED for (int k = 0; k < LAST / 2; k++) {
         UNROLLED for (int panel = FIRST; panel < LAST; panel++) {
             if (panel > 2 * k || (panel == 2 * k && i < PANEL))
@@ -158,10 +158,10 @@ __device__ __forceinline__ void stage(const Problem& p, float* factor, uint32_t 
     const uint32_t i = thread / EACH, column = thread % EACH * FLOATS;
     ROLLED for (int panel = first; panel < last; panel++) {
         const int left = min(int(p.columns) - int(panel * PANEL + column), FLOATS);
-        const uint32_t to = near(factor + panel_start(panel) + column);
+        const uint32_t to = near(factor + panel_start(panel) + in_factor(i, column));
         ROLLED for (uint32_t row = i; row < PANEL * (panel + 1); row += STEP) {
             const bool real = row < p.columns && left > 0;
-            copy<FLOATS>(to + 4 * row * PANEL, real ? p.upper + (row * p.upper_stride + panel * PANEL + column) : p.upper,
+            copy<FLOATS>(to + 4 * (row - i) * PANEL, real ? p.upper + (row * p.upper_stride + panel * PANEL + column) : p.upper,
                          real ? 4 * left : 0);
         }
     }
@@ -213,14 +213,13 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
     const bool idle = first >= p.rows;
     if (p.words && !idle) {
         // 2 R warps' work, by those that help, or by both where one does.
-        constexpr int WORKERS = H > 1 ? H : 2;
-        static_assert(WORKERS % R == 0, "");
+        constexpr int WORKERS = H > 1 ? H / R * R : 2;
         const int worker = H > 1 ? helper : helper + 1, r = worker & (R - 1);
         const uint32_t at = row + r;
         const int32_t word = int32_t(bits_of(get(reinterpret_cast<const float*>(p.words) + at, worker >= 0 && at < p.rows)));
         const Near spans = near(errors + (r * PART + lane % PART) * STRIDE);
         const auto each = [&](auto f) {
-            ROLLED for (int task = worker; task >= 0 && task < 2 * R; task += WORKERS) f(part + task / R * L);
+            ROLLED for (int task = worker < WORKERS ? worker : -1; task >= 0 && task < 2 * R; task += WORKERS) f(part + task / R * L);
             asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(32 * (1 + H)) : "memory");
         };
         each([&](int mine) { survey<L>(p, at, mine, spans); });

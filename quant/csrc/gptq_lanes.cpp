@@ -198,7 +198,7 @@ void solve(const Problem& p) {
             for (int c = 0; c < PANEL; c++) {
                 const uint32_t column = at * PANEL + c;
                 const bool real = uint32_t(i) < p.columns && column < p.columns;
-                panels[panel_start(at) + i * PANEL + c] = real ? p.upper[i * p.upper_stride + column] : 0.0f;
+                panels[panel_start(at) + in_factor(i, c)] = real ? p.upper[i * p.upper_stride + column] : 0.0f;
             }
     for (uint32_t j = 0; j < p.columns; j++) pivots[j] = pivot(p.upper[j * p.upper_stride + j]);
     const Shared shared{panels, &pivots[0].diagonal};

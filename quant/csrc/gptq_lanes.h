@@ -88,8 +88,12 @@ ON_LANES Pivot pivot(float diagonal) {
     return {diagonal, fits ? inverse(diagonal) : NAN};
 }
 
-// The factor's panels one after another: panel p is rows 0 .. PANEL (p + 1) - 1 of its PANEL columns.
+// The factor's panels one after another: panel p is rows 0 .. PANEL (p + 1) - 1 of its PANEL columns. A unit's rows lie in the order of their
+// numbers' bits reversed, with halves exchanged in every second two: a warp reads 8 bytes a lane of rows 0, 2, 4 and 6 without conflicts.
 ON_LANES constexpr int panel_start(int panel) { return PANEL * PANEL * (panel * (panel + 1) / 2); }
+ON_LANES constexpr int half_of(int row) { return row >> 1 & 1; }  // where its columns' first half is
+ON_LANES constexpr int row_start(int row) { return PANEL * ((row & ~7) + (row << 2 & 4) + (row & 2) + (row >> 2 & 1)); }
+ON_LANES constexpr int in_factor(int row, int column) { return row_start(row) + (column ^ PANEL / 2 * half_of(row)); }
 constexpr int FACTOR = PANEL * PANEL * ((MOST / PANEL) * (MOST / PANEL + 1) / 2);
 
 struct Shared {
@@ -249,9 +253,14 @@ struct Lane {
     // What goes on through the columns of a panel.
     struct Course {
         int panel, real;  // real: columns
-        Near u, v, pivots;
+        Near u, v[2], pivots;  // v: of rows with their halves in place, and of others
         Solved last;
     };
+    // Of a row, what takes its error off four of the lane's own columns of the next panel.
+    ON_LANES static Four own_factor(const Course& now, int row, int d) {
+        const bool whole = OWN == PANEL;  // a lane has both halves
+        return near_four(beside(now.v[whole ? 0 : half_of(row)], whole ? in_factor(row, 4 * d) : row_start(row) + 4 * d));
+    }
 
     static constexpr int AT_ONCE = (2 * PANEL - UNIT - ARRIVAL - 2) / (PANEL - ARRIVAL);
     // Columns whose errors are off the panel after theirs once column c is solved: all before it, if there was time enough. The other warps
@@ -263,11 +272,11 @@ struct Lane {
 
     // The first unit of the panel in x.
     ON_LANES Course start(const Problem& p, const Shared& s, int panel) {
-        const int first = panel * PANEL, next = panel_start(panel + 1) + first * PANEL + int(part) * OWN;
+        const int first = panel * PANEL, next = panel + 1 < p.panels() ? panel_start(panel + 1) + first * PANEL : 0, own = int(part) * OWN;
         Course now{panel,
                    int(p.columns) - first,
                    beside(s.factor, panel_start(panel) + first * PANEL),
-                   beside(s.factor, panel + 1 < p.panels() ? next : 0),
+                   {beside(s.factor, next + own), beside(s.factor, next + (own ^ PANEL / 2))},
                    beside(s.pivots, 2 * first),
                    {}};
         solve_columns<0, UNIT, false>(p, now);
@@ -307,11 +316,11 @@ struct Lane {
             const uint32_t before = low[0];
             Solved made;
             if (c) take(now.last, c - 1, c, c + 1);
-            UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) made.u[d] = near_four(beside(now.u, c * PANEL + 4 * d));
+            UNROLLED for (int d = (c + 1) / 4; d < PANEL / 4; d++) made.u[d] = near_four(beside(now.u, in_factor(c, 4 * d)));
             Four v[AT_ONCE][OWN / 4];
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
                 if (MORE && taken(c - 1) + k < taken(c))
-                    UNROLLED for (int d = 0; d < OWN / 4; d++) v[k][d] = near_four(beside(now.v, (taken(c - 1) + k) * PANEL + 4 * d));
+                    UNROLLED for (int d = 0; d < OWN / 4; d++) v[k][d] = own_factor(now, taken(c - 1) + k, d);
             solve(p, c, now.pivots, made);
             if (c) finish_column(p, now, c - 1);
             UNROLLED for (int k = 0; k < AT_ONCE; k++)
@@ -341,7 +350,7 @@ struct Lane {
         UNROLLED for (int c = 0; c < PANEL; c++) {
             if (c < first || c >= end) continue;
             UNROLLED for (int d = 0; d < OWN; d += 4) {
-                const Four v = near_four(beside(now.v, c * PANEL + d));
+                const Four v = own_factor(now, c, d / 4);
                 UNROLLED for (int r = 0; r < R; r++)
                     UNROLLED for (int i = 0; i < 4; i++) own[r][d + i] = less(own[r][d + i], x[r][c], v.at[i]);
             }

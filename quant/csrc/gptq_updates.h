@@ -50,7 +50,7 @@ struct Updates {
         const int g = int(lane / 4), t = int(lane % 4);
         row = first_row + g * R;
         column = 4 * t, errors = beside(all_errors, g * STRIDE);
-        lane_errors = 2 * t, lane_factor = 2 * t * PANEL + 2 * g;
+        lane_errors = 2 * t, lane_factor = in_factor(2 * t, 2 * g);
         fetch(p, first_panel);
     }
 
@@ -81,7 +81,7 @@ struct Updates {
 
     ON_LANES void load_factor(Fragment& f, const Shared& s, int panel, int unit) const {
         const Near u = beside(s.factor, panel_start(panel) + unit * UNIT * PANEL + lane_factor);
-        UNROLLED for (int k = 0; k < 2; k++) near_two(beside(u, k * PANEL), f.factor[k][0], f.factor[k][1]);
+        UNROLLED for (int k = 0; k < 2; k++) near_two(beside(u, row_start(k)), f.factor[k][0], f.factor[k][1]);
     }
     ON_LANES void load_errors(Fragment& f, int unit) const {
         const Near e = beside(errors, unit * UNIT + lane_errors);
@@ -127,12 +127,12 @@ ON_LANES void take(Lanes& lanes, const Shared& s, int panel, int first, int last
     const auto load = [&](int i, int unit) {
         lanes.each([&](auto& lane) { lane.load_errors(lane.held[i], unit), lane.load_factor(lane.held[i], s, panel, unit); });
     };
+    if ((last - first) % 2) load(0, first++), lanes.template multiply<0>();
     if (first >= last) return;
     load(0, first);
     ROLLED for (int unit = first; unit < last; unit += 2) {
-        if (ahead(unit + 1 < last)) load(1, unit + 1);
+        load(1, unit + 1);
         lanes.template multiply<0>();
-        if (unit + 1 >= last) break;
         if (ahead(unit + 2 < last)) load(0, unit + 2);
         lanes.template multiply<1>();
     }
