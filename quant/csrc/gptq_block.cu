@@ -26,6 +26,7 @@ struct Form {
     static constexpr int ROWS = 32 / L * R;                          // of a team
     static constexpr int THREADS = 32 * TEAMS * (1 + H);
     static constexpr int STAGES = TEAMS * H * 32 / SIDE > 1 ? 2 : 1;  // `SIDE`s of helpers that copy
+    static constexpr int KEPT = ROWS <= 32 && H > 1 ? (MOST / PANEL - 2) / H + 1 : 1;  // where registers are enough
     static constexpr int EVENTS = MOST / UNIT + MOST / PANEL, BARRIERS = TEAMS * EVENTS + 1;
     static_assert(TEAMS * H * 32 >= SIDE && BARRIERS <= THREADS, "");
 };
@@ -62,9 +63,11 @@ struct Solvers {
     }
 };
 
-template <int ROWS, int R>
+template <class F>
 struct Helpers {
-    using One = Updates<ROWS, R>;
+    static constexpr int ROWS = F::ROWS / 8, R = F::R, KEPT = F::KEPT;
+    static constexpr bool ALL = KEPT * F::H >= MOST / PANEL - 1;
+    using One = Updates<ROWS, R, KEPT>;
     One lane;
     template <class F>
     __device__ __forceinline__ void each(F f) {
@@ -236,8 +239,8 @@ __global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F
             sweep<L>(solvers, p, shared, meet);
         }
     } else {
-        Helpers<F::ROWS / 8, R> helpers;
-        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper);
+        Helpers<F> helpers;
+        if (!idle) helpers.lane.begin(p, lane, first, settled(near(errors)), 1 + helper, H);
         if (side == 0) {
             memory.pivots[thread] = thread < p.columns ? pivot(diagonal) : Pivot{1.0f, 0.0f};
             asm volatile("cp.async.wait_group %0;" ::"n"(2 - F::STAGES) : "memory");

@@ -54,9 +54,11 @@ struct Solvers {
     }
 };
 
-template <int ROWS, int R>
+template <int ROWS, int R, int KEPT_>
 struct Helpers {
-    using One = Updates<ROWS, R>;
+    static constexpr int KEPT = KEPT_;
+    static constexpr bool ALL = false;
+    using One = Updates<ROWS, R, KEPT>;
     One lane[LANES];
     template <class F>
     void each(F f) {
@@ -228,10 +230,10 @@ void solve(const Problem& p) {
         if (round % 2) std::reverse(order.begin(), order.end());
         Team team(order);
         std::vector<Team::Event> units(MOST / UNIT), handed(MOST / PANEL);
-        std::vector<Helpers<4 / L * R, R>> helper(helpers);
+        std::vector<Helpers<4 / L * R, R, R == 1 ? 3 : 1>> helper(helpers);
         std::vector<std::thread> others;
         for (int h = 0; h < helpers; h++) {
-            for (int i = 0; i < LANES; i++) helper[h].lane[i].begin(p, i, first, errors.data(), 1 + h);
+            for (int i = 0; i < LANES; i++) helper[h].lane[i].begin(p, i, first, errors.data(), 1 + h, helpers);
             others.emplace_back([&, h] {
                 Meet meet{team, units, handed, 1 + h};
                 team.begin(1 + h);

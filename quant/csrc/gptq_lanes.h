@@ -46,7 +46,7 @@ enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 struct Problem {
     const float *block, *upper;                      // [B, N], [B, B]
     float *scale, *zero;                             // [G, N]; written to where ranges are found here
-    float *codes, *values, *errors;                  // [B, N]
+    float *codes, *values, *errors;                  // [B, N]; values may be null: nobody wants them
     float* loss;                                     // [N], added to; may be null
     const float* tops;                               // [N], largest code of each row; null: top in all
     const int32_t* words;                            // [N], how each row's ranges are found (`ranges::Fit`); null: all are given
@@ -128,23 +128,29 @@ struct Lane {
         static constexpr int COUNT = L > 2 ? 1 : 4 - L;
         float* base[COUNT];
         uint32_t at;
+        bool values;  // are wanted
         ON_LANES void begin(const Problem& p, uint32_t row, uint32_t part) {
-            base[COUNT - 1] = L < 4 || part > 1 ? p.errors : part ? p.values : p.codes;
+            values = p.values != nullptr;
+            base[COUNT - 1] = L < 4 || of_errors(part) ? p.errors : part ? p.values : p.codes;
             if (L == 2) base[0] = part ? p.values : p.codes;
             if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
             // What a lane has chosen. Else they are constants.
             if (L > 1) UNROLLED for (int i = 0; i < COUNT; i++) base[i] = settled(base[i]);
             at = row;
         }
+        // Of four lanes' parts: two store errors, or three.
+        ON_LANES bool of_errors(uint32_t part) const { return part > 1 || (part && !values); }
         ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, const float (&x)[R][PANEL], int c, bool real) {
             if (R > 1) {
                 put_two(base[COUNT - 1] + at, x[0][c], x[R - 1][c]);
-                put_two(base[0] + at, made.code[0], made.code[R - 1]), put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
+                put_two(base[0] + at, made.code[0], made.code[R - 1]);
+                if (values) put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
             } else {
                 const float error = x[0][c], code = made.code[0], value = made.value[0];
-                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || part > 1 ? error : part ? value : code, real);
-                if (L == 2) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
-                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real), gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
+                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || of_errors(part) ? error : part ? value : code, real);
+                if (L == 2 && (values || !part)) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
+                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real);
+                if (L == 1 && values) gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
             }
             advance(at, p.rows);
         }
@@ -387,7 +393,8 @@ struct Lane {
             }
             const float error = over(minus(w, value), p.upper[j * p.upper_stride + j]);
             loss = fused(error, error, loss);
-            p.codes[at] = code, p.values[at] = value, p.errors[at] = error;
+            p.codes[at] = code, p.errors[at] = error;
+            if (p.values) p.values[at] = value;
         }
         return loss;
     }

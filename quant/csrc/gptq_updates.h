@@ -29,8 +29,9 @@ ON_LANES float large_of(float x) {
 // theirs has 11 bits; a number is split into two of them, `large` and what is left, and of the four products all but that of what is left
 // are made: what a product lacks is below 2^-21 of it, and of either sign. Products with what is left are added up apart, as sums are cut
 // off at the size of their largest term. Lane 4 g + t has rows g, g + 8, ... of the sums, columns 4 t to 4 t + 3, errors of columns 2 t and
-// 2 t + 1 of a unit, and the factor's columns 2 g and 2 g + 1. R: rows of a lane that solves.
-template <int ROWS, int R>
+// 2 t + 1 of a unit, and the factor's columns 2 g and 2 g + 1. R: rows of a lane that solves. KEPT: panels that are asked for before their
+// turn; where these are all that a warp has, nothing is loaded from far while it multiplies: waits for what is near would be for that, too.
+template <int ROWS, int R, int KEPT>
 struct Updates {
     static constexpr int APART = 8;  // in shared memory, from one of a lane's rows to the next
     ON_LANES static constexpr int far(int r) { return r % 4 * APART * R + r / 4; }  // in the block, from the first to row r
@@ -38,30 +39,31 @@ struct Updates {
     struct Fragment {
         float errors[ROWS][2], factor[2][2];
     };
-    Tile given, sum, rest;  // a panel as given; sums of products, and of those with what is left of one
-    uint32_t row;           // its first
-    uint32_t column;        // first of the lane's in a panel
-    Near errors;            // [STRIDE] of its first row
+    Tile given[KEPT];   // panels as given, that at work first
+    Tile sum, rest;     // of products, and of those with what is left of one
+    uint32_t row;       // its first
+    uint32_t column;    // first of the lane's in a panel
+    Near errors;        // [STRIDE] of its first row
     int lane_errors, lane_factor;  // of a unit's floats, its first
     Fragment held[2];
 
-    // first_row, all_errors: of the team. first_panel: of this warp.
-    ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors, int first_panel) {
+    // first_row, all_errors: of the team. first_panel: of this warp, one of `helpers`.
+    ON_LANES void begin(const Problem& p, uint32_t lane, uint32_t first_row, Near all_errors, int first_panel, int helpers) {
         const int g = int(lane / 4), t = int(lane % 4);
         row = first_row + g * R;
         column = 4 * t, errors = beside(all_errors, g * STRIDE);
         lane_errors = 2 * t, lane_factor = in_factor(2 * t, 2 * g);
-        fetch(p, first_panel);
+        UNROLLED for (int k = 0; k < KEPT; k++) fetch(p, first_panel + k * helpers, given[k]);
     }
 
     // A panel as given; 0 beyond the last column, and of rows beyond the last what the last has.
-    ON_LANES void fetch(const Problem& p, int panel) {
+    ON_LANES void fetch(const Problem& p, int panel, Tile& to) const {
         if (panel >= p.panels()) return;
         const uint32_t first = panel * PANEL + column;
         if (first + 4 <= p.columns && row + far(ROWS - 1) < p.rows) {
             const float* from = p.block + (first * p.rows + row);
             UNROLLED for (int c = 0; c < 4; c++, from += p.rows)
-                UNROLLED for (int r = 0; r < ROWS; r++) given[r][c] = get(from + far(r), true);
+                UNROLLED for (int r = 0; r < ROWS; r++) to[r][c] = get(from + far(r), true);
         } else {
             ROLLED for (int c = 0; c < 4; c++) {
                 const float* const all = p.block + (first + c) * p.rows;
@@ -69,7 +71,7 @@ struct Updates {
                     const uint32_t at = row + far(r) < p.rows ? row + far(r) : p.rows - 1;
                     const float x = get(all + at, first + c < p.columns);
                     UNROLLED for (int d = 0; d < 4; d++)
-                        if (d == c) given[r][d] = x;
+                        if (d == c) to[r][d] = x;
                 }
             }
         }
@@ -111,13 +113,17 @@ struct Updates {
         return 2 * m + d / 2 < ROWS ? sums[(2 * m + d / 2) % ROWS][j + d % 2 * 2] : none;
     }
 
-    ON_LANES void hand_over(const Problem& p, int panel, int next) {
+    ON_LANES void hand_over(int panel) {
         UNROLLED for (int r = 0; r < ROWS; r++) {
             float x[4];
-            UNROLLED for (int c = 0; c < 4; c++) x[c] = minus(given[r][c], plus(sum[r][c], rest[r][c]));
+            UNROLLED for (int c = 0; c < 4; c++) x[c] = minus(given[0][r][c], plus(sum[r][c], rest[r][c]));
             near_put(beside(errors, r * APART * STRIDE + slot_start(panel) + int(column)), x);
         }
-        fetch(p, next);
+    }
+    ON_LANES void move_up() {
+        UNROLLED for (int k = 0; k + 1 < KEPT; k++)
+            UNROLLED for (int r = 0; r < ROWS; r++)
+                UNROLLED for (int c = 0; c < 4; c++) given[k][r][c] = given[k + 1][r][c];
     }
 };
 
@@ -159,8 +165,12 @@ ON_LANES void update(Lanes& lanes, const Problem& p, const Shared& s, Meet& meet
         }
         there = units;
         together();  // a slot may be where errors were read from
-        lanes.each([&](auto& lane) { lane.hand_over(p, panel, panel + helpers); });
+        lanes.each([&](auto& lane) { lane.hand_over(panel); });
         meet.hand_over(panel);
+        lanes.each([&](auto& lane) {
+            lane.move_up();
+            if (!Lanes::ALL) lane.fetch(p, panel + Lanes::KEPT * helpers, lane.given[Lanes::KEPT - 1]);
+        });
     }
 }
 
