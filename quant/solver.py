@@ -199,7 +199,7 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: the weight, contiguous, is written to, and of the values those of the last block alone are returned. Codes are to be read before
+    spends: the weight, contiguous, is written to, and of the values at most the last block's are returned. Codes are to be read before
     the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
     looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
@@ -208,7 +208,8 @@ def solve_affine(
     (k, n), notes, replays = w.shape, [*block_kernel.notes, *later.notes], replay.current()
     reach = Reach(block_size if looks_ahead else later.run.reach(block_size, w.device), k)
     loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits)
-    made = {"codes": (k, n), "values": (min(k, block_size) if spends else k, n), "errors": (min(k, reach.size), n), "loss": (n,)}
+    valued = (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
+    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach.size), n), "loss": (n,)}
     if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
         outs = {name: w.new_empty(shape) for name, shape in made.items()}
         loop.run(w, upper, ranges, **outs)
@@ -237,8 +238,8 @@ class _Loop:
     fits: Fits | None
 
     def run(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
-        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` or, those of the last block, `[B, N]`, errors `[reach, N]` and loss
-        `[N]` are filled."""
+        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` (or `[B, N]`: the last block's; or `[0, N]`), errors `[reach, N]`
+        and loss `[N]` are filled."""
         k, reach = len(w), self.reach
         adds_loss = getattr(self.block_kernel, "ADDS_LOSS", False)
         blocks = diagonal_blocks(upper, self.block_size) if upper.is_cuda and upper.stride(1) != 1 else None

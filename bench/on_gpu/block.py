@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -42,11 +43,13 @@ def block(b: Bench) -> Iterator[Row]:
         fits = Fits.of([Fit(rows, width, "g_asym", 4)], w.device) if found else None
         poisoned = [torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)]
         here = Affine(poisoned[0], poisoned[1], 4, ZeroKind.CODE) if found else affine
-        # Each call has memory of its own, as a solver's has: block and results, four times the block.
-        copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (4 * w.nbytes)), 1))]
+        # Each call has memory of its own, as a solver's has, that wants no values where they may be left out: block, codes and errors.
+        skips = getattr(ours.run, "SKIPS_VALUES", False)
+        copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (3 * w.nbytes)), 1))]
 
-        def work(i: int, backend: Kernel, **more: int) -> SolvedBlock:
+        def work(i: int, backend: Kernel, values: bool = True, **more: int) -> SolvedBlock:
             given, out = copies[i]  # noqa: B023
+            out = out if values else replace(out, values=out.values[:0])
             solved: SolvedBlock = backend.run.solve_block(given, upper, here, group, out, fits, **more)  # noqa: B023
             return solved
 
@@ -72,13 +75,16 @@ def block(b: Bench) -> Iterator[Row]:
         if not b.dry and rows == 4096:
             beside["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
         if ours.backend == "cuda" and rows <= 16384:
-            beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, lanes=n), len(copies)) for n in (1, 2, 4)}
+            beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, values=not skips, lanes=n), len(copies)) for n in (1, 2, 4)}
+        if skips:
+            beside["with_values"] = b.time(partial(work, backend=ours), len(copies))
         # Triton's twin copies the groups to the device, which no graph holds.
-        took = b.time(partial(work, backend=ours), len(copies)) if ours.backend == "cuda" else b.once(partial(work, 0, ours))
+        timed = partial(work, backend=ours, values=not skips)
+        took = b.time(timed, len(copies)) if ours.backend == "cuda" else b.once(partial(timed, 0))
         if form == "one group":
             single[rows] = took
         one = {f"one_of_{rows // 8}": single.get(rows // 8)}
-        moved = sum(t.nbytes for t in (w, upper, got.codes, got.values, got.errors))
+        moved = sum(t.nbytes for t in (w, upper, got.codes, got.errors, *(() if skips else (got.values,))))
         sums = {"float32": float(columns * columns * rows)}
         name = f"gptq_block ({ours.backend}), {columns} columns x {rows}, {form}"
         others = peers.times(b, "block", rows if form == "one group" else 0, 128, 0, 4)

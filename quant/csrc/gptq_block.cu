@@ -69,8 +69,8 @@ struct Helpers {
     static constexpr bool ALL = KEPT * F::H >= MOST / PANEL - 1;
     using One = Updates<ROWS, R, KEPT>;
     One lane;
-    template <class F>
-    __device__ __forceinline__ void each(F f) {
+    template <class G>
+    __device__ __forceinline__ void each(G f) {
         f(lane);
     }
     template <int I>

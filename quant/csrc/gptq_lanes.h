@@ -5,12 +5,10 @@
 // give each other their own PANEL / L columns of a panel; then each of them solves it, all with the same result, so that no exchange and no
 // barrier stands between two columns. A column is a chain of 13 operations that wait for each other, some 55 cycles. Beside it the error of
 // the column before comes off the rest of its panel, and errors of the panel's second half off the lane's own columns of the next panel.
-// Off these the other warps have taken all errors before, many independent sums; they hand them over through shared memory. A scheduler has
-// more instructions to issue for the others than for the one that solves: these, not the chain, take the time where a lane has a row. So
-// each of the others has panels of its own, and takes from one what there is while it must wait for the rest; and where there are many rows
-// a lane has two: two chains at a time, and what is loaded of the factor serves twice. Each column's subtractions are made in the order of
-// the plain loop, each fused with its product (`less`); all else is rounded operation by operation.
-// Results are those of the plain loop with such subtractions, bit for bit, however many lanes share a row.
+// The other warps add up what all errors before take off that, on tensor cores, each of panels of its own, and hand over the panel less the
+// sum through shared memory. What a multiprocessor's warps read from there, not what they compute, takes the time: the solving warps' reads
+// of the factor above all, which one row of a lane needs as often as two. All but the sums of the others is rounded operation by operation,
+// or fused with its product (`less`). A row's results are the same, bit for bit, however many lanes share it and whatever stands beside it.
 //
 // Divisions: with y = 1 / b rounded to nearest, q = a · y and r = a - q · b (fused), q + r · y (fused) is a / b rounded to nearest, as
 // long as r is exact and nothing overflows. Near the middle between two floats q is off by half a unit (proof: Markstein 1990) or, only
@@ -35,7 +33,6 @@ constexpr int SLOTS = MOST / PANEL - 1;
 constexpr int STRIDE = SLOTS * PANEL + 4;  // eight rows' 16 bytes at a time lie in 32 banks
 static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
 ON_LANES constexpr int slot_start(int panel) { return PANEL * (panel < SLOTS ? panel : SLOTS - 1); }
-
 constexpr int FIRST_RANGE = 4 * MOST / PANEL;  // of a row's floats before it is solved: scale and zero of its first column
 
 // In place of a number of lanes: each lane has two rows. Plain; rows a multiple of 64; codes, values and errors aligned to 8 bytes.
@@ -88,8 +85,8 @@ ON_LANES Pivot pivot(float diagonal) {
     return {diagonal, fits ? inverse(diagonal) : NAN};
 }
 
-// The factor's panels one after another: panel p is rows 0 .. PANEL (p + 1) - 1 of its PANEL columns. A unit's rows lie in the order of their
-// numbers' bits reversed, with halves exchanged in every second two: a warp reads 8 bytes a lane of rows 0, 2, 4 and 6 without conflicts.
+// The factor's panels one after another: panel p is rows 0 .. PANEL (p + 1) - 1 of its PANEL columns. A unit's rows lie in the order of
+// their bits reversed, every second two with halves exchanged: a warp reads 8 bytes a lane of rows 0, 2, 4 and 6 without conflicts.
 ON_LANES constexpr int panel_start(int panel) { return PANEL * PANEL * (panel * (panel + 1) / 2); }
 ON_LANES constexpr int half_of(int row) { return row >> 1 & 1; }  // where its columns' first half is
 ON_LANES constexpr int row_start(int row) { return PANEL * ((row & ~7) + (row << 2 & 4) + (row & 2) + (row >> 2 & 1)); }

@@ -41,23 +41,26 @@ def _compiler(request: pytest.FixtureRequest) -> None:
         pytest.skip(reason)
 
 
-def poisoned(block: Tensor, loss: bool) -> SolvedBlock:
-    return SolvedBlock(*(torch.full_like(block, torch.nan) for _ in range(3)), torch.full_like(block[0], 0.5) if loss else None)
+def poisoned(block: Tensor, loss: bool, values: bool = True) -> SolvedBlock:
+    made = [torch.full_like(block if wanted else block[:0], torch.nan) for wanted in (True, values, True)]
+    return SolvedBlock(*made, torch.full_like(block[0], 0.5) if loss else None)
 
 
-def emulated(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, plain: bool | None = None) -> SolvedBlock:
-    out = poisoned(block, loss=True)
-    values, kept = cuda.arguments(block, upper, affine, group, out)
+def emulated(
+    block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, plain: bool | None = None, values: bool = True
+) -> SolvedBlock:
+    out = poisoned(block, loss=True, values=values)
+    arguments, kept = cuda.arguments(block, upper, affine, group, out)
     if plain is not None:
-        values[PLAIN] = int(plain)
-    native.call("gptq_lanes", "bitgrid_gptq_lanes", *values, lanes)
+        arguments[PLAIN] = int(plain)
+    native.call("gptq_lanes", "bitgrid_gptq_lanes", *arguments, lanes)
     del kept
     return out
 
 
-def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int) -> SolvedBlock:
+def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, values: bool = True) -> SolvedBlock:
     block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
-    out, tops = poisoned(block, loss=True), None if affine.tops is None else affine.tops.cuda()
+    out, tops = poisoned(block, loss=True, values=values), None if affine.tops is None else affine.tops.cuda()
     cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes=lanes)
     assert out.loss is not None
     return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
@@ -86,6 +89,18 @@ def equal(got: SolvedBlock, want: SolvedBlock, times: int = 1) -> bool:
     """want: of rows that come again. Bit for bit."""
     pairs = zip((got.codes, got.values, got.errors), (want.codes, want.values, want.errors), strict=True)
     return all(torch.equal(mine.cpu(), one.cpu().repeat(1, times)[:, : mine.shape[1]]) for mine, one in pairs)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_values_that_nobody_wants_are_not_written(run: Any) -> None:
+    for rows, columns in ((64, 128), (128, 48)):
+        given = problem(rows, columns, "g_asym", 4, torch.float32)
+        given[0][3, 5] = torch.nan  # a row that is solved again
+        for lanes in (1, 2, 4, TWO_ROWS):
+            want, got = run(*given, lanes), run(*given, lanes, values=False)
+            assert got.values.numel() == 0
+            assert torch.equal(got.codes.nan_to_num(9.0), want.codes.nan_to_num(9.0))
+            assert torch.equal(got.errors.nan_to_num(9.0), want.errors.nan_to_num(9.0))
 
 
 def test_sums_that_are_not_exact_enough_are_seen() -> None:

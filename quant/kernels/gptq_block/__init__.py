@@ -142,9 +142,9 @@ class SolvedBlock:
         """Not filled."""
         return cls(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
 
-    def check(self, block: Tensor) -> None:
-        """Raises ValueError where compiled twins cannot write what they make of the block."""
-        made = (self.codes, self.values, self.errors)
+    def check(self, block: Tensor, needs_values: bool = True) -> None:
+        """Raises ValueError where compiled twins cannot write what they make of the block. Twins with SKIPS_VALUES need no values."""
+        made = (self.codes, self.values, self.errors) if needs_values or self.values.numel() else (self.codes, self.errors)
         if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape and t.device == block.device for t in made):
             got = [(tuple(t.shape), t.dtype) for t in made]
             raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(block.shape)}, {block.dtype}")

@@ -1,7 +1,9 @@
 """The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns.
 
-An error times the factor is taken off a weight in one operation, rounded once, where the reference rounds the product first: results are
-those of the reference with such an operation, bit for bit, and at least 99.9 % of its codes (docs/adr/0025-the-block-fuses-on-gpus.md).
+Errors of earlier panels of 16 columns come off a weight by sums of tensor cores, of numbers split in two, those of its own and of the one
+before by operations rounded once: each column is what the errors before it leave of it within some roundings of float32, fewer than the
+plain loop's (docs/adr/0032-errors-by-tensor-cores.md). Codes are at least 99.9 % of the reference's. A row has the same bits whatever
+stands beside it.
 
 It refuses float64 blocks and wider ones. A call copies nothing from the host and waits for nothing, so that a CUDA graph can hold it.
 """
@@ -20,6 +22,8 @@ from quant.kernels.gptq_block import KINDS, Fits, SolvedBlock
 
 ADDS_LOSS = True
 """`out.loss` is added to here."""
+SKIPS_VALUES = True
+"""`out.values` may have no elements: nobody wants them, and a quarter of what a launch writes and reads is not written."""
 COLUMNS, PANEL, MOST = 128, 16, 2**30
 """Of a block; that the kernel takes together; weights in a block, whose bytes are counted in 32 bits."""
 
@@ -58,7 +62,7 @@ def arguments(
     if fits is not None:
         fits.check(block, affine)
     w = block.contiguous()
-    out.check(w)
+    out.check(w, needs_values=False)
     if out.loss is not None and not (out.loss.is_contiguous() and out.loss.dtype == w.dtype and out.loss.shape == w.shape[1:]):
         raise ValueError(f"out.loss is {tuple(out.loss.shape)}, {out.loss.dtype}; it must be contiguous, one float32 for each row")
     rows, least, most, in_panels = _rows(tuple(group))
@@ -70,7 +74,7 @@ def arguments(
     kind = KINDS.get(affine.kind, 0)
     numbers = (u.stride(0), scale.stride(0), zero.stride(0), *w.shape, affine.top, kind, int(kind == 0 and in_panels))
     found = (0, 0) if fits is None else (fits.words, fits.odd)
-    made = (out.codes, out.values, out.errors, 0 if out.loss is None else out.loss)
+    made = (out.codes, out.values if out.values.numel() else 0, out.errors, 0 if out.loss is None else out.loss)
     return [w, u, scale, zero, rows.buffer_info()[0], *numbers, *made, tops, *found], rows
 
 
