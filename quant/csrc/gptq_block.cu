@@ -26,7 +26,7 @@ struct Form {
     static constexpr int ROWS = 32 / L * R;                          // of a team
     static constexpr int THREADS = 32 * TEAMS * (1 + H);
     static constexpr int STAGES = TEAMS * H * 32 / SIDE > 1 ? 2 : 1;  // `SIDE`s of helpers that copy
-    static constexpr int KEPT = ROWS <= 32 && H > 1 ? (MOST / PANEL - 2) / H + 1 : 1;  // where registers are enough
+    static constexpr int KEPT = L > 1 && H > 1 ? (MOST / PANEL - 2) / H + 1 : 1;  // of more rows they delay the first
     static constexpr int EVENTS = MOST / UNIT + MOST / PANEL, BARRIERS = TEAMS * EVENTS + 1;
     static_assert(TEAMS * H * 32 >= SIDE && BARRIERS <= THREADS, "");
 };
@@ -274,10 +274,10 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
 }
 
 // Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
-//   4096 rows: 17.7, 14.4, 12.6 (4 lanes); 17.2      12288: 18.4; 19.4      32768: 28.6; 28.4
-//   8192 rows: 18.0, 14.8 (2 lanes); 17.9            16384: 19.0; 20.1
-// (two rows a lane up to 16384 rows by blocks of fewer teams, since taken out). So as many lanes as leave a block of threads to a
-// multiprocessor, and two rows a lane from this many times as many rows as room, a ratio.
+//   4096 rows: 15.9, 14.5, 13.2 (4 lanes)     12288: 16.5; 19.4     32768: 28.0; 25.8
+//   8192 rows: 16.6, 14.5 (2 lanes)           16384: 17.5; 20.2     98304: 75.1; 69.3
+// (two rows a lane up to 16384 rows by blocks of two teams, taken out). So as many lanes as leave a block of threads to a multiprocessor,
+// and two rows a lane from this many times as many rows as room, a ratio.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
 // The form for all kinds takes three times as long to compile; it has no version for 2 lanes. room: rows that are solved at once by a lane
@@ -285,7 +285,7 @@ constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cudaStream_t stream) {
     if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
     if (lanes == TWO_ROWS) return launch<TwoRows>(p, stream);
-    if (lanes == 1) return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 2>>(p, stream);
+    if (lanes == 1) return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 3>>(p, stream);
     return lanes == 2 ? launch<Form<2, true, 1, 4, 2>>(p, stream) : launch<Form<4, true, 1, 4, 2>>(p, stream);
 }
 

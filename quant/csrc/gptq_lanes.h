@@ -107,7 +107,7 @@ struct Range {
 template <int L, bool PLAIN, int R = 1>
 struct Lane {
     static constexpr int OWN = PANEL / L, GROUPS = PLAIN ? 1 : PANEL, APART = 32;
-    static constexpr int ARRIVAL = R > 1 ? 15 : 12;  // of a panel's columns, the one before which what is next has come
+    static constexpr int ARRIVAL = R > 1 ? 15 : L > 1 ? 14 : 12;  // of a panel's columns, the one before which what is next has come
     // Bit c: the compiler mixes no instructions of columns to c with those after it. By what makes the fewest cycles of its code: it would
     // put what can wait of many columns before the last of them, and all of the next panel's after a panel's chain.
     static constexpr uint32_t FENCES = L == 4 ? 0xc080 : L == 2 ? 0xa020 : R > 1 ? 0xa080 : 0xa000;
