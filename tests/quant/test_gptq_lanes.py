@@ -69,10 +69,11 @@ def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes
 RUNS = [pytest.param(emulated, id="host"), pytest.param(on_gpu, id="gpu", marks=GPU)]
 
 
-# The warp that solves subtracts at most 23 products from a number. Tensor cores add up at most 15 units, nine numbers at a time, cut off a
-# few bits below the last one of the largest: 4 roundings a time. Products lack that of what is left of both factors, 8 roundings at most;
-# two more join the sums.
-ROUNDINGS = 23 + 15 * 4 + 8 + 2
+# The warp that solves subtracts at most 23 products from a number. Tensor cores add up at most 13 units, eight products and the sum so far
+# at a time: on an H100 (Khattak and Mikaitis 2025) all but the largest are cut off two bits below its last one, half a rounding each, and
+# their sum at its own last one, two. Sums of products with what is left are 2^-10 as large: all that is cut off of them is less than one.
+# A product lacks less than 2^-21 of itself: eight. Two more join the sums. A host's sums are rounded, one each.
+ROUNDINGS = 23 + 13 * (8 // 2 + 2) + 1 + 8 + 2
 
 
 def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> None:
