@@ -1,5 +1,5 @@
 """The plain loop of the GPTQ block where it takes errors off by one operation, rounded once: what the twin in C++ gives, bit for bit; and
-what of each row holds whatever sums its errors were added up in."""
+what holds of each row in whatever order its errors are added up."""
 
 from __future__ import annotations
 
@@ -56,23 +56,35 @@ def same(got: SolvedBlock, want: SolvedBlock) -> None:
 def follows(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int], roundings: int) -> Tensor:
     """Of each row `[N]`, whether every column is what the errors before it, as they are in `got`, leave of it: in float64, but for
     `roundings` of float32 of the numbers that are added up. Values are those of the codes bit for bit; errors are rounded twice more."""
-    w, u, e = block.double(), upper.double(), got.errors.double()
     good = torch.isfinite(torch.cat([got.codes, got.values, got.errors])).all(0)
     unit = 2.0**-24
-    for j in range(len(w)):
+    for j in range(len(block)):
         own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
         fine = Affine(own.scale.double(), own.zero.double(), own.bits, own.kind, own.tops)
-        terms = e[:j] * u[:j, j, None]
-        x, off = w[j] - terms.sum(0), roundings * unit * (w[j].abs() + terms.abs().sum(0))
+        x, made, size = _left(got, block, upper, j)
+        off = roundings * unit * size
         code, value = got.codes[j].double(), got.values[j].double()
-        made = e[j] * u[j, j]
         good &= got.values[j] == own.decode(got.codes[j])
-        good &= (value + made - x).abs() <= off + 2 * unit * (x - value).abs()
+        good &= (made - x).abs() <= off + 2 * unit * (x - value).abs()
         # Steps are a quotient and a sum, each rounded.
         off += 2 * unit * (x.abs() + (fine.zero if own.kind is ZeroKind.MINIMUM else fine.zero * fine.scale).abs())
         ends = torch.stack([fine.encode(x - off), fine.encode(x + off)])
         good &= (ends.amin(0) <= code) & (code <= ends.amax(0))
     return good
+
+
+def off_by(got: SolvedBlock, block: Tensor, upper: Tensor) -> float:
+    """Root mean square of what columns are off by, in roundings as `follows` counts them."""
+    columns = (_left(got, block, upper, j) for j in range(len(block)))
+    return float(torch.stack([(made - x) / (2.0**-24 * size) for x, made, size in columns]).square().mean().sqrt())
+
+
+def _left(got: SolvedBlock, block: Tensor, upper: Tensor, j: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In float64 `[N]`: what the errors before column j leave of it; what it was when it was rounded, by its value and its error; and the
+    size of the numbers that are added up."""
+    u, e, w = upper[: j + 1, j].double(), got.errors[: j + 1].double(), block[j].double()
+    terms = e[:j] * u[:j, None]
+    return w - terms.sum(0), got.values[j].double() + e[j] * u[j], w.abs() + terms.abs().sum(0)
 
 
 def alike(got: SolvedBlock, want: SolvedBlock) -> Tensor:

@@ -22,7 +22,7 @@ from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel, native, on_cuda, recorded
 from quant.kernels.gptq_block import Fit, Fits, SolvedBlock, cuda, triton
-from tests.quant.plain_loop import alike, follows, plain_loop
+from tests.quant.plain_loop import alike, follows, off_by, plain_loop
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 GPU = pytest.mark.gpu("nvcc")
@@ -111,6 +111,12 @@ def test_sums_that_are_not_exact_enough_are_seen() -> None:
     assert bool(follows(plain_loop(w, upper, affine, group), w, upper, affine, group, ROUNDINGS).all())
     coarse = plain_loop(w, rounded.triu(1) + upper.diagonal().diag(), affine, group)
     assert float(follows(coarse, w, upper, affine, group, ROUNDINGS).double().mean()) < 0.25
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_fewer_roundings_than_the_plain_loop(run: Any) -> None:
+    given = w, upper, _, _ = problem(128, 128, "g_asym", 4, torch.float32)
+    assert off_by(run(*given, 1), w, upper) < off_by(plain_loop(*given), w, upper)
 
 
 @pytest.mark.parametrize("run", RUNS)
