@@ -162,8 +162,8 @@ def test_products_by_slices(machine: Programs, blocks: int, monkeypatch: pytest.
             assert not counted._all.any()
 
 
-def solved(block: Tensor, upper: Tensor, affine: Any, group: list[int], lanes: int) -> SolvedBlock:
-    out = test_gptq_lanes.poisoned(block, loss=True)
+def solved(block: Tensor, upper: Tensor, affine: Any, group: list[int], lanes: int, values: bool = True) -> SolvedBlock:
+    out = test_gptq_lanes.poisoned(block, loss=True, values=values)
     return gptq_cuda.solve_block(block, upper, affine, group, out, lanes=lanes)
 
 
@@ -201,6 +201,13 @@ def test_blocks_of_gptq_with_two_rows_a_lane() -> None:
     for rows, columns, bits in ((64, 128, 4), (128, 96, 3), (192, 16, 2), (448, 112, 5)):
         given = test_gptq_lanes.problem(rows, columns, "g_asym", bits, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, -2), *given)
+
+
+@pytest.mark.parametrize("gptq", ["used"], indirect=True)
+def test_blocks_of_gptq_without_values(gptq: Programs) -> None:
+    for processors in (1, 132):
+        gptq["gptq_block"].on(processors)
+        test_gptq_lanes.values_may_be_left_out(solved)
 
 
 @pytest.mark.parametrize(("gptq", "lanes"), [("ahead", 1), ("used", 1), ("used", 2), ("used", 4)], indirect=["gptq"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from quant import replay
+from quant.affine import Affine
+from quant.kernels import kernel
+from quant.kernels.gptq_block import Fits, SolvedBlock
 from quant.methods import gptq
 from quant.methods.gptq import Gptq
 from quant.replay import Replays, replaying
@@ -34,6 +38,12 @@ def given(seed: int, k: int = 80, rows: tuple[int, ...] = (32, 16), device: str 
 
 def packed(weights: list[Tensor], statistics: Statistics, schemes: list[WeightScheme]) -> list[dict[str, Tensor]]:
     return [dict(r.tensor.pack()) for r in METHOD.quantize_stacked(weights, statistics, schemes)]
+
+
+def packed_alone() -> list[dict[str, Tensor]]:
+    """With columns that are kept, which go by the values of the others."""
+    [w, _], statistics = given(0)
+    return [dict(Gptq(block_size=32, outlier_columns=16).quantize(w.float(), statistics, WeightScheme(4)).tensor.pack())]
 
 
 def same(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> bool:
@@ -75,6 +85,27 @@ def test_bits_are_those_of_blocks_one_by_one(schemes: list[WeightScheme]) -> Non
         got = [packed(*i, schemes) for i in inputs]
     assert all(same(*pair) for pair in zip(got, want, strict=True))
     assert (captures.made, captures.replayed) == (1, 3)
+
+
+def test_values_are_left_out_where_a_kernel_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loop spends its weights, queued or replayed; others get all of them."""
+    run, asked = kernel("gptq_block", block=torch.zeros(1, 1)).run, set[int]()
+    solve_block, want, alone = run.solve_block, packed(*given(0), SCHEMES["one"]), packed_alone()
+
+    def solve(block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock, fits: Fits | None = None) -> SolvedBlock:
+        asked.add(out.values.numel())
+        solve_block(block, upper, affine, group, out if out.values.numel() else replace(out, values=torch.empty_like(block)), fits)
+        return out
+
+    monkeypatch.setattr(run, "SKIPS_VALUES", True, raising=False)
+    monkeypatch.setattr(run, "solve_block", solve)
+    with replaying(Replays(Captures(), enough)):
+        for _ in range(3):
+            assert same(packed(*given(0), SCHEMES["one"]), want)
+    assert asked == {0}
+    asked.clear()
+    assert same(packed_alone(), alone)
+    assert 0 not in asked
 
 
 def test_shapes_in_turn_share_memory() -> None:
