@@ -203,6 +203,12 @@ def test_blocks_of_gptq_with_two_rows_a_lane() -> None:
         test_gptq_lanes.agrees(solved(*given, -2), *given)
 
 
+@pytest.mark.parametrize(("gptq", "lanes"), [("used", 1), ("used", 4)], indirect=["gptq"])
+@pytest.mark.usefixtures("gptq")
+def test_blocks_of_gptq_of_any_number_of_columns(lanes: int) -> None:
+    test_gptq_lanes.any_number_of_columns(solved, lanes)
+
+
 @pytest.mark.parametrize("gptq", ["used"], indirect=True)
 def test_blocks_of_gptq_without_values(gptq: Programs) -> None:
     for processors in (1, 132):
