@@ -2,9 +2,9 @@
 //
 // Plain C ABI. Columns one after another: block, codes, values, errors are [B, N], contiguous; upper is [B, B], scale and zero are [G, N],
 // with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros, and the columns of the block and of
-// each group are multiples of 16. loss [N] (or null) is added to; tops [N] is the largest code of each row (null: top in all). words [N]
-// (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written to then, and odd [1] is added to. Nothing
-// is allocated, copied from the host or waited for.
+// each group are multiples of 16. values may be null: nobody wants them. loss [N] (or null) is added to; tops [N] is the largest code of
+// each row (null: top in all). words [N] (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written
+// to then, and odd [1] is added to. Nothing is allocated, copied from the host or waited for.
 
 #include "early.h"
 #include "gptq_found.h"
@@ -26,7 +26,8 @@ struct Form {
     static constexpr int ROWS = 32 / L * R;                          // of a team
     static constexpr int THREADS = 32 * TEAMS * (1 + H);
     static constexpr int STAGES = TEAMS * H * 32 / SIDE > 1 ? 2 : 1;  // `SIDE`s of helpers that copy
-    static constexpr int KEPT = L > 1 && H > 1 ? (MOST / PANEL - 2) / H + 1 : 1;  // of more rows they delay the first
+    // Panels that a helper asks for at once: all of its own where these are few numbers; more would delay the first.
+    static constexpr int KEPT = L > 1 && H > 1 ? (MOST / PANEL - 2) / H + 1 : 1;
     static constexpr int EVENTS = MOST / UNIT + MOST / PANEL, BARRIERS = TEAMS * EVENTS + 1;
     static_assert(TEAMS * H * 32 >= SIDE && BARRIERS <= THREADS, "");
 };
@@ -141,7 +142,7 @@ __device__ __forceinline__ void copy(uint32_t to, const float* from, uint32_t by
 template <int FIRST, int LAST>
 __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uint32_t thread) {
     constexpr int EACH = PANEL / 4, STEP = SIDE / EACH;  // threads to a row, rows at a time
-    static_assert(STEP == 2 * PANEL && STEP % UNIT == 0, "a panel's last rows are half of a step");
+    static_assert(STEP == 2 * PANEL, "a panel's last rows are half of a step");
     const uint32_t i = thread / EACH, column = thread % EACH * 4;
     const float* from = p.upper + (i * p.upper_stride + column);
     const uint32_t to = near(factor + in_factor(i, column));
@@ -158,6 +159,7 @@ __device__ __forceinline__ void stage_whole(const Problem& p, float* factor, uin
 template <int FLOATS>
 __device__ __forceinline__ void stage(const Problem& p, float* factor, uint32_t thread, int first, int last) {
     constexpr int EACH = PANEL / FLOATS, STEP = SIDE / EACH;
+    static_assert(STEP % UNIT == 0, "rows a step apart have one place in their units");
     const uint32_t i = thread / EACH, column = thread % EACH * FLOATS;
     ROLLED for (int panel = first; panel < last; panel++) {
         const int left = min(int(p.columns) - int(panel * PANEL + column), FLOATS);
@@ -274,7 +276,7 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
 }
 
 // Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
-//   4096 rows: 15.9, 14.5, 13.2 (4 lanes)     12288: 16.5; 19.4     32768: 28.0; 25.8
+//   4096 rows: 15.9, 14.5, 13.2 (4 lanes)     12288: 16.5; 19.4     32768: 28.0; 25.7
 //   8192 rows: 16.6, 14.5 (2 lanes)           16384: 17.5; 20.2     98304: 75.1; 69.3
 // (two rows a lane up to 16384 rows by blocks of two teams, taken out). So as many lanes as leave a block of threads to a multiprocessor,
 // and two rows a lane from this many times as many rows as room, a ratio.

@@ -13,7 +13,8 @@ struct Right {
     float at[2];
 };
 
-// The nearest number of 11 bits, with halves away from 0; of none that is next to infinity.
+// The nearest number of 11 bits, halves away from 0. Next to infinity it is infinite, and of NaN it may be 0: what is left of these is then
+// NaN or infinite, and the row is solved again.
 ON_LANES float large_of(float x) {
     const uint32_t bits = bits_of(x) + 0x1000u & 0xffffe000u;
 #ifdef __CUDACC__
