@@ -23,9 +23,9 @@ GOALS |= {8 * one: Goal(times, "time", (f"one_of_{one}",)) for one, times in ((4
 
 
 def block(b: Bench) -> Iterator[Row]:
-    """The error is the share of wrong numbers: of codes alone where a product and its subtraction are fused, of which a thousandth may be
-    others. Where the launch finds the ranges, `torch_ranges` is the launch with them given, and torch
-    finding them before it, group by group."""
+    """The error is the share of wrong numbers: of codes alone in CUDA C++, which rounds sums otherwise than the reference; a thousandth of
+    them may be others. Values are left out where a solver leaves them out; `with_values` writes them. Where the launch finds the ranges,
+    `torch_ranges` is the launch with them given, and torch finding them before it, group by group."""
     ours, triton = (kernel("gptq_block", name, b.device) for name in (b.backend if b.dry else "auto", "triton"))
     columns = b.size(128, 16)
     x = b.random(4 * columns, columns)
@@ -43,7 +43,7 @@ def block(b: Bench) -> Iterator[Row]:
         fits = Fits.of([Fit(rows, width, "g_asym", 4)], w.device) if found else None
         poisoned = [torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)]
         here = Affine(poisoned[0], poisoned[1], 4, ZeroKind.CODE) if found else affine
-        # Each call has memory of its own, as a solver's has, that wants no values where they may be left out: block, codes and errors.
+        # Each call has memory of its own, as a solver's has: block, codes and errors at least.
         skips = getattr(ours.run, "SKIPS_VALUES", False)
         copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (3 * w.nbytes)), 1))]
 

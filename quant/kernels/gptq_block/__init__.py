@@ -132,6 +132,7 @@ class SolvedBlock:
 
     codes: Tensor
     values: Tensor
+    """Given with no elements where nobody wants them, to twins with SKIPS_VALUES."""
     errors: Tensor
     """(w_j - q_j) / U_jj of the column as updated."""
     loss: Tensor | None = None

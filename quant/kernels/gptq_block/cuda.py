@@ -1,9 +1,9 @@
 """The block in CUDA C++ (`quant/csrc/gptq_block.cu`): float32, at most 128 columns.
 
-Errors of earlier panels of 16 columns come off a weight by sums of tensor cores, of numbers split in two, those of its own and of the one
-before by operations rounded once: each column is what the errors before it leave of it within some roundings of float32, fewer than the
-plain loop's (docs/adr/0032-errors-by-tensor-cores.md). Codes are at least 99.9 % of the reference's. A row has the same bits whatever
-stands beside it.
+Columns are taken in panels of 16. Errors of its own panel and of the eight columns before come off a weight by operations rounded once, all
+earlier ones by sums of tensor cores, of numbers split in two: each column is what the errors before it leave of it within some roundings
+of float32, fewer than the plain loop's (docs/adr/0032-errors-by-tensor-cores.md). At least 99.9 % of codes are the reference's. A row has
+the same bits whatever stands beside it.
 
 It refuses float64 blocks and wider ones. A call copies nothing from the host and waits for nothing, so that a CUDA graph can hold it.
 """
