@@ -77,8 +77,10 @@ RUNS = [pytest.param(emulated, id="host"), pytest.param(on_gpu, id="gpu", marks=
 ROUNDINGS = 23 + 13 * (8 // 2 + 2) + 1 + 8 + 2
 
 
-def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> None:
+def agrees(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int], odd: bool = False) -> None:
+    """odd: rows may be solved again. Else none is, which would hide what was read before it was written: none is the plain loop's."""
     again = alike(got, plain_loop(block, upper, affine, group))
+    assert odd or len(block) <= cuda.PANEL or not bool(again.any())
     assert bool((again | follows(got, block, upper, affine, group, ROUNDINGS)).all())
     sums = got.errors.double().square().sum(0) + 0.5
     assert got.loss is not None
@@ -166,7 +168,7 @@ def test_two_rows_a_lane(run: Any) -> None:
         w[row, row] = 1e-30
         affine.scale[row % 4, row] = 1e-20
     w[7, 40], w[8, 41] = torch.nan, torch.inf
-    agrees(run(w, upper, affine, group, TWO_ROWS), w, upper, affine, group)
+    agrees(run(w, upper, affine, group, TWO_ROWS), w, upper, affine, group, odd=True)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -259,9 +261,9 @@ def test_any_number_of_columns_of_one_group(run: Any, lanes: int) -> None:
 def test_numbers_that_the_fast_division_cannot_take(run: Any, kind: ZeroKind, lanes: int) -> None:
     w, upper, affine, group = with_odd_numbers(kind)
     for many in (group, [j // 32 for j in range(48)]):
-        agrees(run(w, upper, affine, many, lanes), w, upper, affine, many)
+        agrees(run(w, upper, affine, many, lanes), w, upper, affine, many, odd=True)
     for factor in (1e-35, 1e-12, 1e12, 1e35, torch.nan, 0.0):
-        agrees(run(w, upper * factor, affine, group, lanes), w, upper * factor, affine, group)
+        agrees(run(w, upper * factor, affine, group, lanes), w, upper * factor, affine, group, odd=True)
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -269,7 +271,7 @@ def test_zeros_that_are_not_whole(run: Any) -> None:
     w, upper, affine, _ = problem(9, 64, "g_asym", 4, torch.float32)
     for zero in (affine.zero + 0.25, affine.zero + 3e6):
         odd = Affine(affine.scale, zero, 4, ZeroKind.CODE)
-        agrees(run(w, upper, odd, [0] * 64, 1), w, upper, odd, [0] * 64)
+        agrees(run(w, upper, odd, [0] * 64, 1), w, upper, odd, [0] * 64, odd=True)
 
 
 def test_division_is_that_of_the_processor() -> None:
