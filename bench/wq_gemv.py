@@ -79,8 +79,8 @@ def main() -> int:
                 made["rows"].append(row)
                 keep(given.out, made)
                 good &= error <= allowed and (ratio >= GOAL or not goal)
-                line = f"  {name}: {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), {packed.bytes / ours / 1e9:.1f} GB/s, "
-                line += f"error {error:.1e} (allowed {allowed:.1e}), {ratio:.1f} times bfloat16"
+                line = f"  {name}: error {error:.1e} (allowed {allowed:.1e}), {1e3 * ours:.2f} (bfloat16 x {1e3 * ours_half:.2f}), "
+                line += f"{packed.bytes / ours / 1e9:.1f} GB/s, {ratio:.1f} times bfloat16"
                 line += f" (goal {GOAL})" if goal else ""
                 print(line + "".join(f", {peer} {1e3 * seconds:.2f}" for peer, seconds in beside.items()), flush=True)
     return 0 if good else 1

@@ -217,7 +217,8 @@ def calibration_part(option: Option, source: TextSource, replicate_seed: int) ->
             f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2"
         )
     # Consecutive windows are the same whatever the seed.
-    seed = 0 if spec.sampling == "sequential" else spec.seed + replicate_seed
+    where = f"calibration {option.name!r}: seed with the replicate's added"
+    seed = 0 if spec.sampling == "sequential" else _seed(where, spec.seed + replicate_seed)
     return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, seed, spec.sampling)
 
 
@@ -263,9 +264,13 @@ def draw(cell: Cell, several: Mapping[str, bool], calibration: CalibrationSpec |
 
 
 def replicate_seed(option: Option) -> int:
-    seed = option.values["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ConfigError(f"replicate {option.name!r}: seed={seed!r} must be a whole number")
+    return _seed(f"replicate {option.name!r}: seed", option.values["seed"])
+
+
+def _seed(where: str, seed: Any) -> int:
+    """Raises ConfigError for what torch's generators do not take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"{where}={seed!r}; give a whole number from {-(2**63)} to {2**63 - 1}")
     return seed
 
 

@@ -303,6 +303,8 @@ def exit_code(*arguments: str) -> object:
         (["--config-dir", "nowhere"], ["nowhere", "is not there"]),
         (["--config-name=nothing"], ["root config 'nothing' is not in"]),
         (["replicate.seed=one"], ["seed", "one"]),
+        ([f"replicate.seed={2**63}"], [f"seed={2**63}", f"to {2**63 - 1}"]),
+        ([f"calibration.seed={2**63 - 1}", "replicate.seed=1"], ["calibration", f"{2**63}", f"to {2**63 - 1}"]),
     ],
 )
 def test_what_is_misspelt_or_cannot_be_is_refused_with_what_can(
