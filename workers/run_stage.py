@@ -149,13 +149,13 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         log.info("%s %s, attempt %d", stage.kind, stage.key, stage.attempt)
     try:
         context = _context(request)
-        from quant.kernels import preferring, recorded
+        from quant.kernels import noted, preferring, recorded
         from workers.environment import environment
 
         # What measure times is in its spec.
         backend = "auto" if group[0].kind == StageKind.MEASURE.value else request.hints.backend
         state = fixed_state(group[0].key, request.hints)
-        with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels:
+        with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels, noted() as slower:
             summaries = _dispatch(group, context, runners)
             surroundings = environment(str(context.device))  # here, where the stage's own threads are still set
     except Exception as e:
@@ -166,6 +166,8 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
             _give_up_models()
         return outcomes
     seconds = time.perf_counter() - started[1]
+    # Those that a stage has told of its linears are not told again.
+    context.notes += [note for note in slower if not any(note in told for told in context.notes)]
     log.info("done in %.2f s", seconds)
     return _records(group, request, context, summaries, kernels, surroundings, (started[0], started[0] + seconds))
 

@@ -134,6 +134,7 @@ DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 """Backend ▸ the type of device it is for. The others serve all."""
 
 _chosen: ContextVar[dict[str, list[str]] | None] = ContextVar("chosen", default=None)
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
 _telling = Lock()
 _preferred: ContextVar[tuple[str, str]] = ContextVar("preferred", default=("auto", "backend"))
 """What auto means, and the setting that said so."""
@@ -160,6 +161,17 @@ def recorded() -> Iterator[dict[str, list[str]]]:
         yield found
     finally:
         _chosen.reset(token)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """What `Kernel.notes` say of all kernels that are chosen while the context lasts, each once; in the threads of `recorded`."""
+    found: list[str] = []
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
 
 
 def ran(operation: str, backend: str) -> None:
@@ -209,7 +221,12 @@ def kernel(operation: str, backend: str = "auto", device: torch.device | str = "
             reason = module.refuses(**given)
         if reason is None:
             ran(operation, name)
-            return Kernel(module, name, [f"{operation} runs slower: {why}" for why in reasons])
+            notes = [f"{operation} runs slower: {why}" for why in reasons]
+            found = _noted.get()
+            if found is not None:
+                with _telling:
+                    found += [note for note in notes if note not in found]
+            return Kernel(module, name, notes)
         reasons.append(reason)
     others = [b for b in row if b != backend and DEVICES.get(b, place.type) == place.type]
     asked = "" if setting == "backend" else f"{setting}={backend}: "

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quant.kernels import TABLE
 from tests.orchestrator.sweeping import ROOT, overrides
 from tests.tiny_models import tiny_model
 
@@ -46,8 +47,12 @@ def test_a_sweep_quantizes_evaluates_and_measures(tmp_path: Path) -> None:
         record: dict[str, Any] = json.loads(path.read_text())
         for operation, backends in record["kernels"].items():
             ran.setdefault(operation, set()).update(backends)
-        if "gptq_block" in record["kernels"]:
-            assert any("gptq_block runs slower: there is no C++ compiler" in note for note in record["notes"])
+        for operation, backends in record["kernels"].items():
+            # In stages of every kind; and once, not once for each call.
+            told = [note for note in record["notes"] if f"{operation} runs slower: there is no C++ compiler" in note]
+            faster = list(TABLE[operation])[: list(TABLE[operation]).index(backends[0])]
+            assert bool(told) == ("cpu" in faster), (operation, record["notes"])
+        assert len(record["notes"]) == len(set(record["notes"]))
         if record["kind"] == "measure" and "quantize" in record["inputs"]:
             assert record["summary"]["backends"].keys() <= {"reference", "torch", "simulated"}
     assert ran.keys() == OPERATIONS
