@@ -75,7 +75,7 @@ BOTH void take_digits(const Signs& a, const Place& at, void* shared, const Asked
             });
             most[h] = 0;
             UNROLL for (int i = 0; i < CHUNK * 4; i++) {
-                const uint32_t bits = first + (part + i / 4) % CHUNK < last ? to_bits(v[h][i]) & 0x7fffffffu : 0;
+                const uint32_t bits = first + (part + i / 4) % CHUNK < last ? bits_of(v[h][i]) & 0x7fffffffu : 0;
                 most[h] = bits > most[h] ? bits : most[h];
             }
         }

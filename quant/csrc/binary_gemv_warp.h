@@ -27,7 +27,7 @@ BOTH float at_least(float largest) { return largest < 6.310887241768095e-30f ? 6
 template <int PLANES>
 BOTH float unit_of_values(float largest) {
     constexpr float ONE = float((PLANES == 2 ? 65536.0 : 256.0) / MOST);
-    return !(largest <= 3.402823466e38f) ? from_bits(0x7fc00000u) : ONE * at_least(largest);
+    return !(largest <= 3.402823466e38f) ? float_of(0x7fc00000u) : ONE * at_least(largest);
 }
 
 // The exponent e of the largest |v| < 2^(e - 126). Numbers too small to be told from zero beside one of 2^-97 are not.
@@ -39,12 +39,12 @@ BOTH int exponent(uint32_t largest) {
 // Numbers of at most so many bits from the largest on.
 template <int BITS>
 BOTH float factor_of(uint32_t largest) {
-    return exponent(largest) == 255 ? 0.0f : from_bits(uint32_t(253 + BITS - exponent(largest)) << 23);
+    return exponent(largest) == 255 ? 0.0f : float_of(uint32_t(253 + BITS - exponent(largest)) << 23);
 }
 // What 1 is worth then: not a number if one of them is not finite.
 template <int BITS>
 BOTH float unit_of(uint32_t largest) {
-    return exponent(largest) == 255 ? from_bits(0x7fc00000u) : from_bits(uint32_t(exponent(largest) + 1 - BITS) << 23);
+    return exponent(largest) == 255 ? float_of(0x7fc00000u) : float_of(uint32_t(exponent(largest) + 1 - BITS) << 23);
 }
 
 // The column of a unit whose weight is code number `v` of a lane's word. Kinds, which selectors need besides codes, four bits each: of each
@@ -65,7 +65,7 @@ BOTH void read(float (&v)[N], const Given& from, int64_t row, const Column& colu
     asked();
     UNROLL for (int i = 0; i < N; i++) {
         if constexpr (sizeof(X) == 2) {
-            v[i] = from_bits(uint32_t(kept[i]) << 16);
+            v[i] = float_of(uint32_t(kept[i]) << 16);
         } else {
             v[i] = kept[i];
         }

@@ -64,12 +64,8 @@ struct Helpers {
     void each(F f) {
         for (One& l : lane) f(l);
     }
-    // What a GPU multiplies of an operand: its bits above the last 13.
-    static double operand(float x) {
-        uint32_t bits = bits_of(x) & 0xffffe000u;
-        std::memcpy(&x, &bits, sizeof x);
-        return x;
-    }
+    // What a GPU multiplies of it.
+    static double operand(float x) { return float_of(bits_of(x) & OPERAND); }
     // Sums of eight products, exact but for one rounding; a GPU's are cut off.
     template <int I>
     void multiply() {

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
+
 #ifdef __CUDACC__
 #define ON_LANES __device__ __forceinline__
 #define UNROLLED _Pragma("unroll")
@@ -65,15 +67,6 @@ ON_LANES float fused(float a, float b, float c) {
     return __fmaf_rn(a, b, c);
 #else
     return std::fma(a, b, c);
-#endif
-}
-ON_LANES uint32_t bits_of(float x) {
-#ifdef __CUDACC__
-    return __float_as_uint(x);
-#else
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
 #endif
 }
 // `low` for NaN.

@@ -13,18 +13,11 @@ struct Right {
     float at[2];
 };
 
+constexpr uint32_t OPERAND = 0xffffe000u;  // a float's bits that tensor cores multiply
+
 // The nearest number of 11 bits, halves away from 0. Next to infinity it is infinite, and of NaN it may be 0: what is left of these is then
 // NaN or infinite, and the row is solved again.
-ON_LANES float large_of(float x) {
-    const uint32_t bits = bits_of(x) + 0x1000u & 0xffffe000u;
-#ifdef __CUDACC__
-    return __uint_as_float(bits);
-#else
-    float large;
-    std::memcpy(&large, &bits, sizeof large);
-    return large;
-#endif
-}
+ON_LANES float large_of(float x) { return float_of(bits_of(x) + 0x1000u & OPERAND); }
 
 // One of 32 lanes, which have a panel's columns of 8 ROWS rows: sums of errors times the factor, on tensor cores (m16n8k8). An operand of
 // theirs has 11 bits; a number is split into two of them, `large` and what is left, and of the four products all but that of what is left

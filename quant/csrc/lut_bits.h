@@ -132,7 +132,7 @@ struct Shared {
 };
 
 // 2^n, for n from -126 to 127; a number times 2^n for any n of twice that.
-BOTH float power(int n) { return from_bits(uint32_t(n + 127) << 23); }
+BOTH float power(int n) { return float_of(uint32_t(n + 127) << 23); }
 BOTH float scaled(float v, int n) { return v * power(n / 2) * power(n - n / 2); }
 BOTH int exponent_of(uint32_t bits) { return int(bits >> 23) - 127; }
 BOTH bool finite(uint32_t largest) { return largest < 0x7f800000u; }
@@ -166,9 +166,9 @@ template <class F>
 BOTH uint32_t shifted(float a, float b) {
     static_assert(F::P == 3, "23 bits");
 #if defined(__CUDA_ARCH__)
-    return to_bits(__fmaf_rn(a, b, 12582912.f));
+    return bits_of(__fmaf_rn(a, b, 12582912.f));
 #else
-    return to_bits(std::fmaf(a, b, 12582912.f));
+    return bits_of(std::fmaf(a, b, 12582912.f));
 #endif
 }
 template <class F>
@@ -190,7 +190,7 @@ BOTH void load_x(float (&to)[N], const Given& from, int64_t row, const int (&col
     if (row < from.count) {
         if constexpr (F::P == 3) {
             const uint16_t* x = static_cast<const uint16_t*>(from.x) + row * from.k;
-            UNROLL for (int i = 0; i < N; i++) to[i] = from_bits(uint32_t(x[column[i]]) << 16);
+            UNROLL for (int i = 0; i < N; i++) to[i] = float_of(uint32_t(x[column[i]]) << 16);
         } else {
             const float* x = static_cast<const float*>(from.x) + row * from.k;
             UNROLL for (int i = 0; i < N; i++) to[i] = x[column[i]];
@@ -278,11 +278,11 @@ BOTH void take_inputs(const Lut& a, const Place& at, const Part& part, int first
             UNROLL for (int m = 0; m < F::M; m++) {
                 const float v = i < own ? x[m][b] : 0.f;
                 if (i < kept * UNIT) to[m * s.row_of_x + b * place_of(THREADS)] = v;
-                const uint32_t product = to_bits(v * size[b]) & 0x7fffffffu;
+                const uint32_t product = bits_of(v * size[b]) & 0x7fffffffu;
                 most[m] = product > most[m] ? product : most[m];
             }
             if constexpr (F::narrow(BITS)) {
-                const uint32_t product = to_bits((i < own ? x[0][b] : 0.f) * crossed[b]) & 0x7fffffffu;
+                const uint32_t product = bits_of((i < own ? x[0][b] : 0.f) * crossed[b]) & 0x7fffffffu;
                 most_crossed = product > most_crossed ? product : most_crossed;
             }
         }

@@ -41,7 +41,7 @@ BOTH void numbers_of(const Lut& a, const Place& at, void* shared, int thread, co
         for (int i = thread; i < rows; i += THREADS) {
             int64_t odd = 0;
             UNROLL for (int c = F::COUNTS - 1; c >= 0; c--) odd = odd * 65536 + s.whole[(m * F::COUNTS + c) * apart + i];
-            each_sum(m, i, finite(largest) ? scaled(float(first - 2 * odd), -steps) : from_bits(0x7fc00000u));
+            each_sum(m, i, finite(largest) ? scaled(float(first - 2 * odd), -steps) : float_of(0x7fc00000u));
         }
     }
 }

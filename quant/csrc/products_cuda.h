@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
+
 #if defined(__CUDACC__)
 #define BOTH __device__ __forceinline__
 #define ANYWHERE __host__ __device__
@@ -41,37 +43,17 @@ struct Place {
 
 BOTH int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-BOTH float from_bits(uint32_t bits) {
-#if defined(__CUDA_ARCH__)
-    return __uint_as_float(bits);
-#else
-    float v;
-    std::memcpy(&v, &bits, sizeof v);
-    return v;
-#endif
-}
-
-BOTH uint32_t to_bits(float v) {
-#if defined(__CUDA_ARCH__)
-    return __float_as_uint(v);
-#else
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    return bits;
-#endif
-}
-
 // Zero beyond the last row.
 BOTH float read_x(const Given& from, int64_t row, int64_t column) {
     if (row >= from.count) return 0.0f;
     const int64_t at = row * from.k + column;
-    const float x = from.bfloat16 ? from_bits(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16)
+    const float x = from.bfloat16 ? float_of(uint32_t(static_cast<const uint16_t*>(from.x)[at]) << 16)
                                   : static_cast<const float*>(from.x)[at];
     return from.scale == nullptr ? x : x / from.scale[column];
 }
 
 BOTH uint16_t to_bfloat16(float v) {
-    const uint32_t bits = to_bits(v);
+    const uint32_t bits = bits_of(v);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
     return uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }

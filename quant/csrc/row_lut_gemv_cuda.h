@@ -63,7 +63,7 @@ BOTH float from_half(uint32_t bits) {
 #if defined(__CUDA_ARCH__)
     return __half2float(__ushort_as_half(uint16_t(bits)));
 #else
-    return from_bits((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * 0x1p112f;  // finite values, exactly
+    return float_of((bits & 0x8000u) << 16 | (bits & 0x7fffu) << 13) * 0x1p112f;  // finite values, exactly
 #endif
 }
 
@@ -142,7 +142,7 @@ BOTH void make_tables(const Rows& a, const Tile& at, char* shared, int thread) {
             const uint16_t* from = static_cast<const uint16_t*>(a.tables) + own;
             to[e * ROWS] = from[(e & ((1 << BITS) - 1)) * ROWS] | uint32_t(from[(e >> BITS) * ROWS]) << 16;
         } else {
-            if (e < 1 << BITS) to[e * ROWS] = to_bits(static_cast<const float*>(a.tables)[own + e * ROWS]);
+            if (e < 1 << BITS) to[e * ROWS] = bits_of(static_cast<const float*>(a.tables)[own + e * ROWS]);
         }
     }
 }
@@ -153,7 +153,7 @@ BOTH void put(const Rows& a, char* shared, int thread, const Lane<M, BITS>& l) {
     Entry<M>* slot = slot_in<M, BITS, HALF>(shared, thread / 32);
     UNROLL for (int u = 0; u < UNITS; u++) {
         Entry<M> x;
-        UNROLL for (int m = 0; m < M; m++) x.v[m] = from_bits(a.given.bfloat16 ? l.x[u][m] << 16 : l.x[u][m]);
+        UNROLL for (int m = 0; m < M; m++) x.v[m] = float_of(a.given.bfloat16 ? l.x[u][m] << 16 : l.x[u][m]);
         if (a.given.scale != nullptr) {
             UNROLL for (int m = 0; m < M; m++) x.v[m] = x.v[m] / l.scale[u];
         }
@@ -186,7 +186,7 @@ BOTH void add(char* shared, int thread, Lane<M, BITS>& l) {
                 if constexpr (HALF) {
                     split(found, w[j], w[j + 1]);
                 } else {
-                    w[j] = from_bits(found);
+                    w[j] = float_of(found);
                 }
             }
             UNROLL for (int i = 0; i < M; i++) {

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
+#include "bits.h"
 #include "versions.h"
 
 #define VECTOR VERSIONS("avx512f", "avx2")  // they compute the same bits
@@ -102,8 +102,7 @@ void sorted_by_bits(const float* column, int64_t n, Sorting& w) {
     w.other.resize(n);
     uint32_t counts[3][2048] = {};
     for (int64_t i = 0; i < n; i++) {
-        uint32_t u;
-        std::memcpy(&u, column + i, 4);
+        uint32_t u = bits_of(column[i]);
         u ^= (u >> 31) ? 0xffffffffu : 0x80000000u;
         w.keys[i] = u;
         counts[0][u & 2047]++;
@@ -127,9 +126,7 @@ void sorted_by_bits(const float* column, int64_t n, Sorting& w) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t u = w.keys[i];
         u ^= (u >> 31) ? 0x80000000u : 0xffffffffu;
-        float f;
-        std::memcpy(&f, &u, 4);
-        w.x[i] = f;
+        w.x[i] = float_of(u);
     }
 }
 

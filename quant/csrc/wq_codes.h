@@ -3,21 +3,10 @@
 
 #pragma once
 
+#include "bits.h"
 #include "wq_call.h"
 
 namespace fragments {
-
-BOTH float float_of(uint32_t bits) {
-    float v;
-    memcpy(&v, &bits, sizeof v);
-    return v;
-}
-
-BOTH uint32_t bits_of(float v) {
-    uint32_t bits;
-    memcpy(&bits, &v, sizeof v);
-    return bits;
-}
 
 constexpr uint32_t ONES = 0x3f803f80u, BASE = 0x43004300u;  // pairs of 1 and of 128
 
