@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quant.during import during
+
 SPARED = 8
 """One part in so many of a device's memory stays free beside the graphs'. While one is captured, torch cannot give back what it keeps for
 reuse, so that memory counts as free here where no part of torch has it."""
@@ -182,11 +184,10 @@ def replaying(replays: Replays | None = None) -> Iterator[Replays]:
     """While it lasts, loops are replayed in this thread and in those that run in copies of its context; their memory is given back at its
     end."""
     replays = Replays() if replays is None else replays
-    token = _current.set(replays)
     try:
-        yield replays
+        with during(_current, replays):
+            yield replays
     finally:
-        _current.reset(token)
         replays.clear()
 
 

@@ -11,7 +11,7 @@ contiguous.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from quant import replay
 from quant.affine import Affine
+from quant.during import during
 from quant.errors import SingularHessianError
 from quant.kernels import kernel
 from quant.kernels.gptq_block import Fits, SolvedBlock
@@ -97,14 +98,9 @@ makes it."""
 _provider: ContextVar[FactorProvider] = ContextVar("provider", default=lambda form, hessian, damp, make: make())
 
 
-@contextmanager
-def provided_factors(provider: FactorProvider) -> Iterator[None]:
+def provided_factors(provider: FactorProvider) -> AbstractContextManager[FactorProvider]:
     """While it lasts, factors are asked for from `provider`, in this thread."""
-    token = _provider.set(provider)
-    try:
-        yield
-    finally:
-        _provider.reset(token)
+    return during(_provider, provider)
 
 
 FACTORS = 2

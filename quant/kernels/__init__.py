@@ -9,8 +9,7 @@ it asks `kernel` for the other, so that records name both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from quant.during import during
 from quant.errors import BackendError
 
 TABLE: dict[str, dict[str, str]] = {
@@ -140,38 +140,21 @@ _preferred: ContextVar[tuple[str, str]] = ContextVar("preferred", default=("auto
 """What auto means, and the setting that said so."""
 
 
-@contextmanager
-def preferring(backend: str, setting: str = "backend") -> Iterator[None]:
+def preferring(backend: str, setting: str = "backend") -> AbstractContextManager[tuple[str, str]]:
     """While it lasts, in this thread, this is what auto means to operations that have it. setting: its name where the user sets it, for
     errors."""
-    token = _preferred.set((backend, setting))
-    try:
-        yield
-    finally:
-        _preferred.reset(token)
+    return during(_preferred, (backend, setting))
 
 
-@contextmanager
-def recorded() -> Iterator[dict[str, list[str]]]:
+def recorded() -> AbstractContextManager[dict[str, list[str]]]:
     """Operation ▸ backends of all kernels that are chosen while the context lasts, in this thread and in those that run in copies of its
     context."""
-    found: dict[str, list[str]] = {}
-    token = _chosen.set(found)
-    try:
-        yield found
-    finally:
-        _chosen.reset(token)
+    return during(_chosen, dict[str, list[str]]())
 
 
-@contextmanager
-def noted() -> Iterator[list[str]]:
+def noted() -> AbstractContextManager[list[str]]:
     """What `Kernel.notes` say of all kernels that are chosen while the context lasts, each once; in the threads of `recorded`."""
-    found: list[str] = []
-    token = _noted.set(found)
-    try:
-        yield found
-    finally:
-        _noted.reset(token)
+    return during(_noted, list[str]())
 
 
 def ran(operation: str, backend: str) -> None:
