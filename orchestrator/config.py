@@ -192,10 +192,10 @@ def _plain(node: Any) -> Any:
     return node._value()
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises ConfigError for what is no whole number from `least` on."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r}; give a whole number from {least}")
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Raises ConfigError for what is no whole number from `least` on, to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        raise ConfigError(f"{name}={value!r}; give a whole number from {least}" + ("" if most is None else f" to {most}"))
 
 
 def check_type(path: str, default: Any, value: Any) -> None:

@@ -37,6 +37,8 @@ SITE_STATISTICS = "moments"
 LEAST_OF_TEXT = {"documents": 1, "skip_documents": 0}
 """Below, a slice would take documents from the end of the text."""
 LEAST_OF_TASK = {"limit": 1, "max_windows": 1}
+SEEDS = (-(2**63), 2**63 - 1)
+"""What torch's generators take."""
 LEAST_WINDOW = 2
 """What `workers.tasks.base.cut` takes."""
 
@@ -217,8 +219,8 @@ def calibration_part(option: Option, source: TextSource, replicate_seed: int) ->
             f"calibration {option.name!r}: samples={spec.samples} must be at least 1 and sequence_length={spec.sequence_length} at least 2"
         )
     # Consecutive windows are the same whatever the seed.
-    where = f"calibration {option.name!r}: seed with the replicate's added"
-    seed = 0 if spec.sampling == "sequential" else _seed(where, spec.seed + replicate_seed)
+    seed = 0 if spec.sampling == "sequential" else spec.seed + replicate_seed
+    check_whole(f"calibration {option.name!r}: seed with the replicate's added", seed, *SEEDS)
     return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, seed, spec.sampling)
 
 
@@ -264,13 +266,8 @@ def draw(cell: Cell, several: Mapping[str, bool], calibration: CalibrationSpec |
 
 
 def replicate_seed(option: Option) -> int:
-    return _seed(f"replicate {option.name!r}: seed", option.values["seed"])
-
-
-def _seed(where: str, seed: Any) -> int:
-    """Raises ConfigError for what torch's generators do not take."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise ConfigError(f"{where}={seed!r}; give a whole number from {-(2**63)} to {2**63 - 1}")
+    seed: int = option.values["seed"]
+    check_whole(f"replicate {option.name!r}: seed", seed, *SEEDS)
     return seed
 
 
