@@ -61,6 +61,10 @@ class Affine:
         # In place: on a CPU the memory of five temporaries costs more than the arithmetic.
         return self._limited((w / self.scale).round_().add_(self.zero))
 
+    def of_group(self, g: int) -> Affine:
+        """Of scale and zero `[G, ...]` those of one group."""
+        return replace(self, scale=self.scale[g], zero=self.zero[g])
+
     def per_group(self) -> Affine:
         """Scale and zero `[..., 1]` ▸ `[...]`, as they are stored."""
         return replace(self, scale=self.scale[..., 0], zero=self.zero[..., 0])

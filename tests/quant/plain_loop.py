@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,7 +40,7 @@ def plain_loop(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -
     w = block.clone()
     out = SolvedBlock.like(w)
     for j in range(len(w)):
-        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
+        own = affine.of_group(group[j])
         out.codes[j] = own.encode(w[j])
         out.values[j] = own.decode(out.codes[j])
         out.errors[j] = (w[j] - out.values[j]) / upper[j, j]
@@ -48,9 +50,8 @@ def plain_loop(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -
 
 def same(got: SolvedBlock, want: SolvedBlock) -> None:
     """Bit for bit, but for which NaN and which zero."""
-    for name in ("codes", "values", "errors"):
-        ours, theirs = getattr(got, name), getattr(want, name)
-        assert torch.equal(ours.nan_to_num(12345.0), theirs.nan_to_num(12345.0)), name
+    for name, ours, theirs in _pairs(got, want):
+        assert torch.equal(ours, theirs), name
 
 
 def follows(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int], roundings: int) -> Tensor:
@@ -59,8 +60,8 @@ def follows(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, grou
     good = torch.isfinite(torch.cat([got.codes, got.values, got.errors])).all(0)
     unit = 2.0**-24
     for j in range(len(block)):
-        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
-        fine = Affine(own.scale.double(), own.zero.double(), own.bits, own.kind, own.tops)
+        own = affine.of_group(group[j])
+        fine = replace(own, scale=own.scale.double(), zero=own.zero.double())
         x, made, size = _left(got, block, upper, j)
         off = roundings * unit * size
         code, value = got.codes[j].double(), got.values[j].double()
@@ -89,5 +90,10 @@ def _left(got: SolvedBlock, block: Tensor, upper: Tensor, j: int) -> tuple[Tenso
 
 def alike(got: SolvedBlock, want: SolvedBlock) -> Tensor:
     """Of each row `[N]`, whether all is the same bit for bit, but for which NaN and which zero."""
-    pairs = zip((got.codes, got.values, got.errors), (want.codes, want.values, want.errors), strict=True)
-    return torch.stack([(mine.nan_to_num(12345.0) == plain.nan_to_num(12345.0)).all(0) for mine, plain in pairs]).all(0)
+    return torch.stack([(ours == theirs).all(0) for _, ours, theirs in _pairs(got, want)]).all(0)
+
+
+def _pairs(got: SolvedBlock, want: SolvedBlock) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Names and both; all NaN are one."""
+    for name in ("codes", "values", "errors"):
+        yield name, getattr(got, name).nan_to_num(12345.0), getattr(want, name).nan_to_num(12345.0)

@@ -17,7 +17,7 @@ def solve_block(
     w = block.clone(memory_format=torch.contiguous_format)
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors
-    by_group = {g: Affine(affine.scale[g], affine.zero[g], affine.bits, affine.kind, affine.tops) for g in set(group)}
+    by_group = {g: affine.of_group(g) for g in set(group)}
     # One transfer instead of one per column, where the factor lies on a GPU.
     diagonal: list[float] = upper.diagonal().tolist()
     for j in range(w.shape[0]):

@@ -18,7 +18,7 @@ def solve_block(
     out = SolvedBlock.like(w) if out is None else out
     codes, values, errors = out.codes, out.values, out.errors
     for j in range(w.shape[0]):
-        own = Affine(affine.scale[group[j]], affine.zero[group[j]], affine.bits, affine.kind, affine.tops)
+        own = affine.of_group(group[j])
         codes[j] = own.encode(w[j])
         values[j] = own.decode(codes[j])
         errors[j] = (w[j] - values[j]) / upper[j, j]
