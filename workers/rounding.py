@@ -226,10 +226,8 @@ class BlockQuantizer:
         if wanted is None:
             return None
         transform, method, reason = wanted
-        if not isinstance(transform, Shifts):
-            return None
-        if reason is not None:
-            return None  # said when it is asked for a scale
+        if reason is not None or not isinstance(transform, Shifts):
+            return None  # a reason is said when it is asked for a scale
         with translated(rule.name):
             z = transform.shift(self._group(rule), method.scheme)
         if z is None:

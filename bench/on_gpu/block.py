@@ -67,6 +67,7 @@ def block(b: Bench) -> Iterator[Row]:
         pairs += [] if fuses else [(got.values, want.values), (got.errors, want.errors)]
         wrong = max(float((mine[:, some].cpu() != plain).double().mean()) for mine, plain in pairs)
 
+        timed = partial(work, backend=ours, values=not skips)
         beside: dict[str, float | None] = {}
         if not b.dry:
             beside["triton"] = b.once(partial(work, 0, triton))
@@ -75,11 +76,10 @@ def block(b: Bench) -> Iterator[Row]:
         if not b.dry and rows == 4096:
             beside["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
         if ours.backend == "cuda" and rows <= 16384:
-            beside |= {f"lanes_{n}": b.time(partial(work, backend=ours, values=not skips, lanes=n), len(copies)) for n in (1, 2, 4)}
+            beside |= {f"lanes_{n}": b.time(partial(timed, lanes=n), len(copies)) for n in (1, 2, 4)}
         if skips:
             beside["with_values"] = b.time(partial(work, backend=ours), len(copies))
         # Triton's twin copies the groups to the device, which no graph holds.
-        timed = partial(work, backend=ours, values=not skips)
         took = b.time(timed, len(copies)) if ours.backend == "cuda" else b.once(partial(timed, 0))
         if form == "one group":
             single[rows] = took

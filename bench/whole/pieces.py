@@ -76,7 +76,7 @@ def streamed(b: Bench) -> Iterator[Row]:
 
 
 def _decoded(b: Bench, model: Model) -> Iterator[Row]:
-    yield from decoded(_root(b), b, _hints(b), model)
+    return decoded(_root(b), b, _hints(b), model)
 
 
 def decoding(b: Bench) -> Iterator[Row]:
