@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from bench.kept import keep  # noqa: E402
 from quant.affine import Affine  # noqa: E402
+from quant.factors import inverse_factor  # noqa: E402
 from quant.grids import GRIDS, fit  # noqa: E402
 from quant.kernels import kernel  # noqa: E402
 from quant.kernels.gptq_block import SolvedBlock  # noqa: E402
-from quant.solver import Solved, inverse_factor, solve_affine  # noqa: E402
+from quant.solver import Solved, solve_affine  # noqa: E402
 
 SIZES = ((768, 25.0), (2048, 15.0), (4096, 15.0))
 """(N = K, how many times faster it is to be)."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.solver import first_factor
+from quant.factors import first_factor
 
 LAZY = 128
 """Columns between products with all later errors."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from quant.accounting import size_bytes
+from quant.factors import provided_factors
 from quant.kernels import kernel
-from quant.solver import provided_factors
 from workers.memory import free_bytes
 
 HOST_SHARE, DEVICE_SHARE = 4, 2
@@ -189,7 +189,7 @@ class Kept:
         self, origin: tuple[str, str], form: str, hessian: Tensor, damp: float, make: Callable[[], tuple[Tensor, float]]
     ) -> tuple[Tensor, float]:
         """The factor of `hessian` `[K, K]` that `make` gives, and the damping it needed. origin: digest of the file that the Hessian
-        comes from, and its site; form: which factor it is. A quant.solver.FactorProvider, once the origin is bound."""
+        comes from, and its site; form: which factor it is. A quant.factors.FactorProvider, once the origin is bound."""
         if self._near.given == 0:
             with self._one:
                 self.counts.factors_made += 1

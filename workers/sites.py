@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from quant import replay
-from quant.solver import shared_factors
+from quant.factors import shared_factors
 from workers.context import Context
 from workers.feeding import FedStatistics, OriginalStatistics
 from workers.rounding import BlockQuantizer, LinearResult, merge

@@ -12,10 +12,10 @@ import torch
 from bench.on_gpu import peers
 from bench.on_gpu.clock import COLD, Bench, Goal, Row, known
 from quant.affine import Affine, ZeroKind
+from quant.factors import inverse_factor
 from quant.grids import GRIDS, fit
 from quant.kernels import Kernel, kernel
 from quant.kernels.gptq_block import Fit, Fits, SolvedBlock
-from quant.solver import inverse_factor
 
 GOALS = dict.fromkeys((4096, 8192, 12288, 16384), Goal(15.0))
 GOALS |= {8 * one: Goal(times, "time", (f"one_of_{one}",)) for one, times in ((4096, 2.0), (12288, 5.0))}

@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.torch_version import TorchVersion
 
 from bench.on_gpu.clock import Bench, Goal, Row, elapsed_us, known
+from quant.factors import shared_factors
 from quant.methods.gptq import Gptq
 from quant.replay import replaying
 from quant.scheme import Granularity, WeightScheme
-from quant.solver import shared_factors
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from workers.kept import Kept, matrix_digest

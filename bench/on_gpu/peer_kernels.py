@@ -284,9 +284,9 @@ def llm_compressor(b: Bench, cases: list[Case]) -> Callable[[Case], Ready]:
     """Its Triton kernel for a block of GPTQ columns, out of its one file: what the file imports beside that is stood in for. Scales and
     zeros are given as views, fewer bytes than in its own use. It writes over its input, so that is written anew before each call."""
     from quant.affine import Affine, ZeroKind
+    from quant.factors import inverse_factor
     from quant.grids import GRIDS, fit
     from quant.kernels import kernel
-    from quant.solver import inverse_factor
 
     solve = alone("llmcompressor", "modifiers/gptq/gptq_quantize.py").fused_gptq_block_update
 

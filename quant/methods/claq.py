@@ -32,6 +32,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quant.factors import inverse_factor, revive_dead
 from quant.grids import DTYPES, with_stored_scales
 from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
@@ -39,7 +40,7 @@ from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked_together, damping_notes, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
-from quant.solver import SolveBlock, Solved, inverse_factor, revive_dead, solve_blocks
+from quant.solver import SolveBlock, Solved, solve_blocks
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor, Outliers
 

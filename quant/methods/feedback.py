@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from quant.errors import require_all_finite, require_finite
+from quant.factors import inverse_factor, revive_dead
 from quant.methods.base import working_dtype
-from quant.solver import inverse_factor, revive_dead
 from quant.statistics import Statistics
 
 ALL_ZERO = "all inputs are always 0 on the calibration text: the Hessian counts as the identity"
@@ -79,7 +79,7 @@ def without_dead(weight: Tensor, dead: Tensor, count: int) -> tuple[Tensor, list
 
 
 def damping_notes(asked: float, used: float) -> list[str]:
-    """Both as fractions of mean(diag H), see `quant.solver.damping_ladder`."""
+    """Both as fractions of mean(diag H), see `quant.factors.damping_ladder`."""
     return [] if used == asked else [f"damping {asked:g} did not make the Hessian positive definite: {used:g} was used"]
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, group_of_each, grouped
+from quant.factors import inverse_factor, revive_dead
 from quant.grids import DTYPES, Grid, choose_grid, fit, with_stored_scales, without_grid
 from quant.kernels import ran
 from quant.kernels.gptq_block import KINDS, Fit, Fits, stacked
@@ -32,7 +33,7 @@ from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns, without_columns
 from quant.parameters import check, refuses_scheme
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
-from quant.solver import Solved, by_columns, by_rows, inverse_factor, revive_dead, solve_affine, solve_columns, stacks
+from quant.solver import Solved, by_columns, by_rows, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.columns import ColumnsTensor

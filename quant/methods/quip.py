@@ -21,13 +21,13 @@ from torch import Tensor
 
 from quant.affine import Affine, grouped
 from quant.butterfly import butterflies
+from quant.factors import revive_dead
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import ALL_ZERO, checked, damping_notes, without_dead
 from quant.parameters import check
 from quant.scheme import Granularity, Supports, WeightScheme
-from quant.solver import revive_dead
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
 from quant.tensors.incoherent import IncoherentTensor

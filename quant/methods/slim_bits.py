@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from quant.errors import ScaleDtypeError
+from quant.factors import inverse_factor
 from quant.grids import GRIDS, fit
-from quant.solver import inverse_factor
 
 LEAST_PROBABILITY = 1e-6
 CHUNK = 2**22

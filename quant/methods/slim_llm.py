@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind, group_width
+from quant.factors import inverse_factor, revive_dead
 from quant.grids import GRIDS, MSE_POWER, Grid, affine_of, check_stored, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, damping_notes, without_dead
 from quant.methods.slim_bits import binary, bit_allocation, check_binary, labelled, salience
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, block_within, inverse_factor, revive_dead, solve_columns
+from quant.solver import Solved, block_within, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.mixed import MixedTensor
 

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from quant.affine import group_width
 from quant.errors import ScaleDtypeError
+from quant.factors import inverse_factor
 from quant.grids import with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, without_dead
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
-from quant.solver import Solved, block_within, inverse_factor, solve_columns
+from quant.solver import Solved, block_within, solve_columns
 from quant.statistics import Statistics
 from quant.tensors.packing import narrowest
 from quant.tensors.sparse import SparseTensor, TwoLevel, joined

@@ -14,13 +14,13 @@ from torch import Tensor
 from quant import quantize_linear
 from quant.binary import binarize, stored
 from quant.errors import NonFiniteError, ScaleDtypeError
+from quant.factors import inverse_factor
 from quant.kernels.braq_search import batched
 from quant.methods import billm_search as search
 from quant.methods.base import Rounded
 from quant.methods.billm import Billm, entropy
 from quant.parameters import ROUNDINGS
 from quant.scheme import WeightScheme
-from quant.solver import inverse_factor
 from quant.statistics import Statistics
 from quant.tensors.binary import BinaryTensor
 from tests.quant.slow_binary import error, joint_masks, layer, output_error, paper_masks, reference_masks, slow_binarize

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from quant import methods, quantize_linear
+from quant.factors import inverse_factor
 from quant.kernels import kernel
 from quant.methods.base import Linear, Rounded
 from quant.methods.claq import BATCHED, Claq, Codebooks, centres_of, ranked, side_by_side, tails, widths_of
 from quant.scheme import WeightScheme
-from quant.solver import inverse_factor, solve_blocks
+from quant.solver import solve_blocks
 from quant.statistics import Statistics
 from quant.tensors.codebook import CodebookTensor
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
 from quant.errors import NonFiniteError, SingularHessianError, require_all_finite, require_finite
+from quant.factors import damping_ladder, inverse_factor, revive_dead, shared_factors
 from quant.methods.gptq import Gptq
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
-from quant.solver import Solved, damping_ladder, inverse_factor, revive_dead, shared_factors, solve_columns
+from quant.solver import Solved, solve_columns
 from quant.statistics import Statistics, collect
 from quant.tensors.affine import AffineTensor
 

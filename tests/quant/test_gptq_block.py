@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
+from quant.factors import inverse_factor
 from quant.grids import GRIDS, fit, fit_unchecked, unfit_float16
 from quant.kernels import TABLE, kernel
 from quant.kernels.gptq_block import GRID_NUMBERS, KINDS, Fit, Fits, SolvedBlock, stacked
-from quant.solver import inverse_factor, solve_affine
+from quant.solver import solve_affine
 
 TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
 """Triton's interpreter takes too long for these sizes: test_triton.py."""

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
+from quant.factors import inverse_factor
 from quant.grids import GRIDS, fit
 from quant.methods.base import Rounded
 from quant.methods.pb_llm import PbLlm
 from quant.scheme import Granularity, WeightScheme
-from quant.solver import inverse_factor
 from quant.statistics import Statistics
 from quant.tensors.partially_binary import PartiallyBinaryTensor
 from tests.quant.slow_binary import layer, output_error

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine
+from quant.factors import inverse_factor
 from quant.kernels import kernel
-from quant.solver import inverse_factor, solve_affine
+from quant.solver import solve_affine
 from tests.quant.test_gptq_block import problem
 
 

@@ -14,12 +14,13 @@ from quant import quantize_linear
 from quant.affine import Affine, ZeroKind
 from quant.butterfly import Butterfly, balanced_factors
 from quant.errors import NonFiniteError, QuantizationWarning, SingularHessianError
+from quant.factors import inverse_factor
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import Linear
 from quant.methods.gptq import Gptq
 from quant.methods.quip import Quip
 from quant.scheme import Granularity, WeightScheme
-from quant.solver import inverse_factor, solve_columns
+from quant.solver import solve_columns
 from quant.statistics import Statistics
 from quant.tensors import unpack
 from quant.tensors.affine import AffineTensor

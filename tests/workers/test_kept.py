@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant import solver
+from quant import factors
 from quant.kernels.row_sums import eager
 from quant.scheme import Granularity, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
@@ -71,8 +71,8 @@ def test_a_further_stage_reads_all_and_gives_the_same_bits(rounding: str, tmp_pa
     want, _ = quantized(plain, tmp_path / "plain", further, inputs)
 
     made: list[int] = []
-    inverted = solver._inverted
-    monkeypatch.setattr(solver, "_inverted", lambda h: made.append(len(h)) or inverted(h))
+    inverted = factors._inverted
+    monkeypatch.setattr(factors, "_inverted", lambda h: made.append(len(h)) or inverted(h))
     holder = ample()
     context = replace(plain, kept=holder)
     quantized(context, tmp_path / "first", first, inputs)
