@@ -27,6 +27,7 @@ from bench.kept import commit, keep
 from bench.on_gpu.attention import attention
 from bench.on_gpu.block import block
 from bench.on_gpu.clock import Bench, Goal, Row, known, spread
+from bench.on_gpu.forms import forms
 from bench.on_gpu.further import further
 from bench.on_gpu.hessian import hessian
 from bench.on_gpu.limits import limits
@@ -104,7 +105,7 @@ def scoring(b: Bench) -> Iterator[Row]:
 
 
 _KERNELS = (hessian, block, rounding, products, batches, skinny, prompts, tables, integers, attention, hadamard, scoring, searches)
-_MODELS = (further, whole, whole_searches, streamed, decoding, decoding_widths, decoding_large, decoding_experts)
+_MODELS = (further, forms, whole, whole_searches, streamed, decoding, decoding_widths, decoding_large, decoding_experts)
 PIECES: dict[str, Callable[[Bench], Iterator[Row]]] = {f.__name__: f for f in (limits, *_KERNELS, *_MODELS)}
 
 

@@ -59,6 +59,17 @@ def inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     return _provider.get()("inverse_factor", hessian, damp, partial(first_factor, hessian, damp, _inverted))
 
 
+def pull_factor(hessian: Tensor, damp: float, span: int) -> tuple[Tensor, float]:
+    """P `[K, K]`, upper triangular, of spans of so many columns (the last one's are what is left), as `inverse_factor` has it.
+
+    With H + d I = R Rᵀ, R upper, and S the columns of a span, P_SS = R_SS⁻¹ and P_<S,S = R_<S,S R_SS⁻¹: GPTQ solves a span's columns by
+    P_SS once W_S + (W - Q)_<S P_<S,S stands for W_S (LDLQ's form, arXiv 2307.13304, section 3.2, of blocks). Nothing larger than a span is
+    inverted; where there is one span, P = U."""
+    if span >= len(hessian):
+        return inverse_factor(hessian, damp)
+    return _provider.get()(f"pull_factor of {span}", hessian, damp, partial(first_factor, hessian, damp, partial(_pulling, span=span)))
+
+
 Make = Callable[[], tuple[Tensor, float]]
 FactorProvider = Callable[[str, Tensor, float, Make], tuple[Tensor, float]]
 """(form, matrix `[K, K]`, damping, how to make its factor) ▸ what making it gives, or gave before. The form names the function that
@@ -94,19 +105,36 @@ def shared_factors() -> Iterator[None]:
         yield
 
 
-def _inverted(hessian: Tensor) -> Tensor | None:
+def _triangle(hessian: Tensor) -> Tensor | None:
+    """R, upper triangular, of H = R Rᵀ."""
     lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    return None if int(info) else _inverse(lower.flip(0, 1))
+    return None if int(info) else lower.flip(0, 1)
 
 
-MOST_SOLVED = 1024
-"""Columns of a triangle that a GPU's library inverts well; it takes twice as long as products of matrices for larger ones."""
+def _inverted(hessian: Tensor) -> Tensor | None:
+    upper = _triangle(hessian)
+    return None if upper is None else _inverse(upper)
+
+
+def _pulling(hessian: Tensor, span: int) -> Tensor | None:
+    made = _triangle(hessian)
+    if made is None:
+        return None
+    for start in range(0, len(made), span):
+        own = slice(start, min(start + span, len(made)))
+        made[own, own] = _inverse(made[own, own])
+        made[:start, own] = made[:start, own] @ made[own, own]
+    return made
+
+
+MOST_SOLVED = {"cuda": 1024, "cpu": 256}
+"""Columns of a triangle that a device's library inverts well; it takes twice as long as products of matrices for larger ones."""
 
 
 def _inverse(upper: Tensor) -> Tensor:
     """Of an upper triangle `[K, K]`; below its diagonal are zeros."""
     k = upper.shape[0]
-    if upper.is_cuda and k > MOST_SOLVED:
+    if k > MOST_SOLVED.get(upper.device.type, k):
         # [A B; 0 C]⁻¹ = [A⁻¹, -A⁻¹ B C⁻¹; 0, C⁻¹].
         h = k // 2 // 128 * 128
         made = torch.zeros_like(upper)

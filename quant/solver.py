@@ -80,6 +80,7 @@ def solve_affine(
     fits: Fits | None = None,
     spends: bool = False,
     looks_ahead: bool = True,
+    span: int | None = None,
 ) -> Solved:
     """`solve_columns` for affine codes, a block at a time by the kernel `gptq_block`.
 
@@ -88,15 +89,20 @@ def solve_affine(
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
     spends: the weight, contiguous, is written to, and of the values at most the last block's are returned. Codes are to be read before
     the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
-    looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors."""
+    looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors.
+    span: `upper` is of spans of so many columns (`factors.pull_factor`), a multiple of a block's, and later ones lack all errors;
+    None: it is U."""
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     later = kernel("lazy_update", device=w.device, later=w)
     (k, n), notes, replays = w.shape, [*block_kernel.notes, *later.notes], replay.current()
-    reach = Reach(block_size if looks_ahead else later.run.reach(block_size, w.device), k)
-    loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits)
-    valued = (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
-    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach.size), n), "loss": (n,)}
+    reach = block_size if looks_ahead else later.run.reach(block_size, w.device)
+    pulled = None if span is None or span >= k else span
+    loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits, pulled)
+    valued = pulled or (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
+    made: dict[str, tuple[int, ...]] = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,)}
+    if pulled:
+        made["missed"] = ((k - 1) // pulled * pulled, n)
     if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
         outs = {name: w.new_empty(shape) for name, shape in made.items()}
         loop.run(w, upper, ranges, **outs)
@@ -108,7 +114,7 @@ def solve_affine(
         own = Affine(m["scale"], m["zero"], affine.bits, affine.kind, m.get("tops"))
         loop.run(m["w"], m["upper"], lambda start, end, _: (own, group[start:end]), **{name: m[name] for name in made})
 
-    key = (block_kernel.backend, later.backend, block_size, reach.size, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
+    key = (block_kernel.backend, later.backend, block_size, reach, loop.span, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
     found, note = replays.run(key, given, made, solve)
     return Solved(found["codes"], found["values"], found["loss"].clone(), notes if note is None else [*notes, note])
 
@@ -120,17 +126,52 @@ class _Loop:
     block_kernel: Any
     later: Any
     block_size: int
-    reach: Reach
+    reach: int
+    """Columns of a `Reach`."""
     stack: Sequence[int] | None
     fits: Fits | None
+    span: int | None
 
-    def run(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
-        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` (or `[B, N]`: the last block's; or `[0, N]`), errors `[reach, N]`
-        and loss `[N]` are filled."""
-        k, reach = len(w), self.reach
+    def run(
+        self,
+        w: Tensor,
+        upper: Tensor,
+        ranges: Ranges,
+        codes: Tensor,
+        values: Tensor,
+        errors: Tensor,
+        loss: Tensor,
+        missed: Tensor | None = None,
+    ) -> None:
+        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` (or the last block's `[B, N]`, or span's; or `[0, N]`), errors
+        `[reach, N]`, loss `[N]` and missed are filled: Q - W of all spans but the last, where there are spans."""
+        loss.zero_()
+        if missed is None:
+            self._push(w, upper, ranges, codes, values, errors, loss)
+            return
+        k, span = len(w), self.span
+        assert span is not None
+        for start in range(0, k, span):
+            own = slice(start, min(start + span, k))
+            made = values[own] if len(values) == k else values[: own.stop - start]
+            if own.stop < k:
+                missed[own] = w[own]
+            if start:
+                self.later.lazy_update(w[own], upper[:start, own].T, missed[:start], self.stack)
+
+            def known(first: int, last: int, _: Tensor, start: int = start) -> tuple[Affine, list[int]]:
+                return ranges(start + first, start + last, w)
+
+            self._push(w[own], upper[own, own], known, codes[own], made, errors, loss)
+            if own.stop < k:
+                torch.sub(made, missed[own], out=missed[own])
+
+    def _push(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
+        """Each block's errors off later columns; the loss is added to."""
+        k = len(w)
+        reach = Reach(self.reach, k)
         adds_loss = getattr(self.block_kernel, "ADDS_LOSS", False)
         blocks = diagonal_blocks(upper, self.block_size) if upper.is_cuda and upper.stride(1) != 1 else None
-        loss.zero_()
         for start in range(0, k, self.block_size):
             end = min(start + self.block_size, k)
             affine, group = ranges(start, end, w)

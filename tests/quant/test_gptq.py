@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.errors import NonFiniteError, SingularHessianError, require_all_finite, require_finite
-from quant.factors import damping_ladder, inverse_factor, revive_dead, shared_factors
+from quant.errors import NonFiniteError, require_all_finite, require_finite
+from quant.factors import inverse_factor
 from quant.methods.gptq import Gptq
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
@@ -70,18 +70,6 @@ def test_summed_errors_are_the_output_error(n: int, k: int, block: int, seed: in
 def test_block_size_does_not_matter_on_a_fixed_grid(k: int, block: int, seed: int) -> None:
     w, _, h = problem(4, k, seed)
     assert torch.equal(solve(w, h, 0.4, block).codes, solve(w, h, 0.4, k).codes)
-
-
-@settings(max_examples=15, deadline=None)
-@given(k=st.integers(1, 25), seed=st.integers(0, 999))
-def test_factor_is_that_of_the_inverse_and_its_diagonal_the_remaining_columns_denominator(k: int, seed: int) -> None:
-    _, _, h = problem(1, k, seed)
-    u, damp = inverse_factor(h, 0.0)
-    assert damp == 0.0
-    three_steps = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    torch.testing.assert_close(u, three_steps, rtol=1e-8, atol=1e-10)
-    for j in range(k):
-        torch.testing.assert_close(u[j, j] ** 2, torch.linalg.inv(h[j:, j:])[0, 0], rtol=1e-8, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "expected", "most"), [(torch.float64, 1e-9, 0), (torch.float32, 0.1, 3)])
@@ -199,36 +187,6 @@ def test_dynamic_groups_inside_a_block_are_fitted_on_weights_from_before_the_blo
     assert not torch.equal(fresh.scale[:, 1], fitted_at_start.scale[:, 1])
 
 
-def test_one_matrix_is_factored_once_while_factors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[int] = []
-    factor = torch.linalg.cholesky_ex
-
-    def count(matrix: Tensor) -> object:
-        made.append(matrix.shape[0])
-        return factor(matrix)
-
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", count)
-    _, _, h = problem(3, 8, 0)
-    want = inverse_factor(h, 0.01)
-    inverse_factor(h, 0.01)
-    assert len(made) == 2
-    with shared_factors():
-        for _ in range(2):
-            upper, damp = inverse_factor(h.clone(), 0.01)
-            assert torch.equal(upper, want[0])
-            assert damp == want[1]
-        assert len(made) == 3
-        assert not torch.equal(inverse_factor(h, 0.1)[0], want[0])
-        assert torch.equal(inverse_factor(h, 0.01)[0], want[0])
-        assert len(made) == 4, "two are kept"
-        inverse_factor(2 * h, 0.01)
-        inverse_factor(h.float(), 0.01)
-        inverse_factor(h, 0.01)
-        assert len(made) == 7
-    inverse_factor(h, 0.01)
-    assert len(made) == 8
-
-
 def test_dead_inputs_are_zeroed_and_noted_after_the_row_range_is_taken() -> None:
     w, x, _ = problem(4, 12, 2, dtype=torch.float32)
     w[:, 5] = 9
@@ -264,13 +222,6 @@ def test_rank_deficient_statistics_work_with_the_default_damping() -> None:
     assert (result.damp, result.notes) == (0.01, [])
 
 
-def test_a_hessian_that_no_damping_repairs_is_an_error() -> None:
-    h = torch.eye(4) * 1e-3
-    h[0, 1] = h[1, 0] = 10
-    with pytest.raises(SingularHessianError, match=r"with damping 0\.01, 0\.1, 1"):
-        Gptq().quantize(torch.randn(2, 4), Statistics(hessian=h), CHANNEL3)
-
-
 def test_values_that_are_not_finite_are_located() -> None:
     w = torch.ones(3, 4)
     w[1, 2] = float("nan")
@@ -284,19 +235,6 @@ def test_values_that_are_not_finite_are_located() -> None:
 def test_finite_values_whose_sum_is_not_are_taken(dtype: torch.dtype) -> None:
     require_finite("weight", torch.full((3, 4), 3e38, dtype=dtype))
     require_all_finite([("weight", torch.full((3, 4), 3e38, dtype=dtype)), ("Hessian", torch.eye(4))])
-
-
-def test_damping_ladder_ends_at_one() -> None:
-    assert damping_ladder(0.01) == pytest.approx([0.01, 0.1, 1.0])
-    assert damping_ladder(0.0)[0] == 0
-    assert damping_ladder(0.0)[-1] == 1.0
-    assert damping_ladder(3.0) == [3.0]
-
-
-def test_reviving_dead_columns_leaves_the_given_hessian_alone() -> None:
-    h = torch.diag(torch.tensor([2.0, 0.0]))
-    revived, dead = revive_dead(h)
-    assert (h[1, 1], revived[1, 1], dead.tolist()) == (0, 1, [False, True])
 
 
 def test_hessian_is_scaled_by_sequences_and_does_not_depend_on_batching() -> None:

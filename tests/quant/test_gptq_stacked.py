@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant.errors import ScaleDtypeError
 from quant.kernels import TABLE, kernel, recorded
-from quant.methods import gptq
+from quant.methods import gptq_ranges
 from quant.methods.gptq import Gptq
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics
@@ -51,7 +51,7 @@ def test_weights_that_are_read_as_they_are(schemes: list[WeightScheme], dtype: t
     weights, statistics = given(dtype=dtype)
     method = Gptq(static_groups=True, block_size=32)
     want = method.quantize_stacked(weights, statistics, schemes)
-    monkeypatch.setattr(gptq, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(gptq_ranges, "on_gpu", lambda t: True)
     with recorded() as kernels:
         got = method.quantize_stacked(weights, statistics, schemes)
     assert "turned" in kernels
@@ -84,7 +84,7 @@ def test_ranges_that_launches_find_are_those_of_torch(schemes: list[WeightScheme
     with recorded() as kernels:
         launched = method.quantize_stacked(weights, statistics, schemes)
     assert set(kernels) == {"gptq_block", "lazy_update"}
-    monkeypatch.setattr(gptq._StackedRanges, "odd", lambda self: self.fits is not None)
+    monkeypatch.setattr(gptq_ranges.StackedRanges, "odd", lambda self: self.fits is not None)
     with recorded() as kernels:
         by_torch = method.quantize_stacked(weights, statistics, schemes)
     assert kernels["gptq_block_ranges"] == ["torch"]

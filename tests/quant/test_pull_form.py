@@ -1,40 +1,179 @@
-"""The solver's codes follow from one Cholesky factor without the inverse of the matrix: docs/adr/0021-push-form.md says why the solver has
-the inverse all the same."""
+"""GPTQ's columns pulled up to date, a span at a time, are those that pushing every block's errors gives."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant.affine import Affine
-from quant.factors import inverse_factor
+from quant.factors import provided_factors
 from quant.kernels import kernel
-from quant.solver import solve_affine
-from tests.quant.test_gptq_block import problem
+from quant.methods import gptq_ranges
+from quant.methods.base import Rounded
+from quant.methods.gptq import Gptq
+from quant.replay import Replays, replaying
+from quant.scheme import Granularity, WeightScheme
+from quant.solver import Solved, solve_affine
+from quant.statistics import Statistics
+from quant.tensors.affine import AffineTensor
+
+K, BLOCK = 112, 16
+SPANS = (16, 32, 48, 96)
+"""Of one block, whose multiple K is; of more, whose multiple it is not."""
+Scheme = partial(WeightScheme, granularity=Granularity.GROUP, scale_dtype="float32")
+SCHEMES = {
+    "rows": [WeightScheme(3, scale_dtype="float32")],
+    "tensor": [WeightScheme(4, granularity=Granularity.TENSOR, scale_dtype="float32")],
+    "groups": [Scheme(4, group_size=8)],
+    "mixed": [Scheme(4, group_size=16), Scheme(2, group_size=8), WeightScheme(3, scale_dtype="float32")],
+}
+METHODS = {
+    "dynamic": Gptq(block_size=BLOCK),
+    "static": Gptq(block_size=BLOCK, static_groups=True),
+    "ordered": Gptq(block_size=BLOCK, act_order=True),
+    "static, ordered": Gptq(block_size=BLOCK, act_order=True, static_groups=True),
+    "searched": Gptq(block_size=BLOCK, mse=True),
+}
+GPU = pytest.mark.gpu("triton")
+Pull = Callable[[int | None], None]
 
 
-def pulled(weight: Tensor, damped: Tensor, block_size: int, affine: Affine, group: list[int]) -> Tensor:
-    """Codes `[K, N]` for ranges known from the start. With H = R Rᵀ and (W - Q) R = E, the columns of a block become
-    W_b + (W - Q)_{<b} R_{<b,b} R_bb⁻¹ before they are rounded: read from what is finished, and only R's blocks on the diagonal inverted."""
-    run = kernel("gptq_block", "reference").run
-    r = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    codes, missed = torch.empty_like(weight), torch.empty_like(weight)
-    for start in range(0, len(weight), block_size):
-        end = min(start + block_size, len(weight))
-        corner = torch.linalg.inv(r[start:end, start:end]).triu()
-        block = weight[start:end] + (r[:start, start:end] @ corner).T @ missed[:start]
-        solved = run.solve_block(block, corner, affine, group[start:end])
-        codes[start:end], missed[start:end] = solved.codes, weight[start:end] - solved.values
-    return codes
+@pytest.fixture
+def pull(monkeypatch: pytest.MonkeyPatch) -> Pull:
+    """Has solvers on a CPU pull spans of so many columns; None: push."""
+    run = kernel("lazy_update", "torch").run
+    return lambda span: monkeypatch.setattr(run, "span", lambda block, device: span)
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float64, 1.0), (torch.float32, 0.9999)])
-@pytest.mark.parametrize("block_size", [32, 40])
-def test_pull_form_gives_the_codes_of_the_push_form(dtype: torch.dtype, least: float, block_size: int) -> None:
-    w, _, affine, group = problem(256, 96, "g_asym", 3, dtype)
-    x = torch.randn(300, 96, generator=torch.Generator().manual_seed(1), dtype=dtype)
-    h = x.T @ x
-    damped = h + 0.01 * h.diagonal().mean() * torch.eye(96, dtype=dtype)
-    solved = solve_affine(w, inverse_factor(h, 0.01)[0], block_size, lambda start, end, _: (affine, group[start:end]), "reference")
-    assert float((pulled(w, damped, block_size, affine, group) == solved.codes).double().mean()) >= least
+def given(count: int, dtype: torch.dtype, k: int = K, rows: int = 48) -> tuple[list[Tensor], Statistics]:
+    g = torch.Generator().manual_seed(count)
+    x = torch.randn(3 * k, k, generator=g, dtype=dtype) @ (torch.eye(k, dtype=dtype) + 0.1 * torch.randn(k, k, generator=g, dtype=dtype))
+    return [torch.randn(rows, k, generator=g, dtype=dtype) for _ in range(count)], Statistics(hessian=x.T @ x)
+
+
+def packed(method: Gptq, weights: list[Tensor], statistics: Statistics, schemes: list[WeightScheme]) -> list[dict[str, Tensor]]:
+    if len(weights) == 1:
+        return [method.quantize(weights[0], statistics, schemes[0]).tensor.pack()]
+    return [r.tensor.pack() for r in method.quantize_stacked(weights, statistics, schemes)]
+
+
+def same(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]]) -> bool:
+    return all(torch.equal(g[name], w[name]) for g, w in zip(got, want, strict=True) for name in w)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)
+def test_codes_and_ranges_are_those_of_pushing(method: Gptq, schemes: list[WeightScheme], pull: Pull) -> None:
+    """In float64, where no code is at stake; ranges that are found on the way differ by roundings before float32 stores them."""
+    weights, statistics = given(len(schemes), torch.float64)
+    pull(None)
+    want = packed(method, weights, statistics, schemes)
+    for span in SPANS:
+        pull(span)
+        assert same(packed(method, weights, statistics, schemes), want)
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_stacked_weights_have_the_bits_that_each_has_alone(span: int, pull: Pull) -> None:
+    weights, statistics = given(3, torch.float32)
+    pull(span)
+    method = METHODS["dynamic"]
+    assert method.stacks(weights, SCHEMES["mixed"])
+    together = packed(method, weights, statistics, SCHEMES["mixed"])
+    alone = [packed(method, [w], statistics, [s])[0] for w, s in zip(weights, SCHEMES["mixed"], strict=True)]
+    assert same(together, alone)
+
+
+def test_summed_errors_are_the_output_error(pull: Pull, monkeypatch: pytest.MonkeyPatch) -> None:
+    [weight], statistics = given(1, torch.float64)
+    made: list[Solved] = []
+
+    def solve(*more: Any) -> Solved:
+        made.append(solve_affine(*more))
+        return made[-1]
+
+    monkeypatch.setattr("quant.methods.gptq.solve_affine", solve)
+    pull(32)
+    Gptq(block_size=BLOCK, damp=0.01).quantize(weight, statistics, SCHEMES["groups"][0])
+    hessian = statistics.hessian
+    assert hessian is not None
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    missed = weight - made[-1].values.T
+    torch.testing.assert_close(made[-1].loss, ((missed @ damped) * missed).sum(1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all values", "a span's"])
+def test_weights_that_are_read_as_they_are_and_loops_that_are_replayed(whole: bool, pull: Pull, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: queued, captured, replayed."""
+    inputs = [given(1, torch.float32, rows=r)[0] + given(1, torch.float32)[0] for r in (48, 48)]
+    statistics, schemes, method = given(1, torch.float32)[1], [WeightScheme(4)] * 2, METHODS["static"]
+    pull(48)
+    want = [packed(method, w, statistics, schemes) for w in inputs]
+    monkeypatch.setattr(gptq_ranges, "on_gpu", lambda t: True)
+    if not whole:
+        monkeypatch.setattr(kernel("gptq_block", block=torch.zeros(1, 1)).run, "SKIPS_VALUES", True, raising=False)
+    with replaying(Replays(lambda work, device, pool: work, lambda device, needed: None)):
+        for _ in range(3):
+            assert all(same(packed(method, w, statistics, schemes), one) for w, one in zip(inputs, want, strict=True))
+
+
+FORMS = {
+    "whole rows": (Gptq(), WeightScheme(4), "pull_factor of 512"),
+    "groups in blocks": (Gptq(), Scheme(4, group_size=64), "pull_factor of 512"),
+    "static groups": (Gptq(static_groups=True), Scheme(4, group_size=256), "pull_factor of 512"),
+    "blocks of another size": (Gptq(block_size=96), WeightScheme(4), "pull_factor of 480"),
+    "large blocks": (Gptq(block_size=640), WeightScheme(4), "pull_factor of 640"),
+    "groups wider than a block": (Gptq(), Scheme(4, group_size=256), "inverse_factor"),
+    "kept columns": (Gptq(outlier_columns=2), WeightScheme(4), "inverse_factor"),
+    "a number format": (Gptq(), WeightScheme(4, True, Granularity.GROUP, 32, number="mxfp4"), "inverse_factor"),
+}
+
+
+@pytest.mark.parametrize(("method", "scheme", "form"), FORMS.values(), ids=FORMS)
+def test_which_factor_is_asked_for(method: Gptq, scheme: WeightScheme, form: str) -> None:
+    [weight], statistics = given(1, torch.float32, k=768, rows=2)
+    asked: list[str] = []
+
+    def provide(form: str, hessian: Tensor, damp: float, make: Callable[[], tuple[Tensor, float]]) -> tuple[Tensor, float]:
+        asked.append(form)
+        return make()
+
+    with provided_factors(provide):
+        method.quantize(weight, statistics, scheme)
+    assert asked == [form]
+
+
+def test_what_looks_ahead_and_what_does_not_are_not_stacked() -> None:
+    weights, _ = given(2, torch.float32)
+    narrow, wide = Scheme(4, group_size=16), Scheme(4, group_size=56)
+    method = METHODS["dynamic"]
+    assert method.stacks(weights, [narrow, narrow])
+    assert method.stacks(weights, [wide, wide])
+    assert not method.stacks(weights, [narrow, wide])
+
+
+@pytest.mark.parametrize("place", [pytest.param(("torch", "cpu"), id="cpu"), pytest.param(("triton", "cuda"), id="gpu", marks=GPU)])
+def test_in_float32_999_of_1000_codes_are_those_of_float64(place: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU also where loops are captured and replayed."""
+    backend, device = place
+    [weight], statistics = given(1, torch.float64, k=2304, rows=256)
+    method, scheme, hessian = Gptq(static_groups=True), Scheme(4, group_size=128), statistics.hessian
+    assert hessian is not None
+    monkeypatch.setattr(kernel("lazy_update", "torch").run, "span", lambda block, device: None)
+    want = codes(method.quantize(weight, statistics, scheme))
+    monkeypatch.setattr(kernel("lazy_update", backend, device).run, "span", lambda block, device: 1024)
+    on_device = Statistics(hessian=hessian.float().to(device))
+    with replaying():
+        for _ in range(3):
+            got = method.quantize_stacked([weight.float().to(device)] * 2, on_device, [scheme] * 2)
+            for rounded in got:
+                assert float((codes(rounded).cpu() == want).double().mean()) >= 0.999
+
+
+def codes(rounded: Rounded) -> Tensor:
+    assert isinstance(rounded.tensor, AffineTensor)
+    return rounded.tensor.codes

@@ -18,7 +18,7 @@ from quant import replay
 from quant.affine import Affine
 from quant.kernels import kernel
 from quant.kernels.gptq_block import Fits, SolvedBlock
-from quant.methods import gptq
+from quant.methods import gptq_ranges
 from quant.methods.gptq import Gptq
 from quant.replay import Replays, replaying
 from quant.scheme import Granularity, WeightScheme
@@ -72,7 +72,7 @@ def enough(device: torch.device, needed: int) -> None:
 
 @pytest.fixture(autouse=True)
 def _weights_are_read_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(gptq_ranges, "on_gpu", lambda t: True)
 
 
 @pytest.mark.parametrize("schemes", SCHEMES.values(), ids=SCHEMES)

@@ -71,8 +71,8 @@ def test_a_further_stage_reads_all_and_gives_the_same_bits(rounding: str, tmp_pa
     want, _ = quantized(plain, tmp_path / "plain", further, inputs)
 
     made: list[int] = []
-    inverted = factors._inverted
-    monkeypatch.setattr(factors, "_inverted", lambda h: made.append(len(h)) or inverted(h))
+    triangle = factors._triangle
+    monkeypatch.setattr(factors, "_triangle", lambda h: made.append(len(h)) or triangle(h))
     holder = ample()
     context = replace(plain, kept=holder)
     quantized(context, tmp_path / "first", first, inputs)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quant import methods, solver
+from quant import factors, methods
 from quant.methods.gptq import Gptq
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.statistics import Statistics
@@ -204,8 +204,8 @@ def test_linears_that_read_one_input_share_a_factor(rounding: str, tmp_path: Pat
     inputs = calibrated(ctx, tmp_path, *(("hessian", "samples") if rounding == "slim_llm" else ("hessian",)))
     weight = WeightScheme(2, granularity=Granularity.GROUP, group_size=8) if rounding in ("spqr", "slim_llm") else WeightScheme(2)
     made: list[int] = []
-    inverted = factors._inverted
-    monkeypatch.setattr(factors, "_inverted", lambda h: made.append(len(h)) or inverted(h))
+    triangle = factors._triangle
+    monkeypatch.setattr(factors, "_triangle", lambda h: made.append(len(h)) or triangle(h))
     quantized(ctx, tmp_path / "q", quantize_spec(rounding, weight=weight), inputs)
     each = 2 if rounding == "slim_llm" else 1  # the bits are chosen with another damping
     blocks = original("llama").config.num_hidden_layers

@@ -12,6 +12,14 @@ def reach(block: int, device: torch.device) -> int:
     return block
 
 
+SPAN = 512
+"""Columns: with fewer, products over all columns before them are slower; with more, there is more to invert."""
+
+
+def span(block: int, device: torch.device) -> int | None:
+    return max(1, SPAN // block) * block if device.type == "cpu" else None
+
+
 def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int] | None = None) -> None:
     if stack is None or len(stack) == 1:
         later.addmm_(left, right, alpha=-1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels.lazy_update import Tile, halves
+from quant.kernels.lazy_update.halves import MOST
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["lazy_update", "reach", "refuses", "unavailable"]
@@ -43,7 +44,7 @@ def tile_for(r: int, n: int, b: int, device: torch.device) -> Tile:
     """For `later` `[r, n]` and a product over b columns."""
     if interpreted():
         return Tile(32, 32, 16, 4, 1)
-    if b >= LEAST_WIDE and b <= halves.MOST and has_wide(device):
+    if b >= LEAST_WIDE and has_wide(device):
         return WIDE
     return TILE if r % 16 == n % 16 == 0 and torch.cuda.get_device_capability(device) >= (9, 0) else ROOMY
 
@@ -51,6 +52,11 @@ def tile_for(r: int, n: int, b: int, device: torch.device) -> Tile:
 def reach(block: int, device: torch.device) -> int:
     """Columns, a multiple of those of a block."""
     return max(1, REACH // block) * block if has_wide(device) else block
+
+
+def span(block: int, device: torch.device) -> int | None:
+    """None: what pulling takes on a GPU is not measured yet (`bench.gpu forms`)."""
+    return None
 
 
 def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int] | None = None, tile: Tile | None = None) -> None:
@@ -62,6 +68,10 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
         return
     if later.stride(1) != 1:
         raise ValueError(f"rows of later must be contiguous; its strides are {later.stride()}")
+    if tile is None and b > MOST:
+        for first in range(0, b, MOST):
+            lazy_update(later, left[:, first : first + MOST], right[first : first + MOST])
+        return
     tile = tile or tile_for(r, n, b, later.device)
     given = right if right.stride(1) == 1 else right.contiguous()
     if tile.halves:
