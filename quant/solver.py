@@ -2,7 +2,8 @@
 
 Columns are rounded in order; the error of each is spread over the later ones so that the layer's output error
 tr((W - Q) H (W - Q)ᵀ) stays least. With H⁻¹ = UᵀU, U upper triangular, U_jj² is [(H_{j:,j:})⁻¹]_jj, and the output
-error equals the sum of e² with e = (w_j - q_j) / U_jj.
+error equals the sum of e² with e = (w_j - q_j) / U_jj. Errors of finished columns are pushed onto later ones by U, a block at a
+time; where no range looks ahead they may be pulled instead, a span at a time, by the factor of `factors.pull_factor`.
 
 Everything here works in the float type of its arguments; weights are kept transposed, `[K, N]`, so that a column is
 contiguous.
@@ -87,11 +88,14 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: the weight, contiguous, is written to, and of the values at most the last block's are returned. Codes are to be read before
-    the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed (`quant.replay`).
+    spends: the weight, contiguous, is written to, and of the values at most the last block's or span's are returned. Codes are to be read
+    before the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed
+    (`quant.replay`).
     looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors.
-    span: `upper` is of spans of so many columns (`factors.pull_factor`), a multiple of a block's, and later ones lack all errors;
-    None: it is U."""
+    span: `upper` is `factors.pull_factor`'s of spans of so many columns, a multiple of a block's, and ranges must not look ahead; None:
+    it is U."""
+    if span is not None and looks_ahead:
+        raise ValueError("columns beyond a span lack the errors of all before it: ranges that look ahead are solved with span=None")
     w = weight if spends else weight.clone(memory_format=torch.contiguous_format)
     block_kernel = kernel("gptq_block", backend, w.device, block=w[:block_size])
     later = kernel("lazy_update", device=w.device, later=w)
@@ -159,10 +163,10 @@ class _Loop:
             if start:
                 self.later.lazy_update(w[own], upper[:start, own].T, missed[:start], self.stack)
 
-            def known(first: int, last: int, _: Tensor, start: int = start) -> tuple[Affine, list[int]]:
+            def within(first: int, last: int, _: Tensor, start: int = start) -> tuple[Affine, list[int]]:
                 return ranges(start + first, start + last, w)
 
-            self._push(w[own], upper[own, own], known, codes[own], made, errors, loss)
+            self._push(w[own], upper[own, own], within, codes[own], made, errors, loss)
             if own.stop < k:
                 torch.sub(made, missed[own], out=missed[own])
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quant.affine import Affine
 from quant.factors import provided_factors
 from quant.kernels import kernel
 from quant.methods import gptq_ranges
@@ -177,3 +178,11 @@ def test_in_float32_999_of_1000_codes_are_those_of_float64(place: tuple[str, str
 def codes(rounded: Rounded) -> Tensor:
     assert isinstance(rounded.tensor, AffineTensor)
     return rounded.tensor.codes
+
+
+def test_ranges_that_look_ahead_are_not_pulled() -> None:
+    def ranges(start: int, end: int, weights: Tensor) -> tuple[Affine, list[int]]:
+        raise AssertionError("refused before")
+
+    with pytest.raises(ValueError, match="look ahead are solved with span=None"):
+        solve_affine(torch.ones(4, 2), torch.eye(4), 2, ranges, span=2)
