@@ -1,4 +1,4 @@
-"""Factors of damped Hessians, for methods with error feedback; where they are kept, others are asked for them (`provided_factors`)."""
+"""Factors of damped Hessians, for methods with error feedback. Whoever keeps them is asked for them (`provided_factors`)."""
 
 from __future__ import annotations
 

@@ -77,6 +77,7 @@ def solve_affine(
     block_size: int,
     ranges: Ranges,
     backend: str = "auto",
+    *,
     stack: Sequence[int] | None = None,
     fits: Fits | None = None,
     spends: bool = False,
@@ -101,12 +102,11 @@ def solve_affine(
     later = kernel("lazy_update", device=w.device, later=w)
     (k, n), notes, replays = w.shape, [*block_kernel.notes, *later.notes], replay.current()
     reach = block_size if looks_ahead else later.run.reach(block_size, w.device)
-    pulled = None if span is None or span >= k else span
-    loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits, pulled)
+    span = k if span is None else min(span, k)
+    pulled = span if span < k else 0
+    loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits, span)
     valued = pulled or (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
-    made: dict[str, tuple[int, ...]] = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,)}
-    if pulled:
-        made["missed"] = ((k - 1) // pulled * pulled, n)
+    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,), "given": (pulled, n)}
     if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
         outs = {name: w.new_empty(shape) for name, shape in made.items()}
         loop.run(w, upper, ranges, **outs)
@@ -118,7 +118,7 @@ def solve_affine(
         own = Affine(m["scale"], m["zero"], affine.bits, affine.kind, m.get("tops"))
         loop.run(m["w"], m["upper"], lambda start, end, _: (own, group[start:end]), **{name: m[name] for name in made})
 
-    key = (block_kernel.backend, later.backend, block_size, reach, loop.span, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
+    key = (block_kernel.backend, later.backend, block_size, reach, span, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
     found, note = replays.run(key, given, made, solve)
     return Solved(found["codes"], found["values"], found["loss"].clone(), notes if note is None else [*notes, note])
 
@@ -134,41 +134,31 @@ class _Loop:
     """Columns of a `Reach`."""
     stack: Sequence[int] | None
     fits: Fits | None
-    span: int | None
+    span: int
+    """All columns where errors are pushed onto them alone."""
 
     def run(
-        self,
-        w: Tensor,
-        upper: Tensor,
-        ranges: Ranges,
-        codes: Tensor,
-        values: Tensor,
-        errors: Tensor,
-        loss: Tensor,
-        missed: Tensor | None = None,
+        self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor, given: Tensor
     ) -> None:
-        """w `[K, N]` takes the updates; codes `[K, N]`, values `[K, N]` (or the last block's `[B, N]`, or span's; or `[0, N]`), errors
-        `[reach, N]`, loss `[N]` and missed are filled: Q - W of all spans but the last, where there are spans."""
+        """w `[K, N]` is worked in; codes `[K, N]`, values `[K, N]` (or the last block's `[B, N]`, or span's; or `[0, N]`), errors
+        `[reach, N]`, loss `[N]` and given, a span's weights `[S, N]`, are filled."""
+        k = len(w)
         loss.zero_()
-        if missed is None:
-            self._push(w, upper, ranges, codes, values, errors, loss)
-            return
-        k, span = len(w), self.span
-        assert span is not None
-        for start in range(0, k, span):
-            own = slice(start, min(start + span, k))
-            made = values[own] if len(values) == k else values[: own.stop - start]
-            if own.stop < k:
-                missed[own] = w[own]
+        for start in range(0, k, self.span):
+            own = slice(start, min(start + self.span, k))
+            more = own.stop < k
+            if more:
+                given.copy_(w[own])
             if start:
-                self.later.lazy_update(w[own], upper[:start, own].T, missed[:start], self.stack)
+                self.later.lazy_update(w[own], upper[:start, own].T, w[:start], self.stack)
 
             def within(first: int, last: int, _: Tensor, start: int = start) -> tuple[Affine, list[int]]:
                 return ranges(start + first, start + last, w)
 
-            self._push(w[own], upper[own, own], within, codes[own], made, errors, loss)
-            if own.stop < k:
-                torch.sub(made, missed[own], out=missed[own])
+            rounded = values[own] if len(values) == k else values[: own.stop - start]
+            self._push(w[own], upper[own, own], within, codes[own], rounded, errors, loss)
+            if more:  # Q - W stands where nothing else is read any more
+                torch.sub(rounded, given, out=w[own])
 
     def _push(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
         """Each block's errors off later columns; the loss is added to."""

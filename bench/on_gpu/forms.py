@@ -26,13 +26,13 @@ def forms(b: Bench) -> Iterator[Row]:
     hidden, inner, large = b.size(4096, 32), b.size(11008, 64), b.size(28672, 96)
     [sites] = made_blocks(b, hidden, inner, 1)
     for site in sites:
-        if site.name != "qkv":  # its Hessian is that of o's size
+        if site.name != "qkv":  # as o, with more rows
             yield from _compared(b, site, plain=True)
     del sites
     g = torch.Generator(b.device).manual_seed(1)
     weight = (torch.randn(b.size(8192, 24), large, generator=g, device=b.device) / 50).bfloat16()
     x = b.random(large, large)
-    x[:, 1:] += x[:, :-1]
+    x[:, 1:] += x[:, :-1].clone()
     hessian = x.T @ x / large
     del x
     yield from _compared(b, Site("down of 70B's shape", [weight], hessian), plain=False)
@@ -50,7 +50,14 @@ def _compared(b: Bench, site: Site, plain: bool) -> Iterator[Row]:
 
     def solved(upper: Tensor, span: int | None) -> Tensor:
         made = solve_affine(
-            by_columns(weights), upper, block, lambda start, end, _: (affine, of[start:end]), "auto", rows, None, True, False, span
+            by_columns(weights),
+            upper,
+            block,
+            lambda start, end, _: (affine, of[start:end]),
+            stack=rows,
+            spends=True,
+            looks_ahead=False,
+            span=span,
         )
         return made.codes
 
@@ -64,14 +71,14 @@ def _compared(b: Bench, site: Site, plain: bool) -> Iterator[Row]:
     by_push = torch.linalg.solve_triangular(upper[:start, :start], missed, upper=True, left=False) @ upper[:start, start:]
     error = float((missed @ pulls[:start, start:] + by_push).norm() / by_push.norm())
     took = {name: clocked(b, make, TURNS) for name, make in factors.items()}
-    yield Row(f"factor of {k} inputs, to pull", error, FACTORS_AGREE, took["pull"], known(to_push=took["push"]))
+    yield Row(f"factor of {site.name}'s {k} inputs, to pull", error, FACTORS_AGREE, took["pull"], known(to_push=took["push"]))
 
     times, codes = dict[str, float | None](), dict[str, Tensor]()
-    for name, own, columns in (("push", upper, None), ("pull", pulls, span)):
+    for name, own, width in (("push", upper, None), ("pull", pulls, span)):
         with replaying():
             for _ in range(1 if b.dry else 3):  # queued, captured, replayed
-                codes[name] = solved(own, columns)[:, :ROWS].T.to(torch.uint8)
-            times[name] = None if b.dry else clocked(b, lambda: solved(own, columns), TURNS)  # noqa: B023
+                codes[name] = solved(own, width)[:, :ROWS].T.to(torch.uint8)
+            times[name] = None if b.dry else clocked(b, lambda: solved(own, width), TURNS)  # noqa: B023
     want = plain_codes(weights[0][:ROWS], hessian, scheme, DAMP) if plain else codes["push"]
     wrong = float((codes["pull"] != want).double().mean())
     name = f"gptq of {site.name}, {k} inputs, {sum(rows)} rows, pulled"

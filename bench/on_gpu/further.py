@@ -98,7 +98,7 @@ def made_blocks(b: Bench, hidden: int, inner: int, layers: int) -> Iterator[list
     base = {}
     for k in (hidden, inner):
         x = b.random(2 * k, k)
-        x[:, 1:] += x[:, :-1]
+        x[:, 1:] += x[:, :-1].clone()
         base[k] = x.T @ x / k
     for layer in range(layers):
         sites: list[Site] = []

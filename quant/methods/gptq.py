@@ -30,7 +30,6 @@ from quant.kernels.gptq_block import KINDS
 from quant.methods import gptq_ranges
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
-from quant.methods.gptq_ranges import Given, Ranges, StackedRanges
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns
 from quant.parameters import check, refuses_scheme
@@ -44,6 +43,8 @@ from quant.tensors.floating import FloatingTensor
 
 @dataclass(frozen=True)
 class _Factor:
+    """Of a damped Hessian."""
+
     order: Tensor
     """`[K]`: of the columns."""
     upper: Tensor
@@ -148,26 +149,27 @@ class Gptq:
         notes = [g.notes for g in givens for _ in g.rows]
         return [Rounded(t, damp=factor.damp, notes=list(own)) for t, own in zip(tensors, notes, strict=True)]
 
-    def _given(self, weights: list[Tensor], scheme: WeightScheme, dead: Tensor, zeroed: int) -> Given:
+    def _given(self, weights: list[Tensor], scheme: WeightScheme, dead: Tensor, zeroed: int) -> gptq_ranges.Given:
         """zeroed: how many inputs are dead."""
         w = torch.cat(weights) if len(weights) > 1 else weights[0]
         chosen, notes = choose_grid(self.grid, scheme)
         if scheme.number != "int":
             notes = without_grid(self.grid, self.mse, scheme)
         live, zeros = without_dead(w, dead, zeroed)
-        return Given(live, [len(own) for own in weights], grouped(w, scheme), scheme, chosen, notes + zeros)
+        return gptq_ranges.Given(live, [len(own) for own in weights], grouped(w, scheme), scheme, chosen, notes + zeros)
 
     def looks_ahead(self, scheme: WeightScheme, kept: int = 0) -> bool:
-        """Whether ranges go by weights beyond the block at work: kept columns leave groups of any width, and wide groups reach further."""
+        """Whether ranges go by weights beyond the block at work: of groups that blocks do not hold whole, or beside kept columns."""
         dynamic = scheme.granularity is Granularity.GROUP and not self.static_groups
         return dynamic and (kept > 0 or self.block_size % (scheme.group_size or 1) != 0)
 
-    def _factor(self, h: Tensor, kept: Tensor, givens: list[Given]) -> _Factor:
+    def _factor(self, h: Tensor, kept: Tensor, givens: list[gptq_ranges.Given]) -> _Factor:
         order = torch.argsort(h.diagonal(), descending=True, stable=True) if self.act_order else torch.arange(len(h), device=h.device)
         # Last, so that they take up the errors of all others and add none but that of float16.
         if kept.numel():
             order = torch.cat([order[~torch.isin(order, kept)], kept])
-        hessian, span = h[order][:, order] if self.reorders(kept.numel()) else h, None
+        hessian = h[order][:, order] if self.reorders(kept.numel()) else h
+        span = None
         # Of kept columns U tells what they take up, and codes of number formats are solved by it.
         if not kept.numel() and all(g.scheme.number == "int" and not self.looks_ahead(g.scheme) for g in givens):
             span = kernel("lazy_update", device=h.device, later=h).run.span(self.block_size, h.device)
@@ -186,7 +188,7 @@ class Gptq:
 
     def _solve(
         self,
-        givens: list[Given],
+        givens: list[gptq_ranges.Given],
         columns: Tensor,
         factor: _Factor,
         kept: int,
@@ -197,11 +199,20 @@ class Gptq:
         coded, order = len(columns) - kept, factor.order
         stack = [n for g in givens for n in g.rows]
 
-        def solve(in_launch: bool) -> tuple[list[Ranges], Solved, bool]:
-            own = [Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
-            rows = StackedRanges(own)
-            given, ahead = (columns[:coded], factor.upper[:coded, :coded]), any(r.looks_ahead for r in own)
-            made = solve_affine(*given, self.block_size, rows.block, "auto", stack, rows.fits, spends, ahead, factor.span)
+        def solve(in_launch: bool) -> tuple[list[gptq_ranges.Ranges], Solved, bool]:
+            own = [gptq_ranges.Ranges(self, g, dtype, order, kept, in_launch) for g, dtype in zip(givens, scale_dtypes, strict=True)]
+            rows = gptq_ranges.StackedRanges(own)
+            made = solve_affine(
+                columns[:coded],
+                factor.upper[:coded, :coded],
+                self.block_size,
+                rows.block,
+                stack=stack,
+                fits=rows.fits,
+                spends=spends,
+                looks_ahead=any(r.looks_ahead for r in own),
+                span=factor.span,
+            )
             return own, made, rows.odd()
 
         ranges, solved, odd = solve(in_launch=True)
@@ -221,7 +232,7 @@ class Gptq:
                 tensors.append(AffineTensor.build(next(codes), Affine(scale, zero, affine.bits, affine.kind), dtype, g_idx=index))
         return solved, tensors
 
-    def _kept_columns(self, given: Given, diagonal: Tensor) -> Tensor:
+    def _kept_columns(self, given: gptq_ranges.Given, diagonal: Tensor) -> Tensor:
         w, groups, scheme = given.weight, given.groups, given.scheme
         if not self.outlier_columns:
             return torch.empty(0, dtype=torch.int64, device=w.device)

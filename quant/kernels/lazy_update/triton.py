@@ -19,7 +19,7 @@ from quant.kernels.lazy_update import Tile, halves
 from quant.kernels.lazy_update.halves import MOST
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
-__all__ = ["lazy_update", "reach", "refuses", "unavailable"]
+__all__ = ["lazy_update", "reach", "refuses", "span", "unavailable"]
 
 
 TILE = Tile(128, 64, 32, 4, 3)
