@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,6 +99,15 @@ def test_stacked_weights_have_the_bits_that_each_has_alone(blocks: int, pull: Pu
     assert same(together, alone)
 
 
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is not filled holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_summed_errors_are_the_output_error(pull: Pull, monkeypatch: pytest.MonkeyPatch) -> None:
     [weight], statistics = given(1, torch.float64)
     made: list[Solved] = []
