@@ -225,8 +225,12 @@ def test_what_looks_ahead_and_what_does_not_are_not_stacked() -> None:
 
 @pytest.mark.parametrize("place", [pytest.param(("torch", "cpu"), id="cpu"), pytest.param(("triton", "cuda"), id="gpu", marks=GPU)])
 @pytest.mark.parametrize("static", [True, False])
-def test_in_float32_999_of_1000_codes_are_those_of_float64(place: tuple[str, str], static: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, loops with ranges that are known are captured and replayed."""
+def test_in_float32_few_rows_have_a_code_that_float64_does_not_give(
+    place: tuple[str, str], static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A code that differs takes the rest of its row along: rows are counted. Of 256, 0 to 2 did, 0.33 in the mean of 72 runs (pushed or
+    pulled, of several spans, on one thread or two); of Poisson's distribution with mean 1, 7e-11 lies above 12. On a GPU, loops with
+    ranges that are known are captured and replayed."""
     backend, device = place
     [weight], statistics = given(1, torch.float64, k=2304, rows=256)
     method, scheme, hessian = Gptq(static_groups=static), Scheme(4, group_size=128), statistics.hessian
@@ -239,7 +243,7 @@ def test_in_float32_999_of_1000_codes_are_those_of_float64(place: tuple[str, str
         for _ in range(3 if device == "cuda" else 1):
             got = method.quantize_stacked([weight.float().to(device)] * 2, on_device, [scheme] * 2)
             for rounded in got:
-                assert float((codes(rounded).cpu() == want).double().mean()) >= 0.999
+                assert int((codes(rounded).cpu() != want).any(1).sum()) <= 12
 
 
 def codes(rounded: Rounded) -> Tensor:
