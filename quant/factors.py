@@ -105,10 +105,16 @@ def shared_factors() -> Iterator[None]:
         yield
 
 
+def cholesky(hessian: Tensor) -> Tensor | None:
+    """L, lower triangular, of H = L Lᵀ; None where there is none."""
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    return None if int(info) else lower
+
+
 def _triangle(hessian: Tensor) -> Tensor | None:
     """R, upper triangular, of H = R Rᵀ."""
-    lower, info = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-    return None if int(info) else lower.flip(0, 1)
+    lower = cholesky(hessian.flip(0, 1))
+    return None if lower is None else lower.flip(0, 1)
 
 
 def _inverted(hessian: Tensor) -> Tensor | None:

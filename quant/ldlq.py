@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.factors import first_factor
+from quant.factors import cholesky, first_factor
 
 LAZY = 128
 """Columns between products with all later errors."""
@@ -40,17 +40,12 @@ def feedback(hessian: Tensor, damp: float, block: int = 1) -> Feedback:
 
     Raises SingularHessianError when no damping of the ladder makes it positive definite."""
     k = hessian.shape[0]
-    lower, fraction = first_factor(hessian, damp, _lower)
+    lower, fraction = first_factor(hessian, damp, cholesky)
     columns = lower.view(k, k // block, block).transpose(0, 1)  # [K / b, K, b]
     corner = torch.stack([lower[i : i + block, i : i + block] for i in range(0, k, block)])
     # X · corner = columns.
     unit = torch.linalg.solve_triangular(corner, columns, upper=False, left=False)
     return Feedback(unit.transpose(0, 1).reshape(k, k), corner @ corner.transpose(1, 2), fraction)
-
-
-def _lower(hessian: Tensor) -> Tensor | None:
-    lower, info = torch.linalg.cholesky_ex(hessian)
-    return None if int(info) else lower
 
 
 def solve_from_last(weight: Tensor, fed: Feedback, round_block: RoundBlock) -> tuple[Tensor, Tensor]:
