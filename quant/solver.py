@@ -106,7 +106,7 @@ def solve_affine(
     pulled = span if span < k else 0
     loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits, span)
     valued = pulled or (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
-    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,), "given": (pulled, n)}
+    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,), "before": (pulled, n)}
     if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
         outs = {name: w.new_empty(shape) for name, shape in made.items()}
         loop.run(w, upper, ranges, **outs)
@@ -138,17 +138,17 @@ class _Loop:
     """All columns where errors are pushed onto them alone."""
 
     def run(
-        self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor, given: Tensor
+        self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor, before: Tensor
     ) -> None:
         """w `[K, N]` is worked in; codes `[K, N]`, values `[K, N]` (or the last block's `[B, N]`, or span's; or `[0, N]`), errors
-        `[reach, N]`, loss `[N]` and given, a span's weights `[S, N]`, are filled."""
+        `[reach, N]`, loss `[N]` and before, a span's weights `[S, N]` as given, are filled."""
         k = len(w)
         loss.zero_()
         for start in range(0, k, self.span):
             own = slice(start, min(start + self.span, k))
             more = own.stop < k
             if more:
-                given.copy_(w[own])
+                before.copy_(w[own])
             if start:
                 self.later.lazy_update(w[own], upper[:start, own].T, w[:start], self.stack)
 
@@ -158,7 +158,7 @@ class _Loop:
             rounded = values[own] if len(values) == k else values[: own.stop - start]
             self._push(w[own], upper[own, own], within, codes[own], rounded, errors, loss)
             if more:  # Q - W stands where nothing else is read any more
-                torch.sub(rounded, given, out=w[own])
+                torch.sub(rounded, before, out=w[own])
 
     def _push(self, w: Tensor, upper: Tensor, ranges: Ranges, codes: Tensor, values: Tensor, errors: Tensor, loss: Tensor) -> None:
         """Each block's errors off later columns; the loss is added to."""

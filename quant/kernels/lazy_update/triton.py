@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from quant.kernels.lazy_update import Tile, halves
-from quant.kernels.lazy_update.halves import MOST
 from quant.kernels.on_triton import has_gluon, interpreted, unavailable
 
 __all__ = ["lazy_update", "reach", "refuses", "span", "unavailable"]
@@ -68,9 +67,10 @@ def lazy_update(later: Tensor, left: Tensor, right: Tensor, stack: Sequence[int]
         return
     if later.stride(1) != 1:
         raise ValueError(f"rows of later must be contiguous; its strides are {later.stride()}")
-    if tile is None and b > MOST:
-        for first in range(0, b, MOST):
-            lazy_update(later, left[:, first : first + MOST], right[first : first + MOST])
+    if tile is None and b > halves.MOST:
+        for first in range(0, b, halves.MOST):
+            part = slice(first, first + halves.MOST)
+            lazy_update(later, left[:, part], right[part])
         return
     tile = tile or tile_for(r, n, b, later.device)
     given = right if right.stride(1) == 1 else right.contiguous()
