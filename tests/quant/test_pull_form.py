@@ -22,6 +22,7 @@ from quant.scheme import Granularity, WeightScheme
 from quant.solver import Solved, solve_affine
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
+from tests.quant.test_replay import Captures, enough, same
 
 K, BLOCK = 112, 16
 SPANS = (1, 2, 3, 6)
@@ -62,10 +63,6 @@ def packed(method: Gptq, weights: list[Tensor], statistics: Statistics, schemes:
     if len(weights) == 1:
         return [method.quantize(weights[0], statistics, schemes[0]).tensor.pack()]
     return [r.tensor.pack() for r in method.quantize_stacked(weights, statistics, schemes)]
-
-
-def same(got: list[dict[str, Tensor]], want: list[dict[str, Tensor]]) -> bool:
-    return all(torch.equal(g[name], w[name]) for g, w in zip(got, want, strict=True) for name in w)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -137,7 +134,7 @@ def test_weights_that_are_read_as_they_are_and_loops_that_are_replayed(whole: bo
     monkeypatch.setattr(gptq_ranges, "on_gpu", lambda t: True)
     if not whole:
         monkeypatch.setattr(kernel("gptq_block", block=torch.zeros(1, 1)).run, "SKIPS_VALUES", True, raising=False)
-    with replaying(Replays(lambda work, device, pool: work, lambda device, needed: None)):
+    with replaying(Replays(Captures(), enough)):
         for _ in range(2):
             assert all(same(packed(method, *one, schemes), made) for one, made in zip(inputs, want, strict=True))
 
@@ -209,7 +206,7 @@ def test_loops_of_another_form_are_not_replayed() -> None:
         return affine, [0] * (end - start)
 
     want = [codes(*factor) for factor in factors]
-    with replaying(Replays(lambda work, device, pool: work, lambda device, needed: None)):
+    with replaying(Replays(Captures(), enough)):
         for _ in range(3):
             assert all(torch.equal(codes(*factor), made) for factor, made in zip(factors, want, strict=True))
 
