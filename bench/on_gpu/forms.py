@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.on_gpu.clock import Bench, Row, known
-from bench.on_gpu.further import ROWS, SHARE, Site, clocked, made_blocks, plain_codes
+from bench.on_gpu.further import ROWS, SHARE, Site, clocked, correlated, made_blocks, plain_codes
 from quant.affine import Affine
 from quant.factors import inverse_factor, pull_factor
 from quant.grids import GRIDS, fit
@@ -31,11 +31,7 @@ def forms(b: Bench) -> Iterator[Row]:
     del sites
     g = torch.Generator(b.device).manual_seed(1)
     weight = (torch.randn(b.size(8192, 24), large, generator=g, device=b.device) / 50).bfloat16()
-    x = b.random(large, large)
-    x[:, 1:] += x[:, :-1].clone()
-    hessian = x.T @ x / large
-    del x
-    yield from _compared(b, Site("down of 70B's shape", [weight], hessian), plain=False)
+    yield from _compared(b, Site("down of 70B's shape", [weight], correlated(b, large, large)), plain=False)
 
 
 def _compared(b: Bench, site: Site, plain: bool) -> Iterator[Row]:

@@ -95,11 +95,7 @@ def further(b: Bench) -> Iterator[Row]:
 
 def made_blocks(b: Bench, hidden: int, inner: int, layers: int) -> Iterator[list[Site]]:
     """Hessians of random inputs that are correlated, and in every block scaled otherwise."""
-    base = {}
-    for k in (hidden, inner):
-        x = b.random(2 * k, k)
-        x[:, 1:] += x[:, :-1].clone()
-        base[k] = x.T @ x / k
+    base = {k: correlated(b, 2 * k, k) for k in (hidden, inner)}
     for layer in range(layers):
         sites: list[Site] = []
         for name, k, rows in (
@@ -113,6 +109,13 @@ def made_blocks(b: Bench, hidden: int, inner: int, layers: int) -> Iterator[list
             weights = [(torch.randn(n, k, generator=g, device=b.device) / 50).bfloat16() for n in rows]
             sites.append(Site(name, weights, base[k] * size[:, None] * size))
         yield sites
+
+
+def correlated(b: Bench, tokens: int, k: int) -> Tensor:
+    """Hessian `[K, K]` of random inputs, each correlated with the one before it."""
+    x = b.random(tokens, k)
+    x[:, 1:] += x[:, :-1].clone()
+    return x.T @ x / k
 
 
 def plain_codes(weight: Tensor, hessian: Tensor, scheme: WeightScheme, damp: float) -> Tensor:
