@@ -76,7 +76,7 @@ def block(b: Bench) -> Iterator[Row]:
         if not b.dry and rows == 4096:
             beside["torch_loop"] = b.once(partial(work, 0, kernel("gptq_block", "torch", b.device)))
         if ours.backend == "cuda" and rows <= 16384:
-            beside |= {f"lanes_{n}": b.time(partial(timed, lanes=n), len(copies)) for n in (1, 2, 4)}
+            beside |= {f"lanes_{n}": b.time(partial(timed, lanes=n), len(copies)) for n in (1, 4)}
         if skips:
             beside["with_values"] = b.time(partial(work, backend=ours), len(copies))
         # Triton's twin copies the groups to the device, which no graph holds.

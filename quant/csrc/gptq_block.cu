@@ -190,7 +190,7 @@ struct Memory {
 };
 
 template <class F>
-__global__ void __launch_bounds__(F::THREADS, F::THREADS == 256 && F::PLAIN && F::L == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(F::THREADS, F::PLAIN && F::H == 1 ? 2 : 1) solve(const __grid_constant__ Problem p) {
     constexpr int L = F::L, R = F::R, H = F::H, PART = 32 / L;  // PART: rows of a team, R times
     static_assert(F::BARRIERS <= 100, "");
     extern __shared__ __align__(16) char bytes[];
@@ -275,26 +275,27 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
     return plain && p.rows % 64 == 0 && aligned(p.codes) && aligned(p.values) && aligned(p.errors) && shared >= shared_bytes<TwoRows>();
 }
 
-// Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row; those of two rows a lane last:
-//   4096 rows: 15.9, 14.5, 13.2 (4 lanes)     12288: 16.5; 19.4     32768: 28.0; 25.7
-//   8192 rows: 16.6, 14.5 (2 lanes)           16384: 17.5; 20.2     98304: 75.1; 69.3
-// (two rows a lane up to 16384 rows by blocks of two teams, taken out). So as many lanes as leave a block of threads to a multiprocessor,
-// and two rows a lane from this many times as many rows as room, a ratio.
+// Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by teams of a block with a lane a row:
+//   4096 rows: 11.0 (1), 11.3 (2); 4 lanes a row 11.1     12288: 13.5 (3), 14.3 (4)
+//   8192 rows: 11.3 (2); 2 lanes a row 12.5               16384: 15.0 (4); two rows a lane 16.1
+// So as few teams as put all blocks on a multiprocessor each: what these share is memory, which limits them. Beyond that by two rows a lane
+// (32768 rows: 23.2, 98304: 66.2) from this many times as many rows as room on, a ratio; before by a lane each, two blocks a multiprocessor.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
-// The form for all kinds takes three times as long to compile; it has no version for 2 lanes. room: rows that are solved at once by a lane
-// each where a block of threads is on each multiprocessor.
+// The form for all kinds takes three times as long to compile. room: rows that are solved at once by a lane each where blocks of four teams
+// are on all multiprocessors.
 cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cudaStream_t stream) {
     if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
     if (lanes == TWO_ROWS) return launch<TwoRows>(p, stream);
-    if (lanes == 1) return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 3>>(p, stream);
-    return lanes == 2 ? launch<Form<2, true, 1, 4, 2>>(p, stream) : launch<Form<4, true, 1, 4, 2>>(p, stream);
+    if (lanes == 4) return launch<Form<4, true, 1, 4, 2>>(p, stream);
+    if (2 * int64_t(p.rows) <= room) return launch<Form<1, true, 1, 2, 3>>(p, stream);
+    if (4 * int64_t(p.rows) <= 3 * room) return launch<Form<1, true, 1, 3, 3>>(p, stream);
+    return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 3>>(p, stream);
 }
 
 }  // namespace
 
-// lanes of a row: 1, 2, 4, -2 (`TWO_ROWS`), or 0: as was measured to take least time (`TWO_ROWS_ROOMS`). More shorten a row's time, and
-// repeat its rounding.
+// lanes of a row: 1, 4, -2 (`TWO_ROWS`), or 0: as was measured to take least time. More shorten a row's time, and repeat its rounding.
 extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                   int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows,
                                   int64_t top, int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss,
@@ -313,10 +314,7 @@ extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float*
     p.early = major >= 9;
     const int64_t room = int64_t(SIDE) * processors;
     const bool two = two_rows_fit(p, plain != 0, shared);
-    if (lanes == TWO_ROWS && !two) return cudaErrorInvalidValue;
-    if (!lanes) {
-        lanes = two && TWO_ROWS_ROOMS[1] * rows > TWO_ROWS_ROOMS[0] * room ? TWO_ROWS : 4;
-        while (lanes > 1 && lanes * rows > room) lanes /= 2;
-    }
+    if (!lanes) lanes = two && TWO_ROWS_ROOMS[1] * rows > TWO_ROWS_ROOMS[0] * room ? TWO_ROWS : 4 * rows <= room ? 4 : 1;
+    if (lanes == TWO_ROWS ? !two : lanes != 1 && lanes != 4) return cudaErrorInvalidValue;
     return launch(p, plain != 0, lanes, room, stream);
 }

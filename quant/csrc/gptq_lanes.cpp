@@ -248,7 +248,7 @@ void solve(const Problem& p) {
 template <bool PLAIN>
 void solve(const Problem& p, int64_t lanes) {
     if (PLAIN && lanes == TWO_ROWS) return solve<1, PLAIN, PLAIN ? 2 : 1>(p);
-    lanes == 1 ? solve<1, PLAIN>(p) : lanes == 2 ? solve<2, PLAIN>(p) : solve<4, PLAIN>(p);
+    lanes == 1 ? solve<1, PLAIN>(p) : solve<4, PLAIN>(p);
 }
 
 }  // namespace

@@ -110,7 +110,8 @@ struct Lane {
     static constexpr int ARRIVAL = R > 1 ? 15 : L > 1 ? 14 : 12;  // of a panel's columns, the one before which what is next has come
     // Bit c: the compiler mixes no instructions of columns to c with those after it. By what makes the fewest cycles of its code: it would
     // put what can wait of many columns before the last of them, and all of the next panel's after a panel's chain.
-    static constexpr uint32_t FENCES = L == 4 ? 0xc080 : L == 2 ? 0xa020 : R > 1 ? 0xa080 : 0xa000;
+    static constexpr uint32_t FENCES = L > 1 ? 0xc080 : R > 1 ? 0xa080 : 0xa000;
+    static_assert(L == 1 || L == 4, "");
     static_assert(R == 1 || (R == 2 && L == 1 && PLAIN), "");
 
     // A solved column but its error, and what of the factor this takes off columns of its panel.
@@ -122,17 +123,17 @@ struct Lane {
     // Where columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
     // than to ask.
     struct Stores {
-        static constexpr int COUNT = L > 2 ? 1 : 4 - L;
+        static constexpr int COUNT = L > 1 ? 1 : 3;
         float* base[COUNT];
         uint32_t at;
         bool values;  // are wanted
         ON_LANES void begin(const Problem& p, uint32_t row, uint32_t part) {
             values = p.values != nullptr;
-            base[COUNT - 1] = L < 4 || of_errors(part) ? p.errors : part ? p.values : p.codes;
-            if (L == 2) base[0] = part ? p.values : p.codes;
-            if (L == 1) base[0] = p.codes, base[COUNT / 2] = p.values;
-            // What a lane has chosen. Else they are constants.
-            if (L > 1) UNROLLED for (int i = 0; i < COUNT; i++) base[i] = settled(base[i]);
+            base[COUNT - 1] = L == 1 || of_errors(part) ? p.errors : part ? p.values : p.codes;
+            if (L == 1)
+                base[0] = p.codes, base[COUNT / 2] = p.values;
+            else  // what a lane has chosen; else they are constants
+                base[0] = settled(base[0]);
             at = row;
         }
         // Of four lanes' parts: two store errors, or three.
@@ -144,8 +145,7 @@ struct Lane {
                 if (values) put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
             } else {
                 const float error = x[0][c], code = made.code[0], value = made.value[0];
-                gptq::put<PLAIN>(base[COUNT - 1] + at, L < 4 || of_errors(part) ? error : part ? value : code, real);
-                if (L == 2 && (values || !part)) gptq::put<PLAIN>(base[0] + at, part ? value : code, real);
+                gptq::put<PLAIN>(base[COUNT - 1] + at, L == 1 || of_errors(part) ? error : part ? value : code, real);
                 if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real);
                 if (L == 1 && values) gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
             }

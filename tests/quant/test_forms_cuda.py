@@ -128,8 +128,8 @@ MEASURED = {
 }
 BLOCKS = {
     4096: ("solve<Form<4, true, 1, 4, 2> >", 128),
-    8192: ("solve<Form<2, true, 1, 4, 2> >", 128),
-    12288: ("solve<Form<1, true, 1, 4, 3> >", 96),
+    8192: ("solve<Form<1, true, 1, 2, 3> >", 128),
+    12288: ("solve<Form<1, true, 1, 3, 3> >", 128),
     16384: ("solve<Form<1, true, 1, 4, 3> >", 128),
     8 * 4096: ("solve<Form<1, true, 2, 4, 2> >", 128),
     8 * 12288: ("solve<Form<1, true, 2, 4, 2> >", 384),

@@ -110,7 +110,7 @@ FOUND = [WHOLE, ("hqq",) * 3, ("kivi",) * 3]
 """Grids of the parts that one launch takes: all with whole zeros, which have one kind."""
 
 
-def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 64, smallest: int = 16) -> None:
+def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 64, smallest: int = 16, rows: int = 6) -> None:
     """Parts with grids, bits, types and widths of their own, and one with its ranges given, in one launch: scales and zeros are those of
     `quant.grids`, and all else is what a launch gives with these, bit for bit. What is odd is counted."""
     cases = [(grid, 2 + i % 7, i % 2 == 1, smallest << i % 3) for i, grid in enumerate(grids)]
@@ -118,7 +118,7 @@ def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 6
     upper = problem(1, max(columns, 16), "g_asym", 4, torch.float32)[1][:columns, :columns]
     g = torch.Generator().manual_seed(columns)
     # One row of zeros, one of equal values, one without negative ones.
-    blocks = [torch.randn(columns, 6 + i, generator=g) / 4 for i in range(len(cases))]
+    blocks = [torch.randn(columns, rows + i, generator=g) / 4 for i in range(len(cases))]
     if grids[0] in WHOLE:
         for w in blocks:
             w[:, 0], w[:, 1], w[:, 2] = 0, 0.3, w[:, 2].abs()

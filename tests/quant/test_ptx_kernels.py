@@ -190,7 +190,7 @@ IN_BOTH = pytest.mark.parametrize("gptq", ["ahead", "used"], indirect=True)
 @pytest.mark.parametrize(("gptq", "grid"), [("ahead", "g_asym"), *(("used", g) for g in sorted(test_gptq_lanes.GRIDS))], indirect=["gptq"])
 def test_blocks_of_gptq(gptq: Programs, grid: str) -> None:
     gptq["gptq_block"].on(1 if grid == "g_asym" else 132)  # more blocks than multiprocessors have fewer helpers
-    for lanes, (rows, columns, bits) in product((0, 1, 2, 4), [*test_gptq_lanes.SHAPES, (150, 128, 4)]):
+    for lanes, (rows, columns, bits) in product((0, 1, 4), [*test_gptq_lanes.SHAPES, (150, 128, 4)]):
         given = test_gptq_lanes.problem(rows, columns, grid, bits, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, lanes), *given)
 
@@ -201,6 +201,17 @@ def test_blocks_of_gptq_with_two_rows_a_lane() -> None:
     for rows, columns, bits in ((64, 128, 4), (128, 96, 3), (192, 16, 2), (448, 112, 5)):
         given = test_gptq_lanes.problem(rows, columns, "g_asym", bits, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, -2), *given)
+
+
+@IN_BOTH
+def test_teams_of_blocks_of_gptq(gptq: Programs) -> None:
+    """Two, three and four, as many as put all blocks on a multiprocessor each: here there is one."""
+    gptq["gptq_block"].on(1)
+    for rows in (64, 96, 128):
+        given = test_gptq_lanes.problem(rows, 128, "g_asym", 4, FLOAT32)
+        test_gptq_lanes.agrees(solved(*given, 1), *given)
+        each = rows // 4 - 2  # of the first of four parts; of each other one more
+        test_gptq_lanes.ranges_are_found(lambda *given: gptq_cuda.solve_block(*given, 1), test_gptq_lanes.FOUND[0][:3], 128, 32, each)
 
 
 @pytest.mark.parametrize(("gptq", "lanes"), [("used", 1), ("used", 4)], indirect=["gptq"])
@@ -216,7 +227,7 @@ def test_blocks_of_gptq_without_values(gptq: Programs) -> None:
         test_gptq_lanes.values_may_be_left_out(solved)
 
 
-@pytest.mark.parametrize(("gptq", "lanes"), [("ahead", 1), ("used", 1), ("used", 2), ("used", 4)], indirect=["gptq"])
+@pytest.mark.parametrize(("gptq", "lanes"), [("ahead", 1), ("used", 1), ("used", 4)], indirect=["gptq"])
 @pytest.mark.usefixtures("gptq")
 def test_ranges_are_found_in_the_launch_of_a_block(lanes: int) -> None:
     for grids in test_gptq_lanes.FOUND:
