@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,9 @@ from torch.nn.functional import linear
 
 COLD, REPLAYS = 512e6, 20
 """Bytes that are read before an input's turn comes again; replays."""
+LONG_US, WARM_US = 2e3, 5e4
+"""Of a replay, at least, so that its start counts little; for how long the device works before it is timed. An idle one is slow at first:
+on an H200, right after the host had prepared weights, products of one row took longer than those of two with the same weights."""
 MOST = 0.75
 """Share of a call's time from which on what would take it alone is said to limit the call."""
 
@@ -199,12 +203,11 @@ class Bench:
         calls = max(copies, 8)
         for i in range(3):
             work(i % copies)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                work(i % copies)
-        return self._least(graph.replay) / calls
+        replay = captured(work, copies, calls)
+        while (took := elapsed_us(replay)) < LONG_US:
+            calls *= math.ceil(LONG_US / max(1.0, took))
+            replay = captured(work, copies, calls)
+        return self._least(replay) / calls
 
     def once(self, work: Callable[[], object]) -> float | None:
         """Microseconds of a call that no graph can hold."""
@@ -214,6 +217,9 @@ class Bench:
         return self._least(work)
 
     def _least(self, work: Callable[[], object]) -> float:
+        busy = 0.0
+        while busy < WARM_US:
+            busy += max(1.0, elapsed_us(work))
         return min(elapsed_us(work) for _ in range(REPLAYS))
 
 
@@ -230,6 +236,17 @@ def going_on(rows: Iterable[Callable[[], Row]]) -> Iterator[Row]:
             yield made
     if failed:
         raise RuntimeError(f"{failed} of the piece's rows failed, for the reasons above")
+
+
+def captured(work: Callable[[int], object], copies: int, calls: int) -> Callable[[], object]:
+    """Replays so many calls of `work(i)`, i of `copies` inputs in turn."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            work(i % copies)
+    graph.replay()  # the first brings it to the device
+    return graph.replay
 
 
 def elapsed_us(work: Callable[[], object]) -> float:
