@@ -279,11 +279,11 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
 //   4096 rows: 11.0 (1), 11.3 (2); 4 lanes a row 11.1     12288: 13.5 (3), 14.3 (4)
 //   8192 rows: 11.3 (2); 2 lanes a row 12.5               16384: 15.0 (4); two rows a lane 16.1
 // So as few teams as put all blocks on a multiprocessor each: what these share is memory, which limits them. Beyond that by two rows a lane
-// (32768 rows: 23.2, 98304: 66.2) from this many times as many rows as room on, a ratio; before by a lane each, two blocks a multiprocessor.
+// (32768 rows: 23.2, 98304: 66.2) from this many times as many rows as room on, a ratio; before by a lane each, two blocks on each.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
 
-// The form for all kinds takes three times as long to compile. room: rows that are solved at once by a lane each where blocks of four teams
-// are on all multiprocessors.
+// The form for all kinds takes three times as long to compile. room: rows that are solved at once by a lane each where a block of four
+// teams is on each multiprocessor.
 cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cudaStream_t stream) {
     if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
     if (lanes == TWO_ROWS) return launch<TwoRows>(p, stream);
