@@ -55,6 +55,17 @@ def refuse_store_flag(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{given} is for verbs on a sweep that is there; run, plan and explain take the store as a setting: store=FOLDER")
 
 
+MODES = ("--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+"""Hydra's flags that say what it is to do, `-m` being one more."""
+
+
+def refuse_two_modes(multirun: bool, flags: Sequence[str]) -> None:
+    """Of those, Hydra takes one. Raises ConfigError."""
+    asked = (["-m"] if multirun else []) + [f for f in flags if f.partition("=")[0] in MODES]
+    if len(asked) > 1:
+        raise ConfigError(f"got {' and '.join(asked)}; Hydra takes one of them, and shows a single job; `bitgrid plan -m` shows a grid")
+
+
 @dataclass(frozen=True)
 class Command:
     """A command line that composes a grid, as it was given."""

@@ -66,6 +66,12 @@ def test_a_sweep_whose_name_begins_like_the_group_is_no_override(verb: str, monk
     assert given == [("tracking-error", ["tracking=mlflow", "tracking.experiment=e"])]
 
 
+@pytest.mark.parametrize("given", [["-m", "--cfg", "job"], ["--multirun", "-c=job"], ["--cfg=job", "--info"], ["-r", "-m"]])
+def test_one_of_hydras_modes_is_taken(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "method=rtn", *given]) == 2
+    assert "Hydra takes one of them" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", ["run", "plan", "explain"])
 @pytest.mark.parametrize("given", [["--store", "s"], ["--store=s"]])
 def test_verbs_that_plan_say_how_they_take_the_store(verb: str, given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
