@@ -16,9 +16,9 @@ from torch.nn.functional import linear
 
 COLD, REPLAYS = 512e6, 20
 """Bytes that are read before an input's turn comes again; replays."""
-LONG_US, WARM_US = 2e3, 5e4
-"""Of a replay, at least, so that its start counts little; for how long the device works before it is timed. An idle one is slow at first:
-on an H200, right after the host had prepared weights, products of one row took longer than those of two with the same weights."""
+LONG_US, WARM_US, MOST_CALLS = 2e3, 5e4, 1 << 14
+"""Of a replay at least, so that its start counts little; for how long the device works before it is timed: on an H200, right after weights
+had been made, products of one row took longer than those of two, for reasons that were not found; calls of a replay that is long enough."""
 MOST = 0.75
 """Share of a call's time from which on what would take it alone is said to limit the call."""
 
@@ -200,14 +200,14 @@ class Bench:
         if self.dry:
             work(0)
             return None
-        calls = max(copies, 8)
+        calls = copies * math.ceil(8 / copies)
         for i in range(3):
             work(i % copies)
         replay = captured(work, copies, calls)
-        while (took := elapsed_us(replay)) < LONG_US:
+        while (took := self._least(replay)) < LONG_US and calls < MOST_CALLS:
             calls *= math.ceil(LONG_US / max(1.0, took))
             replay = captured(work, copies, calls)
-        return self._least(replay) / calls
+        return took / calls
 
     def once(self, work: Callable[[], object]) -> float | None:
         """Microseconds of a call that no graph can hold."""
@@ -217,6 +217,7 @@ class Bench:
         return self._least(work)
 
     def _least(self, work: Callable[[], object]) -> float:
+        work()  # the first may compile, and leave the device idle; a graph's goes to the device with it
         busy = 0.0
         while busy < WARM_US:
             busy += max(1.0, elapsed_us(work))
@@ -245,7 +246,6 @@ def captured(work: Callable[[int], object], copies: int, calls: int) -> Callable
     with torch.cuda.graph(graph):
         for i in range(calls):
             work(i % copies)
-    graph.replay()  # the first brings it to the device
     return graph.replay
 
 
