@@ -112,9 +112,7 @@ static_assert(fits_anywhere(2) && fits_anywhere(3) && fits_anywhere(4) && fits_a
 inline int arranged(Call& c, int bits, int r, int flushes, int most, int teams = 1) {
     const int made = made_bytes(c.parts, c.own);
     c.given_at = stage_bytes(bits, r, flushes, c.pieces(), 0), c.slot = c.given_at + c.given_bytes();
-    // One row, two tiles of 4 bits: 10.3 us at 8192 x 8192 with three stages, 10.7 with four; 30.8 and 31.1 at 8192 x 28672 (H200).
-    const bool brief = c.columns_of(c.count) == 1 && flushes == 1 && bits == 4 && r == 2 && teams == 1;
-    const int depths[] = {brief ? middle(bits, r) : deep(bits, r, teams), middle(bits, r, teams), 2};
+    const int depths[] = {deep(bits, r, teams), middle(bits, r, teams), 2};
     for (const int depth : depths) {
         c.depth = depth, c.apart = depth * c.slot + made;
         if (WARPS * teams * c.apart <= most) break;
