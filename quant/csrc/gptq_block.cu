@@ -275,9 +275,9 @@ bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
     return plain && p.rows % 64 == 0 && aligned(p.codes) && aligned(p.values) && aligned(p.errors) && shared >= shared_bytes<TwoRows>();
 }
 
-// Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by teams of a block with a lane a row:
-//   4096 rows: 11.0 (1), 11.3 (2); 4 lanes a row 11.1     12288: 13.5 (3), 14.3 (4)
-//   8192 rows: 11.3 (2); 2 lanes a row 12.5               16384: 15.0 (4); two rows a lane 16.1
+// Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row, teams of a block, and warps that help each:
+//   4096 rows: 11.1 (4, 4, 2), 11.0 (1, 1, 4)     12288: 13.5 (1, 3, 3), 14.2 (1, 4, 3)
+//   8192 rows: 11.3 (1, 2, 3), 12.0 (1, 2, 2)     16384: 14.9 (1, 4, 3), 15.1 (1, 4, 2)
 // So as few teams as put all blocks on a multiprocessor each: what these share is memory, which limits them. Beyond that by two rows a lane
 // (32768 rows: 23.2, 98304: 66.2) from this many times as many rows as room on, a ratio; before by a lane each, two blocks on each.
 constexpr int64_t TWO_ROWS_ROOMS[2] = {5, 4};
@@ -288,9 +288,10 @@ cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cu
     if (!plain) return lanes == 4 ? launch<Form<4, false, 1, 4, 1>>(p, stream) : launch<Form<1, false, 1, 4, 1>>(p, stream);
     if (lanes == TWO_ROWS) return launch<TwoRows>(p, stream);
     if (lanes == 4) return launch<Form<4, true, 1, 4, 2>>(p, stream);
-    if (2 * int64_t(p.rows) <= room) return launch<Form<1, true, 1, 2, 3>>(p, stream);
-    if (4 * int64_t(p.rows) <= 3 * room) return launch<Form<1, true, 1, 3, 3>>(p, stream);
-    return p.rows > room ? launch<Form<1, true, 1, 4, 1>>(p, stream) : launch<Form<1, true, 1, 4, 3>>(p, stream);
+    const int64_t rows = p.rows;
+    if (4 * rows <= 2 * room) return launch<Form<1, true, 1, 2, 3>>(p, stream);
+    if (4 * rows <= 3 * room) return launch<Form<1, true, 1, 3, 3>>(p, stream);
+    return rows <= room ? launch<Form<1, true, 1, 4, 3>>(p, stream) : launch<Form<1, true, 1, 4, 1>>(p, stream);
 }
 
 }  // namespace

@@ -8,7 +8,6 @@ import ctypes
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,8 @@ from quant.kernels import native, on_cuda
 from quant.kernels.wq_gemv.cuda import by_slices
 from quant.kernels.wq_gemv.fragments import Fragments
 
-pytestmark = [
-    pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes half a minute"),
-    pytest.mark.xdist_group("forms"),
-]
+pytestmark = pytest.mark.xdist_group("forms")
+LONG = pytest.mark.skipif(os.environ.get("BITGRID_COMPILE") != "1", reason="BITGRID_COMPILE is not 1: compiling takes half a minute")
 FAKE = Path(__file__).with_name("fake_device.cpp")
 KB = 1024
 
@@ -55,24 +52,29 @@ class Launch:
         return [int(n) for n in re.findall(r"\d+", self.kernel)]
 
 
+class Libraries(dict[str, ctypes.CDLL]):
+    """By name, each built when it is first asked for."""
+
+    def __init__(self, nvcc: str, folder: Path) -> None:
+        super().__init__()
+        self.nvcc, self.folder = nvcc, folder
+
+    def __missing__(self, name: str) -> ctypes.CDLL:
+        # Device code is not run: none is made but PTX, as fast as can be. What is called is the runtime beside it, whoever else has one.
+        target = ("-gencode=arch=compute_90a,code=compute_90a", "-Ofc", "max", "-Xlinker", "-Bsymbolic")
+        command = [self.nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", *target]
+        made = [str(native.SOURCES / f"{name}.cu"), str(FAKE), "-o", str(self.folder / f"{name}.so")]
+        done = subprocess.run([*command, *made], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return self.setdefault(name, ctypes.CDLL(made[-1]))
+
+
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ctypes.CDLL]:
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     nvcc = on_cuda.compiler()
     if nvcc is None:
         pytest.skip("there is no nvcc")
-    folder = tmp_path_factory.mktemp("forms")
-
-    def built(name: str) -> ctypes.CDLL:
-        # Device code is not run: none is made but PTX, as fast as can be. What is called is the runtime beside it, whoever else has one.
-        target = ("-gencode=arch=compute_90a,code=compute_90a", "-Ofc", "max", "-Xlinker", "-Bsymbolic")
-        command = [nvcc, "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-cudart", "none", *target, str(native.SOURCES / f"{name}.cu")]
-        done = subprocess.run([*command, str(FAKE), "-o", str(folder / f"{name}.so")], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return ctypes.CDLL(str(folder / f"{name}.so"))
-
-    names = ("wq_gemv", "gptq_block", "wq_slices")
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(names, pool.map(built, names), strict=True))
+    return Libraries(nvcc, tmp_path_factory.mktemp("forms"))
 
 
 def launched(library: ctypes.CDLL, function: str, device: Device, *values: object) -> Launch:
@@ -87,7 +89,7 @@ def launched(library: ctypes.CDLL, function: str, device: Device, *values: objec
     return Launch(re.sub(r"\(Room\)|\(\w+\)$", "", name), (x, y), threads, shared, attributes)
 
 
-def product(libraries: dict[str, ctypes.CDLL], device: Device, n: int, k: int, bits: int, m: int, **given: int) -> Launch:
+def product(libraries: Libraries, device: Device, n: int, k: int, bits: int, m: int, **given: int) -> Launch:
     """As `cuda.wq_gemv` asks for it, of bfloat16; groups of 128 columns and float16 ranges where nothing else is given."""
     of = {"groups": max(k // 128, 1), "half": 1, "half_x": 1, "scale": 0} | given
     early = int(device.major >= 9)
@@ -130,13 +132,23 @@ BLOCKS = {
     4096: ("solve<Form<4, true, 1, 4, 2> >", 128),
     8192: ("solve<Form<1, true, 1, 2, 3> >", 128),
     12288: ("solve<Form<1, true, 1, 3, 3> >", 128),
+    # The last with so many teams, and the first with more.
+    4224: ("solve<Form<4, true, 1, 4, 2> >", 132),
+    4225: ("solve<Form<1, true, 1, 2, 3> >", 67),
+    8448: ("solve<Form<1, true, 1, 2, 3> >", 132),
+    8449: ("solve<Form<1, true, 1, 3, 3> >", 89),
+    12672: ("solve<Form<1, true, 1, 3, 3> >", 132),
+    12673: ("solve<Form<1, true, 1, 4, 3> >", 100),
+    16896: ("solve<Form<1, true, 1, 4, 3> >", 132),
+    16897: ("solve<Form<1, true, 1, 4, 1> >", 133),
     16384: ("solve<Form<1, true, 1, 4, 3> >", 128),
     8 * 4096: ("solve<Form<1, true, 2, 4, 2> >", 128),
     8 * 12288: ("solve<Form<1, true, 2, 4, 2> >", 384),
 }
 
 
-def test_products_are_launched_as_they_were_measured(libraries: dict[str, ctypes.CDLL]) -> None:
+@LONG
+def test_products_are_launched_as_they_were_measured(libraries: Libraries) -> None:
     for shape, form in MEASURED.items():
         made = product(libraries, H200, *shape)
         assert ((made.kernel, made.blocks[0]), made.blocks[1], made.attributes) == (form, 1, 1), shape
@@ -145,7 +157,7 @@ def test_products_are_launched_as_they_were_measured(libraries: dict[str, ctypes
         assert H200.each // (each + 1) - KB <= made.shared <= (H200.block if each == 1 else H200.each // each - KB), shape
 
 
-def test_blocks_of_gptq_are_launched_as_they_were_measured(libraries: dict[str, ctypes.CDLL]) -> None:
+def test_blocks_of_gptq_are_launched_as_they_were_measured(libraries: Libraries) -> None:
     for rows, form in BLOCKS.items():
         made = block(libraries["gptq_block"], H200, rows, 128, True)
         assert ((made.kernel, made.blocks[0]), made.blocks[1], made.attributes) == (form, 1, 1), rows
@@ -156,7 +168,8 @@ ODD = ((1, 32, 1), (15, 96, 3), (17, 160, 5), (100, 128, 1), (4097, 1376, 43), (
 ODD += ((12304, 14336, 112), (8200, 28672, 1), (128256, 4096, 32), (1 << 20, 64, 2))
 
 
-def test_any_product_is_launched_within_the_devices_limits(libraries: dict[str, ctypes.CDLL]) -> None:
+@LONG
+def test_any_product_is_launched_within_the_devices_limits(libraries: Libraries) -> None:
     """The runtime refuses what is beyond them; blocks are as many as all of out takes, and no more."""
     for device in DEVICES:
         for n, k, groups in ODD:
@@ -178,7 +191,7 @@ def test_any_product_is_launched_within_the_devices_limits(libraries: dict[str, 
                         assert (made.threads % 32, made.attributes) == (0, int(device.major >= 9))
 
 
-def test_any_block_of_gptq_is_launched_within_the_devices_limits(libraries: dict[str, ctypes.CDLL]) -> None:
+def test_any_block_of_gptq_is_launched_within_the_devices_limits(libraries: Libraries) -> None:
     for device in DEVICES:
         for rows in (1, 31, 64, 100, 1024, 4224, 4288, 8512, 16896, 16960, 21120, 21121, 21184, 28672, 98304, 8 * 28672):
             for columns in (128, 64, 48, 17):
@@ -188,3 +201,13 @@ def test_any_block_of_gptq_is_launched_within_the_devices_limits(libraries: dict
                     want = (ceiling(rows, 32 // lanes * of_lane * teams), 1)
                     assert (made.blocks, made.threads) == (want, 32 * teams * (1 + helpers)), (device, rows, columns, made)
                     assert ("true" in made.kernel) == plain
+                    assert not plain or made.blocks[0] <= device.multiprocessors or rows > 128 * device.multiprocessors
+
+
+def test_numbers_of_lanes_that_there_are_not_are_refused(libraries: Libraries) -> None:
+    library, group = libraries["gptq_block"], (ctypes.c_int32 * 128)()
+    for lanes in (2, 3, 5, 8, -1):
+        before = ctypes.c_int64.in_dll(library, "fake_launches").value
+        values = (0, 0, 0, 0, group, 128, 64, 64, 128, 64, 15, 0, 1, *(0,) * 7, lanes, 0)
+        assert library.bitgrid_gptq_block(*(ctypes.c_int64(v) if isinstance(v, int) else v for v in values)) != 0
+        assert ctypes.c_int64.in_dll(library, "fake_launches").value == before

@@ -315,6 +315,9 @@ def test_compiles_without_spills(architecture: tuple[int, int], most: int, tmp_p
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", done.stderr)]
     assert len(registers) == 8  # plain: 1 lane by two, three, and four teams, these with one or three warps that help, 4, two rows; 1, 4
     assert max(registers) <= most
+    two_blocks = re.search(r"ILi1ELb1ELi1ELi4ELi1E.*?Used (\d+) registers", done.stderr, re.DOTALL)
+    assert two_blocks is not None
+    assert int(two_blocks[1]) <= 128  # so that both have room
     moved = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert moved == [("0", "0", "0")] * 8, done.stderr[-3000:]
     tool = shutil.which("cuobjdump", path=str(Path(nvcc).parent))

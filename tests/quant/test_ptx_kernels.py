@@ -205,11 +205,12 @@ def test_blocks_of_gptq_with_two_rows_a_lane() -> None:
 
 @IN_BOTH
 def test_teams_of_blocks_of_gptq(gptq: Programs) -> None:
-    """Two, three and four, as many as put all blocks on a multiprocessor each: here there is one."""
+    """Two, three and four, as few as put all blocks on a multiprocessor each: here there is one."""
     gptq["gptq_block"].on(1)
-    for rows in (64, 96, 128):
+    for teams, rows in ((2, 64), (3, 96), (4, 128)):
         given = test_gptq_lanes.problem(rows, 128, "g_asym", 4, FLOAT32)
         test_gptq_lanes.agrees(solved(*given, 1), *given)
+        assert gptq["gptq_block"].threads == 32 * teams * (1 + 3)
         each = rows // 4 - 2  # of the first of four parts; of each other one more
         test_gptq_lanes.ranges_are_found(lambda *given: gptq_cuda.solve_block(*given, 1), test_gptq_lanes.FOUND[0][:3], 128, 32, each)
 

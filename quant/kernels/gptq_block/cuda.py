@@ -42,8 +42,8 @@ def refuses(block: Tensor) -> str | None:
 def solve_block(
     block: Tensor, upper: Tensor, affine: Affine, group: list[int], out: SolvedBlock | None = None, fits: Fits | None = None, lanes: int = 0
 ) -> SolvedBlock:
-    """lanes: of a warp that share a row, 1 or 4; -2: each has two rows; 0 chooses by the number of rows. Two rows take whole zeros, panels
-    of one group each, and a multiple of 64 rows; others raise RuntimeError."""
+    """lanes: of a warp that share a row, 1 or 4; -2: each has two rows, of which there are a multiple of 64, with whole zeros and panels of
+    one group each; 0 chooses by the number of rows. Raises RuntimeError for others."""
     reason = refuses(block)
     if reason is not None:
         raise ValueError(f"{reason}; kernel(..., block=block) chooses a backend that takes it")

@@ -157,6 +157,8 @@ class Program(Module):
         self.library, self.target, self.failed = ctypes.CDLL(str(path)), target, ""
         self.buffers: list[tuple[int, int, int]] = []
         self.numbers: dict[tuple[int, int, int | None], int] = {}
+        self.threads = 0
+        """Of a block of the latest launch."""
         self._run, self._fixed = RUN(self._launched), FIXED(lambda name: self.kernel(name.decode())[0].fixed)
         for symbol, own in (("fake_run", self._run), ("fake_fixed", self._fixed)):
             ctypes.c_void_p.in_dll(self.library, symbol).value = ctypes.cast(own, ctypes.c_void_p).value
@@ -174,6 +176,7 @@ class Program(Module):
     def _launched(self, name: bytes, launched: Any, given: Any) -> int:
         try:
             *blocks, threads, dynamic, early, cluster = launched[:7]
+            self.threads = threads
             sizes = [n for _, n in self.kernel(name.decode())[0].parameters]
             parameters = [ctypes.string_at(given[i], n) for i, n in enumerate(sizes)]
             self.launch(name.decode(), blocks, threads, parameters, self.buffers, dynamic, cluster, bool(early))
