@@ -34,12 +34,13 @@ def serve_ui(
     say: Callable[[str], None] = print,
     started_in: Path | None = None,
     sweep: str | None = None,
+    typed: Callable[[str], str] = "bitgrid {}".format,
 ) -> int:
     """Serve until Ctrl-C (or SIGTERM, or the terminal is closed); the exit code.
 
     A taken `port` gives the next free one. With tracking=mlflow_server the address of the server is named and nothing is started.
     `started_in`: the folder of the sweep's last start, for the message that there is no database. `sweep`: key of the one to open at; None:
-    that started last.
+    that started last. `typed`: a verb and its arguments ▸ how they are typed here.
 
     Raises:
         TrackingError: tracking is off, there is no database yet or it is none, `port` is none, or the server does not start.
@@ -50,12 +51,12 @@ def serve_ui(
         return 0
     if known.kind == "none":
         raise TrackingError(
-            "tracking=none keeps no MLflow runs; `bitgrid reconcile tracking=mlflow` makes them from the store, "
-            "and `bitgrid ui tracking=mlflow` shows them"
+            f"tracking=none keeps no MLflow runs; `{typed('reconcile tracking=mlflow')}` makes them from the store, "
+            f"and `{typed('ui tracking=mlflow')}` shows them"
         )
     file = sqlite_file(known.uri or "")
     if file is not None:
-        _check_database(file, started_in if started_in != project_dir else None)
+        _check_database(file, started_in if started_in != project_dir else None, typed("reconcile"))
     chosen = free_port(port)
     if chosen != port:
         say(f"Port {port} is taken; {chosen} is used.")
@@ -67,7 +68,7 @@ def serve_ui(
                 log.seek(max(0, log.tell() - 2000))
                 tail = log.read().decode(errors="replace").strip()
                 if OUT_OF_DATE in tail:
-                    remedy = "run `mlflow db upgrade` on it" if file is None else "`bitgrid reconcile` upgrades it, and keeps a copy"
+                    remedy = "run `mlflow db upgrade` on it" if file is None else f"`{typed('reconcile')}` upgrades it, and keeps a copy"
                     raise TrackingError(f"{file or known.uri} was written by another version of MLflow; {remedy}")
                 raise TrackingError(f"the MLflow server did not start on {HOST}:{chosen}; its last words:\n{tail}")
             where = "" if file is None else sweep_page(file, known.experiment, sweep)
@@ -80,12 +81,11 @@ def serve_ui(
             stop_server(server)
 
 
-def _check_database(file: Path, started_in: Path | None) -> None:
+def _check_database(file: Path, started_in: Path | None, reconcile: str) -> None:
     if not file.is_file():
         there = f"the sweep was started in {started_in}: go there, or " if started_in is not None else ""
         raise TrackingError(
-            f"there is no MLflow database at {file}; {there}run a sweep with tracking=mlflow, "
-            "or `bitgrid reconcile` to make it from the store"
+            f"there is no MLflow database at {file}; {there}run a sweep with tracking=mlflow, or `{reconcile}` to make it from the store"
         )
     try:
         with closing(sqlite3.connect(f"{file.resolve().as_uri()}?mode=ro", uri=True, timeout=5)) as db:
@@ -93,7 +93,7 @@ def _check_database(file: Path, started_in: Path | None) -> None:
     except sqlite3.OperationalError as e:
         raise TrackingError(f"the MLflow database {file} cannot be read: {e}") from e
     except sqlite3.DatabaseError as e:
-        raise TrackingError(f"{file} is no database ({e}); move it away, and `bitgrid reconcile` makes it from the store") from e
+        raise TrackingError(f"{file} is no database ({e}); move it away, and `{reconcile}` makes it from the store") from e
 
 
 def server_command(settings: TrackingSettings, port: int) -> list[str]:

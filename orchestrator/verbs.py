@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from orchestrator.command import call
 from orchestrator.errors import ConfigError, StoreError, unknown_name
 from orchestrator.grid import compose_grid
 from orchestrator.hydra_bridge import as_text, override_text
@@ -188,5 +189,6 @@ def ui(root: Path, sweep: str | None, overrides: Sequence[str], port: int, conso
         port,
         partial(say, console),
         Path(last_command(store, key).folder),
-        key if sweep else None,
+        sweep=key if sweep else None,
+        typed=partial(call, store=root),
     )

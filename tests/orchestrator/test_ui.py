@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +195,9 @@ def test_what_cannot_be_shown_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(TrackingError, match=r"tracking=none.*`bitgrid reconcile tracking=mlflow`.*`bitgrid ui tracking=mlflow`"):
         serve_ui({"kind": "none"}, tmp_path)
     assert not list(tmp_path.iterdir())
+    for settings in ({"kind": "none"}, {"kind": "mlflow"}):
+        with pytest.raises(TrackingError, match="`here reconcile"):
+            serve_ui(settings, tmp_path, typed="here {}".format)
     (tmp_path / "mlflow.db").write_text("what is no database")
     with pytest.raises(TrackingError, match=r"mlflow.db is no database \(.*\); move it away, and `bitgrid reconcile`"):
         serve_ui({"kind": "mlflow"}, tmp_path)
@@ -218,10 +221,18 @@ def test_runs_made_from_the_store_of_a_sweep_without_tracking_are_shown(tmp_path
     store, shown = tmp_path / "store", list[dict[str, object]]()
     monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
     small_sweep(store, "method=rtn")
-    monkeypatch.setattr("orchestrator.ui.serve_ui", lambda settings, *_: shown.append(settings) or 0)
+    advice: list[str] = []
+
+    def serve(settings: dict[str, object], *_: object, typed: Callable[[str], str], **__: object) -> int:
+        shown.append(settings)
+        advice.append(typed("ui"))
+        return 0
+
+    monkeypatch.setattr("orchestrator.ui.serve_ui", serve)
     for more in ([], ["tracking=mlflow"]):
         assert main(["ui", "--store", str(store), *more]) == 0
     assert [s["kind"] for s in shown] == ["none", "mlflow"]
+    assert all(a.endswith(f" ui --store {store}") for a in advice)
 
 
 def test_the_page_is_the_latest_sweeps(project: Path) -> None:
@@ -248,7 +259,7 @@ def test_the_page_is_that_of_the_sweep_which_was_named(
     store, named = tmp_path / "small", list[object]()
     monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
     key = small_sweep(store, "method=rtn").result.key
-    monkeypatch.setattr("orchestrator.ui.serve_ui", lambda *given: named.append(given[-1]) or 0)
+    monkeypatch.setattr("orchestrator.ui.serve_ui", lambda *_, sweep, typed: named.append(sweep) or 0)
     for given in ([], [key[:8]]):
         assert main(["ui", "--store", str(store), *given]) == 0
     assert named == [None, key]
