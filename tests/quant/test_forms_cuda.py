@@ -77,11 +77,17 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     return Libraries(nvcc, tmp_path_factory.mktemp("forms"))
 
 
-def launched(library: ctypes.CDLL, function: str, device: Device, *values: object) -> Launch:
+def called(library: ctypes.CDLL, function: str, device: Device, *values: object) -> tuple[int, int]:
+    """The CUDA error, and how many kernels were launched."""
     library.fake_device(*map(ctypes.c_int64, (device.number, device.multiprocessors, device.each, device.block, device.major)))
-    before = ctypes.c_int64.in_dll(library, "fake_launches").value
-    failed = getattr(library, function)(*(ctypes.c_int64(v) if isinstance(v, int) else v for v in values))
-    assert (failed, ctypes.c_int64.in_dll(library, "fake_launches").value - before) == (0, 1), (function, device, values)
+    launches = ctypes.c_int64.in_dll(library, "fake_launches")
+    before = launches.value
+    failed: int = getattr(library, function)(*(ctypes.c_int64(v) if isinstance(v, int) else v for v in values))
+    return failed, launches.value - before
+
+
+def launched(library: ctypes.CDLL, function: str, device: Device, *values: object) -> Launch:
+    assert called(library, function, device, *values) == (0, 1), (function, device, values)
     x, y, z, threads, shared, attributes = (ctypes.c_int64 * 6).in_dll(library, "fake_launched")
     assert z == 1
     name = (ctypes.c_char * 4096).in_dll(library, "fake_kernel").value.decode()
@@ -104,10 +110,14 @@ def product(libraries: Libraries, device: Device, n: int, k: int, bits: int, m: 
     return launched(libraries["wq_gemv"], "bitgrid_wq_gemv", device, *values)
 
 
-def block(library: ctypes.CDLL, device: Device, rows: int, columns: int, plain: bool) -> Launch:
+def of_block(rows: int, columns: int, plain: bool, lanes: int = 0) -> tuple[object, ...]:
+    """What the entry of gptq_block is called with."""
     group = (ctypes.c_int32 * columns)()
-    values = (0, 0, 0, 0, group, columns, rows, rows, columns, rows, 15, int(not plain), int(plain), *(0,) * 7, 0, 0)
-    return launched(library, "bitgrid_gptq_block", device, *values)
+    return (0, 0, 0, 0, group, columns, rows, rows, columns, rows, 15, int(not plain), int(plain), *(0,) * 7, lanes, 0)
+
+
+def block(library: ctypes.CDLL, device: Device, rows: int, columns: int, plain: bool) -> Launch:
+    return launched(library, "bitgrid_gptq_block", device, *of_block(rows, columns, plain))
 
 
 def ceiling(a: int, b: int) -> int:
@@ -205,9 +215,7 @@ def test_any_block_of_gptq_is_launched_within_the_devices_limits(libraries: Libr
 
 
 def test_numbers_of_lanes_that_there_are_not_are_refused(libraries: Libraries) -> None:
-    library, group = libraries["gptq_block"], (ctypes.c_int32 * 128)()
     for lanes in (2, 3, 5, 8, -1):
-        before = ctypes.c_int64.in_dll(library, "fake_launches").value
-        values = (0, 0, 0, 0, group, 128, 64, 64, 128, 64, 15, 0, 1, *(0,) * 7, lanes, 0)
-        assert library.bitgrid_gptq_block(*(ctypes.c_int64(v) if isinstance(v, int) else v for v in values)) != 0
-        assert ctypes.c_int64.in_dll(library, "fake_launches").value == before
+        failed, launches = called(libraries["gptq_block"], "bitgrid_gptq_block", H200, *of_block(64, 128, True, lanes))
+        assert failed != 0
+        assert launches == 0
