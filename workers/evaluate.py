@@ -8,7 +8,7 @@ document it is of (`document`, an index), the unit that statistics resample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +26,7 @@ from workers.positions import refuses_window
 from workers.residency import Residency
 from workers.specs import EvaluateSpec, TaskSpec
 from workers.tasks import base, divergence, perplexity
+from workers.window_logits import window_logits
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -141,7 +142,7 @@ class _Stage:
             return found
         self.context.notes.append("the reference was walked beside the variant: its log-probabilities were above hints.reference_bytes")
         model = self.residency.unquantized(self.context, self.spec.model)
-        return divergence.walk(resident_logits(model, self.context.device, nullcontext), windows, self._batch_tokens)
+        return divergence.walk(window_logits(model, self.context, nullcontext), windows, self._batch_tokens)
 
     def _scored(self, windows: Tensor, run: Callable[[base.Logits], base.Result]) -> base.Result:
         spec, artifact = self.spec, self.inputs.get("quantize")
@@ -161,7 +162,7 @@ class _Stage:
         if spec.kv is not None and in_pass is None:
             logits = kv_runs.logits(model, spec.kv, self.inputs, self.context, runtime)
         else:
-            logits = resident_logits(model, self.context.device, runtime)
+            logits = window_logits(model, self.context, runtime)
         with self.context.phase("forward"), torch.inference_mode():
             return run(logits)
 
@@ -179,21 +180,6 @@ def _check_fits(model: nn.Module, windows: Tensor) -> None:
     refusal = None if config is None else refuses_window(windows.shape[1], config.to_dict())
     if refusal is not None:
         raise InputError(refusal)
-
-
-def resident_logits(model: nn.Module, device: torch.device, runtime: Callable[[], AbstractContextManager[None]]) -> base.Logits:
-    """A model that is wholly on its device, as tasks see it.
-
-    Run-time parts are attached for each forward pass only: a reference walked beside the variant may be the same module.
-    """
-
-    def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            with runtime(), torch.inference_mode():
-                out = model(input_ids=batch.to(device), use_cache=False).logits
-            yield out
-
-    return logits
 
 
 def _write_items(columns: Mapping[str, base.Column], path: Path) -> None:

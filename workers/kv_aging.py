@@ -7,8 +7,8 @@ quantized when t tokens are held. So attention gets three copies of all position
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,30 +17,12 @@ from torch import Tensor, nn
 from quant.kv import Kivi
 from workers import families
 from workers.blocks import Taps, decoder_blocks, input_of
-from workers.tasks import base
 
 
-def aging_logits(
-    model: nn.Module, device: torch.device, runtime: Callable[[], AbstractContextManager[None]], rule: Kivi, prefill: int
-) -> base.Logits:
-    """The model with KIVI's cache, as tasks see it; the first `prefill` tokens read themselves in full precision. The model's family
-    is one whose attention mask can be widened (`kv_rules.refuses`)."""
-
-    def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            with runtime(), torch.inference_mode():
-                taps = attach(model, rule, prefill)
-                try:
-                    out = model(input_ids=batch.to(device), use_cache=False).logits
-                finally:
-                    taps.remove()
-            yield out
-
-    return logits
-
-
-def attach(model: nn.Module, rule: Kivi, prefill: int) -> Taps:
-    """Until `.remove()`, attention reads aged copies. For whole windows from their first token."""
+@contextmanager
+def aging(model: nn.Module, rule: Kivi, prefill: int) -> Iterator[None]:
+    """Attention reads aged copies. For whole windows from their first token; the first `prefill` tokens read themselves in full precision.
+    The model's family is one whose attention mask can be widened (`kv_rules.refuses`)."""
     structure = families.structure_of(model)
     taps = Taps()
 
@@ -51,7 +33,10 @@ def attach(model: nn.Module, rule: Kivi, prefill: int) -> Taps:
 
     for block in decoder_blocks(model, structure):
         taps.add(block.get_submodule(structure.attention).register_forward_pre_hook(hook, with_kwargs=True).remove)
-    return taps
+    try:
+        yield
+    finally:
+        taps.remove()
 
 
 def views(rule: Kivi, length: int, prefill: int) -> Tensor:

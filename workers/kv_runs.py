@@ -6,8 +6,8 @@ tokens: its single pass gives every query position its own view (`workers.kv_agi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from workers.blocks import decoder_blocks
 from workers.context import Context
 from workers.decoding import decoded_logits
 from workers.errors import InputError
-from workers.kv_aging import aging_logits
+from workers.kv_aging import aging
 from workers.kv_cache import MakeCache, QuantizedCache
 from workers.recipe import Recipe
 from workers.steps import key_rotation
 from workers.tasks import base
+from workers.window_logits import window_logits
 
 
 def through_cache(kv: KVScheme) -> bool:
@@ -49,7 +50,13 @@ def logits(
         _note_changed_outputs(kv, inputs["quantize"], context)
     first = quantizers[0]
     if kv.mode == "simulate" and isinstance(first, Kivi):
-        return aging_logits(model, context.device, runtime, first, kv.prefill)
+
+        @contextmanager
+        def aged() -> Iterator[None]:
+            with runtime(), aging(model, first, kv.prefill):
+                yield
+
+        return window_logits(model, context, aged)
     window = kv.mode == "simulate"
     prefill = 10**9 if window else kv.prefill
     return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)

@@ -1,12 +1,12 @@
-"""Decoding of given tokens with one pass through the blocks, for a model that reads each of them from the disk to run it.
+"""Many forwards with one pass through the blocks, for a model that reads each of them from the disk to run it.
 
-Every step has a forward of its own, a greenlet that waits behind each block until the steps after it have passed it, too. A block is
-read once, and given up when the first step goes on to the next. One after another, n steps would read the checkpoint n times.
+Every forward is a greenlet that waits behind each block until those after it have passed it, too. A block is read once, and given up when
+the first forward goes on to the next. One after another, n forwards would read the checkpoint n times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import copy_context
 from typing import Any
 
@@ -30,31 +30,42 @@ def decode(model: nn.Module, steps: Iterable[Tensor], cache: Cache, take: Callab
     """Forwards of steps with `cache`, an empty one; each block sees the inputs, and what the cache holds, that it sees in steps one after
     another. steps: the next tokens `[B, t]`, each asked for when the step before has passed the first block. take: called with the
     model's output of every step, in their order. more: arguments of the model."""
+    told = {"use_cache": True, "past_key_values": cache, **more}
+    for out in forwards(model, ({"input_ids": tokens, **told} for tokens in steps)):
+        take(out)
+
+
+def forwards(model: nn.Module, inputs: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """The model's output for each of `inputs`, its arguments, in their order. All pass the blocks before the first is given, and the hooks
+    that make them wait are gone by then. Arguments are asked for when the forward before has passed the first block."""
     blocks = decoder_blocks(model, families.structure_of(model))
     begun: list[greenlet] = []
     taps = Taps()
     try:
         for block in blocks:
             taps.add(block.register_forward_hook(_wait, prepend=True).remove)  # before a hook gives the block up
-        for tokens in steps:
-            begun.append(_step(model, tokens, take, {"use_cache": True, "past_key_values": cache, **more}))
+        for told in inputs:
+            begun.append(_forward(model, told))
             begun[-1].switch()
-        for _ in blocks:
-            for step in begun:
-                step.switch()
+        for _ in blocks[1:]:
+            for forward in begun:
+                forward.switch()
+        taps.remove()
+        for forward in begun:
+            yield forward.switch()
     finally:
         taps.remove()
-        for step in begun:
-            if step:
-                step.throw(GreenletExit)
+        for forward in begun:
+            if forward:
+                forward.throw(GreenletExit)
 
 
-def _step(model: nn.Module, tokens: Tensor, take: Callable[[Any], None], told: dict[str, Any]) -> greenlet:
-    """A forward that stops behind every block."""
-    step = greenlet(lambda: take(model(input_ids=tokens, **told)))
+def _forward(model: nn.Module, told: Mapping[str, Any]) -> greenlet:
+    """Stops behind every block."""
+    forward = greenlet(lambda: model(**told))
     # Or kernels would not be recorded there.
-    step.gr_context = copy_context()
-    return step
+    forward.gr_context = copy_context()
+    return forward
 
 
 def _wait(module: nn.Module, args: Any, output: Any) -> None:

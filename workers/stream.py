@@ -195,9 +195,17 @@ class BlockModel:
         return (hidden, *[None] * more) if more else hidden
 
     def stream_in_forward(self) -> None:
-        """Make `self.model` usable as it is: a block is read before its forward and given up after it."""
+        """Make `self.model` usable as it is: a block is read before its forward, while the one before it works where that helps, and given
+        up after it."""
+        last = len(self.blocks) - 1
+
+        def read(i: int) -> None:
+            self.load(i)
+            if i < last:
+                self.prefetch(i + 1)
+
         for i, block in enumerate(self.blocks):
-            block.register_forward_pre_hook(lambda _m, _a, i=i: self.load(i) and None)
+            block.register_forward_pre_hook(lambda _m, _a, i=i: read(i))
             block.register_forward_hook(lambda _m, _a, _o, i=i: self.release(i))
 
     def _read(self, names: list[str], ahead: Mapping[str, Tensor] = MappingProxyType({})) -> None:

@@ -21,7 +21,7 @@ from workers import kv_rules, kv_runs
 from workers.blocks import Taps
 from workers.decoding import decoded_logits
 from workers.errors import InputError
-from workers.kv_aging import aging_logits
+from workers.kv_aging import aging
 from workers.kv_cache import QuantizedCache
 from workers.kv_rules import SEPARATE_ROTARY_KEYS
 from workers.rebuild import attach_runtime, rebuild
@@ -75,7 +75,8 @@ def test_decoding_at_16_bits_is_the_plain_forward(family: str) -> None:
 def test_kivis_single_pass_is_what_decoding_reads(family: str) -> None:
     """Two implementations of one rule: copies and a mask against a cache that ages."""
     model, rule, prefill = model_of(family), Kivi(2, 3, 4, 8), 1 if family == "llama" else 11
-    single = torch.cat(list(aging_logits(model, CPU, nullcontext, rule, prefill)([TOKENS])))
+    with aging(model, rule, prefill):
+        single = plain(model)
     stepwise = decoded(model, rule, prefill=prefill)
     torch.testing.assert_close(single, stepwise, rtol=0, atol=ROUNDING)
     assert float((single - plain(model)).abs().max()) > 0.1
