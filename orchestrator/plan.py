@@ -31,7 +31,7 @@ from orchestrator.stage import Resources, Stage
 from quant.scheme import Scheme, WeightScheme
 from workers import kv_rules
 from workers.errors import UnsupportedModel
-from workers.families import linear_shapes
+from workers.families import forward_version, linear_shapes
 from workers.specs import (
     DTYPES,
     AutoBits,
@@ -131,7 +131,7 @@ class _Planner:
             if dtype not in DTYPES:
                 raise ConfigError(f"model {option.name!r}: dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
             self._plan.models.setdefault(source.digest, source)
-            return source, ModelSpec(source.digest, dtype)
+            return source, ModelSpec(source.digest, dtype, forward_version(source.config))
 
         return self._once(("model", id(option)), make)
 

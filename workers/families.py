@@ -23,6 +23,8 @@ HEAD_WIDTHS = {"gemma": 256}
 """Family ▸ what transformers takes where config.json gives no `head_dim`; others divide the hidden size by the heads."""
 KV_HEADS = {"gemma": 16, "mistral": 8, "mixtral": 8, "qwen2": 32}
 """Likewise of `num_key_value_heads`; others, and null, have as many as query heads."""
+RESCALE_EVERY = 6
+"""Likewise of `rescale_every`, of RWKV."""
 POST_NORM = "the norm's output is also the residual, so dividing it by a scale would change the block"
 NONLINEAR = "an activation function that is not positively homogeneous produces this input"
 FUSED = "the producer is part of a fused qkv whose rows are not the values alone"
@@ -46,6 +48,11 @@ def refuses_steps(batch: int, config: Config) -> str | None:
     if batch == 1 or config.get("model_type") not in ALONE:
         return None
     return f"in a step of several sequences transformers mixes those of {config['model_type']}; use workload.batch=1"
+
+
+def forward_version(config: Config) -> int:
+    """Part of a model's keys. 2: an RWKV that transformers rescales, whose norms had the epsilon of one that it does not."""
+    return 2 if config.get("model_type") == "rwkv" and config.get("rescale_every", RESCALE_EVERY) > 0 else 1
 
 
 def structure(config: Config) -> Structure:

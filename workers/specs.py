@@ -42,6 +42,8 @@ class ModelSpec:
     """Content digest of weights, configuration and tokenizer files."""
     dtype: str = "float32"
     """Arithmetic of every forward pass: float32, bfloat16 or float16."""
+    forward: int = 1
+    """Version of how such a model is computed here (`families.forward_version`)."""
 
 
 @dataclass(frozen=True)

@@ -276,15 +276,27 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     if cls is None:
         raise UnsupportedModel(f"transformers has no causal language model for model_type {config.model_type!r}")
     config._experts_implementation = "eager"  # the one whose linears can be observed one by one
-    if getattr(config, "rescale_every", 0):
-        # RWKV halves later blocks' weights in place against float16 overflow. Without it the function is the same but for the share
-        # of the last norm's epsilon.
+    every = getattr(config, "rescale_every", 0)
+    if every > 0:
         config.rescale_every = 0
     with ExitStack() as stack:
         for entered in cls.get_init_context(dtype, False, False, None):
             stack.enter_context(entered)
         model = cls(config)
+    if every > 0:
+        _as_rescaled(model, every)
     return model.eval().requires_grad_(False)
+
+
+def _as_rescaled(model: Any, every: int) -> None:
+    """Make an RWKV that is not rescaled compute what transformers does. Against overflow of float16 that halves hidden states after so
+    many blocks, and divides later blocks' weights in place: they would not be the checkpoint's. Norms take the factor out again:
+    norm(x / 2ⁿ, ε) = norm(x, 4ⁿ ε), bit for bit, as powers of two are exact."""
+    blocks = model.rwkv.blocks
+    for i, block in enumerate(blocks):
+        for norm in (block.ln1, block.ln2):
+            norm.eps *= 4 ** (i // every)
+    model.rwkv.ln_out.eps *= 4 ** (len(blocks) // every)
 
 
 def _sources(model: Any, checkpoint: Checkpoint) -> dict[str, list[str]]:

@@ -245,6 +245,17 @@ def test_models_with_folders_of_their_own_are_compared(swept: str, digests: int,
     assert (len({m.digest for m in models}), len({m.dtype for m in models})) == (digests, dtypes)
 
 
+@pytest.mark.parametrize(("changed", "version"), [({}, 1), ({"rescale_every": 2}, 2), ({"rescale_every": None}, 2)])
+def test_results_of_a_rescaled_rwkv_have_keys_of_their_own(changed: dict, version: int, plan_of, tmp_path: Path) -> None:
+    """None is left out of config.json: transformers' default then holds. Stores have results computed with other epsilons."""
+    folder = shutil.copytree(tiny_model("rwkv"), tmp_path / "rwkv")
+    config = {**json.loads((folder / "config.json").read_text()), **changed}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    plan = plan_of("method=gptq", "scheme=w4a16_channel", "task=self_perplexity", "task.params.window=32", f"model.path={folder}")
+    assert kinds(plan) == {"calibrate": 1, "quantize": 1, "evaluate": 2}
+    assert {s.spec.model.forward for s in plan.stages.values()} == {version}
+
+
 def test_missing_model_names_what_is_there(plan_of, tmp_path: Path) -> None:
     (tmp_path / "models" / "other").mkdir(parents=True)
     with pytest.raises(SourceError, match="other"):
