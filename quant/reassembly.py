@@ -89,6 +89,12 @@ class Reassembly:
             out[into] += 1
         return out
 
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """All that `apply` keeps in memory, which is more than what is stored."""
+        rounds = (t for pair in self.rounds for t in pair)
+        return (self.splits, self.sources, self.destinations, self.owner, self.kept, self.members, *rounds)
+
     def disassemble(self, x: Tensor) -> Tensor:
         """`[..., C]` ▸ `[..., C + r]`: the copies x_j / T_j."""
         return (x / self.splits.to(x))[..., self.owner]

@@ -26,6 +26,7 @@ from workers.failures import classify
 from workers.recipe import Operation, Recipe, bias_and_steps, replace_linear
 from workers.request import ErrorClass
 from workers.runtime import attach
+from workers.steps import held
 
 OPERATIONS: dict[type[StoredTensor], str] = {
     AffineTensor: "wq_gemv",
@@ -60,6 +61,8 @@ class Packed:
     """Why a faster kernel was passed over."""
     bytes: int = 0
     """In memory, of what kernels read in place of dense weights, all linears together."""
+    exact_inputs: int = 0
+    """Bytes that tell which inputs of simulated linears are not rounded."""
     products: set[str] = field(default_factory=set)
     """Operation and backend of the products that ran, of linears with rows of codes: `wq_gemv: cuda`, `wq_gemm: triton`, or `weight made,
     wq_gemv: cuda`. Filled while they run."""
@@ -134,7 +137,8 @@ class Packer:
     def finish(self) -> Packed:
         """After the last operation."""
         if self._activation is not None and self._left:
-            attach(self._model, self._recipe, self._activation, None, only=self._left)
+            handle = attach(self._model, self._recipe, self._activation, None, only=self._left)
+            self.made.exact_inputs = size_bytes(*handle.exact_inputs)
         return self.made
 
     def _leave(self, linear: str, reason: str) -> None:
@@ -216,9 +220,9 @@ def _held_bytes(weight: Any) -> int:
 
 
 def weights_bytes(model: nn.Module, packed: Packed | None) -> int:
-    """Of all weights that are on the device."""
-    own = size_bytes(*(t for t in (*model.parameters(), *model.buffers()) if not t.is_meta))
-    return own + (0 if packed is None else packed.bytes)
+    """Of all weights that are on the device, and of what is done to inputs of linears for them."""
+    own = size_bytes(*(t for t in (*model.parameters(), *model.buffers()) if not t.is_meta), *held(model))
+    return own + (0 if packed is None else packed.bytes + packed.exact_inputs)
 
 
 def _own(backend: str, activation: ActivationScheme | None) -> str:

@@ -224,7 +224,7 @@ def _keep(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
 
 def _heads_hadamard(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:
     heads, block = int(op["heads"]), int(op["block"])
-    steps.set_steps(model.get_submodule(op["module"]), "heads", [lambda x: steps.mix_heads(x, heads, block)])
+    steps.set_steps(model.get_submodule(op["module"]), "heads", [steps.Step(lambda x: steps.mix_heads(x, heads, block))])
 
 
 def _rotate_qk(model: nn.Module, op: Operation, tensors: dict[str, Tensor]) -> None:

@@ -219,8 +219,8 @@ def down_steps(sites: Rotatable, rotation: Rotation) -> list[dict[str, Any]]:
 def set_block_steps(block: nn.Module, structure: Structure, sites: Rotatable, rotation: Rotation) -> None:
     """As the recipe's operations do."""
     if rotation.heads:
-        mixed: list[steps.Step] = [lambda x: steps.mix_heads(x, sites.heads, rotation.heads)]
-        steps.set_steps(block.get_submodule(sites.output), "heads", mixed)
+        mixed = steps.Step(lambda x: steps.mix_heads(x, sites.heads, rotation.heads))
+        steps.set_steps(block.get_submodule(sites.output), "heads", [mixed])
     steps.set_linear_steps(linear_view(block, sites.down), down_steps(sites, rotation), {})
     if rotation.keys:
         steps.set_key_rotation(block.get_submodule(structure.attention), rotation.keys)

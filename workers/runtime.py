@@ -18,7 +18,12 @@ from workers.recipe import Recipe
 from workers.steps import key_rotation
 from workers.structure import Structure
 
-Runtime = Taps
+
+class Runtime(Taps):
+    """Handle of what was installed."""
+
+    exact_inputs: tuple[Tensor, ...] = ()
+    """int64, each once: inputs of some linears that stay in full precision."""
 
 
 def attach(
@@ -31,7 +36,7 @@ def attach(
     """Install the hooks; those on inputs at the linears named in `only`, where it is given. Raises InputError where static ranges are
     wanted and the recipe has none."""
     structure = families.structure_of(model)
-    handle = Taps()
+    handle = Runtime()
     if activation is not None:
         _attach_activation(model, structure, recipe, activation, handle, only)
     if kv is not None:
@@ -49,7 +54,7 @@ def _attach_activation(
     structure: Structure,
     recipe: Recipe | None,
     scheme: ActivationScheme,
-    handle: Taps,
+    handle: Runtime,
     only: Collection[str] | None,
 ) -> None:
     ranges: dict[str, tuple[float, float] | None]
@@ -58,7 +63,9 @@ def _attach_activation(
         ranges = {structure.path(b, n): None for b in range(structure.count) for n in structure.linear_names()}
     else:
         ranges = {op["module"]: _static_range(op) for op in recipe.replaced() if only is None or op["module"] in only}
-        exact = _exact_inputs(recipe)
+        outside = next(p.device for p in model.parameters() if not p.is_meta)
+        exact = _exact_inputs(recipe, ranges, outside)
+        handle.exact_inputs = tuple({id(t): t for t in exact.values()}.values())
     if not scheme.dynamic and any(r is None for r in ranges.values()):
         name = next(n for n, r in ranges.items() if r is None)
         raise InputError(
@@ -120,14 +127,14 @@ def beside(kept: Tensor | None, x: Tensor, quantize: Callable[[Tensor], Tensor])
     return x.index_copy(-1, rest, quantize(x.index_select(-1, rest)))
 
 
-def _exact_inputs(recipe: Recipe) -> dict[str, Tensor]:
-    """Linear ▸ inputs left in full precision; one tensor object for linears with the same."""
+def _exact_inputs(recipe: Recipe, linears: Collection[str], device: torch.device) -> dict[str, Tensor]:
+    """Of these linears ▸ inputs left in full precision; one tensor object for linears with the same."""
     found: dict[str, Tensor] = {}
     known: dict[tuple[int, ...], Tensor] = {}
     for op in recipe.replaced():
-        kept = recipe.exact_inputs(op)
+        kept = recipe.exact_inputs(op) if op["module"] in linears else None
         if kept is not None:
-            found[op["module"]] = known.setdefault(tuple(kept.tolist()), kept)
+            found[op["module"]] = known.setdefault(tuple(kept.tolist()), kept.to(device))
     return found
 
 

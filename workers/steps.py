@@ -7,7 +7,7 @@ Steps run before activation fake quantization, whose hooks come later.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from quant.reassembly import Reassembly
 from workers.blocks import LinearView, input_of, replace_input
 from workers.errors import InputError
 
-Step = Callable[[Tensor], Tensor]
+
+class Step(NamedTuple):
+    """On a linear's input."""
+
+    run: Callable[[Tensor], Tensor]
+    tensors: tuple[Tensor, ...] = ()
+    """What it keeps, on the device of the linear."""
+
+
 SLOTS = ("heads", "input", "reassembly")
 """In the order they run: heads_hadamard, then the steps of the linear's own operation, its reassembly while it is being made."""
 
@@ -34,15 +42,15 @@ def _gather(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
     index, scale = tensors[step["index"]].long(), None if step.get("scale") is None else tensors[step["scale"]]
 
     def run(x: Tensor) -> Tensor:
-        picked = x.index_select(-1, index.to(x.device))
+        picked = x.index_select(-1, index)
         return picked if scale is None else picked * scale.to(picked)
 
-    return run
+    return Step(run, (index,) if scale is None else (index, scale))
 
 
 def _scale(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
     scale = tensors[step["scale"]]
-    return lambda x: x * scale.to(x)
+    return Step(lambda x: x * scale.to(x), (scale,))
 
 
 def _hadamard(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
@@ -55,28 +63,17 @@ def _hadamard(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
             raise InputError(f"a Hadamard step of size {size} got an input of {x.shape[-1]} channels; the recipe is another model's")
         return mix(x, block)
 
-    return run
+    return Step(run)
 
 
 def _rotation(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
     matrix = tensors[step["matrix"]]
-    return lambda x: x @ matrix.to(x)
+    return Step(lambda x: x @ matrix.to(x), (matrix,))
 
 
 def _reassemble(step: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Step:
-    return _Reassemble(Reassembly.unpack({k: tensors[step[k]] for k in ("splits", "sources", "destinations")}))
-
-
-class _Reassemble:
-    """A reassembly, on whatever device the input is."""
-
-    def __init__(self, made: Reassembly) -> None:
-        self._made = made
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._made.splits.device != x.device:
-            self._made = self._made.to(x.device)
-        return self._made.apply(x)
+    made = Reassembly.unpack({k: tensors[step[k]] for k in ("splits", "sources", "destinations")})
+    return Step(made.apply, made.held)
 
 
 STEPS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Step]] = {
@@ -90,16 +87,31 @@ STEPS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], Step]] = {
 
 def set_linear_steps(view: LinearView, steps: list[dict[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     """The steps of a linear's operation, but for `activation`, which the run-time parts read. Raises InputError for an expert."""
-    made = [STEPS[s["op"]](s, tensors) for s in steps if s["op"] != "activation"]
+    device = view.storage.device
+    made = [STEPS[s["op"]](s, _named(s, tensors, device)) for s in steps if s["op"] != "activation"]
     if made and view.expert is not None:
         raise InputError(f"{view.name} is one of several experts in a tensor: steps on its input ({steps[0]['op']}) cannot be run")
     if view.expert is None:
         set_steps(view.module, "input", made)
 
 
+def _named(step: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors that a step names."""
+    return {n: tensors[n].to(device) for n in step.values() if isinstance(n, str) and n in tensors}
+
+
 def set_reassembly(module: nn.Module, made: Reassembly) -> None:
     """After the module's other steps."""
-    set_steps(module, "reassembly", [_Reassemble(made)])
+    device: torch.device = next(module.parameters()).device
+    made = made if made.splits.device == device else made.to(device)
+    set_steps(module, "reassembly", [Step(made.apply, made.held)])
+
+
+def held(model: nn.Module) -> list[Tensor]:
+    """What the steps of a model keep, each once."""
+    known = (m.__dict__["input_steps"] for m in model.modules() if "input_steps" in m.__dict__)
+    found = (t for of in known for slot in of.slots.values() for step in slot for t in step.tensors)
+    return list({t.data_ptr(): t for t in found}.values())
 
 
 def drop_reassemblies(block: nn.Module) -> None:
@@ -131,7 +143,7 @@ class _Steps:
         x = input_of(args, kwargs)
         for slot in SLOTS:
             for step in self.slots.get(slot, ()):
-                x = step(x)
+                x = step.run(x)
         return replace_input(args, kwargs, x)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from quant.kernels import kernel
-from quant.scheme import ActivationScheme, Granularity, WeightScheme
+from quant.scheme import ActivationScheme, WeightScheme
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import FAMILIES, build, save_tokenizer
 from tests.workers.stage_runs import W4, calibrated, component, context, quantize_spec, quantized, tiny_context, with_calibration
@@ -50,29 +49,6 @@ def same(ctx: Context, artifact: Path, backend: str = "auto", activation: Activa
     assert weights_bytes(model, made) == weights_bytes(want, expected)
     assert not any(p.is_meta for p in model.parameters())
     return made
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(("method", "bits"), [("rtn", 4), ("gptq", 4), ("claq", 2), ("squeezellm", 2), ("billm", 1)])
-def test_bytes_of_weights_are_those_in_memory(method: str, bits: int, backend: str, tmp_path: Path) -> None:
-    """References read codes of a byte each. An order of inputs that several linears share is there once."""
-    ctx = tiny_context("llama", tmp_path)
-    weight = WeightScheme(4, granularity=Granularity.GROUP, group_size=16) if method == "gptq" else WeightScheme(bits)
-    spec = quantize_spec(method, weight=weight, **({"act_order": True} if method == "gptq" else {}))
-    artifact, _ = quantized(ctx, tmp_path / "q", spec, {} if method == "rtn" else calibrated(ctx, tmp_path, "hessian"))
-    before = storages()  # kept: an address must not be given out again
-    model, made = rebuild_packed(ctx, MODEL, artifact, backend, None)
-    assert backend == "auto" or "dense" not in made.backends
-    held = sum(s.nbytes() for at, s in storages().items() if at not in before)
-    assert weights_bytes(model, made) == held
-
-
-def storages() -> dict[int, torch.UntypedStorage]:
-    """Address ▸ storage, of all plain dense tensors of the process; those of other tests among them, which may be sparse or fake."""
-    gc.collect()
-    plain = (o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter))
-    found = (t.untyped_storage() for t in plain if t.layout is torch.strided and t.device.type == "cpu")
-    return {s.data_ptr(): s for s in found}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
