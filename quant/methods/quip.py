@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quant.affine import Affine, grouped
 from quant.butterfly import butterflies
+from quant.errors import NonFiniteError
 from quant.factors import revive_dead
 from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
@@ -43,6 +44,14 @@ def normalized(hessian: Tensor, ridge: float) -> tuple[Tensor, list[str]]:
     if float(mean) == 0:
         return eye, [ALL_ZERO]
     return hessian / mean + ridge * eye, []
+
+
+def require_held(name: str, what: str, found: Tensor, weight: Tensor, instead: str) -> None:
+    """Raises NonFiniteError where what was made of a finite weight is not."""
+    if not bool(torch.isfinite(found).all()):
+        most, peak = torch.finfo(found.dtype).max, float(weight.abs().max())
+        kind = str(found.dtype).removeprefix("torch.")
+        raise NonFiniteError(f"{name}: {what} would exceed {most:.2g}, the most that {kind} holds: weights reach {peak:.2g}; {instead}")
 
 
 def one_scale_note(name: str, scheme: WeightScheme) -> list[str]:
@@ -86,11 +95,12 @@ class Quip:
         dead = h.diagonal() == 0
         w, zeros = without_dead(w, dead, int(dead.sum()))
         notes = one_scale_note("quip", scheme) + [n for n in zeros if n != ALL_ZERO]
-        column_scale: Tensor | None = None
+        given, column_scale = w, None
         if self.rescale:
             column_scale, scale_notes = _column_scale(w, h, scheme)
             notes += scale_notes
             w, h = w * column_scale.to(w), h / column_scale.to(w) / column_scale.to(w)[:, None]
+            require_held("quip", "the Hessian of rescaled columns", h, given, "use rescale=false, or divide the weight by a number")
         h, zero_notes = normalized(h, RIDGE)
         seed = int(torch.randint(2**62, (1,), generator=linear.generator()))
         u, v = butterflies(w.shape[0], w.shape[1], seed)
@@ -99,6 +109,7 @@ class Quip:
         h = v.apply(v.apply(h.cpu().double()).T)
         h = ((h + h.T) / 2).to(device, dtype)
         scale = (self.width * w.double().square().mean().sqrt()).float()
+        require_held("quip", "the transformed weight, or its scale,", scale, given, "divide the weight by a number")
         top = 2**scheme.bits - 1
         steps = (w / torch.where(scale == 0, 1.0, scale).to(w) + 1) / 2 * top
         values, fed = self._solve(steps.clamp(0, top), h, lambda _, x: x.round().clamp(0, top))

@@ -25,7 +25,7 @@ from quant.lattice import CODEBOOKS, DIMENSION
 from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.methods.feedback import ALL_ZERO, checked_hessian, without_dead
-from quant.methods.quip import normalized, one_scale_note
+from quant.methods.quip import normalized, one_scale_note, require_held
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
@@ -83,6 +83,7 @@ class QuipSharp:
 
         codebook = CODEBOOKS[scheme.bits]
         scale = (w.double().square().mean().sqrt() / (self.scale_override or codebook.opt_scale)).float()
+        require_held(self.name, "the transformed weight, or its scale,", scale, weight, "divide the weight by a number")
         w = w / torch.where(scale == 0, 1.0, scale).to(w)
         codes = [torch.zeros(n, k // DIMENSION, dtype=torch.long, device=w.device) for _ in codebook.parts]
 

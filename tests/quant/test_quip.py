@@ -275,3 +275,18 @@ def test_bad_values_and_hopeless_hessians_are_errors() -> None:
     h[0, 1] = h[1, 0] = 10
     with pytest.raises(SingularHessianError, match=r"with damping 0\.01, 0\.1, 1"):
         quantize_linear(torch.ones(2, 4), method="quip", bits=4, hessian=h)
+
+
+def test_weights_too_large_to_rescale_are_told_with_what_helps() -> None:
+    """A full Hessian, which is not to blame."""
+    w, h = problem(12, 16, 0, torch.float32)
+    large = 3e37 * w / w.abs().max()
+    with pytest.raises(
+        NonFiniteError, match=r"Hessian of rescaled columns would exceed 3\.4e\+38.*weights reach 3e\+37; use rescale=false"
+    ):
+        quantize_linear(large, method="quip", bits=4, hessian=h)
+    power = 2.0**120  # exact, so that nothing but the scale may change
+    plain, scaled = (quantize_linear(c * w, method="quip", bits=4, hessian=h, rescale=False) for c in (1.0, power))
+    assert torch.equal(scaled.dequantize(), power * plain.dequantize())
+    with pytest.raises(NonFiniteError, match=r"or its scale, would exceed .*weights reach 3e\+38; divide the weight"):
+        quantize_linear(torch.full_like(w, 3e38), method="quip", bits=4, hessian=h, rescale=False)

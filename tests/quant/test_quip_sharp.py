@@ -197,6 +197,10 @@ def test_widths_and_values_that_do_not_fit_are_refused() -> None:
         stored(torch.ones(2, 12), torch.eye(12))
     with pytest.raises(NonFiniteError, match="weight"):
         stored(torch.full((2, 8), float("inf")), torch.eye(8))
+    with pytest.raises(
+        NonFiniteError, match=r"the transformed weight, or its scale, would exceed .*weights reach 1e\+38; divide the weight"
+    ):
+        stored(torch.full((2, 8), 1e38), torch.eye(8))
 
 
 def test_scale_override_sets_the_rms_of_what_is_rounded() -> None:
