@@ -1,9 +1,9 @@
 """The measure stage: memory and speed of a variant while it generates, with the packed weights that were evaluated.
 
 Input: `quantize`, the artifact of the variant (none: the unquantized model). A prompt of random tokens fills the cache, then
-tokens are decoded one at a time. The packed model is first checked against the simulated one (weights dequantized, as evaluated)
-on the same random tokens; then the same generation is repeated until the medians are known well enough, on a GPU with a step captured as a
-graph where it can be. Payload: times.json with every time.
+tokens are decoded one at a time. Each packed linear is first checked against its dequantized weight, then the packed model against
+the simulated one (weights dequantized, as evaluated) on the same random tokens; then the same generation is repeated until the medians
+are known well enough, on a GPU with a step captured as a graph where it can be. Payload: times.json with every time.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from quant.kernels.kv_attention import field
 from quant.scheme import KVScheme
 from workers import families, generation, kv_runs, one_pass
+from workers.alike import jittered
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
 from workers.context import Context
@@ -95,15 +96,19 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         if caches is not None:
             stack.enter_context(caches.attached())
         decoder: Decoder = Eager(model, caches)
-        with choices.replayed(model):
+        own = Choices()
+        with choices.replayed(model), own.recorded(model):
             found = generate(decoder, prompt, steps, given)
-        error = None if expected is None else _check(found.logits, expected, spec.model.dtype, noise.logits)
+        error = None
+        if expected is not None:
+            noise = _with_rounding(noise, decoder, model, prompt, given, found.logits, expected, choices, own, spec.model.dtype)
+            error = _check(found.logits, expected, spec.model.dtype, noise.logits)
         if choices:
             _check_choices(choices, spec.model.dtype, noise.routers, context)
             if generation.has_graphs(context.device):  # a captured step, which has no hooks, is compared with it
                 found = generate(decoder, prompt, steps, given)
         decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise.logits), context)
-        del found, expected, choices  # or the logits of checking would count as the model's memory
+        del found, expected, choices, own  # or the logits of checking would count as the model's memory
         if context.device.type == "cuda":
             torch.cuda.empty_cache()  # what checking left would count as reserved
         peak, meter = PeakMemory(context.device, context.kept), EnergyMeter(context.device)
@@ -123,6 +128,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         "peak_reserved_bytes": peak.reserved(),
         **_energy(meter, len(runs), spec.workload, context),
         "check_error": error,
+        "product_error": None if packed is None or not packed.bytes else packed.error,
         "backends": {} if packed is None else dict(packed.backends),
         "products": [] if packed is None else sorted(packed.products),
         "graph": isinstance(decoder, Graphed),
@@ -174,6 +180,28 @@ def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[],
     if streams(model):
         context.notes.append("the model has no cache of keys and values: for the comparison the checkpoint was read once for every token")
     return generate(Eager(model, cache), prompt, given.shape[1], given).logits
+
+
+def _with_rounding(
+    noise: Noise,
+    decoder: Decoder,
+    model: nn.Module,
+    prompt: Tensor,
+    given: Tensor,
+    found: Tensor,
+    expected: Tensor,
+    choices: Choices,
+    own: Choices,
+    dtype: str,
+) -> Noise:
+    """And how far rounding to a type of 16 bits alone moves the logits `found`, by the same experts, where they or the routers' are further
+    off than is usual: deep models and those with large weights enlarge it. A wrong product was found out alone (`workers.alike`)."""
+    far = _distance(found, expected) > _allowed(dtype, noise.logits) or choices.distance > _allowed(dtype, noise.routers)
+    if dtype == "float32" or not far:
+        return noise
+    with own.replayed(model), jittered(model):
+        moved = _distance(generate(decoder, prompt, given.shape[1], given).logits, found)
+    return Noise(noise.logits + moved, noise.routers + own.distance)
 
 
 def _fastest(

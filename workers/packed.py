@@ -20,6 +20,7 @@ from quant.tensors.affine import AffineTensor
 from quant.tensors.binary import BinaryTensor
 from quant.tensors.codebook import CodebookTensor
 from quant.tensors.row_codebook import RowCodebookTensor
+from workers.alike import check_bias, check_product
 from workers.blocks import LinearView, Once, expert_forward, linear_view
 from workers.errors import InputError
 from workers.failures import classify
@@ -63,6 +64,8 @@ class Packed:
     """In memory, of what kernels read in place of dense weights, all linears together."""
     exact_inputs: int = 0
     """Bytes that tell which inputs of simulated linears are not rounded."""
+    error: float = 0.0
+    """The largest of a linear's product (`workers.alike`)."""
     products: set[str] = field(default_factory=set)
     """Operation and backend of the products that ran, of linears with rows of codes: `wq_gemv: cuda`, `wq_gemm: triton`, or `weight made,
     wq_gemv: cuda`. Filled while they run."""
@@ -73,8 +76,8 @@ class Packer:
 
     backend: auto, dense, or the name of a twin, which must then take every linear; where only kernels for other formats have it, auto.
     With an activation scheme the kernel is `int8_linear`, and linears that it does not take get fake-quantized inputs. Steps and taps on
-    the inputs of a linear stay. rows: of x, all the numbers that products will have. Codes are laid out a second time, for tensor
-    cores, only where these multiply some of them.
+    the inputs of a linear stay. Every product is checked (`workers.alike`). rows: of x, all the numbers that products will have. Codes are
+    laid out a second time, for tensor cores, only where these multiply some of them.
     """
 
     def __init__(
@@ -129,13 +132,18 @@ class Packer:
         bias_and_steps(view, op, tensors)
         if view.expert is None:
             _multiply(view.module, product)
+            check_bias(view, tensors[op["bias"]] if op.get("bias") is not None else view.bias)
         else:
             products = self._experts.setdefault(view.module, {})
             products[view.parameter, view.expert] = product
             _multiply_by_expert(view.module, products)
+        rows = self._rows if view.expert is None else (1, max(self._rows))
+        self.made.error = max(self.made.error, check_product(view, self._recipe.stored(op, self._device), product, rows, self._activation))
 
     def finish(self) -> Packed:
         """After the last operation."""
+        self.made.products.clear()  # so far they ran to be checked
+        self._shared.forget()
         if self._activation is not None and self._left:
             handle = attach(self._model, self._recipe, self._activation, None, only=self._left)
             self.made.exact_inputs = size_bytes(*handle.exact_inputs)
@@ -334,6 +342,12 @@ class _Shared:
     def bytes(self) -> int:
         return sum(o.columns.nbytes for o in self._orders)
 
+    def forget(self) -> None:
+        """Inputs, and what was made of them."""
+        self.rounded.forget()
+        for order in self._orders:
+            order.gathered.forget()
+
     def order(self, columns: Tensor) -> _Order:
         """One for all linears whose inputs come in the same order: those with one input share its Hessian."""
         known = next((o for o in self._orders if torch.equal(o.columns, columns.int())), None)
@@ -348,10 +362,10 @@ class _Order:
 
     def __init__(self, columns: Tensor) -> None:
         self.columns = columns
-        self._gathered = Once()
+        self.gathered = Once()
 
     def of(self, x: Tensor) -> Tensor:
-        return self._gathered.of(lambda: x.index_select(-1, self.columns), x)
+        return self.gathered.of(lambda: x.index_select(-1, self.columns), x)
 
 
 def _codes_product(run: Any, packed: Any, shared: _Shared) -> Product:

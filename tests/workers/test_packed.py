@@ -16,7 +16,7 @@ from tests.live_bytes import LiveBytes
 from tests.tiny_models import FAMILIES, build, save_tokenizer
 from tests.workers.stage_runs import W4, calibrated, component, context, quantize_spec, quantized, tiny_context, with_calibration
 from tests.workers.test_rebuild import logits
-from workers import measure, packed
+from workers import alike, measure, packed
 from workers import rebuild as rebuilding
 from workers.context import Context
 from workers.errors import InputError
@@ -121,13 +121,14 @@ def sizes(model: Any) -> tuple[int, int]:
     return max(linears), sum(p.nbytes for p in block.parameters())
 
 
-def test_no_dense_weight_is_in_memory_while_it_is_built(deep: tuple[Path, Any], tmp_path: Path) -> None:
+def test_no_dense_weight_is_in_memory_while_it_is_built(deep: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside what stays: of one linear the codes as stored, a byte each, and laid out for the kernel, less than it takes twice in float32.
-    A single dense block is more."""
+    A single dense block is more. It is checked by some rows at once."""
     artifact, original = deep
+    monkeypatch.setattr(alike, "AT_ONCE", 1024)
     linear, block = sizes(original)
     with LiveBytes() as live:
-        model, made = rebuild_packed(context(tmp_path / "m", tmp_path), MODEL, artifact, "auto", None)
+        model, made = rebuild_packed(context(tmp_path / "m", tmp_path), MODEL, artifact, "auto", None, (1, 20))
     assert set(made.reasons) == set()
     assert live.now >= made.bytes
     assert live.peak <= weights_bytes(model, made) + 2 * linear < weights_bytes(model, made) + block
