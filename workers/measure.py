@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +97,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
             stack.enter_context(caches.attached())
         decoder: Decoder = Eager(model, caches)
         own = Choices()
-        with choices.replayed(model), own.recorded(model):
+        with choices.replayed(model), own.recorded(model), nullcontext() if caches is None else caches.checking():
             found = generate(decoder, prompt, steps, given)
         error = None
         if expected is not None:
@@ -354,7 +354,7 @@ def _cache(caches: PackedCaches | None, kv: KVScheme | None, context: Context) -
     context.notes += [f"codes of {bits} bits were read from fields of {field(bits)}" for bits in widths if field(bits) != bits]
     if caches.chosen.backend == "reference":
         context.notes.append("kv_attention ran as its reference, whose time says nothing of the format's speed")
-    return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes}
+    return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes, "kv_error": caches.error}
 
 
 def _energy(meter: EnergyMeter, runs: int, workload: Workload, context: Context) -> dict[str, Any]:

@@ -7,7 +7,7 @@ token and asks the kernel.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,16 +23,20 @@ from quant.hadamard import mix
 from quant.kernels import TABLE, Kernel, kernel
 from quant.kernels.kv_attention import Packed, per_token, told_one
 from quant.kernels.kv_attention.per_token import PerTokenPacked
-from quant.kv import Kivi, PerToken, make
+from quant.kv import Kivi, KVState, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_rules
+from workers.alike import TOLERANCE
 from workers.blocks import decoder_blocks
-from workers.errors import InputError
+from workers.errors import InputError, NumericalError
 from workers.generation import FixedCache, room
 from workers.specs import Workload
 from workers.steps import key_rotation
 
 OPERATION = "kv_attention"
+ROUNDED = dict.fromkeys(TOLERANCE, 2.0**-6)
+"""Relative error of attention where the query times a step, and shares times a step, are rounded to float16: 4 x 2^-11 of a head whose
+channels are alike, more where one is larger."""
 ATTENTION = "bitgrid_kv_attention"
 """Under which transformers knows the attention of this module."""
 _layers: WeakKeyDictionary[nn.Module, _Layer] = WeakKeyDictionary()
@@ -60,11 +64,29 @@ class PackedCaches:
         self._attention = [block.get_submodule(structure.attention) for block in decoder_blocks(model, structure)]
         self.last: list[_Layer] = []
         """Layers of the cache that was made last."""
+        self.error = 0.0
+        """The largest of a step's attention in a block, of those that were checked."""
+        self._checking = False
 
     def __call__(self) -> PackedCache:
         self.last = [self._layer(module) for module in self._attention]
+        for layer in self.last:
+            layer.checked, layer.allowed = self._checking, {} if self.chosen.backend == "reference" else ROUNDED
         _layers.update(zip(self._attention, self.last, strict=True))
         return PackedCache(self.last)
+
+    @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Caches made while it lasts keep a simulated one beside them (`quant.kv`, in float32), with which every step's attention is
+        compared: logits move by more than a wrong kernel's error where few bits are kept. Raises NumericalError."""
+        self._checking = True
+        try:
+            yield
+        finally:
+            self._checking = False
+            self.error = max((layer.error for layer in self.last), default=0.0)
+            for layer in self.last:
+                layer.beside = None
 
     def _layer(self, attention: nn.Module) -> _Layer:
         if isinstance(self._rule, Kivi):
@@ -119,17 +141,30 @@ class PackedCache(FixedCache):
 class _Layer(CacheLayerMixin):
     is_sliding = False
 
+    _rule: Kivi | PerToken
+
     def __init__(self, run: Any, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._run, self._length = run, length
         self.packed: Packed | PerTokenPacked | None = None
         self.on_device = False
         """Whether tokens are appended where the device, not the host, says."""
+        self.checked = False
+        self.allowed: Mapping[torch.dtype, float] = {}
+        """Where that is more than of a product."""
+        self.beside: KVState | None = None
+        self.error = 0.0
         self._reads_itself = self._empty = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`[B, H, T, D]` of the new tokens: what a prompt reads of itself; in a step attention finds all tokens here."""
         self._reads_itself = self._empty
+        if self.checked:
+            if self._empty:
+                b, h, _, d = key_states.shape
+                self.beside = self._unmixed().new_state(b, h, d, torch.float32, key_states.device)
+            if self.beside is not None:
+                self.beside.append(self._mixed(key_states).float(), value_states.float())
         if not self._empty:
             self._append(key_states, value_states)
             return key_states, value_states
@@ -143,9 +178,13 @@ class _Layer(CacheLayerMixin):
     @abstractmethod
     def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def _asks(self, query: Tensor) -> Tensor:
-        """The query for keys as they are stored."""
-        return query
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Keys as they are stored, or the query for them."""
+        return x
+
+    def _unmixed(self) -> Kivi | PerToken:
+        """The rule for keys that were mixed before."""
+        return self._rule
 
     def ages(self) -> bool:
         """Whether the next token changes more than its own place."""
@@ -164,8 +203,23 @@ class _Layer(CacheLayerMixin):
             return None
         if query.shape[2] != 1:
             raise InputError(f"{query.shape[2]} tokens in one step; a packed cache is read by one at a time")
-        out: Tensor = self._run.kv_attention(self._asks(query[:, :, 0]), self.packed, scale)
+        out: Tensor = self._run.kv_attention(self._mixed(query[:, :, 0]), self.packed, scale)
+        if self.beside is not None:
+            self.error = max(self.error, self._compared(out, self._mixed(query), *self.beside.read(), scale))
         return out[:, None]
+
+    def _compared(self, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:
+        each = query.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(each, 1) for x in (keys, values))
+        shares = torch.softmax(query.float() @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1)
+        wanted = (shares @ values)[:, :, 0]
+        error, allowed = _distance(out.float(), wanted), self.allowed.get(out.dtype, TOLERANCE[out.dtype])
+        if not error <= allowed:
+            raise NumericalError(
+                f"attention to the packed cache of {keys.shape[2]} tokens differs from that to the simulated one by {error:.2g} of its "
+                f"norm, above {allowed:.2g}; use workload.backend=reference and report this"
+            )
+        return error
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._length, 0  # masks are not made for this attention
@@ -181,6 +235,7 @@ class _Layer(CacheLayerMixin):
 
 class _KiviLayer(_Layer):
     packed: Packed | None
+    _rule: Kivi
 
     def __init__(self, rule: Kivi, run: Any, length: int) -> None:
         super().__init__(run, length)
@@ -208,6 +263,7 @@ class _KiviLayer(_Layer):
 
 class _PerTokenLayer(_Layer):
     packed: PerTokenPacked | None
+    _rule: PerToken
 
     def __init__(self, rule: PerToken, run: Any, length: int) -> None:
         super().__init__(run, length)
@@ -226,21 +282,29 @@ class _PerTokenLayer(_Layer):
                 self._length,
             )
         self.packed.length = 0
-        per_token.append(self.packed, mix(key_states, self._rule.mixed), value_states)
+        per_token.append(self.packed, self._mixed(key_states), value_states)
 
     def _prompt_reads(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return self._rule.keys_rounded(keys), self._rule.values_rounded(values)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         assert self.packed is not None
-        (per_token.append_one if self.on_device else per_token.append)(self.packed, mix(keys, self._rule.mixed), values)
+        (per_token.append_one if self.on_device else per_token.append)(self.packed, self._mixed(keys), values)
 
-    def _asks(self, query: Tensor) -> Tensor:
-        return mix(query, self._rule.mixed)
+    def _mixed(self, x: Tensor) -> Tensor:
+        return mix(x, self._rule.mixed)
+
+    def _unmixed(self) -> PerToken:
+        return replace(self._rule, mixed=0)
 
     def told_one(self) -> None:
         assert self.packed is not None
         self.packed.length += 1
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    """Relative, over all."""
+    return float((found - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _attention(

@@ -8,6 +8,8 @@ each; two blocks, so that 1e-5 of the norm is far above. Triton's kernel rounds 
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quant.kernels import kernel
 from quant.kernels.kv_attention import GROUPS, WIDTHS
 from quant.kernels.kv_attention.per_token import MOST_GROUPS
 from quant.kernels.on_triton import interpreted, unavailable
@@ -23,7 +26,8 @@ from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import fake_capture
 from tests.workers.stage_runs import tiny_context
 from workers import generation, kv_rules
-from workers.errors import InputError
+from workers.alike import TOLERANCE
+from workers.errors import InputError, NumericalError
 from workers.generation import Eager, Graphed, generate
 from workers.kv_runs import empty_caches
 from workers.packed_cache import PackedCaches
@@ -199,3 +203,34 @@ def test_caches_that_decoding_fills_need_no_single_pass(tmp_path: Path) -> None:
     kv = KVScheme(2, kind="kivi", group_size=8, residual_length=16)
     steps = generate(Eager(gpt2, empty_caches(gpt2, kv, tiny_context("gpt2", tmp_path))), tokens(PROMPT), 2)
     assert torch.isfinite(steps.logits).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kv", [KIVI, KV4, KVScheme(2)])
+def test_wrong_attention_is_found_out(kv: KVScheme, dtype: torch.dtype, gemma: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step in which it is wrong, whatever rounding the cache does to logits; a mixed key is compared with a mixed one."""
+    model = deepcopy(gemma).to(dtype)
+    for layer in model.model.layers:
+        set_key_rotation(layer.self_attn, 0 if kv is KIVI else 16)
+
+    def checked() -> float:
+        caches = PackedCaches(model, kv, Workload(prompt=PROMPT, tokens=STEPS, backend="reference"), CPU)
+        with caches.attached():
+            with caches.checking():
+                generate(Eager(model, caches), tokens(PROMPT), STEPS)
+            assert all(layer.beside is None for layer in caches.last)
+            generate(Eager(model, caches), tokens(PROMPT), 1)
+        return caches.error
+
+    assert 0 < checked() <= TOLERANCE[dtype]
+    run = kernel("kv_attention", "reference").run
+    before = run.kv_attention
+    for wrong in (
+        lambda q, held, scale: before(q, held, scale) * 1.01,
+        lambda q, held, scale: before(q, held, scale).flip(1).contiguous(),
+        lambda q, held, scale: before(q * 1.5, held, scale),
+        lambda q, held, scale: before(q, replace(held, counts=held.counts - torch.tensor([0, 0, 1], dtype=torch.int32)), scale),
+    ):
+        monkeypatch.setattr(run, "kv_attention", wrong)
+        with pytest.raises(NumericalError, match=r"attention to the packed cache of 21 tokens differs .* use workload.backend=reference"):
+            checked()
