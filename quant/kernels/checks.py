@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from quant.kernels import binary_gemv as binary
+from quant.kernels import claq_block as claq
+from quant.kernels import kv_attention as kv_cache
 from quant.kernels import lut_gemv as lut
 from quant.kernels import row_lut_gemv as row_lut
 from quant.kernels import wq_gemm as gemm
@@ -25,6 +27,7 @@ from quant.kernels.wq_gemv import fragments as gemv_fragments
 SOLVED, STORED = (torch.float32, torch.float64), (torch.float16, torch.float32)
 SIGNED = ("q_sym", "absmax")
 """Grids without a step where codes have 1 bit."""
+PREPARED = "give what `operands` gives of a cache, with its own numbers of bits"
 
 
 def _require(right: bool, got: str | Callable[[], str], wanted: str) -> None:
@@ -86,8 +89,9 @@ def hessian_syrk_(total: Tensor, x: Tensor) -> None:
     _require(fits and total.is_contiguous(), _said(total=total, x=x), "give contiguous float32 [K, K] and floats [S, T, K]")
 
 
-def floats(x: Tensor, *_: Any, **__: Any) -> None:
-    _require(x.is_floating_point(), lambda: f"x is {x.dtype}", "it must be of a float type")
+def matrix(x: Tensor, *_: Any, **__: Any) -> None:
+    """Of `hadamard`."""
+    _matrix("x", x)
 
 
 def rows(x: Tensor, bits: int, *_: Any, **__: Any) -> None:
@@ -117,6 +121,41 @@ def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, su
 def token_log_probs(logits: Tensor, tokens: Tensor) -> None:
     fits = logits.dim() > 0 and tokens.shape == logits.shape[:-1]
     _require(fits, _said(logits=logits, tokens=tokens), "give a token for each row of logits: [...] for [..., V]")
+    right = logits.is_floating_point() and tokens.dtype in (torch.int32, torch.int64)
+    _require(right, lambda: f"logits are {logits.dtype}, tokens {tokens.dtype}", "give floats, and int32 or int64")
+
+
+def kv_attention(
+    q: Tensor, keys: Tensor, key_ranges: Tensor, values: Tensor, value_ranges: Tensor, window_keys: Tensor, window_values: Tensor,
+    counts: Tensor, key_bits: int, value_bits: int, scale: float | None = None,
+) -> None:  # fmt: skip
+    _bits(key_bits, 2)
+    _bits(value_bits, 2)
+    said = _said(keys=keys, key_ranges=key_ranges, values=values, value_ranges=value_ranges, window_keys=window_keys, counts=counts)
+    _require(keys.dim() == 5 and window_keys.dim() == 4 and counts.dim() == 2, said, PREPARED)
+    (s, kv, b, g, _), (v, d) = keys.shape, window_keys.shape[2:]
+    right = keys.shape[4] == kv_cache.words(key_bits, d) and key_ranges.shape == (s, kv, b, d, 2)
+    right &= values.shape == (s, kv, b, kv_cache.words(value_bits, d), g) and value_ranges.shape == (s, kv, b, d // g, g, 2)
+    right &= window_keys.shape == window_values.shape == (s, kv, v, d) and v > g
+    _cache(right, said, (keys, values), counts)
+    _require(key_ranges.dtype == value_ranges.dtype == torch.float16, f"ranges are {key_ranges.dtype}, {value_ranges.dtype}", PREPARED)
+
+
+def kv_attention_per_token(
+    q: Tensor, keys: Tensor, values: Tensor, ranges: Tensor, counts: Tensor, bits: int, scale: float | None = None
+) -> None:
+    _bits(bits, 2)
+    said = _said(q=q, keys=keys, values=values, ranges=ranges, counts=counts)
+    _require(q.dim() == 3 and keys.dim() == 5 and ranges.dim() == 6 and counts.dim() == 2, said, PREPARED)
+    (s, kv, b, t, _), d, w = keys.shape, q.shape[2], kv_cache.words(bits, q.shape[2])
+    right = keys.shape[4] == w and values.shape == (s, kv, b, w, t) and ranges.shape[:3] == (s, kv, b) and ranges.shape[5] == t
+    right &= ranges.shape[3] > 0 and d % ranges.shape[3] == 0 and ranges.shape[4] in (2, 3) and ranges.dtype is torch.int32
+    _cache(right, said, (keys, values), counts)
+
+
+def _cache(right: bool, said: Callable[[], str], codes: tuple[Tensor, Tensor], counts: Tensor) -> None:
+    right &= counts.shape == (len(codes[0]), 3) and counts.dtype is torch.int32 and all(t.dtype is torch.int16 for t in codes)
+    _require(right, said, PREPARED)
 
 
 def kmeans_columns(columns: Tensor, *_: Any, **__: Any) -> None:
@@ -130,9 +169,18 @@ def nearest_centre(columns: Tensor, centres: Tensor) -> None:
     _require(right, _said(columns=columns, centres=centres), "give [C, N] and [C, k], k of 1 to 256")
 
 
-def claq_block(block: Tensor, upper: Tensor, widths: list[int], *_: Any, **__: Any) -> None:
+def claq_block(
+    block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "", tails: list[int] | None = None, *_: Any, **__: Any
+) -> None:
     _block(block, upper)
-    _require(len(widths) == len(block), f"{len(widths)} widths", f"give one for each of the block's {len(block)} columns")
+    b, n = block.shape
+    _require(len(widths) == b, f"{len(widths)} widths", f"give one for each of the block's {b} columns")
+    for width in widths:
+        _bits(width)
+    _require(dtype in claq.TYPES, f"dtype={dtype}", f"choose {', '.join(map(str, claq.TYPES))}")
+    if tails is not None:
+        right = len(tails) == 2 * b and min(tails) >= 0 and all(i + j <= n for i, j in zip(tails[::2], tails[1::2], strict=True))
+        _require(right, f"tails={tails}", f"give two numbers for each of {b} columns, 0 or more, that add up to no more than {n}")
 
 
 def braq_counts(m: Tensor, counts: list[int]) -> None:
@@ -143,6 +191,7 @@ def braq_counts(m: Tensor, counts: list[int]) -> None:
 def braq_splits(x: Tensor, thresholds: Tensor, skip: Tensor | None = None) -> None:
     _matrix("x", x)
     _require(thresholds.dim() == 1, _said(thresholds=thresholds), "give a list of them, [T]")
+    _require(skip is None or (skip.dim() == 0 and skip.dtype is torch.int64), _said(skip=skip), "give a number of columns, int64 []")
 
 
 def _packed(x: Tensor, n: int, held: tuple[int, ...], side: int, unit: int, input_scale: Tensor | None, more: bool = True) -> None:

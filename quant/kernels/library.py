@@ -316,7 +316,7 @@ define(
     whole=True,
 )
 define("hessian_syrk_(Tensor(a!) total, Tensor x) -> ()", _hessian_syrk_, _nothing, checks.hessian_syrk_)
-define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _same_shape, checks.floats)
+define("hadamard(Tensor x, float factor=1.0, bool transpose=False) -> Tensor", _hadamard, _same_shape, checks.matrix)
 define(
     "hadamard_codes(Tensor x, int bits, bool symmetric, float clip=1.0, float factor=1.0, bool transpose=False)"
     " -> (Tensor, Tensor, Tensor)",
@@ -354,11 +354,13 @@ define(
     " Tensor counts, int key_bits, int value_bits, float? scale=None) -> Tensor",
     _kv_attention,
     _kv_attention_shape,
+    checks.kv_attention,
     whole=True,
 )
 define(
     "kv_attention_per_token(Tensor q, Tensor keys, Tensor values, Tensor ranges, Tensor counts, int bits, float? scale=None) -> Tensor",
     _kv_attention_per_token,
     _kv_attention_shape,
+    checks.kv_attention_per_token,
     whole=True,
 )

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from quant.kernels import TABLE, preferring, unavailable, wq_gemm, wq_gemv
+from quant.kernels import TABLE, kv_attention, preferring, unavailable, wq_gemm, wq_gemv
+from quant.kernels.kv_attention import per_token
 from quant.kernels.library import operands
 from tests.quant.products_affine import stored
 from tests.quant.products_tables import PREPARE, cases
@@ -104,6 +105,28 @@ def _product(operation: str, width: int = 0, rows: int = 0) -> Callable[[], obje
     return lambda: getattr(OPS, operation)(x, *held)
 
 
+def _tails(*tails: int) -> object:
+    return OPS.claq_block(torch.randn(2, 40), torch.eye(2), [2, 2], torch.float32, "partition", list(tails))
+
+
+def _changed(names: str, given: tuple[Any, ...], changes: dict[str, Any]) -> list[Any]:
+    """Tensors by a function of them, numbers by others."""
+    held = dict(zip(names.split(), given, strict=False))
+    return [changes[n](v) if callable(changes.get(n)) else changes.get(n, v) for n, v in held.items()]
+
+
+def _attended(width: int = 16, **changes: Any) -> object:
+    x = torch.randn(2, 2, 40, width)
+    names = "keys key_ranges values value_ranges window_keys window_values counts key_bits value_bits"
+    return OPS.kv_attention(x[:, :, 0], *_changed(names, operands(kv_attention.prepare(x, x, 4, 2, 16, 16)), changes))
+
+
+def _attended_per_token(**changes: Any) -> object:
+    x = torch.randn(2, 2, 40, 64)
+    names = "keys values ranges counts bits"
+    return OPS.kv_attention_per_token(x[:, :, 0], *_changed(names, operands(per_token.prepare(x, x, 4, False, 16)), changes))
+
+
 X, LOGITS = torch.randn(3, 12), torch.randn(4, 7)
 REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "a group that there is not": (lambda: OPS.gptq_block(**_affine(group=[0, 0, 1, 9_000_000])), r"group=\[0, 0, 1, 9000000\]; .* 0 to 1"),
@@ -123,15 +146,32 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "activations of a batch": (lambda: OPS.fake_quantize(torch.randn(2, 3, 12), 8, True), r"x is \(2, 3, 12\).*flatten\(0, -2\)"),
     "one activation": (lambda: OPS.fake_quantize(torch.randn(12), 8, False), r"x is \(12,\)"),
     "activations of 9 bits": (lambda: OPS.fake_quantize(X, 9, True), "bits=9; give 2 to 8"),
-    "a transform of integers": (lambda: OPS.hadamard(torch.ones(2, 8, dtype=torch.int32)), "x is torch.int32"),
+    "a transform of integers": (lambda: OPS.hadamard(torch.ones(2, 8, dtype=torch.int32)), r"x is \(2, 8\), torch.int32"),
+    "a transform of a batch": (lambda: OPS.hadamard(torch.ones(2, 3, 8)), r"x is \(2, 3, 8\).*flatten\(0, -2\)"),
     "codes of 9 bits": (lambda: OPS.rtn_pack(X, "g_asym", 9, 12, torch.float16), "bits=9; give 1 to 8"),
     "a sign without a step": (lambda: OPS.rtn_pack(X, "absmax", 1, 12, torch.float16), "bits=1; give 2 to 8"),
     "an unknown grid": (lambda: OPS.rtn_pack(X, "linear", 4, 12, torch.float16), "grid='linear'; choose one of g_asym, "),
     "scales of bfloat16": (lambda: OPS.hqq_pack(X, 4, 12, torch.bfloat16, False), "scale_dtype=torch.bfloat16; choose torch.float16 or"),
     "fewer tokens than rows": (lambda: OPS.token_log_probs(LOGITS, torch.zeros(2, dtype=torch.long)), r"tokens is \(2,\)"),
+    "tokens of a float type": (lambda: OPS.token_log_probs(LOGITS, torch.zeros(4)), "tokens torch.float32; give floats, and int32 or"),
     "columns without a value": (lambda: OPS.kmeans_columns(torch.randn(3, 0), 4), "at least one value"),
     "centres of fewer columns": (lambda: OPS.nearest_centre(torch.randn(2, 40), torch.randn(1, 4)), r"centres is \(1, 4\)"),
     "fewer widths than columns": (lambda: OPS.claq_block(torch.randn(3, 40), torch.eye(3), [2, 2], torch.float32), "2 widths"),
+    "codebooks of 9 bits": (lambda: OPS.claq_block(torch.randn(2, 40), torch.eye(2), [2, 9], torch.float32), "bits=9; give 1 to 8"),
+    "codebooks of no bits": (lambda: OPS.claq_block(torch.randn(2, 40), torch.eye(2), [0, 2], torch.float32), "bits=0; give 1 to 8"),
+    "codebooks of integers": (lambda: OPS.claq_block(torch.randn(2, 40), torch.eye(2), [2, 2], torch.int32), "dtype=torch.int32; choose"),
+    "more weights kept than there are": (lambda: _tails(30, 20, 1, 1), r"tails=\[30, 20, 1, 1\]; give .* no more than 40"),
+    "fewer weights kept than none": (lambda: _tails(-1, 2, 1, 1), "tails="),
+    "tails of one column": (lambda: _tails(1, 1), "give two numbers for each of 2 columns"),
+    "a number to skip for each column": (lambda: OPS.braq_splits(X, torch.ones(2), torch.ones(5, dtype=torch.bool)), r"skip is \(5,\)"),
+    "keys in other bits": (lambda: _attended(64, key_bits=8), r"keys is .*; give what `operands` gives of a cache"),
+    "keys of 9 bits": (lambda: _attended(key_bits=9), "bits=9; give 2 to 8"),
+    "values of fewer heads": (lambda: _attended(values=lambda t: t[:, :1]), "values is"),
+    "ranges of fewer blocks": (lambda: _attended(key_ranges=lambda t: t[:, :, :1]), "key_ranges is"),
+    "ranges of float32": (lambda: _attended(value_ranges=Tensor.float), "ranges are torch.float16, torch.float32"),
+    "counts of fewer sequences": (lambda: _attended(counts=lambda t: t[:1]), "counts is"),
+    "codes per token in other bits": (lambda: _attended_per_token(bits=8), "keys is"),
+    "ranges per token of fewer heads": (lambda: _attended_per_token(ranges=lambda t: t[:, :1]), "ranges is"),
     "more columns than a block has": (lambda: OPS.braq_counts(X, [0, 90]), r"counts=\[0, 90\].*0 to 12"),
     "another width of int8": (
         lambda: OPS.int8_linear(X, torch.ones(4, 8, dtype=torch.int8), torch.ones(4), None, torch.ones(4), 8, True),
