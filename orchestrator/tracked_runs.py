@@ -27,13 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.mlflow_names import param_value, tag_key, tag_value
-from orchestrator.results import StageResult, SweepResult, VariantResult
+from orchestrator.results import StageResult, SweepResult, VariantResult, stated
 from orchestrator.stage import Status
 from orchestrator.stats import paired_delta
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
 from orchestrator.tracked_metrics import DeltaOf, Point, ms, progress, variant_points
+from workers.specs import MeasureSpec, from_json
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the form below; a change rewrites every run once."""
 SWEEP_RUN = "sweep"
 """Key of the sweep's own run among its variants' keys."""
@@ -263,9 +264,10 @@ def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str
     for role, stage in _roles(variant):
         record = stage.record or {}
         said += [f"{role}: {n}" for n in record.get("notes", ())]
-        device = (record.get("environment") or {}).get("device")
-        if device:
-            tags[f"bitgrid.device.{role}"] = str(device)
+        surroundings = record.get("environment") or {}
+        tags.update({f"bitgrid.{n}.{role}": str(surroundings[n]) for n in ("device", "device_name") if surroundings.get(n)})
+    if variant.measure is not None and variant.measure.record is not None:
+        tags["bitgrid.measured"] = stated(from_json(MeasureSpec, variant.measure.spec), variant.measure.summary.get("threads"))
     failed = [(role, s) for role, s in _roles(variant) if s.status in (Status.FAILED, Status.DEP_FAILED)]
     if failed:
         # The cause: a stage of its own that failed, or the one that blocks it.

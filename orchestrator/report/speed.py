@@ -11,7 +11,7 @@ from rich.text import Text
 from orchestrator.report import numbers
 from orchestrator.report.markup import Markup, Td, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
-from orchestrator.results import StageResult
+from orchestrator.results import StageResult, stated
 from workers.specs import MeasureSpec, from_json
 
 NONE = "–"
@@ -119,12 +119,9 @@ def speeds(model: ModelTable) -> list[Speed]:
 
 
 def conditions(found: Sequence[Speed]) -> str:
-    """What was timed and on what: `AMD EPYC, 2 threads; 1 sequence, prompt of 128 tokens, 32 decoded`."""
+    """As `stated`, of all of them."""
     spec = from_json(MeasureSpec, found[0].stage.spec)
-    threads = next((s.stage.summary["threads"] for s in found if s.known), None)
-    where = spec.device + (f", {numbers.count(threads, 'thread')}" if threads else "")
-    workload = spec.workload
-    return f"{where}; {numbers.count(workload.batch, 'sequence')}, prompt of {workload.prompt} tokens, {workload.tokens} decoded"
+    return stated(spec, next((s.stage.summary["threads"] for s in found if s.known), None))
 
 
 def speed_section(model: ModelTable) -> Markup:

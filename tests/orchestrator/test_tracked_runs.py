@@ -19,6 +19,7 @@ from orchestrator.tracked_metrics import Point
 from orchestrator.tracked_runs import Phase, RunDescription, content_digest, describe_sweep, describe_variant
 from tests.orchestrator import synthetic
 from tests.orchestrator.tracked_sweep import OTHER, change, committed, fixed_delta, full_sweep, pending, started, variant, with_failure
+from workers.specs import MeasureSpec, ModelSpec, Workload, to_json
 
 
 @pytest.fixture
@@ -215,3 +216,15 @@ def test_long_values_say_that_they_were_cut() -> None:
     cut = tag_value("y" * 9000)
     assert len(cut) == 8000
     assert cut.endswith("(cut from 9000 characters)")
+
+
+def test_a_measured_run_says_what_was_timed_and_on_what(tmp_path: Path, sweep: SweepResult) -> None:
+    """Two GPUs of one number are told apart, and tokens per second are those of a batch and a context."""
+    spec = to_json(MeasureSpec(ModelSpec("m"), Workload(batch=2, prompt=64, tokens=8), "NVIDIA H200"))
+    stage = committed(tmp_path / "store", "measure", "m1", 10.0, {"decode_tokens_per_s": 5.0, "threads": 1}, spec)
+    assert stage.record is not None
+    stage = replace(stage, record={**stage.record, "environment": {"device": "cuda:0", "device_name": "NVIDIA H200"}})
+    tags = described(change(sweep, "v-rtn-w4", measure=stage), "v-rtn-w4").tags
+    assert (tags["bitgrid.device.measure"], tags["bitgrid.device_name.measure"]) == ("cuda:0", "NVIDIA H200")
+    assert tags["bitgrid.measured"] == "NVIDIA H200, 1 thread; 2 sequences, prompt of 64 tokens, 8 decoded"
+    assert not any("measured" in name for name in described(sweep, "v-rtn-w4").tags)
