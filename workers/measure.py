@@ -354,6 +354,8 @@ def _cache(caches: PackedCaches | None, kv: KVScheme | None, context: Context) -
     context.notes += [f"codes of {bits} bits were read from fields of {field(bits)}" for bits in widths if field(bits) != bits]
     if caches.chosen.backend == "reference":
         context.notes.append("kv_attention ran as its reference, whose time says nothing of the format's speed")
+    if caches.unchecked:
+        context.notes.append(f"attention to the packed cache was compared in all blocks but {caches.unchecked}: memory was lacking")
     return {"kv_backend": caches.chosen.backend, "kv_bytes": caches.bytes, "kv_error": caches.error}
 
 

@@ -137,8 +137,8 @@ class Packer:
             products = self._experts.setdefault(view.module, {})
             products[view.parameter, view.expert] = product
             _multiply_by_expert(view.module, products)
-        rows = self._rows if view.expert is None else (1, max(self._rows))
-        self.made.error = max(self.made.error, check_product(view, self._recipe.stored(op, self._device), product, rows, self._activation))
+        error = check_product(view, self._recipe.stored(op, self._device), product, self._rows_of(view), self._activation)
+        self.made.error = max(self.made.error, error)
 
     def finish(self) -> Packed:
         """After the last operation."""
@@ -148,6 +148,10 @@ class Packer:
             handle = attach(self._model, self._recipe, self._activation, None, only=self._left)
             self.made.exact_inputs = size_bytes(*handle.exact_inputs)
         return self.made
+
+    def _rows_of(self, view: LinearView) -> Collection[int]:
+        """An expert gets any part of the rows."""
+        return self._rows if view.expert is None else range(1, max(self._rows) + 1)
 
     def _leave(self, linear: str, reason: str) -> None:
         name = DENSE if self._activation is None else SIMULATED
@@ -180,10 +184,8 @@ class Packer:
         size = _held_bytes(packed) if packed is stored else packed.bytes
         if activation is not None:
             return _PackedLinear(_codes_product(chosen.run, packed, self._shared), chosen.backend, notes, size)
-        # An expert gets any part of the rows.
-        rows = self._rows if view.expert is None else range(1, max(self._rows) + 1)
         cores, beside = None, None
-        if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, view.storage.dtype) for m in rows):
+        if operation == "wq_gemv" and any(_on_tensor_cores(m, chosen.run, packed, view.storage.dtype) for m in self._rows_of(view)):
             cores, beside = _with_tensor_cores(stored, backend, device, notes)
         size += (0 if beside is None else beside.bytes) + self._shared.bytes - orders
         product = _rows_product(chosen.run, operation, packed, cores, beside, order, self.made.products)

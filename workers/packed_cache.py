@@ -30,6 +30,7 @@ from workers.alike import TOLERANCE
 from workers.blocks import decoder_blocks
 from workers.errors import InputError, NumericalError
 from workers.generation import FixedCache, room
+from workers.memory import free_bytes
 from workers.specs import Workload
 from workers.steps import key_rotation
 
@@ -59,32 +60,35 @@ class PackedCaches:
         except (ValueError, RuntimeError) as e:
             raise InputError(str(e)) from e
         assert isinstance(rule, Kivi | PerToken)
-        self._rule, self._length, self._model = rule, room(workload.prompt, workload.tokens), model
+        self._rule, self._length, self._model, self._device = rule, room(workload.prompt, workload.tokens), model, device
         structure = families.structure_of(model)
         self._attention = [block.get_submodule(structure.attention) for block in decoder_blocks(model, structure)]
         self.last: list[_Layer] = []
         """Layers of the cache that was made last."""
         self.error = 0.0
         """The largest of a step's attention in a block, of those that were checked."""
-        self._checking = False
+        self.unchecked = 0
+        """Blocks whose attention was not, for lack of memory."""
+        self._room: _Room | None = None
 
     def __call__(self) -> PackedCache:
         self.last = [self._layer(module) for module in self._attention]
         for layer in self.last:
-            layer.checked, layer.allowed = self._checking, {} if self.chosen.backend == "reference" else ROUNDED
+            layer.room, layer.allowed = self._room, {} if self.chosen.backend == "reference" else ROUNDED
         _layers.update(zip(self._attention, self.last, strict=True))
         return PackedCache(self.last)
 
     @contextmanager
     def checking(self) -> Iterator[None]:
-        """Caches made while it lasts keep a simulated one beside them (`quant.kv`, in float32), with which every step's attention is
-        compared: logits move by more than a wrong kernel's error where few bits are kept. Raises NumericalError."""
-        self._checking = True
+        """Caches made while it lasts keep a simulated one beside them (`quant.kv`, in float32, of the last sequence), with which every
+        step's attention is compared: logits move by more than a wrong kernel's error where few bits are kept. Raises NumericalError."""
+        self._room = _Room(free_bytes(self._device) // 4)
         try:
             yield
         finally:
-            self._checking = False
+            self._room = None
             self.error = max((layer.error for layer in self.last), default=0.0)
+            self.unchecked = sum(layer.beside is None for layer in self.last)
             for layer in self.last:
                 layer.beside = None
 
@@ -149,7 +153,8 @@ class _Layer(CacheLayerMixin):
         self.packed: Packed | PerTokenPacked | None = None
         self.on_device = False
         """Whether tokens are appended where the device, not the host, says."""
-        self.checked = False
+        self.room: _Room | None = None
+        """What the simulated cache may take; None: the layer is not checked."""
         self.allowed: Mapping[torch.dtype, float] = {}
         """Where that is more than of a product."""
         self.beside: KVState | None = None
@@ -159,12 +164,12 @@ class _Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """`[B, H, T, D]` of the new tokens: what a prompt reads of itself; in a step attention finds all tokens here."""
         self._reads_itself = self._empty
-        if self.checked:
-            if self._empty:
-                b, h, _, d = key_states.shape
-                self.beside = self._unmixed().new_state(b, h, d, torch.float32, key_states.device)
-            if self.beside is not None:
-                self.beside.append(self._mixed(key_states).float(), value_states.float())
+        if self._empty and self.room is not None:
+            _, h, _, d = key_states.shape
+            if self.room.take(2 * 4 * h * d * self._length):
+                self.beside = self._unmixed().new_state(1, h, d, torch.float32, key_states.device)
+        if self.beside is not None:
+            self.beside.append(self._mixed(key_states[-1:]).float(), value_states[-1:].float())
         if not self._empty:
             self._append(key_states, value_states)
             return key_states, value_states
@@ -205,7 +210,7 @@ class _Layer(CacheLayerMixin):
             raise InputError(f"{query.shape[2]} tokens in one step; a packed cache is read by one at a time")
         out: Tensor = self._run.kv_attention(self._mixed(query[:, :, 0]), self.packed, scale)
         if self.beside is not None:
-            self.error = max(self.error, self._compared(out, self._mixed(query), *self.beside.read(), scale))
+            self.error = max(self.error, self._compared(out[-1:], self._mixed(query[-1:]), *self.beside.read(), scale))
         return out[:, None]
 
     def _compared(self, out: Tensor, query: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> float:
@@ -231,6 +236,20 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self._length
+
+
+class _Room:
+    """Bytes that are given away in parts."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def take(self, wanted: int) -> bool:
+        """Whether there are as many."""
+        if wanted > self._left:
+            return False
+        self._left -= wanted
+        return True
 
 
 class _KiviLayer(_Layer):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.kernels import kernel
+from quant.kernels.products import TENSOR_CORE_ROWS
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.tensors.codebook import Outliers
 from tests.tiny_models import build, save_tokenizer
@@ -106,6 +107,7 @@ def test_a_wrong_kernel_is_no_measurement(form: str, dtype: str, model: Path, tm
 def test_all_ways_through_a_linear_are_gone() -> None:
     assert [len(r) for r in alike._chosen({1, 2048})] == [1, 1, 1, 1, alike.MOST_ROWS]
     assert [len(r) for r in alike._chosen(range(1, 257))] == [1, 1, 1, 1, 256]
+    assert [len(r) for r in alike._chosen(range(1, 2049))] == [1, 1, 1, 1, TENSOR_CORE_ROWS, alike.MOST_ROWS]
     assert [len(r) for r in alike._chosen({7})] == [7, 7, 2]
 
 

@@ -25,7 +25,7 @@ from quant.scheme import KVScheme
 from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import fake_capture
 from tests.workers.stage_runs import tiny_context
-from workers import generation, kv_rules
+from workers import generation, kv_rules, packed_cache
 from workers.alike import TOLERANCE
 from workers.errors import InputError, NumericalError
 from workers.generation import Eager, Graphed, generate
@@ -220,6 +220,7 @@ def test_wrong_attention_is_found_out(kv: KVScheme, dtype: torch.dtype, gemma: A
                 generate(Eager(model, caches), tokens(PROMPT), STEPS)
             assert all(layer.beside is None for layer in caches.last)
             generate(Eager(model, caches), tokens(PROMPT), 1)
+        assert not caches.unchecked
         return caches.error
 
     assert 0 < checked() <= TOLERANCE[dtype]
@@ -234,3 +235,16 @@ def test_wrong_attention_is_found_out(kv: KVScheme, dtype: torch.dtype, gemma: A
         monkeypatch.setattr(run, "kv_attention", wrong)
         with pytest.raises(NumericalError, match=r"attention to the packed cache of 21 tokens differs .* use workload.backend=reference"):
             checked()
+
+
+def test_as_many_blocks_are_compared_as_memory_holds(gemma: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a simulated cache in float32, of one sequence."""
+    layers, heads, width = len(gemma.model.layers), gemma.config.num_key_value_heads, gemma.config.head_dim
+    block = 2 * 4 * heads * width * generation.room(PROMPT, STEPS)
+    for held in range(layers + 1):
+        monkeypatch.setattr(packed_cache, "free_bytes", lambda device, held=held: 4 * held * block)
+        caches = PackedCaches(gemma, KIVI, Workload(prompt=PROMPT, tokens=STEPS, backend="reference"), CPU)
+        with caches.attached(), caches.checking():
+            generate(Eager(gemma, caches), tokens(PROMPT), STEPS)
+        assert caches.unchecked == layers - held
+        assert (caches.error > 0) is (held > 0)
