@@ -15,30 +15,28 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from quant.kernels.kv_attention import field
 from quant.scheme import KVScheme
-from workers import families, generation, kv_runs, one_pass
-from workers.alike import jittered
+from workers import families, generation
 from workers.artifact import read_record
 from workers.checkpoint import open_checkpoint
+from workers.comparison import Comparison, distance
 from workers.context import Context
 from workers.environment import clocks_mhz, environment
-from workers.errors import InputError, NumericalError
-from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate, last_logits
+from workers.errors import InputError
+from workers.generation import Decoder, Eager, Generation, Graphed, NoGraph, generate
 from workers.memory import PeakMemory
 from workers.nvml import EnergyMeter
 from workers.packed import DENSE, SIMULATED, Packed, weights_bytes
 from workers.packed_cache import PackedCaches
 from workers.rebuild import rebuild_packed, too_large_to_time
 from workers.residency import Residency
-from workers.routing import Choices
 from workers.specs import MeasureSpec, Workload
 from workers.stream import streams
 
@@ -49,18 +47,6 @@ LONGEST_S = 60.0
 """After which no further generation starts."""
 TIGHT = 0.05
 """Half the width of the 95 % interval of a median, relative to it, that is good enough."""
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
-"""Relative error of logits, over all of them. The residual stream is rounded twice a block, by 0.4 u of its norm each time (u = 2⁻⁸ for
-bfloat16), in both models independently: 0.8 u √blocks, in bfloat16 0.028 of 80 blocks. (Random Llamas of 2, 8 and 24 blocks, weights with a
-deviation of 0.02: 0.004, 0.008, 0.012.) This holds while both compute one function: they are given the same experts (`workers.routing`)."""
-
-
-class Noise(NamedTuple):
-    """What rounding activations and caches changes, relative."""
-
-    logits: float
-    routers: float
-    """Of their logits."""
 
 
 def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, context: Context, residency: Residency) -> dict[str, Any]:
@@ -76,7 +62,7 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         raise InputError(reason)
     artifact, steps = inputs.get("quantize"), spec.workload.tokens
     with _threads(spec.workload.threads), ExitStack() as stack:
-        packed, expected, noise, choices = None, None, Noise(0.0, 0.0), Choices()
+        packed = None
         if artifact is None:
             residency.drop_variants()  # or their memory would count as the unquantized model's
             whole = replace(context, hints=replace(context.hints, streamed=False))
@@ -84,8 +70,9 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         else:
             model = residency.variant(context, spec.model, artifact)
         prompt, given = _tokens(model, spec.workload, context.device)
+        comparison = Comparison(spec, prompt, given, context)
         if artifact is not None or spec.kv is not None:
-            expected, noise = _simulated(spec, model, artifact, prompt, given, context, residency, choices)
+            comparison.simulate(model, artifact, residency)
         if artifact is not None:
             del model
             residency.clear()  # or its memory would count as the packed model's
@@ -96,19 +83,11 @@ def run_measure(spec: MeasureSpec, inputs: Mapping[str, Path], payload: Path, co
         if caches is not None:
             stack.enter_context(caches.attached())
         decoder: Decoder = Eager(model, caches)
-        own = Choices()
-        with choices.replayed(model), own.recorded(model), nullcontext() if caches is None else caches.checking():
-            found = generate(decoder, prompt, steps, given)
-        error = None
-        if expected is not None:
-            noise = _with_rounding(noise, decoder, model, prompt, given, found.logits, expected, choices, own, spec.model.dtype)
-            error = _check(found.logits, expected, spec.model.dtype, noise.logits)
-        if choices:
-            _check_choices(choices, spec.model.dtype, noise.routers, context)
-            if generation.has_graphs(context.device):  # a captured step, which has no hooks, is compared with it
-                found = generate(decoder, prompt, steps, given)
-        decoder = _fastest(decoder, model, prompt, found, caches, _allowed(spec.model.dtype, noise.logits), context)
-        del found, expected, choices, own  # or the logits of checking would count as the model's memory
+        with nullcontext() if caches is None else caches.checking():
+            found = comparison.check(decoder, model)
+        decoder = _fastest(decoder, model, prompt, found, caches, comparison.allowed, context)
+        error = comparison.error
+        del found, comparison  # or the logits of checking would count as the model's memory
         if context.device.type == "cuda":
             torch.cuda.empty_cache()  # what checking left would count as reserved
         peak, meter = PeakMemory(context.device, context.kept), EnergyMeter(context.device)
@@ -144,66 +123,6 @@ def _resident(model: nn.Module, context: Context) -> nn.Module:
     return model
 
 
-def _simulated(
-    spec: MeasureSpec,
-    model: nn.Module,
-    artifact: Path | None,
-    prompt: Tensor,
-    given: Tensor,
-    context: Context,
-    residency: Residency,
-    choices: Choices,
-) -> tuple[Tensor, Noise]:
-    """Logits `[B, steps + 1, V]` of the variant as evaluated, and how far they are from those on the same tokens, by the same experts,
-    without anything rounded while it runs. What its routers choose goes into `choices`."""
-    with residency.runtime(model, artifact, spec.activation, None), choices.recorded(model):
-        expected = _logits(model, prompt, given, None if spec.kv is None else kv_runs.empty_caches(model, spec.kv, context), context)
-    if spec.activation is None and spec.kv is None:
-        return expected, Noise(0.0, 0.0)
-    with choices.replayed(model):
-        plain = _logits(model, prompt, given, None, context)
-    return expected, Noise(_distance(plain, expected), choices.distance)
-
-
-def _logits(model: nn.Module, prompt: Tensor, given: Tensor, cache: Callable[[], Any] | None, context: Context) -> Tensor:
-    if one_pass.serves(model):
-        found: list[Tensor] = []
-        # Tokens of sliding windows are all held, and masked: how many there are is then known from the first block, which others have not.
-        one_pass.decode(
-            model,
-            (prompt, *torch.split(given, 1, dim=1)),
-            DynamicCache() if cache is None else cache(),
-            lambda out: found.append(out.logits[:, -1].to(torch.float32, copy=True)),
-            **last_logits(model),
-        )
-        return torch.stack(found, 1)
-    if streams(model):
-        context.notes.append("the model has no cache of keys and values: for the comparison the checkpoint was read once for every token")
-    return generate(Eager(model, cache), prompt, given.shape[1], given).logits
-
-
-def _with_rounding(
-    noise: Noise,
-    decoder: Decoder,
-    model: nn.Module,
-    prompt: Tensor,
-    given: Tensor,
-    found: Tensor,
-    expected: Tensor,
-    choices: Choices,
-    own: Choices,
-    dtype: str,
-) -> Noise:
-    """And how far rounding to a type of 16 bits alone moves the logits `found`, by the same experts, where they or the routers' are further
-    off than is usual: deep models and those with large weights enlarge it. A wrong product was found out alone (`workers.alike`)."""
-    far = _distance(found, expected) > _allowed(dtype, noise.logits) or choices.distance > _allowed(dtype, noise.routers)
-    if dtype == "float32" or not far:
-        return noise
-    with own.replayed(model), jittered(model):
-        moved = _distance(generate(decoder, prompt, given.shape[1], given).logits, found)
-    return Noise(noise.logits + moved, noise.routers + own.distance)
-
-
 def _fastest(
     decoder: Decoder, model: nn.Module, prompt: Tensor, found: Generation, caches: PackedCaches | None, allowed: float, context: Context
 ) -> Decoder:
@@ -212,7 +131,7 @@ def _fastest(
         return decoder
     try:
         graphed = Graphed(model, prompt, found.tokens.shape[1], None if caches is None else caches())
-        error = _distance(generate(graphed, prompt, found.tokens.shape[1], found.tokens).logits, found.logits)
+        error = distance(generate(graphed, prompt, found.tokens.shape[1], found.tokens).logits, found.logits)
         if not error <= allowed:
             raise NoGraph(f"its logits differ from those of steps that are not captured by {error:.2g} of their norm, above {allowed:.2g}")
     except NoGraph as e:
@@ -248,43 +167,6 @@ def _tokens(model: nn.Module, workload: Workload, device: torch.device) -> tuple
         torch.randint(int(config.vocab_size), (workload.batch, n), generator=random).to(device) for n in (workload.prompt, workload.tokens)
     )
     return prompt, given
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Relative, over all."""
-    return float((found - expected).double().norm() / expected.double().norm())
-
-
-def _check(found: Tensor, expected: Tensor, dtype: str, noise: float = 0.0) -> float:
-    """Relative error of the packed model's logits; raises NumericalError where it is above the tolerance, or not a number."""
-    error, allowed = _distance(found, expected), _allowed(dtype, noise)
-    if not error <= allowed:
-        raise NumericalError(
-            f"logits with packed weights differ from the simulated ones by {error:.2g} of their norm, above {allowed:.2g}; "
-            "use workload.backend=dense and report this"
-        )
-    return error
-
-
-def _check_choices(choices: Choices, dtype: str, noise: float, context: Context) -> None:
-    """As `_check`, of routers' logits: experts were given."""
-    error, allowed = choices.distance, _allowed(dtype, noise)
-    if not error <= allowed:
-        raise NumericalError(
-            f"routers' logits with packed weights differ from the simulated ones by {error:.2g} of their norm, above {allowed:.2g}; "
-            "use workload.backend=dense and report this"
-        )
-    if choices.other:
-        context.notes.append(
-            f"{choices.other} of {choices.given} choices of experts were the simulated model's for the comparison: the packed one, rounded "
-            "otherwise, would have chosen others"
-        )
-
-
-def _allowed(dtype: str, noise: float) -> float:
-    """noise: what rounding while the model runs changes. A sum in another order may put one value on the other side of a boundary between
-    two codes; in later layers many follow, until packed and simulated model are two roundings of the same, √2 noise apart."""
-    return TOLERANCE[dtype] + 2 * noise
 
 
 def _repeat(run: Callable[[], list[float]], meter: EnergyMeter) -> list[list[float]]:

@@ -17,8 +17,8 @@ from bench.whole.shapes import SHAPES
 from bench.whole.stages import Made, committed, grouped, quantize, spec_of
 from bench.whole.streamed import one_for_all
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
+from workers.comparison import TOLERANCE
 from workers.environment import environment
-from workers.measure import TOLERANCE
 from workers.request import Hints
 from workers.specs import MeasureSpec, StageKind, Workload
 

@@ -17,7 +17,7 @@ from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.tensors.codebook import Outliers
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
-from workers import alike, measure, packed
+from workers import alike, comparison, measure, packed
 from workers.context import Context
 from workers.errors import NumericalError
 from workers.machine import cpu_model
@@ -153,7 +153,7 @@ def test_rounding_that_a_deep_model_enlarges_is_no_error(tmp_path: Path, monkeyp
     (tmp_path / "payload").mkdir()
     spec = MeasureSpec(of, Workload(batch=2, prompt=20, tokens=6, threads=1), cpu_model())
     found = measure.run_measure(spec, {"quantize": artifact}, tmp_path / "payload", ctx, Residency())
-    assert found["check_error"] > measure.TOLERANCE["bfloat16"]
+    assert found["check_error"] > comparison.TOLERANCE["bfloat16"]
     assert found["product_error"] < found["check_error"]
 
 

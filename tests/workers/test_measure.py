@@ -25,11 +25,12 @@ from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import families, generation, nvml, packed
+from workers.comparison import TOLERANCE, distance, require_close
 from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.generation import NoGraph
 from workers.machine import cpu_model
-from workers.measure import FEWEST, MOST, TOLERANCE, _check, _repeat, _speeds, interval, run_measure
+from workers.measure import FEWEST, MOST, _repeat, _speeds, interval, run_measure
 from workers.rebuild import rebuild, rebuild_packed
 from workers.recipe import Recipe
 from workers.residency import Residency
@@ -352,10 +353,10 @@ def test_sequences_that_would_be_mixed_are_refused(tmp_path: Path) -> None:
 
 def test_logits_that_depart_are_no_measurement() -> None:
     logits = torch.randn(1, 4, 50, generator=torch.Generator().manual_seed(0))
-    assert _check(logits, logits, "float32") == 0
+    assert distance(logits, logits) == 0
     for wrong in (logits * (1 + 2 * TOLERANCE["float32"]), logits * float("nan")):
         with pytest.raises(NumericalError, match="logits with packed weights differ"):
-            _check(wrong, logits, "float32")
+            require_close("logits", distance(wrong, logits), TOLERANCE["float32"])
 
 
 @pytest.mark.parametrize(("prompts", "runs"), [((1.0, 1.0), FEWEST), ((1.0, 2.0), MOST)])

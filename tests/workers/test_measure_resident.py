@@ -12,7 +12,7 @@ import torch
 
 from quant.scheme import KVScheme
 from tests.workers.stage_runs import quantize_spec, quantized, tiny_context
-from workers import measure
+from workers import comparison, measure
 from workers.errors import InputError, NumericalError
 from workers.generation import Generation, generate
 from workers.machine import cpu_model
@@ -101,7 +101,8 @@ def test_nothing_of_checking_is_in_memory_while_it_is_timed(tmp_path: Path, monk
         return made
 
     monkeypatch.setattr(measure, "_repeat", repeat)
-    monkeypatch.setattr(measure, "generate", generated)
+    for module in (comparison, measure):
+        monkeypatch.setattr(module, "generate", generated)
     measure.run_measure(SPEC, {"quantize": artifact}, tmp_path, context, residency)
     assert kept == [0]
     assert lengths[:2] == [SPEC.workload.tokens + 1] * 2

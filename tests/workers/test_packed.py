@@ -16,7 +16,7 @@ from tests.live_bytes import LiveBytes
 from tests.tiny_models import FAMILIES, build, save_tokenizer
 from tests.workers.stage_runs import W4, calibrated, component, context, quantize_spec, quantized, tiny_context, with_calibration
 from tests.workers.test_rebuild import logits
-from workers import alike, measure, packed
+from workers import alike, comparison, measure, packed
 from workers import rebuild as rebuilding
 from workers.context import Context
 from workers.errors import InputError
@@ -96,7 +96,7 @@ def test_experts_multiply_packed(act_order: bool, activation: ActivationScheme |
         made.append(same(ctx, artifact, activation=activation))
         if activation is None:
             got, want = logits(rebuild_packed(ctx, MODEL, artifact, "auto", None)[0]), logits(rebuild(ctx, MODEL, artifact))
-            assert (got - want).norm() <= measure.TOLERANCE["float32"] * want.norm()
+            assert (got - want).norm() <= comparison.TOLERANCE["float32"] * want.norm()
     assert sum(made[0].backends.values()) == 2 * (4 + 2 * len(experts.gate_up_proj))
     whole, *rest = made
     assert not whole.reasons
@@ -149,7 +149,7 @@ def test_a_model_is_timed_where_its_packed_weights_fit(deep: tuple[Path, Any], t
 
     with LiveBytes() as live:
         found = measured(whole // 2)
-    assert found["check_error"] <= measure.TOLERANCE["float32"]
+    assert found["check_error"] <= comparison.TOLERANCE["float32"]
     assert live.peak <= found["weights_bytes"] + 2 * block < whole // 2
     assert measured(found["weights_bytes"])["weights_bytes"] == found["weights_bytes"]
     with pytest.raises(InputError, match=r"do not fit hints.memory_bytes=.*would be the disk's"):

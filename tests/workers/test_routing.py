@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 from quant.scheme import ActivationScheme, KVScheme, WeightScheme
 from tests.tiny_models import config_of, save_tokenizer
 from tests.workers.stage_runs import context, quantize_spec, quantized
-from workers import generation, measure, routing
+from workers import comparison, generation, measure, routing
+from workers.comparison import TOLERANCE
 from workers.errors import NumericalError
 from workers.machine import cpu_model
-from workers.measure import TOLERANCE, run_measure
+from workers.measure import run_measure
 from workers.rebuild import load_model, rebuild_packed
 from workers.residency import Residency
 from workers.routing import Choices
@@ -76,7 +77,7 @@ def test_experts_that_rounding_chooses_are_no_error(folder: Path, artifact: Path
     assert given == 2 * (32 + 32)
     assert 0 < other < given / 2
     monkeypatch.setattr(routing, "_routers", lambda model: [])
-    monkeypatch.setattr(measure, "_with_rounding", lambda noise, *given: noise)
+    monkeypatch.setattr(comparison, "jittered", nullcontext)
     with pytest.raises(NumericalError, match="logits with packed weights differ"):
         measured(folder, artifact, tmp_path)
 
@@ -92,8 +93,14 @@ def test_choices_do_not_count_as_what_rounding_inputs_changes(
 ) -> None:
     """Or the tolerance would be as wide as experts are different."""
     noises: list[float] = []
-    check = measure._check
-    monkeypatch.setattr(measure, "_check", lambda *given: noises.append(given[3]) or check(*given))
+    require = comparison.require_close
+
+    def required(what: str, error: float, allowed: float) -> None:
+        noises.extend([allowed - TOLERANCE["bfloat16"]] if what == "logits" else [])
+        require(what, error, allowed)
+
+    monkeypatch.setattr(comparison, "require_close", required)
+    monkeypatch.setattr(comparison, "jittered", nullcontext)
     measured(folder, artifact, tmp_path, **more)
     monkeypatch.setattr(routing, "_routers", lambda model: [])
     with suppress(NumericalError):
