@@ -210,7 +210,7 @@ class Gptq:
                 stack=stack,
                 fits=rows.fits,
                 spends=spends,
-                looks_ahead=any(r.looks_ahead for r in own),
+                looks_ahead=any(self.looks_ahead(g.scheme, kept) for g in givens),
                 span=factor.span,
             )
             return own, made, rows.odd()

@@ -68,9 +68,8 @@ class Ranges:
             if kept:
                 groups = without_columns(groups.reshape(-1, k // self.width, self.width), order[coded:]).view(groups.shape)
             self.known = self._fit(groups)
-        self.looks_ahead = method.looks_ahead(scheme, kept)
         # A search is torch's.
-        self.in_launch = in_launch and dynamic and not (self.looks_ahead or self.mse) and self.dtype is torch.float32
+        self.in_launch = in_launch and dynamic and not (method.looks_ahead(scheme, kept) or self.mse) and self.dtype is torch.float32
         if dynamic and not self.in_launch:
             ran("gptq_block_ranges", "torch")
         self.fitted: set[int] = set()
