@@ -155,7 +155,9 @@ class _Loop:
             def within(first: int, last: int, _: Tensor, start: int = start) -> tuple[Affine, list[int]]:
                 return ranges(start + first, start + last, w)
 
-            rounded = values[own] if len(values) == k else values[: own.stop - start]
+            # Of the last span, or of all columns, nobody reads those that are not returned.
+            wanted = own.stop - start if more or not getattr(self.block_kernel, "SKIPS_VALUES", False) else 0
+            rounded = values[own] if len(values) == k else values[:wanted]
             self._push(w[own], upper[own, own], within, codes[own], rounded, errors, loss)
             if more:  # Q - W stands where nothing else is read any more
                 torch.sub(rounded, before, out=w[own])

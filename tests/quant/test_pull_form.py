@@ -22,7 +22,7 @@ from quant.scheme import Granularity, WeightScheme
 from quant.solver import Solved, solve_affine
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
-from tests.quant.test_replay import Captures, enough, same
+from tests.quant.test_replay import Captures, enough, same, values_asked_for
 
 K, BLOCK = 112, 16
 SPANS = (1, 2, 3, 6)
@@ -123,7 +123,7 @@ def test_summed_errors_are_the_output_error(pull: Pull, monkeypatch: pytest.Monk
     torch.testing.assert_close(made[-1].loss, ((missed @ damped) * missed).sum(1), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["all values", "a span's"])
+@pytest.mark.parametrize("whole", [True, False], ids=["kernels that give values", "that skip them"])
 def test_weights_that_are_read_as_they_are_and_loops_that_are_replayed(whole: bool, pull: Pull, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: queued, captured, replayed."""
     inputs = [given(2, torch.float32, seed=seed) for seed in range(3)]
@@ -132,11 +132,12 @@ def test_weights_that_are_read_as_they_are_and_loops_that_are_replayed(whole: bo
     want = [packed(method, *one, schemes) for one in inputs]
     assert not any(same(one, want[0]) for one in want[1:])
     monkeypatch.setattr(gptq_ranges, "on_gpu", lambda t: True)
-    if not whole:
-        monkeypatch.setattr(kernel("gptq_block", block=torch.zeros(1, 1)).run, "SKIPS_VALUES", True, raising=False)
+    asked = [] if whole else values_asked_for(monkeypatch)
     with replaying(Replays(Captures(), enough)):
         for _ in range(2):
             assert all(same(packed(method, *one, schemes), made) for one, made in zip(inputs, want, strict=True))
+    # Spans of three blocks of two weights' 48 rows, and of the last span's one block none.
+    assert asked[:7] == ([] if whole else [*[BLOCK * 2 * 48] * 6, 0])
 
 
 FORMS = {
