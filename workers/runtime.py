@@ -33,15 +33,15 @@ def attach(
     kv: KVScheme | None,
     only: Collection[str] | None = None,
 ) -> Runtime:
-    """Install the hooks; those on inputs at the linears named in `only`, where it is given. Raises InputError where static ranges are
-    wanted and the recipe has none."""
+    """Install the hooks; those on inputs at the linears named in `only`, where it is given. Raises InputError, before any is
+    installed, where static ranges are wanted and the recipe has none, and for keys and values of a model that keeps none."""
     structure = families.structure_of(model)
+    if kv is not None and not structure.cache_argument:
+        raise InputError(f"a {structure.model_type} model has no keys and values to quantize; use a scheme with kv: null")
     handle = Runtime()
     if activation is not None:
         _attach_activation(model, structure, recipe, activation, handle, only)
     if kv is not None:
-        if not structure.cache_argument:
-            raise InputError(f"a {structure.model_type} model has no keys and values to quantize; use a scheme with kv: null")
         for block in decoder_blocks(model, structure):
             attention = block.get_submodule(structure.attention)
             hook = _quantize_cache(structure.cache_argument, kv)

@@ -284,6 +284,15 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         evaluated(tiny_context("rwkv", tmp_path), tmp_path / "g", "perplexity", kv=KVScheme(4, mode="decode"))
 
 
+def test_a_refused_cache_leaves_a_resident_model_as_it_was() -> None:
+    """Its activations would be rounded in every later stage."""
+    model = model_of("rwkv")
+    before = plain(model)
+    with pytest.raises(InputError, match="a rwkv model has no keys and values"):
+        attach_runtime(model, None, ActivationScheme(4), KVScheme(4))
+    assert torch.equal(plain(model), before)
+
+
 @pytest.mark.parametrize(
     ("params", "said"),
     [
