@@ -274,6 +274,9 @@ def test_what_is_refused() -> None:
             per_token.prepare(x, x, bits, False, group)
     with pytest.raises(ValueError, match="room for 32"):
         per_token.append(per_token.prepare(x, x, 4, False, None), *[random(1, 1, 33, 32)] * 2)
+    for shape in ((1, 2, 1, 32), (2, 1, 1, 32), (1, 2, 1, 16)):  # torch would spread one sequence or head over all
+        with pytest.raises(ValueError, match="takes as many tokens of both"):
+            per_token.append(per_token.prepare(*[random(2, 2, 8, 32)] * 2, 4, False, None), *[random(*shape)] * 2)
     held = prepare(x, x, 4, 4, 32, 32, 40)
     with pytest.raises(ValueError, match=r"room for both of \[1, 1, 64, 32\]"):
         prepare(random(1, 1, 65, 32), random(1, 1, 65, 32), 4, 4, 32, 32, into=held)

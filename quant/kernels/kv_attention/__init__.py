@@ -252,7 +252,7 @@ def _fits(cache: Packed, keys: Tensor, values: Tensor) -> tuple[int, int]:
     return _coded(n, cache.residual)
 
 
-def alike(cache: Packed, keys: Tensor, values: Tensor) -> bool:
+def alike(cache: Cache, keys: Tensor, values: Tensor) -> bool:
     """Whether they are as many tokens of both, of the cache's sequences, heads and channels."""
     s, kv, _, d = keys.shape
     return keys.shape == values.shape and (s, kv, d) == (cache.keys.shape[0], cache.heads, cache.width)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.kernels.kv_attention import WIDTHS, field, packed, unpacked, words
+from quant.kernels.kv_attention import WIDTHS, alike, field, packed, unpacked, words
 
 BLOCK = 64
 """T."""
@@ -126,7 +126,7 @@ def prepare(
 def append(cache: PerTokenPacked, keys: Tensor, values: Tensor) -> None:
     """The next tokens `[S, KV, t, D]` into the cache, any number of them. Raises ValueError."""
     t, n = keys.shape[2], cache.length
-    if keys.shape != values.shape or n + t > cache.capacity:
+    if not alike(cache, keys, values) or n + t > cache.capacity:
         raise ValueError(
             f"got keys {tuple(keys.shape)} and values {tuple(values.shape)}; the cache takes as many tokens of both, and has "
             f"room for {cache.capacity - n}: prepare it with a greater capacity"
