@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from quant.affine import Affine, ZeroKind
-from quant.grids import DTYPES
+from quant.grids import check_stored, with_stored_scales
 from quant.methods.base import Rounded
 from quant.scheme import WeightScheme
 from quant.tensors.affine import AffineTensor
 from quant.tensors.strided import StridedTensor
-
-MAX_HALF_ZERO = 512
-"""Float16 zeros up to here are off by a quarter of a code at most."""
 
 
 def affine(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme, *, real_zeros: bool = False) -> Rounded:
@@ -28,14 +25,14 @@ def affine(codes: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightSche
     else:
         inside = bool(((zero >= 0) & (zero <= 2**scheme.bits - 1)).all())
         kind = ZeroKind.CODE if inside else ZeroKind.INTEGER
-    dtype, notes = _stored_dtype(scale, zero if kind is ZeroKind.FLOAT else None, scheme)
+    dtype, notes = _stored_dtype(scale, zero, scheme, kind)
     return Rounded(AffineTensor.build(codes, Affine(scale, zero, scheme.bits, kind), dtype), notes=notes)
 
 
 def strided(codes: Tensor, scale: Tensor, zero: Tensor, scheme: WeightScheme) -> Rounded:
     """codes `[N, K]`, scale and zero `[G]`: weight i of the row-major order belongs to group i mod G."""
     _check_codes(codes, scheme.bits)
-    dtype, notes = _stored_dtype(scale, zero, scheme)
+    dtype, notes = _stored_dtype(scale, zero, scheme, ZeroKind.FLOAT)
     return Rounded(StridedTensor(codes.to(torch.uint8).contiguous(), scale.to(dtype), zero.to(dtype), scheme.bits), notes=notes)
 
 
@@ -54,16 +51,12 @@ def _check_codes(codes: Tensor, bits: int) -> None:
         raise ValueError(f"the toolkit's codes lie in {low:g} .. {high:g}; expected whole numbers in 0 .. {2**bits - 1}")
 
 
-def _stored_dtype(scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> tuple[torch.dtype, list[str]]:
-    """The scheme's type, or float32 with a note where that type cannot hold the scales closely enough."""
-    dtype = DTYPES[scheme.scale_dtype]
-    if dtype is torch.float16:
-        half = scale.half()
-        # Subnormal float16 values are 2^-24 apart.
-        wrong = ~torch.isfinite(half) | (half.abs() < 2.0 ** (scheme.bits - 24))
-        if zero is not None:
-            wrong |= ~(zero.abs() <= MAX_HALF_ZERO)
-        if bool(wrong.any()):
-            count = f"{int(wrong.sum())} of {wrong.numel()} scales or zeros do not fit float16"
-            return torch.float32, [f"{count}; scales are stored in float32"]
-    return dtype, []
+def _stored_dtype(scale: Tensor, zero: Tensor, scheme: WeightScheme, kind: ZeroKind) -> tuple[torch.dtype, list[str]]:
+    """The scheme's type, or float32 with a note where that type cannot hold the scales, of either sign, or zeros closely enough."""
+    kept = Affine(scale.half().abs(), zero, scheme.bits, kind)
+
+    def run(dtype: torch.dtype) -> torch.dtype:
+        check_stored(kept, scale, dtype)
+        return dtype
+
+    return with_stored_scales(scheme, run)
