@@ -46,14 +46,7 @@ class AffineTensor(Coded):
             raise ValueError(f"codes {(n, k)}, scale {(r, g)} and zero {tuple(self.zero.shape)} do not belong together")
 
     @staticmethod
-    def build(
-        codes: Tensor,
-        affine: Affine,
-        scale_dtype: torch.dtype,
-        *,
-        g_idx: Tensor | None = None,
-        input_scale: Tensor | None = None,
-    ) -> AffineTensor:
+    def build(codes: Tensor, affine: Affine, scale_dtype: torch.dtype, *, g_idx: Tensor | None = None) -> AffineTensor:
         """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
         return AffineTensor(
             codes=codes.to(torch.uint8).contiguous(),
@@ -62,7 +55,6 @@ class AffineTensor(Coded):
             bits=affine.bits,
             kind=affine.kind,
             g_idx=None if g_idx is None else g_idx.to(narrowest(affine.scale.shape[1] - 1)),
-            input_scale=None if input_scale is None else input_scale.to(scale_dtype),
         )
 
     @property
