@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.kept import keep  # noqa: E402
+from bench.kmeans import least  # noqa: E402
 from quant.affine import Affine  # noqa: E402
 from quant.factors import inverse_factor, pull_factor  # noqa: E402
 from quant.grids import GRIDS, fit  # noqa: E402
@@ -31,7 +31,7 @@ from quant.solver import Solved, solve_affine  # noqa: E402
 
 SIZES = ((768, 25.0), (2048, 15.0), (4096, 15.0))
 """(N = K, how many times faster it is to be)."""
-BITS, GROUP, BLOCK, TIMES, EQUAL, DAMP = 4, 128, 128, 5, 0.999, 0.01
+BITS, BLOCK, EQUAL, DAMP = 4, 128, 0.999, 0.01
 
 
 def main() -> int:
@@ -51,10 +51,10 @@ def main() -> int:
         row["pulled_equal_codes"] = float((pulled.codes == pushed.codes).float().mean())
         loop = partial(block_loop, blocks(weight, upper), SolvedBlock.like(weight[:BLOCK]))
         for what, run in (("block_loop", loop), ("solver", partial(solve, weight, upper))):
-            reference_s, ours_s = (least(run, backend) for backend in ("reference", "cpu"))
+            reference_s, ours_s = (least(partial(run, backend)) for backend in ("reference", "cpu"))
             row |= {f"{what}_reference_s": reference_s, f"{what}_cpu_s": ours_s, f"{what}_ratio": reference_s / ours_s}
         for form, span in (("pushed", None), ("pulled", SPAN)):
-            row[f"linear_{form}_s"] = least(partial(linear, weight, hessian), span)
+            row[f"linear_{form}_s"] = least(partial(linear, weight, hessian, span))
         row["pulled_ratio"] = row["linear_pushed_s"] / row["linear_pulled_s"]
         good &= min(equal, row["pulled_equal_codes"]) >= EQUAL and row["block_loop_ratio"] >= goal
         made["rows"].append(row)
@@ -108,16 +108,6 @@ def block_loop(work: list[tuple[Tensor, Tensor, Affine]], out: SolvedBlock, back
     run = kernel("gptq_block", backend).run.solve_block
     for part, upper, affine in work:
         run(part, upper, affine, [0] * BLOCK, out)
-
-
-def least(run: Callable[[Any], object], of: Any) -> float:
-    """Seconds, of 5 times."""
-    best = float("inf")
-    for _ in range(TIMES):
-        start = time.perf_counter()
-        run(of)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 if __name__ == "__main__":
