@@ -61,7 +61,7 @@ def check_and_time_hydra(grid: Any, samples: int) -> float:
 
     seconds = 0.0
     with initialize_config_module("conf", version_base="1.3"):
-        for cell in random.Random(0).sample(grid.cells, min(samples, len(grid.cells))):
+        for cell in random.Random(0).sample(grid.cells, samples):
             damp, seed = cell.method.values["rounding"]["params"]["damp"], cell.replicate.values["seed"]
             lines = [f"{o.axis}={o.file}" for o in cell] + [f"method.rounding.params.damp={damp!r}", f"replicate.seed={seed}"]
             start = time.perf_counter()
@@ -87,9 +87,9 @@ def main() -> None:
     stages, planning = plan(grid)
     planned_kib = peak_kib() - empty
     count = len(grid.cells)
-    ours = (composed - imported) / count
-    hydra = check_and_time_hydra(grid, given.samples)
-    print(f"cells                 {count}, equal to hydra.compose on {given.samples} random ones")
+    samples, ours = min(given.samples, count), (composed - imported) / count
+    hydra = check_and_time_hydra(grid, samples)
+    print(f"cells                 {count}, equal to hydra.compose on {samples} random ones")
     print(f"bitgrid               {composed - imported:.2f} s (and {imported - start:.2f} s of imports), {ours * 1e6:.0f} us per cell")
     print(f"planning              {planning:.2f} s for {stages} stages; composing and planning {composed - imported + planning:.2f} s")
     print(f"memory, composed      {composed_kib / 1024:.0f} MiB above an empty process, {composed_kib / count:.2f} KiB per cell")
