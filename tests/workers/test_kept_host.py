@@ -114,6 +114,14 @@ def test_a_gpu_gives_memory_up_to_the_host_and_all_where_none_is_to_be_kept() ->
     assert (holder.bytes, holder.host_bytes) == (64, 0), "the host has no host beside it"
 
 
+def test_another_device_begins_with_nothing() -> None:
+    holder = Copies().begin(None)
+    holder.statistics("file", lambda: {"site": torch.ones(4)})
+    assert holder.bytes
+    holder.begin(CPU, None)
+    assert (holder.bytes, holder.host_bytes) == (0, 0)
+
+
 def test_a_copy_has_the_strides_of_its_tensor() -> None:
     upper = torch.randn(3, 4).T
     there = kept.copied(upper, CPU)
