@@ -12,9 +12,8 @@ from bench.on_gpu.clock import Bench, Goal, Row, known, spread, worst
 from quant.kernels import kernel
 from quant.kernels.braq_block import Binarized
 from quant.kernels.braq_block import Wanted as BlockWanted
-from quant.kernels.braq_block.eager import masks
+from quant.kernels.braq_block.eager import masks, reference_quantiles
 from quant.kernels.claq_block import Part, SolvedBlock, Wanted, solve_blocks
-from quant.methods.billm_search import reference_quantiles
 from quant.methods.claq import Claq
 from quant.scheme import WeightScheme
 from quant.statistics import Statistics

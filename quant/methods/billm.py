@@ -33,8 +33,9 @@ from quant.binary import binarize, must_fit, rounded
 from quant.errors import NonFiniteError
 from quant.grids import with_stored_scales
 from quant.kernels import braq_block, kernel
-from quant.methods import billm_search as search
+from quant.kernels.braq_block.eager import first_least, ranked, reference_quantiles
 from quant.methods.base import ANY, Linear, Rounded
+from quant.methods.billm_search import joint_errors
 from quant.methods.feedback import Prepared, prepare
 from quant.parameters import check
 from quant.scheme import Supports, WeightScheme
@@ -200,26 +201,26 @@ def _above(x: Tensor, salient: Tensor, threshold: Tensor) -> Tensor:
 
 
 def _paper(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
-    order = search.ranked(m.abs().sum(0))
+    order = ranked(m.abs().sum(0))
     counts = braq_block.counts(method.salient_columns, block.shape[1], 3, 30)
     magnitude = block[:, order].abs()
     never = magnitude.new_full((1,), math.inf)
-    k = counts[int(search.first_least(search.joint_errors(magnitude, counts, never)))]
+    k = counts[int(first_least(joint_errors(magnitude, counts, never)))]
     salient, rest = _first(order, k), magnitude[:, k:]
     if not rest.numel():
         return salient, torch.zeros_like(block, dtype=torch.bool)
     fractions = torch.arange(1, 10, device=block.device).to(block) / 10
     thresholds = fractions * rest.max()
-    errors = search.joint_errors(rest, range(1), thresholds)
-    return salient, _above(block, salient, thresholds[search.first_least(errors)])
+    errors = joint_errors(rest, range(1), thresholds)
+    return salient, _above(block, salient, thresholds[first_least(errors)])
 
 
 def _joint(block: Tensor, m: Tensor, method: Billm) -> tuple[Tensor, Tensor]:
-    order = search.ranked(m.abs().sum(0))
+    order = ranked(m.abs().sum(0))
     counts = braq_block.counts(method.salient_columns, block.shape[1], 0, braq_block.MOST_SALIENT)
     magnitude = block[:, order].abs()
-    thresholds = search.reference_quantiles(magnitude)
-    found = int(search.first_least(search.joint_errors(magnitude, counts, thresholds)))
+    thresholds = reference_quantiles(magnitude)
+    found = int(first_least(joint_errors(magnitude, counts, thresholds)))
     salient = _first(order, counts[found // thresholds.numel()])
     return salient, _above(block, salient, thresholds[found % thresholds.numel()])
 

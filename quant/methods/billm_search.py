@@ -13,10 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quant.kernels.braq_block.eager import first_least, ranked, reference_quantiles
 from quant.kernels.braq_search.batched import chunks
-
-__all__ = ["first_least", "joint_errors", "ranked", "reference_quantiles", "salient_errors"]
 
 
 def salient_errors(magnitude: Tensor, counts: Sequence[int]) -> Tensor:

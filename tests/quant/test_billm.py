@@ -15,6 +15,7 @@ from quant import quantize_linear
 from quant.binary import binarize, stored
 from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.factors import inverse_factor
+from quant.kernels.braq_block.eager import first_least, ranked, reference_quantiles
 from quant.kernels.braq_search import batched
 from quant.methods import billm_search as search
 from quant.methods.base import Rounded
@@ -72,7 +73,7 @@ def test_errors_of_all_salient_counts_equal_a_loop(n: int, c: int, seed: int, ti
 @given(**SHAPES)
 def test_errors_of_all_thresholds_equal_a_loop(n: int, c: int, seed: int, tied: bool) -> None:
     x = block(n, c, seed, tied)
-    thresholds = torch.cat([torch.tensor([0.0, 1.0, 1e9], dtype=x.dtype), search.reference_quantiles(x.abs())[::9]])
+    thresholds = torch.cat([torch.tensor([0.0, 1.0, 1e9], dtype=x.dtype), reference_quantiles(x.abs())[::9]])
     want = [error(x, (x.abs() >= t, 1), (x.abs() < t, 1), means=True) for t in thresholds]
     got = batched.split_errors(x, thresholds)
     torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64), rtol=1e-9, atol=1e-9 * float(x.square().sum()))
@@ -82,7 +83,7 @@ def test_errors_of_all_thresholds_equal_a_loop(n: int, c: int, seed: int, tied: 
 @given(**SHAPES)
 def test_errors_of_all_counts_with_all_thresholds_equal_a_loop(n: int, c: int, seed: int, tied: bool) -> None:
     x, counts = block(n, c, seed, tied), range(min(c, 5) + 1)
-    thresholds = search.reference_quantiles(x.abs())[::16]
+    thresholds = reference_quantiles(x.abs())[::16]
     want = torch.zeros(len(counts), thresholds.numel(), dtype=torch.float64)
     for k in counts:
         for i, t in enumerate(thresholds):
@@ -95,7 +96,7 @@ def test_errors_of_all_counts_with_all_thresholds_equal_a_loop(n: int, c: int, s
 
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = block(7, 9, 3, False)
-    t = search.reference_quantiles(x.abs())
+    t = reference_quantiles(x.abs())
 
     def all_errors() -> list[Tensor]:
         return [batched.order_two_errors(x, range(1, 9)), batched.split_errors(x, t), search.joint_errors(x.abs(), range(9), t)]
@@ -107,8 +108,8 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_of_equal_candidates_wins() -> None:
-    assert search.first_least(torch.tensor([3.0, 1.0, 2.0, 1.0])) == 1
-    assert search.ranked(torch.tensor([1.0, 2.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
+    assert first_least(torch.tensor([3.0, 1.0, 2.0, 1.0])) == 1
+    assert ranked(torch.tensor([1.0, 2.0, 2.0, 0.0])).tolist() == [1, 2, 0, 3]
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

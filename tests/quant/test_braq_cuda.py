@@ -13,11 +13,9 @@ import pytest
 import torch
 
 from quant.kernels import kernel, on_cuda
-from quant.kernels.braq_block.eager import masks
+from quant.kernels.braq_block.eager import first_least, masks, ranked, reference_quantiles
 from quant.kernels.braq_search import batched, cuda
 from quant.kernels.braq_search.cuda import MOST_COLUMNS
-from quant.methods import billm_search as search
-from quant.methods.billm_search import first_least, reference_quantiles
 from tests.quant.cuda_on_host import asked, on_the_host, spills_nothing
 from tests.quant.test_braq_search import bound, values
 
@@ -109,7 +107,7 @@ def test_a_block_is_chosen_without_the_host_and_as_well_as_on_it() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     k = int(salient.sum())
-    order = search.ranked(w.abs().sum(0))
+    order = ranked(w.abs().sum(0))
     errors = batched.order_two_errors(w[:, order].double(), range(1, 50))
     assert errors[k - 1] <= errors[first_least(errors)] + bound(w)
     again = masks(w.cuda(), range(1, 50))

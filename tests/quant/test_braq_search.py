@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.kernels import kernel
-from quant.methods.billm_search import first_least, reference_quantiles
+from quant.kernels.braq_block.eager import first_least, reference_quantiles
 
 pytestmark = pytest.mark.skipif(kernel("braq_search").backend != "cpu", reason="there is no C++ library")
 SHAPES = [(1, 1), (7, 3), (8, 128), (65, 50), (130, 17)]
