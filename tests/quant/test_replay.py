@@ -138,10 +138,11 @@ def test_shapes_in_turn_share_memory() -> None:
 def test_settings_are_graphs_of_their_own() -> None:
     captures = Captures()
     with replaying(Replays(captures, enough)):
-        for scheme in (G16, WeightScheme(3, granularity=Granularity.GROUP, group_size=16)):
-            want = packed(*given(0), [scheme] * 2)
-            assert same(packed(*given(0), [scheme] * 2), want)
-    assert captures.made == 2
+        for bits, rows in ((4, (32, 16)), (3, (32, 16)), (4, (16, 32))):
+            schemes = [WeightScheme(bits, granularity=Granularity.GROUP, group_size=16)] * 2
+            want = packed(*given(0, rows=rows), schemes)
+            assert same(packed(*given(0, rows=rows), schemes), want)
+    assert captures.made == 3
 
 
 def test_threads_have_memory_of_their_own() -> None:
