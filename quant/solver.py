@@ -166,17 +166,16 @@ class _Loop:
         """Each block's errors off later columns; the loss is added to."""
         k = len(w)
         reach = Reach(self.reach, k)
-        adds_loss = getattr(self.block_kernel, "ADDS_LOSS", False)
         blocks = diagonal_blocks(upper, self.block_size) if upper.is_cuda and upper.stride(1) != 1 else None
         for start in range(0, k, self.block_size):
             end = min(start + self.block_size, k)
             affine, group = ranges(start, end, w)
             own = errors[reach.held(slice(start, end))]
             whole = len(values) == k
-            out = SolvedBlock(codes[start:end], values[start:end] if whole else values[: end - start], own, loss if adds_loss else None)
+            out = SolvedBlock(codes[start:end], values[start:end] if whole else values[: end - start], own, loss)
             u = upper[start:end, start:end] if blocks is None else blocks[start // self.block_size]
             self.block_kernel.solve_block(w[start:end], u, affine, group, out, self.fits)
-            if not adds_loss:
+            if not getattr(self.block_kernel, "ADDS_LOSS", False):
                 loss.add_(out.errors.square().sum(0))
             if (off := reach.after(start, end)) is not None:
                 done, rest = off
