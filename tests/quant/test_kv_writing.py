@@ -6,22 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from quant.kernels import kernel
 from quant.kernels.kv_attention import Packed, append, prepare, reference, told_one
-from quant.kernels.on_triton import interpreted, unavailable
-
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreted() else "cpu"
-needs_triton = pytest.mark.skipif(
-    unavailable(torch.device(DEVICE)) is not None,
-    reason="Triton's kernels run neither on a GPU nor in the interpreter (TRITON_INTERPRET=1)",
-)
-
-
-def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed))
-    return (x * (0.2 + torch.arange(shape[-1]) % 7 / 3) + torch.arange(shape[-1]) % 5 / 4).to(DEVICE, dtype)
+from tests.quant.test_kv_attention import DEVICE, needs_triton, random
 
 
 @needs_triton

@@ -25,6 +25,7 @@ from quant.statistics import Statistics
 from quant.tensors import unpack
 from quant.tensors.affine import AffineTensor
 from quant.tensors.incoherent import IncoherentTensor
+from tests.quant.test_gptq import proxy
 
 
 def problem(n: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -34,11 +35,6 @@ def problem(n: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> tu
     x = torch.randn(4 * k + 8, k, generator=g, dtype=dtype)
     x = x @ (torch.eye(k, dtype=dtype) + 0.3 * torch.randn(k, k, generator=g, dtype=dtype))
     return w, 2 * x.T @ x
-
-
-def proxy(w: Tensor, q: Tensor, h: Tensor) -> float:
-    d = (w - q).double()
-    return float(((d @ h.double()) * d).sum())
 
 
 def nearest(step: float, low: float = -2.0, high: float = 1.5) -> Affine:

@@ -21,10 +21,10 @@ from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.statistics import Statistics
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
 from tests.workers.stage_runs import (
-    CALIBRATION,
     W4,
     W4G16,
     calibrated,
+    calibration_text,
     commit,
     context,
     model_with_a_dead_expert,
@@ -32,7 +32,7 @@ from tests.workers.stage_runs import (
     quantized,
     tiny_context,
 )
-from workers import datasets, families, feeding
+from workers import families, feeding
 from workers.blocks import linear_view
 from workers.errors import InputError
 from workers.rebuild import rebuild
@@ -50,10 +50,6 @@ def original(family: str) -> Any:
 
 def rows_of(artifact: Path) -> dict[str, dict[str, Any]]:
     return {r["module"]: r for r in pq.read_table(artifact / "payload" / "layers.parquet").to_pylist()}
-
-
-def calibration_text(ctx: Any, family: str) -> Tensor:
-    return datasets.calibration_tokens(ctx.texts["text"], CALIBRATION, datasets.load_tokenizer(ctx.models["model"]))
 
 
 # --- coverage and dense equality ------------------------------------------------------------------------------------

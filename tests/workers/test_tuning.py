@@ -20,8 +20,7 @@ from quant.methods.tuner import TuningBlocks
 from quant.scheme import ActivationScheme, WeightScheme
 from tests.shared import shared_path
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
-from tests.workers.stage_runs import CALIBRATION, W4G16, calibrated, context, quantize_spec, quantized, tiny_context
-from workers import datasets
+from tests.workers.stage_runs import CALIBRATION, W4G16, calibrated, calibration_text, context, quantize_spec, quantized, tiny_context
 from workers.errors import InputError
 from workers.fold import BlockWeights
 from workers.quantize import run_quantize
@@ -42,17 +41,13 @@ def original(family: str, dtype: torch.dtype = torch.float32) -> Any:
     return loaded.eval()
 
 
-def text_tokens(ctx: Any) -> Tensor:
-    return datasets.calibration_tokens(ctx.texts["text"], CALIBRATION, datasets.load_tokenizer(ctx.models["model"]))
-
-
 def opened(family: str, tmp_path: Path, b: int = 0) -> tuple[Tuning, TuningBlocks, BlockQuantizer, BlockForward]:
     """Block b of a float64 model, as a tuner is given it."""
     ctx = tiny_context(family, tmp_path)
     model = open_blocks(ctx, ModelSpec("model", "float64"))
     spec = quantize_spec("omniquant", weight=W4G16)
     (method,) = make_methods(spec.rules)
-    tuning = Tuning(OmniQuant(), model, text_tokens(ctx), None, ctx)
+    tuning = Tuning(OmniQuant(), model, calibration_text(ctx, family), None, ctx)
     block = model.load(b)
     tuning.open(range(b, b + 1))
     chosen = dict.fromkeys(model.structure.linear_names(), method)
@@ -156,7 +151,7 @@ def test_the_streams_are_those_of_the_two_models(family: str, tmp_path: Path) ->
     ctx = tiny_context(family, tmp_path)
     spec = quantize_spec("omniquant", weight=W4G16, activation=A4, epochs=1)
     artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
-    tokens = text_tokens(ctx)
+    tokens = calibration_text(ctx, family)
     ends = []
     for model, runtime in ((original(family), False), (rebuild(ctx, MODEL, artifact), True)):
         if runtime:
@@ -197,7 +192,7 @@ def test_zeroquant_learns_from_the_unquantized_block_on_what_it_reads(stream: st
     for b, block in enumerate(fed.model.layers):
         block.register_forward_hook(lambda _m, args, kwargs, out, b=b: compare(b, args, kwargs, out), with_kwargs=True)
     with torch.no_grad():
-        fed(text_tokens(ctx), use_cache=False)
+        fed(calibration_text(ctx, family), use_cache=False)
     assert [e["loss"] for e in summary["tuning"]] == pytest.approx(found, rel=1e-3)
     assert all(e["loss"] < e["start"] for e in summary["tuning"])
 
@@ -246,7 +241,7 @@ def test_learned_scales_go_together_with_a_rotation(family: str, tmp_path: Path)
     spec = quantize_spec("omniquant", "quarot", weight=WeightScheme(8), activation=eight, epochs=0, let=True)
     artifact, summary = quantized(ctx, tmp_path / "q", spec, {})
     assert all(e["start"] < 0.02 for e in summary["tuning"])
-    tokens = text_tokens(ctx)
+    tokens = calibration_text(ctx, family)
     rebuilt = rebuild(ctx, MODEL, artifact)
     with torch.no_grad():
         want, got = original(family)(tokens, use_cache=False).logits, rebuilt(tokens, use_cache=False).logits
