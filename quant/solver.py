@@ -89,8 +89,8 @@ def solve_affine(
     stack: numbers of rows of weights that lie one after another along N. Where `stacks` says so, each has the results that it has alone,
     bit for bit.
     fits: which of the ranges each block's launch finds itself, and writes to what `ranges` gives.
-    spends: the weight, contiguous, is written to, and of the values at most the last block's or span's are returned. Codes are to be read
-    before the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed
+    spends: the weight, contiguous, is written to, and of the values at most the last block's or span's are returned. Codes and the loss are
+    to be read before the next call in this thread, and ranges go by no weights but those given; a loop over blocks may then be replayed
     (`quant.replay`).
     looks_ahead: `ranges` may read weights beyond the block; where it may not, those beyond its `Reach` lack some errors.
     span: `upper` is `factors.pull_factor`'s of spans of so many columns, a multiple of a block's, and ranges must not look ahead; None:
@@ -120,7 +120,7 @@ def solve_affine(
 
     key = (block_kernel.backend, later.backend, block_size, reach, span, affine.bits, affine.kind, tuple(group), tuple(stack or ()))
     found, note = replays.run(key, given, made, solve)
-    return Solved(found["codes"], found["values"], found["loss"].clone(), notes if note is None else [*notes, note])
+    return Solved(found["codes"], found["values"], found["loss"], notes if note is None else [*notes, note])
 
 
 @dataclass(frozen=True)
