@@ -1,4 +1,4 @@
-"""Peak memory of a stage, on the device it runs on."""
+"""Memory that is free, and the peak of a stage, on the device it runs on."""
 
 from __future__ import annotations
 
@@ -12,13 +12,36 @@ from typing import Protocol
 import psutil
 import torch
 
+GROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Linux's control groups, which bound the memory of containers and of a cluster's jobs; those that this process is in."""
+
 
 def free_bytes(device: torch.device) -> int:
-    """That a stage could still take: on CUDA including what torch keeps for reuse."""
+    """That a stage could still take: on CUDA including what torch keeps for reuse, on a host no more than its control groups leave."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    return int(psutil.virtual_memory().available)
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes, of each group that has a limit. Files that the kernel would give up are no use of memory, as in the host's own figure."""
+    try:
+        lines = [line.split(":", 2) for line in OWN.read_text().splitlines()]
+    except OSError:  # not on Linux
+        return
+    for _, controllers, path in lines:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        limit, use, top = ("limit_in_bytes", "usage_in_bytes", GROUPS / "memory") if controllers else ("max", "current", GROUPS)
+        parts = Path(path).parts[1:]
+        for folder in (top.joinpath(*parts[:end]) for end in range(len(parts) + 1)):  # in a container its own may be the top
+            try:
+                whole, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, use))
+                told = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # no such group here, or no limit: max
+                continue
+            yield whole - used + sum(int(told.get(f"total_{files}", told.get(files, 0))) for files in ("active_file", "inactive_file"))
 
 
 class Keeps(Protocol):

@@ -20,7 +20,7 @@ from quant.kernels.row_sums import eager
 from quant.scheme import Granularity, WeightScheme
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from tests.workers.test_run_stage import EVALUATE, FakeRunners, outcomes, request
-from workers import feeding, kept
+from workers import feeding, kept, memory
 from workers.feeding import FedStatistics
 from workers.kept import HOST_SHARE, Kept, matrix_digest, row_sums
 from workers.memory import PeakMemory
@@ -207,6 +207,35 @@ def test_without_a_given_budget_it_is_a_share_of_what_is_free() -> None:
 
 
 # --- memory that stages need ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("own", "files"),
+    [
+        ("0::/job/step", {"memory.max": "1000", "memory.current": "400", "memory.stat": "anon 320\nactive_file 50\ninactive_file 30"}),
+        (
+            "5:devices:/\n4:cpu,memory:/job/step",
+            {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "400", "memory.stat": "active_file 1\ntotal_active_file 80"},
+        ),
+        ("0::/", {"memory.max": "1000", "memory.current": "320", "memory.stat": "anon 320"}),
+    ],
+    ids=["v2", "v1", "container"],
+)
+def test_a_job_or_container_has_no_more_free_than_it_is_given(
+    own: str, files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own figure would have a worker keep what ends it."""
+    limited = tmp_path / ("memory" if "cpu" in own else "") / ("job" if "job" in own else "")
+    (limited / "step").mkdir(parents=True)
+    (limited / "step" / "memory.max").write_text("max\n")
+    for name, text in files.items():
+        (limited / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(own + "\n")
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN", tmp_path / "own")
+    assert memory.free_bytes(CPU) == 680
+    monkeypatch.setattr(memory, "OWN", tmp_path / "none")
+    assert memory.free_bytes(CPU) > 680
 
 
 def test_what_is_kept_makes_room_for_waiting_batches(monkeypatch: pytest.MonkeyPatch) -> None:
