@@ -19,7 +19,8 @@ parameters, and the file and names of its tensors:
 - untie_head{module}: the head gets a copy of the embedding's weight, which later operations may change.
 - keep{module, reason}: a linear left as it is.
 
-Operations on modules inside a block are carried out when the block is read; all others once, when the model is opened.
+Operations on modules inside a block are carried out when the block is read; all others once, when the model is opened, and so are
+rotations of keys, which whoever makes a cache asks for before any block is read.
 """
 
 from __future__ import annotations
@@ -128,9 +129,9 @@ class Recipe:
                 known[op["op"]](model, op, self._tensors(op))
 
     def apply_outside(self, model: nn.Module, blocks: str) -> None:
-        """Carry out the operations on modules that are not below `blocks`: embeddings, final norm, head."""
+        """Carry out the operations on modules that are not below `blocks`: embeddings, final norm, head; and rotations of keys."""
         for op in self.operations:
-            if not op["module"].startswith(blocks + "."):
+            if op["op"] == "rotate_qk_after_rope" or not op["module"].startswith(blocks + "."):
                 OPERATIONS[op["op"]](model, op, self._tensors(op))
 
     def changes_the_model(self) -> str | None:
