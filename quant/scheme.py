@@ -146,6 +146,11 @@ class ActivationScheme:
     outlier_version: int = 1
     """Of that rule, for keys: 1 took the tokens of a batch that reach a linear without their sequences (OPT, experts) for one sequence."""
 
+    @property
+    def by_sequence(self) -> bool:
+        """Whether what becomes of a token goes by the tokens of its sequence that come with it."""
+        return self.dynamic and (self.granularity is Granularity.TENSOR or self.outlier_threshold is not None)
+
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"activation.bits={self.bits} is not between 2 and 8; leave `activation: null` for 16 bits")

@@ -160,7 +160,7 @@ class _Stage:
         if spec.kv is not None:
             self.facts["kv"] = kv_runs.summary(model, spec.kv, windows.shape[1])
         if spec.kv is not None and in_pass is None:
-            logits = kv_runs.logits(model, spec.kv, self.inputs, self.context, runtime)
+            logits = kv_runs.logits(model, spec.kv, self.inputs, self.context, runtime, spec.activation)
         else:
             logits = window_logits(model, self.context, runtime)
         with self.context.phase("forward"), torch.inference_mode():

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from quant.kv import Kivi, KVQuantizer, PerToken, make
-from quant.scheme import KVScheme
+from quant.scheme import ActivationScheme, KVScheme
 from workers import families, kv_capture, kv_fisher, kv_rules
 from workers.blocks import decoder_blocks
 from workers.context import Context
@@ -40,9 +40,10 @@ def logits(
     inputs: Mapping[str, Path],
     context: Context,
     runtime: Callable[[], AbstractContextManager[None]],
+    activation: ActivationScheme | None = None,
 ) -> base.Logits:
     """The model with the scheme's cache, as tasks see it. `inputs`: committed artifacts, of the variant (`quantize`), and of the
-    statistics `kv` and `kv_fisher` where the scheme needs them.
+    statistics `kv` and `kv_fisher` where the scheme needs them. activation: what `runtime` attaches.
 
     Raises InputError for a model, version or missing calibration that does not suit the scheme, CorruptArtifactError."""
     quantizers = _with_key_rotations(model, _quantizers(model, kv, inputs), context)
@@ -59,7 +60,8 @@ def logits(
         return window_logits(model, context, aged)
     window = kv.mode == "simulate"
     prefill = 10**9 if window else kv.prefill
-    return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill)
+    longest = 1 if activation is not None and activation.by_sequence else None  # tokens that come together would not be rounded as alone
+    return decoded_logits(model, context.device, runtime, lambda: QuantizedCache(quantizers), context.batch_tokens, prefill, longest)
 
 
 def empty_caches(model: nn.Module, kv: KVScheme, context: Context) -> MakeCache:

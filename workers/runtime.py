@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quant.activation import fake_quantize_activation, fake_quantize_kv
 from quant.hadamard import mix
-from quant.scheme import ActivationScheme, Granularity, KVScheme
+from quant.scheme import ActivationScheme, KVScheme
 from workers import families
 from workers.blocks import Once, Taps, decoder_blocks, input_of, tap_inputs
 from workers.errors import InputError
@@ -107,8 +107,7 @@ def quantized_input(
     expert, picked."""
     if not scheme.dynamic:
         return fake_quantize_activation(x, scheme, limits)
-    by_sequence = scheme.granularity is Granularity.TENSOR or scheme.outlier_threshold is not None
-    if not by_sequence or x.dim() > 2:
+    if not scheme.by_sequence or x.dim() > 2:
         return dynamic(x, scheme)
     if tokens is None:
         return dynamic(x.view(shape.sequences, shape.length, -1), scheme).view(x.shape)
