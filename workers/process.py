@@ -49,7 +49,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def fixed_state(key: str, hints: Hints) -> Iterator[None]:
-    """Seeds from the key, deterministic operations and the request's threads; what was set before comes back."""
+    """Seeds from the key, deterministic operations and the request's threads; of what was set before, all but the seeds comes back."""
     # Read by cuBLAS when its first handle is made; without it deterministic matrix products only warn.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import numpy as np
