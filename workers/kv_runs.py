@@ -99,13 +99,14 @@ def _note_changed_outputs(kv: KVScheme, artifact: Path, context: Context) -> Non
 def summary(model: nn.Module, kv: KVScheme, window: int) -> dict[str, Any]:
     """JSON facts of the record: how the cache was read, and bits a value of a whole window's cache.
 
-    Raises InputError for a version that is not here."""
+    Raises InputError for a model that the scheme does not work on, or a version that is not here."""
     config = _config(model)
+    made = _made(kv, config)
     heads = int(
         config.get("num_key_value_heads") or config.get("num_kv_heads") or config.get("num_attention_heads") or config.get("n_head") or 1
     )
     width = kv_rules.head_width(config)
-    bits = None if width is None else _made(kv).bits(window, heads, width)
+    bits = None if width is None else made.bits(window, heads, width)
     return {"kind": kv.kind, "mode": kv.mode, "tokens": window, "bits_stored": bits}
 
 
@@ -115,7 +116,10 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _made(kv: KVScheme) -> KVQuantizer:
+def _made(kv: KVScheme, config: Mapping[str, Any]) -> KVQuantizer:
+    refusal = kv_rules.refuses(kv, config)
+    if refusal is not None:
+        raise InputError(refusal)
     try:
         return make(kv)
     except ValueError as e:
@@ -123,11 +127,7 @@ def _made(kv: KVScheme) -> KVQuantizer:
 
 
 def _quantizers(model: nn.Module, kv: KVScheme, inputs: Mapping[str, Path]) -> list[KVQuantizer]:
-    config = _config(model)
-    refusal = kv_rules.refuses(kv, config)
-    if refusal is not None:
-        raise InputError(refusal)
-    quantizer = _made(kv)
+    quantizer = _made(kv, _config(model))
     structure = families.structure_of(model)
     if not quantizer.needs:
         return [quantizer] * structure.count

@@ -278,6 +278,8 @@ def test_what_cannot_work_is_refused_with_its_reason(tmp_path: Path) -> None:
         evaluated(gpt2, tmp_path / "d", "perplexity", kv=KIVI)
     with pytest.raises(InputError, match="KV group size 3 does not divide a head of 8"):
         evaluated(llama, tmp_path / "e", "perplexity", kv=KVScheme(2, group_size=3, kind="kivi", residual_length=6))
+    with pytest.raises(InputError, match="KV group size 16 does not divide a head of 8"):
+        evaluated(llama, tmp_path / "h", "perplexity", kv=KVScheme(4, group_size=16))
     with pytest.raises(InputError, match="the same bitgrid"):
         evaluated(llama, tmp_path / "f", "perplexity", kv=KVScheme(2, version=7, mode="decode"))
     assert kv_rules.refuses(KVScheme(4), {"model_type": "mamba"}) is not None
