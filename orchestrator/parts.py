@@ -163,7 +163,10 @@ def scheme_part(option: Option) -> Scheme:
     activation = parts.get("activation")
     if activation is not None and activation.outlier_threshold is not None:
         parts["activation"] = replace(activation, outlier_version=2)
-    return Scheme(**parts)
+    made = Scheme(**parts)
+    if made.activation is not None and made.activation.by_sequence and made.kv is not None and made.kv.mode == "decode":
+        return replace(made, activation=replace(made.activation, steps_version=2))
+    return made
 
 
 @dataclass(frozen=True)

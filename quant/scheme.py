@@ -145,6 +145,8 @@ class ActivationScheme:
     """Inputs that reach it anywhere in a sequence stay in 16 bits (LLM.int8(): 6.0); None for no such inputs."""
     outlier_version: int = 1
     """Of that rule, for keys: 1 took the tokens of a batch that reach a linear without their sequences (OPT, experts) for one sequence."""
+    steps_version: int = 1
+    """Of `by_sequence` with a cache that is written step by step, for keys: 1 gave a step as many tokens as a batch had room for."""
 
     @property
     def by_sequence(self) -> bool:

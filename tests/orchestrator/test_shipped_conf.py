@@ -115,6 +115,19 @@ def test_kept_outliers_have_keys_of_the_rule_by_sequence_and_other_schemes_the_k
         activation = scheme_part(cell.scheme).activation
         if activation is not None:
             assert activation.outlier_version == (2 if activation.outlier_threshold is not None else 1)
+            assert activation.steps_version == 1
+
+
+def test_tokens_that_share_a_range_have_keys_of_steps_of_one_token() -> None:
+    grid = compose_grid(
+        ["scheme=w4a4kv4_channel", "scheme.activation.granularity=token,tensor", "scheme.kv.mode=simulate,decode"], multirun=True
+    )
+    found = {
+        (str(part.activation.granularity.value), part.kv.mode): part.activation.steps_version
+        for part in (scheme_part(cell.scheme) for cell in grid.cells)
+        if part.activation is not None and part.kv is not None
+    }
+    assert found == {("token", "simulate"): 1, ("token", "decode"): 1, ("tensor", "simulate"): 1, ("tensor", "decode"): 2}
 
 
 def classes() -> dict[str, dict[str, Any]]:
