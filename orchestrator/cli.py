@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from orchestrator.errors import BitgridError, ConfigError, unknown_name
+from orchestrator.output import lasting_output, lost
 
 if TYPE_CHECKING:
     from orchestrator.command import Command
@@ -39,6 +40,16 @@ for run, plan and explain, --store FOLDER for verbs on a sweep.
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with lasting_output() as output:
+        code = _main(arguments)
+        reason = lost(output)
+        if reason is not None:
+            print(f"bitgrid: not all could be written to standard output: {reason}", file=sys.stderr)
+            code = code or int(not WORK.intersection(arguments[:1]))
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -58,9 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bitgrid: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _run(arguments: list[str]) -> int:
@@ -207,6 +215,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "ui": _ui,
     "toolkit": _toolkit,
 }
+WORK = frozenset({"run", "resume", "reconcile", "export", "ui", "toolkit"})
+"""Verbs that do more than say something."""
 
 
 if __name__ == "__main__":
