@@ -62,6 +62,19 @@ CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
 }
 """Words that workers and quantization know, by axis and key inside the option (`*`: any key). Tested against their code."""
 
+_SOURCE = {"text.path": "FILE", "text.file": "FILE", "text.asset": "FILE"}
+TEXTS: dict[str, dict[str, str]] = {
+    "settings": {
+        **dict.fromkeys(("store", "models_dir", "data_dir", "toolkits_dir"), "FOLDER"),
+        **{"cluster.address": "ADDRESS", "cluster.namespace": "NAME", "tracking.uri": "ADDRESS"},
+        **{"tracking.artifact_location": "ADDRESS", "sweep.name": "NAME"},
+    },
+    "model": {"path": "FOLDER", "folder": "FOLDER", "asset": "FOLDER"},
+    "calibration": _SOURCE,
+    "task": _SOURCE,
+}
+"""Axis ▸ key inside the option ▸ what is to be there. Null in a yaml, it tells no type of its own."""
+
 IDLE: dict[str, tuple[str, Any]] = {"clip": ("kind", "none"), "clip_output": ("kind", "none")}
 """Kind of a transform ▸ the parameter and the value with which it changes nothing: planning leaves it out, with the same stages."""
 _DESCENT = {"iters": ("kind", "learned"), "lr": ("kind", "learned")}
@@ -125,7 +138,13 @@ def resolved_settings(settings: DictConfig) -> dict[str, Any]:
             raise ConfigError(f"{got}; every sweep has one: give {group}=NAME, such as {group}={example}")
     if "store" not in plain:
         raise ConfigError("store is missing; every sweep has one: give store=FOLDER")
-    return {str(k): v for k, v in plain.items()}
+    if not isinstance(plain.get("sweep") or {}, dict):
+        raise ConfigError(f"sweep is {plain['sweep']!r}; expected a mapping, as in conf/sweep/none.yaml; a name goes into sweep.name")
+    resolved = {str(k): v for k, v in plain.items()}
+    _check_texts("settings", "", resolved)
+    if isinstance(resolved.get("budget"), float) and not math.isfinite(resolved["budget"]):
+        raise ConfigError(f"budget={resolved['budget']}; give the average stored bits per weight, as budget=3.2")
+    return resolved
 
 
 def check_override(config: DictConfig, override: Override, where: str) -> None:
@@ -214,6 +233,13 @@ def check_type(path: str, default: Any, value: Any) -> None:
     raise ConfigError(f"{path}={override_text(value)} is {_kind(value)}, expected {_kind(default)} like {override_text(default)}{hint}")
 
 
+def _check_texts(owner: str, prefix: str, values: Mapping[str, Any]) -> None:
+    """Text or null."""
+    for path, example in TEXTS.get(owner, {}).items():
+        for value in _at(values, path.split(".")):
+            check_type(prefix + path, example, value)
+
+
 def _kind(value: Any) -> str:
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
     return names.get(type(value), type(value).__name__)
@@ -222,6 +248,7 @@ def _kind(value: Any) -> str:
 def check_option(axis: str, name: str, values: Mapping[str, Any]) -> None:
     """Keys; then values against the specs' own types: words from closed lists, and the scheme's dataclasses."""
     check_keys(axis, name, values)
+    _check_texts(axis, f"{axis}.", values)
     for (owner, path), allowed in CHOICES.items():
         for value in _at(values, path.split(".")) if owner == axis else ():
             if isinstance(value, str) and value not in allowed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -191,7 +192,7 @@ def auto_part(option: Option, weight: WeightScheme | None) -> AutoPart | None:
     budget, bits, sequences = values.get("budget"), values.get("bits"), values.get("sequences", 8)
     if weight is None:
         raise ConfigError(f"{where} chooses weight.bits, and weight is null; give the scheme's weight part")
-    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or budget <= 0:
+    if not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget < math.inf:
         raise ConfigError(f"{where}.budget={budget!r}; give the average stored bits per weight, as budget=3.2")
     if not isinstance(bits, list) or len(bits) < 2 or len(set(bits)) != len(bits) or not all(type(b) is int for b in bits):
         raise ConfigError(f"{where}.bits={bits!r}; give at least two different widths to choose from, as [2,3,4]")

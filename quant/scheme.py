@@ -6,6 +6,7 @@ means that it stays in the model's own floating-point format.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from enum import Enum
 
@@ -172,9 +173,10 @@ class ActivationScheme:
             raise ValueError(
                 f"activation.number={self.number} has a scale per {format.block} inputs of a token; set activation.granularity=token"
             )
-        if self.outlier_threshold is not None and not (self.outlier_threshold > 0 and self.granularity is Granularity.TOKEN):
+        if self.outlier_threshold is not None and not (0 < self.outlier_threshold < math.inf and self.granularity is Granularity.TOKEN):
             raise ValueError(
-                f"activation.outlier_threshold={self.outlier_threshold} must be positive, and activation.granularity token; null for none"
+                f"activation.outlier_threshold={self.outlier_threshold} must be positive and finite, and activation.granularity token; "
+                "null for none"
             )
         if self.number != "int" and self.clip != 1:
             raise ValueError(f"activation.clip={self.clip} is for integers; with activation.number={self.number} use 1.0")

@@ -300,6 +300,16 @@ def exit_code(*arguments: str) -> object:
         (["cluster.threads=0"], ["cluster.threads=0", "from 1"]),
         (["tracking.kind=null"], ["tracking.kind", "None", "mlflow_server"]),
         (["store=null"], ["store=None", "leave store out"]),
+        (["store=7"], ["store=7 is a whole number", "expected text like", r"store=\'7\'"]),
+        (["models_dir=[a]"], ["models_dir=[a] is a list", "FOLDER"]),
+        (["data_dir=true"], ["data_dir=true is true or false", "FOLDER"]),
+        (["model.path=3"], ["model.path=3 is a whole number", "FOLDER"]),
+        (["calibration.text.path={a:b}"], ["calibration.text.path={a:b} is a mapping", "FILE"]),
+        (["cluster=ray_existing", "cluster.address=6379"], ["cluster.address=6379 is a whole number", "ADDRESS"]),
+        (["tracking=mlflow_server", "tracking.uri=5000"], ["tracking.uri=5000 is a whole number", "ADDRESS"]),
+        (["sweep.name=[a,b]"], ["sweep.name=[a,b] is a list", "NAME"]),
+        (["scheme=auto", "budget=nan"], ["budget=nan", "budget=3.2"]),
+        (["scheme=auto", "scheme.auto.budget=inf"], ["auto.budget=inf", "budget=3.2"]),
         (["--config-dir", "nowhere"], ["nowhere", "is not there"]),
         (["--config-name=nothing"], ["root config 'nothing' is not in"]),
         (["replicate.seed=one"], ["seed", "one"]),
@@ -318,6 +328,19 @@ def test_what_is_misspelt_or_cannot_be_is_refused_with_what_can(
         assert "Traceback" not in shown
     assert not committed(tmp_path / "store")
     assert not list((tmp_path / "store").glob("sweeps/*"))
+
+
+@pytest.mark.parametrize("sweep", ["zebra", "[a]", "3"])
+def test_a_sweep_s_yaml_that_names_no_rules_is_told(
+    sweep: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "conf" / "sweep").mkdir(parents=True)
+    (tmp_path / "conf" / "sweep" / "own.yaml").write_text(f"# @package _global_\nsweep: {sweep}\n")
+    for verb in ("run", "plan"):
+        assert exit_code(verb, "-m", "--config-dir", "conf", "sweep=own") == 2
+        shown = capfd.readouterr().err
+        assert "expected a mapping, as in conf/sweep/none.yaml; a name goes into sweep.name" in shown
 
 
 def test_the_command_line_itself_ends_with_exit_code_2(tmp_path: Path) -> None:

@@ -300,6 +300,7 @@ def test_block_formats_quantize_tokens_as_rows_of_weights(number: str) -> None:
         ({"bits": 4, "number": "nf4"}, "activation.number=nf4 is for weights; choose int, fp8_e4m3"),
         ({"bits": 8, "number": "mxfp8", "granularity": Granularity.TENSOR}, "a scale per 32 inputs of a token"),
         ({"bits": 8, "outlier_threshold": 0.0}, "outlier_threshold=0.0 must be positive"),
+        ({"bits": 8, "outlier_threshold": math.inf}, "outlier_threshold=inf must be positive and finite"),
         ({"bits": 8, "outlier_threshold": 6.0, "granularity": Granularity.TENSOR}, "activation.granularity token"),
     ],
 )
