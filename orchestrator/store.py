@@ -21,7 +21,7 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,10 @@ from workers.request import Failure, Outcome
 from workers.specs import StageKind
 
 FORMAT = 1
+TOLD = ("sweep", "started", "ended", "summary")
+"""Of every record, beside its files; read of whatever is committed."""
+ATTEMPT = ("sweep", "final", "error_class", "type", "message", "log_tail")
+"""Of every failed attempt."""
 FOLDERS = ("objects", "attempts", "sweeps", "staging")
 CHECKED_BYTES = 16 * 2**20
 TENSORS = ".safetensors"
@@ -90,7 +94,7 @@ class Store:
         """
         folder = self.folder(kind, key)
         try:
-            for name, file in read_record(folder)["files"].items():
+            for name, file in self.record(kind, key)["files"].items():
                 path = folder / PAYLOAD / name
                 if not path.is_file() or path.stat().st_size != file["bytes"]:
                     return False
@@ -102,7 +106,11 @@ class Store:
 
     def record(self, kind: StageKind, key: str) -> dict[str, Any]:
         """Raises workers.artifact.CorruptArtifactError."""
-        return read_record(self.folder(kind, key))
+        record = read_record(self.folder(kind, key))
+        lacking = [name for name in TOLD if name not in record]
+        if lacking:
+            raise CorruptArtifactError(key, f"{RECORD} lacks {', '.join(lacking)}")
+        return record
 
     def records(self, kind: StageKind) -> Iterator[Path]:
         """Folders of all committed artifacts of a kind."""
@@ -182,7 +190,7 @@ class Store:
         """`final`: it was not tried again, so the stage has failed."""
         folder = self.root / "attempts" / key
         folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(p.stem) for p in folder.glob("*.json")), default=0)
+        number = 1 + max((int(p.stem) for p in _numbered(folder)), default=0)
         content = {
             "attempt": attempt,
             "sweep": sweep,
@@ -196,9 +204,12 @@ class Store:
         write_json(folder / f"{number}.json", content)
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
-        """Failed attempts, oldest first."""
-        paths = sorted((self.root / "attempts" / key).glob("*.json"), key=lambda p: int(p.stem))
-        return [json.loads(p.read_text()) for p in paths]
+        """Failed attempts, oldest first. One that cannot be read is passed over: at worst its stage counts as one that has not run."""
+        found = []
+        for path in _numbered(self.root / "attempts" / key):
+            with contextlib.suppress(StoreError):
+                found.append(read_json(path, "remove it", ATTEMPT))
+        return found
 
     def sweep_folder(self, sweep: str) -> Path:
         return self.root / "sweeps" / sweep
@@ -207,6 +218,11 @@ class Store:
         """Sweeps of the store, the latest started first."""
         starts = [p for p in (self.root / "sweeps").glob("*/started.json") if (p.parent / "plan.json").is_file()]
         return [p.parent.name for p in sorted(starts, key=_started, reverse=True)]
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Failed attempts by number; not what others put beside them, as systems that copy files do (`._1.json`)."""
+    return sorted((p for p in folder.glob("*.json") if p.stem.isdecimal()), key=lambda p: int(p.stem))
 
 
 def _started(path: Path) -> tuple[float, int]:
@@ -218,14 +234,17 @@ def _started(path: Path) -> tuple[float, int]:
         return changed / 1e9, changed
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A mapping that a driver wrote. Raises StoreError, which ends with `remedy`, where it cannot be read as one."""
+def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, Any]:
+    """A mapping that a driver wrote, with these keys. Raises StoreError, which ends with `remedy`, where it cannot be read as one."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
         raise StoreError(f"{path} cannot be read: {e}; {remedy}") from e
     if not isinstance(content, dict):
         raise StoreError(f"{path} holds no mapping; {remedy}")
+    lacking = [key for key in keys if key not in content]
+    if lacking:
+        raise StoreError(f"{path} lacks {', '.join(lacking)}; {remedy}")
     return content
 
 

@@ -24,6 +24,8 @@ from workers.artifact import PAYLOAD, CorruptArtifactError
 from workers.specs import StageKind
 
 STARTED = "started.json"
+PLANNED = ("name", "created", "config", "provenance", "models", "tasks", "variants", "stages", "skipped")
+"""Keys of a plan that are read back."""
 SHOWN = 8
 """Characters of a key that messages give."""
 NAME_MARK = " · "
@@ -63,7 +65,11 @@ def last_command(store: Store, key: str) -> Command:
     path = store.sweep_folder(key) / STARTED
     if not path.is_file():
         raise StoreError(f"{path} is not there, so the command of sweep {key[:8]} is not known; start it again with `bitgrid run`")
-    return Command.from_json(read_json(path, "start the sweep again with `bitgrid run`")["command"])
+    remedy = "start the sweep again with `bitgrid run`"
+    try:
+        return Command.from_json(read_json(path, remedy, ("command",))["command"])
+    except (KeyError, TypeError) as e:
+        raise StoreError(f"{path} holds no command line ({type(e).__name__}: {e}); {remedy}") from e
 
 
 def _named_by(plan: Plan) -> str:
@@ -123,7 +129,7 @@ def _named(store: Store, key: str) -> str:
 
 
 def _plan(store: Store, key: str) -> dict[str, Any]:
-    return read_json(store.sweep_folder(key) / "plan.json", "start the sweep again with `bitgrid run`, which writes it anew")
+    return read_json(store.sweep_folder(key) / "plan.json", "start the sweep again with `bitgrid run`, which writes it anew", PLANNED)
 
 
 def load_sweep(store: Store, key: str, running: Collection[str] = ()) -> SweepResult:

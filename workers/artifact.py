@@ -68,10 +68,13 @@ def payload_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
+    """Raises CorruptArtifactError, also for a record that tells no files."""
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError) as e:
         raise CorruptArtifactError(folder.name, f"{RECORD} cannot be read ({e})") from e
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise CorruptArtifactError(folder.name, f"{RECORD} tells no files")
     return record
 
 

@@ -92,7 +92,7 @@ def test_resume_finds_a_store_whose_path_has_quotes(tmp_path: Path, monkeypatch:
     assert (code, "to run: nothing" in said.getvalue()) == (0, True)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"key": "', None])
+@pytest.mark.parametrize("content", ["", "[]", '{"key": "', '{"name": "a"}', None])
 def test_a_damaged_plan_is_told_and_written_anew_by_the_next_run(content: str | None, tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     key, other = sweep(store.root, "method=rtn").result.key, sweep(store.root, "method=rtn", "scheme=w8a16_channel").result.key
@@ -107,3 +107,15 @@ def test_a_damaged_plan_is_told_and_written_anew_by_the_next_run(content: str | 
     assert f"{key[:8]} left out" in said.getvalue()
     assert sweep(store.root, "method=rtn").exit_code == 0
     assert json.loads(plan.read_text())["variants"] == whole["variants"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"command": []}', '{"command": {"overrides": 3, "jobs": null}}'])
+def test_a_damaged_command_is_told_and_written_anew_by_the_next_run(content: str, tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    key = sweep(store.root, "method=rtn").result.key
+    started = store.sweep_folder(key) / "started.json"
+    started.write_text(content)
+    with pytest.raises(StoreError, match=r"started\.json .*start the sweep again"):
+        verbs.resume(store.root, key, Console(file=io.StringIO()))
+    assert sweep(store.root, "method=rtn").exit_code == 0
+    assert verbs.resume(store.root, key, Console(file=io.StringIO())) == 0

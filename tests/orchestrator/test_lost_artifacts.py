@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -30,10 +31,19 @@ def small_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
 
 
+def without(record: Path, key: str) -> None:
+    content = json.loads(record.read_text())
+    del content[key]
+    record.write_text(json.dumps(content))
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "the artifact is gone": shutil.rmtree,
     "the record is gone": lambda folder: (folder / RECORD).unlink(),
     "the record is cut off": lambda folder: (folder / RECORD).write_text("{"),
+    "the record is none": lambda folder: (folder / RECORD).write_text("[]"),
+    "the record is empty": lambda folder: (folder / RECORD).write_text("{}"),
+    "the record lacks its end": lambda folder: without(folder / RECORD, "ended"),
     "a table is gone": lambda folder: (folder / "payload" / "values.txt").unlink(),
     "a table is another": lambda folder: (folder / "payload" / "values.txt").write_text("0.5"),
 }

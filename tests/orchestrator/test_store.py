@@ -136,6 +136,16 @@ def test_attempts_are_kept_in_order(store: Store) -> None:
     assert [(a["message"], a["final"]) for a in store.attempts("k")] == [("no 1", False), ("no 2", True)]
 
 
+@pytest.mark.parametrize(("name", "content"), [("1.json", ""), ("1.json", "[]"), ("1.json", "{}"), ("._1.json", "x"), ("of me.json", "{}")])
+def test_an_attempt_that_cannot_be_read_hides_no_other(store: Store, name: str, content: str) -> None:
+    (store.root / "attempts" / "k").mkdir()
+    (store.root / "attempts" / "k" / name).write_text(content)
+    assert store.attempts("k") == []
+    for n in (1, 2):
+        store.add_attempt("k", Failure(ErrorClass.USER, "ValueError", f"no {n}"), n, "sweep", True)
+    assert [a["message"] for a in store.attempts("k")] == ["no 1", "no 2"]
+
+
 def test_store_of_a_newer_version_is_refused(store: Store) -> None:
     (store.root / "store.json").write_text('{"format": 99}')
     with pytest.raises(StoreVersionError, match="99"):
