@@ -26,6 +26,14 @@ from workers.model_files import EXPECTED, SAFETENSORS, SMALL_FILES, Weights, saf
 from workers.request import Location
 
 ASSETS = Path(workers.__file__).parent / "assets"
+SIZES = (
+    *("hidden_size", "n_embd", "n_embed", "word_embed_proj_dim", "attention_hidden_size"),
+    *("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"),
+    *("num_hidden_layers", "n_layer", "num_experts", "num_local_experts"),
+    *("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "head_dim"),
+    *("max_position_embeddings", "n_positions", "vocab_size"),
+)
+"""Keys of a model's config.json that planning computes with."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,7 @@ class Sources:
             config = json.loads(config_file.read_text())
         except ValueError as e:
             raise SourceError(f"model {name!r}: {config_file} is not JSON ({e}); copy it again") from e
+        check_config(f"model {name!r}: {config_file}", config)
         weights = _weight_files(name, folder)
         for file in weights.files:
             check = check_safetensors if weights.format is SAFETENSORS else check_pickled
@@ -140,6 +149,7 @@ class Sources:
                     "or put the model into a folder and set models_dir="
                 )
             return ModelSource(name, digest({"hub": repository, "revision": revision}), location, {}, 0, provisional=True)
+        check_config(f"model {name!r}: config.json of {repository}", found.config)
         return ModelSource(name, digest(found.files), location, found.config, found.weight_bytes)
 
     def _find_text(self, option: Option, source: Mapping[str, Any]) -> TextSource:
@@ -239,6 +249,18 @@ def _weight_files(name: str, folder: Path) -> Weights:
     if missing:
         raise SourceError(f"model {name!r}: {folder} lacks {', '.join(missing)}, which {weights.index} names; copy the missing shards")
     return weights
+
+
+def check_config(where: str, config: Any) -> None:
+    """Raises SourceError for what is no model's configuration: planning computes with its numbers."""
+    if not isinstance(config, Mapping):
+        raise SourceError(f"{where} holds no mapping; copy it again")
+    if not isinstance(config.get("model_type"), (str, type(None))):
+        raise SourceError(f"{where}: model_type={config['model_type']!r} is no name; copy it again")
+    for key in SIZES:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise SourceError(f"{where}: {key}={value!r} is no whole number from 1; copy it again")
 
 
 def check_pickled(path: Path) -> None:

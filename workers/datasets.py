@@ -152,7 +152,8 @@ def _other_commit(files: Sequence[Mapping[str, str]], revision: str | None) -> s
 
 
 def load_tokenizer(location: Location) -> Tokenizer:
-    """The model's own tokenizer; bytes for an RWKV model of 256 tokens without one. Raises InputError when its folder has none."""
+    """The model's own tokenizer; bytes for an RWKV model of 256 tokens without one. Raises InputError where its folder has none, or
+    files that are no tokenizer's."""
     from transformers import AutoTokenizer
 
     folder = locate(location)
@@ -160,7 +161,13 @@ def load_tokenizer(location: Location) -> Tokenizer:
         if _reads_bytes(folder):
             return byte_tokens
         raise InputError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, MemoryError, ImportError):
+        raise  # say what is wrong themselves
+    except Exception as e:  # whatever a parser, Rust's included, makes of a damaged file
+        there = ", ".join(name for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file())
+        raise InputError(f"the tokenizer of {folder} ({there}) cannot be read: {type(e).__name__}: {e}; copy these files again") from e
     return tokenizer
 
 

@@ -80,6 +80,24 @@ def test_a_file_of_another_kind_is_told(header: bytes, tmp_path: Path) -> None:
         sweep(tmp_path / "store", f"model.path={folder}")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda config: [config], "holds no mapping"),
+        (lambda config: {**config, "model_type": ["llama"]}, r"model_type=\['llama'\] is no name"),
+        (lambda config: {**config, "hidden_size": "32"}, "hidden_size='32' is no whole number from 1"),
+        (lambda config: {**config, "num_attention_heads": 0}, "num_attention_heads=0 is no whole number from 1"),
+        (lambda config: {**config, "max_position_embeddings": {}}, r"max_position_embeddings=\{\} is no whole number from 1"),
+    ],
+)
+def test_a_configuration_of_another_form_is_told(change: Callable[[dict[str, object]], object], said: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(json.dumps(change(json.loads(config.read_text()))))
+    with pytest.raises(SourceError, match=rf"config\.json.*{said}; copy it again"):
+        sweep(tmp_path / "store", f"model.path={folder}")
+
+
 def test_nan_weights_fail_their_model_and_no_other(tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = float("nan")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,16 @@ def test_a_tokenizer_without_offsets_tells_no_documents() -> None:
     found = tokenize_documents(characters, ["ab", "cd"], ".")
     assert found.documents is None
     assert found.tokens.tolist() == [ord(c) for c in "ab.cd"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tokenizer.json", "{}"), ("tokenizer.json", '{"version": "1.0", "added'), ("tokenizer_config.json", '{"a')]
+)
+def test_a_damaged_tokenizer_is_told_with_its_files(name: str, content: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(ASSETS / "wikitext_llama", tmp_path / "m")
+    (folder / name).write_text(content)
+    with pytest.raises(InputError, match=rf"the tokenizer of {folder} \(tokenizer.json.*\) cannot be read: .*; copy these files again"):
+        load_tokenizer(Location("folder", str(folder)))
 
 
 def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
