@@ -1,7 +1,7 @@
 """One driver per store: a lease file with the holder's host, process and expiry.
 
-Taken by an exclusive create. A holder whose process is gone on this host is replaced at once, one on another host after its
-lease has expired; a second live driver is refused with the holder's name. A thread renews the lease while it is held.
+Taken by an exclusive create. A holder whose process is gone on this host is replaced at once, one on another host or in another
+container after its lease has expired; a second live driver is refused with the holder's name. A thread renews the lease while it is held.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class Lease:
             "pid": me.pid,
             "process_started": _started(me),
             "boot": _boot(),
+            "processes": _processes(),
             "purpose": self._purpose,
             "since": time.time(),
             "expires": time.time() + LEASE_S,
@@ -149,6 +150,15 @@ def _boot() -> str | None:
         return None
 
 
+def _processes() -> str | None:
+    """Names the numbering of processes that this one sees: each container has its own, also where it has the host's name. None where the
+    system has no such name."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
 def holder(path: Path) -> str | None:
     """The live driver that holds a lease file, for people."""
     try:
@@ -172,6 +182,8 @@ def _alive(holder: dict[str, Any]) -> bool:
         return bool(holder["expires"] > time.time())
     if holder.get("boot", _boot()) != _boot():
         return False
+    if holder.get("processes", _processes()) != _processes():
+        return bool(holder["expires"] > time.time())  # its number is another process here, or none
     try:
         process = psutil.Process(holder["pid"])
         # Leases of earlier versions name no boot, and tell the start by the clock.

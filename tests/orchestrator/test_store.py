@@ -207,6 +207,18 @@ def test_lease_on_another_host_is_respected_until_it_expires(tmp_path: Path) -> 
         pass
 
 
+def test_lease_in_another_container_is_respected_until_it_expires(tmp_path: Path) -> None:
+    """Containers may have the host's name, and see no process of each other."""
+    path = tmp_path / "lease.json"
+    with Lease(path, "theirs"):
+        content = json.loads(path.read_text())
+    for expires, free in ((time.time() + 60, False), (time.time() - 1, True)):
+        path.write_text(json.dumps({**content, "pid": 2**22 + 1, "processes": "pid:[1]", "expires": expires}))
+        assert (holder(path) is None) is free
+        with contextlib.nullcontext() if free else pytest.raises(StoreLockedError, match="in use by theirs"), Lease(path, "mine"):
+            pass
+
+
 @pytest.mark.skipif(not psutil.LINUX, reason="elsewhere the start of a process is told as it was")
 @pytest.mark.parametrize("step_s", [-7200.0, 3.0])
 def test_a_clock_that_was_set_leaves_a_live_driver_its_store(step_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
