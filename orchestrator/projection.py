@@ -16,7 +16,7 @@ from orchestrator.fingerprint import digest
 from orchestrator.ledger import Ledger
 from orchestrator.results import SweepResult
 from orchestrator.stage import Stage, Status
-from orchestrator.track import open_tracker
+from orchestrator.track import Typed, open_tracker
 from orchestrator.tracked_runs import Phase, content_digest, run_keys
 from orchestrator.tracking import SyncReport, TrackingSettings
 from workers.request import Failure
@@ -27,8 +27,15 @@ INTERVAL_S = 10.0
 class Projection:
     """One sweep's tracking. `load` reads the sweep's present state from the store."""
 
-    def __init__(self, settings: Mapping[str, Any], project_dir: Path, ledger: Ledger, load: Callable[[], SweepResult]) -> None:
-        self._tracker = open_tracker(settings, project_dir)
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        project_dir: Path,
+        ledger: Ledger,
+        load: Callable[[], SweepResult],
+        typed: Typed = "bitgrid {}".format,
+    ) -> None:
+        self._tracker = open_tracker(settings, project_dir, typed)
         self._place = TrackingSettings.of(settings, project_dir)
         self._ledger = ledger
         self._load = load

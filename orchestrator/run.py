@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def _run(plan: Plan, store: Store, ledger: Ledger, lease: Lease, console: Consol
     say(console, _headline(plan, missing))
     for note in plan.notes:
         say(console, f"note: {note}")
-    projection = open_projection(plan.grid.settings, ledger, lambda: load_sweep(store, plan.key))
+    projection = open_projection(plan.grid.settings, store, ledger, plan.key)
     ending = Ending({})
     if missing:
         for stage in missing.values():
@@ -273,8 +274,9 @@ def remember_durations(ledger: Ledger, result: SweepResult) -> None:
             ledger.add_duration(stage.key, stage.kind, spec.model.digest, what(spec), stage.seconds)
 
 
-def open_projection(settings: Mapping[str, Any], ledger: Ledger, load: Callable[[], SweepResult]) -> Projection:
-    return Projection(settings["tracking"], Path.cwd(), ledger, load)
+def open_projection(settings: Mapping[str, Any], store: Store, ledger: Ledger, key: str) -> Projection:
+    """Of a sweep of the store."""
+    return Projection(settings["tracking"], Path.cwd(), ledger, partial(load_sweep, store, key), partial(call, store=store.root))
 
 
 def project(projection: Projection, store: Store, result: SweepResult, reconcile: bool = False) -> SyncReport:

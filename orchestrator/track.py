@@ -37,17 +37,28 @@ ACTIVE, DELETED = 1, 2
 """mlflow.entities.ViewType."""
 
 
-def open_tracker(settings: Mapping[str, Any], project_dir: Path, delta_of: DeltaOf = paired_delta) -> Tracker:
+Typed = Callable[[str], str]
+"""A verb and its arguments ▸ how they are typed here."""
+
+
+def open_tracker(settings: Mapping[str, Any], project_dir: Path, typed: Typed = "bitgrid {}".format) -> Tracker:
     """Tracker for the `tracking` group. Costs nothing: MLflow is imported by the first `prepare` or `sync`. Raises ConfigError."""
     known = TrackingSettings.of(settings, project_dir)
-    return NoTracker() if known.kind == "none" else MlflowTracker(known, delta_of)
+    return NoTracker() if known.kind == "none" else MlflowTracker(known, typed=typed)
 
 
 class MlflowTracker:
     """`clock` gives monotonic seconds."""
 
-    def __init__(self, settings: TrackingSettings, delta_of: DeltaOf = paired_delta, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        settings: TrackingSettings,
+        delta_of: DeltaOf = paired_delta,
+        clock: Callable[[], float] = time.monotonic,
+        typed: Typed = "bitgrid {}".format,
+    ) -> None:
         self._settings = settings
+        self._typed = typed
         self._delta_of = delta_of
         self._clock = clock
         self._client: Any = None
@@ -113,7 +124,7 @@ class MlflowTracker:
         tally = SyncTally()
         start = self._clock()
         if start < self._pause_until:
-            return tally.report(_advice(result, self._reason))
+            return tally.report(self._advice(result, self._reason))
         try:
             with client_environment(self._settings.timeout_s):
                 self._open()
@@ -131,8 +142,8 @@ class MlflowTracker:
                     if run is not None:
                         pass_.write(run, parent)
         except Exception as e:  # as above
-            return tally.report(_advice(result, self._trip(e)))
-        return tally.report(_advice(result, "; ".join(tally.refused)) if tally.refused else None)
+            return tally.report(self._advice(result, self._trip(e)))
+        return tally.report(self._advice(result, "; ".join(tally.refused)) if tally.refused else None)
 
     def _open(self) -> None:
         if self._client is not None:
@@ -170,6 +181,10 @@ class MlflowTracker:
         text = " ".join(str(error).split())
         self._reason = f"{self._settings.uri}: {type(error).__name__}: {text[:300]}"
         return self._reason
+
+    def _advice(self, result: SweepResult, reason: str) -> str:
+        later = self._typed(f"reconcile {result.key[:12]}")
+        return f"MLflow was not brought up to date ({reason}); nothing is lost: run `{later}` later"
 
     def _experiment(self, result: SweepResult, tally: SyncTally) -> str:
         """Id of the active experiment: the deleted one is taken out of the trash, or where that fails a numbered one is made."""
@@ -319,10 +334,6 @@ def _search(client: Any, experiment: str, sweep: str, view: int) -> Iterator[Log
         token = page.token
         if not token:
             return
-
-
-def _advice(result: SweepResult, reason: str) -> str:
-    return f"MLflow was not brought up to date ({reason}); nothing is lost: run `bitgrid reconcile {result.key[:12]}` later"
 
 
 def _logged(run: Any) -> LoggedRun:

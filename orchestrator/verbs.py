@@ -98,8 +98,7 @@ def reconcile(root: Path, sweep: str | None, overrides: Sequence[str], console: 
             if settings["tracking"]["kind"] == "none":
                 say(console, f"{result.key[:8]} has tracking=none, so that MLflow is not written; give tracking=mlflow to write it")
                 continue
-            projection = open_projection(settings, ledger, lambda key=key: load_sweep(store, key))  # type: ignore[misc]
-            report = project(projection, store, result, reconcile=True)
+            report = project(open_projection(settings, store, ledger, key), store, result, reconcile=True)
             failed = failed or not report.complete
             for line in sync_lines(report):
                 say(console, f"{result.key[:8]} {line}")

@@ -6,6 +6,8 @@ import errno
 import html
 import json
 import os
+import re
+import shlex
 import shutil
 import socket
 from collections.abc import Callable
@@ -279,7 +281,8 @@ def test_an_mlflow_server_that_is_not_there_costs_nothing_but_a_reconcile(tmp_pa
     arguments = [f"model.path={tiny_model('llama')}", "method=rtn", *TINY, f"tracking.uri=http://127.0.0.1:{port}", "tracking.timeout_s=1"]
     run, said = told(tmp_path / "store", "tracking=mlflow_server", *arguments)
     assert run.exit_code == 0, said
-    assert "nothing is lost: run `bitgrid reconcile" in said
+    (typed,) = re.findall(r"nothing is lost: run `\S*bitgrid (reconcile \w+ --store .*)` later", said)
+    assert shlex.split(typed)[2:] == ["--store", str(tmp_path / "store")]
     assert "Traceback" not in said + "".join(capfd.readouterr())
     assert len(committed(tmp_path / "store")) == 3
 
