@@ -14,13 +14,14 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command, planning_parser, refuse_store_flag, refuse_two_modes
-from orchestrator.errors import BitgridError, SearchError
+from orchestrator.command import Command, planning_parser, refuse_store_flag, refuse_two_modes, shows_only
+from orchestrator.errors import BitgridError, ConfigError, SearchError
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
@@ -44,7 +45,16 @@ def run_command(arguments: Sequence[str]) -> int:
     sys.argv = ["bitgrid run", *arguments]
     _exit_codes.clear()
     sweeper_folders.clear()
-    task()
+    try:
+        task()
+    except SystemExit as e:
+        if e.code != 1 or not shows_only(overrides):
+            raise
+        return 2  # Hydra has said what is wrong
+    except (HydraException, ValueError) as e:
+        if not shows_only(overrides):
+            raise
+        raise ConfigError(str(e)) from e
     for folder in sweeper_folders:
         if any(f.name != "multirun.yaml" for f in folder.iterdir()):
             print(f"the sweeper's own files: {folder}")

@@ -59,9 +59,21 @@ MODES = ("--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-s
 """Hydra's flags that say what it is to do, `-m` being one more."""
 
 
+WITH_CFG = ("--package", "-p", "--resolve")
+"""Hydra's flags that say more of what `--cfg` shows."""
+
+
+def shows_only(flags: Sequence[str]) -> bool:
+    """Whether Hydra is to show something, and run nothing."""
+    return any(f.partition("=")[0] in MODES[2:] for f in flags)
+
+
 def refuse_two_modes(multirun: bool, flags: Sequence[str]) -> None:
-    """Of those, Hydra takes one. Raises ConfigError."""
+    """Of the modes, Hydra takes one; and flags of a mode that was not asked for would be passed over. Raises ConfigError."""
     asked = (["-m"] if multirun else []) + [f for f in flags if f.partition("=")[0] in MODES]
+    idle = next((f for f in flags if f.partition("=")[0] in WITH_CFG), None)
+    if idle is not None and not any(f.partition("=")[0] in ("--cfg", "-c", "--help", "-h") for f in flags):
+        raise ConfigError(f"{idle} is for what --cfg shows; give --cfg=job too, or leave it out")
     if len(asked) > 1:
         raise ConfigError(f"got {' and '.join(asked)}; Hydra takes one of them, and shows a single job; `bitgrid plan -m` shows a grid")
 

@@ -10,6 +10,7 @@ import pytest
 from orchestrator import verbs
 from orchestrator.cli import main
 from orchestrator.command import call, program
+from tests.orchestrator.sweeping import bitgrid
 
 
 @pytest.fixture
@@ -70,6 +71,23 @@ def test_a_sweep_whose_name_begins_like_the_group_is_no_override(verb: str, monk
 def test_one_of_hydras_modes_is_taken(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "method=rtn", *given]) == 2
     assert "Hydra takes one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--package", "task"], ["-p=task"], ["--resolve"], ["--resolve", "--info", "config"]])
+def test_what_hydra_would_pass_over_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It ran the cell in place of showing a part of it, or ended in a traceback."""
+    assert main(["run", "method=rtn", *given]) == 2
+    assert f"{given[0]} is for what --cfg shows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--cfg", "job", "method=gtpq"], ["--info=searchpath", "method=gtpq"]])
+def test_what_cannot_be_shown_is_wrong_input(given: list[str], tmp_path: Path) -> None:
+    done = bitgrid(tmp_path, "run", *given)
+    assert done.returncode == 2
+    assert "gtpq" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert bitgrid(tmp_path, "run", "--cfg", "job", "--package", "method", "--resolve").returncode == 0
 
 
 @pytest.mark.parametrize("verb", ["run", "plan", "explain"])
