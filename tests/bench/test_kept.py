@@ -99,7 +99,7 @@ class Cut:
 
 
 CUT = {
-    "gptq_block": (gptq_block, {"SIZES": Cut((128, 0.0)), "TIMES": 1}, 1),
+    "gptq_block": (gptq_block, {"SIZES": Cut((128, 0.0))}, 1),
     "int8_linear": (int8_linear, {"SHAPES": Cut((16, 32)), "TIMES": 1, "FEW": 1}, 4),
     "wq_gemv": (wq_gemv, {"SHAPES": Cut((128, 128)), "TIMES": 1}, 24),
 }
