@@ -33,6 +33,7 @@ def param_value(value: Any) -> str:
 
 
 def _cut(text: str, length: int) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode()  # file names may be no UTF-8, which databases refuse
     if len(text) <= length:
         return text
     note = f" … (cut from {len(text)} characters)"

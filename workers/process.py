@@ -86,7 +86,7 @@ def logged(folders: Sequence[Path]) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.INFO)
         for folder in folders:
-            handler = logging.FileHandler(folder / LOG, mode="a", encoding="utf-8")
+            handler = logging.FileHandler(folder / LOG, mode="a", encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             stack.callback(handler.close)
             stack.callback(root.removeHandler, handler)

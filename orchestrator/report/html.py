@@ -20,7 +20,7 @@ from orchestrator.results import SweepResult
 
 # The page may load nothing: all it needs is inside.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-SCHEMA = 4
+SCHEMA = 5
 """Version of what the files show; a change writes every report once."""
 
 
@@ -49,7 +49,7 @@ def write_report(result: SweepResult, folder: Path) -> ReportFiles:
     _replace(files.csv, lambda path: write_csv(rows, path))
     _replace(files.parquet, lambda path: write_parquet(rows, path))
     page = _page(result, rows)
-    _replace(files.html, lambda path: path.write_text(page, encoding="utf-8"))
+    _replace(files.html, lambda path: path.write_text(page, encoding="utf-8", errors="backslashreplace"))  # file names may be no UTF-8
     return files
 
 

@@ -232,13 +232,21 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _storable(value: Any) -> Any:
+    """Texts as every reader takes them: bytes of a file name that are no UTF-8 as escapes, and one kind of line end, since Python's
+    csv leaves a bare carriage return, as progress bars print it, unquoted, which ends the row."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\r\n", "\n").replace("\r", "\n")
+
+
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """Floats in the shortest form that reads back exactly; empty where not known."""
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         names = [c.name for c in fields(Row)]
         writer.writerow(names)
-        writer.writerows([getattr(r, n) for n in names] for r in rows)
+        writer.writerows([_storable(getattr(r, n)) for n in names] for r in rows)
 
 
 def write_parquet(rows: Sequence[Row], path: Path) -> None:
@@ -247,5 +255,5 @@ def write_parquet(rows: Sequence[Row], path: Path) -> None:
 
     types = {"float": pa.float64(), "int": pa.int64(), "bool": pa.bool_(), "str": pa.string()}
     schema = pa.schema([(c.name, types[str(c.type).removesuffix(" | None")]) for c in fields(Row)])
-    columns = {c.name: [getattr(r, c.name) for r in rows] for c in fields(Row)}
+    columns = {c.name: [_storable(getattr(r, c.name)) for r in rows] for c in fields(Row)}
     pq.write_table(pa.table(columns, schema=schema), path)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import io
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -50,6 +52,19 @@ def test_files_that_tell_the_very_state_are_left_alone_and_no_others(tmp_path: P
     assert written()
     monkeypatch.setattr(report, "SCHEMA", report.SCHEMA + 1)
     assert written()
+
+
+def test_a_reason_of_any_bytes_keeps_its_row_and_its_report(tmp_path: Path) -> None:
+    """A progress bar ends lines with carriage returns; Linux takes file names that are no UTF-8, as Python's surrogates."""
+    skipped = SkippedCell({"model": "m", "task": "self_perplexity"}, "10 %\r20 %\r\ncaf\udce9.txt")
+    result = replace(synthetic.sweep(tmp_path, methods=("rtn",), skipped=[skipped]), config={"data_dir": "caf\udce9"})
+    files = report.write_report(result, tmp_path / "report")
+    with files.csv.open(newline="", encoding="utf-8") as f:
+        rows = list(csv.DictReader(f))
+    told = pq.read_table(files.parquet).to_pylist()
+    assert [r["status"] for r in rows] == [r["status"] for r in told]
+    assert rows[-1]["reason"] == told[-1]["reason"] == "10 %\n20 %\ncaf\\udce9.txt"
+    assert "caf\\udce9.txt" in files.html.read_text(encoding="utf-8")
 
 
 def test_two_writers_do_not_meet_and_one_that_fails_leaves_nothing(tmp_path: Path) -> None:

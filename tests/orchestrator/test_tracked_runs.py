@@ -211,6 +211,10 @@ def test_names_are_always_ones_mlflow_takes(parts: list[str]) -> None:
     assert len(key) <= KEY_LENGTH
 
 
+def test_file_names_that_are_no_utf8_become_values() -> None:
+    assert tag_value("caf\udce9") == "caf\\udce9"
+
+
 def test_long_values_say_that_they_were_cut() -> None:
     assert tag_value("short") == "short"
     cut = tag_value("y" * 9000)
