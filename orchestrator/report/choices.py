@@ -87,7 +87,7 @@ class Contender:
 class Pick:
     best: Contender
     tied: tuple[str, ...]
-    """Names of contenders whose difference to it could be chance (the interval holds zero, or there is none: one item)."""
+    """Names of contenders whose difference to it could be chance (its interval holds zero, or there is none: one item, unreadable ones)."""
 
 
 def contenders(lines: Iterable[Line], task: TaskInfo) -> list[Contender]:
@@ -156,7 +156,7 @@ def _tied(a: Contender, b: Contender) -> bool:
     try:
         found = [paired_delta(y, x, a.task, metric, confidence=CONFIDENCE) for x, y in pairs]
     except (PairingError, CorruptArtifactError):
-        return False
+        return True
     _, low, high = over_replicates([(d.delta, d.low, d.high) for d in found], a.values, b.values, confidence=CONFIDENCE)
     return not (low > 0 or high < 0)  # NaN, of a single item, tells nothing apart
 

@@ -47,6 +47,16 @@ def test_a_single_item_tells_no_variant_from_another(tmp_path: Path) -> None:
     assert "self_perplexity: 1 item, which gives no interval" in out.getvalue()
 
 
+def test_items_that_cannot_be_read_tell_no_variant_from_another(tmp_path: Path) -> None:
+    result = synthetic.sweep(tmp_path, schemes=("w2a16_g64",), tasks=(synthetic.PERPLEXITY,))
+    (rtn,) = (v.evaluations["self_perplexity"] for v in result.variants if v.axes["method"] == "rtn")
+    assert rtn.payload is not None
+    (rtn.payload / "items.parquet").write_bytes(b"damaged")
+    (model,) = model_tables(result, long_table(result))
+    assert best_per_width(model)[2.0]["self_perplexity"].tied == ("rtn · w2a16_g64",)
+    assert {c.name: s for c, s in standings(model, synthetic.PERPLEXITY)}["rtn · w2a16_g64"] is Standing.CLOSE
+
+
 def test_what_was_resampled_names_the_models_where_it_differs(tmp_path: Path) -> None:
     """Each model's tokenizer cuts the text into windows of its own."""
     one, other = (
