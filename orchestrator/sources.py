@@ -187,7 +187,8 @@ class Sources:
             raise SourceError(f"{option.axis} {option.name!r}: {path} is not a file; set {option.axis}.text.path= to a .jsonl or .txt file")
         if path.stat().st_size == 0:
             raise SourceError(f"{option.axis} {option.name!r}: {path} is empty; give a text with at least one window of tokens")
-        return TextSource(self._file_digest(path)[:32], Location(kind="file", path=str(path.resolve())))
+        # Under its own name, which says whether it holds rows of JSON: what it is a link to, as in the hub's cache, may say nothing.
+        return TextSource(self._file_digest(path)[:32], Location(kind="file", path=str(path.absolute())))
 
     def _file_digest(self, path: Path) -> str:
         if self._cache is None:

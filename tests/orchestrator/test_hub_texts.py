@@ -13,6 +13,8 @@ from orchestrator.errors import SourceError
 from orchestrator.grid import compose_grid
 from orchestrator.sources import Sources
 from tests.hub_cache import COMMIT
+from workers.datasets import load_documents
+from workers.specs import TextSpec
 
 SOURCES = Sources(None, None, None)
 
@@ -44,6 +46,14 @@ def test_a_file_of_ones_own_needs_no_commit(tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("words")
     assert SOURCES.text(option({}, path=str(file))).location.path == str(file)
+
+
+def test_a_link_is_read_under_its_own_name(tmp_path: Path) -> None:
+    """The hub's cache links to files without a suffix, which tells rows of JSON from plain text."""
+    (tmp_path / "blob").write_text('{"text": "words"}\n')
+    (tmp_path / "rows.jsonl").symlink_to(tmp_path / "blob")
+    location = SOURCES.text(option({}, path=str(tmp_path / "rows.jsonl"))).location
+    assert load_documents(location, TextSpec("", field="text")) == ["words"]
 
 
 def test_shipped_options_name_commits() -> None:
