@@ -66,10 +66,20 @@ def _file_documents(path: Path, spec: TextSpec) -> list[str]:
     if not text.strip():
         raise InputError(f"text {path} is empty; give a text of at least one window of tokens")
     if path.suffix in JSON_SUFFIXES:
-        return _json_rows(path, text, spec.field)
+        return _json_rows(path, text.removeprefix("\ufeff"), spec.field)
+    _refuse_json(path, text, spec.field)
     if spec.split not in SPLITS:
         raise InputError(f"text.split={spec.split!r}; allowed: {', '.join(sorted(SPLITS))}")
     return [d for d in SPLITS[spec.split](text) if d.strip()]
+
+
+def _refuse_json(path: Path, text: str, field: str | None) -> None:
+    """A key is made of what a file says, not of its name: read as plain text here, a copy named .jsonl would find the same scores."""
+    try:
+        _field(json.loads(text.lstrip("\ufeff\n ").split("\n", 1)[0]), field, "")
+    except (ValueError, InputError):
+        return
+    raise InputError(f"text {path} holds rows of JSON with {field!r}; name it .jsonl to read them, or set text.field=null for plain text")
 
 
 def _json_rows(path: Path, text: str, field: str | None) -> list[str]:
@@ -91,7 +101,15 @@ def _field(row: Any, field: str | None, where: str) -> str:
         raise InputError(f"{where}: rows of JSON need text.field, the key of the text; this row has {keys}")
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise InputError(f"{where} has no text under {field!r}; it has {keys}; set text.field")
-    return str(row[field])
+    text = str(row[field])
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(
+            f"{where} has half a surrogate pair ({text[e.start]!a} at character {e.start}), which no tokenizer takes; expected whole "
+            "characters: remove it or the row"
+        ) from e
+    return text
 
 
 def _hub_rows(location: Location, spec: TextSpec) -> list[str]:

@@ -87,11 +87,22 @@ def test_documents_are_skipped_then_counted(tmp_path: Path) -> None:
         ("a.jsonl", '{"body": "x"}\n', {}, "need text.field"),
         ("a.jsonl", "[1]\n", {"field": "text"}, "it has list"),
         ("a.jsonl", '{"text": ""}\n', {"field": "text"}, "no text is left"),
+        ("a.jsonl", '{"text": "x"}\n{"text": "a\\ud83d"}\n', {"field": "text"}, r"row 2 has half a surrogate pair \('\\ud83d' at"),
+        ("a.txt", '{"text": "x"}\n', {"field": "text"}, "holds rows of JSON with 'text'; name it .jsonl"),
     ],
 )
 def test_unusable_texts_say_what_is_wrong(tmp_path: Path, name: str, content: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         load_documents(written(tmp_path, content, name), text(**fields))
+
+
+def test_a_byte_order_mark_does_not_end_json(tmp_path: Path) -> None:
+    assert load_documents(written(tmp_path, '\ufeff{"text": "x"}\n', "a.jsonl"), text(field="text")) == ["x"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"field": "body"}])
+def test_json_is_plain_text_where_no_row_of_it_is_asked_for(tmp_path: Path, fields: dict[str, Any]) -> None:
+    assert load_documents(written(tmp_path, '{"text": "x"}\n'), text(**fields)) == ['{"text": "x"}']
 
 
 def test_missing_file_and_other_encodings(tmp_path: Path) -> None:
