@@ -224,7 +224,8 @@ def calibration_part(option: Option, source: TextSource, replicate_seed: int) ->
         )
     # Consecutive windows are the same whatever the seed.
     seed = 0 if spec.sampling == "sequential" else spec.seed + replicate_seed
-    check_whole(f"calibration {option.name!r}: seed with the replicate's added", seed, *SEEDS)
+    # Python's generator takes a seed without its sign: -1 would draw the samples of 1, as if replicates agreed.
+    check_whole(f"calibration {option.name!r}: seed with the replicate's added", seed, 0, SEEDS[1])
     return CalibrationSpec(text_part(option, source), spec.samples, spec.sequence_length, seed, spec.sampling)
 
 

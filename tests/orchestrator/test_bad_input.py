@@ -336,6 +336,7 @@ def exit_code(*arguments: str) -> object:
         (["replicate.seed=one"], ["seed", "one"]),
         ([f"replicate.seed={2**63}"], [f"seed={2**63}", f"to {2**63 - 1}"]),
         ([f"calibration.seed={2**63 - 1}", "replicate.seed=1"], ["calibration", f"{2**63}", f"to {2**63 - 1}"]),
+        (["calibration.seed=1", "replicate.seed=-2"], ["calibration", "seed with the replicate's added=-1", "from 0"]),
     ],
 )
 def test_what_is_misspelt_or_cannot_be_is_refused_with_what_can(
