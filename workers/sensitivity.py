@@ -135,8 +135,8 @@ def with_chosen_bits(spec: QuantizeSpec, auto: AutoBits, artifact: Path) -> tupl
     except ValueError as e:
         least = 8 * sum(min(s) for s in sizes) / weights
         raise InputError(
-            f"scheme.auto.budget={auto.budget} stored bits per weight: the smallest widths take {least:.3f}; raise it, or give "
-            "smaller ones in scheme.auto.bits"
+            f"scheme.auto.budget={auto.budget} stored bits per weight: the smallest widths take {least:.6g}; give at least "
+            f"{math.floor(1000 * least + 1) / 1000:.3f}, or smaller ones in scheme.auto.bits"
         ) from e
     (base,) = spec.rules
     rules = tuple(Rule(module, base.method, auto.candidates[p]) for module, p in zip(table, picks, strict=True))

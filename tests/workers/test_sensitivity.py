@@ -104,8 +104,10 @@ def test_a_loss_that_is_not_finite_names_the_linear_and_the_width(made, tmp_path
 def test_what_cannot_be_done_is_said(made, tmp_path: Path) -> None:
     ctx, inputs, table = made
     spec = replace(quantize_spec(weight=AUTO.candidates[0]), auto=replace(AUTO, budget=1.0))
-    with pytest.raises(InputError, match=r"budget=1.0 stored bits per weight: the smallest widths take 2\.\d+"):
+    with pytest.raises(InputError, match=r"budget=1.0 stored bits per weight: the smallest widths take 2\.\d+; give at least ") as low:
         quantized(ctx, tmp_path / "low", spec, {"sensitivity": table})
+    said = float(str(low.value).partition("at least ")[2].partition(",")[0])
+    quantized(ctx, tmp_path / "least", replace(spec, auto=replace(AUTO, budget=said)), {"sensitivity": table})
     with pytest.raises(InputError, match="automatic bits need a sensitivity table"):
         quantized(ctx, tmp_path / "none", spec, {})
     scaled, _ = quantized(ctx, tmp_path / "scaled", quantize_spec("rtn", "smoothquant"), calibrated(ctx, tmp_path, "absmax"))
