@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from orchestrator.mlflow_names import metric_name
@@ -68,8 +69,11 @@ def variant_points(
     baseline: VariantResult | None,
     tasks: Mapping[str, TaskInfo],
     delta_of: DeltaOf,
+    model_bytes: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[tuple[Point, ...], list[str]]:
-    """All points, sorted, and notes about what could not be told: deltas without an interval, a table that cannot be read."""
+    """All points, sorted, and notes about what could not be told: deltas without an interval, a table that cannot be read.
+
+    model_bytes: of unquantized models, by digest, as in `SweepResult`."""
     points: list[Point] = []
     notes: list[str] = []
     if variant.quantize is not None:
@@ -78,8 +82,9 @@ def variant_points(
         # Of one evaluation that is the same however far the sweep has come.
         first = variant.evaluations[min(variant.evaluations)]
         points += _cache_points(first)
-        if variant.quantize is None:
-            points += _facts(first, SIZES)
+        size = model_bytes.get(first.spec.get("model", {}).get("digest", ""))
+        if variant.quantize is None and size is not None:
+            points += _facts(first, SIZES, {"model_bytes": size})
     if variant.measure is not None:
         points += _facts(variant.measure, MEASURE_FACTS)
     for task, stage in variant.evaluations.items():
@@ -95,10 +100,11 @@ def variant_points(
     return tuple(sorted(points, key=lambda p: (p.name, p.step))), notes
 
 
-def _facts(stage: StageResult, names: Mapping[str, str]) -> list[Point]:
+def _facts(stage: StageResult, names: Mapping[str, str], told: Mapping[str, Any] | None = None) -> list[Point]:
+    """told: facts by name; None: those of the stage's summary."""
     if stage.record is None:
         return []
-    at, known = ms(stage.record["ended"]), _numbers(stage.summary)
+    at, known = ms(stage.record["ended"]), _numbers(stage.summary if told is None else told)
     values = {metric: known[name] for name, metric in names.items() if name in known}
     if "size/model_bytes" in values:
         values["size/model_gib"] = values["size/model_bytes"] / GIB

@@ -34,7 +34,7 @@ from orchestrator.tracked_files import ArtifactFile, config_file, given_files, s
 from orchestrator.tracked_metrics import DeltaOf, Point, ms, progress, variant_points
 from workers.specs import MeasureSpec, from_json
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the form below; a change rewrites every run once."""
 SWEEP_RUN = "sweep"
 """Key of the sweep's own run among its variants' keys."""
@@ -142,7 +142,7 @@ def describe_variant(result: SweepResult, variant: VariantResult, phase: Phase, 
     fresh = [s for s in own if not result.reused(s)] or own
     status = _variant_status(variant, phase)
     baseline = next((v for v in result.variants if v.key == variant.baseline_key), None)
-    points, notes = variant_points(variant, baseline, result.tasks, delta_of)
+    points, notes = variant_points(variant, baseline, result.tasks, delta_of, result.model_bytes)
     tags = {
         **_identity_tags(result, "variant"),
         "bitgrid.variant_key": variant.key,

@@ -80,6 +80,12 @@ def test_nothing_is_said_of_a_variant_before_its_first_stage_ended(sweep: SweepR
     assert describe_variant(idle, variant(idle, v.key), Phase.RUNNING, fixed_delta) is None
 
 
+def test_an_unquantized_model_has_the_size_of_its_weight_files(sweep: SweepResult) -> None:
+    run = described(replace(sweep, model_bytes={"m" * 64: 2**31}), "v-base")
+    assert (metric(run, "size/model_bytes").value, metric(run, "size/model_gib").value) == (2**31, 2.0)
+    assert not [p for p in described(sweep, "v-base").metrics if p.name.startswith("size/")], "not known"
+
+
 def test_times_are_those_of_what_this_sweep_computed(tmp_path: Path, sweep: SweepResult) -> None:
     v = variant(sweep, "v-rtn-w4")
     assert v.quantize is not None
