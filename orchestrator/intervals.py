@@ -155,7 +155,10 @@ def _together(v: Floats, b: Floats, w: Floats, of: NDArray[np.intp]) -> tuple[Fl
 def _standard_error(influence: Floats) -> float:
     """Of a mean of n independent terms whose centred values are `influence` `[n]`."""
     n = influence.size
-    return math.sqrt(float(influence @ influence) / (n * (n - 1)))
+    # Squares of what is near 1: those of huge or tiny values no float holds. A power of two changes no digit.
+    unit = math.frexp(float(np.abs(influence).max()))[1]
+    scaled = np.ldexp(influence, -unit)
+    return math.ldexp(math.sqrt(float(scaled @ scaled) / (n * (n - 1))), unit)
 
 
 def _influence(values: Floats, weight: Floats) -> Floats:
