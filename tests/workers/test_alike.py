@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from quant.kernels import kernel
 from quant.kernels.products import TENSOR_CORE_ROWS
+from quant.methods.rtn import Rtn
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from quant.tensors.codebook import Outliers
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
 from workers import alike, comparison, measure, packed
+from workers.blocks import linear_view
 from workers.context import Context
 from workers.errors import NumericalError
 from workers.machine import cpu_model
@@ -125,6 +127,25 @@ def test_a_weight_is_dequantized_by_some_rows_at_once(form: str, model: Path, tm
         parts = [part.dequantize() for part in alike._parts(stored)]
         assert len(parts) > 1
         assert torch.equal(torch.cat(parts), stored.dequantize())
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("grid", ["g_sym", "g_asym"])
+def test_zeros_are_what_sums_of_codes_leave_of_them(grid: str, rows: int) -> None:
+    """All rows but some: what is taken off a sum of codes leaves its roundings, which no product of zeros is to be held to."""
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(1)) * 1e-3
+    weight[rows:] = 0
+    stored: Any = Rtn(grid=grid).quantize(weight, {}, WeightScheme(4, granularity=Granularity.GROUP, group_size=128)).tensor
+    view = linear_view(nn.ModuleDict({"linear": nn.Linear(512, 256)}), "linear")
+    codes, scale, zero = (t.float() for t in (stored.codes, stored.columns(stored.scale), stored.columns(stored.zero)))
+
+    def multiply(x: Tensor, more: float = 0.0) -> Tensor:
+        return x @ (codes * scale).T - x.flip(1) @ ((zero + more) * scale).flip(1).T  # in another order
+
+    assert float(multiply(torch.randn(8, 512)).abs().max()) > 0
+    assert alike.check_product(view, stored, multiply, (1, 40), None) <= 2.0**-12
+    with pytest.raises(NumericalError, match="packed differs"):
+        alike.check_product(view, stored, lambda x: multiply(x, 1.0), (1, 40), None)
 
 
 def test_experts_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
