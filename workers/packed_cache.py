@@ -69,12 +69,14 @@ class PackedCaches:
         """The largest of a step's attention in a block, of those that were checked."""
         self.unchecked = 0
         """Blocks whose attention was not, for lack of memory."""
-        self._room: _Room | None = None
+        self._share: int | None = None
+        """Bytes of a simulated cache beside each that is made; None: none is."""
 
     def __call__(self) -> PackedCache:
         self.last = [self._layer(module) for module in self._attention]
+        room = None if self._share is None else _Room(self._share)  # of its own: the one before is given up
         for layer in self.last:
-            layer.room, layer.allowed = self._room, {} if self.chosen.backend == "reference" else ROUNDED
+            layer.room, layer.allowed = room, {} if self.chosen.backend == "reference" else ROUNDED
         _layers.update(zip(self._attention, self.last, strict=True))
         return PackedCache(self.last)
 
@@ -82,11 +84,11 @@ class PackedCaches:
     def checking(self) -> Iterator[None]:
         """Caches made while it lasts keep a simulated one beside them (`quant.kv`, in float32, of the last sequence), with which every
         step's attention is compared: logits move by more than a wrong kernel's error where few bits are kept. Raises NumericalError."""
-        self._room = _Room(free_bytes(self._device) // 4)
+        self._share = free_bytes(self._device) // 4
         try:
             yield
         finally:
-            self._room = None
+            self._share = None
             self.error = max((layer.error for layer in self.last), default=0.0)
             self.unchecked = sum(layer.beside is None for layer in self.last)
             for layer in self.last:
