@@ -8,8 +8,8 @@ A code becomes a float16 by one mask of the word it lies in: float16 numbers bel
 begins at bit u of 16, with no bit above the tenth, is code · 2^(u - 24). The factor is taken off the float32 sums. Bits 8 to 15 are shifted
 down first, which two words of 16 bits in a register share.
 
-q is divided by the power of two above its greatest, so that a product with a step, which is a float16, fits float16; p is 1 at most.
-Softmax is to the base of 2, online, in float32.
+q is divided by the power of two above its greatest, so that a product with a step, which is a float16, fits float16; p is 2^VB at most (VB:
+bits of a value), so that small ones keep bits beside one token's that is nearly all. Softmax is to the base of 2, online, in float32.
 """
 
 # A tuple grows under its name here, which types do not know and other ways of writing it the compiler.
@@ -85,9 +85,9 @@ def code_scores(
 
 
 @triton.jit
-def softened(s, most, weight):
-    """p, what earlier sums are multiplied with, and the new greatest score and sum of p. Scores [T, R]; at least one is finite."""
-    new = tl.maximum(most, tl.max(s, 0))
+def softened(s, most, weight, LIFT: tl.constexpr):
+    """p (2^LIFT at most), what earlier sums are multiplied with, the new greatest score less LIFT, and sum of p. A score is finite."""
+    new = tl.maximum(most, tl.max(s, 0) - LIFT)
     p = tl.exp2(s - new[None, :])
     fade = tl.exp2(most - new)
     return p, fade, new, weight * fade + tl.sum(p, 0)
@@ -287,7 +287,7 @@ def attend(
     for block in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(keys + block * (T * KW) + token[:, None] * KW + key_line[None, :])
         s = code_scores(words, key_ranges + block * D, planes, factor, T, R, KB, KW, D, PLAIN)
-        p, fade, most, weight = softened(s, most, weight)
+        p, fade, most, weight = softened(s, most, weight, VB)
         here = value_ranges + block * (T * (D // G))
         codes = values + block * (T * VW)
         sums, lows = add_values(p, fade, sums, lows, codes, here, token, every, every, T, VB, VW, PIECE, D, G, False, PLAIN)
@@ -314,7 +314,7 @@ def attend(
         alive = at < length
         held = window_scores(given, window_keys, slot, alive & (same >= coded_keys), KW, D, PLAIN)
         s = tl.where(coded[:, None], s, tl.where(alive[:, None], held * scale, -float("inf")))
-        p, fade, most, weight = softened(s, most, weight)
+        p, fade, most, weight = softened(s, most, weight, VB)
         coded = at < coded_values
         here = value_ranges + block * (T * (D // G))
         # As it is, but known to be a multiple: tokens are read together.
@@ -368,7 +368,7 @@ def attend_plain(
         at = block * T + token
         held = tl.load(keys + at[:, None] * D + line[None, :], mask=(at < length)[:, None], other=0.0)
         s = multiply(held, given, tl.zeros([T, R], tl.float32), PLAIN) * scale
-        p, fade, most, weight = softened(tl.where((at < length)[:, None], s, -float("inf")), most, weight)
+        p, fade, most, weight = softened(tl.where((at < length)[:, None], s, -float("inf")), most, weight, 0)
         there = tl.load(values + at[None, :] * D + line[:, None], mask=(at < length)[None, :], other=0.0)
         sums = multiply(there, p.to(there.dtype), sums * fade[None, :], PLAIN)
     place = (pair.to(tl.int64) * ROWS + row) * splits + split

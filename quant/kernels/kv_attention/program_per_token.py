@@ -3,7 +3,8 @@
 Keys: score_t = Σ_g (step_tg Σ_d q_d code_td - zero_tg step_tg Σ_d q_d), g a group of channels and d one of its. q is multiplied with codes
 as it is, so that its part of the products is the same for all tokens, and steps are applied to sums, in float32.
 
-p · step is a float16 here too: below 2^-14 it has fewer bits, so that a value of the least step there is, 1e-5, is off by up to 0.3 %.
+p · step is a float16 here too: below 2^-14 it has fewer bits, so that with 2 bits a value of the least step there is, 1e-5, is off by up to
+0.1 %.
 
 No token is in full precision: one loop over blocks, of which the last may end before its tokens do.
 """
@@ -126,7 +127,7 @@ def attend_per_token(
             value_lows = value_lows + (value_low,)
         s = token_scores(words, columns, of_q, key_steps, key_lows, factor, T, R, BITS, W, PIECE, D, G, PLAIN)
         s = tl.where((block * T + token < length)[:, None], s, -float("inf"))
-        p, fade, most, weight = softened(s, most, weight)
+        p, fade, most, weight = softened(s, most, weight, BITS)
         weighted = ()
         added = ()
         for g in tl.static_range(D // G):
