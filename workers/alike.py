@@ -57,7 +57,8 @@ def check_product(
     dtype, device = view.storage.dtype, view.storage.device
     x = torch.randn(ROWS, stored.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
     given = x.float() if activation is None else reference.fake_quantize(x.float(), activation.bits, activation.symmetric, activation.clip)
-    weights = ((w, w.any(1)) for w in (part.dequantize().float() for part in _parts(stored)))
+    coded = isinstance(stored, AffineTensor)
+    weights = ((w, w.any(1) | (not coded)) for w in (part.dequantize().float() for part in _parts(stored)))
     expected, live = (torch.cat(made, -1) for made in zip(*((given @ w.T, some) for w, some in weights), strict=True))
     nothing = (~live * _step(stored)).norm()
     worst, allowed = 0.0, TOLERANCE[dtype]
@@ -106,7 +107,7 @@ def _relative(error: Tensor, size: Tensor) -> float:
 
 def _step(stored: StoredTensor) -> Tensor | float:
     """What one code is worth in each row, `[N]` or `[1]`: where codes stand for 0 a kernel adds them up and takes as much off again, each
-    sum rounded. Other formats have zeros as they are."""
+    sum rounded. Other formats have nothing but zeros where all is 0."""
     return stored.scale.float().square().mean(1).sqrt() if isinstance(stored, AffineTensor) else 0.0
 
 

@@ -15,7 +15,7 @@ from quant.kernels import kernel
 from quant.kernels.products import TENSOR_CORE_ROWS
 from quant.methods.rtn import Rtn
 from quant.scheme import ActivationScheme, Granularity, WeightScheme
-from quant.tensors.codebook import Outliers
+from quant.tensors.codebook import CodebookTensor, Outliers
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
 from workers import alike, comparison, measure, packed
@@ -146,6 +146,17 @@ def test_zeros_are_what_sums_of_codes_leave_of_them(grid: str, rows: int) -> Non
     assert alike.check_product(view, stored, multiply, (1, 40), None) <= 2.0**-12
     with pytest.raises(NumericalError, match="packed differs"):
         alike.check_product(view, stored, lambda x: multiply(x, 1.0), (1, 40), None)
+
+
+def test_zeros_of_a_codebook_are_part_of_its_product() -> None:
+    """A row may have values that are 0 of tables that are not, which terms add up to but for their roundings."""
+    g = torch.Generator().manual_seed(1)
+    tables = torch.cat([torch.zeros(512, 1), torch.randn(512, 3, generator=g)], 1)
+    codes = torch.randint(4, (64, 512), generator=g).to(torch.uint8)
+    codes[7] = 0
+    stored = CodebookTensor(codes, torch.full((512,), 2), tables, 2.0)
+    view = linear_view(nn.ModuleDict({"linear": nn.Linear(512, 64)}), "linear")
+    assert 0 < alike.check_product(view, stored, lambda x: x @ (stored.dequantize() + 1e-6).T, (1, 40), None) <= 2.0**-16
 
 
 def test_experts_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
