@@ -262,15 +262,15 @@ def test_sequences_of_other_lengths_and_large_queries() -> None:
         assert error <= 2.0**-9 * (1 + size), (size, error)
 
 
-@needs_triton
+@pytest.mark.parametrize("place", [pytest.param("interpreter", marks=needs_triton), pytest.param("gpu", marks=needs_gpu)])
 @pytest.mark.parametrize("keys_too", [False, True])
-def test_tokens_count_beside_one_that_has_nearly_all_of_the_weight(keys_too: bool) -> None:
+def test_tokens_count_beside_one_that_has_nearly_all_of_the_weight(keys_too: bool, place: str) -> None:
     """And says next to nothing, as first tokens of language models do: p times a step of 8 bits is little there."""
     n, d = 160, 64
     keys, values = random(1, 1, n, d) / 8, random(1, 1, n, d, seed=1)
     keys[:, :, 0], values[:, :, 0] = 1.0, values[:, :, 0] / 256
     q = torch.full((1, 1, d), 1.4, dtype=torch.float16, device=DEVICE)
-    held = per_token.prepare(keys, values, 8, False, None, block=16) if keys_too else prepare(keys, values, 8, 8, 32, 32)
+    held = per_token.prepare(keys, values, 8, False, None) if keys_too else prepare(keys, values, 8, 8, 32, 32)
     scores = d**-0.5 * q[0] @ held.decoded(torch.float64)[0][0, 0, :n].to(q).T
     assert 0.99 < float(torch.softmax(scores.double(), -1)[0, 0]) < 0.999
     check(kernel("kv_attention", "triton", DEVICE).run.kv_attention(q, held, splits=1), q, held)
