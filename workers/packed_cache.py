@@ -168,7 +168,7 @@ class _Layer(CacheLayerMixin):
         self._reads_itself = self._empty
         if self._empty and self.room is not None:
             _, h, _, d = key_states.shape
-            if self.room.take(2 * 4 * h * d * self._length):
+            if self.room.take(2 * 2 * 4 * h * d * self._length):  # keys and values, in buffers of up to twice their length
                 self.beside = self._unmixed().new_state(1, h, d, torch.float32, key_states.device)
         if self.beside is not None:
             self.beside.append(self._mixed(key_states[-1:]).float(), value_states[-1:].float())

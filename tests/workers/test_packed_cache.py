@@ -240,7 +240,7 @@ def test_wrong_attention_is_found_out(kv: KVScheme, dtype: torch.dtype, gemma: A
 def test_as_many_blocks_are_compared_as_memory_holds(gemma: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a simulated cache in float32, of one sequence, beside each cache that is made: where logits are compared again there are more."""
     layers, heads, width = len(gemma.model.layers), gemma.config.num_key_value_heads, gemma.config.head_dim
-    block = 2 * 4 * heads * width * generation.room(PROMPT, STEPS)
+    block = 2 * 2 * 4 * heads * width * generation.room(PROMPT, STEPS)
     for held in range(layers + 1):
         monkeypatch.setattr(packed_cache, "free_bytes", lambda device, held=held: 4 * held * block)
         caches = PackedCaches(gemma, KIVI, Workload(prompt=PROMPT, tokens=STEPS, backend="reference"), CPU)
