@@ -34,8 +34,6 @@ TOLERANCE = {torch.float32: 2.0**-10, torch.float16: 2.0**-10, torch.bfloat16: 2
 """Relative error of a product, over all rows. In 16 bits that of two roundings at their largest: a product is rounded once, and some on a
 GPU have a weight that was. In float32 sums are in another order, and on a GPU some are of whole numbers (ADR 30: 5e-5 of random columns,
 more where a column has one large value): no more is asked of it than of float16."""
-
-
 OF_ROWS: dict[type[StoredTensor], tuple[str, ...]] = {
     AffineTensor: ("codes", "scale", "zero"),
     CodebookTensor: ("codes",),
@@ -57,10 +55,13 @@ def check_product(
     dtype, device = view.storage.dtype, view.storage.device
     x = torch.randn(ROWS, stored.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
     given = x.float() if activation is None else reference.fake_quantize(x.float(), activation.bits, activation.symmetric, activation.clip)
-    coded = isinstance(stored, AffineTensor)
-    weights = ((w, w.any(1) | (not coded)) for w in (part.dequantize().float() for part in _parts(stored)))
-    expected, live = (torch.cat(made, -1) for made in zip(*((given @ w.T, some) for w, some in weights), strict=True))
-    nothing = (~live * _step(stored)).norm()
+    step, products, alive = _step(stored), list[Tensor](), list[Tensor]()
+    for part in _parts(stored):
+        weight = part.dequantize().float()
+        products.append(given @ weight.T)
+        alive.append(torch.ones_like(weight[:, 0], dtype=torch.bool) if step is None else weight.any(1))
+    expected, live = torch.cat(products, 1), torch.cat(alive)
+    nothing = expected.new_zeros(()) if step is None else (~live * step).norm()
     worst, allowed = 0.0, TOLERANCE[dtype]
     for some in _chosen(rows):
         at = torch.tensor(some, device=device)
@@ -105,10 +106,10 @@ def _relative(error: Tensor, size: Tensor) -> float:
     return float(error.norm() / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _step(stored: StoredTensor) -> Tensor | float:
+def _step(stored: StoredTensor) -> Tensor | None:
     """What one code is worth in each row, `[N]` or `[1]`: where codes stand for 0 a kernel adds them up and takes as much off again, each
-    sum rounded. Other formats have nothing but zeros where all is 0."""
-    return stored.scale.float().square().mean(1).sqrt() if isinstance(stored, AffineTensor) else 0.0
+    sum rounded. None for other formats, which have nothing but zeros where all is 0."""
+    return stored.scale.float().square().mean(1).sqrt() if isinstance(stored, AffineTensor) else None
 
 
 def _inputs(view: LinearView) -> int:
@@ -119,9 +120,10 @@ def _inputs(view: LinearView) -> int:
 def _parts(stored: StoredTensor) -> Iterator[StoredTensor]:
     """The weight by some rows at once."""
     (n, k), changed = stored.shape, cast(Any, stored)
-    for start in range(0, n, count := max(1, AT_ONCE // k)):
+    given = {name: t for name in OF_ROWS[type(stored)] if (t := getattr(stored, name)) is not None}
+    count = max(1, AT_ONCE // k)
+    for start in range(0, n, count):
         rows = slice(start, start + count)
-        given = {name: t for name in OF_ROWS[type(stored)] if (t := getattr(stored, name)) is not None}
         more: dict[str, Any] = {name: t[rows] for name, t in given.items() if len(t) == n}  # not of one scale for all
         if isinstance(stored, AffineTensor):
             more["stream"] = None
