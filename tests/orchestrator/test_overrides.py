@@ -163,7 +163,7 @@ def test_a_budget_names_its_variant_however_it_is_given(plan_of: PlanOf, tmp_pat
         (["scheme=auto", "budget=3.2", "scheme.auto.budget=4"], ["budget=3.2 is read by no scheme"]),
         (["scheme=auto"], ["auto.budget=None", "as budget=3.2"]),
         (["scheme=auto", "scheme.auto.budget=nan"], ["auto.budget=nan", "as budget=3.2"]),
-        (["scheme=auto", "budget=inf"], ["auto.budget=inf", "as budget=3.2"]),
+        (["scheme=auto", "budget=inf"], ["budget=inf", "as budget=3.2"]),
         (["scheme=auto", "budget=1.5"], ["not above the smallest width, 2"]),
         (["scheme=auto", "budget=3", "scheme.auto.bits=[4]"], ["at least two different widths"]),
         (["scheme=auto", "budget=3", "method=awq"], ["automatic bits work with methods without transforms"]),
