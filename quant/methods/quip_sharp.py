@@ -4,12 +4,13 @@ alone.
 Objective: min tr((W - Q) H (W - Q)ᵀ) over codewords of eight weights. Shapes: weight `[N, K]`, K a multiple of 8, Hessian `[K, K]`.
 1. H ▸ H / mean(diag H) + ridge. 2. W ▸ Hadamard(S_V W S_U), H ▸ Hadamard(S_U H S_U) with random signs. 3. W ▸ W / scale, scale = RMS
 / opt_scale of the codebook (2 bits 1.03, 3 bits 0.98, 4 bits 1.03). 4. Block LDLQ, eight columns at a time, last to first. 5.
-`tune_iters` sweeps of block coordinate descent, each block to the codeword nearest to its real optimum; nearest is Euclidean, so a
-sweep lowers the error as a rule, not by construction. Bits: 2, 3 or 4, plus a bit a row and a column for signs, plus one scale.
-Departures: every linear alone (the reference fuses q, k, v and gate, up by rows and keeps a scale for each); no fine-tuning of signs
-and norms; no diagonal rescaling, which is off there by default; no low-rank correction; sizes without a Hadamard matrix are
-transformed in blocks of their largest power of two, noted; the order of the 1-bit residual codebook; weights of dead inputs are zeroed
-as in GPTQ (they would widen the one scale); a failed factorization climbs the ladder of damping.
+`tune_iters` sweeps of block coordinate descent, each block to the codeword nearest to its real optimum, where that costs less than the
+one that it has. Bits: 2, 3 or 4, plus a bit a row and a column for signs, plus one scale.
+Departures: nearest is Euclidean and the error is not, so that a step can raise it, and sweeps raised it more and more: such steps are
+left out (the reference takes all); every linear alone (the reference fuses q, k, v and gate, up by rows and keeps a scale for each); no
+fine-tuning of signs and norms; no diagonal rescaling, which is off there by default; no low-rank correction; sizes without a Hadamard
+matrix are transformed in blocks of their largest power of two, noted; the order of the 1-bit residual codebook; weights of dead inputs
+are zeroed as in GPTQ (they would widen the one scale); a failed factorization climbs the ladder of damping.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from quant.tensors.lattice import LatticeTensor, hadamard_rows
 @dataclass(frozen=True)
 class QuipSharp:
     name: ClassVar[str] = "quip_sharp"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
     reads: ClassVar[frozenset[str]] = frozenset()
     uses_seed: ClassVar[bool] = True
@@ -93,6 +94,17 @@ class QuipSharp:
                 kept[:, first // DIMENSION] = new
             return codebook.decode(found).to(target)
 
+        def improve_block(first: int, optimum: Tensor) -> Tensor:
+            """As `round_block`, but rows keep the codeword that they have unless the new one costs less."""
+            at, block = first // DIMENSION, h[first : first + DIMENSION, first : first + DIMENSION]
+            old, new = [kept[:, at].clone() for kept in codes], round_block(first, optimum)
+            given = codebook.decode(old).to(optimum)
+            costs = [((d @ block) * d).sum(1) for d in (new - optimum, given - optimum)]
+            better = costs[0] < costs[1]
+            for kept, before in zip(codes, old, strict=True):
+                kept[:, at] = torch.where(better, kept[:, at], before)
+            return torch.where(better[:, None], new, given)
+
         fed = feedback(h, 0.0, DIMENSION)
         if fed.damp:
             notes.append(f"the Hessian was not positive definite: damping {fed.damp:g} was used")
@@ -101,7 +113,7 @@ class QuipSharp:
         unit = float(scale.double() ** 2)
         details = {"proxy_loss": unit * float(loss.sum(dtype=torch.float64))}
         for _ in range(self.tune_iters):
-            values = coordinate_pass(w, values, h, round_block, DIMENSION)
+            values = coordinate_pass(w, values, h, improve_block, DIMENSION)
         error = (w - values).double()
         details["proxy_loss_tuned"] = unit * float(((error @ h.double()) * error).sum())
         tensor = LatticeTensor(tuple(codes), signs[0], signs[1], scale.view(1), scheme.bits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,6 +57,26 @@ def test_reported_loss_is_the_output_error_and_tuning_lowers_it(bits: int) -> No
             assert got == pytest.approx(result.details["proxy_loss"], rel=1e-5)
         else:
             assert result.details["proxy_loss_tuned"] < result.details["proxy_loss"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_no_sweep_raises_the_error_of_any_row(bits: int) -> None:
+    """Few tokens, so that the codeword nearest to a block's optimum is often not the one that costs least."""
+    w, k = problem(16, 64, 1)[0], 64
+    x = torch.randn(12, k, generator=torch.Generator().manual_seed(bits), dtype=torch.float64)
+    h = x.T @ x
+    ridged = h / h.diagonal().mean() + 0.01 * torch.eye(k, dtype=h.dtype)
+    rows = []
+    for tune_iters in range(6):
+        t = stored(w, h, bits, tune_iters=tune_iters)
+        error = hadamard_matrix(16).T @ ((1 - 2 * t.signs_out.double())[:, None] * (w - t.dequantize()))  # rows as they are rounded
+        rows.append(((error @ ridged) * error).sum(1))
+    # Both are decoded in float32: an error D of 2^-24 of each weight, all below 5, of which a row has |D| at most, as D H D is at most
+    # trace(H) |D|². Each loss L is then off by 2 √(L D H D).
+    off = 2.0**-24 * 5 * w.numel() ** 0.5
+    for before, after in pairwise(rows):
+        assert bool((after <= before + 4 * (before * ridged.trace()).sqrt() * off).all())
+    assert float(rows[-1].sum()) < 0.9 * float(rows[0].sum())
 
 
 def test_coordinate_passes_go_to_the_real_optimum_of_every_block() -> None:
