@@ -66,7 +66,7 @@ def check_product(
     for some in _chosen(rows):
         at = torch.tensor(some, device=device)
         wanted, found = expected[at], product(x[at]).float()
-        error = max(_relative((found - wanted) * live, wanted.norm()), _relative(found * ~live, given[at].norm() * nothing))
+        error = max(relative((found - wanted) * live, wanted.norm()), relative(found * ~live, given[at].norm() * nothing))
         if not error <= allowed:
             raise NumericalError(
                 f"with {len(some)} rows of inputs {view.name} packed differs from its dequantized weight by {error:.2g} of the product's "
@@ -102,7 +102,8 @@ def jittered(model: nn.Module) -> Iterator[None]:
         taps.remove()
 
 
-def _relative(error: Tensor, size: Tensor) -> float:
+def relative(error: Tensor, size: Tensor) -> float:
+    """Norm of `error` beside a norm."""
     return float(error.norm() / size.clamp(min=torch.finfo(torch.float32).tiny))
 
 

@@ -26,7 +26,7 @@ from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kv import Kivi, KVState, PerToken, make
 from quant.scheme import KVScheme
 from workers import families, kv_rules
-from workers.alike import TOLERANCE
+from workers.alike import TOLERANCE, relative
 from workers.blocks import decoder_blocks
 from workers.errors import InputError, NumericalError
 from workers.generation import FixedCache, room
@@ -220,7 +220,7 @@ class _Layer(CacheLayerMixin):
         keys, values = (x.repeat_interleave(each, 1) for x in (keys, values))
         shares = torch.softmax(query.float() @ keys.mT * (query.shape[-1] ** -0.5 if scale is None else scale), -1)
         wanted = (shares @ values)[:, :, 0]
-        error, allowed = _distance(out.float(), wanted), self.allowed.get(out.dtype, TOLERANCE[out.dtype])
+        error, allowed = relative(out.float() - wanted, wanted.norm()), self.allowed.get(out.dtype, TOLERANCE[out.dtype])
         if not error <= allowed:
             raise NumericalError(
                 f"attention to the packed cache of {keys.shape[2]} tokens differs from that to the simulated one by {error:.2g} of its "
@@ -321,11 +321,6 @@ class _PerTokenLayer(_Layer):
     def told_one(self) -> None:
         assert self.packed is not None
         self.packed.length += 1
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    """Relative, over all."""
-    return float((found - wanted).norm() / wanted.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _attention(
