@@ -46,13 +46,19 @@ AT_ONCE = 2**24
 
 
 def check_product(
-    view: LinearView, stored: StoredTensor, product: Callable[[Tensor], Tensor], rows: Collection[int], activation: ActivationScheme | None
+    view: LinearView,
+    stored: StoredTensor,
+    product: Callable[[Tensor], Tensor],
+    rows: Collection[int],
+    activation: ActivationScheme | None,
+    device: torch.device,
 ) -> float:
-    """The largest relative error. product: x `[M, K]` ▸ `[M, N]`, without a bias. rows: of x, numbers that it is called with.
+    """The largest relative error. product: x `[M, K]` ▸ `[M, N]`, without a bias. rows: of x, numbers that it is called with. device: of
+    what is stored; the linear itself may not be loaded.
 
     A product with zeros alone has no norm to compare an error with: that is what one more of every code would make.
     Raises NumericalError where it is above the tolerance, or not a number."""
-    dtype, device = view.storage.dtype, view.storage.device
+    dtype = view.storage.dtype
     x = torch.randn(ROWS, stored.shape[1], generator=torch.Generator().manual_seed(0)).to(device, dtype)
     given = x.float() if activation is None else reference.fake_quantize(x.float(), activation.bits, activation.symmetric, activation.clip)
     step, products, alive = _step(stored), list[Tensor](), list[Tensor]()

@@ -137,8 +137,6 @@ class Packer:
             products = self._experts.setdefault(view.module, {})
             products[view.parameter, view.expert] = product
             _multiply_by_expert(view.module, products)
-        error = check_product(view, self._recipe.stored(op, self._device), product, self._rows_of(view), self._activation)
-        self.made.error = max(self.made.error, error)
 
     def finish(self) -> Packed:
         """After the last operation."""
@@ -162,11 +160,18 @@ class Packer:
         self.made.reasons[reason] += 1
 
     def _packed_linear(self, view: LinearView, op: Operation) -> _PackedLinear | str:
-        """What multiplies with what is stored of the linear, or why the linear has no kernel."""
-        device, activation, backend = self._device, self._activation, self._backend
-        if backend == DENSE:
+        """What multiplies with what is stored of the linear, checked, or why the linear has no kernel."""
+        if self._backend == DENSE:
             return "workload.backend=dense"
-        stored = self._recipe.stored(op, device)
+        stored = self._recipe.stored(op, self._device)
+        made = self._laid_out(view, op, stored)
+        if not isinstance(made, str):
+            error = check_product(view, stored, made.product, self._rows_of(view), self._activation, self._device)
+            self.made.error = max(self.made.error, error)
+        return made
+
+    def _laid_out(self, view: LinearView, op: Operation, stored: StoredTensor) -> _PackedLinear | str:
+        device, activation, backend = self._device, self._activation, self._backend
         operation = OPERATIONS.get(type(stored))
         if activation is not None:
             operation = INTEGER if isinstance(stored, AffineTensor) and self._recipe.exact_inputs(op) is None else None

@@ -143,9 +143,9 @@ def test_zeros_are_what_sums_of_codes_leave_of_them(grid: str, rows: int) -> Non
         return x @ (codes * scale).T - x.flip(1) @ ((zero + more) * scale).flip(1).T  # in another order
 
     assert float(multiply(torch.randn(8, 512)).abs().max()) > 0
-    assert alike.check_product(view, stored, multiply, (1, 40), None) <= 2.0**-12
+    assert alike.check_product(view, stored, multiply, (1, 40), None, torch.device("cpu")) <= 2.0**-12
     with pytest.raises(NumericalError, match="packed differs"):
-        alike.check_product(view, stored, lambda x: multiply(x, 1.0), (1, 40), None)
+        alike.check_product(view, stored, lambda x: multiply(x, 1.0), (1, 40), None, torch.device("cpu"))
 
 
 def test_zeros_of_a_codebook_are_part_of_its_product() -> None:
@@ -156,7 +156,9 @@ def test_zeros_of_a_codebook_are_part_of_its_product() -> None:
     codes[7] = 0
     stored = CodebookTensor(codes, torch.full((512,), 2), tables, 2.0)
     view = linear_view(nn.ModuleDict({"linear": nn.Linear(512, 64)}), "linear")
-    assert 0 < alike.check_product(view, stored, lambda x: x @ (stored.dequantize() + 1e-6).T, (1, 40), None) <= 2.0**-16
+    assert (
+        0 < alike.check_product(view, stored, lambda x: x @ (stored.dequantize() + 1e-6).T, (1, 40), None, torch.device("cpu")) <= 2.0**-16
+    )
 
 
 def test_experts_are_checked_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
