@@ -96,14 +96,15 @@ class QuipSharp:
 
         def improve_block(first: int, optimum: Tensor) -> Tensor:
             """As `round_block`, but rows keep the codeword that they have unless the new one costs less."""
-            at, block = first // DIMENSION, h[first : first + DIMENSION, first : first + DIMENSION]
-            old, new = [kept[:, at].clone() for kept in codes], round_block(first, optimum)
-            given = codebook.decode(old).to(optimum)
-            costs = [((d @ block) * d).sum(1) for d in (new - optimum, given - optimum)]
-            better = costs[0] < costs[1]
-            for kept, before in zip(codes, old, strict=True):
-                kept[:, at] = torch.where(better, kept[:, at], before)
-            return torch.where(better[:, None], new, given)
+            own = slice(first, first + DIMENSION)
+            given = codebook.decode([kept[:, first // DIMENSION] for kept in codes]).to(optimum)
+            found = codebook.encode(optimum.contiguous())
+            made = codebook.decode(found).to(optimum)
+            cost, before = (((d @ h[own, own]) * d).sum(1) for d in (made - optimum, given - optimum))
+            better = cost < before
+            for kept, new in zip(codes, found, strict=True):
+                kept[better, first // DIMENSION] = new[better]
+            return torch.where(better[:, None], made, given)
 
         fed = feedback(h, 0.0, DIMENSION)
         if fed.damp:
