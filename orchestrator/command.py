@@ -55,17 +55,17 @@ def refuse_store_flag(arguments: Sequence[str]) -> None:
         raise ConfigError(f"{given} is for verbs on a sweep that is there; run, plan and explain take the store as a setting: store=FOLDER")
 
 
-MODES = ("--run", "-r", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-"""Hydra's flags that say what it is to do, `-m` being one more."""
-
-
+SHOWS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+"""Hydra's flags with which it shows something, and runs nothing."""
+MODES = ("--run", "-r", *SHOWS)
+"""Those that say what it is to do, `-m` being one more."""
 WITH_CFG = ("--package", "-p", "--resolve")
 """Hydra's flags that say more of what `--cfg` shows."""
 
 
 def shows_only(flags: Sequence[str]) -> bool:
     """Whether Hydra is to show something, and run nothing."""
-    return any(f.partition("=")[0] in MODES[2:] for f in flags)
+    return any(f.partition("=")[0] in SHOWS for f in flags)
 
 
 def refuse_two_modes(multirun: bool, flags: Sequence[str]) -> None:
