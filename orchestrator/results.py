@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.stage import Status
-from workers.specs import MeasureSpec
 
 
 @dataclass(frozen=True)
@@ -127,14 +126,3 @@ class SweepResult:
     def reused(self, stage: StageResult) -> bool:
         """Whether an earlier sweep had committed the stage."""
         return stage.record is not None and stage.computed_by not in (None, self.key)
-
-
-def stated(spec: MeasureSpec, threads: int | None) -> str:
-    """What was timed and on what: `AMD EPYC, 2 threads; 1 sequence, prompt of 128 tokens, 32 decoded`. threads: where they are known."""
-    where = spec.device + (f", {_counted(threads, 'thread')}" if threads else "")
-    workload = spec.workload
-    return f"{where}; {_counted(workload.batch, 'sequence')}, prompt of {workload.prompt} tokens, {workload.tokens} decoded"
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

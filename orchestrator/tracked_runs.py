@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.mlflow_names import param_value, tag_key, tag_value
-from orchestrator.results import StageResult, SweepResult, VariantResult, stated
+from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.stage import Status
 from orchestrator.stats import paired_delta
 from orchestrator.tracked_files import ArtifactFile, config_file, given_files, stage_files
@@ -267,6 +267,8 @@ def _state_tags(variant: VariantResult, result: SweepResult, notes: Iterable[str
         surroundings = record.get("environment") or {}
         tags.update({f"bitgrid.{n}.{role}": str(surroundings[n]) for n in ("device", "device_name") if surroundings.get(n)})
     if variant.measure is not None and variant.measure.record is not None:
+        from orchestrator.report.speed import stated  # the report loads more than a tracker may before it writes
+
         tags["bitgrid.measured"] = stated(from_json(MeasureSpec, variant.measure.spec), variant.measure.summary.get("threads"))
     failed = [(role, s) for role, s in _roles(variant) if s.status in (Status.FAILED, Status.DEP_FAILED)]
     if failed:

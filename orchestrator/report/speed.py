@@ -11,7 +11,7 @@ from rich.text import Text
 from orchestrator.report import numbers
 from orchestrator.report.markup import Markup, Td, join, table, tag
 from orchestrator.report.overview import FAILED_STATES, Line, ModelTable
-from orchestrator.results import StageResult, stated
+from orchestrator.results import StageResult
 from workers.specs import MeasureSpec, from_json
 
 NONE = "–"
@@ -116,6 +116,13 @@ def columns(found: Sequence[Speed]) -> list[Column]:
 def speeds(model: ModelTable) -> list[Speed]:
     """In the order of the table; empty where nothing is timed."""
     return [Speed(x, x.variant.measure) for x in model.lines if x.variant.measure is not None]
+
+
+def stated(spec: MeasureSpec, threads: int | None) -> str:
+    """What was timed and on what: `AMD EPYC, 2 threads; 1 sequence, prompt of 128 tokens, 32 decoded`. threads: where they are known."""
+    where = spec.device + (f", {numbers.count(threads, 'thread')}" if threads else "")
+    workload = spec.workload
+    return f"{where}; {numbers.count(workload.batch, 'sequence')}, prompt of {workload.prompt} tokens, {workload.tokens} decoded"
 
 
 def conditions(found: Sequence[Speed]) -> str:
