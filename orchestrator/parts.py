@@ -163,7 +163,9 @@ def scheme_part(option: Option) -> Scheme:
     parts = {n: _checked(option, n, lambda n=n: from_json(types[n], values[n])) for n in types if values.get(n) is not None}  # type: ignore[misc]
     activation = parts.get("activation")
     if activation is not None and activation.outlier_threshold is not None:
-        parts["activation"] = replace(activation, outlier_version=2)
+        activation = parts["activation"] = replace(activation, outlier_version=2)
+    if activation is not None and activation.number in ("mxfp4", "mxfp8"):
+        parts["activation"] = replace(activation, number_version=2)
     made = Scheme(**parts)
     if made.activation is not None and made.activation.by_sequence and made.kv is not None and made.kv.mode == "decode":
         return replace(made, activation=replace(made.activation, steps_version=2))

@@ -72,7 +72,9 @@ def _fake_rows(x: Tensor, scheme: ActivationScheme) -> Tensor:
 def _static_floating(x: Tensor, number: str, peak: float) -> Tensor:
     element = number_format(number).element
     scale = peak / element.top if peak else 1.0
-    return (element.values().to(x.device)[element.encode(x.float() / scale)] * scale).to(x.dtype)
+    unknown = x.isnan()  # has no code
+    values = element.values().to(x.device)[element.encode(x.float().masked_fill(unknown, 0) / scale)] * scale
+    return values.masked_fill(unknown, torch.nan).to(x.dtype)
 
 
 def _with_outliers(x: Tensor, scheme: ActivationScheme, threshold: float) -> Tensor:

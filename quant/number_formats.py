@@ -12,7 +12,7 @@ nf4_dq     likewise                                likewise, stored in 8 bits (`
                                                    with a float32 scale per 256
 
 Rounding is to the nearest value, half to the even code; magnitudes above the largest value become the largest (saturation: no
-infinity or NaN is made). NF4 takes the smaller value at a tie, as bitsandbytes does. A block of zeros decodes to zeros.
+infinity or NaN is made of finite values). NF4 takes the smaller value at a tie, as bitsandbytes does. A block of zeros decodes to zeros.
 E8M0 exponents are held in -127 .. 127; an NVFP4 scale is at least 2⁻⁹ (the smallest E4M3), so that no block divides by zero.
 The value of a code is (value of the element) · scale, in float32. Codes are chosen for the stored scale.
 """
@@ -250,11 +250,15 @@ def encode(format: NumberFormat, groups: Tensor, scale: Tensor) -> Tensor:
 
 
 def fake_per_row(name: str, rows: Tensor) -> Tensor:
-    """float32 `[R, G, g]` rounded to the format, every row as a tensor of its own with float32 scales."""
+    """float32 `[R, G, g]` rounded to the format, every row as a tensor of its own with float32 scales. A row with a NaN or an infinity,
+    which has no scale and no codes, becomes NaN."""
     format = number_format(name)
     peak = rows.abs().amax(-1)
+    finite = peak.isfinite().all(-1, keepdim=True)
+    rows, peak = torch.where(finite[..., None], rows, 0.0), torch.where(finite, peak, 0.0)
     scale = format.read(format.fit(peak, torch.float32)) if name != "nvfp4" else _two_levels_per_row(peak)
-    return format.element.values().to(rows.device)[encode(format, rows, scale[..., None])] * scale[..., None]
+    values = format.element.values().to(rows.device)[encode(format, rows, scale[..., None])] * scale[..., None]
+    return torch.where(finite[..., None], values, torch.nan)
 
 
 def _two_levels_per_row(peak: Tensor) -> Tensor:
@@ -263,7 +267,8 @@ def _two_levels_per_row(peak: Tensor) -> Tensor:
 
 
 def _whole(peak: Tensor) -> Tensor:
-    return torch.where(peak == 0, 1.0, peak / (E2M1.top * E4M3.top)).float()
+    whole = (peak / (E2M1.top * E4M3.top)).float()
+    return torch.where(whole == 0, 1.0, whole)  # of zeros, or of less than float32 holds
 
 
 def _block_codes(peak: Tensor, whole: Tensor) -> Tensor:

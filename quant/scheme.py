@@ -148,6 +148,8 @@ class ActivationScheme:
     """Of that rule, for keys: 1 took the tokens of a batch that reach a linear without their sequences (OPT, experts) for one sequence."""
     steps_version: int = 1
     """Of `by_sequence` with a cache that is written step by step, for keys: 1 gave a step as many tokens as a batch had room for."""
+    number_version: int = 1
+    """Of mxfp4 and mxfp8, for keys: 1 took an infinite input for a finite one."""
 
     @property
     def by_sequence(self) -> bool:

@@ -110,11 +110,12 @@ def test_words_of_the_configuration_are_those_of_the_code() -> None:
         assert task.task.values["windows"] == specs.TaskSpec("", 1, specs.TextSpec("")).windows
 
 
-def test_kept_outliers_have_keys_of_the_rule_by_sequence_and_other_schemes_the_keys_they_had() -> None:
+def test_kept_outliers_and_mx_inputs_have_keys_of_their_later_rules_and_other_schemes_the_keys_they_had() -> None:
     for cell in compose_grid(["scheme=glob(*)"], multirun=True).cells:
         activation = scheme_part(cell.scheme).activation
         if activation is not None:
             assert activation.outlier_version == (2 if activation.outlier_threshold is not None else 1)
+            assert activation.number_version == (2 if activation.number.startswith("mx") else 1)
             assert activation.steps_version == 1
 
 

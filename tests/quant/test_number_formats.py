@@ -294,6 +294,33 @@ def test_block_formats_quantize_tokens_as_rows_of_weights(number: str) -> None:
     assert torch.equal(ragged, fake_quantize_activation(whole, ActivationScheme(bits, number=number))[..., :100])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("number", [n for n, kind in NUMBERS.items() if kind.activations])
+def test_a_token_that_is_not_finite_becomes_nan_and_leaves_the_others_alone(number: str, bad: float) -> None:
+    """So that a model which overflows is told by its logits: no scale serves such a token, and a NaN has no code. A fixed scale clips
+    an infinity as it clips what else lies beyond it."""
+    bits = NUMBERS[number].bits or 8
+    scheme = ActivationScheme(bits, number=number)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(6))
+    wanted = fake_quantize_activation(x, scheme)
+    broken = x.clone()
+    broken[1, 5] = bad
+    wanted[1] = math.nan
+    torch.testing.assert_close(fake_quantize_activation(broken, scheme), wanted, rtol=0, atol=0, equal_nan=True)
+    if NUMBERS[number].block is None:
+        static = ActivationScheme(bits, granularity=Granularity.TENSOR, dynamic=False, number=number)
+        far = fake_quantize_activation(broken.nan_to_num(posinf=1e30, neginf=-1e30), static, (-3.0, 3.0))
+        far[broken.isnan()] = math.nan
+        torch.testing.assert_close(fake_quantize_activation(broken, static, (-3.0, 3.0)), far, rtol=0, atol=0, equal_nan=True)
+
+
+def test_an_nvfp4_scale_that_float32_does_not_hold_gives_zeros() -> None:
+    """1e-42 / (6 · 448) is less than half of float32's least number, 1.4e-45."""
+    x = torch.zeros(2, 32)
+    x[0, :16] = 1e-42
+    assert not fake_quantize_activation(x, ActivationScheme(4, number="nvfp4")).any()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
