@@ -18,7 +18,7 @@ MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
 MEMORY_TEXT = re.compile(r"out of memory|can(?:'t|not) allocate memory|_ALLOC_FAILED|os error 12\b", re.IGNORECASE)
 NETWORK = frozenset({"TransportError"})
 """httpx's class for connections that fail, break or time out."""
-NUMERICAL = frozenset({"NonFiniteError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
+NUMERICAL = frozenset({"NonFiniteError", "ScaleDtypeError", "SingularHessianError", "LinAlgError", "_LinAlgError"})
 ASKED_FOR = frozenset({"BackendError"})
 """A kernel that a setting names and that does not work here."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -64,6 +64,7 @@ class _Copies:
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """keys, values `[B, H, T, D]` ▸ `[B, H, 3 T, D]`."""
-        whole, _ = self._rule.quantized(keys.shape[2])
+        whole, old = self._rule.quantized(keys.shape[2])
         aged = torch.cat([self._rule.keys_rounded(keys[:, :, :whole]), keys[:, :, whole:]], 2)
-        return torch.cat([aged, aged, keys], 2), torch.cat([self._rule.values_rounded(values), values, values], 2)
+        rounded = torch.cat([self._rule.values_rounded(values[:, :, :old]), values[:, :, old:]], 2)
+        return torch.cat([aged, aged, keys], 2), torch.cat([rounded, values, values], 2)

@@ -15,6 +15,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from quant.errors import ScaleDtypeError, require_finite
+
 FULL = 16
 """Bits that mean: not quantized."""
 
@@ -109,8 +111,12 @@ def check_bits(name: str, bits: int, allowed: tuple[int, ...]) -> None:
 
 
 def stored(x: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-    """`x` as its stored type holds it, in x's own type. Raises ValueError where that type overflows."""
+    """`x` as its stored type holds it, in x's own type. Raises NonFiniteError, and ScaleDtypeError where that type overflows."""
     kept = x.to(dtype).to(x.dtype)
     if not torch.isfinite(kept).all():
-        raise ValueError(f"{what} up to {float(x.abs().max()):.3g} do not fit {dtype}; use scale_dtype=float32")
+        require_finite(what, x)
+        raise ScaleDtypeError(
+            f"{what} up to {float(x.abs().max()):.3g} do not fit {dtype}; a cache of kv.kind=per_token has float32 ranges, and so have "
+            "quantizers made with scale_dtype=float32"
+        )
     return kept

@@ -28,7 +28,7 @@ from quant.kv.base import FULL, KVState, check_bits, stored
 def round_groups(x: Tensor, bits: int, group_size: int, dim: int, scale_dtype: torch.dtype = torch.float32) -> Tensor:
     """Fake quantization on KIVI's grid of `group_size` consecutive values along `dim`; computed in float32, x's shape and type.
 
-    Raises ValueError where groups do not divide the dimension, or `scale_dtype` overflows."""
+    Raises ValueError where groups do not divide the dimension, NonFiniteError, and ScaleDtypeError where `scale_dtype` overflows."""
     if x.shape[dim] % group_size:
         raise ValueError(f"group_size={group_size} does not divide {x.shape[dim]} values along dimension {dim} of {tuple(x.shape)}")
     if not x.numel():

@@ -117,7 +117,7 @@ class KVQuant:
         return None
 
     def calibrate(self, keys: Tensor, values: Tensor, key_weights: Tensor | None = None, value_weights: Tensor | None = None) -> KVQuant:
-        """Keys before the rotary embedding. Raises ValueError without tokens."""
+        """Keys before the rotary embedding. Raises ValueError without tokens, and as `stored`."""
         if not keys.numel() or not values.numel():
             raise ValueError("kvquant got no calibration tokens; it needs keys and values of some")
         keys, values = keys.float(), values.float()

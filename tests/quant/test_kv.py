@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.kernels.kmeans_columns import numpy_stream
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken, make
 from quant.kv.kivi import round_groups
@@ -281,12 +282,21 @@ def test_wrong_shapes_and_parameters_say_what_is_allowed() -> None:
         KVQuant(8)
     with pytest.raises(ValueError, match="calibrate with keys and values first"):
         read_after(KVQuant(3), *data(1, 4), [4])
-    with pytest.raises(ValueError, match=r"do not fit torch\.float16"):
+    with pytest.raises(ScaleDtypeError, match=r"do not fit torch\.float16; a cache of kv\.kind=per_token has float32 ranges"):
         round_groups(torch.full((1, 32), 1e6) * torch.arange(32), 2, 32, -1, torch.float16)
     with pytest.raises(ValueError, match="version 1 here; version 2"):
         make(KVScheme(4, version=2))
     assert Kivi(2, 2, 32, 32).refuses(48) == "kv.group_size=32 does not divide a head of 48 channels"
     assert PerToken(4, group_size=5).refuses(64) is not None
+
+
+@pytest.mark.parametrize("rule", [Kivi(2, 2, 4, 4), KVQuant(3, 0.1, "uniform").calibrate(tokens(1, 50, H * D), tokens(2, 50, H * D))])
+def test_values_that_are_not_finite_are_called_so(rule: KVQuantizer) -> None:
+    """They fit no type of a range: it is the model that overflowed."""
+    keys, values = data(1, 9)
+    values[0, 1, 2, 3] = torch.nan
+    with pytest.raises(NonFiniteError, match="NaN or infinite values"):
+        read_after(rule, keys, values, [8, 1])
 
 
 # --- what the methods are for -------------------------------------------------------------------------------------

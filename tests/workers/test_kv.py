@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quant.errors import ScaleDtypeError
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
 from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
@@ -83,6 +84,18 @@ def test_kivis_single_pass_is_what_decoding_reads(family: str) -> None:
     assert float((single - plain(model)).abs().max()) > 0.1
     # A prompt, and the first R tokens, read full precision.
     torch.testing.assert_close(single[:, : max(8, prefill)], plain(model)[:, : max(8, prefill)], rtol=0, atol=ROUNDING)
+
+
+def test_kivis_single_pass_rounds_no_values_that_do_not_age() -> None:
+    """Values whose range float16 does not hold, all in the window in full precision."""
+    model = model_of("llama")
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data *= 1e6
+    want = plain(model)
+    with aging(model, Kivi(2, 2, 4, 32), 1):
+        torch.testing.assert_close(plain(model), want, rtol=0, atol=ROUNDING)
+    with aging(model, Kivi(2, 2, 4, 8), 1), pytest.raises(ScaleDtypeError, match=r"do not fit torch\.float16"):
+        plain(model)
 
 
 @pytest.mark.parametrize("family", ROTARY)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from quant.errors import NonFiniteError, SingularHessianError
+from quant.errors import NonFiniteError, ScaleDtypeError, SingularHessianError
 from quant.kernels import kernel
 from quant.scheme import WeightScheme
 from tests.tiny_models import tiny_model
@@ -342,6 +342,7 @@ class ReadTimeout(TransportError):
         (FileNotFoundError(errno.ENOENT, "gone"), ErrorClass.USER),
         (NumericalError("x"), ErrorClass.NUMERICAL),
         (NonFiniteError("x"), ErrorClass.NUMERICAL),
+        (ScaleDtypeError("x"), ErrorClass.NUMERICAL),
         (SingularHessianError("x"), ErrorClass.NUMERICAL),
         (torch.linalg.LinAlgError("not positive-definite"), ErrorClass.NUMERICAL),
         (OSError(errno.EIO, "Input/output error"), ErrorClass.INFRASTRUCTURE),
