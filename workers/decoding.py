@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from workers import one_pass
 from workers.kv_cache import MakeCache, QuantizedCache
+from workers.stream import streams
 from workers.tasks import base
 
 LOGIT_BYTES = 2**19
@@ -35,7 +36,7 @@ def decoded_logits(
     `longest` tokens of a window (None: as many as `batch_tokens` allow)."""
 
     def logits(batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for group in _groups(batches, model, batch_tokens):
+        for group in _groups(batches, model, batch_tokens, prefill):
             with runtime():
                 found = _decode(model, torch.cat(list(group)).to(device), make_cache(), batch_tokens, prefill, longest)
             yield from torch.split(found, [len(b) for b in group])
@@ -79,9 +80,13 @@ def _steps(tokens: Tensor, cache: QuantizedCache, batch_tokens: int, prefill: in
         start += step
 
 
-def _groups(batches: Sequence[Tensor], model: nn.Module, batch_tokens: int) -> Iterator[list[Tensor]]:
-    """Consecutive batches to decode together: at most one token of each window a step, and logits within their bytes."""
+def _groups(batches: Sequence[Tensor], model: nn.Module, batch_tokens: int, prefill: int) -> Iterator[list[Tensor]]:
+    """Consecutive batches to decode together: at most one token of each window a step, and logits within their bytes. Whole windows that
+    are one step gain nothing by company, unless blocks are read for it."""
     if not batches:
+        return
+    if prefill >= batches[0].shape[1] and not streams(model):
+        yield from ([batch] for batch in batches)
         return
     config = getattr(model, "config", None)
     vocabulary = int(getattr(config, "vocab_size", 1))

@@ -129,6 +129,19 @@ def test_a_batch_of_windows_is_decoded_as_each_alone() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=ROUNDING)
 
 
+def test_whole_windows_take_no_more_tokens_at_once_than_a_forward_may() -> None:
+    """Of a batch of one window each; steps of decoding take a token of every window together."""
+    model, seen = model_of("llama"), []
+    windows = torch.arange(6 * 24).view(6, 24) % 96
+    tap = model.model.layers[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0].shape[:2].numel()))
+    whole = decoded(model, PerToken(4), windows, batch_tokens=48, prefill=24)
+    assert max(seen) <= 48
+    seen.clear()
+    torch.testing.assert_close(decoded(model, PerToken(4), windows, batch_tokens=48, longest=1), whole, rtol=0, atol=ROUNDING)
+    tap.remove()
+    assert seen == [6] * 24
+
+
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 KIVI = KVScheme(2, group_size=4, kind="kivi", residual_length=4)
