@@ -166,6 +166,8 @@ def scheme_part(option: Option) -> Scheme:
         activation = parts["activation"] = replace(activation, outlier_version=2)
     if activation is not None and activation.number in ("mxfp4", "mxfp8"):
         parts["activation"] = replace(activation, number_version=2)
+    if parts.get("kv") is not None and parts["kv"].first_few_fp16:
+        parts["kv"] = replace(parts["kv"], first_few_version=2)
     made = Scheme(**parts)
     if made.activation is not None and made.activation.by_sequence and made.kv is not None and made.kv.mode == "decode":
         return replace(made, activation=replace(made.activation, steps_version=2))

@@ -219,7 +219,9 @@ class KVScheme:
     codebook: str = "uniform"
     """kvquant: uniform, or nuq (k-means on calibration data)."""
     first_few_fp16: int = 0
-    """kvquant: tokens at the start kept exactly."""
+    """kvquant: tokens at the start kept exactly, and left out of calibration."""
+    first_few_version: int = 1
+    """Of `first_few_fp16`, for keys: 1 calibrated on those tokens, too."""
     fisher: bool = False
     """kvquant, nuq: k-means weighted by the squared gradient of the loss (needs a backward pass while calibrating)."""
     clip: float = 1.0

@@ -70,17 +70,22 @@ def save(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
 
 
 def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path, fisher: Path | None = None) -> list[KVQuantizer]:
-    """The quantizer fitted to each block's keys and values, weighted by the statistic `kv_fisher` where given. Raises
-    CorruptArtifactError."""
-    made = []
+    """The quantizer fitted to each block's keys and values, weighted by the statistic `kv_fisher` where given; without the tokens at the
+    start of a sequence that it keeps exactly. Raises CorruptArtifactError, InputError."""
+    made, kept = [], getattr(quantizer, "first_few_fp16", 0)
     for b in range(structure.count):
-        found = [_of_block(a, structure, b) for a in (artifact, fisher) if a is not None]
+        found = [_of_block(a, structure, b, kept) for a in (artifact, fisher) if a is not None]
         made.append(quantizer.calibrate(*(x for pair in found for x in pair)))
     return made
 
 
-def _of_block(artifact: Path, structure: Structure, b: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, or their weights, `[tokens, H D]`."""
+def _of_block(artifact: Path, structure: Structure, b: int, skipped: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, or their weights, `[tokens, H D]`, without the first `skipped` tokens of every sequence."""
     found = load_file(payload_path(artifact, block_file(b)))
-    keys, values = (found[f"{structure.blocks}.{b}.{name}"].flatten(0, 1) for name in ("keys", "values"))
-    return keys, values
+    keys, values = (found[f"{structure.blocks}.{b}.{name}"] for name in ("keys", "values"))
+    if skipped >= keys.shape[1]:
+        raise InputError(
+            f"kv.first_few_fp16={skipped} leaves nothing to calibrate on: calibration sequences have {keys.shape[1]} tokens; "
+            "give fewer, or a longer calibration.sequence_length"
+        )
+    return keys[:, skipped:].flatten(0, 1), values[:, skipped:].flatten(0, 1)

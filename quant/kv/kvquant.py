@@ -6,7 +6,8 @@ keys and one for values. x is centred and divided by half its range, so that it 
 Keys: range per channel, fixed by calibration: the (1 ± (1 - outliers)) / 2 quantiles, or min and max without outliers; what lies
 outside is an outlier. Values: range per token over all heads together, online: values at or beyond the same quantiles of their token
 are outliers, and the range is min and max of the rest (the token's median stands in for its outliers). Outliers and the
-`first_few_fp16` first tokens are kept in the model's own type, counted as 16 bits (and 16 for an outlier's index).
+`first_few_fp16` first tokens are kept in the model's own type, counted as 16 bits (and 16 for an outlier's index). Calibration is on
+what is not kept: who calls `calibrate` leaves the first tokens of its sequences out (the reference leaves them in its ranges).
 
 Every token is quantized before attention reads it, so that one pass over a text and decoding it token by token read the same.
 Codebooks: `nuq` from k-means (2^b centres, at most 50 steps), or `uniform`: code = round((x - low) / s) with s = (high - low) /

@@ -119,6 +119,12 @@ def test_kept_outliers_and_mx_inputs_have_keys_of_their_later_rules_and_other_sc
             assert activation.steps_version == 1
 
 
+def test_first_tokens_that_are_kept_have_keys_of_a_calibration_without_them() -> None:
+    grid = compose_grid(["scheme=w16a16kv3_kvquant", "scheme.kv.first_few_fp16=0,1"], multirun=True)
+    found = [part.kv for part in (scheme_part(cell.scheme) for cell in grid.cells) if part.kv is not None]
+    assert [(kv.first_few_fp16, kv.first_few_version) for kv in found] == [(0, 1), (1, 2)]
+
+
 def test_tokens_that_share_a_range_have_keys_of_steps_of_one_token() -> None:
     grid = compose_grid(
         ["scheme=w4a4kv4_channel", "scheme.activation.granularity=token,tensor", "scheme.kv.mode=simulate,decode"], multirun=True

@@ -92,7 +92,8 @@ def test_scheme_options_are_complete_schemes_named_after_their_bits(path: Path) 
     scheme = from_json(Scheme, values)
     assert set(values) == {"weight", "activation", "kv"}
     for part in filter(None, (scheme.weight, scheme.activation, scheme.kv)):
-        given = {f.name for f in dataclasses.fields(part)} - {"outlier_version", "steps_version", "number_version"}  # which planning sets
+        by_planning = {"outlier_version", "steps_version", "number_version", "first_few_version"}
+        given = {f.name for f in dataclasses.fields(part)} - by_planning
         assert set(values[next(k for k in values if getattr(scheme, k) is part)]) == given
     assert scheme != Scheme()
     if scheme.kv is not None:
