@@ -1,11 +1,13 @@
-"""Ctrl-C and SIGTERM: once to stop scheduling and let running stages end, twice to end now."""
+"""Ctrl-C and SIGTERM: of a run, once to stop scheduling and let running stages end, twice to end now; of other commands, the end."""
 
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -58,3 +60,32 @@ def stop_on_signals(console: Console) -> Iterator[StopRequest]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextmanager
+def stopping_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that no process it started stays behind."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    # One that is ignored on purpose (nohup) stays so.
+    caught = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
+    before = {s: signal.signal(s, stop) for s in caught}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def run_child(command: Sequence[str], folder: Path) -> int:
+    """Exit code of a command that, on SIGTERM, removes what it has begun. Ctrl-C ends it by that: of itself, it would be a traceback."""
+    with stopping_signals():
+        child = subprocess.Popen(command, cwd=folder, start_new_session=True)
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            child.terminate()
+            child.wait()
+            raise

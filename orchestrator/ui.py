@@ -11,14 +11,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
 from orchestrator.dashboard_view import page
 from orchestrator.errors import TrackingError
 from orchestrator.mlflow_setup import OUT_OF_DATE, sqlite_file, switch_off_telemetry
+from orchestrator.signals import stopping_signals
 from orchestrator.tracking import TrackingSettings
 
 HOST = "127.0.0.1"
@@ -60,7 +61,7 @@ def serve_ui(
     chosen = free_port(port)
     if chosen != port:
         say(f"Port {port} is taken; {chosen} is used.")
-    with tempfile.TemporaryFile() as log, _stopping_signals():
+    with tempfile.TemporaryFile() as log, stopping_signals():
         server = start_server(known, chosen, log)
         try:
             say("Starting the dashboard ...")
@@ -185,20 +186,3 @@ def _group_lives(group: int) -> bool:
             return False
         time.sleep(0.05)
     return True
-
-
-@contextmanager
-def _stopping_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the command as Ctrl-C does, so that no server stays behind."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    # One that is ignored on purpose (nohup) stays so.
-    caught = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]
-    before = {s: signal.signal(s, stop) for s in caught}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

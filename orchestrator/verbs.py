@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from orchestrator.command import call
-from orchestrator.errors import ConfigError, StoreError, unknown_name
+from orchestrator.errors import BitgridError, ConfigError, StoreError, unknown_name
 from orchestrator.grid import compose_grid
 from orchestrator.hydra_bridge import as_text, override_text
 from orchestrator.lease import Lease, holder
@@ -34,6 +34,7 @@ from orchestrator.run import (
     sync_lines,
     try_report,
 )
+from orchestrator.signals import run_child
 from orchestrator.stage import Status
 from orchestrator.store import Store, full_disk_told
 from orchestrator.sweeps import find_sweep, last_command, load_sweep
@@ -140,7 +141,9 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
         raise ConfigError(f"variant {chosen.label!r} has no quantized weights ({chosen.status.value}); export takes a quantized variant")
     command = [sys.executable, "-m", "workers.export", "--format", form, "--artifact", str(chosen.quantize.payload.parent)]
     command += [*_model_arguments(result, store, chosen.quantize), "--out", str(out.expanduser().resolve())]
-    code = subprocess.run(command, check=False, cwd=Path(__file__).resolve().parent.parent).returncode
+    code = run_child(command, Path(__file__).resolve().parent.parent)
+    if code < 0:
+        raise BitgridError(f"the export of {chosen.label!r} was ended by {signal.Signals(-code).name}; where memory ran out, give it more")
     if code == 0:
         say(console, f"{chosen.label} exported to {out}")
         parts = {"activation": "activations", "kv": "keys and values"}

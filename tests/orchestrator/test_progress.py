@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from orchestrator.progress import LINES_AT_MOST, Progress, Tally, clock_time
-from orchestrator.signals import stop_on_signals
+from orchestrator.signals import run_child, stop_on_signals
 from orchestrator.stage import Stage, Status
 from tests.orchestrator.virtual_time import evaluate, failure, plan, quantize
 from workers.request import ErrorClass
@@ -126,3 +130,40 @@ def test_another_thread_gets_no_handlers_and_no_error() -> None:
     thread.start()
     thread.join()
     assert asked == [False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_tells_a_child_to_stop_and_waits_for_it(number: signal.Signals, tmp_path: Path) -> None:
+    code = "import signal, sys, time; from pathlib import Path\n"
+    code += "def stop(*_): time.sleep(0.5); Path('cleaned').touch(); sys.exit()\n"
+    code += "signal.signal(signal.SIGTERM, stop); Path('begun').touch(); time.sleep(60)"
+
+    def interrupt() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        run_child([sys.executable, "-c", code], tmp_path)
+    assert (tmp_path / "cleaned").exists()
+    assert signal.getsignal(number) is before
+
+
+def test_a_terminal_s_interrupt_does_not_reach_a_child_of_its_own() -> None:
+    """All of the terminal's group get it; the child would end in a traceback of wherever it is."""
+    code = "import sys; from pathlib import Path; from orchestrator.signals import run_child\n"
+    code += "try: run_child([sys.executable, '-c', 'import time; print(1, flush=True); time.sleep(60)'], Path.cwd())\n"
+    code += "except KeyboardInterrupt: print('interrupted')"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    assert parent.stdout.readline() == "1\n"
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=30)[0] == "interrupted\n"

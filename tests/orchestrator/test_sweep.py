@@ -154,11 +154,11 @@ def test_driver_killed_at_a_random_moment_is_resumed_to_the_same_table_and_runs(
 def test_a_finished_variant_is_exported(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def in_this_process(arguments: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def in_this_process(arguments: list[str], folder: Path) -> int:
         assert arguments[:3] == [sys.executable, "-m", "workers.export"]
-        return subprocess.CompletedProcess(arguments, export(arguments[3:]))
+        return export(arguments[3:])
 
-    monkeypatch.setattr(verbs.subprocess, "run", in_this_process)
+    monkeypatch.setattr(verbs, "run_child", in_this_process)
     key, out = find_sweep(Store(finished), None), tmp_path / "out"
     assert main(["export", key[:8], "gptq w4a16_g64", "--store", str(finished), "--format", "gguf", "--out", str(out)]) == 2
     assert capsys.readouterr().err == "unknown export format 'gguf'; allowed: auto_gptq, dense\n"

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from orchestrator import lease, run, verbs
 from orchestrator.cli import main
 from orchestrator.command import Command
-from orchestrator.errors import ConfigError, PlanError, StoreError, StoreLockedError
+from orchestrator.errors import BitgridError, ConfigError, PlanError, StoreError, StoreLockedError
 from orchestrator.executors.base import Event, SlotLost
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.ledger import read_durations
@@ -322,11 +321,11 @@ def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: p
     assert len(labels) == 2
     started: list[list[str]] = []
 
-    def exported(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+    def exported(command: list[str], folder: Path) -> int:
         started.append(command)
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(verbs.subprocess, "run", exported)
+    monkeypatch.setattr(verbs, "run_child", exported)
     for label in labels:
         assert verbs.export(store, result.key, label, "dense", tmp_path / "out", Console(file=io.StringIO())) == 0
     models, artifacts = ([c[c.index(flag) + 1] for c in started] for flag in ("--model", "--artifact"))
@@ -338,7 +337,7 @@ def test_export_finds_the_model_of_a_second_dtype(tmp_path: Path, monkeypatch: p
 def test_export_says_what_of_the_variant_the_checkpoint_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     result = sweep(store, "method=rtn", "scheme=w4a16_g64,w4a8_g64,w4a16kv4_g64").result
-    monkeypatch.setattr(verbs.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    monkeypatch.setattr(verbs, "run_child", lambda command, folder: 0)
 
     def said(scheme: str) -> str:
         console = Console(file=io.StringIO(), width=200)
@@ -348,6 +347,9 @@ def test_export_says_what_of_the_variant_the_checkpoint_leaves_out(tmp_path: Pat
     assert "note" not in said("w4a16_g64")
     assert "quantized activations too; the checkpoint quantizes weights only" in said("w4a8_g64")
     assert "quantized keys and values too" in said("w4a16kv4_g64")
+    monkeypatch.setattr(verbs, "run_child", lambda command, folder: -signal.SIGKILL)
+    with pytest.raises(BitgridError, match=r"rtn · w4a16_g64' was ended by SIGKILL; where memory ran out"):
+        said("w4a16_g64")
 
 
 # --- beside a driver at work ------------------------------------------------------------------------------------------------

@@ -1,16 +1,18 @@
 """python -m workers.export --format auto_gptq --artifact FOLDER --model FOLDER --out FOLDER
 
 Says what was written and exits 0 (`--json`: the report as one JSON object); exits 2 with the reason on stderr when the export is
-refused.
+refused. SIGTERM ends it, and nothing of what it has begun is left.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 from workers.artifact import CorruptArtifactError
 from workers.checkpoint import locate
@@ -49,5 +51,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def program(arguments: list[str] | None = None) -> NoReturn:
+    """`main` as a process of its own."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    sys.exit(main(arguments))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

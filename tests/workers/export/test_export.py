@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -246,3 +250,20 @@ def test_a_corrupt_artifact_is_told_with_how_to_make_it_again(
     said = capsys.readouterr().err
     assert "differs from its recorded digest" in said
     assert f"remove {broken} and run the sweep again" in said
+
+
+def test_an_export_that_is_told_to_stop_leaves_nothing_and_says_nothing(model: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from workers.export import FORMATS; from workers.export.__main__ import program\n"
+        "def slow(artifact, model, staging): (staging / 'begun').touch(); time.sleep(60)\n"
+        "FORMATS['dense'] = slow; program(sys.argv[1:])"
+    )
+    arguments = ["--format", "dense", "--artifact", str(tmp_path), "--model", str(model), "--out", str(tmp_path / "out")]
+    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".export-*/begun")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.terminate()
+    assert child.communicate(timeout=60)[1] == ""
+    assert child.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
