@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,15 @@ def load_tokenizer(location: Location) -> Tokenizer:
     except (OSError, MemoryError, ImportError):
         raise  # say what is wrong themselves
     except Exception as e:  # whatever a parser, Rust's included, makes of a damaged file
-        there = ", ".join(name for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file())
-        raise InputError(f"the tokenizer of {folder} ({there}) cannot be read: {type(e).__name__}: {e}; copy these files again") from e
+        there = [name for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()]
+        remedy, reason = "copy these files again", f"{type(e).__name__}: {e}"
+        if there[0].endswith(".model") and find_spec("sentencepiece") is None:
+            # Without it transformers takes the file for one of another kind, whose package it asks for.
+            remedy, reason = (
+                "`pip install sentencepiece`, or copy the model's tokenizer.json there",
+                f"{there[0]} needs the package sentencepiece",
+            )
+        raise InputError(f"the tokenizer of {folder} ({', '.join(there)}) cannot be read: {reason}; {remedy}") from e
     return tokenizer
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,17 @@ def test_a_damaged_tokenizer_is_told_with_its_files(name: str, content: str, tmp
     folder = shutil.copytree(ASSETS / "wikitext_llama", tmp_path / "m")
     (folder / name).write_text(content)
     with pytest.raises(InputError, match=rf"the tokenizer of {folder} \(tokenizer.json.*\) cannot be read: .*; copy these files again"):
+        load_tokenizer(Location("folder", str(folder)))
+
+
+def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(ASSETS / "wikitext_llama", tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x00" * 8)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizer"}))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(InputError, match=r"tokenizer\.model needs the package sentencepiece; `pip install sentencepiece`, or copy"):
         load_tokenizer(Location("folder", str(folder)))
 
 
