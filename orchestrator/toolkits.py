@@ -44,7 +44,7 @@ def require_toolkits(plan: Plan, stages: Collection[str]) -> None:
 
 def install(name: str, parent: Path, python: str, console: Console) -> Path:
     """Make (or bring up to its lock) the environment of a toolkit; its folder. Raises ConfigError for an unknown name, a Python that is
-    too old, and where venv or pip fail."""
+    too old, a folder that is something else, and where venv or pip fail."""
     toolkit = TOOLKITS.get(name)
     if toolkit is None:
         raise ConfigError(unknown_name("toolkit", name, TOOLKITS))
@@ -54,6 +54,9 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
     if marker.is_file() and marker.read_text() == lock:
         say(console, f"{folder} is up to date")
         return folder
+    used = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if used and not (folder / "pyvenv.cfg").is_file():  # a copy of the toolkit's sources, say: what is there would be removed
+        raise ConfigError(f"{folder} is there and is no virtual environment; give --dir another folder, or move it away")
     _check_python(python)
     say(console, f"making {folder} from {toolkit.lock}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -169,6 +169,15 @@ def test_installing_says_what_it_cannot_do(tmp_path: Path) -> None:
     assert not (tmp_path / "hqq").exists()
 
 
+def test_installing_removes_nothing_but_an_environment(tmp_path: Path) -> None:
+    sources = tmp_path / "hqq" / "setup.py"
+    sources.parent.mkdir()
+    sources.write_text("mine")
+    with pytest.raises(ConfigError, match=r"hqq is there and is no virtual environment; give --dir another folder, or move it away"):
+        install("hqq", tmp_path, "no-such-python", Console(quiet=True))
+    assert sources.read_text() == "mine"
+
+
 def test_locks_pin_every_package_and_hold_their_toolkit() -> None:
     for toolkit in TOOLKITS.values():
         lines = [line for line in toolkit.lock.read_text().splitlines() if line and not line.startswith("#")]
