@@ -93,9 +93,22 @@ def _fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Pa
 
 def _may_pass(error: Exception) -> bool:
     """Whether asking the hub again later may help: no answer at all, a server in trouble, too many requests."""
-    answers = (getattr(e, "response", None) for e in (error, error.__cause__))
-    status = next((a.status_code for a in answers if a is not None), None)
-    return status is None or status >= 500 or status in TRY_LATER
+    status = hub_status(error)
+    return status is None or passes(status)
+
+
+def hub_status(error: BaseException | None) -> int | None:
+    """What the hub answered by HTTP, of an exception or those behind it; None where it did not."""
+    while error is not None:
+        answer = getattr(error, "response", None)
+        if answer is not None:
+            return int(answer.status_code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def passes(status: int) -> bool:
+    return status >= 500 or status in TRY_LATER
 
 
 def open_checkpoint(location: Location) -> Checkpoint:

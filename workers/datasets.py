@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import locate
-from workers.errors import InputError
+from workers.checkpoint import hub_status, locate, passes
+from workers.errors import InputError, Unreachable
 from workers.request import Location
 from workers.specs import CalibrationSpec, TextSpec
 
@@ -133,6 +133,12 @@ def _hub_rows(location: Location, spec: TextSpec) -> list[str]:
     except (ConnectionError, FileNotFoundError, ValueError) as e:
         if isinstance(e, ConnectionError) and not constants.HF_HUB_OFFLINE:
             raise
+        status = hub_status(e)
+        if status is not None and passes(status):  # the library says that there is no such data set
+            raise Unreachable(
+                f"data set {location.path} at {location.revision}: {constants.ENDPOINT} answers with {status}; run again when it gives it, "
+                "or set data_dir= (or BITGRID_DATA) or text.path="
+            ) from e
         offline = "HF_HUB_OFFLINE is set and it is not in the local cache; " if constants.HF_HUB_OFFLINE else ""
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise InputError(

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from workers.datasets import (
     tokenize,
     tokenize_documents,
 )
-from workers.errors import InputError
+from workers.errors import InputError, Unreachable
 from workers.request import Location
 from workers.specs import CalibrationSpec, TextSpec
 
@@ -293,6 +294,24 @@ def test_hub_data_set_out_of_reach_says_so(monkeypatch: pytest.MonkeyPatch, tmp_
     location = Location("hub_dataset", "nobody/nothing", "0" * 40, {"config": None, "split": "train", "data_files": None})
     with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
         load_documents(location, text(field="text"))
+
+
+@pytest.mark.parametrize(("status", "error"), [(429, Unreachable), (503, Unreachable), (404, InputError)])
+def test_a_hub_in_trouble_is_asked_again_for_a_data_set(status: int, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def load(*_: object, **__: object) -> None:
+        """As the library, which tells of its own search for a local folder."""
+        try:
+            answer = types.SimpleNamespace(status_code=status, headers={}, request=None)
+            raise LocalEntryNotFoundError("not here") from HfHubHTTPError("not now", response=answer)  # type: ignore[arg-type]
+        except LocalEntryNotFoundError:
+            raise FileNotFoundError("Couldn't find any data file") from None
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(error, match=rf"answers with {status}; run again" if error is Unreachable else "Couldn't find any data file"):
+        load_documents(Location("hub_dataset", "org/tiny", "0" * 40), text(field="text"))
 
 
 def cached_data_set(cache: Path, commit: str) -> None:
