@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class HubModel:
     config: Mapping[str, Any] = field(default_factory=dict)
     weight_bytes: int = 0
     reason: str = ""
+    """Why there are no files."""
+    remedy: str = "check the network, unset HF_HUB_OFFLINE"
 
 
 def describe_model(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
@@ -36,7 +38,23 @@ def describe_model(repository: str, revision: str | None, file_digest: Callable[
     except Exception as e:  # any network or hub error: the cache may still answer
         cached = _from_cache(repository, revision, file_digest)
         lines = str(e).splitlines() or [""]
-        return cached if cached.files is not None else HubModel(None, reason=f"{type(e).__name__}: {lines[0][:200]}")
+        if cached.files is not None:
+            return cached
+        told = HubModel(None, reason=f"{type(e).__name__}: {lines[0][:200]}")
+        remedy = _remedy(e, repository)
+        return told if remedy is None else replace(told, remedy=remedy)
+
+
+def _remedy(error: Exception, repository: str) -> str | None:
+    """What to do where the hub has answered; None where only the network can be at fault."""
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return f"ask for access on {ENDPOINT}/{repository}, then log in: `hf auth login`, or HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "correct model.hub.id; a private repository needs `hf auth login`, or HF_TOKEN"
+    return "correct model.hub.revision" if isinstance(error, RevisionNotFoundError) else None
 
 
 def _from_hub(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
@@ -52,7 +70,7 @@ def _from_hub(repository: str, revision: str | None, file_digest: Callable[[Path
     missing = [n for n in ("config.json", *(weights.files if weights else ())) if n not in there]
     if weights is None or missing:
         lacks = ", ".join(missing) or f"weights; expected {EXPECTED}"
-        return HubModel(None, info.sha, reason=f"at {info.sha} the repository lacks {lacks}")
+        return HubModel(None, info.sha, reason=f"at {info.sha} it lacks {lacks}", remedy="take another model.hub.revision")
     files, size = {}, 0
     for name in (*(n for n in SMALL_FILES if n in there), *weights.identity):
         lfs = there[name].lfs

@@ -88,8 +88,6 @@ class _Planner:
         if not plan.cells:
             reasons = "\n".join(f"  {reason}" for reason in dict.fromkeys(s.reason for s in plan.skipped))
             raise PlanError(f"none of the {len(plan.skipped)} cells asked for is possible:\n{reasons}")
-        for name in plan.provisional:
-            plan.notes.append(f"model {name}: the hub was not reached, keys are provisional")
         plan.notes += self._sources.notes
         skipped = sorted("|".join(s.cell.names().values()) for s in plan.skipped)
         plan.key = digest({"evaluate": sorted({c.evaluate for c in plan.cells}), "skipped": skipped})

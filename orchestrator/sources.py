@@ -66,7 +66,7 @@ class Sources:
     cache_read_only: bool = False
     allow_provisional: bool = False
     notes: list[str] = field(default_factory=list)
-    """Each model and text that the folder given does not hold, with what is used instead."""
+    """Each model and text that the folder given does not hold, with what is used instead; each model that the hub does not give."""
     _models: dict[int, ModelSource] = field(default_factory=dict)
     _texts: dict[str, TextSource] = field(default_factory=dict)
     _cache: dict[str, str] | None = None
@@ -143,11 +143,10 @@ class Sources:
         found = describe_model(repository, revision, self._file_digest)
         location = Location(kind="hub_model", path=repository, revision=found.revision or revision)
         if found.files is None:
+            told = f"model {name!r}: {repository} cannot be had from the hub ({found.reason})"
             if not self.allow_provisional:
-                raise SourceError(
-                    f"model {name!r}: the hub cannot be asked for {repository} ({found.reason}). Check the network, unset HF_HUB_OFFLINE, "
-                    "or put the model into a folder and set models_dir="
-                )
+                raise SourceError(f"{told}; {found.remedy}, or put the model into a folder and set models_dir=")
+            self.notes.append(f"{told}, keys are provisional; {found.remedy}")
             return ModelSource(name, digest({"hub": repository, "revision": revision}), location, {}, 0, provisional=True)
         check_config(f"model {name!r}: config.json of {repository}", found.config)
         return ModelSource(name, digest(found.files), location, found.config, found.weight_bytes)

@@ -23,8 +23,10 @@ class Hub:
 
 
 @contextmanager
-def serve(folders: Mapping[str, Path]) -> Iterator[Hub]:
-    """Repository ▸ folder, each at COMMIT, its branch main. No name of a repository begins with another's."""
+def serve(folders: Mapping[str, Path], refusal: tuple[int, str | None] | None = None) -> Iterator[Hub]:
+    """Repository ▸ folder, each at COMMIT, its branch main. No name of a repository begins with another's.
+
+    refusal: status and the hub's own word for it (GatedRepo, RepoNotFound, ...), its answer to whatever is asked."""
     hub = Hub()
     repositories = {name: {p.name: p.read_bytes() for p in sorted(folder.iterdir())} for name, folder in folders.items()}
 
@@ -43,6 +45,8 @@ def serve(folders: Mapping[str, Path]) -> Iterator[Hub]:
             self._answer()
 
         def _answer(self) -> None:
+            if refusal is not None:
+                return self._send(b"{}", {} if refusal[1] is None else {"X-Error-Code": refusal[1]}, status=refusal[0])
             path = self.path.partition("?")[0]
             for repository, files in repositories.items():
                 name = path.removeprefix(f"/{repository}/resolve/{COMMIT}/")

@@ -103,9 +103,32 @@ def test_a_hub_model_that_is_not_cached_says_what_to_do(tmp_path: Path) -> None:
     # It can be planned; how long it takes, without its size, cannot be told.
     looked = run(tmp_path, "model.hub.id=org/absent", f"model.hub.revision={COMMIT}", verb="plan")
     assert looked.returncode == 0, looked.stderr
-    assert "the hub was not reached" in looked.stdout
+    assert "org/absent cannot be had from the hub" in looked.stdout
+    assert "keys are provisional; check the network, unset HF_HUB_OFFLINE" in looked.stdout
     assert "1 cell, 2 variants; how much work it is depends on models whose size is not known" in " ".join(looked.stdout.split())
     assert not re.search(r"\d (s|B|kB|MB)\b", looked.stdout), looked.stdout
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        ((403, "GatedRepo"), "ask for access on {hub}/org/tiny, then log in: `hf auth login`, or HF_TOKEN"),
+        ((404, "RepoNotFound"), "correct model.hub.id"),
+        ((404, "RevisionNotFound"), "correct model.hub.revision"),
+        ((503, None), "check the network, unset HF_HUB_OFFLINE"),
+        (None, "take another model.hub.revision"),
+    ],
+)
+def test_what_the_hub_answers_decides_what_to_do(refusal: Any, told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    code = (
+        "from orchestrator.hub import describe_model; from workers.artifact import file_digest;"
+        "found = describe_model('org/tiny', 'main', file_digest); assert found.files is None; print(found.remedy)"
+    )
+    with fake_hub.serve({"org/tiny": tmp_path / "empty"}, refusal=refusal) as hub:
+        environment = {**plain_environment(tmp_path), "HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(told.format(hub=hub.address))
 
 
 def test_only_the_weights_that_are_read_count(tmp_path: Path) -> None:
