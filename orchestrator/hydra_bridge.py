@@ -30,10 +30,11 @@ from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, unknown_name
 
 HYDRA_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError)
 """What composing raises for wrong input."""
+PLUGIN = re.compile(r"hydra/(sweeper|launcher)/([\w-]+)")
 BARE_WORD = re.compile(r"[A-Za-z_][\w./-]*")
 
 
@@ -90,6 +91,11 @@ def as_config_error(what: str = "") -> Iterator[None]:
     try:
         yield
     except HYDRA_ERRORS as error:
+        plugin = PLUGIN.fullmatch(getattr(error, "missing_cfg_file", None) or "")
+        if plugin is not None:
+            kind, name = plugin.groups()
+            allowed = unknown_name(f"hydra/{kind}", name, getattr(error, "options", None) or ())
+            raise ConfigError(f"{allowed}; others come with packages of their own, as `pip install hydra-{name}-{kind}`") from error
         cause = f": {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         raise ConfigError(f"{what}{': ' if what else ''}{error}{cause}") from error
 

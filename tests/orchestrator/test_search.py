@@ -103,6 +103,15 @@ def test_a_search_has_no_plan_and_wrong_settings_are_told_before_it(search: list
     assert Searching.seen == []
 
 
+@pytest.mark.parametrize("kind", ["sweeper", "launcher"])
+def test_a_plugin_that_is_not_installed_is_told_with_its_package(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("plan", "run"):
+        assert main([verb, "-m", f"hydra/{kind}=absent"]) == 2
+        told = capsys.readouterr().err
+        assert f"unknown hydra/{kind} 'absent'; allowed: basic, bitgrid" in told
+        assert f"pip install hydra-absent-{kind}" in told
+
+
 def test_a_sweeper_may_be_chosen_in_the_yaml_of_a_named_sweep(
     search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
