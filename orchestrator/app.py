@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from orchestrator.cell import Grid
-from orchestrator.command import Command, planning_parser, refuse_store_flag, refuse_two_modes, shows_only
+from orchestrator.command import Command, read_flags, refuse_store_flag, refuse_two_modes, shows_only
 from orchestrator.errors import BitgridError, ConfigError, SearchError
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
@@ -33,7 +33,7 @@ sweeper_folders: dict[Path, None] = {}
 def run_command(arguments: Sequence[str]) -> int:
     """Exit code of `bitgrid run ARGUMENTS`. Raises BitgridError."""
     refuse_store_flag(arguments)
-    given, overrides = planning_parser("bitgrid run").parse_known_args(arguments)
+    given, overrides = read_flags("bitgrid run", arguments)
     refuse_two_modes(given.multirun, overrides)
     if not any(o.startswith("-") for o in overrides):
         with contextlib.suppress(SearchError):

@@ -79,14 +79,14 @@ def _run(arguments: list[str]) -> int:
 
 def _planning(arguments: list[str], verb: str) -> Command:
     """The command line of `bitgrid run`, with those of Hydra's flags that change what is composed."""
-    from orchestrator.command import Command, planning_parser, refuse_store_flag
+    from orchestrator.command import Command, read_flags, refuse_store_flag
     from orchestrator.config import help_text
 
     if any(a in ("-h", "--help") for a in arguments):
         print(f"bitgrid {verb} [-m] [--config-dir FOLDER] [--config-name NAME] [OVERRIDES]\n\n{help_text()}")
         raise SystemExit(0)
     refuse_store_flag(arguments)
-    given, overrides = planning_parser(f"bitgrid {verb}").parse_known_args(arguments)
+    given, overrides = read_flags(f"bitgrid {verb}", arguments)
     unknown = [a for a in overrides if a.startswith("-")]
     if unknown:
         allowed = ("-m", "--multirun", "--config-dir", "--config-name", "--help")

@@ -39,13 +39,14 @@ def call(words: str, store: Path) -> str:
     return f"{program()} {words}" + ("" if store.resolve() == usual else f" --store {shlex.quote(str(store))}")
 
 
-def planning_parser(prog: str) -> argparse.ArgumentParser:
-    """Of those of Hydra's flags that change what is composed; the rest are overrides, and flags that only Hydra knows."""
+def read_flags(prog: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Those of Hydra's flags that change what is composed; and the rest: overrides, and flags that only Hydra knows."""
     parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("--config-dir", "-cd", type=os.path.abspath)
     parser.add_argument("--config-name", "-cn", default="config")
-    return parser
+    # Before Python 3.12 a lone -c would be taken for the start of -cd and -cn.
+    return parser.parse_known_args(["--cfg" if a == "-c" else a for a in arguments])
 
 
 def refuse_store_flag(arguments: Sequence[str]) -> None:
@@ -56,7 +57,8 @@ def refuse_store_flag(arguments: Sequence[str]) -> None:
 
 
 SHOWS = ("--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
-"""Hydra's flags with which it shows something, and runs nothing."""
+"""Hydra's flags with which it shows something of what is composed, and runs nothing."""
+HELP = ("--help", "-h", "--hydra-help")
 MODES = ("--run", "-r", *SHOWS)
 """Those that say what it is to do, `-m` being one more."""
 WITH_CFG = ("--package", "-p", "--resolve")
@@ -65,7 +67,7 @@ WITH_CFG = ("--package", "-p", "--resolve")
 
 def shows_only(flags: Sequence[str]) -> bool:
     """Whether Hydra is to show something, and run nothing."""
-    return any(f.partition("=")[0] in SHOWS for f in flags)
+    return any(f.partition("=")[0] in (*SHOWS, *HELP) for f in flags)
 
 
 def refuse_two_modes(multirun: bool, flags: Sequence[str]) -> None:
@@ -97,7 +99,7 @@ class Command:
 
     @classmethod
     def of_flags(cls, given: argparse.Namespace, overrides: Sequence[str]) -> Command:
-        """Of what `planning_parser` read."""
+        """Of what `read_flags` read."""
         folder = None if given.config_dir is None else f"file://{given.config_dir}"
         return cls(tuple(overrides), given.multirun, config_dir=folder, config_name=given.config_name)
 

@@ -155,7 +155,8 @@ class Composer:
                     f"hydra.searchpath: {source.full_path()} is not there; give folders as file://PATH, or packages as pkg://NAME"
                 )
         if not composer.repository.config_exists(config_name):
-            raise ConfigError(f"root config {config_name!r} is not in {main} nor in {config_dir}; give a name without .yaml")
+            places = " nor in ".join(filter(None, (main, config_dir)))
+            raise ConfigError(f"root config {config_name!r} is not in {places}; give a name without .yaml")
         return composer
 
     def parse(self, lines: Iterable[str]) -> list[Override]:
