@@ -187,7 +187,7 @@ def _toolkit(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bitgrid toolkit", description="Environments of other toolkits, whose methods run in them.")
     parser.add_argument("action", choices=("install", "list"))
     parser.add_argument("name", nargs="?", help=f"{', '.join(TOOLKITS)}; for install")
-    parser.add_argument("--dir", type=Path, default=Path(os.environ.get("BITGRID_TOOLKITS", FOLDER)), help="folder of the environments")
+    parser.add_argument("--dir", type=Path, default=Path(os.environ.get("BITGRID_TOOLKITS") or FOLDER), help="folder of the environments")
     parser.add_argument("--python", default=sys.executable, help="interpreter to make it with; this one when left out")
     given = parser.parse_args(arguments)
     if given.name is None and given.action == "install":

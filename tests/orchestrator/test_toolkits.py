@@ -20,7 +20,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
 from orchestrator.store import Store
-from orchestrator.toolkits import INSTALLED, folders_of, install, require_toolkits
+from orchestrator.toolkits import INSTALLED, folders_of, install, require_toolkits, toolkits_dir
 from quant.tensors.affine import AffineTensor
 from tests.fake_toolkit import HQQ_RELEASE, QUANTIZER, fake_hqq
 from tests.orchestrator.sweeping import committed, sweep
@@ -200,6 +200,16 @@ def test_the_verb_lists_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixt
     said = capsys.readouterr().out
     assert f"hqq: hqq {HQQ_RELEASE} in" in said
     assert "auto_round: not in" in said
+
+
+def test_an_empty_variable_names_the_folder_that_runs_look_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITGRID_TOOLKITS", "")
+    assert cli.main(["toolkit", "list", "hqq"]) == 0
+    assert capsys.readouterr().out == "hqq: not in bitgrid-toolkits/hqq\n"
+    assert toolkits_dir({"toolkits_dir": ""}) == tmp_path / "bitgrid-toolkits"
 
 
 @pytest.mark.parametrize(("given", "told"), [(["list", "hqqq"], "unknown toolkit 'hqqq'; nearest: hqq"), (["install"], "which toolkit?")])
