@@ -53,11 +53,11 @@ def write(model: QuantizedModel, out: Path) -> list[str]:
     """Write the checkpoint into the existing empty folder `out`; returns notes. Raises ExportError with the reason."""
     kind = model.config["model_type"]
     if kind not in FAMILIES:
-        raise ExportError(f"auto-gptq 0.7.1 has no {kind} models, only {', '.join(FAMILIES)}; export to the format dense")
+        raise _refused(f"auto-gptq 0.7.1 has no {kind} models, only {', '.join(FAMILIES)}")
     _check_coverage(model)
     reason = unreadable_by_old(model.config)
     if reason is not None:
-        raise ExportError(f"the model has {reason}; auto-gptq needs transformers 4.44")
+        raise _refused(f"the model has {reason}; auto-gptq needs transformers 4.44")
     linears = {name: _affine(name, stored) for name, stored in model.linears.items()}
     layout = _layout(linears)
     # A tied output head is written too: auto-gptq does not load it from the embedding.
@@ -89,6 +89,10 @@ def write(model: QuantizedModel, out: Path) -> list[str]:
     return [*model.notes, *notes, *bias_notes, *copy_tokenizer(model.folder, out)]
 
 
+def _refused(reason: str) -> ExportError:
+    return ExportError(f"{reason}; use the format dense")
+
+
 def _how(methods: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How the codes were found, in the format's words: readers show these and compute nothing from them, but each must have a value.
     It has no word for other methods than GPTQ, nor for statistics of the unquantized model: both are not true-sequential."""
@@ -108,22 +112,20 @@ def _check_coverage(model: QuantizedModel) -> None:
     expected = {s.name for s in linear_shapes(model.config)}
     missing, extra = sorted(expected - set(model.linears)), sorted(set(model.linears) - expected)
     if missing:
-        raise ExportError(
+        raise _refused(
             f"{len(missing)} of {len(expected)} linears are not quantized, first {missing[0]}; auto-gptq replaces every linear of a "
             f"{model.config['model_type']} block and cannot leave one as it is"
         )
     if extra:
-        raise ExportError(
-            f"{extra[0]} is quantized, but auto-gptq does not replace it in a {model.config['model_type']} model; use the format dense"
-        )
+        raise _refused(f"{extra[0]} is quantized, but auto-gptq does not replace it in a {model.config['model_type']} model")
     experts = int(model.config.get("num_local_experts") or 0) if model.config["model_type"] == "mixtral" else 0
     if experts > MAX_EXPERTS:
-        raise ExportError(f"the model has {experts} experts; auto-gptq knows the first {MAX_EXPERTS} of a Mixtral")
+        raise _refused(f"the model has {experts} experts; auto-gptq knows the first {MAX_EXPERTS} of a Mixtral")
 
 
 def _affine(name: str, stored: StoredTensor) -> AffineTensor:
     if not isinstance(stored, AffineTensor):
-        raise ExportError(f"{name} is stored as {stored.format!r}; the format holds integer codes with a scale and a zero per group")
+        raise _refused(f"{name} is stored as {stored.format!r}; the format holds integer codes with a scale and a zero per group")
     return stored
 
 
@@ -133,18 +135,18 @@ def _layout(linears: Mapping[str, AffineTensor]) -> Layout:
     act_order = not per_channel and any(not torch.equal(_g_idx(t), _consecutive(t)) for t in linears.values())
     for name, t in linears.items():
         if t.input_scale is not None:
-            raise ExportError(f"{name} divides its input by a scale at run time; the format has no place for it")
+            raise _refused(f"{name} divides its input by a scale at run time; the format has no place for it")
         if t.kind not in (ZeroKind.CONSTANT, ZeroKind.CODE, ZeroKind.INTEGER):
-            raise ExportError(f"{name} has zero points of kind {t.kind.value!r}; the format stores integers within the codes")
+            raise _refused(f"{name} has zero points of kind {t.kind.value!r}; the format stores integers within the codes")
         reason = unholdable(t.bits, t.codes, *_rows(t), act_order=act_order)
         if reason is not None:
-            raise ExportError(f"{name} has {reason}; use the format dense")
+            raise _refused(f"{name} has {reason}")
     groups = {-1 if per_channel else t.group_size: name for name, t in linears.items()}
     bits = {t.bits: name for name, t in linears.items()}
     for what, values in (("bits", bits), ("group sizes", groups)):
         if len(values) > 1:
             told = ", ".join(f"{v} ({name})" for v, name in sorted(values.items()))
-            raise ExportError(f"the linears have different {what}: {told}; the format has one for the whole model")
+            raise _refused(f"the linears have different {what}: {told}; the format has one for the whole model")
     return Layout(
         bits=next(iter(bits)),
         group_size=next(iter(groups)),

@@ -120,12 +120,13 @@ def test_a_folded_norm_is_exported_folded(model: Path, tmp_path: Path) -> None:
     [
         (quantize_spec(weight=G16, pattern="*mlp*"), "8 of 14 linears are not quantized"),
         (quantize_spec(weight=WeightScheme(5)), "5 bits; the format has 2, 3, 4 and 8"),
+        (quantize_spec("hqq", weight=G16), "zero points of kind 'float'; the format stores integers within the codes"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_leaves_nothing(model: Path, tmp_path: Path, spec, reason: str) -> None:
     artifact = quantized(context(model, tmp_path), tmp_path / "a", spec, {})[0]
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(ExportError, match=reason):
+    with pytest.raises(ExportError, match=f"{reason}.*; use the format dense$"):
         run("auto_gptq", artifact, model, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
@@ -134,7 +135,7 @@ def test_a_family_that_auto_gptq_does_not_know_is_refused(tmp_path: Path) -> Non
     folder = tmp_path / "model"
     build("rwkv", hidden_size=64, attention_hidden_size=64, intermediate_size=96).save_pretrained(folder)
     artifact = quantized(context(folder, tmp_path), tmp_path / "a", quantize_spec(weight=G16), {})[0]
-    with pytest.raises(ExportError, match=r"no rwkv models, only bloom, .*export to the format dense"):
+    with pytest.raises(ExportError, match=r"no rwkv models, only bloom, .*; use the format dense"):
         run("auto_gptq", artifact, folder, tmp_path / "out")
     run("dense", artifact, folder, tmp_path / "out")
 
