@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from orchestrator.retries import Adjustment
 from orchestrator.stage import Stage, Status
 from orchestrator.store import Store
 from orchestrator.toolkits import folders_of
+from workers.failures import tail
 from workers.request import Failure, Hints, Input, Outcome, Request, StageRequest
 from workers.specs import to_json
 
@@ -64,6 +66,7 @@ class StoreHooks:
     def failed_attempt(self, stage: Stage, failure: Failure, attempt: int, will_retry: bool) -> None:
         staging = self._staging.pop(stage.key, None)
         if staging is not None:
+            failure = replace(failure, log_tail=failure.log_tail or tail(staging[0]))  # a worker that was lost could not tell it
             shutil.rmtree(staging[0], ignore_errors=True)
         for listener in self._listeners:
             listener.failed_attempt(stage, failure, attempt, will_retry)

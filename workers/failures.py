@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import errno
 import re
+from pathlib import Path
 
 from workers.artifact import CorruptArtifactError
 from workers.errors import WorkerError
 from workers.request import ErrorClass, Failure
 
+LOG = "log.txt"
+"""Of a stage, in its staging folder and then in its artifact's."""
+TAIL_LINES = 40
 MEMORY = frozenset({"MemoryError", "OutOfMemoryError"})
 # Not every allocation is one of torch's own allocator: contexts, libraries' workspaces and kernels say it in the driver's words,
 # "CUDA error: out of memory" or CUBLAS_STATUS_ALLOC_FAILED; safetensors wraps the operating system's error 12.
@@ -66,3 +70,13 @@ def failure(error: BaseException, log_tail: str) -> Failure:
         log_tail=log_tail,
         corrupt_key=error.key if isinstance(error, CorruptArtifactError) else None,
     )
+
+
+def tail(folder: Path) -> str:
+    """Last lines of the folder's log."""
+    try:
+        # A process that was killed may have written half a character.
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join(lines[-TAIL_LINES:])

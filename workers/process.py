@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from workers.errors import InputError
+from workers.failures import LOG
 from workers.request import Hints
 
 if TYPE_CHECKING:
     import torch
-
-LOG = "log.txt"
-TAIL_LINES = 40
 
 
 def pick_device(hints: Hints) -> torch.device:
@@ -99,12 +97,3 @@ def logged(folders: Sequence[Path]) -> Iterator[None]:
 def formatted(error: BaseException) -> str:
     """Traceback as text."""
     return "".join(traceback.format_exception(type(error), error, error.__traceback__))
-
-
-def tail(folder: Path) -> str:
-    """Last lines of the folder's log."""
-    try:
-        lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(lines[-TAIL_LINES:])

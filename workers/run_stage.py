@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.artifact import PAYLOAD
-from workers.failures import failure
-from workers.process import current, fixed_state, formatted, logged, pick_device, tail
+from workers.failures import failure, tail
+from workers.process import current, fixed_state, formatted, logged, pick_device
 from workers.request import ErrorClass, Outcome, Request, StageRequest
 from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, MeasureSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from orchestrator import run, verbs
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.hooks import StoreHooks
 from orchestrator.ledger import Ledger
-from orchestrator.retries import Adjustment
+from orchestrator.retries import Adjustment, worker_lost
 from orchestrator.stage import Status
 from orchestrator.store import Store
 from orchestrator.sweeps import load_sweep
@@ -108,3 +109,16 @@ def test_a_stage_whose_worker_is_lost_runs_no_longer(after: Status, tmp_path: Pa
         assert store.staged() == {stage.key}
         hooks.status(stage, after, None)
     assert store.staged() == set()
+
+
+def test_the_log_of_a_stage_whose_worker_is_lost_is_kept(tmp_path: Path) -> None:
+    plan = sweep(tmp_path / "store", "method=rtn").plan
+    stage, store = next(iter(plan.stages.values())), Store(tmp_path / "store")
+    with Ledger(store.root / "ledger.sqlite") as ledger:
+        hooks = StoreHooks(store, ledger, plan, Hints(), ())
+        request = hooks.request("r1", [stage], {stage.key: 1}, Adjustment())
+        # Killed in the middle of a character.
+        (Path(request.stages[0].staging) / "log.txt").write_bytes("block 7 of 32 …".encode()[:-1])
+        hooks.failed_attempt(stage, worker_lost("it died"), 1, False)
+    told = json.loads(next((store.root / "attempts" / stage.key).iterdir()).read_text())
+    assert told["log_tail"].startswith("block 7 of 32")

@@ -27,7 +27,7 @@ from workers import families
 from workers.calibrate import calibration_tokens
 from workers.context import Context
 from workers.errors import InputError, WorkerError
-from workers.process import LOG
+from workers.failures import LOG
 from workers.request import ErrorClass, Failure, Input, Location, Outcome, Request, StageRequest
 from workers.rounding import Method, check_shapes, method_for, toolkit_of
 from workers.specs import QuantizeSpec, to_json
