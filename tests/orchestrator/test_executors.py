@@ -13,6 +13,7 @@ from orchestrator.errors import ClusterError, ConfigError
 from orchestrator.executors import open_executor
 from orchestrator.executors.base import Executor
 from orchestrator.executors.in_process import InProcessExecutor
+from orchestrator.executors.ray import actor
 from orchestrator.executors.ray.capacity import WORKER_BYTES, Layout, NodeResources, layout
 from orchestrator.executors.settings import ClusterSettings
 from tests.orchestrator.executor_contract import ExecutorContract, events_until_end, stage_ends, wait_until_exists
@@ -113,3 +114,9 @@ def test_layout(settings: ClusterSettings, nodes: list[NodeResources], expected:
 def test_what_never_fits_is_refused(settings: ClusterSettings, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         layout(settings, [NodeResources(8, 0, LARGE)])
+
+
+def test_what_cannot_be_imported_early_is_told_by_stages_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor, "HEAVY_MODULES", ("no_such_module",))
+    monkeypatch.setattr(actor.signal, "signal", lambda *given: None)  # that of this process is pytest's
+    actor.Worker(1, None).warm()

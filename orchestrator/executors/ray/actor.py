@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import queue
@@ -58,10 +59,14 @@ class Worker:
         return Identity(FORMAT, os.getpid(), socket.gethostname(), sys.version.split()[0])
 
     def warm(self) -> None:
-        """Import what stages need, while there is nothing to do yet. A failure will show again where it matters."""
+        """Import what stages need, while there is nothing to do yet. A failure will show again where it matters: in a stage.
+
+        Nobody waits for this call, and Ray prints the traceback of one that fails unheard.
+        """
         if self._runner is None:
-            for name in HEAVY_MODULES:
-                importlib.import_module(name)
+            with contextlib.suppress(Exception):
+                for name in HEAVY_MODULES:
+                    importlib.import_module(name)
 
     def run(self, request: dict[str, Any]) -> Batch:
         if self._requests is None:
