@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -23,6 +25,7 @@ import pytest
 
 from orchestrator.errors import ClusterError
 from orchestrator.executors.base import Event, Executor, RequestEnded
+from orchestrator.executors.ray import start
 from orchestrator.executors.ray.executor import RayExecutor
 from orchestrator.executors.settings import ClusterSettings
 from orchestrator.retries import Policy
@@ -226,6 +229,34 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     assert runs == [("FINISHED", 3)], "the sweep, its variant and the baseline"
     assert results["found token"] == ["a"], "the cluster outlives its guests"
     assert head.process.poll() is None
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "somewhere"])
+def test_an_address_that_cannot_be_joined_is_named_as_it_was_given(address: str) -> None:
+    with pytest.raises(ClusterError, match=f"RAY_ADDRESS='?{address}"):
+        start._check_head(address, "RAY_ADDRESS", "disabled")
+
+
+def test_what_is_no_ray_is_not_asked_for_a_token() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        with pytest.raises(ClusterError, match="not as the head") as caught:
+            start._check_head(f"127.0.0.1:{port}", "cluster.address", "disabled")
+    assert "token" not in str(caught.value)
+
+
+def test_no_folder_for_sockets_is_an_error_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *given: False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(ClusterError, match="TMPDIR"):
+        start._own_folder()
 
 
 def test_a_cluster_starts_from_the_main_thread_only() -> None:

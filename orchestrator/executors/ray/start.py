@@ -99,7 +99,6 @@ def _start(settings: ClusterSettings, cores: int) -> Session:
     variables = {**_worker_environment(), "RAY_AUTH_MODE": "token" if token else "disabled"}
     if token:
         variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    # A short path of its own: sockets live in it, and the cluster is not found by address=auto from elsewhere.
     folder = _own_folder()
     session = Session(connected_here=True, restore=_set_environment(variables), folder=folder)
     try:
@@ -124,8 +123,21 @@ def _start(settings: ClusterSettings, cores: int) -> Session:
 
 
 def _own_folder() -> Path:
-    """A new folder for a cluster of this process; those of processes that were killed are removed."""
-    parent = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
+    """A new folder for a cluster of this process; those of processes that were killed are removed. Raises ClusterError.
+
+    Its path is short, since sockets live in it, and its own, so that the cluster is not found by address=auto from elsewhere.
+    """
+    try:
+        parent = Path("/tmp") if os.access("/tmp", os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+        return _new_folder(parent)
+    except OSError as e:
+        raise ClusterError(
+            f"a local Ray cluster needs a folder for its sockets, and none can be made: {e}; make /tmp or the folder that TMPDIR names "
+            "writable, or use cluster=in_process"
+        ) from e
+
+
+def _new_folder(parent: Path) -> Path:
     for old in parent.glob(f"{FOLDER}*-*"):
         owner = old.name.removeprefix(FOLDER).partition("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
@@ -136,7 +148,8 @@ def _own_folder() -> Path:
 def _join(settings: ClusterSettings) -> Session:
     import ray
 
-    address = settings.address if settings.address not in (None, "auto") else os.environ.get("RAY_ADDRESS")
+    named = settings.address if settings.address not in (None, "auto") else None
+    address = named or os.environ.get("RAY_ADDRESS")
     # Ray's own default is none: whoever joins a cluster that is open to its network says so.
     mode = settings.auth or os.environ.get("RAY_AUTH_MODE") or "token"
     session = Session(connected_here=True, env=_worker_environment(), restore=_set_environment({"RAY_AUTH_MODE": mode}))
@@ -146,7 +159,7 @@ def _join(settings: ClusterSettings) -> Session:
             # Ray would end this process.
             raise ClusterError(f"a Ray cluster is joined with its token, and none is found; {TOKEN_HELP}")
         if address not in (None, "auto"):
-            _check_head(str(address))
+            _check_head(str(address), "RAY_ADDRESS" if named is None else "cluster.address", mode)
         with _own_sigterm():
             session.speech = _silence()
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace=settings.namespace)
@@ -156,7 +169,7 @@ def _join(settings: ClusterSettings) -> Session:
     except (Exception, SystemExit) as e:
         session.close()
         raise ClusterError(
-            f"the Ray cluster at {address or 'auto'} cannot be joined: {e}; it must run the same Ray version ({ray.__version__}) and "
+            f"the Ray cluster at {address or 'auto'} cannot be joined: {e}; it must run the same Ray version ({_version()}) and "
             f"Python, and its token must be known: {TOKEN_HELP}"
         ) from e
     return session
@@ -171,43 +184,80 @@ def _token_found() -> bool:
     return bool(loader.has_token(ignore_auth_mode=True))
 
 
-def _check_head(address: str) -> None:
-    """Ask the head at host:port whether it is there and lets us in. Raises ClusterError, in bounded time."""
+def _check_head(address: str, setting: str, mode: str) -> None:
+    """Ask the head at host:port whether it is there and lets us in. Raises ClusterError, in bounded time. `setting`: what names it."""
     host, _, port = address.rpartition(":")
+    if "://" in address:
+        raise ClusterError(
+            f"{setting}={address} names a proxy or a dashboard, which a sweep cannot join; give cluster.address=host:port of the head, "
+            "for example 10.0.0.1:6379"
+        )
     if not host or not port.isdigit():
-        raise ClusterError(f"cluster.address={address!r} is not host:port, for example 10.0.0.1:6379")
+        raise ClusterError(f"{setting}={address!r} is not host:port, for example 10.0.0.1:6379")
     try:
         socket.create_connection((host, int(port)), timeout=PROBE_S).close()
     except OSError as e:
         raise ClusterError(
-            f"nothing answers at cluster.address={address} ({e}); start a cluster there with `ray start --head --port={port}`, "
+            f"nothing answers at {setting}={address} ({e}); start a cluster there with `ray start --head --port={port}`, "
             "or correct the address"
         ) from e
     refusal = _ask(address)
+    if refusal is not None and refusal.of_token:
+        raise ClusterError(f"the Ray cluster at {address} refuses: {refusal.reason}; {TOKEN_HELP}")
     if refusal is not None:
-        raise ClusterError(f"the Ray cluster at {address} refuses: {refusal}; {TOKEN_HELP}")
+        raise ClusterError(
+            f"{setting}={address} answers, but not as the head of a cluster of Ray {_version()}: {refusal.reason}; "
+            "give the address that `ray start --head` shows, whose port is 6379 unless it was told another"
+        )
+    if mode == "token" and _is_open(address):
+        # Its workers, which have no token, could not answer this process.
+        raise ClusterError(f"the Ray cluster at {address} runs without authentication, which must be said: set cluster.auth=disabled")
 
 
-def _ask(address: str) -> str | None:
+@dataclass(frozen=True)
+class _Refusal:
+    reason: str
+    of_token: bool = False
+    """For want of the right token."""
+
+
+def _ask(address: str) -> _Refusal | None:
     """`None` when the head answers; why not otherwise."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError
 
-    answers: list[str | None] = []
+    answers: list[_Refusal | None] = []
 
     def ask() -> None:
         try:
             GcsClient(address=address)
             answers.append(None)
         except AuthenticationError as e:
-            answers.append(str(e).split(".")[0])
+            answers.append(_Refusal(str(e).split(".")[0], of_token=True))
         except BaseException as e:
-            answers.append(f"{type(e).__name__}: {e}")
+            answers.append(_Refusal(f"{type(e).__name__}: {e}"))
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_S)
-    return answers[0] if answers else f"no answer to Ray's protocol within {PROBE_S:.0f} s"
+    return answers[0] if answers else _Refusal(f"no answer to Ray's protocol within {PROBE_S:.0f} s")
+
+
+def _is_open(address: str) -> bool:
+    """Whether a head that lets us in does so without a token, too."""
+    before = _set_environment({"RAY_AUTH_MODE": "disabled"})
+    try:
+        _reload_authentication()
+        return _ask(address) is None
+    finally:
+        _set_environment(before)
+        _reload_authentication()
+
+
+def _version() -> str:
+    import ray
+
+    return str(ray.__version__)
 
 
 def _silence() -> Callable[..., None]:
