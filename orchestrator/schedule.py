@@ -79,7 +79,8 @@ def run_stages(
 
 
 def drive(scheduler: Scheduler, executor: Executor, hooks: Hooks, stop: Stop) -> None:
-    """Run until every stage of the scheduler is finished. The executor is started already."""
+    """Run until every stage of the scheduler is finished. The executor is started already. Raises ClusterError; what is not done is
+    CANCELLED then."""
     loop = _Loop(scheduler, executor, hooks)
     while not scheduler.finished:
         if stop.killed:
@@ -97,7 +98,11 @@ def drive(scheduler: Scheduler, executor: Executor, hooks: Hooks, stop: Stop) ->
             raise ClusterError(f"every worker of the cluster is lost ({loop.last_loss}); look at the cluster, then run `bitgrid resume`")
         if not scheduler.running and scheduler.next_wait_s() is None:
             raise RuntimeError("the scheduler has unfinished stages, but none that runs, waits or is ready")
-        loop.take_events(min(POLL_S, scheduler.next_wait_s() or POLL_S))
+        try:
+            loop.take_events(min(POLL_S, scheduler.next_wait_s() or POLL_S))
+        except ClusterError:
+            scheduler.cancel_all()
+            raise
 
 
 class _Loop:

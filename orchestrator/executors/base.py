@@ -60,7 +60,7 @@ class Executor(Protocol):
         """Start a request on a free slot; returns at once (the in-process executor runs it on a thread)."""
 
     def poll(self, timeout_s: float) -> list[Event]:
-        """Events since the last call; waits up to `timeout_s` for the first."""
+        """Events since the last call; waits up to `timeout_s` for the first. Raises ClusterError where the cluster is lost."""
 
     def recycle(self, slot: int) -> None:
         """Replace the worker of a free slot (after a CUDA error)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from orchestrator.executors.base import Executor
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.executors.ray import actor
 from orchestrator.executors.ray.capacity import WORKER_BYTES, Layout, NodeResources, layout
+from orchestrator.executors.ray.head import LOOK_EVERY_S, PATIENCE_S, Head
 from orchestrator.executors.settings import ClusterSettings
 from tests.orchestrator.executor_contract import ExecutorContract, events_until_end, stage_ends, wait_until_exists
 from tests.orchestrator.fake_runner import fake_request, run_fake
@@ -114,6 +116,24 @@ def test_layout(settings: ClusterSettings, nodes: list[NodeResources], expected:
 def test_what_never_fits_is_refused(settings: ClusterSettings, message: str) -> None:
     with pytest.raises(ClusterError, match=message):
         layout(settings, [NodeResources(8, 0, LARGE)])
+
+
+def test_a_head_may_go_and_come_back_but_not_stay_away() -> None:
+    seconds = [0.0]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        head = Head(f"127.0.0.1:{port}", clock=lambda: seconds[0])
+        assert head.is_there(look=True)
+    assert head.is_there(), "seen a moment ago"
+    for seconds[0] in (LOOK_EVERY_S, PATIENCE_S):
+        assert not head.is_there()
+    with socket.create_server(("127.0.0.1", port)):
+        assert head.is_there(look=True)
+    for seconds[0] in (3 * PATIENCE_S, 4 * PATIENCE_S):
+        assert not head.is_there(), "nobody looked for a while: it is away since this look only"
+    seconds[0] += LOOK_EVERY_S
+    with pytest.raises(ClusterError, match="bitgrid resume"):
+        head.is_there()
 
 
 def test_what_cannot_be_imported_early_is_told_by_stages_only(monkeypatch: pytest.MonkeyPatch) -> None:

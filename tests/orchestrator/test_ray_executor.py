@@ -231,6 +231,55 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     assert head.process.poll() is None
 
 
+LOSE = """
+import json, os, subprocess, sys
+import psutil
+from orchestrator.errors import ClusterError
+from orchestrator.executors.ray.executor import RayExecutor
+from orchestrator.executors.settings import ClusterSettings
+from tests.orchestrator.executor_contract import LIMIT_S, stage_ends
+from tests.orchestrator.fake_runner import fake_request, run_fake
+
+if len(sys.argv) > 1:
+    try:
+        RayExecutor(ClusterSettings(kind="ray_existing", address=sys.argv[1], auth="token"), run_fake).start()
+    except ClusterError as e:
+        sys.exit(str(e))
+executor = RayExecutor(ClusterSettings(slots=1, threads=1, auth="disabled", startup_timeout_s=LIMIT_S), run_fake)
+executor.start()
+executor.submit(0, fake_request("r", a={}, b={"wait_for": "no such file"}))
+while not stage_ends(executor.poll(LIMIT_S)):
+    pass
+
+import ray
+address = ray.get_runtime_context().gcs_address
+with_token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+guest = subprocess.run([sys.executable, *sys.orig_argv[1:3], address], env=with_token, capture_output=True, text=True)
+results = {"token": guest.stderr}
+for process in psutil.Process().children(recursive=True):
+    if process.name() == "gcs_server" or process.name().startswith("ray::Worker"):
+        process.kill()
+try:
+    while True:
+        executor.poll(1.0)
+except ClusterError as e:
+    results["head"] = str(e)
+executor.stop(kill=True)
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_cluster_without_a_token_and_then_without_a_head(tmp_path: Path) -> None:
+    """Ray itself would end this process without a word of ours, and wait for a new worker until then."""
+    environment = {k: v for k, v in os.environ.items() if k not in AUTH} | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", LOSE], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert "cluster.auth=disabled" in results["token"]
+    assert "has not answered" in results["head"]
+
+
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "somewhere"])
 def test_an_address_that_cannot_be_joined_is_named_as_it_was_given(address: str) -> None:
     with pytest.raises(ClusterError, match=f"RAY_ADDRESS='?{address}"):

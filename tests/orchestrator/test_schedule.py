@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import ClusterError, StoreError
+from orchestrator.executors.base import Event
 from orchestrator.retries import Adjustment, Policy
-from orchestrator.schedule import drive
+from orchestrator.schedule import drive, run_stages
 from orchestrator.scheduler import Scheduler
 from orchestrator.signals import StopRequest
 from orchestrator.stage import Stage
@@ -254,6 +255,20 @@ def test_losing_every_slot_is_an_error() -> None:
     executor.lose_slot.add(0)
     with pytest.raises(ClusterError, match="node is gone"):
         run(stages, executor=executor)
+
+
+def test_losing_the_cluster_leaves_no_stage_running() -> None:
+    class Losing(VirtualExecutor):
+        def poll(self, timeout_s: float) -> list[Event]:
+            if self.now > 3:
+                raise ClusterError("its head is gone")
+            return super().poll(timeout_s)
+
+    stages = plan(quantize("short"), quantize("long", seconds=100), evaluate("e", variant="long"))
+    hooks = VirtualHooks(stages)
+    with pytest.raises(ClusterError, match="head is gone"):
+        run_stages(stages, Losing(2, stages), hooks, Policy(), StopRequest())
+    assert {key: status for key, status, _ in hooks.transitions} == {"short": OK, "long": CANCELLED, "e": CANCELLED}
 
 
 def test_stages_added_later_join_what_runs() -> None:

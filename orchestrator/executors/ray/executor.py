@@ -15,6 +15,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.executors.base import Event, RequestEnded, Runner, SlotLost, StageEnded
 from orchestrator.executors.ray.actor import Batch, Identity, Worker
 from orchestrator.executors.ray.capacity import Layout, NodeResources, layout
+from orchestrator.executors.ray.head import OWN_PATIENCE_S, PATIENCE_S, Head
 from orchestrator.executors.ray.start import Session, open_session
 from orchestrator.executors.settings import ClusterSettings
 from workers.request import FORMAT, Outcome, Request
@@ -41,6 +42,7 @@ class RayExecutor:
         self._settings = settings
         self._runner = runner
         self._session: Session | None = None
+        self._head: Head | None = None
         self._layout = Layout(0, 1, 0.0)
         self._slots: dict[int, _Slot] = {}
 
@@ -53,6 +55,7 @@ class RayExecutor:
             return
         self._session = open_session(self._settings, self._local_cores())
         try:
+            self._head = Head(_head_address(), PATIENCE_S if self._session.folder is None else OWN_PATIENCE_S)
             self._layout = layout(self._settings, _nodes())
             starting = {i: self._spawn() for i in range(self._layout.slots)}
             self._slots = self._answered(starting)
@@ -68,6 +71,9 @@ class RayExecutor:
     def poll(self, timeout_s: float) -> list[Event]:
         import ray
 
+        if not self._head_is_there():
+            time.sleep(timeout_s)  # nothing is asked of Ray meanwhile
+            return []
         calls = {s.call: i for i, s in self._slots.items() if s.call is not None}
         starts = {s.identity: i for i, s in self._slots.items() if s.identity is not None}
         waiting = [*calls, *starts]
@@ -159,6 +165,8 @@ class RayExecutor:
             ray.get(state.identity)
             state.identity = None
         except ray.exceptions.RayError:
+            if not self._head_is_there(look=True):
+                return  # asked again later
             again = self._spawn()
             state.actor, state.identity = again.actor, again.identity
 
@@ -166,12 +174,15 @@ class RayExecutor:
         import ray
 
         state = self._slots[slot]
-        request, call, state.call = state.request, state.call, None
+        request = state.request
         assert request is not None
         try:
-            batch: Batch = ray.get(call)
+            batch: Batch = ray.get(state.call)
         except ray.exceptions.RayError as e:
+            if not self._head_is_there(look=True):
+                return []  # the call stays, and is lost still when the head is back
             return [self._replace(slot, request, _why_lost(e))]
+        state.call = None
         events: list[Event] = [StageEnded(request, slot, Outcome.from_json(o)) for o in batch.outcomes]
         if batch.error is not None:
             events.append(self._replace(slot, request, batch.error))
@@ -185,6 +196,9 @@ class RayExecutor:
     def _replace(self, slot: int, request: str, reason: str) -> RequestEnded:
         self.recycle(slot)
         return RequestEnded(request, slot, reason)
+
+    def _head_is_there(self, look: bool = False) -> bool:
+        return self._head is None or self._head.is_there(look)
 
     def _lost_slots(self) -> list[Event]:
         """Slots whose new worker does not come: their node is gone, or its resources are."""
@@ -217,6 +231,12 @@ def _nodes() -> list[NodeResources]:
     nodes: list[dict[str, Any]] = ray.nodes()
     alive = [n["Resources"] for n in nodes if n["Alive"]]
     return [NodeResources(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0)) for r in alive]
+
+
+def _head_address() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
 
 
 def _check_version(identity: Identity) -> None:
