@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -299,6 +300,19 @@ def test_what_is_no_ray_is_not_asked_for_a_token() -> None:
         with pytest.raises(ClusterError, match="not as the head") as caught:
             start._check_head(f"127.0.0.1:{port}", "cluster.address", "disabled")
     assert "token" not in str(caught.value)
+
+
+def test_sigterm_while_ray_starts_is_an_interruption() -> None:
+    def terminated() -> None:
+        with start._own_sigterm():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # as ray.init does
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(LIMIT_S)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        terminated()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_folder_for_sockets_is_an_error_with_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

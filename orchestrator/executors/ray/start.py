@@ -115,6 +115,9 @@ def _start(settings: ClusterSettings, cores: int) -> Session:
                 object_store_memory=settings.object_store_mb * 2**20,
                 _temp_dir=str(folder),
             )
+    except KeyboardInterrupt:
+        session.close()
+        raise
     except (Exception, SystemExit) as e:
         kept, session.folder = session.folder, None
         session.close()
@@ -163,7 +166,7 @@ def _join(settings: ClusterSettings) -> Session:
         with _own_sigterm():
             session.speech = _silence()
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace=settings.namespace)
-    except ClusterError:
+    except (ClusterError, KeyboardInterrupt):
         session.close()
         raise
     except (Exception, SystemExit) as e:
@@ -297,12 +300,16 @@ def _reload_authentication() -> None:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Put back the SIGTERM handler that `ray.init` replaces."""
+    """Put back the SIGTERM handler that `ray.init` replaces. SIGTERM meanwhile is an interruption, as it is for whoever runs stages."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as e:
+        if e.code == signal.SIGTERM:  # of Ray's handler
+            raise KeyboardInterrupt from e
+        raise
     finally:
         signal.signal(signal.SIGTERM, handler if handler is not None else signal.SIG_DFL)
