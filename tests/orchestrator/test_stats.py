@@ -37,6 +37,17 @@ def test_perplexity_delta_is_the_difference_of_the_summary_scores(tmp_path: Path
     assert (d.n_items, d.method) == (60, "bca")
 
 
+def test_an_interval_has_the_confidence_and_the_draws_asked_for(tmp_path: Path) -> None:
+    items, base = synthetic.perplexity_items(1, 0.1), synthetic.perplexity_items(2, 0.0)
+    v, b = stage(tmp_path, "v", items), stage(tmp_path, "b", base)
+    for asked in ({}, {"confidence": 0.5}, {"confidence": 0.99}, {"seed": 3}):
+        d = stats.paired_delta(v, b, synthetic.PERPLEXITY, "ppl", **asked)
+        assert d == intervals.compare(items["nll"], base["nll"], items["weight"], "ppl", **asked)
+    for percent in (0, 1, 95):
+        with pytest.raises(ValueError, match=f"confidence={percent} is not between 0 and 1"):
+            stats.paired_delta(v, b, synthetic.PERPLEXITY, "ppl", confidence=percent)
+
+
 def test_pairing_narrows_the_interval_against_two_separate_scores(tmp_path: Path) -> None:
     a, b = synthetic.perplexity_items(1, 0.05), synthetic.perplexity_items(2, 0.0)
     d = intervals.compare(a["nll"], b["nll"], a["weight"], "nll")
@@ -160,6 +171,12 @@ def test_agrees_with_the_cluster_robust_regression_of_statsmodels(documents: int
     if documents < intervals.FEWEST_TO_RESAMPLE:
         assert d.method == "t"
         assert (d.low, d.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
+        # Perplexities: the regression of what each window adds to their difference, d exp(m) = exp(m) dm.
+        nll = [float(np.average(x, weights=w)) for x in (v, b)]
+        added = math.exp(nll[0]) * (1 + v - nll[0]) - math.exp(nll[1]) * (1 + b - nll[1])
+        fit = WLS(added, np.ones(of.size), weights=w).fit(cov_type="cluster", cov_kwds={"groups": of.astype(int)}, use_t=True)
+        d = intervals.compare(v, b, w, "ppl", documents=of)
+        assert (d.low, d.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
 
 
 def test_agrees_with_scipys_bca_over_documents() -> None:
@@ -240,6 +257,17 @@ def test_values_of_any_unit_have_the_interval_of_those_near_one(unit: float) -> 
     if unit == 1e-14:
         assert (found.low / unit, found.high / unit) == pytest.approx((plain.low, plain.high), rel=1e-9)
     assert 0 < found.low < found.delta < found.high
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32), st.integers(12, 40))
+def test_turning_a_difference_round_turns_its_interval_round(seed: int, n: int) -> None:
+    """Of few values, as flips have: many resamples then give the very difference that was found."""
+    v, b = np.random.default_rng(seed).integers(0, 2, (2, n)).astype(float)
+    there, back = intervals.compare(v, b, np.ones(n), "flips"), intervals.compare(b, v, np.ones(n), "flips")
+    assert (back.method, back.p_value) == (there.method, pytest.approx(there.p_value, rel=1e-12))
+    # Differences are multiples of 1 / n, so that a rounding error changes ends by as much at most.
+    assert (-back.high, -back.delta, -back.low) == pytest.approx((there.low, there.delta, there.high), abs=1e-12)
 
 
 def test_one_item_that_differs_among_many_still_has_an_interval() -> None:
