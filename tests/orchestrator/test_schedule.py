@@ -105,6 +105,17 @@ def test_a_lost_worker_repeats_only_stages_without_an_outcome() -> None:
 def test_repeated_losses_are_treated_as_lack_of_memory() -> None:
     _, hooks, _ = run(plan(quantize("q")), lambda key, attempt: "killed by signal 9" if attempt < 4 else None)
     assert [a.halvings for _, a in hooks.requests] == [0, 0, 1, 2]
+    # At once where the executor says so.
+    _, hooks, _ = run(plan(quantize("q")), lambda key, attempt: "killed, the node was low on memory (OOM)" if attempt < 3 else None)
+    assert [a.halvings for _, a in hooks.requests] == [0, 1, 2]
+
+
+def test_losses_after_the_last_step_for_memory_repeat_it() -> None:
+    losses = {5: "killed by signal 9", 6: "killed by signal 9"}
+    verdicts = dict.fromkeys(range(1, 5), failure(ErrorClass.MEMORY)) | losses
+    statuses, hooks, _ = run(plan(quantize("q")), lambda key, attempt: verdicts.get(attempt))
+    assert statuses == {"q": OK}
+    assert [a for _, a in hooks.requests[4:]] == [Adjustment(halvings=2, streamed=True, exclusive=True)] * 3
 
 
 def test_memory_ladder() -> None:
@@ -115,6 +126,14 @@ def test_memory_ladder() -> None:
     unsaid = [a.apply(Hints()).batch_tokens for _, a in hooks.requests]
     assert unsaid == [None, 512, 256, 256, 256]
     assert [a.exclusive for _, a in hooks.requests] == [False, False, False, False, True]
+    # Alone on one slot it always is.
+    hooks = run(plan(quantize("q")), always(ErrorClass.MEMORY, "q"), slots=1)[1]
+    assert [(a.halvings, a.streamed, a.exclusive) for _, a in hooks.requests] == [
+        (0, False, False),
+        (1, False, False),
+        (2, False, False),
+        (2, True, False),
+    ]
 
 
 def test_an_exclusive_stage_runs_alone() -> None:
