@@ -28,6 +28,44 @@ def rtn(weight: Tensor, scheme: WeightScheme, name: str | None = None, mse: bool
     return tensor
 
 
+def by_the_table(name: str, group: list[float], bits: int) -> tuple[float, float]:
+    """Scale and zero as the docstring of `quant.grids` has them, in Python's own numbers."""
+    low, high, top, half = min(group), max(group), 2**bits - 1, 2 ** (bits - 1)
+    m = max(-low, high)
+    if name == "g_sym":
+        return (2 * m if low < 0 else m) / top, half
+    if name == "q_sym":
+        return m / (half - 1), half
+    if name == "absmax":
+        return max(m, 1e-5) / (half - 1), half
+    if name == "kivi":
+        return (high - low) / top, low
+    if name == "hqq":
+        scale = 1 / min(top / (high - low), 2e4) if high - low > 1e-4 else 1.0
+        return scale, -low / scale
+    if name == "awq_asym":
+        scale = max(high - low, 1e-5) / top
+        return scale, min(max(round(-low / scale), 0), top)
+    if name == "g_asym" or low == high:
+        low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / top if name == "g_asym" else min(max((high - low) / top, 1e-5), 1e4)
+    return scale, round(-low / scale) if name == "g_asym" else min(max(round(-low / scale), -10000), 10000)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("name", sorted(GRIDS))
+def test_every_grid_is_its_row_of_the_table(name: str, bits: int) -> None:
+    spread = random_weight(12, 8).double()
+    # Both ends larger once, one sign only, next to no width far from 0 and at it, widths at which one bound or another takes hold.
+    offset = torch.tensor([0.0, 1, -1, 9, -9, 9, -9, 0, 0, 0, 0, 0], dtype=torch.float64)[:, None]
+    width = torch.tensor([1.0, 1, 1, 1, 1, 1e-5, 0, 1e-2, 5e-5, 1e-5, 1e-7, 1e7], dtype=torch.float64)[:, None]
+    groups = offset + width * spread
+    got = fit(grid(name), groups, bits, torch.float64)
+    want = torch.tensor([by_the_table(name, group, bits) for group in groups.tolist()], dtype=torch.float64)
+    # The same few operations in float64, of which each is off by 2^-53 at most.
+    torch.testing.assert_close(torch.cat([got.scale, got.zero], 1), want, rtol=1e-14, atol=0)
+
+
 @settings(max_examples=40, deadline=None)
 @given(name=st.sampled_from(ASYMMETRIC), bits=st.integers(2, 8), seed=st.integers(0, 99))
 def test_asymmetric_grids_that_see_both_signs_err_at_most_half_a_step(name: str, bits: int, seed: int) -> None:
