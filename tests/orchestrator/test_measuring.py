@@ -19,15 +19,16 @@ from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import Speed, columns, speed_table, speeds
 from orchestrator.report.tables import long_table
 from orchestrator.results import StageResult
-from orchestrator.stage import Stage, Status
+from orchestrator.stage import Resources, Stage, Status
 from orchestrator.tracked_metrics import MEASURE_FACTS, _facts, variant_points
 from quant.scheme import ActivationScheme, Granularity, KVScheme, Scheme, WeightScheme
 from tests.orchestrator import synthetic
 from tests.orchestrator.sweeping import committed, sweep
 from tests.orchestrator.test_report import Page, without_plotly
-from tests.orchestrator.virtual_time import OK, evaluate, plan, run
+from tests.orchestrator.virtual_time import OK, evaluate, failure, plan, run
 from tests.tiny_models import tiny_model
 from workers.machine import cpu_model
+from workers.request import ErrorClass
 from workers.specs import MeasureSpec, ModelSpec, StageKind, Workload, to_json
 
 ON = ("measure=true", "workload.threads=1", "workload.device=A100")
@@ -146,13 +147,18 @@ def test_the_device_is_this_machines() -> None:
 
 
 def test_a_measure_stage_runs_alone() -> None:
+    """Beside a stage, too, that waits for its second attempt when nothing else is left to run."""
     spec = MeasureSpec(ModelSpec("m"), Workload(), "cpu")
-    timed = {k: Stage(k, StageKind.MEASURE, spec, f"measure {k}") for k in ("m1", "m2")}
-    statuses, _, executor = run(timed | plan(*(evaluate(f"e{i}") for i in range(8))), lambda key, attempt: None)
+    timed = {k: Stage(k, StageKind.MEASURE, spec, f"measure {k}", resources=Resources(5.0)) for k in ("m1", "m2")}
+    lost = failure(ErrorClass.INFRASTRUCTURE)
+    others = plan(*(evaluate(f"e{i}") for i in range(8)))
+    statuses, _, executor = run(timed | others, lambda key, attempt: lost if (key, attempt) == ("e7", 1) else None)
     assert set(statuses.values()) == {OK}
-    starts = {k: t for t, k, _ in executor.starts}
-    for key in timed:
-        assert all(abs(t - starts[key]) >= 1 for k, t in starts.items() if k != key)
+    assert [k for _, k, _ in executor.starts].count("e7") == 2
+    runs = [(t, t + (timed | others)[k].resources.seconds, k) for t, k, _ in executor.starts]
+    for start, end, key in runs:
+        if key in timed:
+            assert all(last <= start or first >= end for first, last, k in runs if k != key)
 
 
 def test_a_sweep_is_measured_and_told(tmp_path: Path) -> None:
