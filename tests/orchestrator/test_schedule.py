@@ -16,7 +16,7 @@ from orchestrator.retries import Adjustment, Policy
 from orchestrator.schedule import drive, run_stages
 from orchestrator.scheduler import Scheduler
 from orchestrator.signals import StopRequest
-from orchestrator.stage import Stage
+from orchestrator.stage import Stage, Status
 from tests.orchestrator.virtual_time import (
     BLOCKED,
     CANCELLED,
@@ -105,6 +105,10 @@ def test_a_lost_worker_repeats_only_stages_without_an_outcome() -> None:
 def test_repeated_losses_are_treated_as_lack_of_memory() -> None:
     _, hooks, _ = run(plan(quantize("q")), lambda key, attempt: "killed by signal 9" if attempt < 4 else None)
     assert [a.halvings for _, a in hooks.requests] == [0, 0, 1, 2]
+    # No other failure is a loss.
+    kinds: list[Verdict] = [failure(ErrorClass.INFRASTRUCTURE), "killed by signal 9", failure(ErrorClass.INFRASTRUCTURE), None]
+    _, hooks, _ = run(plan(quantize("q")), lambda key, attempt: kinds[attempt - 1])
+    assert [a.halvings for _, a in hooks.requests] == [0, 0, 0, 0]
     # At once where the executor says so.
     _, hooks, _ = run(plan(quantize("q")), lambda key, attempt: "killed, the node was low on memory (OOM)" if attempt < 3 else None)
     assert [a.halvings for _, a in hooks.requests] == [0, 1, 2]
@@ -241,12 +245,29 @@ def test_stop_once_keeps_running_stages() -> None:
     assert sorted(hooks.commits) == ["base", "c"]
 
 
-def test_what_fails_while_stopping_is_left_for_the_next_run() -> None:
-    stages = plan(quantize("q", seconds=2))
-    executor = VirtualExecutor(1, stages, always(ErrorClass.INFRASTRUCTURE, "q"))
-    statuses, hooks, _ = run(stages, executor=executor, stop=StopAfter(executor, 0.6))
-    assert statuses == {"q": CANCELLED}
-    assert hooks.attempts == [("q", ErrorClass.INFRASTRUCTURE, 1, True)], "no final failure: the store must not call it FAILED"
+@pytest.mark.parametrize(
+    ("verdict", "retries"),
+    [
+        (failure(ErrorClass.INFRASTRUCTURE), 1),
+        ("killed by signal 9", 1),
+        ("killed by signal 9", 0),
+        (failure(ErrorClass.CORRUPT, corrupt_key="q"), 0),
+    ],
+)
+def test_what_fails_while_stopping_is_left_for_the_next_run(verdict: Verdict, retries: int) -> None:
+    stages = plan(evaluate("e", variant="q", seconds=2), evaluate("later", variant="q"))
+    executor = VirtualExecutor(1, stages, lambda key, attempt: verdict)
+    hooks = VirtualHooks(stages, makers=plan(quantize("q")))
+    stop = StopAfter(executor, 0.6)
+    statuses, _, _ = run(stages, hooks=hooks, executor=executor, stop=stop, done=("q",), policy=Policy(max_retries=retries))
+    assert statuses == {"e": CANCELLED, "later": CANCELLED}
+    assert [a[2:] for a in hooks.attempts] == [(1, True)], "no final failure: the store must not call it FAILED"
+
+
+def test_a_stage_that_its_worker_cancelled_is_no_failure() -> None:
+    statuses, hooks, _ = run(CHAIN, always(ErrorClass.CANCELLED, "q"))
+    assert statuses == {"c": OK, "q": CANCELLED, "e": CANCELLED, "base": OK}
+    assert hooks.attempts == []
 
 
 def test_stop_twice_ends_now() -> None:
@@ -300,15 +321,16 @@ def test_stages_added_later_join_what_runs() -> None:
     assert hooks.commits == ["q", "e"]
 
 
-def test_stages_added_below_a_failed_one_are_blocked() -> None:
+@pytest.mark.parametrize(("error_class", "end"), [(ErrorClass.USER, BLOCKED), (ErrorClass.CANCELLED, CANCELLED)])
+def test_stages_added_below_one_that_ended_without_success_end_as_if_they_had_been_there(error_class: ErrorClass, end: Status) -> None:
     first = plan(quantize("q"))
-    executor, hooks = VirtualExecutor(1, first, always(ErrorClass.USER, "q")), VirtualHooks(first)
+    executor, hooks = VirtualExecutor(1, first, always(error_class, "q")), VirtualHooks(first)
     scheduler = Scheduler(1, Policy(), hooks.status, clock=executor.clock)
     scheduler.add(first)
     drive(scheduler, executor, hooks, StopRequest())
     scheduler.add(plan(evaluate("e", variant="q")))
     assert scheduler.finished
-    assert hooks.blocked_by() == {"e": "q"}
+    assert hooks.transitions[-1] == ("e", end, "q" if end is BLOCKED else None)
 
 
 @st.composite
