@@ -105,13 +105,15 @@ def test_kept_columns_take_up_the_errors_of_the_others(name: str, ways: dict[str
     assert better >= 7
 
 
+@pytest.mark.parametrize("grid", ["g_asym", "kivi"])
 @pytest.mark.parametrize("ways", WAYS, ids=str)
-def test_groups_keep_their_columns_and_ranges_leave_the_kept_ones_out(ways: dict[str, Any]) -> None:
+def test_groups_keep_their_columns_and_ranges_leave_the_kept_ones_out(ways: dict[str, Any], grid: str) -> None:
     w, _, _ = problem(6, 24, 2, dtype=torch.float32)
+    w += 20 * (grid == "kivi")  # whose ranges need not hold 0: nothing else may stand for a kept column either
     h = torch.diag(torch.linspace(2, 1, 24))  # diagonal: nothing is spread, and the order of the others is the plain one
     h[1, 1] = h[8, 8] = 3
     w[:, [1, 8]] = 1e3
-    tensor = kept(Gptq(outlier_columns=2, outlier_metric="quik", **ways), w, h, SCHEMES["group"])
+    tensor = kept(Gptq(outlier_columns=2, outlier_metric="quik", grid=grid, **ways), w, h, SCHEMES["group"])
     assert tensor.kept.tolist() == [1, 8]
     assert torch.equal(tensor.kept_values, w[:, [1, 8]].half())
     rest = [j for j in range(24) if j not in (1, 8)]
@@ -120,7 +122,7 @@ def test_groups_keep_their_columns_and_ranges_leave_the_kept_ones_out(ways: dict
     permuted = ways.get("act_order") and not ways.get("static_groups")
     cuts = [rest[i : i + 6] for i in range(0, 22, 6)] if permuted else [[j for j in rest if j // 6 == g] for g in range(4)]
     for columns in cuts:
-        alone = Rtn().quantize(w[:, columns], Statistics(), WeightScheme(3, scale_dtype="float32")).tensor.dequantize()
+        alone = Rtn(grid=grid).quantize(w[:, columns], Statistics(), WeightScheme(3, scale_dtype="float32")).tensor.dequantize()
         torch.testing.assert_close(got[:, columns], alone)
 
 
