@@ -16,13 +16,16 @@ from workers.specs import (
     CalibrationSpec,
     Component,
     EvaluateSpec,
+    MeasureSpec,
     MethodSpec,
     ModelSpec,
+    PrepareSpec,
     QuantizeSpec,
     Rule,
     Spec,
     TaskSpec,
     TextSpec,
+    Workload,
 )
 
 MODEL = ModelSpec("digest")
@@ -68,6 +71,14 @@ def test_more_work_takes_longer() -> None:
     assert seconds(CalibrateSpec(MODEL, CALIBRATION, "absmax")) < seconds(CalibrateSpec(MODEL, CALIBRATION, "hessian"))
     assert seconds(quantized("rtn")) < seconds(quantized("gptq")) < seconds(quantized("gptq", propagation="quantized"))
     assert seconds(quantized("rtn")) < seconds(quantized("rtn", "awq"))
+    for less, more in (
+        (Workload(prompt=64), Workload(prompt=4096)),
+        (Workload(tokens=16), Workload(tokens=4096)),
+        (Workload(batch=1), Workload(batch=8)),
+    ):
+        assert seconds(MeasureSpec(MODEL, less, "cpu")) < seconds(MeasureSpec(MODEL, more, "cpu"))
+    tables = [PrepareSpec(MODEL, "sensitivity", 1, CALIBRATION, (("sequences", n),)) for n in (4, 8)]
+    assert seconds(tables[0]) < seconds(tables[1])
     assert seconds(evaluated(window=128, max_windows=4)) < seconds(evaluated(window=128, max_windows=8)) < seconds(evaluated(window=128))
 
 
