@@ -54,10 +54,13 @@ def test_chosen_scale_has_the_least_loss_of_all_candidates(scheme: WeightScheme,
     s = Awq(duo_scaling=duo).scale(group, scheme)
     assert s is not None
     assert all(torch.equal(before[name], group.consumers[name]) for name in before)
+    assert group.statistics.absmean is not None
+    # AutoAWQ's: the mean over all rows of |w| beside the largest of its group.
+    groups = w.abs().view(12, -1, scheme.group_size or 64)
+    magnitude = (groups / (groups.amax(-1, keepdim=True) + 1e-6)).view(12, 64).mean(0) if duo else None
+    candidates = [loss(group, candidate_scale(group.statistics.absmean, i / 20, magnitude), scheme) for i in range(20)]
+    assert loss(group, s, scheme) == pytest.approx(min(candidates), rel=1e-5)
     if not duo:
-        assert group.statistics.absmean is not None
-        candidates = [loss(group, candidate_scale(group.statistics.absmean, i / 20), scheme) for i in range(20)]
-        assert loss(group, s, scheme) == pytest.approx(min(candidates), rel=1e-5)
         assert min(candidates) < candidates[0] == pytest.approx(loss(group, torch.ones(64), scheme), rel=1e-6)
 
 
@@ -67,6 +70,11 @@ def test_candidates_start_at_one_and_are_centred() -> None:
     s = candidate_scale(salience, 0.5)
     assert float(s.max() * s.min()) == pytest.approx(1.0, rel=1e-5)
     assert float(s[3] / s[2]) == pytest.approx(2.0, rel=1e-5)
+    # With weights of a mean relative magnitude: x^r / (m^(1 - r) + 1e-4), centred likewise.
+    m = torch.tensor([0.3, 0.1, 0.4, 0.2])
+    plain = [1e-4, *(float(x) ** 0.25 / (float(y) ** 0.75 + 1e-4) for x, y in zip(salience[1:], m[1:], strict=True))]
+    centred = [p / math.sqrt(max(plain) * min(plain)) for p in plain]
+    assert candidate_scale(salience, 0.25, m).tolist() == pytest.approx(centred, rel=1e-5)
 
 
 def group_errors(w: Tensor, changed: Tensor, x: Tensor, scheme: WeightScheme) -> Tensor:
@@ -90,6 +98,12 @@ def test_clip_search_is_the_best_bound_of_every_row_and_group(scheme: WeightSche
     torch.testing.assert_close(found, errors.amin(0), rtol=1e-3, atol=1e-4)
     assert torch.all(found <= errors[0] * (1 + 1e-4))
     assert float(found.sum()) < float(errors[0].sum())
+
+
+def test_tokens_of_the_clip_error_are_taken_at_equal_distances() -> None:
+    w, x = data()
+    assert torch.equal(Awq(clip_tokens=30).clip(w, x, GROUP), Awq().clip(w, x.reshape(-1, 64)[::4], GROUP))
+    assert not torch.equal(Awq(clip_tokens=30).clip(w, x, GROUP), Awq().clip(w, x, GROUP))
 
 
 def test_rows_are_searched_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
