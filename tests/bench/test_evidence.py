@@ -84,6 +84,26 @@ def test_one_draw_is_the_paired_t_test_over_clusters() -> None:
     assert e.clusters == 8
 
 
+def test_where_draws_alone_differ_it_is_the_t_test_over_draws() -> None:
+    draws = np.array([0.4, 1.1, 0.7, 0.9])
+    e = effect(np.repeat(draws[:, None], WINDOWS, axis=1))
+    reference = stats.ttest_1samp(draws, 0.0)
+    interval = reference.confidence_interval(0.95)
+    assert (e.p, e.low, e.high) == pytest.approx((reference.pvalue, interval.low, interval.high), rel=1e-9)
+
+
+def test_crossed_draws_and_text_are_two_variance_components_with_satterthwaites_freedom() -> None:
+    draws, text = np.array([0.3, -0.5, 0.1]), np.array([0.2, 0.9, -0.4, 0.6, -0.1, 0.3, -0.8, 0.5])
+    e = effect(1.0 + draws[:, None] + text.repeat(4))
+    # Of a mean of three draws and eight blocks, each part known by itself.
+    parts = [float(x.var(ddof=1)) / x.size for x in (draws, text)]
+    freedom = sum(parts) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 7)
+    reach = stats.t.ppf(0.975, freedom) * sum(parts) ** 0.5
+    mean = 1.0 + draws.mean() + text.mean()
+    assert (e.mean, e.low, e.high) == pytest.approx((mean, mean - reach, mean + reach), rel=1e-9)
+    assert e.p == pytest.approx(2 * stats.t.sf(mean / sum(parts) ** 0.5, freedom), rel=1e-9)
+
+
 def test_draws_widen_the_interval_and_pairing_by_draw_narrows_it() -> None:
     a = drawn(0.0, draw=0.05)
     assert effect(a).high - effect(a).low > effect(a[:1]).high - effect(a[:1]).low
