@@ -139,7 +139,9 @@ def test_budget_decides_to_the_byte_and_the_marker_says(tmp_path: Path) -> None:
     needed = 9 * 6 * 11 * 4
     reference_artifact(tmp_path / "fits", windows, needed)
     reference_artifact(tmp_path / "above", windows, needed - 1)
-    assert divergence.stored(tmp_path / "fits", windows, 7) is not None
+    kept = divergence.stored(tmp_path / "fits", windows, 7)
+    assert kept is not None
+    assert sum(part.nbytes for part in kept) == needed
     assert divergence.stored(tmp_path / "above", windows, 7) is None
     assert not (tmp_path / "above" / "payload" / divergence.STORED).exists()
 
