@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from quant import quantize_linear
 from quant.accounting import bits_formula
-from quant.affine import ZeroKind
+from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
 from quant.scheme import Granularity, WeightScheme
 from quant.tensors import unpack
 from quant.tensors.affine import AffineTensor
-from quant.tensors.packing import pack_bits, unpack_bits
+from quant.tensors.packing import narrowest, pack_bits, unpack_bits
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,6 +74,24 @@ def test_group_index_and_input_scale_survive_packing() -> None:
 def test_an_unknown_stored_format_is_named() -> None:
     with pytest.raises(ValueError, match="stored format 'codebook9' is unknown; this version reads affine, "):
         unpack("codebook9", {}, {})
+
+
+@pytest.mark.parametrize("largest", [0, 255, 256, 2**15 - 1, 2**15, 2**31 - 1])
+def test_integers_are_stored_whole_in_the_narrowest_type(largest: int) -> None:
+    kind = narrowest(largest)
+    assert int(torch.tensor(largest).to(kind)) == largest
+    narrower = [t for t in (torch.uint8, torch.int16) if t.itemsize < kind.itemsize]
+    assert all(int(torch.tensor(largest).to(t)) != largest for t in narrower)
+
+
+def test_columns_of_many_groups_keep_theirs() -> None:
+    g = torch.Generator().manual_seed(0)
+    index = torch.randperm(300, generator=g).repeat(2)
+    affine = Affine(torch.rand(2, 300, generator=g) + 0.5, torch.randint(16, (2, 300), generator=g).float(), 4, ZeroKind.CODE)
+    codes = torch.randint(16, (2, 600), generator=g).float()
+    tensor = AffineTensor.build(codes, affine, torch.float32, g_idx=index)
+    again = unpack(tensor.format, tensor.pack(), tensor.meta())
+    assert torch.equal(again.dequantize(), (codes - affine.zero[:, index]) * affine.scale[:, index])
 
 
 @pytest.mark.parametrize(("bits", "group", "published"), [(4, 128, 4.156), (3, 128, 3.148), (2, 128, 2.141), (2, 64, 2.281)])
