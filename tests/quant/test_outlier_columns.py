@@ -152,13 +152,17 @@ def test_dead_inputs_are_not_kept() -> None:
         assert 5 not in kept(Gptq(outlier_columns=3, outlier_metric=metric), w, h, SCHEMES["channel"]).kept
 
 
+@pytest.mark.parametrize("metric", ["owq", "quik"])
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("kind", ["channel", "group"])
-def test_packing_is_exact_and_as_large_as_the_formula_says(kind: str, act_order: bool) -> None:
+def test_packing_is_exact_and_as_large_as_the_formula_says(kind: str, act_order: bool, metric: str) -> None:
     w, _, h = problem(16, 24, 3, dtype=torch.float32)
-    tensor = kept(Gptq(outlier_columns=3, act_order=act_order), w, h, SCHEMES[kind])
+    tensor = kept(Gptq(outlier_columns=3, outlier_metric=metric, act_order=act_order), w, h, SCHEMES[kind])
+    assert tensor.exact_inputs is (metric == "quik")
     for t in (tensor, tensor.with_input_scale(torch.linspace(0.5, 2, 24))):
         again = unpack(t.format, t.pack(), json.loads(json.dumps(t.meta())))
+        assert isinstance(again, ColumnsTensor)
+        assert again.exact_inputs is t.exact_inputs
         assert torch.equal(again.dequantize(), t.dequantize())
         assert all(torch.equal(a, b) for a, b in zip(again.pack().values(), t.pack().values(), strict=True))
     torch.testing.assert_close(
@@ -168,6 +172,16 @@ def test_packing_is_exact_and_as_large_as_the_formula_says(kind: str, act_order:
     index = 8 * 24 if act_order and kind == "group" else 0
     assert 0 <= (tensor.bits_stored - bits_formula(base, 3, (16, 24))) * 16 * 24 - index <= 8 * len(tensor.pack())
     assert tensor.bits_nominal == 3 + 16 * 3 / 24
+
+
+@pytest.mark.parametrize("k", [2**15, 2**15 + 1])
+def test_the_last_of_many_columns_is_kept_where_it_is(k: int) -> None:
+    rest = Rtn().quantize(torch.randn(1, k, generator=torch.Generator().manual_seed(0)), Statistics(), WeightScheme(4)).tensor
+    assert isinstance(rest, AffineTensor)
+    tensor = ColumnsTensor(rest, torch.tensor([0, k - 1]), torch.tensor([[100.0, 200.0]]))
+    again = unpack(tensor.format, tensor.pack(), tensor.meta()).dequantize()
+    assert again[0, [0, -1]].tolist() == [100, 200]
+    assert torch.equal(again[:, 1:-1], rest.dequantize()[:, 1:-1])
 
 
 def test_values_beyond_float16_are_kept_in_float32_with_a_note() -> None:
