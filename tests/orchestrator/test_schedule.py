@@ -321,6 +321,13 @@ def test_stages_added_later_join_what_runs() -> None:
     assert hooks.commits == ["q", "e"]
 
 
+def test_stages_added_below_a_ready_one_make_it_urgent() -> None:
+    scheduler = Scheduler(1, Policy(), lambda *_: None)
+    scheduler.add(plan(quantize("a"), quantize("b")))
+    scheduler.add(plan(evaluate("e", variant="b", seconds=50)))
+    assert [s.key for s in scheduler.assign()[0].stages] == ["b"]
+
+
 @pytest.mark.parametrize(("error_class", "end"), [(ErrorClass.USER, BLOCKED), (ErrorClass.CANCELLED, CANCELLED)])
 def test_stages_added_below_one_that_ended_without_success_end_as_if_they_had_been_there(error_class: ErrorClass, end: Status) -> None:
     first = plan(quantize("q"))
