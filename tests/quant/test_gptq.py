@@ -197,6 +197,11 @@ def test_dead_inputs_are_zeroed_and_noted_after_the_row_range_is_taken() -> None
     assert torch.all(result.tensor.dequantize()[:, 5] == 0)
     assert isinstance(result.tensor, AffineTensor)
     assert torch.equal(result.tensor.scale, stored(Rtn(), w, None, CHANNEL3).scale)
+    # Ranges of groups are taken later: from the zeroed weight.
+    for static in (False, True):
+        groups = stored(Gptq(static_groups=static), w, h, group_scheme(3, 6))
+        alone = stored(Rtn(), w.index_fill(1, torch.tensor(5), 0), None, group_scheme(3, 6))
+        assert torch.equal(groups.scale[:, 0], alone.scale[:, 0])
 
 
 def test_an_input_of_zeros_rounds_to_nearest_and_says_so() -> None:
