@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import signal
 import time
@@ -15,6 +16,7 @@ from orchestrator import run, verbs
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.hooks import StoreHooks
 from orchestrator.ledger import Ledger
+from orchestrator.results import StageResult, VariantResult
 from orchestrator.retries import Adjustment, worker_lost
 from orchestrator.stage import Status
 from orchestrator.store import Store
@@ -122,3 +124,20 @@ def test_the_log_of_a_stage_whose_worker_is_lost_is_kept(tmp_path: Path) -> None
         hooks.failed_attempt(stage, worker_lost("it died"), 1, False)
     told = json.loads(next((store.root / "attempts" / stage.key).iterdir()).read_text())
     assert told["log_tail"].startswith("block 7 of 32")
+
+
+def test_a_variant_stands_where_the_worst_of_its_stages_does() -> None:
+    worst_first = (Status.FAILED, Status.DEP_FAILED, Status.CANCELLED, Status.RUNNING, Status.PENDING, Status.SUCCEEDED)
+    for worst, other in itertools.combinations_with_replacement(worst_first, 2):
+        for statuses in set(itertools.permutations((worst, other, other))):
+            quantize, evaluate, measure = (StageResult(s.value, "", "", s) for s in statuses)
+            assert VariantResult("v", "", {}, False, "b", quantize, {"task": evaluate}, measure).status is worst
+
+
+def test_a_stage_has_ended_once_it_is_committed_or_failed_for_good() -> None:
+    failed = {"ended": 7.0}
+    done = StageResult("k", "", "", Status.SUCCEEDED, {"started": 10.0, "ended": 12.5}, failure=failed)
+    assert (done.seconds, done.ended) == (2.5, 12.5)
+    for status, ended in ((Status.FAILED, 7.0), (Status.RUNNING, None), (Status.PENDING, None)):
+        tried = StageResult("k", "", "", status, failure=failed)
+        assert (tried.seconds, tried.ended) == (None, ended)
