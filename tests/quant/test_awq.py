@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quant.grids import GRIDS, round_weight
-from quant.methods.awq import Awq, candidate_scale
+from quant.methods.awq import Awq, _relative_magnitude, candidate_scale
 from quant.methods.base import ScaleGroup
 from quant.scheme import Granularity, WeightScheme
 from quant.statistics import Statistics, collect
@@ -75,6 +75,14 @@ def test_candidates_start_at_one_and_are_centred() -> None:
     plain = [1e-4, *(float(x) ** 0.25 / (float(y) ** 0.75 + 1e-4) for x, y in zip(salience[1:], m[1:], strict=True))]
     centred = [p / math.sqrt(max(plain) * min(plain)) for p in plain]
     assert candidate_scale(salience, 0.25, m).tolist() == pytest.approx(centred, rel=1e-5)
+
+
+def test_magnitudes_are_relative_to_the_groups_of_each_consumers_own_scheme() -> None:
+    w, _ = data()
+    found = _relative_magnitude({"up": w[:4], "gate": w[4:]}, {"up": GROUP, "gate": CHANNEL})
+    relative = [v.abs().view(len(v), -1, width) for v, width in ((w[:4], 16), (w[4:], 64))]
+    want = torch.cat([(v / v.amax(-1, keepdim=True)).view(-1, 64) for v in relative]).mean(0)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)  # beside 1e-6 of a largest weight near 3
 
 
 def group_errors(w: Tensor, changed: Tensor, x: Tensor, scheme: WeightScheme) -> Tensor:
