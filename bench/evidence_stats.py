@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.stats import FEWEST_DOCUMENTS
+from orchestrator.stats import FEWEST_DOCUMENTS, holm
 
 Floats = NDArray[np.float64]
 Labels = NDArray[np.int64]
@@ -116,8 +116,4 @@ def difference(better: Floats, worse: Floats) -> Floats:
 
 def adjusted(effects: Sequence[Effect]) -> list[Effect]:
     """The same with `p_adjusted` by Holm's method over all of them."""
-    if not effects:
-        return []
-    from statsmodels.stats.multitest import multipletests
-
-    return [replace(e, p_adjusted=float(p)) for e, p in zip(effects, multipletests([e.p for e in effects], method="holm")[1], strict=True)]
+    return [replace(e, p_adjusted=p) for e, p in zip(effects, holm([e.p for e in effects]), strict=True)]
