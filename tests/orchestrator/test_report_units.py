@@ -47,6 +47,23 @@ def test_a_single_item_tells_no_variant_from_another(tmp_path: Path) -> None:
     assert "self_perplexity: 1 item, which gives no interval" in out.getvalue()
 
 
+def test_a_score_whose_larger_values_are_better_gives_the_choices_of_its_complement(tmp_path: Path) -> None:
+    found = []
+    for primary in ("flips", "top1_agreement"):  # 1 - agreement, and agreement
+        task = replace(synthetic.DIVERGENCE, primary=primary)
+        result = synthetic.sweep(tmp_path / primary, tasks=(task,))
+        rows = long_table(result)
+        (model,) = model_tables(result, rows)
+        picks = {width: (of[task.name].best.name, of[task.name].tied) for width, of in best_per_width(model).items()}
+        found.append((picks, [(c.name, s) for c, s in standings(model, task)]))
+        losses = [r.loss for r in rows if r.is_primary and not r.is_baseline]
+        assert all(x is not None and x > 0 for x in losses)
+    assert found[0] == found[1]
+    # Each is the best of its own width alone.
+    assert {width: best for width, (best, _) in found[0][0].items()} == {float(b): f"gptq · {s}" for s, b in synthetic.SCHEMES.items()}
+    assert {s for _, s in found[0][1]} >= {Standing.FRONT, Standing.DOMINATED}
+
+
 def test_items_that_cannot_be_read_tell_no_variant_from_another(tmp_path: Path) -> None:
     result = synthetic.sweep(tmp_path, schemes=("w2a16_g64",), tasks=(synthetic.PERPLEXITY,))
     (rtn,) = (v.evaluations["self_perplexity"] for v in result.variants if v.axes["method"] == "rtn")
