@@ -115,6 +115,7 @@ def test_few_groups_work_and_only_the_reference_variant_cannot_choose() -> None:
         assert "too few" in result.notes[0]
         corrected = SlimLlm(variant="corrected").quantize(w, s, scheme(3, 24 // groups))
         assert corrected.notes == []
+        assert sum(corrected.details["group_bits"]) == 3 * groups
         assert list(corrected.details["allocation_loss"]) == ([] if groups == 1 else ["0", "1"])
 
 
@@ -218,6 +219,17 @@ def test_one_bit_groups_are_centred_in_the_corrected_variant() -> None:
     mean = 4.125
     assert reference.values().tolist() == [[0.0, 2 * mean, 0.0, 2 * mean]]
     assert corrected.values().tolist() == [[mean - 0.625, mean + 0.625, mean - 0.625, mean + 0.625]]
+
+
+def test_one_bit_groups_far_from_0_are_not_stored_in_a_type_that_loses_their_sides() -> None:
+    w = 1 + 1e-4 * torch.randn(6, 8, generator=torch.Generator().manual_seed(0))  # float16 is 5e-4 apart below 1, 1e-3 above
+    method = SlimLlm(variant="corrected", bit_lists=(("weight", [1]),))
+    result = method.quantize(w, Statistics(hessian=torch.eye(8)), scheme(2, 8, "float16"))
+    assert len(result.notes) == 1
+    assert result.notes[0].endswith(" of 6 scales and means of 1-bit groups do not fit float16; scales are stored in float32")
+    mean = w.mean(1, keepdim=True)
+    want = mean + torch.where(w >= mean, 1.0, -1.0) * (w - mean).abs().mean(1, keepdim=True)
+    torch.testing.assert_close(result.tensor.dequantize(), want, rtol=0, atol=2.0**-22)
 
 
 @pytest.mark.parametrize(("variant", "lam"), [("reference", 1.0), ("corrected", 2.0)])
