@@ -15,6 +15,7 @@ from rich.console import Console
 from orchestrator import report, run, verbs
 from orchestrator.errors import StoreError
 from orchestrator.report import html
+from orchestrator.report.tables import long_table, write_csv
 from orchestrator.results import SkippedCell, SweepResult
 from orchestrator.run import refresh_report
 from orchestrator.store import Store
@@ -116,3 +117,25 @@ def test_a_store_for_reading_shows_the_report_that_tells_its_state(tmp_path: Pat
     (page.parent / run.REPORT_MARKER).write_text("of another state")
     with pytest.raises(StoreError, match="what is there is of an earlier time"):
         verbs.report(tmp_path / "store", None, Console(file=said, width=200))
+
+
+def test_the_table_tells_what_stages_recorded(tmp_path: Path) -> None:
+    result = synthetic.sweep(tmp_path, schemes=("w4a16_g64", "w2a16_g64"), wait={("awq", "w2a16_g64")})
+    write_csv(long_table(result), tmp_path / "table.csv")
+    with (tmp_path / "table.csv").open() as f:
+        rows = {(r["variant_key"], r["task"], r["metric"]): r for r in csv.DictReader(f)}
+
+    def number(text: str) -> float | None:
+        return float(text) if text else None
+
+    for variant in result.variants:
+        quantize = variant.quantize
+        for task, evaluation in variant.evaluations.items():
+            row = rows[variant.key, task, result.tasks[task].primary]
+            assert number(row["value"]) == evaluation.summary.get("scores", {}).get(row["metric"])
+            assert number(row["evaluate_seconds"]) == evaluation.seconds
+            found = {n: number(row[n]) for n in ("bits_stored", "model_bytes", "weight_error", "peak_memory_bytes")}
+            facts = {"model_bytes": next(iter(result.model_bytes.values()))} if quantize is None else quantize.summary
+            assert found == {n: facts.get(n) for n in found}
+            assert number(row["quantize_seconds"]) == (None if quantize is None else quantize.seconds)
+            assert (row["status"], row["reason"]) == (evaluation.status.value, "" if evaluation.record else "pending")
