@@ -91,6 +91,27 @@ def test_a_diagonal_hessian_rounds_to_nearest() -> None:
         assert torch.equal(q, quantize_linear(w, method="rtn", bits=3).dequantize())
 
 
+@pytest.mark.parametrize("sort", [False, True])
+def test_a_pass_moves_every_code_to_its_best_with_the_others_fixed(sort: bool) -> None:
+    moved = 0
+    for seed in range(4):
+        w, h = problem(3, 12, seed)
+        made = [Quip(incoherence=False, sort=sort, npasses=n).quantize(w, Statistics(hessian=h), WeightScheme(3)).tensor for n in (0, 1)]
+        before, after = (t for t in made if isinstance(t, AffineTensor))
+        scale, zero = before.scale.double(), before.zero.double()
+        damped = h + 0.01 * h.diagonal().mean() * torch.eye(12, dtype=h.dtype)
+        codes = before.codes.clone()
+        for j in reversed(torch.argsort(h.diagonal()).tolist() if sort else range(12)):
+            for row in range(3):
+                trials = codes[row].repeat(8, 1)
+                trials[:, j] = torch.arange(8)
+                e = w[row] - (trials - zero[row]) * scale[row]
+                codes[row, j] = int(torch.einsum("tk,kl,tl->t", e, damped, e).argmin())
+        assert torch.equal(after.codes, codes)
+        moved += int((codes != before.codes).sum())
+    assert moved > 0
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 999), k=st.integers(1, 20))
 def test_greedy_passes_never_raise_the_error_and_end_where_no_single_code_can_lower_it(seed: int, k: int) -> None:
