@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.errors import NonFiniteError
+from quant.errors import NonFiniteError, ScaleDtypeError
 from quant.grids import GRIDS, choose_grid, fit, grid
 from quant.methods.rtn import Rtn
 from quant.scheme import Granularity, WeightScheme
@@ -152,9 +152,12 @@ def test_one_row_one_group_and_one_scale_per_tensor() -> None:
     assert tensor.dequantize().unique().numel() <= 16
 
 
-def test_scales_float16_cannot_hold_are_kept_in_float32_and_noted() -> None:
+@pytest.mark.parametrize("name", ["g_asym", "g_sym", "q_sym", "kivi"])
+def test_scales_float16_cannot_hold_are_kept_in_float32_and_noted(name: str) -> None:
     weight = random_weight() * 1e-6
-    rounded = Rtn().quantize(weight, Statistics(), WeightScheme(8))
+    with pytest.raises(ScaleDtypeError, match="6 of 6 scales or zeros do not fit float16"):
+        fit(grid(name), weight, 8, torch.float16)
+    rounded = Rtn(grid=name).quantize(weight, Statistics(), WeightScheme(8))
     assert isinstance(rounded.tensor, AffineTensor)
     assert rounded.tensor.scale.dtype is torch.float32
     assert rounded.notes == ["6 of 6 scales or zeros do not fit float16; scales are stored in float32"]
