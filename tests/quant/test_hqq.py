@@ -47,6 +47,15 @@ def test_hqq_equals_the_reference_code(bits: int, axis: int, optimize: bool, rel
         assert q[0, :4].tolist() == pytest.approx(first, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("round_zero", [None, False, True])
+def test_zeros_are_rounded_with_four_bits_or_where_asked(round_zero: bool | None, bits: int, axis: int) -> None:
+    given = {"group_size": 64, "axis": axis, "optimize": False, "round_zero": round_zero, "scale_dtype": "float32"}
+    zero = quantize_linear(weight(), method="hqq", bits=bits, **given).pack()["zero"]
+    assert torch.equal(zero, zero.round()) is (bits == 4 if round_zero is None else round_zero)
+
+
 def slow_hqq(w: list[list[float]], bits: int, iters: int, rounded: bool) -> tuple[list[list[float]], int]:
     """Groups of plain floats ▸ their dequantized values and the steps taken; written from the specification."""
     top = round(2**bits - 1)
