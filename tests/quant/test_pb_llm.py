@@ -159,6 +159,17 @@ def test_awkward_weights_and_hessians_work(variant: str, dtype: torch.dtype) -> 
     assert pb_llm(w[:, :1], Statistics(hessian=torch.ones(1, 1)), variant=variant).shape == (5, 1)
 
 
+@pytest.mark.parametrize("variant", ["reference", "corrected"])
+def test_a_dead_input_widens_the_high_grid_of_the_reference_alone(variant: str) -> None:
+    w, statistics = layer(5, 30, 4)
+    assert statistics.hessian is not None
+    h = statistics.hessian.clone()
+    h[3], h[:, 3], w[:, 3] = 0, 0, 50
+    tensor, _ = made(w, Statistics(hessian=h), variant=variant)
+    ranged = w if variant == "reference" else w.index_fill(1, torch.tensor(3), 0)
+    assert torch.equal(tensor.high_scale.double(), fit(GRIDS["g_asym"], ranged, 8, tensor.high_scale.dtype).scale)
+
+
 def test_an_indefinite_hessian_climbs_the_ladder() -> None:
     w, _ = layer(4, 12, 2)
     h = torch.diag(torch.arange(1.0, 13.0))
