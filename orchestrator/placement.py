@@ -72,9 +72,6 @@ class ReadyQueue:
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._entries))
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
-
     def add(self, stage: Stage, rank_s: float, order: int) -> None:
         """Put a stage in, or its new rank."""
         self.discard(stage.key)
