@@ -127,17 +127,12 @@ def test_memory_ladder() -> None:
     assert statuses == {"q": FAILED}
     ladder = [a.apply(Hints(batch_tokens=4096)) for _, a in hooks.requests]
     assert [(h.batch_tokens, h.streamed) for h in ladder] == [(4096, False), (2048, False), (1024, False), (1024, True), (1024, True)]
-    unsaid = [a.apply(Hints()).batch_tokens for _, a in hooks.requests]
-    assert unsaid == [None, 512, 256, 256, 256]
+    assert [a.apply(Hints()).batch_tokens for _, a in hooks.requests] == [None, 512, 256, 256, 256]
     assert [a.exclusive for _, a in hooks.requests] == [False, False, False, False, True]
     # Alone on one slot it always is.
     hooks = run(plan(quantize("q")), always(ErrorClass.MEMORY, "q"), slots=1)[1]
-    assert [(a.halvings, a.streamed, a.exclusive) for _, a in hooks.requests] == [
-        (0, False, False),
-        (1, False, False),
-        (2, False, False),
-        (2, True, False),
-    ]
+    steps = [(a.halvings, a.streamed, a.exclusive) for _, a in hooks.requests]
+    assert steps == [(0, False, False), (1, False, False), (2, False, False), (2, True, False)]
 
 
 def test_an_exclusive_stage_runs_alone() -> None:
@@ -402,5 +397,4 @@ def _corrupt_inputs(stage: Stage) -> list[Verdict]:
 
 
 def test_adjustments_are_neutral_by_default() -> None:
-    hints = Hints(batch_tokens=123)
-    assert Adjustment().apply(hints) == hints
+    assert Adjustment().apply(Hints(batch_tokens=123)) == Hints(batch_tokens=123)
