@@ -25,8 +25,8 @@ from quant.during import during
 SPARED = 8
 """One part in so many of a device's memory stays free beside the graphs'. While one is captured, torch cannot give back what it keeps for
 reuse, so that memory counts as free here where no part of torch has it."""
-LINE = 128
-"""Numbers, at whose multiples tensors begin."""
+LINE = 512
+"""Bytes, at whose multiples tensors begin."""
 
 Loop = Callable[[Mapping[str, Tensor]], None]
 """Reads and writes tensors by name. It launches the same whatever numbers they hold, waits for nothing and copies nothing from the host."""
@@ -37,9 +37,9 @@ class _Place:
     """What one thread replays on one stream."""
 
     memory: Tensor
-    """float32, of one loop at a time."""
+    """uint8, of one loop at a time."""
     most: int = 0
-    """Numbers that the largest loop seen takes."""
+    """Bytes that the largest loop seen takes."""
     pool: Any = None
     """Where a graph has the memory that its loop asks for itself."""
     graphs: dict[Hashable, tuple[dict[str, Tensor], Callable[[], None]] | None] = field(default_factory=dict)
@@ -62,16 +62,16 @@ class Replays:
 
     def lent(self, like: Tensor, rows: int, columns: int) -> Tensor:
         """float32 `[rows, columns]`, not filled: where the next loop in this thread reads its first tensor, if there is such a place."""
-        memory = self._place(like.device).memory
-        if memory.numel() < rows * columns:
+        memory, size = self._place(like.device).memory, 4 * rows * columns
+        if memory.numel() < size:
             return like.new_empty(rows, columns, dtype=torch.float32)
-        return memory[: rows * columns].view(rows, columns)
+        return memory[:size].view(torch.float32).view(rows, columns)
 
     def run(
-        self, key: Hashable, given: Mapping[str, Tensor], made: Mapping[str, tuple[int, ...]], loop: Loop
+        self, key: Hashable, given: Mapping[str, Tensor], made: Mapping[str, Tensor], loop: Loop
     ) -> tuple[Mapping[str, Tensor], str | None]:
-        """All tensors, float32, as the loop leaves them: those given and those of `made` shapes, which it fills; to be read before the next
-        call in this thread. And why they come without a graph, where it was to be one. key: what else the loop's launches go by."""
+        """All tensors as the loop leaves them: those given and those like `made`, which it fills; to be read before the next call in this
+        thread. And why they come without a graph, where it was to be one. key: what else the loop's launches go by."""
         first = next(iter(given.values()))
         place = self._place(first.device)
         key = (key, tuple((name, t.shape, t.stride()) for name, t in given.items()))
@@ -81,7 +81,7 @@ class Replays:
         if known is None:
             place.graphs.setdefault(key, None)
             place.most = max(place.most, sum(_spans(_likes(given, made))))
-            tensors = {**given, **{name: first.new_empty(shape) for name, shape in made.items()}}
+            tensors = {**given, **{name: torch.empty_like(t, device=first.device) for name, t in made.items()}}
             loop(tensors)
             return tensors, self._refused
         tensors, replay = known
@@ -102,28 +102,27 @@ class Replays:
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         key = (device, stream, threading.get_ident())
         if key not in self._places:
-            self._places[key] = _Place(torch.empty(0, device=device))
+            self._places[key] = _Place(torch.empty(0, dtype=torch.uint8, device=device))
         return self._places[key]
 
-    def _captured(
-        self, place: _Place, key: Hashable, given: Mapping[str, Tensor], made: Mapping[str, tuple[int, ...]], loop: Loop
-    ) -> str | None:
+    def _captured(self, place: _Place, key: Hashable, given: Mapping[str, Tensor], made: Mapping[str, Tensor], loop: Loop) -> str | None:
         """None, or why there is no graph."""
         device, likes = place.memory.device, _likes(given, made)
         try:
             if place.memory.numel() < place.most:
                 # What loops ask for themselves, halves of factors and errors, is less than a third of what they are given.
-                reason = self._short(device, 4 * (place.most + place.most // 3))
+                reason = self._short(device, place.most + place.most // 3)
                 if reason is not None:
                     return reason
                 if place.memory.is_cuda:  # the device is not to be waited for while other threads capture
                     torch.cuda.current_stream(device).synchronize()
                 place.graphs = dict.fromkeys(place.graphs)
-                place.memory = torch.empty(place.most, device=device)
+                place.memory = torch.empty(place.most, dtype=torch.uint8, device=device)
                 place.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
             tensors, at = {}, 0
             for (name, like), span in zip(likes.items(), _spans(likes), strict=True):
-                tensors[name] = place.memory.as_strided(like.shape, like.stride(), at)
+                own = place.memory[at : at + like.nbytes].view(like.dtype)
+                tensors[name] = own.as_strided(like.shape, like.stride())
                 at += span
             place.graphs[key] = tensors, self._capture(lambda: loop(tensors), device, place.pool)
         except RuntimeError as e:  # of torch, CUDA and Triton
@@ -131,17 +130,14 @@ class Replays:
         return None
 
 
-def _likes(given: Mapping[str, Tensor], made: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _likes(given: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without numbers, dense, rows of a matrix as they lie."""
-    return {
-        **{name: torch.empty_like(t, device="meta") for name, t in given.items()},
-        **{name: torch.empty(shape, device="meta") for name, shape in made.items()},
-    }
+    return {name: torch.empty_like(t, device="meta") for name, t in {**given, **made}.items()}
 
 
 def _spans(likes: Mapping[str, Tensor]) -> list[int]:
-    """Numbers from one to the next."""
-    return [-(-t.numel() // LINE) * LINE for t in likes.values()]
+    """Bytes from one to the next."""
+    return [-(-t.nbytes // LINE) * LINE for t in likes.values()]
 
 
 _one = threading.Lock()

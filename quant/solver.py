@@ -24,8 +24,8 @@ from quant.kernels import kernel
 from quant.kernels.gptq_block import Fits, SolvedBlock
 
 RoundColumn = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, values `[N]`). The weights hold the updates of all finished
-blocks, not those of the block at work."""
+"""(index j, column `[N]`, weights `[K, N]`) ▸ (codes `[N]`, whole numbers in 0 .. 255, and values `[N]`). The weights hold the updates of
+all finished blocks, not those of the block at work."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Solved:
     """K columns of N rows."""
 
     codes: Tensor
-    """`[K, N]`."""
+    """uint8 `[K, N]`."""
     values: Tensor
     """`[K, N]`."""
     loss: Tensor
@@ -106,9 +106,10 @@ def solve_affine(
     pulled = span if span < k else 0
     loop = _Loop(block_kernel.run, later.run, block_size, reach, stack, fits, span)
     valued = pulled or (0 if getattr(block_kernel.run, "SKIPS_VALUES", False) else min(k, block_size)) if spends else k
-    made = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,), "before": (pulled, n)}
+    shapes = {"codes": (k, n), "values": (valued, n), "errors": (min(k, reach), n), "loss": (n,), "before": (pulled, n)}
+    made = {name: torch.empty(shape, dtype=torch.uint8 if name == "codes" else w.dtype, device="meta") for name, shape in shapes.items()}
     if replays is None or not spends or fits is not None or w.dtype is not torch.float32:
-        outs = {name: w.new_empty(shape) for name, shape in made.items()}
+        outs = {name: torch.empty_like(like, device=w.device) for name, like in made.items()}
         loop.run(w, upper, ranges, **outs)
         return Solved(outs["codes"], outs["values"], outs["loss"], notes)
     affine, group = ranges(0, k, w)
@@ -205,13 +206,13 @@ def by_columns(weights: Sequence[Tensor]) -> Tensor:
 
 
 def by_rows(codes: Tensor, rows: Sequence[int]) -> list[Tensor]:
-    """`[N_i, K]` of whole codes `[K, N]`; on a GPU uint8 and contiguous."""
+    """uint8 `[N_i, K]` of codes `[K, N]`; on a GPU contiguous."""
     parts = torch.split(codes, list(rows), dim=1)
     if not codes.is_cuda:
         return [part.T for part in parts]
     run, made = kernel("turned", device=codes.device).run, []
     for part in parts:
-        made.append(codes.new_empty(part.shape[1], len(codes), dtype=torch.uint8))
+        made.append(codes.new_empty(part.shape[1], len(codes)))
         run.turned(part, made[-1])
     return made
 
@@ -266,7 +267,7 @@ def solve_blocks(
     given are not changed. looks_ahead: as in `solve_affine`, of `solve_block`."""
     works = [to_work_on(w) for w in weights]
     later, k = kernel("lazy_update", device=upper.device, later=works[0]), len(upper)
-    made = [Solved(torch.empty_like(w), torch.empty_like(w), torch.zeros_like(w[0]), list(later.notes)) for w in works]
+    made = [Solved(torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w), torch.zeros_like(w[0]), list(later.notes)) for w in works]
     reach = Reach(block_size if looks_ahead else later.run.reach(block_size, upper.device), k)
     errors = [torch.empty_like(w[: reach.size]) for w in works]
     for start in range(0, k, block_size):

@@ -43,9 +43,9 @@ def block(b: Bench) -> Iterator[Row]:
         fits = Fits.of([Fit(rows, width, "g_asym", 4)], w.device) if found else None
         poisoned = [torch.full_like(t, torch.nan) for t in (affine.scale, affine.zero)]
         here = Affine(poisoned[0], poisoned[1], 4, ZeroKind.CODE) if found else affine
-        # Each call has memory of its own, as a solver's has: block, codes and errors at least.
+        # Each call has memory of its own, as a solver's has: block and errors at least.
         skips = getattr(ours.run, "SKIPS_VALUES", False)
-        copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (3 * w.nbytes)), 1))]
+        copies = [(w.clone(), SolvedBlock.like(w)) for _ in range(b.size(1 + int(COLD / (2 * w.nbytes)), 1))]
 
         def work(i: int, backend: Kernel, values: bool = True, **more: int) -> SolvedBlock:
             given, out = copies[i]  # noqa: B023

@@ -74,7 +74,7 @@ def _compared(b: Bench, site: Site, plain: bool, times_factors: bool) -> Iterato
     for name, own, width in (("push", upper, None), ("pull", pulls, span)):
         with replaying():
             for _ in range(1 if b.dry else 3):  # queued, captured, replayed
-                codes[name] = solved(own, width)[:, :ROWS].T.to(torch.uint8)
+                codes[name] = solved(own, width)[:, :ROWS].T
             times[name] = None if b.dry else clocked(b, lambda: solved(own, width), TURNS)  # noqa: B023
     want = plain_codes(weights[0][:ROWS], hessian, scheme, DAMP) if plain else codes["push"]
     wrong = float((codes["pull"] != want).double().mean())

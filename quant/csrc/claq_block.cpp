@@ -1,10 +1,10 @@
 // One block of CLAQ's columns: k-means of a column with all earlier errors fed back, rounding to the centres in the stored type, reserved
 // weights, and its error for the columns after it. The twin of quant/kernels/claq_block/eager.py, bit for bit.
 //
-// Plain C ABI. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride between
-// rows; block is changed: it ends as the columns that were rounded. plan is [B] of `Wanted`. type: see `Stored`. tables [B, most] hold
-// numbers of the stored type, 0 beyond a column's centres; kept may be null where no plan reserves. given [B, most], or null: centres to
-// round to in place of a column's own. Values are finite, N > 0.
+// Plain C ABI. Columns one after another: block, codes (bytes), values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride
+// between rows; block is changed: it ends as the columns that were rounded. plan is [B] of `Wanted`. type: see `Stored`. tables [B, most]
+// hold numbers of the stored type, 0 beyond a column's centres; kept may be null where no plan reserves. given [B, most], or null: centres
+// to round to in place of a column's own. Values are finite, N > 0.
 //
 // Returns 0; 1 where a table, 2 where a reserved weight does not fit the stored type: then nothing after that column is done.
 
@@ -45,22 +45,19 @@ VECTOR void fed_back(double* x, const double* errors, const double* upper, int64
 }
 
 template <typename T>
-INLINE void look_up(const T* x, const uint8_t* named, const T* table, T diagonal, int64_t n, T* codes, T* values, T* errors) {
+INLINE void look_up(const T* x, const uint8_t* codes, const T* table, T diagonal, int64_t n, T* values, T* errors) {
     for (int64_t r = 0; r < n; r++) {
-        const T value = table[named[r]];
-        codes[r] = T(named[r]);
+        const T value = table[codes[r]];
         values[r] = value;
         errors[r] = (x[r] - value) / diagonal;
     }
 }
 
-VECTOR void rounded(const float* x, const uint8_t* named, const float* table, float d, int64_t n, float* codes, float* values,
-                    float* errors) {
-    look_up(x, named, table, d, n, codes, values, errors);
+VECTOR void rounded(const float* x, const uint8_t* codes, const float* table, float d, int64_t n, float* values, float* errors) {
+    look_up(x, codes, table, d, n, values, errors);
 }
-VECTOR void rounded(const double* x, const uint8_t* named, const double* table, double d, int64_t n, double* codes, double* values,
-                    double* errors) {
-    look_up(x, named, table, d, n, codes, values, errors);
+VECTOR void rounded(const double* x, const uint8_t* codes, const double* table, double d, int64_t n, double* values, double* errors) {
+    look_up(x, codes, table, d, n, values, errors);
 }
 
 // Tables may be off by a 256th of their range; one of equal values by a 1024th.
@@ -100,11 +97,9 @@ bool reserve(const T* x, const double* sorted, int64_t n, const Wanted& wanted, 
 
 template <typename T>
 int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int64_t columns, int64_t n, int64_t steps, int64_t type,
-              int64_t most, const T* given, T* codes, T* values, T* errors, T* tables, uint8_t* kept) {
+              int64_t most, const T* given, uint8_t* codes, T* values, T* errors, T* tables, uint8_t* kept) {
     static thread_local Workspace w;  // kept from call to call
-    static thread_local std::vector<uint8_t> named;
     std::vector<T> centres(most);
-    named.resize(n);
     std::fill(tables, tables + columns * most, T(0));
     for (int64_t j = 0; j < columns; j++) {
         T *x = block + j * n, *table = tables + j * most, *value = values + j * n, *error = errors + j * n;
@@ -120,8 +115,8 @@ int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int6
         }
         for (int64_t c = 0; c < wanted.k; c++) table[c] = stored(centres[c], type);
         if (type != FLOAT32 && !fits(centres.data(), table, wanted.k)) return 1;
-        nearest_of(x, n, table, wanted.k, named.data());
-        rounded(x, named.data(), table, diagonal, n, codes + j * n, value, error);
+        nearest_of(x, n, table, wanted.k, codes + j * n);
+        rounded(x, codes + j * n, table, diagonal, n, value, error);
         if (wanted.top && !reserve(x, w.x.data(), n, wanted, type, diagonal, value, error, kept + j * n)) return 2;
     }
     return 0;
@@ -131,7 +126,7 @@ int64_t solve(T* block, const T* upper, int64_t stride, const Wanted* plan, int6
 
 #define ENTRY(NAME, T)                                                                                                                   \
     extern "C" void NAME(T* block, const T* upper, int64_t stride, const int64_t* plan, int64_t columns, int64_t rows, int64_t steps,    \
-                         int64_t type, int64_t most, const T* given, T* codes, T* values, T* errors, T* tables, uint8_t* kept,           \
+                         int64_t type, int64_t most, const T* given, uint8_t* codes, T* values, T* errors, T* tables, uint8_t* kept,     \
                          int64_t* wrong) {                                                                                               \
         *wrong = solve(block, upper, stride, reinterpret_cast<const Wanted*>(plan), columns, rows, steps, type, most, given, codes,      \
                        values, errors, tables, kept);                                                                                    \

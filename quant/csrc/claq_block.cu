@@ -9,8 +9,8 @@
 // one.
 //
 // Plain C ABI; returns a cudaError_t. parts is [count] of `Part`, and plan [count, B] of `Wanted`, on the host, but what they point to is
-// on the device. Columns one after another: block, codes, values, errors, kept are [B, N], contiguous; upper is [B, B], with a stride
-// between rows; block is changed. tables [B, most] hold numbers of the stored type; kept may be null where no plan reserves; given
+// on the device. Columns one after another: block, codes (bytes), values, errors, kept are [B, N], contiguous; upper is [B, B], with a
+// stride between rows; block is changed. tables [B, most] hold numbers of the stored type; kept may be null where no plan reserves; given
 // [B, most], or null: centres to round to in place of a column's own; wrong is bool [2], set where a table and where a reserved weight does
 // not fit the type. 0 < N <= THREADS * 23. The parts of a call, PARTS at most, have N in one of the ranges (0, 9], (9, 17] and (17, 23]
 // THREADS, as a sum's order depends on it, and all of them have centres given, or none has.
@@ -28,7 +28,8 @@ constexpr int PARTS = 8;  // as quant/kernels/claq_block/cuda.py has it
 struct Part {
     float* block;
     const float* given;
-    float *codes, *values, *errors, *tables;
+    uint8_t* codes;
+    float *values, *errors, *tables;
     uint8_t *kept, *wrong;
     int64_t n, most, type;
 };
@@ -97,7 +98,8 @@ DEVICE void round_column(const Launch& l, int number, int j, const float* sorted
     const int k = int(wanted.k), n = int(b.n), top = int(wanted.top), bottom = int(wanted.bottom);
     float *table = room, *middles = room + MOST, *given = b.tables + int64_t(j) * b.most;
     const float* x = b.block + int64_t(j) * n;
-    float *codes = b.codes + int64_t(j) * n, *values = b.values + int64_t(j) * n, *errors = b.errors + int64_t(j) * n;
+    uint8_t* codes = b.codes + int64_t(j) * n;
+    float *values = b.values + int64_t(j) * n, *errors = b.errors + int64_t(j) * n;
     __syncthreads();
     // Tables may be off by a 256th of their range; one of equal values by a 1024th.
     const float least = given[0], greatest = given[k - 1], width = greatest - least;
@@ -124,7 +126,7 @@ DEVICE void round_column(const Launch& l, int number, int j, const float* sorted
             const int r = first + i * THREADS;
             if (r >= n) continue;
             const float value = table[code[i]];
-            codes[r] = float(code[i]);
+            codes[r] = uint8_t(code[i]);
             values[r] = value;
             errors[r] = __fdiv_rn(__fsub_rn(own[i], value), diagonal);
             differs |= top && stored(own[i], b.type) != value;

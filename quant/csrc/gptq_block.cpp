@@ -2,10 +2,10 @@
 // The twin of quant/kernels/gptq_block/reference.py, but that an error times the factor is taken off by one operation, rounded once
 // (docs/adr/0027-the-block-fuses-on-cpus.md): what `plain_loop` of tests/quant/plain_loop.py gives, bit for bit.
 //
-// Plain C ABI. Column-major: block, codes, values, errors are [B, N] (a column's N rows lie together), upper is [B, B] with `stride`
-// numbers from row to row, scale and zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the largest code of
-// each row, or null: then it is top in all. kind: how codes and values belong together, see `Kind`. words is [N], or null: of each row how
-// its ranges are found, see `ranges::Fit`; scale and zero are written to then, and odd is added to. For float alone.
+// Plain C ABI. Column-major: block, codes (bytes), values, errors are [B, N] (a column's N rows lie together), upper is [B, B] with
+// `stride` numbers from row to row, scale and zero are [G, N], group is [B] (row of scale and zero of each column). tops is [N], the
+// largest code of each row, or null: then it is top in all. kind: how codes and values belong together, see `Kind`. words is [N], or null:
+// of each row how its ranges are found, see `ranges::Fit`; scale and zero are written to then, and odd is added to. For float alone.
 // block is not changed. threads >= 1: rows are independent of each other. form: see `Form`; one that works here, or BEST.
 
 #include <algorithm>
@@ -26,13 +26,15 @@ template <typename T>
 struct Padded {
     const Block<T>& b;
     const int64_t first, count, all, groups = *std::max_element(b.group, b.group + b.columns) + 1;
-    std::vector<T> block, scale, zero, tops, codes, values, errors;
+    std::vector<T> block, scale, zero, tops, values, errors;
+    std::vector<uint8_t> codes;
 
     Padded(const Block<T>& b, int64_t first, int64_t count, int64_t all) : b(b), first(first), count(count), all(all) {
         block = rows_of(b.block, b.columns, T(0));
         scale = rows_of(b.scale, groups, T(1)), zero = rows_of(b.zero, groups, T(0));
         if (b.tops) tops = rows_of(b.tops, 1, T(0));
-        for (std::vector<T>* made : {&codes, &values, &errors}) made->resize(block.size());
+        codes.resize(block.size());
+        for (std::vector<T>* made : {&values, &errors}) made->resize(block.size());
     }
 
     std::vector<T> rows_of(const T* from, int64_t columns, T otherwise) const {
@@ -183,8 +185,8 @@ extern "C" void bitgrid_gptq_block_forms(int64_t* forms) {
 
 #define ENTRY(NAME, T)                                                                                                                     \
     extern "C" void NAME(const T* block, const T* upper, T* scale, T* zero, const T* tops, const int64_t* group, const int32_t* words,     \
-                         int32_t* odd, int64_t stride, int64_t columns, int64_t rows, int64_t top, int64_t kind, T* codes, T* values,      \
-                         T* errors, int64_t threads, int64_t form) {                                                                       \
+                         int32_t* odd, int64_t stride, int64_t columns, int64_t rows, int64_t top, int64_t kind, uint8_t* codes,           \
+                         T* values, T* errors, int64_t threads, int64_t form) {                                                            \
         const Block<T> b{block, upper, scale, zero, tops, group, words, odd, stride, columns, rows, T(top), kind, codes, values, errors};  \
         solve(b, threads, form);                                                                                                           \
     }

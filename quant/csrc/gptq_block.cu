@@ -1,10 +1,10 @@
 // gptq_block on a GPU: the loop of gptq_lanes.h, teams of warps in blocks of threads, the factor's panels in shared memory.
 //
-// Plain C ABI. Columns one after another: block, codes, values, errors are [B, N], contiguous; upper is [B, B], scale and zero are [G, N],
-// with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros, and the columns of the block and of
-// each group are multiples of 16. values may be null: nobody wants them. loss [N] (or null) is added to; tops [N] is the largest code of
-// each row (null: top in all). words [N] (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are written
-// to then, and odd [1] is added to. Nothing is allocated, copied from the host or waited for.
+// Plain C ABI. Columns one after another: block, codes (bytes), values, errors are [B, N], contiguous; upper is [B, B], scale and zero are
+// [G, N], with strides between rows; group [B] lies on the host and goes with the launch. plain: whole zeros, and the columns of the block
+// and of each group are multiples of 16. values may be null: nobody wants them. loss [N] (or null) is added to; tops [N] is the largest
+// code of each row (null: top in all). words [N] (or null) says of each row how its ranges are found (`ranges::Fit`): scale and zero are
+// written to then, and odd [1] is added to. Nothing is allocated, copied from the host or waited for.
 
 #include "early.h"
 #include "gptq_found.h"
@@ -271,8 +271,9 @@ cudaError_t launch(const Problem& p, cudaStream_t stream) {
 using TwoRows = Form<1, true, 2, 4, 2>;
 
 bool two_rows_fit(const Problem& p, bool plain, int64_t shared) {
-    const auto aligned = [](const float* x) { return reinterpret_cast<uintptr_t>(x) % 8 == 0; };
-    return plain && p.rows % 64 == 0 && aligned(p.codes) && aligned(p.values) && aligned(p.errors) && shared >= shared_bytes<TwoRows>();
+    const auto aligned = [](const void* x, int to) { return reinterpret_cast<uintptr_t>(x) % to == 0; };
+    return plain && p.rows % 64 == 0 && aligned(p.codes, 2) && aligned(p.values, 8) && aligned(p.errors, 8) &&
+           shared >= shared_bytes<TwoRows>();
 }
 
 // Microseconds on 132 multiprocessors (room: 16896 rows), groups of 128, by lanes of a row, teams of a block, and warps that help each:
@@ -299,7 +300,7 @@ cudaError_t launch(const Problem& p, bool plain, int64_t lanes, int64_t room, cu
 // lanes of a row: 1, 4, -2 (`TWO_ROWS`), or 0: as was measured to take least time. More shorten a row's time, and repeat its rounding.
 extern "C" int bitgrid_gptq_block(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                   int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows,
-                                  int64_t top, int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss,
+                                  int64_t top, int64_t kind, int64_t plain, uint8_t* codes, float* values, float* errors, float* loss,
                                   const float* tops, const int32_t* words, int32_t* odd, int64_t lanes, cudaStream_t stream) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), 0, 0, 0, {}};

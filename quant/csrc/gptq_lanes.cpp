@@ -255,7 +255,7 @@ void solve(const Problem& p, int64_t lanes) {
 
 extern "C" void bitgrid_gptq_lanes(const float* block, const float* upper, float* scale, float* zero, const int32_t* group,
                                    int64_t upper_stride, int64_t scale_stride, int64_t zero_stride, int64_t columns, int64_t rows,
-                                   int64_t top, int64_t kind, int64_t plain, float* codes, float* values, float* errors, float* loss,
+                                   int64_t top, int64_t kind, int64_t plain, uint8_t* codes, float* values, float* errors, float* loss,
                                    const float* tops, const int32_t* words, int32_t* odd, int64_t lanes) {
     Problem p{block, upper,        scale,        zero,        codes,             values,         errors,     loss,      tops, words,
               odd,   upper_stride, scale_stride, zero_stride, uint32_t(columns), uint32_t(rows), float(top), int(kind), 0, 0, 0, {}};

@@ -35,7 +35,7 @@ static_assert(STRIDE % 8 == 4, "an odd multiple of 4");
 ON_LANES constexpr int slot_start(int panel) { return PANEL * (panel < SLOTS ? panel : SLOTS - 1); }
 constexpr int FIRST_RANGE = 4 * MOST / PANEL;  // of a row's floats before it is solved: scale and zero of its first column
 
-// In place of a number of lanes: each lane has two rows. Plain; rows a multiple of 64; codes, values and errors aligned to 8 bytes.
+// In place of a number of lanes: each lane has two rows. Plain; rows a multiple of 64; values and errors aligned to 8 bytes, codes to 2.
 constexpr int TWO_ROWS = -2;
 
 enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
@@ -43,7 +43,8 @@ enum Kind : int { WHOLE = 0, REAL_ZERO = 1, MINIMUM = 2 };
 struct Problem {
     const float *block, *upper;                      // [B, N], [B, B]
     float *scale, *zero;                             // [G, N]; written to where ranges are found here
-    float *codes, *values, *errors;                  // [B, N]; values may be null: nobody wants them
+    uint8_t* codes;                                  // [B, N]
+    float *values, *errors;                          // [B, N]; values may be null: nobody wants them
     float* loss;                                     // [N], added to; may be null
     const float* tops;                               // [N], largest code of each row; null: top in all
     const int32_t* words;                            // [N], how each row's ranges are found (`ranges::Fit`); null: all are given
@@ -99,7 +100,7 @@ struct Shared {
 };
 
 struct Range {
-    float scale, inverse, zero;
+    float scale, inverse, zero, zero_byte;
 };
 
 // One of L lanes of a row, or, L being 1, a lane of R rows beside each other; in shared memory they are APART. PLAIN: whole zeros, one
@@ -116,38 +117,36 @@ struct Lane {
 
     // A solved column but its error, and what of the factor this takes off columns of its panel.
     struct Solved {
-        float code[R], value[R];
+        float code[R], value[R];  // code: + `BYTES`
         Four u[PANEL / 4];
     };
 
-    // Where columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less
-    // than to ask.
+    // Where columns are stored, one after another. The lanes of a row share the stores; some are made twice, which costs less than to ask.
     struct Stores {
-        static constexpr int COUNT = L > 1 ? 1 : 3;
-        float* base[COUNT];
+        uint8_t* codes;
+        float *floats[L > 1 ? 1 : 2];  // values and errors, or what a lane has chosen of these
         uint32_t at;
         bool values;  // are wanted
         ON_LANES void begin(const Problem& p, uint32_t row, uint32_t part) {
-            values = p.values != nullptr;
-            base[COUNT - 1] = L == 1 || of_errors(part) ? p.errors : part ? p.values : p.codes;
-            if (L == 1)
-                base[0] = p.codes, base[COUNT / 2] = p.values;
-            else  // what a lane has chosen; else they are constants
-                base[0] = settled(base[0]);
-            at = row;
+            at = row, values = p.values != nullptr, codes = p.codes;
+            floats[0] = L == 1 ? p.values : settled(of_errors(part) ? p.errors : p.values);  // settled: else they are constants
+            if (L == 1) floats[L == 1] = p.errors;
         }
         // Of four lanes' parts: two store errors, or three.
         ON_LANES bool of_errors(uint32_t part) const { return part > 1 || (part && !values); }
         ON_LANES void put(const Problem& p, uint32_t part, const Solved& made, const float (&x)[R][PANEL], int c, bool real) {
+            const float error = x[0][c], value = made.value[0], code = made.code[0];
             if (R > 1) {
-                put_two(base[COUNT - 1] + at, x[0][c], x[R - 1][c]);
-                put_two(base[0] + at, made.code[0], made.code[R - 1]);
-                if (values) put_two(base[COUNT / 2] + at, made.value[0], made.value[R - 1]);
+                put_two(floats[L == 1] + at, error, x[R - 1][c]);
+                put_bytes(codes + at, code, made.code[R - 1]);
+                if (values) put_two(floats[0] + at, value, made.value[R - 1]);
+            } else if (L > 1) {
+                put_byte<false>(codes + at, code, !part && (PLAIN || real));
+                gptq::put<false>(floats[0] + at, of_errors(part) ? error : value, part && (PLAIN || real));
             } else {
-                const float error = x[0][c], code = made.code[0], value = made.value[0];
-                gptq::put<PLAIN>(base[COUNT - 1] + at, L == 1 || of_errors(part) ? error : part ? value : code, real);
-                if (L == 1) gptq::put<PLAIN>(base[0] + at, code, real);
-                if (L == 1 && values) gptq::put<PLAIN>(base[COUNT / 2] + at, value, real);
+                gptq::put<PLAIN>(floats[L == 1] + at, error, real);
+                put_byte<PLAIN>(codes + at, code, real);
+                if (values) gptq::put<PLAIN>(floats[0] + at, value, real);
             }
             advance(at, p.rows);
         }
@@ -218,7 +217,7 @@ struct Lane {
         // A group of equal values has scale 0; its minimum alone is exact: 0 steps.
         const bool flat = kind == MINIMUM && scale == 0.0f;
         if (!fits && !flat) low = 0;
-        return {scale, flat ? 0.0f : inverse(scale), zero};
+        return {scale, flat ? 0.0f : inverse(scale), zero, plus(zero, BYTES)};
     }
 
     // Its errors off the columns of its panel from `first` on.
@@ -235,7 +234,7 @@ struct Lane {
             if (PLAIN) {
                 // Cut before rounding: the same, as its ends are whole.
                 const float whole = nearest(limited(divided(x[r][c], range.scale, range.inverse), -range.zero, top[r] - range.zero));
-                made.code[r] = plus(whole, range.zero);
+                made.code[r] = plus(whole, range.zero_byte);
                 made.value[r] = times(whole, range.scale);
             } else {
                 // One form for all kinds: what a kind does not have is 0, and adding 0 is exact.
@@ -243,7 +242,7 @@ struct Lane {
                 const float minimum = p.kind == MINIMUM ? range.zero : 0.0f;
                 const float steps = plus(divided(minus(x[r][c], minimum), range.scale, range.inverse), real_zero);
                 const float whole = nearest(limited(steps, -whole_zero, top[r] - whole_zero));
-                made.code[r] = plus(whole, whole_zero);
+                made.code[r] = plus(whole, plus(whole_zero, BYTES));
                 made.value[r] = plus(times(minus(whole, real_zero), range.scale), minimum);
             }
             const float missed = minus(x[r][c], made.value[r]);
@@ -390,7 +389,7 @@ struct Lane {
             }
             const float error = over(minus(w, value), p.upper[j * p.upper_stride + j]);
             loss = fused(error, error, loss);
-            p.codes[at] = code, p.errors[at] = error;
+            p.codes[at] = code > 0.0f ? uint8_t(code) : 0, p.errors[at] = error;  // of NaN 0
             if (p.values) p.values[at] = value;
         }
         return loss;

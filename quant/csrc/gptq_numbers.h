@@ -81,6 +81,9 @@ ON_LANES float limited(float x, float low, float high) {
 // Whole number nearest to |x| <= 2^22, halves to even: 1.5 · 2^23 and more have no bits for a fraction.
 ON_LANES float nearest(float x) { return minus(plus(x, 12582912.0f), 12582912.0f); }
 
+// Plus this, the last byte of a whole number in 0 .. 255 is that of the float.
+constexpr float BYTES = 0x1p23f;
+
 // x - e · u, rounded once: half the instructions of all updates.
 ON_LANES float less(float x, float e, float u) { return fused(-e, u, x); }
 
@@ -204,6 +207,26 @@ ON_LANES void put(float* to, float x, bool real) {
         asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.f32 [%1], %2; }" ::"r"(uint32_t(real)), "l"(to), "f"(x));
 #else
     if (ALWAYS || real) *to = x;
+#endif
+}
+// The last byte of `x`, a float's bits.
+template <bool ALWAYS>
+ON_LANES void put_byte(uint8_t* to, float x, bool real) {
+#ifdef __CUDACC__
+    if (ALWAYS)
+        asm volatile("st.global.u8 [%0], %1;" ::"l"(to), "r"(bits_of(x)));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.global.u8 [%1], %2; }" ::"r"(uint32_t(real)), "l"(to), "r"(bits_of(x)));
+#else
+    if (ALWAYS || real) *to = uint8_t(bits_of(x));
+#endif
+}
+// Two beside each other, 2 bytes aligned.
+ON_LANES void put_bytes(uint8_t* to, float x, float y) {
+#ifdef __CUDACC__
+    asm volatile("{ .reg .b32 a; prmt.b32 a, %1, %2, 0x0040; st.global.u16 [%0], a; }" ::"l"(to), "r"(bits_of(x)), "r"(bits_of(y)));
+#else
+    to[0] = uint8_t(bits_of(x)), to[1] = uint8_t(bits_of(y));
 #endif
 }
 // Two beside each other, 8 bytes aligned.

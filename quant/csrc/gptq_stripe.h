@@ -143,7 +143,8 @@ struct Block {
     int64_t stride, columns, rows;
     T top;
     int64_t kind;
-    T *codes, *values, *errors;
+    uint8_t* codes;
+    T *values, *errors;
 };
 
 // A thread's memory: errors of its stripe [B, ROWS], then the panel that is rounded [PANEL, ROWS]. Aligned: no vector lies in two lines.
@@ -180,6 +181,11 @@ struct Stripe {
         return x;
     }
     INLINE static void put(T* to, int v, Vec x) { std::memcpy(to + v * width, &x, sizeof x); }
+    INLINE static void put_codes(uint8_t* to, int v, Vec x) {
+        // By way of 32 bits, for which processors have instructions.
+        const auto made = __builtin_convertvector(__builtin_convertvector(x, Vector<int32_t, 4 * width>), Vector<uint8_t, width>);
+        std::memcpy(to + v * width, &made, sizeof made);
+    }
 
     INLINE static void fetch(const T* from, Few& to) {
 #pragma GCC unroll 4
@@ -191,9 +197,9 @@ struct Stripe {
         const int64_t in = j + 2 * panel, out = j + panel;
         const int64_t from = in < b.columns ? in * b.rows + first : (in - b.columns) * b.rows + first + all;
         const int64_t to = out < b.columns ? out * b.rows + first : (out - b.columns) * b.rows + first + all;
+        __builtin_prefetch(b.codes + to, 1);
         for (int64_t l = 0; l < all; l += 64 / sizeof(T)) {
             __builtin_prefetch(b.block + from + l, 0);
-            __builtin_prefetch(b.codes + to + l, 1);
             __builtin_prefetch(b.values + to + l, 1);
             __builtin_prefetch(b.errors + to + l, 1);
         }
@@ -237,7 +243,7 @@ struct Stripe {
             }
             errors[v] = (w[v] - value) / diagonal;
             put(own + j * all, v, errors[v]);
-            put(b.codes + to, v, code);
+            put_codes(b.codes + to, v, code);
             put(b.values + to, v, value);
             put(b.errors + to, v, errors[v]);
         }

@@ -45,10 +45,10 @@ def _claq_block_shapes(
     block: Tensor, upper: Tensor, widths: list[int], dtype: torch.dtype, start: str = "plus_plus", tails: list[int] | None = None,
     centres: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = [block.new_empty(block.shape) for _ in range(3)]
+    made = claq_block.SolvedBlock.like(block.new_empty(block.shape))
     tables = block.new_empty(len(block), 2 ** max(widths), dtype=dtype)
     kept = block.new_empty(0 if tails is None else block.shape, dtype=torch.bool)
-    return made[0], made[1], made[2], tables, kept, block.new_empty(2, dtype=torch.bool)
+    return made.codes, made.values, made.errors, tables, kept, block.new_empty(2, dtype=torch.bool)
 
 
 define(

@@ -29,7 +29,7 @@ from quant.kernels import (
     wq_gemm,
     wq_gemv,
 )
-from quant.kernels.gptq_block import Fit, Fits
+from quant.kernels.gptq_block import Fit, Fits, SolvedBlock
 from quant.kernels.kv_attention.per_token import PerTokenPacked
 from quant.kernels.operands import operands
 from quant.kernels.operators import LIBRARY, define
@@ -74,8 +74,8 @@ def _gptq_block(
 def _gptq_block_shapes(
     block: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, group: list[int], bits: int, zero_kind: str, tops: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, k = block.shape
-    return block.new_empty(n, k), block.new_empty(n, k), block.new_empty(n, k)
+    solved = SolvedBlock.like(block.new_empty(block.shape))
+    return solved.codes, solved.values, solved.errors
 
 
 def _gptq_block_fitted(
@@ -92,9 +92,9 @@ def _gptq_block_fitted(
 def _gptq_block_fitted_shapes(
     block: Tensor, upper: Tensor, width: int, grid: str, bits: int, half: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    b, n = block.shape
+    solved, (b, n) = SolvedBlock.like(block.new_empty(block.shape)), block.shape
     ranges, odd = [block.new_empty(b // width, n) for _ in range(2)], block.new_empty(1, dtype=torch.int32)
-    return block.new_empty(b, n), block.new_empty(b, n), block.new_empty(b, n), ranges[0], ranges[1], odd
+    return solved.codes, solved.values, solved.errors, ranges[0], ranges[1], odd
 
 
 def _lazy_update_(later: Tensor, left: Tensor, right: Tensor) -> None:

@@ -295,7 +295,7 @@ class Codebooks:
         if self.fractions is not None:
             mask = torch.cat([found.kept for found in self.found if found.kept is not None])[position]
             outliers = Outliers(mask.sum(1), mask.nonzero()[:, 1], solved.values[position][mask].to(self.dtype))
-        return CodebookTensor(codes[position].T.to(torch.uint8).contiguous(), widths[position], tables[position], label, outliers)
+        return CodebookTensor(codes[position].T.contiguous(), widths[position], tables[position], label, outliers)
 
 
 def side_by_side(block: Kernel, fitted: Sequence[Codebooks]) -> SolveBlock:

@@ -220,7 +220,7 @@ class Gptq:
             ranges, solved, _ = solve(in_launch=False)
         plain = solved.codes
         if self.reorders(kept):
-            plain = torch.zeros_like(columns)
+            plain = torch.zeros_like(columns, dtype=torch.uint8)
             plain[order[:coded]] = solved.codes
         tensors = []
         codes = iter(by_rows(plain, stack))
@@ -257,12 +257,12 @@ def _solve_floating(
 
     def round_column(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         codes = encode(format, column, columns[j])
-        return codes.to(w), values[codes] * columns[j].to(w)
+        return codes, values[codes] * columns[j].to(w)
 
     solved = solve_columns(w.T[order], factor.upper, block_size, round_column)
     plain = torch.empty_like(solved.codes)
     plain[order] = solved.codes
-    return FloatingTensor(plain.T.to(torch.uint8).contiguous(), scales, scheme.number), solved.notes
+    return FloatingTensor(plain.T.contiguous(), scales, scheme.number), solved.notes
 
 
 def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:
@@ -278,6 +278,6 @@ def _kept_values(columns: Tensor, values: Tensor, upper: Tensor) -> Tensor:
     dtype = torch.float16 if bool(fits) else torch.float32
 
     def keep(j: int, column: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return column, column.to(dtype).to(column)
+        return torch.zeros_like(column), column.to(dtype).to(column)
 
     return solve_columns(rest, upper[coded:, coded:], len(rest), keep).values.T.to(dtype).contiguous()

@@ -113,7 +113,7 @@ class PbLlm:
 
         solved = solve_columns(ready.weight.T, ready.upper, self.block_size, round_column)
         tensor = PartiallyBinaryTensor(
-            solved.codes.T.to(torch.uint8).contiguous(),
+            solved.codes.T.contiguous(),
             ~low,
             high.scale.to(scale_dtype),
             high.zero.to(torch.uint8),

@@ -210,7 +210,7 @@ class _Ranges:
         scale, zero = (torch.stack([getattr(a, part) for a in self.fitted], dim=1) for part in ("scale", "zero"))
         ones = torch.tensor([b == 1 for b in self.widths], device=zero.device)
         return MixedTensor(
-            codes=codes.T.to(torch.uint8).contiguous(),
+            codes=codes.T.contiguous(),
             scale=scale.to(self.scale_dtype).contiguous(),
             zero=zero.masked_fill(ones, 0).to(torch.uint8).contiguous(),
             mean=zero[:, ones].to(self.scale_dtype).contiguous(),

@@ -210,4 +210,4 @@ class _Groups:
                 index = (back // self.size).to(narrowest(len(self.scales) - 1))
         zero = torch.cat(self.plain_zeros, 1).to(torch.uint8) if self.method.round_zero else joined(self.zeros)
         rows, columns = mask.nonzero(as_tuple=True)
-        return SparseTensor(codes.to(torch.uint8).contiguous(), self.bits, joined(self.scales), zero, rows, columns, values[mask], index)
+        return SparseTensor(codes.contiguous(), self.bits, joined(self.scales), zero, rows, columns, values[mask], index)

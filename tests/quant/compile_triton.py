@@ -89,8 +89,8 @@ def chosen(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, 
 def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Kernel, of what, types of its arguments, constants, options."""
     found = []
-    block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "tops", "codes", "values", "errors")}
-    block |= {"group": "*i32", "words": "*i32", "odd": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
+    block = {n: "*fp32" for n in ("block", "upper", "scale", "zero", "tops", "values", "errors")}
+    block |= {"codes": "*u8", "group": "*i32", "words": "*i32", "odd": "*i32", "n": "i32", "b": "i32", "top": "fp32"}
     for kind in (0, 1, 2):
         # Ranges that are found, g_asym and g_sym in float16, and none.
         constants = {"EACH": True, "KIND": kind, "GRIDS": (0b1010, 0, 0)[kind], "ROWS": 32, "COLUMNS": 128}
@@ -129,7 +129,7 @@ def forms(architecture: int) -> list[tuple[Any, str, dict[str, str], dict[str, A
     found.append((update, "128 columns", types, shape, {"num_warps": tile.warps, "num_stages": tile.stages}))
     if architecture == 90 and syrk.gluon_works():
         found += [_triangle(syrk.HOPPER), *_by_halves(types)]
-    types = {"source": "*fp32", "out": "*u8"} | dict.fromkeys(("r", "c", "source_stride", "out_stride"), "i32")
+    types = {"source": "*u8", "out": "*u8"} | dict.fromkeys(("r", "c", "source_stride", "out_stride"), "i32")
     found.append((turn, "codes", types, {"ROWS": turned.ROWS, "COLUMNS": turned.COLUMNS}, {"num_warps": turned.WARPS}))
     types = {"bits": "*i32", "odd": "*i64", "out": "*i64", "r": "i32", "c": "i32"}
     found.append((sum_rows, "fp32", types, {"ROWS": row_sums.ROWS, "COLUMNS": row_sums.COLUMNS}, {"num_warps": row_sums.WARPS}))

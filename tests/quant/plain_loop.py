@@ -36,13 +36,18 @@ def less(x: Tensor, e: Tensor, u: Tensor) -> Tensor:
     return torch.where(even, torch.nextafter(s, toward), s).float()
 
 
+def poisoned(block: Tensor) -> SolvedBlock:
+    """What a twin is to write over: no code of less than 8 bits, and no number."""
+    return SolvedBlock(torch.full_like(block, 255, dtype=torch.uint8), torch.full_like(block, torch.nan), torch.full_like(block, torch.nan))
+
+
 def plain_loop(block: Tensor, upper: Tensor, affine: Affine, group: list[int]) -> SolvedBlock:
     w = block.clone()
     out = SolvedBlock.like(w)
     for j in range(len(w)):
         own = affine.of_group(group[j])
-        out.codes[j] = own.encode(w[j])
-        out.values[j] = own.decode(out.codes[j])
+        code = own.encode(w[j])
+        out.codes[j], out.values[j] = code, own.decode(code)
         out.errors[j] = (w[j] - out.values[j]) / upper[j, j]
         w[j + 1 :] = less(w[j + 1 :], out.errors[j], upper[j, j + 1 :, None])
     return out
@@ -57,7 +62,7 @@ def same(got: SolvedBlock, want: SolvedBlock) -> None:
 def follows(got: SolvedBlock, block: Tensor, upper: Tensor, affine: Affine, group: list[int], roundings: int) -> Tensor:
     """Of each row `[N]`, whether every column is what the errors before it, as they are in `got`, leave of it: in float64, but for
     `roundings` of float32 of the numbers that are added up. Values are those of the codes bit for bit; errors are rounded twice more."""
-    good = torch.isfinite(torch.cat([got.codes, got.values, got.errors])).all(0)
+    good = torch.isfinite(torch.cat([got.values, got.errors])).all(0)
     unit = 2.0**-24
     for j in range(len(block)):
         own = affine.of_group(group[j])
@@ -94,6 +99,7 @@ def alike(got: SolvedBlock, want: SolvedBlock) -> Tensor:
 
 
 def _pairs(got: SolvedBlock, want: SolvedBlock) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Names and both; all NaN are one."""
-    for name in ("codes", "values", "errors"):
+    """Names and both; all NaN are one, and have no code."""
+    yield "codes", *(torch.where(solved.values.isnan(), 0, solved.codes) for solved in (got, want))
+    for name in ("values", "errors"):
         yield name, getattr(got, name).nan_to_num(12345.0), getattr(want, name).nan_to_num(12345.0)

@@ -15,6 +15,7 @@ from quant.kernels import kernel
 from quant.kernels.claq_block import Found, SolvedBlock, Wanted, refuse
 from quant.kernels.kmeans_columns import STARTS
 from quant.methods.claq import tails
+from tests.quant.plain_loop import poisoned
 from tests.quant.test_kmeans import SHAPES, columns
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,9 +29,7 @@ def factor(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def solved(run: Any, x: Tensor, upper: Tensor, wanted: Wanted) -> tuple[SolvedBlock, Found]:
-    out = SolvedBlock.like(x)
-    for made in (out.codes, out.values, out.errors):
-        made.fill_(float("nan"))
+    out = poisoned(x)
     return out, run.solve_block(x.clone(), upper, wanted, out)
 
 

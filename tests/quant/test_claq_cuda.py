@@ -54,7 +54,7 @@ def is_right(x: Tensor, upper: Tensor, wanted: Wanted, made: tuple[SolvedBlock, 
         else:
             assert torch.equal(table, wanted.centres[j, :k].to(wanted.dtype).float())
         codes = batched.nearest(column[None], table[None])[0].long()
-        assert torch.equal(out.codes[j], codes.float())
+        assert torch.equal(out.codes[j], codes.byte())
         values, mask = table[codes], torch.zeros(len(column), dtype=torch.bool)
         if wanted.tails is not None:
             top, bottom = wanted.tails[j]

@@ -14,6 +14,7 @@ from quant.grids import GRIDS, fit, fit_unchecked, unfit_float16
 from quant.kernels import TABLE, kernel
 from quant.kernels.gptq_block import GRID_NUMBERS, KINDS, Fit, Fits, SolvedBlock, stacked
 from quant.solver import solve_affine
+from tests.quant.plain_loop import poisoned
 
 TWINS = [b for b in TABLE["gptq_block"] if b not in ("reference", "triton")]
 """Triton's interpreter takes too long for these sizes: test_triton.py."""
@@ -137,7 +138,7 @@ def ranges_are_found(solve: SolveFound, grids: tuple[str, ...], columns: int = 6
         scale, zero = (torch.where(known, t, torch.nan) for t in (given.scale, given.zero))
         affine = Affine(scale, zero, given.bits, given.kind, given.tops)
         fits.odd.zero_()
-        solved = solve(block, upper, affine, group, SolvedBlock(*(torch.full_like(block, torch.nan) for _ in range(3))), fits)
+        solved = solve(block, upper, affine, group, poisoned(block), fits)
         return affine, solved, int(fits.odd)
 
     want = solve(block, upper, given, group, None, None)
@@ -240,7 +241,7 @@ def test_memory_of_another_block_is_written_over(backend: str) -> None:
     w, upper, affine, group = problem(33, 48, "g_asym", 3, torch.float32)
     run = kernel("gptq_block", backend).run.solve_block
     want = run(w, upper, affine, group)
-    given = SolvedBlock(*(torch.full_like(w, torch.nan) for _ in range(3)))
+    given = poisoned(w)
     assert run(w, upper, affine, group, given) is given
     for got, made in ((given.codes, want.codes), (given.values, want.values), (given.errors, want.errors)):
         assert torch.equal(got, made)

@@ -17,8 +17,8 @@ import torch
 from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS
 from quant.kernels import kernel, native
-from quant.kernels.gptq_block import SolvedBlock, cpu
-from tests.quant.plain_loop import less, plain_loop, same
+from quant.kernels.gptq_block import cpu
+from tests.quant.plain_loop import less, plain_loop, poisoned, same
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 FORMS = {"lanes": cpu.LANES, "avx2": cpu.AVX2, "avx512": cpu.AVX512}
@@ -78,8 +78,7 @@ def test_each_form_equals_the_plain_loop(form: int, grid: str, dtype: torch.dtyp
         w, upper, affine, group = problem(rows, columns, grid, bits, dtype)
         for some in (columns, columns - 3, 1):
             given = w[:some], upper[:some, :some], affine, group[:some]
-            out = SolvedBlock(*(torch.full_like(w[:some], torch.nan) for _ in range(3)))
-            same(cpu.solve_block(*given, out, form=form), plain_loop(*given))
+            same(cpu.solve_block(*given, poisoned(w[:some]), form=form), plain_loop(*given))
 
 
 @pytest.mark.parametrize("grid", sorted(GRIDS))

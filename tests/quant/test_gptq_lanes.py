@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from quant.affine import Affine, ZeroKind
 from quant.grids import GRIDS, fit
 from quant.kernels import kernel, native, on_cuda, recorded
 from quant.kernels.gptq_block import Fit, Fits, SolvedBlock, cuda, triton
-from tests.quant.plain_loop import alike, follows, off_by, plain_loop
+from tests.quant.plain_loop import alike, follows, off_by, plain_loop, poisoned
 from tests.quant.test_gptq_block import FOUND, STACKS, problem, ranges_are_found, rows_need_no_others, with_odd_numbers
 
 GPU = pytest.mark.gpu("nvcc")
@@ -42,15 +43,16 @@ def _compiler(request: pytest.FixtureRequest) -> None:
         pytest.skip(reason)
 
 
-def poisoned(block: Tensor, loss: bool, values: bool = True) -> SolvedBlock:
-    made = [torch.full_like(block if wanted else block[:0], torch.nan) for wanted in (True, values, True)]
-    return SolvedBlock(*made, torch.full_like(block[0], 0.5) if loss else None)
+def with_loss(block: Tensor, values: bool = True) -> SolvedBlock:
+    """Poisoned, but what is added to."""
+    made = poisoned(block)
+    return replace(made, values=made.values if values else made.values[:0], loss=torch.full_like(block[0], 0.5))
 
 
 def emulated(
     block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, plain: bool | None = None, values: bool = True
 ) -> SolvedBlock:
-    out = poisoned(block, loss=True, values=values)
+    out = with_loss(block, values)
     arguments, kept = cuda.arguments(block, upper, affine, group, out)
     if plain is not None:
         arguments[PLAIN] = int(plain)
@@ -61,7 +63,7 @@ def emulated(
 
 def on_gpu(block: Tensor, upper: Tensor, affine: Affine, group: list[int], lanes: int, values: bool = True) -> SolvedBlock:
     block, upper, scale, zero = (t.cuda() for t in (block, upper, affine.scale, affine.zero))
-    out, tops = poisoned(block, loss=True, values=values), None if affine.tops is None else affine.tops.cuda()
+    out, tops = with_loss(block, values), None if affine.tops is None else affine.tops.cuda()
     cuda.solve_block(block, upper, Affine(scale, zero, affine.bits, affine.kind, tops), group, out, lanes=lanes)
     assert out.loss is not None
     return SolvedBlock(out.codes.cpu(), out.values.cpu(), out.errors.cpu(), out.loss.cpu())
@@ -242,7 +244,7 @@ def any_number_of_columns(run: Any, lanes: int) -> None:
         scales = Affine(ranges[0, :, 3:10], ranges[1, :, 3:10], 4, affine.kind)
         group = [7 - j // 32 for j in range(columns)]
         given = w[:columns].clone(), view, scales, group  # with nothing after its columns
-        values, _kept = cuda.arguments(*given, poisoned(given[0], loss=False))
+        values, _kept = cuda.arguments(*given, poisoned(given[0]))
         assert values[PLAIN] == (columns % cuda.PANEL == 0)
         agrees(run(*given, lanes), *given)
         if run is emulated:  # the form for all kinds, too
@@ -349,7 +351,7 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="out holds"):
         cuda.arguments(w, upper, affine, group, SolvedBlock.like(w[:8]))
     with pytest.raises(ValueError, match=r"out\.loss"):
-        cuda.arguments(w, upper, affine, group, SolvedBlock(w, w, w, torch.zeros(4)))
+        cuda.arguments(w, upper, affine, group, replace(SolvedBlock.like(w), loss=torch.zeros(4)))
     with pytest.raises(ValueError, match="group has"):
         cuda.arguments(w, upper, affine, [1] * 16, SolvedBlock.like(w))
 
@@ -369,10 +371,10 @@ def test_many_rows_on_a_gpu_and_in_a_graph() -> None:
         affines = Affine(two[1].scale[:, :rows], two[1].zero[:, :rows], 4, affine.kind)
         assert equal(cuda.solve_block(two[0][:, :rows].contiguous(), u, affines, group, lanes=lanes), want, 60), (rows, lanes)
     for lanes in (0, 1, 4):
-        out = poisoned(block, loss=False)
+        out = poisoned(block)
         cuda.solve_block(block, u, wide, group, out, lanes=lanes)
         assert equal(out, want, 60), lanes
-    graph, replayed = torch.cuda.CUDAGraph(), poisoned(block, loss=False)
+    graph, replayed = torch.cuda.CUDAGraph(), poisoned(block)
     with torch.cuda.graph(graph):
         cuda.solve_block(block, u, wide, group, replayed)
     graph.replay()

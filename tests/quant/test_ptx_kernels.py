@@ -163,7 +163,7 @@ def test_products_by_slices(machine: Programs, blocks: int, monkeypatch: pytest.
 
 
 def solved(block: Tensor, upper: Tensor, affine: Any, group: list[int], lanes: int, values: bool = True) -> SolvedBlock:
-    out = test_gptq_lanes.poisoned(block, loss=True, values=values)
+    out = test_gptq_lanes.with_loss(block, values)
     return gptq_cuda.solve_block(block, upper, affine, group, out, lanes=lanes)
 
 

@@ -86,10 +86,9 @@ def refuse(wrong: Tensor) -> None:
 def planned(block: Tensor, wanted: Wanted, out: SolvedBlock) -> Tensor:
     """int64 `[B, 5]`, on the host: what compiled twins are told of each column. Raises ValueError for what is not contiguous or not like
     the block."""
-    made = [out.codes, out.values, out.errors]
-    if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape for t in (block, *made)):
-        got = [(tuple(t.shape), t.dtype, t.stride()) for t in (block, *made)]
-        raise ValueError(f"block and out are {got}; they must be contiguous and alike")
+    if not block.is_contiguous():
+        raise ValueError(f"the block has shape {tuple(block.shape)} and strides {block.stride()}; it must be contiguous")
+    out.check(block)
     if wanted.centres is not None:
         shape, there = (len(block), 2 ** max(wanted.widths)), wanted.centres
         if there.shape != shape or there.dtype != block.dtype or there.device != block.device or not there.is_contiguous():

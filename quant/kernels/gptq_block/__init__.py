@@ -128,11 +128,12 @@ def find_ranges(block: Tensor, affine: Affine, group: list[int], fits: Fits) -> 
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """Each `[B, N]`, in the float type of the block."""
+    """Each `[B, N]`."""
 
     codes: Tensor
+    """uint8."""
     values: Tensor
-    """Given with no elements where nobody wants them, to twins with SKIPS_VALUES."""
+    """In the float type of the block, as errors are; given with no elements where nobody wants them, to twins with SKIPS_VALUES."""
     errors: Tensor
     """(w_j - q_j) / U_jj of the column as updated."""
     loss: Tensor | None = None
@@ -141,11 +142,13 @@ class SolvedBlock:
     @classmethod
     def like(cls, block: Tensor) -> SolvedBlock:
         """Not filled."""
-        return cls(torch.empty_like(block), torch.empty_like(block), torch.empty_like(block))
+        return cls(torch.empty_like(block, dtype=torch.uint8), torch.empty_like(block), torch.empty_like(block))
 
     def check(self, block: Tensor, needs_values: bool = True) -> None:
         """Raises ValueError where compiled twins cannot write what they make of the block. Twins with SKIPS_VALUES need no values."""
         made = (self.codes, self.values, self.errors) if needs_values or self.values.numel() else (self.codes, self.errors)
-        if not all(t.is_contiguous() and t.dtype == block.dtype and t.shape == block.shape and t.device == block.device for t in made):
+        right = all(t.dtype == (torch.uint8 if t is self.codes else block.dtype) for t in made)
+        if not right or not all(t.is_contiguous() and t.shape == block.shape and t.device == block.device for t in made):
             got = [(tuple(t.shape), t.dtype) for t in made]
-            raise ValueError(f"out holds {got}; it must be contiguous and like the block: {tuple(block.shape)}, {block.dtype}")
+            wanted = f"{tuple(block.shape)}, codes in uint8, all else in {block.dtype}"
+            raise ValueError(f"out holds {got}; it must be contiguous and on the block's device: {wanted}")

@@ -22,8 +22,8 @@ def solve_block(
     diagonal: list[float] = upper.diagonal().tolist()
     for j in range(w.shape[0]):
         own = by_group[group[j]]
-        codes[j] = own.encode(w[j])
-        values[j] = own.decode(codes[j])
+        code = own.encode(w[j])
+        codes[j], values[j] = code, own.decode(code)
         torch.sub(w[j], values[j], out=errors[j]).div_(diagonal[j])
         w[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
     return out

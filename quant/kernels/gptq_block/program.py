@@ -152,7 +152,7 @@ def solve(
     group,  # int32 [B]
     words,  # int32 [N], read where GRIDS: how each row's ranges are found, which are then written to scale and zero
     odd,  # int32 [1], added to where GRIDS
-    codes,  # [B, N]
+    codes,  # uint8 [B, N]
     values,
     errors,
     n,
@@ -202,7 +202,7 @@ def solve(
             q = (code - z) * s
         error = divided(x - q, tl.load(upper + j * b + j))
         at = j * n + rows
-        tl.store(codes + at, code, mask=alive)
+        tl.store(codes + at, code.to(tl.uint8), mask=alive)
         tl.store(values + at, q, mask=alive)
         tl.store(errors + at, error, mask=alive)
         later = tl.load(upper + j * b + columns, mask=(columns > j) & (columns < b), other=0.0)

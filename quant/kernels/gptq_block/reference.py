@@ -19,8 +19,8 @@ def solve_block(
     codes, values, errors = out.codes, out.values, out.errors
     for j in range(w.shape[0]):
         own = affine.of_group(group[j])
-        codes[j] = own.encode(w[j])
-        values[j] = own.decode(codes[j])
+        code = own.encode(w[j])
+        codes[j], values[j] = code, own.decode(code)
         errors[j] = (w[j] - values[j]) / upper[j, j]
         w[j:] -= torch.outer(upper[j, j:], errors[j])
     return out
