@@ -131,9 +131,10 @@ def test_changed_payload_is_told_as_corrupt_and_set_aside(store: Store) -> None:
 
 
 def test_attempts_are_kept_in_order(store: Store) -> None:
-    for n, final in ((1, False), (2, True)):
-        store.add_attempt("k", Failure(ErrorClass.USER, "ValueError", f"no {n}"), n, "sweep", final)
-    assert [(a["message"], a["final"]) for a in store.attempts("k")] == [("no 1", False), ("no 2", True)]
+    """As numbers: the tenth is not the second."""
+    for n in range(1, 12):
+        store.add_attempt("k", Failure(ErrorClass.USER, "ValueError", f"no {n}"), n, "sweep", final=n == 11)
+    assert [(a["message"], a["final"]) for a in store.attempts("k")] == [(f"no {n}", n == 11) for n in range(1, 12)]
 
 
 @pytest.mark.parametrize(("name", "content"), [("1.json", ""), ("1.json", "[]"), ("1.json", "{}"), ("._1.json", "x"), ("of me.json", "{}")])
