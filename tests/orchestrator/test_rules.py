@@ -155,6 +155,21 @@ def test_a_key_that_some_options_have_serves_for_all(tmp_path: Path) -> None:
     assert len(grid.cells) == 5
 
 
+def test_a_glob_is_for_text_alone(tmp_path: Path) -> None:
+    """It fits no option that lacks the key, and no number."""
+    rule = "  exclude: [{method.transforms.scale.kind: 'a*'}]\n"
+    assert {m for m, _ in pairs(grid_of(tmp_path / "a", rule, "method=plain,aware", "scheme=w4,w2"))} == {"plain"}
+    with pytest.raises(ConfigError, match="matches no cell"):
+        grid_of(tmp_path / "b", f"  exclude: [{{scheme.weight.bits: '[24]'}}]\n{PARAMS}")
+
+
+def test_a_key_that_the_command_line_leaves_no_option_is_only_noted(tmp_path: Path) -> None:
+    rule = "  exclude: [{method.rounding.params.damp: 0.01}]\n"
+    grid = grid_of(tmp_path, f"{rule}{PARAMS}", "method=plain", "scheme=w4")
+    assert pairs(grid) == [("plain", "w4")]
+    assert grid.notes == ("sweep.exclude {method.rounding.params.damp: 0.01} matches no cell: the command line narrowed the grid",)
+
+
 def test_a_then_that_the_command_line_leaves_nothing_is_only_noted(tmp_path: Path) -> None:
     rule = "  only_if: [{if: {method: plain}, then: {scheme.weight.bits: 2}}]\n"
     grid = grid_of(tmp_path, f"{rule}{PARAMS}", "scheme=w4")
