@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from orchestrator import lease
 from orchestrator.errors import StoreError, StoreLockedError, StoreVersionError
 from orchestrator.fingerprint import stage_key
 from orchestrator.lease import Lease, holder
@@ -177,6 +178,20 @@ def test_second_live_driver_is_refused_with_the_holders_name(tmp_path: Path) -> 
         with pytest.raises(StoreLockedError, match=str(os.getpid())), Lease(path, "other"):
             pass
     assert not path.exists()
+
+
+def test_a_lease_that_is_held_is_renewed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds it goes on, and all but the expiry stays as it was."""
+    monkeypatch.setattr(lease, "RENEW_S", 0.01)
+    path = tmp_path / "lease.json"
+    with Lease(path, "mine") as held:
+        before = now = json.loads(path.read_text())
+        while now["expires"] == before["expires"] and not held.lost.is_set():
+            now = json.loads(path.read_text())
+        assert not held.lost.is_set()
+        assert now["expires"] > before["expires"]
+        assert {**now, "expires": before["expires"]} == before
+    assert list(tmp_path.iterdir()) == []
 
 
 def _hold(path: Path) -> None:
