@@ -171,6 +171,15 @@ def test_what_is_not_captured_is_told() -> None:
             assert [n for n in later if said in n]
 
 
+@pytest.mark.parametrize(("needed", "enough"), [(0, True), (175, True), (176, False), (300, False)])
+def test_an_eighth_of_a_devices_memory_stays_free(needed: int, enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1000 bytes 300 are free, and 125 are to stay so."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 1000))
+    said = replay.short_of(torch.device("cuda"), needed)
+    assert (said is None) is enough
+    assert said is None or f"takes {needed} bytes" in said
+
+
 def test_memory_that_is_given_back() -> None:
     """Where a device has run out of it: no more graphs for as long as the context lasts, and those who would have one say why."""
     want = packed(*given(0), SCHEMES["one"])
