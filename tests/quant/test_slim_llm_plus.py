@@ -42,6 +42,37 @@ def test_the_widths_are_slim_llms() -> None:
     assert tensor.bits_stored == want.bits_stored
 
 
+@pytest.mark.parametrize("how", [{"objective": "mse"}, {"variant": "corrected"}, {"damp": 0.5}], ids=lambda h: next(iter(h)))
+def test_what_is_said_of_the_allocation_goes_to_it(how: dict[str, Any]) -> None:
+    linear = blocks().linears["weight"]
+    methods = (SlimLlmPlus(**how)._slim(), SlimLlm(**how), SlimLlm())
+    got, want, usual = (m.allocate(linear.weight, linear.statistics, G8, linear.about) for m in methods)
+    assert (got.widths, got.damp, got.details) == (want.widths, want.damp, want.details)
+    assert (got.widths, got.damp, got.details) != (usual.widths, usual.damp, usual.details)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_are_those_of_the_scheme(symmetric: bool) -> None:
+    """In the middle of the codes, or the code of 0 where all weights are above it: the least."""
+    scheme, widths = WeightScheme(2, symmetric, Granularity.GROUP, 8), (2, 3, 3, 2)
+    w = random(5, 32).abs() + 0.1
+    given = Allocation(widths, torch.empty(0), torch.empty(0), 0.01, [], {})
+    tensor: Any = MixedClipping("w", TunableLinear(w, scheme), given).hard(w).tensor
+    assert torch.equal(tensor.zero.long(), torch.tensor([2 ** (b - 1) if symmetric else 0 for b in widths]).expand(5, -1))
+
+
+def test_scales_that_float16_does_not_hold_are_kept_in_float32() -> None:
+    w = 1e-9 * random(5, 32)
+    given = Allocation((2, 3, 3, 2), torch.empty(0), torch.empty(0), 0.01, [], {})
+    clip = MixedClipping("w", TunableLinear(w, G8), given)
+    rounded = clip.hard(w)
+    assert rounded.tensor.scale.dtype is torch.float32  # type: ignore[attr-defined]
+    assert [n for n in rounded.notes if n.endswith("scales are stored in float32")] == rounded.notes != []
+    # Of 2 bits on a range below 8e-9 a step is below 2.7e-9; half of one to round, half as zeros are whole, and 1.8 % of 4e-9 clipped.
+    assert float((rounded.tensor.dequantize() - w).abs().max()) < 3e-9
+    assert torch.equal(clip.soft(w).detach(), rounded.tensor.dequantize())
+
+
 @pytest.mark.parametrize(
     "scheme", [G8, WeightScheme(2, True, Granularity.GROUP, 8), WeightScheme(2, False, Granularity.GROUP, 8, "float32")]
 )
