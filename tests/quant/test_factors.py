@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant import factors
 from quant.errors import SingularHessianError
-from quant.factors import damping_ladder, inverse_factor, pull_factor, revive_dead, shared_factors
+from quant.factors import damping_ladder, first_factor, inverse_factor, pull_factor, revive_dead, shared_factors
 from tests.quant.test_gptq import problem
 
 
@@ -110,6 +110,20 @@ def test_a_hessian_that_no_damping_repairs_is_an_error(factor: Callable[[Tensor,
     h[0, 1] = h[1, 0] = 10
     with pytest.raises(SingularHessianError, match=r"with damping 0\.01, 0\.1, 1"):
         factor(h, 0.01)
+
+
+def test_a_factor_that_is_not_finite_is_none() -> None:
+    """As one whose inverse overflows: the next damping is tried."""
+    mean, asked = 3.0, list[float]()
+
+    def factor(damped: Tensor) -> Tensor:
+        asked.append(float(damped[0, 0]) - 2)
+        return damped / (0 if len(asked) == 1 else 1)
+
+    h = torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64))
+    found, fraction = first_factor(h, 0.01, factor)
+    assert (fraction, asked) == (0.1, pytest.approx([0.01 * mean, 0.1 * mean]))
+    torch.testing.assert_close(found, h + 0.1 * mean * torch.eye(2, dtype=torch.float64))
 
 
 def test_damping_ladder_ends_at_one() -> None:
