@@ -95,7 +95,7 @@ def as_config_error(what: str = "") -> Iterator[None]:
         if plugin is not None:
             kind, name = plugin.groups()
             allowed = unknown_name(f"hydra/{kind}", name, getattr(error, "options", None) or ())
-            raise ConfigError(f"{allowed}; others come with packages of their own, as `pip install hydra-{name}-{kind}`") from error
+            raise ConfigError(f"{allowed}; others come with packages of their own, often named hydra-NAME-{kind}") from error
         cause = f": {error.__cause__}" if isinstance(error.__cause__, OmegaConfBaseException) else ""
         raise ConfigError(f"{what}{': ' if what else ''}{error}{cause}") from error
 

@@ -109,7 +109,7 @@ def test_a_plugin_that_is_not_installed_is_told_with_its_package(kind: str, caps
         assert main([verb, "-m", f"hydra/{kind}=absent"]) == 2
         told = capsys.readouterr().err
         assert f"unknown hydra/{kind} 'absent'; allowed: basic, bitgrid" in told
-        assert f"pip install hydra-absent-{kind}" in told
+        assert f"packages of their own, often named hydra-NAME-{kind}" in told
 
 
 def test_a_sweeper_may_be_chosen_in_the_yaml_of_a_named_sweep(
