@@ -6,9 +6,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,8 @@ from quant.scheme import ActivationScheme, Granularity, WeightScheme
 from tests.tiny_models import build, save_tokenizer
 from tests.workers.stage_runs import calibrated, context, quantize_spec, quantized
 from workers.errors import InputError
-from workers.export import ExportError, run
-from workers.export.__main__ import main
+from workers.export import FORMATS, ExportError, run
+from workers.export.__main__ import main, program
 from workers.export.model import as_half, open_model, read_quantized
 from workers.recipe import Recipe
 
@@ -253,18 +250,25 @@ def test_a_corrupt_artifact_is_told_with_how_to_make_it_again(
     assert f"remove {broken} and run the sweep again" in said
 
 
-def test_an_export_that_is_told_to_stop_leaves_nothing_and_says_nothing(model: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from workers.export import FORMATS; from workers.export.__main__ import program\n"
-        "def slow(artifact, model, staging): (staging / 'begun').touch(); time.sleep(60)\n"
-        "FORMATS['dense'] = slow; program(sys.argv[1:])"
-    )
-    arguments = ["--format", "dense", "--artifact", str(tmp_path), "--model", str(model), "--out", str(tmp_path / "out")]
-    child = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".export-*/begun")):
-        assert child.poll() is None
-        time.sleep(0.05)
-    child.terminate()
-    assert child.communicate(timeout=60)[1] == ""
-    assert child.returncode == 128 + signal.SIGTERM
+def test_an_export_that_is_told_to_stop_leaves_nothing_and_says_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[Path] = []
+
+    def stopped(artifact: Path, model: Path, staging: Path) -> tuple[int, list[str]]:
+        (staging / "begun").touch()
+        begun.extend(tmp_path.glob(".export-*/begun"))
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setitem(FORMATS, "dense", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            program(["--format", "dense", "--artifact", str(tmp_path), "--model", str(model), "--out", str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert len(begun) == 1
     assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
