@@ -47,7 +47,7 @@ class AffineTensor(Coded):
 
     @staticmethod
     def build(codes: Tensor, affine: Affine, scale_dtype: torch.dtype, *, g_idx: Tensor | None = None) -> AffineTensor:
-        """From float codes `[N, K]` and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
+        """From codes `[N, K]`, whole numbers of any type, and scale and zero `[R, G]` that are already rounded to `scale_dtype`."""
         return AffineTensor(
             codes=codes.to(torch.uint8).contiguous(),
             scale=affine.scale.to(scale_dtype).contiguous(),

@@ -23,7 +23,7 @@ from quant.kernels.gptq_block import KINDS, Fits, SolvedBlock
 ADDS_LOSS = True
 """`out.loss` is added to here."""
 SKIPS_VALUES = True
-"""`out.values` may have no elements: nobody wants them, and a quarter of what a launch writes and reads is not written."""
+"""`out.values` may have no elements: nobody wants them, and nearly a third of what a launch writes and reads is not written."""
 COLUMNS, PANEL, MOST = 128, 16, 2**30
 """Of a block; that the kernel takes together; weights in a block, whose bytes are counted in 32 bits."""
 
