@@ -228,6 +228,7 @@ def rewritten(tmp_path: Path, change: Any) -> Path:
         (lambda r: r.update(version=99), "recipe version 99 is not 1"),
         (lambda r: r["operations"][0].update(op="teleport"), "unknown recipe operation 'teleport'"),
         (lambda r: r["operations"][0].update(input=[{"op": "warp"}]), "unknown input operation 'warp'"),
+        (lambda r: r["operations"][0].update(kind="batch"), "unknown kind of norm 'batch'"),
         (lambda r: r.update(model="another"), "was quantized from model another"),
     ],
 )

@@ -24,6 +24,7 @@ from workers.errors import InputError, UnsupportedModel
 from workers.export.dense import write
 from workers.export.report import ExportError
 from workers.rebuild import attach_runtime, load_model, rebuild
+from workers.recipe import Recipe
 from workers.rotatable import rotatable
 from workers.rotate import Rotator, model_shape, sites_of
 from workers.specs import ModelSpec, QuantizeSpec
@@ -219,6 +220,12 @@ def test_a_rotated_model_has_no_place_in_a_checkpoint_of_its_family(tmp_path: Pa
     artifact, _ = quantized(ctx, tmp_path / "q", quantize_spec("rtn", "quarot"), {})
     with pytest.raises(ExportError, match="the recipe has untie_head"):
         write(artifact, Path(ctx.models["model"].path), tmp_path)
+    # Nor has a norm that is made one of a kind.
+    recipe = Recipe(artifact)
+    recipe.operations = [op for op in recipe.operations if op["op"] == "set_norm"][-1:]
+    assert recipe.changes_the_model() == "set_norm"
+    del recipe.operations[0]["kind"]
+    assert recipe.changes_the_model() is None
 
 
 def test_keys_are_mixed_while_they_are_quantized(tmp_path: Path) -> None:
