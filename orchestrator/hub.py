@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from workers.model_files import EXPECTED, SMALL_FILES, find_weights, weights_in
+
+OUT_OF_REACH = "check the network, unset HF_HUB_OFFLINE"
+"""What to do where the hub has not answered."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class HubModel:
     weight_bytes: int = 0
     reason: str = ""
     """Why there are no files."""
-    remedy: str = "check the network, unset HF_HUB_OFFLINE"
+    remedy: str = OUT_OF_REACH
 
 
 def describe_model(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:
@@ -38,15 +41,11 @@ def describe_model(repository: str, revision: str | None, file_digest: Callable[
     except Exception as e:  # any network or hub error: the cache may still answer
         cached = _from_cache(repository, revision, file_digest)
         lines = str(e).splitlines() or [""]
-        if cached.files is not None:
-            return cached
-        told = HubModel(None, reason=f"{type(e).__name__}: {lines[0][:200]}")
-        remedy = _remedy(e, repository)
-        return told if remedy is None else replace(told, remedy=remedy)
+        reason = f"{type(e).__name__}: {lines[0][:200]}"
+        return cached if cached.files is not None else HubModel(None, reason=reason, remedy=_remedy(e, repository))
 
 
-def _remedy(error: Exception, repository: str) -> str | None:
-    """What to do where the hub has answered; None where only the network can be at fault."""
+def _remedy(error: Exception, repository: str) -> str:
     from huggingface_hub.constants import ENDPOINT
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -54,7 +53,7 @@ def _remedy(error: Exception, repository: str) -> str | None:
         return f"ask for access on {ENDPOINT}/{repository}, then log in: `hf auth login`, or HF_TOKEN"
     if isinstance(error, RepositoryNotFoundError):
         return "correct model.hub.id; a private repository needs `hf auth login`, or HF_TOKEN"
-    return "correct model.hub.revision" if isinstance(error, RevisionNotFoundError) else None
+    return "correct model.hub.revision" if isinstance(error, RevisionNotFoundError) else OUT_OF_REACH
 
 
 def _from_hub(repository: str, revision: str | None, file_digest: Callable[[Path], str]) -> HubModel:

@@ -93,12 +93,13 @@ def drive(scheduler: Scheduler, executor: Executor, hooks: Hooks, stop: Stop) ->
             loop.submit(assignment)
         if scheduler.finished:
             return
-        if not scheduler.slots:
-            scheduler.cancel_all()
-            raise ClusterError(f"every worker of the cluster is lost ({loop.last_loss}); look at the cluster, then run `bitgrid resume`")
-        if not scheduler.running and scheduler.next_wait_s() is None:
-            raise RuntimeError("the scheduler has unfinished stages, but none that runs, waits or is ready")
         try:
+            if not scheduler.slots:
+                raise ClusterError(
+                    f"every worker of the cluster is lost ({loop.last_loss}); look at the cluster, then run `bitgrid resume`"
+                )
+            if not scheduler.running and scheduler.next_wait_s() is None:
+                raise RuntimeError("the scheduler has unfinished stages, but none that runs, waits or is ready")
             loop.take_events(min(POLL_S, scheduler.next_wait_s() or POLL_S))
         except ClusterError:
             scheduler.cancel_all()
