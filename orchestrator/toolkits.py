@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
         raise ConfigError(f"{folder} is there and is no virtual environment; give --dir another folder, or move it away")
     _check_python(python)
     say(console, f"making {folder} from {toolkit.lock}")
-    shutil.rmtree(folder, ignore_errors=True)
-    _call([python, "-m", "venv", str(folder)])
-    # The hqq package would build CUDA kernels that nothing here uses.
-    variables = {**os.environ, "DISABLE_CUDA": "1"}
-    pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    _call([*pip, "--requirement", str(toolkit.lock)], variables)
-    marker.write_text(lock)
+    with _set_aside(folder):
+        _call([python, "-m", "venv", str(folder)])
+        # The hqq package would build CUDA kernels that nothing here uses.
+        variables = {**os.environ, "DISABLE_CUDA": "1"}
+        pip = [str(python_of(folder)), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        _call([*pip, "--requirement", str(toolkit.lock)], variables)
+        marker.write_text(lock)
     return folder
 
 
@@ -74,6 +75,25 @@ def describe(toolkit: Toolkit, parent: Path) -> str:
     folder = parent.expanduser() / toolkit.name
     found = installed_release(folder, toolkit.package)
     return f"{toolkit.name}: {toolkit.package} {found} in {folder}" if found else f"{toolkit.name}: not in {folder}"
+
+
+@contextmanager
+def _set_aside(folder: Path) -> Iterator[None]:
+    """What is at `folder` is gone where the body succeeds, and back where it does not: a method may name the older release."""
+    before = folder.with_name(f".{folder.name}.before")
+    if before.exists() and not (folder / INSTALLED).is_file():  # a call that was killed left half an environment
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if before.exists():
+            before.rename(folder)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _check_python(python: str) -> None:

@@ -178,6 +178,23 @@ def test_installing_removes_nothing_but_an_environment(tmp_path: Path) -> None:
     assert sources.read_text() == "mine"
 
 
+def test_an_environment_is_back_where_the_newer_one_cannot_be_made(tmp_path: Path) -> None:
+    folder, python = fake_hqq(tmp_path), tmp_path / "python"
+    (folder / "pyvenv.cfg").touch()
+    python.write_text('#!/bin/sh\nif [ "$1" = -c ]; then echo 3 11; else mkdir -p "$3"; touch "$3/pyvenv.cfg"; exit 1; fi\n')
+    python.chmod(0o755)
+    kept = (folder / "bin" / "python").read_text()
+    for killed in (False, True):
+        if killed:  # what a call leaves that was killed in between
+            folder.rename(tmp_path / ".hqq.before")
+            folder.mkdir()
+            (folder / "pyvenv.cfg").touch()
+        with pytest.raises(ConfigError, match="failed with 1"):
+            install("hqq", tmp_path, str(python), Console(quiet=True))
+        assert (folder / "bin" / "python").read_text() == kept
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["hqq", "python"]
+
+
 def test_locks_pin_every_package_and_hold_their_toolkit() -> None:
     for toolkit in TOOLKITS.values():
         lines = [line for line in toolkit.lock.read_text().splitlines() if line and not line.startswith("#")]
