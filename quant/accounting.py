@@ -32,8 +32,8 @@ def zero_bits(kind: ZeroKind, bits: int, scale_bits: int) -> int:
     return 16 if kind is ZeroKind.INTEGER else scale_bits
 
 
-def bits_formula(scheme: WeightScheme, shape: tuple[int, int], kind: ZeroKind = ZeroKind.CODE, *, permuted_groups: bool = False) -> float:
-    """b + (s_bits + z_bits) / g, plus an index of log2 K bits per column where groups are permuted (act-order).
+def bits_formula(scheme: WeightScheme, shape: tuple[int, int], kind: ZeroKind = ZeroKind.CODE) -> float:
+    """b + (s_bits + z_bits) / g.
 
     Number formats with a scale of their own type have 8 bits per scale, and float32 constants: one per tensor (nvfp4), one and one
     per 256 scales (nf4_dq).
@@ -43,8 +43,7 @@ def bits_formula(scheme: WeightScheme, shape: tuple[int, int], kind: ZeroKind = 
     if scheme.number != "int":
         return _number_formula(scheme, n, k)
     scale_bits = SCALE_BITS[scheme.scale_dtype]
-    overhead = (scale_bits + zero_bits(kind, scheme.bits, scale_bits)) / group_width(scheme, n, k)
-    return scheme.bits + overhead + (math.ceil(math.log2(k)) / n if permuted_groups else 0.0)
+    return scheme.bits + (scale_bits + zero_bits(kind, scheme.bits, scale_bits)) / group_width(scheme, n, k)
 
 
 def _number_formula(scheme: WeightScheme, n: int, k: int) -> float:
