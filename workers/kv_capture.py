@@ -69,12 +69,12 @@ def save(tensors: dict[str, Tensor], file: Path) -> dict[str, Any]:
     return {"file": file.name, "sites": {n: {"tokens": x.shape[0] * x.shape[1], "cols": x.shape[2]} for n, x in tensors.items()}}
 
 
-def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path, fisher: Path | None = None) -> list[KVQuantizer]:
-    """The quantizer fitted to each block's keys and values, weighted by the statistic `kv_fisher` where given; without the tokens at the
-    start of a sequence that it keeps exactly. Raises CorruptArtifactError, InputError."""
-    made, kept = [], getattr(quantizer, "first_few_fp16", 0)
+def calibrated(quantizer: KVQuantizer, structure: Structure, artifact: Path, fisher: Path | None, skipped: int) -> list[KVQuantizer]:
+    """The quantizer fitted to each block's keys and values, weighted by the statistic `kv_fisher` where given; without the first
+    `skipped` tokens of every sequence (those it keeps exactly). Raises CorruptArtifactError, InputError."""
+    made = []
     for b in range(structure.count):
-        found = [_of_block(a, structure, b, kept) for a in (artifact, fisher) if a is not None]
+        found = [_of_block(a, structure, b, skipped) for a in (artifact, fisher) if a is not None]
         made.append(quantizer.calibrate(*(x for pair in found for x in pair)))
     return made
 

@@ -136,4 +136,4 @@ def _quantizers(model: nn.Module, kv: KVScheme, inputs: Mapping[str, Path]) -> l
     if kv.fisher and kv_fisher.KIND not in inputs:
         raise InputError(f"kv.fisher=true needs the squared gradients of calibration text as the input `{kv_fisher.KIND}`")
     fisher = inputs[kv_fisher.KIND] if kv.fisher else None
-    return kv_capture.calibrated(quantizer, structure, inputs[kv_capture.KIND], fisher)
+    return kv_capture.calibrated(quantizer, structure, inputs[kv_capture.KIND], fisher, kv.first_few_fp16)

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from quant.errors import ScaleDtypeError
 from quant.kv import Kivi, KVQuant, KVQuantizer, PerToken
 from quant.scheme import ActivationScheme, Granularity, KVScheme, WeightScheme
-from tests.tiny_models import EXPERTS, FAMILIES, config_of, tiny_model
+from tests.tiny_models import EXPERTS, FAMILIES, tiny_model
 from tests.workers.stage_runs import calibrated, calibration_text, commit, quantize_spec, quantized, tiny_context
 from tests.workers.test_evaluate import evaluated, items
-from workers import families, kv_capture, kv_rules, kv_runs
+from workers import kv_rules, kv_runs
 from workers.blocks import Taps
 from workers.decoding import decoded_logits
 from workers.errors import InputError
@@ -224,10 +224,13 @@ def test_kvquant_says_that_keys_and_values_are_not_those_it_was_calibrated_on(sp
 def test_first_tokens_that_are_kept_are_not_calibrated_on(tmp_path: Path) -> None:
     """Sinks are what ranges should not have to hold: with the first two of every sequence a thousand times as large nothing changes."""
     context = tiny_context("llama", tmp_path)
-    structure = families.structure(config_of("llama").to_dict())
     statistics = calibrated(context, tmp_path / "c", "kv", "kv_fisher")
-    rule = KVQuant(3, 0.1, "nuq", first_few_fp16=2)
-    want = kv_capture.calibrated(rule, structure, statistics["kv"], statistics["kv_fisher"])
+
+    def rows(name: str, kept: int) -> dict[str, list[Any]]:
+        kv = KVScheme(3, kind="kvquant", version=2, outliers=0.1, codebook="nuq", fisher=True, first_few_fp16=kept)
+        return items(evaluated(context, tmp_path / name, "perplexity", statistics, kv=kv)[0])
+
+    want, fewer = rows("want", 2), rows("fewer", 1)
     for artifact in statistics.values():
         for file in (artifact / "payload").glob("block_*.safetensors"):
             tensors = load_file(file)
@@ -235,13 +238,10 @@ def test_first_tokens_that_are_kept_are_not_calibrated_on(tmp_path: Path) -> Non
                 x[:, :2] *= 1000
             save_file(tensors, file)
         commit(artifact)
-    got = kv_capture.calibrated(rule, structure, statistics["kv"], statistics["kv_fisher"])
-    for a, b in zip(got, want, strict=True):
-        assert isinstance(a, KVQuant)
-        assert isinstance(b, KVQuant)
-        torch.testing.assert_close((a.key_range, a.key_codebook, a.value_codebook), (b.key_range, b.key_codebook, b.value_codebook))
+    assert rows("got", 2) == want
+    assert rows("none", 1) != fewer
     with pytest.raises(InputError, match=r"kv\.first_few_fp16=12 leaves nothing to calibrate on: calibration sequences have 12 tokens"):
-        kv_capture.calibrated(replace(rule, first_few_fp16=12), structure, statistics["kv"])
+        rows("all", 12)
 
 
 def test_divergence_of_a_decoded_cache_and_more_bits_are_better(tmp_path: Path) -> None:
