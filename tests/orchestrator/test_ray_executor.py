@@ -278,7 +278,7 @@ def test_a_cluster_without_a_token_and_then_without_a_head(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
     assert "cluster.auth=disabled" in results["token"]
-    assert "has not answered" in results["head"]
+    assert "let them signal bitgrid alone" in results["head"]
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001", "somewhere"])

@@ -15,7 +15,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.executors.base import Event, RequestEnded, Runner, SlotLost, StageEnded
 from orchestrator.executors.ray.actor import Batch, Identity, Worker
 from orchestrator.executors.ray.capacity import Layout, NodeResources, layout
-from orchestrator.executors.ray.head import OWN_PATIENCE_S, PATIENCE_S, Head
+from orchestrator.executors.ray.head import Head
 from orchestrator.executors.ray.start import Session, open_session
 from orchestrator.executors.settings import ClusterSettings
 from workers.request import FORMAT, Outcome, Request
@@ -55,7 +55,7 @@ class RayExecutor:
             return
         self._session = open_session(self._settings, self._local_cores())
         try:
-            self._head = Head(_head_address(), PATIENCE_S if self._session.folder is None else OWN_PATIENCE_S)
+            self._head = Head(_head_address(), own=self._session.folder is not None)
             self._layout = layout(self._settings, _nodes())
             starting = {i: self._spawn() for i in range(self._layout.slots)}
             self._slots = self._answered(starting)

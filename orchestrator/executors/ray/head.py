@@ -22,11 +22,12 @@ ANSWER_S = 2.0
 
 
 class Head:
-    """`address`: host:port."""
+    """`address`: host:port. `own`: of a cluster that was started here."""
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, address: str, own: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
         self.address = address
-        self._patience_s = patience_s
+        self._own = own
+        self._patience_s = OWN_PATIENCE_S if own else PATIENCE_S
         self._clock = clock
         self._looked = clock()
         self._away_since: float | None = None
@@ -43,8 +44,14 @@ class Head:
         elif self._away_since is None:
             self._away_since = now
         elif now - self._away_since > self._patience_s:
+            todo = (
+                "something ended it, as batch systems do that signal all processes of a job: let them signal bitgrid alone "
+                "(docs/running-on-a-cluster.md)"
+                if self._own
+                else "look at the cluster"
+            )
             raise ClusterError(
-                f"the head of the Ray cluster at {self.address} has not answered for {self._patience_s:g} s; look at the cluster, "
+                f"the head of the Ray cluster at {self.address} has not answered for {self._patience_s:g} s; {todo}, "
                 "then run `bitgrid resume`"
             )
         return self._away_since is None
