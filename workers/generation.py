@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from workers import families
 from workers.errors import InputError
+from workers.positions import refuses_room
 
 CACHES = ("past_key_values", "state")
 """Names under which models return, and take, what they keep of earlier tokens."""
@@ -135,6 +136,9 @@ class Graphed:
             raise NoGraph("its weights are read anew in every forward pass")
         self._model, self._last = model, last_logits(model)
         self._room = room(prompt.shape[1], steps)
+        config: Any = model.config
+        if (reason := refuses_room(self._room, config.to_dict())) is not None:
+            raise NoGraph(reason)
         self._cache = cache or _fixed_cache(model, self._room)
         self._tokens = prompt[:, :1].clone()
         try:

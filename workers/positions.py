@@ -48,3 +48,12 @@ def refuses_calibration(length: int, config: Mapping[str, Any]) -> str | None:
     if limit is None or length <= limit or config.get("model_type") not in LEARNED:
         return None
     return f"calibration.sequence_length={length} is above the model's {limit} learned positions; use {limit} or less"
+
+
+def refuses_room(tokens: int, config: Mapping[str, Any]) -> str | None:
+    """Why no step is captured whose cache takes so many tokens; None where one can be. Steps before a capture may go on beyond the last
+    token that is timed, where a device that reads an embedding that is not there takes no further work."""
+    limit = positions(config)
+    if limit is None or tokens <= limit or config.get("model_type") not in LEARNED:
+        return None
+    return f"steps before a capture come to {tokens} tokens, above the model's {limit} learned positions"

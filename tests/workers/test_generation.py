@@ -13,6 +13,7 @@ from tests.workers.fake_devices import fake_capture
 from workers import generation
 from workers.families import refuses_steps
 from workers.generation import Eager, Graphed, NoGraph, generate
+from workers.positions import positions
 
 PROMPT = torch.randint(2, 90, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -72,6 +73,23 @@ def test_what_cannot_be_captured_says_why(family: str, reason: str, monkeypatch:
     monkeypatch.setattr(generation, "captured", fake_capture)
     with pytest.raises(NoGraph, match=reason):
         Graphed(model(family), PROMPT, 5)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "llama"])
+def test_steps_before_a_capture_stay_within_learned_positions(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for all of them is refused by one token too many, where a GPU's process would be lost; other positions can go on."""
+    monkeypatch.setattr(generation, "captured", fake_capture)
+    found = model(family)
+    most = positions(found.config.to_dict())
+    assert most is not None
+    fits = torch.ones(1, most - generation.WARM - 1, dtype=torch.int64)
+    for prompt in (fits, torch.ones(1, most - 1, dtype=torch.int64)):
+        if family == "llama" or prompt is fits:
+            assert generate(Graphed(found, prompt, 1), prompt, 1).tokens.shape == (1, 1)
+        else:
+            assert generate(Eager(found), prompt, 1).tokens.shape == (1, 1)
+            with pytest.raises(NoGraph, match=f"come to {most + generation.WARM} tokens, above the model's {most} learned positions"):
+                Graphed(found, prompt, 1)
 
 
 def test_weights_that_come_and_go_cannot_be_captured() -> None:
