@@ -22,6 +22,7 @@ from workers.specs import (
     MeasureSpec,
     MethodSpec,
     ModelSpec,
+    PrepareSpec,
     QuantizeSpec,
     Rule,
     Spec,
@@ -44,6 +45,11 @@ GROUPED = WeightScheme(4, granularity=Granularity.GROUP, group_size=64)
 GPTQ = MethodSpec(Component("gptq", 1, freeze({"damp": 0.01, "act_order": True})), (Component("awq", 2, freeze({"grid": [1, 2]})),))
 EXAMPLES: dict[str, tuple[StageKind, Spec, dict[str, str]]] = {
     "calibrate": (StageKind.CALIBRATE, CalibrateSpec(MODEL, CALIBRATION, "hessian"), {}),
+    "prepare": (
+        StageKind.PREPARE,
+        PrepareSpec(MODEL, "sensitivity", 1, CALIBRATION, freeze({"group_size": 64})),
+        {"hessian": "k1"},
+    ),
     "quantize": (StageKind.QUANTIZE, QuantizeSpec(MODEL, (Rule("*", GPTQ, GROUPED),)), {"hessian": "k1"}),
     "quantize_static": (
         StageKind.QUANTIZE,
@@ -67,6 +73,11 @@ EXAMPLES: dict[str, tuple[StageKind, Spec, dict[str, str]]] = {
 
 def test_keys_are_what_they_were() -> None:
     assert {name: stage_key(*example) for name, example in EXAMPLES.items()} == json.loads(GOLDEN.read_text())
+
+
+def test_the_canonical_form_is_plain_text_in_one_order() -> None:
+    """Whatever a machine's encoding: of a text with an accent its escape."""
+    assert canonical({"b": [1, None], "a": "é"}) == '{"a":"\\u00e9","b":[1,null]}'
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
