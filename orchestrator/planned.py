@@ -71,11 +71,6 @@ class Plan:
     key: str = ""
     """Of the sweep: a digest of all its evaluate keys and skipped cells, so the same grid is the same sweep."""
 
-    @property
-    def provisional(self) -> list[str]:
-        """Names of models the hub could not be asked about; such a plan cannot run."""
-        return [m.name for m in self.models.values() if m.provisional]
-
     def is_result(self, key: str) -> bool:
         """Whether report, MLflow or export read this stage, not only the stages after it."""
         return self.stages[key].kind in (StageKind.QUANTIZE, StageKind.EVALUATE) or key in self.wanted
