@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
-from orchestrator.measuring import measuring, unmeasured
+from orchestrator.measuring import check_length, measured_cache, measuring, unmeasured
 from orchestrator.report.numbers import duration, size
 from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import Speed, columns, speed_table, speeds
@@ -144,6 +145,74 @@ def test_the_device_is_this_machines() -> None:
     assert found.device == cpu_model()
     assert found.workload.threads is not None
     assert measuring(compose_grid([], multirun=True).settings) is None
+
+
+ASKED = """#!/bin/sh
+[ "$2 $3" = "--query-gpu=name --format=csv,noheader" ] || exit 9
+case "$1" in --id=0) echo "NVIDIA H200";; --id=1) echo "NVIDIA L4";; --id=2) echo;; *) echo "No devices were found"; exit 6;; esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("hints", "device"),
+    [
+        ("hints.device=auto", "NVIDIA H200"),
+        ("hints.device=cuda", "NVIDIA H200"),
+        ("hints.device=cuda:1", "NVIDIA L4"),
+        ("~hints", "NVIDIA H200"),
+        ("hints.device=cpu", None),
+        ("hints.device=cuda:2", None),
+        ("hints.device=cuda:3", None),
+    ],
+)
+def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nvidia-smi names it; without one the CPU, whose threads are part of the workload."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(ASKED)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    settings = dict(compose_grid(["measure=true", *([] if hints == "~hints" else [hints])], multirun=True).settings)
+    if hints == "~hints":
+        settings["hints"] = None
+    found = measuring(settings)
+    assert found is not None
+    assert found.device == (device or cpu_model())
+    assert found.workload.threads == (None if device else os.cpu_count())
+    given = measuring({**settings, "workload": {"threads": 3, "device": "auto"}})
+    assert given is not None
+    assert (given.device, given.workload.threads) == (found.device, 3)
+
+
+def test_a_workload_of_one_of_each_is_one() -> None:
+    least = {"batch": 1, "prompt": 1, "tokens": 1, "threads": 1}
+    found = measuring({"measure": True, "workload": {**least, "device": "A100"}})
+    assert found is not None
+    assert found.workload == Workload(**least)
+    for name in least:
+        with pytest.raises(ConfigError, match=f"workload.{name}=0; give a whole number from 1"):
+            measuring({"measure": True, "workload": {**least, name: 0, "device": "A100"}})
+        if name != "threads":
+            with pytest.raises(ConfigError, match=f"workload.{name}=None; give a whole number from 1"):
+                measuring({"measure": True, "workload": {**least, name: None, "device": "A100"}})
+
+
+def test_all_positions_of_a_model_can_be_measured() -> None:
+    config = {"model_type": "llama", "max_position_embeddings": 160}
+    check_length(Workload(prompt=128, tokens=32), config, "a model")
+    with pytest.raises(ConfigError, match="make 161 positions, and a model has 160"):
+        check_length(Workload(prompt=129, tokens=32), config, "a model")
+
+
+def test_a_window_must_hold_prompt_and_tokens() -> None:
+    """Of sliding attention, where the cache is read packed."""
+    config = {"model_type": "mistral", "hidden_size": 512, "num_attention_heads": 8, "sliding_window": 160}
+    assert unmeasured(Scheme(None, None, KVScheme(4)), config, Workload(prompt=128, tokens=32)) is None
+    assert "a token sees 160 tokens" in str(unmeasured(Scheme(None, None, KVScheme(4)), config, Workload(prompt=129, tokens=32)))
+
+
+def test_a_measured_cache_is_its_format_alone() -> None:
+    assert measured_cache(KIVI) == KVScheme(4, kind="kivi", group_size=32, residual_length=128)
+    assert measured_cache(None) is None
 
 
 def test_a_measure_stage_runs_alone() -> None:
