@@ -21,6 +21,8 @@ from quant.tensors.codebook import bits_formula as codebook_formula
 from quant.tensors.columns import ColumnsTensor
 from quant.tensors.columns import bits_formula as columns_formula
 from quant.tensors.floating import FloatingTensor
+from quant.tensors.lattice import LatticeTensor
+from quant.tensors.lattice import bits_formula as lattice_formula
 from quant.tensors.mixed import MixedTensor
 from quant.tensors.mixed import bits_formula as mixed_formula
 from quant.tensors.packing import unpack_bits
@@ -90,6 +92,10 @@ def by_rows(tables: tuple[int, int] = (2, 8), bits: int = 3) -> RowCodebookTenso
     return RowCodebookTensor(codes(2, 8), ones(*tables), bits)
 
 
+def lattice() -> LatticeTensor:
+    return LatticeTensor((torch.zeros(2, 1, dtype=torch.int64),), codes(2), codes(8), torch.ones(1), 2)
+
+
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [
@@ -132,7 +138,7 @@ def test_a_stream_holds_codes_and_no_more(bits: int) -> None:
         unpack_bits(torch.zeros(bits, dtype=torch.int16), bits, 8)
 
 
-@pytest.mark.parametrize("make", [affine, binary, partial, codebook, mixed, sparse, floating, columns, strided, by_rows])
+@pytest.mark.parametrize("make", [affine, binary, partial, codebook, mixed, sparse, floating, columns, strided, by_rows, lattice])
 def test_an_input_scale_is_kept_like_the_scales_where_that_changes_no_value(make: Callable[..., Any]) -> None:
     """In float16 here, of 8 columns; one third is none of float16's numbers, a third of three is."""
     stored, thirds = make(), torch.full((8,), 1 / 3)
@@ -177,6 +183,12 @@ def test_what_codebooks_take_is_counted() -> None:
 def test_what_groups_of_several_widths_take_is_counted() -> None:
     """3 rows of a group of 2 columns in 3 bits (a code, a scale of 16 bits and a zero of 3) and one in 1 bit (a scale and a mean)."""
     assert mixed_formula([3, 1], 3, 2) == pytest.approx((3 * (2 * 3 + 16 + 3) + 3 * (2 * 1 + 16 + 16) + 2 * 2) / 12)
+
+
+def test_what_a_lattice_takes_is_counted() -> None:
+    """16 bits for 8 weights, a bit for each row and column, 32 for the scale; streams of signs end with a byte."""
+    assert lattice_formula(2, 2, 8) == pytest.approx((2 * 16 + 2 + 8 + 32) / 16)
+    assert lattice().bits_stored == (2 * 16 + 8 + 8 + 32) / 16
 
 
 def test_what_two_levels_of_statistics_take_is_counted() -> None:

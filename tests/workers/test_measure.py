@@ -24,7 +24,7 @@ from tests.quant.products_affine import inputs, stored
 from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
-from workers import families, generation, nvml, packed
+from workers import alike, families, generation, nvml, packed
 from workers.comparison import TOLERANCE, distance, require_close
 from workers.context import Context
 from workers.errors import InputError, NumericalError
@@ -75,6 +75,10 @@ def test_packed_weights_are_timed_where_a_kernel_takes_them(family: str, tmp_pat
     assert (base["backends"], base["packed_bytes"], base["check_error"]) == ({}, 0, None)
     assert base["disk_bytes"] == sum(t.nbytes for t in load_file(tiny_model(family) / "model.safetensors").values())
     assert found["threads"] == 1
+    assert found["device"] == base["device"] == cpu_model()
+    assert found["weights_bytes"] <= found["peak_memory_bytes"]
+    assert 0 < found["product_error"] <= alike.TOLERANCE[torch.float32]
+    assert (base["product_error"], base["products"], base["bits_stored"]) == (None, [], None)
 
 
 def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +89,7 @@ def test_a_cache_in_fewer_bits_is_read_as_it_is_stored(tmp_path: Path, monkeypat
     found = measured(context, tmp_path / "m", artifact, kv=kv, prompt=20, tokens=4)
     assert (found["kv_backend"], found["graph"]) == ("reference", False)
     assert found["check_error"] <= TOLERANCE["float32"]
+    assert 0 < found["kv_error"] <= TOLERANCE["float32"]
     # The last step reads the cache before it ages: of 24 tokens 16 keys and 23 - 16 values are codes, of 2 bits with 4 bytes for 16 of
     # them; the others are float32.
     coded, rest = 16 + 7, 48 - (16 + 7)
@@ -323,7 +328,8 @@ def test_a_backend_that_is_insisted_on_takes_every_linear_or_none(tmp_path: Path
     context = tiny_context("llama", tmp_path)
     five, _ = quantized(context, tmp_path / "five", quantize_spec(weight=WeightScheme(5)), {})
     artifact, _ = quantized(context, tmp_path / "q", quantize_spec(), {})
-    assert list(measured(context, tmp_path / "d", artifact, backend="dense")["backends"]) == ["dense"]
+    dense = measured(context, tmp_path / "d", artifact, backend="dense")
+    assert (list(dense["backends"]), dense["product_error"], dense["packed_bytes"]) == (["dense"], None, 0)
     assert list(measured(context, tmp_path / "r", artifact, backend="reference")["backends"]) == ["reference"]
     with pytest.raises(InputError, match=r"workload.backend=cpu does not take .*; use auto, which leaves it dense"):
         measured(context, tmp_path / "m", five, backend="cpu")
