@@ -114,6 +114,24 @@ def test_a_gpu_gives_memory_up_to_the_host_and_all_where_none_is_to_be_kept() ->
     assert (holder.bytes, holder.host_bytes) == (64, 0), "the host has no host beside it"
 
 
+def test_the_host_counts_what_is_pinned_of_every_tensor() -> None:
+    """A power of two of each that has any bytes: of 100, 4, 1 and none."""
+    holder = Copies().begin(1, 256)
+    holder.statistics("a", lambda: {str(n): torch.zeros(n, dtype=torch.uint8) for n in (100, 4, 1, 0)})
+    assert (holder.bytes, holder.host_bytes) == (0, 128 + 4 + 1)
+
+
+@pytest.mark.parametrize(("device", "share"), [(CPU, 250), (GPU, 500)])
+def test_without_a_budget_a_quarter_of_a_hosts_free_memory_is_kept_and_half_of_a_gpus(device: torch.device, share: int) -> None:
+    """What is kept counts as free."""
+    for size, held in ((share, share), (share + 1, 0)):
+        holder = Kept(lambda place: 1000 - holder.bytes, lambda tensor, place: tensor)  # noqa: B023
+        holder.begin(device, None, 0)
+        for name in "ab":
+            entry(holder, name, size)
+        assert (holder.bytes, holder.host_bytes) == (held, 0)
+
+
 def test_another_device_begins_with_nothing() -> None:
     holder = Copies().begin(None)
     holder.statistics("file", lambda: {"site": torch.ones(4)})
