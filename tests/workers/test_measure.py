@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from scipy.stats import binom
 from torch import Tensor
 
 from quant.kernels import TABLE, kernel
@@ -30,7 +28,7 @@ from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.generation import NoGraph
 from workers.machine import cpu_model
-from workers.measure import FEWEST, MOST, _repeat, _speeds, interval, run_measure
+from workers.measure import FEWEST, run_measure
 from workers.rebuild import rebuild, rebuild_packed
 from workers.recipe import Recipe
 from workers.residency import Residency
@@ -363,36 +361,3 @@ def test_logits_that_depart_are_no_measurement() -> None:
     for wrong in (logits * (1 + 2 * TOLERANCE["float32"]), logits * float("nan")):
         with pytest.raises(NumericalError, match="logits with packed weights differ"):
             require_close("logits", distance(wrong, logits), TOLERANCE["float32"])
-
-
-@pytest.mark.parametrize(("prompts", "runs"), [((1.0, 1.0), FEWEST), ((0.951, 1.049), FEWEST), ((0.945, 1.055), MOST)])
-def test_generations_are_timed_until_their_medians_are_known(
-    prompts: tuple[float, float], runs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Within 5 % of them, half of the interval from one value to the other. And no more often than MOST, or once the time is up."""
-    monkeypatch.setattr("workers.measure.LONGEST_S", 1e9)
-    times = itertools.cycle([[p, 1.0] for p in prompts])
-    meter = nvml.EnergyMeter(torch.device("cpu"))
-    assert len(_repeat(lambda: next(times), meter)) == runs
-    monkeypatch.setattr("workers.measure.LONGEST_S", 0.0)
-    assert len(_repeat(lambda: next(times), meter)) == FEWEST
-
-
-def test_tokens_per_second_count_all_steps(tmp_path: Path) -> None:
-    """One of four takes longer, as where keys of a cache age: 2 x 4 tokens in 8 s."""
-    found = _speeds([[1.0, 1.0, 1.0, 5.0, 1.0]] * FEWEST, Workload(batch=2, prompt=6, tokens=4), tiny_context("llama", tmp_path))
-    assert (found["decode_p50_s"], found["decode_tokens_per_s"], found["prefill_tokens_per_s"]) == (1.0, 1.0, 12.0)
-
-
-def test_the_interval_is_of_the_median_beside_it(tmp_path: Path) -> None:
-    """Of all 14 steps together the median is 1, which no generation's is."""
-    runs = [[1.0, 1.0, 3.0], *[[1.0, 1.0, 2.0]] * 6]
-    found = _speeds(runs, Workload(batch=2, prompt=6, tokens=2), tiny_context("llama", tmp_path))
-    assert (found["decode_low_s"], found["decode_p50_s"], found["decode_high_s"]) == (1.5, 1.5, 2.0)
-
-
-@pytest.mark.parametrize("count", range(FEWEST, 101))
-def test_the_interval_covers_a_median_95_times_in_100(count: int) -> None:
-    low, high = interval([float(i) for i in range(count)])
-    # The median lies between the order statistics low and high: at least low + 1 and at most `high` of `count` values are below it.
-    assert binom.cdf(high, count, 0.5) - binom.cdf(low, count, 0.5) >= 0.95
