@@ -47,6 +47,26 @@ def test_the_kernel_takes_every_order(n: int) -> None:
     assert torch.equal(got.scale, want.scale)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("n", [1, 2, 12, 96])
+def test_the_reference_multiplies_by_the_factor_and_gives_memory_of_its_own(n: int, dtype: torch.dtype) -> None:
+    """In float32 at least, rounded once: of n numbers of size 1, n units of float32 in the sum and half of the type's own."""
+    x = torch.randn(3, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    for factor in (1.0, 0.3, 2.0):
+        made = kernel("hadamard", "reference").run.transform(x, factor)
+        want = factor * (x.double() @ hadamard_matrix(n)) * n**0.5
+        sums = n * factor * float(x.double().abs().sum(1).max())
+        torch.testing.assert_close(
+            made.double(),
+            want,
+            rtol=torch.finfo(dtype).eps,
+            atol=sums * torch.finfo(max(dtype, torch.float32, key=lambda t: t.itemsize)).eps,
+        )
+        assert made.dtype is dtype
+        assert made.is_contiguous()
+        assert made.data_ptr() != x.data_ptr()
+
+
 def test_the_small_factor_is_the_slow_index() -> None:
     torch.testing.assert_close(hadamard_matrix(48), torch.kron(hadamard_matrix(12), hadamard_matrix(4)), rtol=1e-14, atol=0)
     torch.testing.assert_close(hadamard_matrix(80), torch.kron(hadamard_matrix(40), hadamard_matrix(2)), rtol=1e-14, atol=0)
