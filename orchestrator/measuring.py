@@ -91,10 +91,13 @@ def unmeasured(scheme: Scheme | None, config: Mapping[str, Any], workload: Workl
 
 
 def gpu_name(index: int) -> str | None:
-    """Of this machine's GPU, as torch names it; None without one. The driver imports no torch."""
+    """Of this machine's GPU, as torch names it; None without one. The driver imports no torch. CUDA_VISIBLE_DEVICES, which CUDA counts by,
+    means nothing to nvidia-smi."""
     program = shutil.which("nvidia-smi")
-    if program is None:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = dict(enumerate(visible.split(","))).get(index, "").strip() if visible is not None else str(index)
+    if program is None or chosen in ("", "-1"):
         return None
-    command = [program, f"--id={index}", "--query-gpu=name", "--format=csv,noheader"]
+    command = [program, f"--id={chosen}", "--query-gpu=name", "--format=csv,noheader"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     return done.stdout.strip() or None if done.returncode == 0 else None

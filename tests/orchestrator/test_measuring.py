@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_grid
-from orchestrator.measuring import check_length, measured_cache, measuring, unmeasured
+from orchestrator.measuring import check_length, gpu_name, measured_cache, measuring, unmeasured
 from orchestrator.report.numbers import duration, size
 from orchestrator.report.overview import model_tables
 from orchestrator.report.speed import Speed, columns, speed_table, speeds
@@ -171,6 +171,7 @@ def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None
     program.write_text(ASKED)
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     settings = dict(compose_grid(["measure=true", *([] if hints == "~hints" else [hints])], multirun=True).settings)
     if hints == "~hints":
         settings["hints"] = None
@@ -181,6 +182,21 @@ def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None
     given = measuring({**settings, "workload": {"threads": 3, "device": "auto"}})
     assert given is not None
     assert (given.device, given.workload.threads) == (found.device, 3)
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "device"),
+    [("0,1", 1, "NVIDIA L4"), ("1, 0", 0, "NVIDIA L4"), ("1, 0", 1, "NVIDIA H200"), ("1", 1, None), ("", 0, None), ("-1", 0, None)],
+)
+def test_gpus_are_counted_among_the_visible_ones(
+    visible: str, index: int, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(ASKED)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_name(index) == device
 
 
 def test_a_workload_of_one_of_each_is_one() -> None:
