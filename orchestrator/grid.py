@@ -33,6 +33,7 @@ from orchestrator.grid_axes import (
 )
 from orchestrator.grid_options import OptionLoader, OptionTable, ReachesOutside, plain_values, reaches_in
 from orchestrator.grid_rules import Rules, apply_rules, extra_dimensions, read_rules, unzipped_conflicts
+from orchestrator.grid_search import check_search
 from orchestrator.hydra_bridge import Base, Composer, as_config_error, override_text, plain_key
 
 Row = tuple[Choice, ...]
@@ -58,7 +59,7 @@ def compose_with(composer: Composer, overrides: Sequence[str], *, multirun: bool
         _refuse_idle(root.base, request)
         _refuse_idle_rules(root)
         _refuse_storage(root.base)
-        _refuse_search(root.base)
+        _refuse_search(composer, root, request)
     rules = read_rules(composer, root.plain["sweep"] if isinstance(root.plain.get("sweep"), Mapping) else {})
     axes = dict(request.axes)
     given = set(axes)
@@ -199,12 +200,15 @@ def _refuse_storage(base: Base) -> None:
         )
 
 
-def _refuse_search(base: Base) -> None:
-    if _plugin(base, "sweeper") not in (*RUN_ALL, "None"):
-        raise SearchError(
-            f"hydra/sweeper={base.choices.get('hydra/sweeper')} chooses cells while it runs, by the scores of earlier ones: there is no "
-            "grid to show before; start it with `bitgrid run -m`, or leave the sweeper out for a grid"
-        )
+def _refuse_search(composer: Composer, root: _Root, request: Request) -> None:
+    if _plugin(root.base, "sweeper") in (*RUN_ALL, "None"):
+        return
+    axes = {**read_overrides(composer, _lines(_sweeper_params(root.base)), multirun=True).axes, **request.axes}
+    check_search(root.base.config, axes, root.defaults, lambda row: _cells(composer, root, [row], [])[0][0])
+    raise SearchError(
+        f"hydra/sweeper={root.base.choices.get('hydra/sweeper')} chooses cells while it runs, by the scores of earlier ones: there is no "
+        "grid to show before; start it with `bitgrid run -m`, or leave the sweeper out for a grid"
+    )
 
 
 def _container(value: Any) -> Any:

@@ -172,3 +172,31 @@ def test_a_search_that_is_stopped_starts_no_further_launch(
     meddle(monkeypatch, stop)
     assert main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"hydra/launcher={launcher}"]) == 130
     assert len(Store(tmp_path / "store").sweep_keys()) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ("method.rounding.params.dmp=interval(0.01,0.2)", "unknown key of method.rounding.params in method gptq 'dmp'; nearest: damp"),
+        ("hydra.sweeper.params={method.rounding.params.dmp:'interval(0.01,0.2)'}", "'dmp'; nearest: damp"),
+        (f"{DAMP}=interval(-0.2,-0.1)", "is not a value for gptq"),
+        ("calibration.samples=interval(2,4)", "expected a whole number like 64; of intervals the middle was tried, int(interval(2,8))"),
+        ("task=self_perplexity,self_divergence", "those of different tasks do not compare"),
+        ("task.params.limit=1,2", "those of different tasks do not compare"),
+        ("+hydra.sweeper.direction=[minimize,minimize]", "a trial has one score, ppl of self_perplexity"),
+        ("+hydra.sweeper.direction=maximize", "would look for the worst cell: lower ppl of self_perplexity is better; give minimize"),
+        ("+hydra.sweeper.direction=maximise", "unknown hydra.sweeper.direction 'maximise'; nearest: maximize"),
+    ],
+)
+def test_what_is_wrong_in_every_trial_is_told_before_the_first(
+    asked: str, told: str, search: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("plan", "run"):
+        assert main([verb, *(s for s in search if s.partition("=")[0] != asked.partition("=")[0]), asked]) == 2
+        assert told in capsys.readouterr().err
+    assert (Searching.seen, (tmp_path / "store").exists()) == ([], False)
+
+
+def test_a_parameter_of_some_options_alone_may_be_searched(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *search[:-1], "method=rtn,gptq", f"{DAMP}=interval(0.01,0.2)", "+hydra.sweeper.direction=minimize"]) == 2
+    assert "chooses cells while it runs" in capsys.readouterr().err
