@@ -6,7 +6,7 @@ for the sweeper. Of a search, whose sweeper chooses the cells, only the settings
 
 from __future__ import annotations
 
-import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,9 +25,16 @@ from orchestrator.errors import BitgridError, ConfigError, SearchError
 from orchestrator.launch import bitgrid_task
 from orchestrator.run import SweepRun, run_grid, show
 
-_exit_codes: list[int] = []
+exit_codes: list[int] = []
+"""Of the sweeps of one command, and of jobs that are none."""
+_scores: list[float] = []
+"""Of the trials of a sweeper that is not bitgrid's, by which it goes."""
 sweeper_folders: dict[Path, None] = {}
 """Where a sweeper that is not bitgrid's writes what it found."""
+GO_ON = (
+    "the search is stopped, and `bitgrid resume` runs what this launch of it lacks: the same command goes on with the search, and computes "
+    "nothing again; with a seed, as hydra.sweeper.sampler.seed=1 of Optuna's sweeper, it chooses the same cells"
+)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -35,18 +42,22 @@ def run_command(arguments: Sequence[str]) -> int:
     refuse_store_flag(arguments)
     given, overrides = read_flags("bitgrid run", arguments)
     refuse_two_modes(given.multirun, overrides)
+    searching = False
     if not any(o.startswith("-") for o in overrides):
-        with contextlib.suppress(SearchError):
+        try:
             _grid(Command.of_flags(given, overrides))
+        except SearchError:
+            searching = True
         # Hydra's parser takes overrides in one piece only.
         flags = ["--multirun"] * given.multirun + [f"--config-name={given.config_name}"]
         flags += [] if given.config_dir is None else [f"--config-dir={given.config_dir}"]
         arguments = [*flags, *overrides]
     sys.argv = ["bitgrid run", *arguments]
-    _exit_codes.clear()
+    exit_codes.clear()
     sweeper_folders.clear()
+    _scores.clear()
     try:
-        task()
+        _searched() if searching else task()
     except SystemExit as e:
         if e.code != 1 or not shows_only(overrides):
             raise
@@ -58,7 +69,36 @@ def run_command(arguments: Sequence[str]) -> int:
     for folder in sweeper_folders:
         if any(f.name != "multirun.yaml" for f in folder.iterdir()):
             print(f"the sweeper's own files: {folder}")
-    return max(_exit_codes, default=0)
+    return max(exit_codes, default=0)
+
+
+def _searched() -> None:
+    """A search by a sweeper that is not bitgrid's. What ends it is told without a traceback, but for an error of the sweeper's own."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra shows an exception itself, and ends the process
+    try:
+        task()
+    except HydraException as e:
+        raise ConfigError(str(e)) from e
+    except BitgridError as e:
+        exit_codes.append(_told(f"the search ended with a trial that has no score: {e}"))
+    except KeyboardInterrupt:
+        print(GO_ON)
+        raise
+    except Exception as e:
+        if _scores:
+            raise
+        exit_codes.append(_told(f"no trial of the search has a score: {type(e).__name__}: {e}"))
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _told(message: str) -> int:
+    """The exit code."""
+    print(f"bitgrid: {message}", file=sys.stderr)
+    return 1
 
 
 @lru_cache(maxsize=1)
@@ -74,7 +114,7 @@ def sweep(command: Command, grid: Grid | None = None) -> SweepRun:
     console = Console()
     run = run_grid(_grid(command) if grid is None else grid, command, console)
     show(run, console)
-    _exit_codes.append(run.exit_code)
+    exit_codes.append(run.exit_code)
     return run
 
 
@@ -85,7 +125,8 @@ def score(run: SweepRun, evaluate: str, task_name: str) -> float:
         failed = run.result.stages[stage.blocked_by] if stage.blocked_by else stage
         reason = f"{failed.label}: {failed.failure['message']}" if failed.failure else f"{failed.label}: {failed.status.value}"
         raise BitgridError(f"{stage.label} has no score: {reason}")
-    return float(stage.summary["scores"][run.result.tasks[task_name].primary])
+    _scores.append(float(stage.summary["scores"][run.result.tasks[task_name].primary]))
+    return _scores[-1]
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")
@@ -105,4 +146,4 @@ def task(config: DictConfig) -> float:
         if chosen_by_sweeper:
             raise
         print(f"bitgrid: {e}", file=sys.stderr)
-        raise SystemExit((_exit_codes[-1] or 1) if _exit_codes else 2) from None
+        raise SystemExit((exit_codes[-1] or 1) if exit_codes else 2) from None

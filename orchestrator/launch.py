@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from orchestrator.cell import Cell
 from orchestrator.command import Command
-from orchestrator.errors import BitgridError, ClusterError, PlanError, SourceError, StoreError
+from orchestrator.errors import BitgridError, ClusterError, ConfigError, PlanError, SourceError, StoreError
 from orchestrator.executors.settings import ClusterSettings
 
 MARK = "bitgrid_task"
@@ -77,12 +77,17 @@ def launch_cells(launch: Launch) -> list[JobReturn]:
     """The jobs of a foreign sweeper as one grid; in order, the primary score of each or the reason why it has none."""
     from orchestrator.app import score, sweep, sweeper_folders
 
-    configs = launch.prepare()
-    sweeper_folders[Path(str(launch.master.hydra.sweep.dir))] = None
+    if not launch.jobs:
+        raise _ended(ConfigError("the sweeper asked for no job; give numbers from 1, as hydra.sweeper.n_jobs=5 for Optuna's"))
     asked = [str(o) for o in launch.master.hydra.overrides.task]
     command = Command.of_hydra(launch.master.hydra, asked, multirun=True, jobs=launch.jobs)
     try:
         grid, cells = command.compose_jobs()
+    except ConfigError as error:
+        return _launch_others(launch, _wrong_jobs(command) or dict.fromkeys(range(len(launch.jobs)), error))
+    configs = launch.prepare()
+    sweeper_folders[Path(str(launch.master.hydra.sweep.dir))] = None
+    try:
         run = sweep(command, grid)
     except (StoreError, SourceError, ClusterError) as error:
         raise _ended(error) from None  # no other values of what is searched would help
@@ -102,6 +107,29 @@ def launch_cells(launch: Launch) -> list[JobReturn]:
             outcome = error
         returns.append(_returned(launch, config, outcome))
     return returns
+
+
+def _wrong_jobs(command: Command) -> dict[int, ConfigError]:
+    """Number ▸ error of the jobs that cannot be composed."""
+    wrong = {}
+    for number, job in enumerate(command.jobs or ()):
+        try:
+            replace(command, jobs=(job,)).compose_jobs()
+        except ConfigError as error:
+            wrong[number] = error
+    return wrong
+
+
+def _launch_others(launch: Launch, wrong: Mapping[int, ConfigError]) -> list[JobReturn]:
+    """A job that cannot be composed, even by Hydra for want of a key, fails alone."""
+    from orchestrator.app import exit_codes
+
+    exit_codes.append(1)
+    returns = {n: JobReturn(overrides=launch.jobs[n], status=JobStatus.FAILED, _return_value=error) for n, error in wrong.items()}
+    others = {n: job for n, job in enumerate(launch.jobs) if n not in wrong}
+    if others:
+        returns.update(zip(others, launch_cells(replace(launch, jobs=list(others.values()))), strict=True))
+    return [returns[n] for n in range(len(launch.jobs))]
 
 
 def id_of(cell: Cell) -> tuple[int, ...]:

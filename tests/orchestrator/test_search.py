@@ -12,6 +12,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -21,7 +22,7 @@ from orchestrator.cli import main
 from orchestrator.executors.in_process import InProcessExecutor
 from orchestrator.store import Store
 from orchestrator.sweeps import load_sweep
-from tests.orchestrator.small_stages import meddle, small_stage
+from tests.orchestrator.small_stages import gptq_fails, meddle, small_stage
 from tests.orchestrator.sweeping import overrides
 from workers.request import Failure, StageRequest
 
@@ -56,7 +57,25 @@ class Searching(Sweeper):
         (self.folder / "found.yaml").write_text("best: 1\n")
 
 
-Searching.__module__ = "hydra_plugins.searching"  # Hydra takes plugins of this package alone
+class Batch(Sweeper):
+    """Given jobs in one launch; as Optuna's with a failure rate of 1, it goes on with what has a score and wants one at least."""
+
+    returned: ClassVar[list[JobReturn]] = []
+
+    def __init__(self, jobs: list[list[str]]) -> None:
+        self.jobs = jobs
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.launcher = Plugins.instance().instantiate_launcher(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.launcher is not None
+        Batch.returned = list(self.launcher.launch([[*job, *arguments] for job in self.jobs], initial_job_idx=0))
+        if all(r.status is JobStatus.FAILED for r in Batch.returned):
+            raise ValueError("No trials are completed yet.")
+
+
+Searching.__module__ = Batch.__module__ = "hydra_plugins.searching"  # Hydra takes plugins of this package alone
 
 
 @pytest.fixture
@@ -66,8 +85,10 @@ def search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hydra_restore_single
     monkeypatch.setitem(sys.modules, Searching.__module__, sys.modules[__name__])
     monkeypatch.setattr("hydra_plugins.searching", sys.modules[__name__], raising=False)
     Plugins.instance().register(Searching)
+    Plugins.instance().register(Batch)
     node = {"_target_": "hydra_plugins.searching.Searching", "trials": 3, "params": None}
     ConfigStore.instance().store(group="hydra/sweeper", name="searching", node=node)
+    ConfigStore.instance().store(group="hydra/sweeper", name="batch", node={"_target_": "hydra_plugins.searching.Batch", "jobs": []})
     monkeypatch.setattr(run, "open_executor", lambda settings: InProcessExecutor(runner=small_stage))
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
@@ -162,7 +183,7 @@ def test_a_store_that_cannot_be_made_ends_a_search_with_a_message(
 
 @pytest.mark.parametrize("launcher", ["bitgrid", "basic"])
 def test_a_search_that_is_stopped_starts_no_further_launch(
-    launcher: str, search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: str, search: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(stage: StageRequest) -> Failure | None:
         if stage.kind == "evaluate" and "quantize" in stage.inputs:
@@ -172,6 +193,7 @@ def test_a_search_that_is_stopped_starts_no_further_launch(
     meddle(monkeypatch, stop)
     assert main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"hydra/launcher={launcher}"]) == 130
     assert len(Store(tmp_path / "store").sweep_keys()) == 1
+    assert "the same command goes on with the search" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -200,3 +222,40 @@ def test_what_is_wrong_in_every_trial_is_told_before_the_first(
 def test_a_parameter_of_some_options_alone_may_be_searched(search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *search[:-1], "method=rtn,gptq", f"{DAMP}=interval(0.01,0.2)", "+hydra.sweeper.direction=minimize"]) == 2
     assert "chooses cells while it runs" in capsys.readouterr().err
+
+
+def test_jobs_beside_one_that_cannot_be_composed_run(search: list[str], tmp_path: Path) -> None:
+    jobs = f"[['{DAMP}=-1'],['{DAMP}=0.02'],['method.rounding.params.dmp=0.02'],['{DAMP}=0.03']]"
+    assert main(["run", *search, "hydra/sweeper=batch", f"hydra.sweeper.jobs={jobs}"]) == 1
+    told = [repr(r._return_value) for r in Batch.returned]
+    assert "damp=-1 is not a value for gptq" in told[0]
+    assert "'dmp'; nearest: damp" in told[2]
+    assert [(f"wikitext_llama · gptq[rounding.params.damp={d}] · w4a16_g64", told[n]) for n, d in ((1, 0.02), (3, 0.03))] == [
+        (label, repr(score)) for label, score in found(Store(tmp_path / "store"))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "code", "told"),
+    [
+        (f"[['{DAMP}=-1']]", 1, "no trial of the search has a score: ValueError: No trials are completed yet."),
+        ("[]", 2, "the sweeper asked for no job; give numbers from 1"),
+    ],
+)
+def test_a_search_without_any_score_is_told(jobs: str, code: int, told: str, search: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        ended = main(["run", *search, "hydra/sweeper=batch", f"hydra.sweeper.jobs={jobs}"])
+    except SystemExit as end:
+        ended = int(str(end.code))
+    said = capsys.readouterr().err
+    assert (ended, said.count(f"bitgrid: {told}"), "Traceback" in said) == (code, 1, False)
+
+
+@pytest.mark.parametrize("launcher", ["bitgrid", "basic"])
+def test_a_failed_trial_that_ends_a_search_is_told_without_a_traceback(
+    launcher: str, search: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meddle(monkeypatch, gptq_fails)
+    assert main(["run", *search, f"{DAMP}=interval(0.01,0.2)", f"hydra/launcher={launcher}"]) == 1
+    said = capsys.readouterr().err
+    assert ("the Hessian is not positive definite" in said.splitlines()[-1], "Traceback" in said) == (True, False)
