@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ FEWEST_TO_RESAMPLE = 12
 """Below this many units the bootstrap's own coverage is poor; the t interval is used."""
 PERPLEXITIES = ("perplexity", "ppl")
 SAME_TASK = "evaluate both with the same task settings"
+KEPT_COMPARISONS = 1 << 17
+"""Of the latest: table, report and tracking each ask for all of a sweep, which in a grid of 2,000 variants and 10 tasks are 60,000."""
+KEPT_DRAWS = 256 << 20
+"""Bytes. Tables go variant by variant, so that the draws of all tasks are wanted in turn; to make some takes as long as 100 comparisons."""
+_drawn: dict[tuple[int, int, int], NDArray[np.uint8]] = {}
+"""(Units, seed, resamples) ▸ draws, the last used at the end."""
+_drawing = Lock()
 _CHUNK = 250
 """Resamples multiplied at once: bounds memory for tasks of many thousand items."""
 
@@ -53,7 +61,7 @@ def _items(payload: str) -> _Items:
     return _Items(table.column("id").combine_chunks(), numbers)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=KEPT_COMPARISONS)
 def compare_items(variant: str, baseline: str, metric: str, confidence: float, seed: int, where: str) -> Delta:
     """`paired_delta` of two payload folders; `where` names them in errors."""
     a, b = _items(variant), _items(baseline)
@@ -215,9 +223,17 @@ def _bootstrap(
     return method, float(low), float(high)
 
 
-@lru_cache(maxsize=8)
 def _draws(n: int, seed: int, resamples: int) -> NDArray[np.uint8]:
     """How often each of n units is drawn in each resample, `[resamples, n]`. Shared by all variants of a task."""
+    with _drawing:
+        out = _drawn.pop((n, seed, resamples), None)
+        out = _drawn[n, seed, resamples] = _draw(n, seed, resamples) if out is None else out
+        while len(_drawn) > 1 and sum(a.nbytes for a in _drawn.values()) > KEPT_DRAWS:
+            del _drawn[next(iter(_drawn))]  # the one whose last use is longest ago
+    return out
+
+
+def _draw(n: int, seed: int, resamples: int) -> NDArray[np.uint8]:
     rng = np.random.default_rng([seed, n])
     out = np.empty((resamples, n), dtype=np.uint8)
     for row in range(resamples):

@@ -120,12 +120,13 @@ def standings(table: ModelTable, task: TaskInfo) -> list[tuple[Contender, Standi
     """Every contender with a finite score and a known size, ordered by size."""
     ranked = sorted(((s, c.badness, c) for c in contenders(table.lines, task) if (s := c.size) is not None), key=lambda t: t[:2])
     front = pareto_front([(s, b) for s, b, _ in ranked])
+    standing = [r for r, on_front in zip(ranked, front, strict=True) if on_front]
     out = []
     for (size, bad, contender), on_front in zip(ranked, front, strict=True):
         if on_front:
             out.append((contender, Standing.FRONT))
             continue
-        better = [c for (s, b, c), f in zip(ranked, front, strict=True) if f and s <= size and b <= bad]
+        better = [c for s, b, c in standing if s <= size and b <= bad]
         close = all(_tied(c, contender) for c in better)
         out.append((contender, Standing.CLOSE if close else Standing.DOMINATED))
     return out
@@ -138,10 +139,14 @@ def best_per_width(table: ModelTable) -> dict[float, dict[str, Pick]]:
         if line.bits_nominal is not None:
             bits.setdefault(line.contender, []).append(line.bits_nominal)
     width_of = {name: _mean(found) for name, found in bits.items()}  # chosen bits may differ from draw to draw
+    lines: dict[float, list[Line]] = {}
+    for line in table.quantized:
+        if line.contender in width_of:
+            lines.setdefault(width_of[line.contender], []).append(line)
     out: dict[float, dict[str, Pick]] = {}
-    for width in sorted(set(width_of.values()), reverse=True):
+    for width in sorted(lines, reverse=True):
         for task in table.tasks:
-            scored = contenders((x for x in table.quantized if width_of.get(x.contender) == width), task)
+            scored = contenders(lines[width], task)
             if not scored:
                 continue
             best = min(scored, key=lambda c: c.badness)

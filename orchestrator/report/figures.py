@@ -127,9 +127,11 @@ def pareto(table: ModelTable, task: TaskInfo, colours: dict[str, str], number: i
         Standing.CLOSE: lambda m: {"color": _colour(colours, m), "size": 10, "symbol": "circle-open", "line": {"width": 2}},
         Standing.FRONT: lambda m: {"color": _colour(colours, m), "size": 11, "symbol": "circle"},
     }
+    groups: dict[tuple[Standing, str], list[Contender]] = {}
+    for c, s in ranked:
+        groups.setdefault((s, c.lines[0].method), []).append(c)
     for standing, look in looks.items():
-        for method in dict.fromkeys(c.lines[0].method for c, s in ranked if s is standing):
-            shown = [c for c, s in ranked if s is standing and c.lines[0].method == method]
+        for (_, method), shown in ((of, group) for of, group in groups.items() if of[0] is standing):
             data.append(
                 scatter(
                     [(c.size or 0) / divisor for c in shown],
@@ -204,9 +206,11 @@ def _layers(stage: StageResult | None) -> list[dict[str, Any]]:
 
 def _most_compared(lines: Sequence[Line]) -> str:
     """The scheme most methods share, the narrowest among equals: where comparing methods says most."""
-    methods = {s: len({x.method for x in lines if x.scheme == s}) for s in dict.fromkeys(x.scheme for x in lines)}
+    methods: dict[str, set[str]] = {}
+    for line in lines:
+        methods.setdefault(line.scheme, set()).add(line.method)
     width = {x.scheme: x.bits_nominal or math.inf for x in lines}
-    return min(methods, key=lambda s: (-methods[s], width[s]))
+    return min(methods, key=lambda s: (-len(methods[s]), width[s]))
 
 
 def _traces(name: str, points: Sequence[Point], task: TaskInfo, style: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,7 +38,10 @@ class HeatCell:
 
 def heat_cells(model: ModelTable, task: TaskInfo) -> tuple[list[str], list[str], dict[tuple[str, str], HeatCell]]:
     """Row names (methods), column names (schemes, widest first) and the cells that were asked for."""
-    schemes = sorted(dict.fromkeys(x.scheme for x in model.quantized), key=lambda s: _width(model.quantized, s))
+    of_scheme: dict[str, list[Line]] = {}
+    for line in model.quantized:
+        of_scheme.setdefault(line.scheme, []).append(line)
+    schemes = sorted(of_scheme, key=lambda s: _width(of_scheme[s], s))
     several = len({x.variant.axes.get("calibration") for x in model.quantized}) > 1
     groups: dict[tuple[str, str], list[Row]] = {}
     for line in model.quantized:
@@ -46,7 +49,8 @@ def heat_cells(model: ModelTable, task: TaskInfo) -> tuple[list[str], list[str],
         if task.name in line.cells:
             groups.setdefault((name, line.scheme), []).append(line.cells[task.name])
     cells = {place: HeatCell(tuple(rows)) for place, rows in groups.items()}
-    return list(dict.fromkeys(m for m, _ in cells)), [s for s in schemes if any(s == c for _, c in cells)], cells
+    asked = {scheme for _, scheme in cells}
+    return list(dict.fromkeys(m for m, _ in cells)), [s for s in schemes if s in asked], cells
 
 
 def heat_map(model: ModelTable, task: TaskInfo) -> Markup:
@@ -57,8 +61,7 @@ def heat_map(model: ModelTable, task: TaskInfo) -> Markup:
 
 
 def _width(lines: Sequence[Line], scheme: str) -> tuple[float, float, str]:
-    mine = [x for x in lines if x.scheme == scheme]
-    nominal, stored = ([v for x in mine if (v := getattr(x, name)) is not None] for name in ("bits_nominal", "bits_stored"))
+    nominal, stored = ([v for x in lines if (v := getattr(x, name)) is not None] for name in ("bits_nominal", "bits_stored"))
     return (-max(nominal, default=0.0), -max(stored, default=0.0), scheme)
 
 

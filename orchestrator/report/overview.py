@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from orchestrator.report.tables import SKIPPED, Row, model_size, nominal_bits
 from orchestrator.results import StageResult, SweepResult, TaskInfo, VariantResult
@@ -60,7 +61,7 @@ class ModelTable:
     def baseline(self) -> Line | None:
         return next((x for x in self.lines if x.variant.is_baseline), None)
 
-    @property
+    @cached_property
     def has_caches(self) -> bool:
         """Whether a variant stores keys and values quantized."""
         return any(x.kv_bits_stored for x in self.lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -176,8 +177,9 @@ def troubles(result: SweepResult) -> Markup:
     parts: list[object] = [tag("h2", "Failures, skips and remarks", id="troubles")]
     if not (failed or skipped or said):
         parts.append(tag("p", "None: every cell of the grid ran, and no stage had to depart from what was asked."))
+    behind = Counter(s.blocked_by for s in result.stages.values())
     for message, stages in failed:
-        blocked = sum(s.blocked_by in {x.key for x in stages} for s in result.stages.values())
+        blocked = sum(behind[s.key] for s in stages)
         after = f"; {blocked} stages behind {'them' if len(stages) > 1 else 'it'} did not run" if blocked else ""
         inner = [join((tag("h3", s.label), tag("pre", str((s.failure or {}).get("log_tail") or "no log was kept")))) for s in stages]
         parts.append(

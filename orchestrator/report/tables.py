@@ -89,11 +89,12 @@ class Row:
 def long_table(result: SweepResult) -> tuple[Row, ...]:
     """All rows, in sweep order; Holm's correction over all headline differences together, and over all others together."""
     variants = {v.key: v for v in result.variants}
+    metrics = {name: metrics_of(result, task) for name, task in result.tasks.items()}
     rows: list[Row] = []
     for variant in result.variants:
         for name, stage in variant.evaluations.items():
             task = result.tasks[name]
-            for metric in metrics_of(result, task):
+            for metric in metrics[name]:
                 rows.append(_row(result, variant, variants.get(variant.baseline_key), task, stage, metric))
     for primary in (True, False):
         tested = [(i, r.p_value) for i, r in enumerate(rows) if r.is_primary is primary and r.p_value is not None and not r.is_baseline]
