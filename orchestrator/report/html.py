@@ -20,7 +20,7 @@ from orchestrator.results import SweepResult
 
 # The page may load nothing: all it needs is inside.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-SCHEMA = 5
+SCHEMA = 6
 """Version of what the files show; a change writes every report once."""
 
 

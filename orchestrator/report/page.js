@@ -22,13 +22,14 @@ for (const button of document.querySelectorAll("th button")) {
 
 // Figures take their text and grid colours from the page, in light and dark. The legend stands below the axes; the figure
 // grows by the rows its names need at this width, so that it never covers the axis title.
-const PLOT = 300, TITLE = 64, ROW = 21;
+// Plotly gives a legend below the axes half of the figure at most, and scrolls the rest: with MOST rows that is all the room below them.
+const PLOT = 300, TITLE = 64, ROW = 21, MOST = 19;
 const shade = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 function fitted(place, figure) {
   const names = figure.data.filter((trace) => trace.showlegend !== false).map((trace) => trace.name);
   const entry = Math.max(...names.map((name) => name.length), 4) * 7.2;
   const across = Math.max(1, Math.floor((place.clientWidth - figure.layout.margin.l - figure.layout.margin.r) / (entry + 40)));
-  const below = TITLE + ROW * Math.ceil(names.length / across) + 6;
+  const below = TITLE + ROW * Math.min(Math.ceil(names.length / across), MOST) + 6;
   const margin = { ...figure.layout.margin, b: below };
   const legend = { orientation: "h", x: 0, xanchor: "left", y: -TITLE / PLOT, yanchor: "top", traceorder: "normal", entrywidth: entry, entrywidthmode: "pixels" };
   place.style.height = `${PLOT + margin.t + below}px`;

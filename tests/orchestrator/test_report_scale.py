@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
+import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from orchestrator import intervals
+from orchestrator import intervals, report
 from orchestrator.report import print_table, write_report
 from orchestrator.stats import paired_delta
 from tests.orchestrator import synthetic
@@ -70,3 +74,23 @@ def test_what_a_report_compared_is_known_to_who_asks_next(tmp_path: Path) -> Non
     base, variant = (next(v for v in result.variants if v.is_baseline is wanted).evaluations[task.name] for wanted in (True, False))
     first = [paired_delta(variant, base, task, "ppl", seed=seed) for seed in range(6000)]
     assert all(paired_delta(variant, base, task, "ppl", seed=seed) is made for seed, made in enumerate(first))
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_a_legend_of_many_names_scrolls_below_its_axes() -> None:
+    page = (Path(report.__file__).parent / "page.js").read_text()
+    parts = [re.search(pattern, page, re.DOTALL) for pattern in (r"const PLOT[^\n]*", r"function fitted.*?\n}")]
+    program = (
+        "\n".join(p[0] for p in parts if p is not None)
+        + """
+        const margin = { l: 64, r: 16, t: 28 };
+        const fit = (n) => fitted({ clientWidth: 500, style: {} }, { data: Array(n).fill({ name: "gptq".repeat(9) }), layout: { margin } });
+        console.log(JSON.stringify([1, 5, 19, 20, 2000].map((n) => [fit(n).height, fit(n).height + fit(n).legend.y * PLOT - PLOT - 28])));
+    """
+    )
+    ran = subprocess.run(["node", "-e", program], capture_output=True, text=True, check=True)
+    (one, _), (five, _), most, *more = json.loads(ran.stdout)
+    assert one < five < most[0] < 900
+    assert more == [most, most]
+    height, room = most
+    assert height / 2 <= room  # Plotly's bound for a legend below the axes: all that it scrolls is on the figure
