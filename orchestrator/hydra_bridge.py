@@ -208,7 +208,12 @@ class Composer:
             config = self.loader._compose_config_from_defaults_list(listed.defaults, self.repository)
             OmegaConf.set_struct(config, True)
             OmegaConf.set_readonly(config.hydra, False)
-            apply_overrides(config, listed.config_overrides)
+            for override in listed.config_overrides:
+                try:
+                    apply_overrides(config, [override])
+                except AttributeError as error:  # of OmegaConf 2.3, for a mapping in place of a typed one that is null
+                    told = "a mapping cannot be given here at once; give its keys as overrides of their own, or write it into a yaml"
+                    raise ConfigError(f"{override.input_line}: {told}") from error
         known = {k: v for k, v in listed.overrides.known_choices.items() if isinstance(v, str)}
         return Base(config, tuple(listed.defaults), known)
 

@@ -38,6 +38,7 @@ def test_cells_run_under_the_basic_launcher(tmp_path: Path, monkeypatch: pytest.
         (["hydra.launcher.num_cpus=2", "hydra/sweeper=basic"], "hydra.launcher.num_cpus=2 would have no effect"),
         (["hydra/launcher=basic"], "hydra/launcher=basic would have no effect: .*give hydra/sweeper=basic too"),
         (["hydra.sweeper.max_batch_size=1"], "max_batch_size=1 would have no effect"),
+        (["hydra.sweeper.params={method:'rtn,gptq'}"], "method:'rtn,gptq'}: a mapping cannot be given here at once; give its keys as"),
         (["hydra.searchpath=[file://nowhere]"], "hydra.searchpath: .*nowhere is not there"),
         (
             ["hydra/sweeper=basic", "sweep=examples"],
