@@ -221,10 +221,12 @@ def _folders(parent: Path | None) -> list[str]:
 
 
 def _read_cache(path: Path | None) -> dict[str, str]:
+    """What is no digest there is left out, and found again from its file."""
     try:
-        return {} if path is None else dict(json.loads(path.read_text()))
+        found = {} if path is None else json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
+    return {k: v for k, v in found.items() if re.fullmatch(r"[0-9a-f]{64}", str(v))} if isinstance(found, dict) else {}
 
 
 def _write_cache(path: Path, digests: Mapping[str, str]) -> None:

@@ -164,6 +164,15 @@ def test_tasks_that_differ_under_one_name_are_refused(tmp_path: Path) -> None:
         build_plan(replace(grid, cells=alike), Sources(None, None, tmp_path / "digests.json"))
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda d: None, lambda d: [], lambda d: dict.fromkeys(d, 1), lambda d: {n: v[:-1] for n, v in d.items()}]
+)
+def test_known_digests_that_are_none_are_found_again(plan_of, damage, tmp_path: Path) -> None:
+    key, cache = plan_of().key, tmp_path / "digests.json"
+    cache.write_text(json.dumps(damage(json.loads(cache.read_text()))))
+    assert plan_of().key == key
+
+
 def test_labels_tell_stages_of_several_draws_apart(plan_of) -> None:
     swept = ("method=rtn,gptq,quip", "calibration.samples=2,4", "replicate=r0,r1", "task=self_perplexity")
     drawn, in_order = (plan_of(*swept, f"calibration.sampling={s}") for s in ("windows", "sequential"))
