@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import random
+import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -74,6 +75,13 @@ def fixed_state(key: str, hints: Hints) -> Iterator[None]:
         memory.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
+class _Log(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A disk that is full has no room for a log either. The stage tells that; Python's own answer is a traceback on the terminal."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def logged(folders: Sequence[Path]) -> Iterator[None]:
     """Python's logging of this process, warnings included, into log.txt of every folder."""
@@ -84,7 +92,7 @@ def logged(folders: Sequence[Path]) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.INFO)
         for folder in folders:
-            handler = logging.FileHandler(folder / LOG, mode="a", encoding="utf-8", errors="backslashreplace")
+            handler = _Log(folder / LOG, mode="a", encoding="utf-8", errors="backslashreplace")
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
             stack.callback(handler.close)
             stack.callback(root.removeHandler, handler)
