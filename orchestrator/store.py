@@ -29,7 +29,17 @@ from typing import Any
 from orchestrator.errors import StoreError, StoreVersionError
 from orchestrator.fingerprint import identity
 from orchestrator.stage import Stage
-from workers.artifact import PAYLOAD, RECORD, CorruptArtifactError, payload_files, payload_path, read_record, rename_flushed
+from workers.artifact import (
+    PAYLOAD,
+    RECORD,
+    CorruptArtifactError,
+    is_as_written,
+    payload_files,
+    payload_path,
+    read_record,
+    rename_flushed,
+    sealed,
+)
 from workers.failures import DISK_FULL, MAKE_ROOM
 from workers.request import Failure, Outcome
 from workers.specs import StageKind
@@ -154,6 +164,7 @@ class Store:
         try:
             record["files"] = payload_files(staging)
             write_json(staging / "spec.json", identity(stage.kind, stage.spec, stage.inputs))
+            record = sealed(record)
             write_json(staging / RECORD, record)
             final.parent.mkdir(parents=True, exist_ok=True)
             if not self.has(stage.kind, stage.key) and self._placed(staging, stage):
@@ -201,7 +212,7 @@ class Store:
             "message": failure.message,
             "log_tail": failure.log_tail,
         }
-        write_json(folder / f"{number}.json", content)
+        write_json(folder / f"{number}.json", sealed(content))
 
     def attempts(self, key: str) -> list[dict[str, Any]]:
         """Failed attempts, oldest first. One that cannot be read is passed over: at worst its stage counts as one that has not run."""
@@ -245,6 +256,8 @@ def read_json(path: Path, remedy: str, keys: Sequence[str] = ()) -> dict[str, An
     lacking = [key for key in keys if key not in content]
     if lacking:
         raise StoreError(f"{path} lacks {', '.join(lacking)}; {remedy}")
+    if not is_as_written(content):
+        raise StoreError(f"{path} is not what was written: it differs from its own digest; {remedy}")
     return content
 
 

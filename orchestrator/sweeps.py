@@ -20,7 +20,7 @@ from orchestrator.provenance import collect
 from orchestrator.results import SkippedCell, StageResult, SweepResult, TaskInfo, VariantResult
 from orchestrator.stage import Status
 from orchestrator.store import Store, read_json, write_json
-from workers.artifact import PAYLOAD, CorruptArtifactError
+from workers.artifact import PAYLOAD, CorruptArtifactError, sealed
 from workers.specs import StageKind
 
 STARTED = "started.json"
@@ -38,7 +38,7 @@ def write_sweep(store: Store, plan: Plan, command: Command) -> None:
     """Record a sweep before it runs. A sweep that is already there keeps its first start."""
     folder = store.sweep_folder(plan.key)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / STARTED, {"started": time.time(), "command": command.to_json()})
+    write_json(folder / STARTED, sealed({"started": time.time(), "command": command.to_json()}))
     path = folder / "plan.json"
     settings = json.loads(json.dumps(plan.grid.settings, default=str))
     named = NAME_MARK.join((_named_by(plan), *([_common(plan.grid.common)] if plan.grid.common else [])))
@@ -57,7 +57,7 @@ def write_sweep(store: Store, plan: Plan, command: Command) -> None:
         content.update(created=old["created"], provenance=old["provenance"])
     else:
         content.update(created=time.time(), provenance=collect(command.overrides))
-    write_json(path, content)
+    write_json(path, sealed(content))
 
 
 def last_command(store: Store, key: str) -> Command:

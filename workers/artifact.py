@@ -1,4 +1,4 @@
-"""An artifact folder: payload/ and record.json with a digest per file. Standard library only.
+"""An artifact folder: payload/ and record.json with a digest per file and one of its own. Standard library only.
 
 Layout: `spec.json`, `payload/`, `log.txt`, `record.json` (written last). Readers check digests the first time they open a
 file and raise `CorruptArtifactError`, which the driver answers by setting the artifact aside.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 RECORD = "record.json"
 PAYLOAD = "payload"
+DIGEST = "digest"
+"""Key of a record's own digest; what earlier versions wrote has none."""
 THREADS = min(8, os.cpu_count() or 1)
 """That read or flush files side by side."""
 
@@ -67,14 +70,32 @@ def payload_files(folder: Path) -> dict[str, dict[str, Any]]:
     return {p.relative_to(root).as_posix(): {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(paths, digests, strict=True)}
 
 
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, or another mapping of the store, with its own digest: a bit that flips in a score is found out as one in a tensor is."""
+    written: dict[str, Any] = json.loads(json.dumps(record))  # keys that are numbers become text, which sorts otherwise
+    return {**written, DIGEST: _own_digest(written)}
+
+
+def is_as_written(record: Mapping[str, Any]) -> bool:
+    """Whether its own digest, where it has one, is that of the rest."""
+    return DIGEST not in record or record[DIGEST] == _own_digest(record)
+
+
+def _own_digest(record: Mapping[str, Any]) -> str:
+    text = json.dumps({name: value for name, value in record.items() if name != DIGEST}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_record(folder: Path) -> dict[str, Any]:
-    """Raises CorruptArtifactError, also for a record that tells no files."""
+    """Raises CorruptArtifactError, also for a record that tells no files or is not the one that was written."""
     try:
         record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError) as e:
         raise CorruptArtifactError(folder.name, f"{RECORD} cannot be read ({e})") from e
     if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
         raise CorruptArtifactError(folder.name, f"{RECORD} tells no files")
+    if not is_as_written(record):
+        raise CorruptArtifactError(folder.name, f"{RECORD} differs from its own digest")
     return record
 
 

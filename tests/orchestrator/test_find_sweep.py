@@ -20,6 +20,7 @@ from orchestrator.store import Store
 from orchestrator.sweeps import find_sweep
 from tests.orchestrator.small_stages import small_stage
 from tests.orchestrator.sweeping import overrides, sweep
+from workers.artifact import sealed
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +46,10 @@ def test_a_start_of_several_keys_is_refused_unless_it_is_a_name(tmp_path: Path) 
     with pytest.raises(StoreError, match=f"(?s)not the only one.*{twin[:8]}"):
         find_sweep(store, made[:4])
     plan = json.loads((store.sweep_folder(twin) / "plan.json").read_text())
-    (store.sweep_folder(twin) / "plan.json").write_text(json.dumps({**plan, "name": made[:4]}))
+    (store.sweep_folder(twin) / "plan.json").write_text(json.dumps(sealed({**plan, "name": made[:4]})))
     assert find_sweep(store, made[:4]) == twin
     assert find_sweep(store, made[:5]) == made
-    (store.sweep_folder(twin) / "plan.json").write_text(json.dumps({**plan, "name": made[:5]}))
+    (store.sweep_folder(twin) / "plan.json").write_text(json.dumps(sealed({**plan, "name": made[:5]})))
     assert find_sweep(store, made[:5]) == twin  # as `c4` may be both
     assert find_sweep(store, made[:8]) == made
 
@@ -107,6 +108,19 @@ def test_a_damaged_plan_is_told_and_written_anew_by_the_next_run(content: str | 
     assert f"{key[:8]} left out" in said.getvalue()
     assert sweep(store.root, "method=rtn").exit_code == 0
     assert json.loads(plan.read_text())["variants"] == whole["variants"]
+
+
+def test_a_plan_that_gives_a_variant_another_name_is_told(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    key = sweep(store.root, "method=rtn").result.key
+    plan = store.sweep_folder(key) / "plan.json"
+    whole = json.loads(plan.read_text())
+    plan.write_text(plan.read_text().replace('"rtn"', '"stn"'))
+    with pytest.raises(StoreError, match=r"plan\.json is not what was written.*start the sweep again"):
+        verbs.status(store.root, key, Console(file=io.StringIO()))
+    # Earlier versions wrote no digest.
+    plan.write_text(json.dumps({name: value for name, value in whole.items() if name != "digest"}))
+    assert verbs.status(store.root, key, Console(file=io.StringIO())) == 0
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"command": []}', '{"command": {"overrides": 3, "jobs": null}}'])

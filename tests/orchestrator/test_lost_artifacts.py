@@ -37,6 +37,13 @@ def without(record: Path, key: str) -> None:
     record.write_text(json.dumps(content))
 
 
+def flipped(record: Path) -> None:
+    """One bit of the time at which the stage ended: still a number, and JSON."""
+    text = record.read_text()
+    place = text.index('"ended": ') + len('"ended": ')
+    record.write_text(text[:place] + chr(ord(text[place]) ^ 2) + text[place + 1 :])
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "the artifact is gone": shutil.rmtree,
     "the record is gone": lambda folder: (folder / RECORD).unlink(),
@@ -44,6 +51,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "the record is none": lambda folder: (folder / RECORD).write_text("[]"),
     "the record is empty": lambda folder: (folder / RECORD).write_text("{}"),
     "the record lacks its end": lambda folder: without(folder / RECORD, "ended"),
+    "a number of the record is another": lambda folder: flipped(folder / RECORD),
     "a table is gone": lambda folder: (folder / "payload" / "values.txt").unlink(),
     "a table is another": lambda folder: (folder / "payload" / "values.txt").write_text("0.5"),
 }

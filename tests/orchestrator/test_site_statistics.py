@@ -28,7 +28,7 @@ from tests.orchestrator import synthetic
 from tests.orchestrator.sweeping import committed, overrides, sweep, told
 from tests.orchestrator.test_report import Page, without_plotly
 from tests.tiny_models import tiny_model
-from workers.artifact import payload_files
+from workers.artifact import payload_files, sealed
 from workers.specs import StageKind
 
 ON = "site_statistics=true"
@@ -108,7 +108,7 @@ def test_a_plan_without_the_list_is_read_and_its_page_has_no_section(finished: t
     plan = json.loads(path.read_text())
     gone = plan.pop("wanted")
     plan["stages"] = {k: s for k, s in plan["stages"].items() if k not in gone}
-    path.write_text(json.dumps(plan))
+    path.write_text(json.dumps(sealed(plan)))
     page = write_report(load_sweep(store, key), tmp_path / "report").html.read_text(encoding="utf-8")
     assert "What the tensors look like" not in page
 
