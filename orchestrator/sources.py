@@ -11,6 +11,7 @@ import json
 import os
 import re
 import zipfile
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,8 +187,11 @@ class Sources:
             raise SourceError(f"{option.axis} {option.name!r}: {path} is not a file; set {option.axis}.text.path= to a .jsonl or .txt file")
         if path.stat().st_size == 0:
             raise SourceError(f"{option.axis} {option.name!r}: {path} is empty; give a text with at least one window of tokens")
+        found = self._file_digest(path)[:32]
+        if _is_marked(path):
+            found = digest({"text": found, "mark": "left out"})  # earlier versions took it for a character of plain text
         # Under its own name, which says whether it holds rows of JSON: what it is a link to, as in the hub's cache, may say nothing.
-        return TextSource(self._file_digest(path)[:32], Location(kind="file", path=str(path.absolute())))
+        return TextSource(found, Location(kind="file", path=str(path.absolute())))
 
     def _file_digest(self, path: Path) -> str:
         if self._cache is None:
@@ -201,6 +205,12 @@ class Sources:
                 with contextlib.suppress(OSError):
                     _write_cache(self.cache_file, self._cache)
         return self._cache[name]
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a byte order mark stands before the text, which is read without it."""
+    with path.open("rb") as f:
+        return f.read(len(BOM_UTF8)) == BOM_UTF8
 
 
 def _check_commit(option: Option, hub: Mapping[str, Any]) -> None:

@@ -39,6 +39,8 @@ JSON_SUFFIXES = (".jsonl", ".json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
 HEADING = re.compile(r"= (?!= )\S.*(?<! =) =")
 """Of an article of WikiText, without the spaces around: one `=` on either side. Sections have two and more."""
+MARK = "\ufeff"
+"""That some editors put before UTF-8 (a byte order mark): no part of the text."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MISSES = 1000
 """Random documents in a row that are too short before sampling=documents gives up."""
@@ -61,13 +63,13 @@ def _file_documents(path: Path, spec: TextSpec) -> list[str]:
     if not path.is_file():
         raise InputError(f"text {path} is not a file; give a .jsonl or .txt file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8").removeprefix(MARK)
     except UnicodeDecodeError as e:
-        raise InputError(f"text {path} is not UTF-8 (byte {e.start}); convert it") from e
+        raise InputError(f"text {path} is not UTF-8 (byte {e.start}); convert it to a .jsonl or .txt file in UTF-8") from e
     if not text.strip():
         raise InputError(f"text {path} is empty; give a text of at least one window of tokens")
     if path.suffix in JSON_SUFFIXES:
-        return _json_rows(path, text.removeprefix("\ufeff"), spec.field)
+        return _json_rows(path, text, spec.field)
     _refuse_json(path, text, spec.field)
     if spec.split not in SPLITS:
         raise InputError(f"text.split={spec.split!r}; allowed: {', '.join(sorted(SPLITS))}")
@@ -77,7 +79,7 @@ def _file_documents(path: Path, spec: TextSpec) -> list[str]:
 def _refuse_json(path: Path, text: str, field: str | None) -> None:
     """A key is made of what a file says, not of its name: read as plain text here, a copy named .jsonl would find the same scores."""
     try:
-        _field(json.loads(text.lstrip("\ufeff\n ").split("\n", 1)[0]), field, "")
+        _field(json.loads(text.lstrip("\n ").split("\n", 1)[0]), field, "")
     except (ValueError, InputError):
         return
     raise InputError(f"text {path} holds rows of JSON with {field!r}; name it .jsonl to read them, or set text.field=null for plain text")
@@ -92,16 +94,30 @@ def _json_rows(path: Path, text: str, field: str | None) -> list[str]:
         try:
             rows.append(json.loads(line))
         except ValueError as e:
+            if _is_json(text):
+                raise InputError(f"{path} holds one JSON value over several lines; expected one object a line (JSONL): write it so") from e
             raise InputError(f"{path}, line {number}, is not JSON ({e}); the file may be truncated, copy it again") from e
     return [_field(row, field, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _field(row: Any, field: str | None, where: str) -> str:
-    keys = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a JSON {type(row).__name__}; expected one object a line (JSONL): write it so")
+    keys = ", ".join(sorted(row))
     if field is None:
         raise InputError(f"{where}: rows of JSON need text.field, the key of the text; this row has {keys}")
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+    if field not in row:
         raise InputError(f"{where} has no text under {field!r}; it has {keys}; set text.field")
+    if not isinstance(row[field], str):
+        raise InputError(f"{where} has {type(row[field]).__name__} under {field!r}, expected text; set text.field, or take such rows out")
     text = str(row[field])
     try:
         text.encode()

@@ -19,6 +19,7 @@ from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.sources import Sources
 from tests.tiny_models import tiny_model
+from workers.artifact import file_digest
 from workers.specs import CalibrateSpec, EvaluateSpec, QuantizeSpec, StageKind
 
 
@@ -354,3 +355,12 @@ def test_empty_calibration_text_is_told(plan_of, tmp_path: Path) -> None:
     empty.touch()
     with pytest.raises(SourceError, match="is empty"):
         plan_of("method=gptq", f"calibration.text.path={empty}")
+
+
+@pytest.mark.parametrize(("mark", "alone"), [("", True), ("\ufeff", False)])
+def test_a_text_read_without_its_byte_order_mark_is_not_known_by_its_file_alone(plan_of, tmp_path: Path, mark: str, alone: bool) -> None:
+    """Under that digest results of the text with the mark may be kept."""
+    path = tmp_path / "text.txt"
+    path.write_text(f"{mark}some text\n", encoding="utf-8")
+    (digest,) = {s.spec.task.text.digest for s in plan_of(f"task.text.path={path}").stages.values() if isinstance(s.spec, EvaluateSpec)}
+    assert file_digest(path).startswith(digest) is alone

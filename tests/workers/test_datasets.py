@@ -87,7 +87,9 @@ def test_documents_are_skipped_then_counted(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "x"}\n{"tex', {"field": "text"}, "line 2, is not JSON"),
         ("a.jsonl", '{"body": "x"}\n', {"field": "text"}, "no text under 'text'; it has body"),
         ("a.jsonl", '{"body": "x"}\n', {}, "need text.field"),
-        ("a.jsonl", "[1]\n", {"field": "text"}, "it has list"),
+        ("a.jsonl", "[1]\n", {"field": "text"}, "row 1 is a JSON list; expected one object a line"),
+        ("a.json", '[\n{"text": "x"}\n]\n', {"field": "text"}, "one JSON value over several lines; expected one object a line"),
+        ("a.jsonl", '{"text": "x"}\n{"text": null}\n', {"field": "text"}, "row 2 has NoneType under 'text', expected text"),
         ("a.jsonl", '{"text": ""}\n', {"field": "text"}, "no text is left"),
         ("a.jsonl", '{"text": "x"}\n{"text": "a\\ud83d"}\n', {"field": "text"}, r"row 2 has half a surrogate pair \('\\ud83d' at"),
         ("a.txt", '{"text": "x"}\n', {"field": "text"}, "holds rows of JSON with 'text'; name it .jsonl"),
@@ -98,8 +100,9 @@ def test_unusable_texts_say_what_is_wrong(tmp_path: Path, name: str, content: st
         load_documents(written(tmp_path, content, name), text(**fields))
 
 
-def test_a_byte_order_mark_does_not_end_json(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
     assert load_documents(written(tmp_path, '\ufeff{"text": "x"}\n', "a.jsonl"), text(field="text")) == ["x"]
+    assert load_documents(written(tmp_path, "\ufeff = T = \n\nx\n"), text()) == [" = T = ", "x"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"field": "body"}])
