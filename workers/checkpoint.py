@@ -6,7 +6,8 @@ Pickled weights are read through their conversion to safetensors (`workers.conve
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from workers.request import Location
 
 HUB_FILES = (*SMALL_FILES, "generation_config.json", "tokenizer*", "*.model", "chat_template*", "additional_chat_templates/*")
 """Fetched of every hub model besides its weights."""
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""Types of weights, as safetensors names them."""
 TRY_LATER = (408, 429)
 """HTTP's request timeout and too many requests."""
 
@@ -30,6 +33,8 @@ class TensorEntry:
     shape: tuple[int, ...]
     name: str
     """In the file; another than the checkpoint's own where two names share one tensor."""
+    dtype: str
+    """As safetensors names it: F32, BF16, I8, F8_E4M3, ..."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,23 @@ def open_checkpoint(location: Location) -> Checkpoint:
     return Checkpoint(folder, config, tensors, notes)
 
 
+def require_floats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raises InputError for a quantized weight under a weight's own name: codes would be taken for values, without their scales."""
+    for entry in (checkpoint.tensors[name] for name in names):
+        if entry.dtype not in FLOATS:
+            raise InputError(
+                f"{entry.file} stores {entry.name} as {entry.dtype}, expected {', '.join(FLOATS)}: it is quantized already; give the "
+                "unquantized model"
+            )
+
+
+def unread(checkpoint: Checkpoint, read: Collection[str], known: Iterable[str] | None) -> tuple[str, ...]:
+    """A note on tensors that are read into nothing, none where there are none. known: patterns of such as older checkpoints hold."""
+    patterns = (*(known or ()), r"rotary_emb\.inv_freq")
+    left = sorted(n for n in checkpoint.tensors if n not in read and not any(re.search(p, n) for p in patterns))
+    return (f"{len(left)} tensors of the checkpoint have no place in the model of its config.json, first {left[0]}",) if left else ()
+
+
 def _weights(folder: Path) -> Weights | None:
     try:
         return weights_in(folder)
@@ -169,4 +191,7 @@ def _header(path: Path) -> dict[str, TensorEntry]:
         header = safetensors_header(path)
     except ValueError as e:
         raise InputError(str(e)) from e
-    return {name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"]), name) for name, e in header.items()}
+    return {
+        name: TensorEntry(path, e["data_offsets"][1] - e["data_offsets"][0], tuple(e["shape"]), name, str(e.get("dtype")))
+        for name, e in header.items()
+    }

@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from workers import families
 from workers.blocks import input_of, replace_input, replaced_forward
-from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.checkpoint import Checkpoint, open_checkpoint, require_floats, unread
 from workers.context import Context
 from workers.errors import InputError, NumericalError, UnsupportedModel
 from workers.specs import ModelSpec
@@ -252,9 +252,15 @@ def open_checked(context: Context, spec: ModelSpec, checkpoint: Checkpoint) -> B
     context.notes += checkpoint.notes
     structure = families.structure(checkpoint.config)
     dtype = DTYPES[spec.dtype]
-    model = _skeleton(checkpoint, dtype)
+    try:
+        model = _skeleton(checkpoint, dtype)
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as e:
+        said = f"transformers makes no {structure.model_type} model of it ({type(e).__name__}: {e})"
+        raise InputError(f"{checkpoint.folder / 'config.json'}: {said}; correct it, or copy it again") from e
     opened = BlockModel(model, checkpoint, structure, dtype, context.device, _sources(model, checkpoint))
     _check_complete(opened)
+    require_floats(checkpoint, (s for name, _ in model.named_parameters() for s in opened.sources.get(name, ())))
+    context.notes += unread(checkpoint, {s for names in opened.sources.values() for s in names}, model._keys_to_ignore_on_load_unexpected)
     largest = max((opened.block_bytes(i) for i in range(structure.count)), default=0)
     needed = opened.outer_bytes() + largest
     if context.hints.memory_bytes is not None and needed > context.hints.memory_bytes:

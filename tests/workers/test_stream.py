@@ -238,6 +238,37 @@ def test_a_checkpoint_of_other_shapes_is_refused(folder: Path) -> None:
     refused(folder, r"does not fit its config\.json")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_under_their_own_name_are_refused(folder: Path, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, r"up_proj\.weight as (I8|F8_E4M3), expected F16, BF16, F32, F64: it is quantized already")
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "none such"}, {"pad_token_id": 5000}])
+def test_a_configuration_of_which_transformers_makes_no_model_is_told_with_its_file(folder: Path, change: dict[str, object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    refused(folder, r"config\.json: transformers makes no llama model of it \(\w+: .*\); correct it, or copy it again")
+
+
+def test_tensors_without_a_place_in_the_model_are_noted(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    older = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **older}, folder / "model.safetensors", {"format": "pt"})
+    whole, cut = context(folder, tmp_path), context(folder, tmp_path)
+    load_model(whole, MODEL)
+    assert whole.notes == []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    load_model(cut, MODEL)
+    of_block = sum(name.startswith("model.layers.1.") for name in tensors)
+    assert cut.notes == [
+        f"{of_block} tensors of the checkpoint have no place in the model of its config.json, first model.layers.1.input_layernorm.weight"
+    ]
+
+
 def test_weights_that_are_not_finite_are_refused_with_name_and_count(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, :2] = float("nan")
