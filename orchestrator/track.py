@@ -164,6 +164,8 @@ class MlflowTracker:
 
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        # Prints a traceback of whatever a database answers, which the sync tells in a line.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         try:
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)

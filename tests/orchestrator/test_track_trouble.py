@@ -202,6 +202,17 @@ def test_an_unwritable_database_is_reported_at_once(tmp_path: Path, sweep: Sweep
     assert "reconcile" in str(tracker.sync(sweep, Phase.ENDED).failed)
 
 
+def test_a_database_removed_beside_a_sweep_is_told_in_a_line(
+    mlflow_project: Path, sweep: SweepResult, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracker = tracker_of(mlflow_project)
+    assert tracker.sync(sweep, Phase.RUNNING).failed is None
+    (mlflow_project / "mlflow.db").unlink()
+    capfd.readouterr()
+    assert "mlflow.db" in str(tracker.sync(replace(sweep, name="mine"), Phase.ENDED).failed)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_refused_run_does_not_stop_the_others(mlflow_project: Path, sweep: SweepResult, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
