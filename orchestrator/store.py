@@ -71,7 +71,8 @@ class Store:
     def open(self, create: bool = True) -> Store:
         """Check the format, or create an empty store. Raises StoreVersionError for a store of a newer bitgrid, StoreError."""
         marker = self.root / "store.json"
-        if marker.is_file():
+        # A copy that was cut off may hold artifacts and not yet the marker.
+        if marker.is_file() or any((self.root / "objects").glob(f"*/*/*/{RECORD}")):
             found = _format(marker)
             if found > FORMAT:
                 raise StoreVersionError(

@@ -167,8 +167,21 @@ def test_a_store_whose_creation_was_cut_off_is_made_whole(tmp_path: Path) -> Non
     store = Store(tmp_path).open()
     assert commit(store, a_stage()).is_dir()
     (tmp_path / "store.json").unlink()
-    with pytest.raises(StoreError, match="neither empty"):  # what is in it may be somebody's
+    with pytest.raises(StoreError, match="into it, else set store="):  # what is in it may be somebody's
         Store(tmp_path).open()
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_store_without_its_marker_is_told_with_the_marker_to_write(store: Store, create: bool) -> None:
+    """As a copy that was cut off leaves it."""
+    commit(store, a_stage())
+    marker = store.root / "store.json"
+    content = json.loads(marker.read_text())
+    marker.unlink()
+    with pytest.raises(StoreError, match="if this is a store, write") as told:
+        store.open(create)
+    assert str(marker) in str(told.value)
+    assert json.dumps(content) in str(told.value)
 
 
 def test_second_live_driver_is_refused_with_the_holders_name(tmp_path: Path) -> None:
