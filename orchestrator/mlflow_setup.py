@@ -67,6 +67,21 @@ def check_sqlite(file: Path, timeout_s: float) -> None:
 
 
 @contextmanager
+def made_whole_or_empty(file: Path) -> Iterator[None]:
+    """A database that is empty at first is so again where making its tables fails, as on a full disk: MLflow goes on with none that has
+    some of them. Emptied in place, for MLflow keeps the file open."""
+    new = file.stat().st_size == 0
+    try:
+        yield
+    except Exception:
+        if new:
+            for rest in ("-journal", "-wal", "-shm"):
+                file.with_name(file.name + rest).unlink(missing_ok=True)
+            os.truncate(file, 0)
+        raise
+
+
+@contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
     """While it lasts no other driver creates or migrates the database: MLflow makes tables one by one, and two that make the same fail.
 

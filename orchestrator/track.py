@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.dashboard_view import view_tag
-from orchestrator.mlflow_setup import OUT_OF_DATE, check_sqlite, client_environment, one_at_a_time, sqlite_file, sqlite_runs, upgrade_sqlite
+from orchestrator.mlflow_setup import (
+    OUT_OF_DATE,
+    check_sqlite,
+    client_environment,
+    made_whole_or_empty,
+    one_at_a_time,
+    sqlite_file,
+    sqlite_runs,
+    upgrade_sqlite,
+)
 from orchestrator.results import SweepResult
 from orchestrator.stats import paired_delta
 from orchestrator.tracked_diff import CONTENT, FILES, PARENT, REPLACED, LoggedRun, amendable, file_tag, new_files, same_content, stale_tags
@@ -154,7 +163,7 @@ class MlflowTracker:
             self._client = self._connected(uri, None)
             return
         check_sqlite(file, self._settings.timeout_s)
-        with one_at_a_time(file):
+        with one_at_a_time(file), made_whole_or_empty(file):
             self._client = self._connected(uri, file)
 
     def _connected(self, uri: str, file: Path | None) -> Any:

@@ -213,6 +213,20 @@ def test_a_database_removed_beside_a_sweep_is_told_in_a_line(
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_database_that_had_no_room_for_its_tables_is_made_when_there_is(tmp_path: Path, sweep: SweepResult) -> None:
+    resource = pytest.importorskip("resource")  # no Windows
+    project = tmp_path / "project"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))  # answers as a full disk does
+    try:
+        assert "mlflow.db" in str(tracker_of(project).sync(sweep, Phase.ENDED).failed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    made = tracker_of(project).sync(sweep, Phase.ENDED)
+    assert made.failed is None
+    assert made.created == 6
+
+
 def test_a_refused_run_does_not_stop_the_others(mlflow_project: Path, sweep: SweepResult, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow.exceptions import MlflowException
     from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
