@@ -158,7 +158,7 @@ def require_floats(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 def unread(checkpoint: Checkpoint, read: Collection[str], known: Iterable[str] | None) -> tuple[str, ...]:
     """A note on tensors that are read into nothing, none where there are none. known: patterns of such as older checkpoints hold."""
-    patterns = (*(known or ()), r"rotary_emb\.inv_freq")
+    patterns = (*(known or ()), r"rotary_emb\.inv_freq", r"\.masked_bias$")
     left = sorted(n for n in checkpoint.tensors if n not in read and not any(re.search(p, n) for p in patterns))
     return (f"{len(left)} tensors of the checkpoint have no place in the model of its config.json, first {left[0]}",) if left else ()
 
