@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -45,9 +46,10 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """File name with the swept parameters: `gptq[rounding.params.damp=0.1]`."""
-        swept = [_inside(c.text, self.axis) for c in self.changes if c.swept]
-        return f"{self.file}[{','.join(swept)}]" if swept else self.file
+        """File name with the swept parameters: `gptq[rounding.params.damp=0.1]`; of a model that is a folder of its own, with that folder's
+        name: `opt_125m[path=mine]`, for it is another model than the file's."""
+        told = [text for c in self.changes if (text := _inside(c.text, self.axis) if c.swept else _own_folder(c.override))]
+        return f"{self.file}[{','.join(told)}]" if told else self.file
 
     @property
     def lines(self) -> list[str]:
@@ -58,6 +60,11 @@ class Choice:
     def group_lines(self) -> list[str]:
         """Only what chooses files."""
         return [f"{self.axis}={self.file}", *(c.text for c in self.changes if c.is_group)]
+
+
+def _own_folder(override: Override) -> str | None:
+    path = override.value() if plain_key(override) == "model.path" else None
+    return f"path={Path(path).absolute().name}" if isinstance(path, str) else None
 
 
 def _inside(text: str, axis: str) -> str:

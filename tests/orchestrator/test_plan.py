@@ -243,6 +243,17 @@ def test_model_path_with_several_models_is_refused(plan_of) -> None:
         plan_of("model=wikitext_llama,stories260k", f"model.path={ASSET}")
 
 
+def test_a_folder_of_its_own_names_the_model(plan_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another model than the option's, whose name the table would bear otherwise."""
+    folder = shutil.copytree(ASSET, tmp_path / "mine")
+    monkeypatch.chdir(folder)
+    same = ("method=rtn", "scheme=w4a16_channel", "task=self_perplexity")
+    for path in (f"{folder}/", ".", "../mine"):
+        labels = [s.label for s in plan_of(*same, f"model.path={path}").stages.values()]
+        assert "quantize wikitext_llama[path=mine] rtn w4a16_channel" in labels
+    assert "quantize wikitext_llama rtn w4a16_channel" in [s.label for s in plan_of(*same, "model.path=null").stages.values()]
+
+
 @pytest.mark.parametrize(
     ("swept", "digests", "dtypes"), [("model.path={a},{b}", 2, 1), ("model.dtype=float32,bfloat16 model.path={a}", 1, 2)]
 )

@@ -70,7 +70,7 @@ def test_a_family_that_is_not_known_has_none_and_the_plan_says_so(plan_of, tmp_p
     scheme = ("scheme=w4a16_g64", "scheme.weight=null")
     plan = plan_of(f"model.path={model}", "method=rtn", *scheme, "task.params.window=64", ON)
     assert kinds(plan) == {"evaluate": 1}
-    assert any("no site statistics of wikitext_llama: model_type 'odd'" in note for note in plan.notes)
+    assert any("no site statistics of wikitext_llama[path=odd]: model_type 'odd'" in note for note in plan.notes)
 
 
 def test_it_belongs_to_the_sweep() -> None:
@@ -229,5 +229,5 @@ def test_the_page_of_a_real_sweep_shows_what_was_collected(finished: tuple[Path,
 def test_a_run_says_what_it_leaves_out(tmp_path: Path) -> None:
     """As `bitgrid plan` does: RTN reads no text, so that the cell runs, and site statistics are missing from its report."""
     _, said = told(tmp_path / "store", f"model.path={tiny_model('opt')}", *line(ON, "calibration.sequence_length=4096")[1:])
-    assert re.search(r"^note: no site statistics of wikitext_llama: .*4096", said, re.MULTILINE)
+    assert re.search(r"^note: no site statistics of wikitext_llama\[path=.*\]: .*4096", said, re.MULTILINE)
     assert "1 cell, 3 stages;" in said

@@ -30,6 +30,10 @@ def plan_of(tmp_path: Path) -> PlanOf:
     return make
 
 
+def named(family: str) -> str:
+    return f"wikitext_llama[path={tiny_model(family).name}]"
+
+
 def fed(plan: Plan, key: str) -> bool:
     """Whether the stage, or one that it needs, is given a calibration text."""
     stage = plan.stages[key]
@@ -40,7 +44,7 @@ def fed(plan: Plan, key: str) -> bool:
 def test_a_window_beyond_the_positions_is_skipped_with_its_reason(plan_of: PlanOf, family: str) -> None:
     plan = plan_of(family, "method=rtn,gptq", "scheme=w4a16_channel", "task.params.window=128,129", "calibration.sequence_length=64")
     assert {s.cell.task.name for s in plan.skipped} == {"self_perplexity[params.window=129]"}
-    said = "wikitext_llama: task.params.window=129 is above the model's 128 positions; use 128 or less"
+    said = f"{named(family)}: task.params.window=129 is above the model's 128 positions; use 128 or less"
     assert [s.reason for s in plan.skipped] == [said, said]
     assert len(plan.cells) == 2
     windows = {dict(s.spec.task.params)["window"] for s in plan.stages.values() if isinstance(s.spec, EvaluateSpec)}
@@ -71,7 +75,7 @@ def test_long_samples_skip_exactly_what_is_fed_them(plan_of: PlanOf, grid: tuple
     reasons = {s.cell.names()["method"] + s.cell.names()["scheme"]: s.reason for s in long.skipped}
     lost = [c for c in short.cells if c.cell.method.name + c.cell.scheme.name in reasons]
     assert [c.cell.names() for c in lost] == [c.cell.names() for c in short.cells if fed(short, c.evaluate)]
-    said = "wikitext_llama: calibration.sequence_length=129 is above the model's 128 learned positions; use 128 or less"
+    said = f"{named('gpt2')}: calibration.sequence_length=129 is above the model's 128 learned positions; use 128 or less"
     assert {reasons[c.cell.method.name + c.cell.scheme.name] for c in lost} == {said}
     assert len(long.cells) == len(short.cells) - len(lost)
 
@@ -85,7 +89,7 @@ def test_site_statistics_of_long_samples_are_left_out_and_noted(plan_of: PlanOf)
     long = ("task.params.window=64", "calibration.sequence_length=129", "site_statistics=true")
     plan = plan_of("gpt2", "method=rtn", "scheme=w4a16_channel", *long)
     assert (len(plan.cells), plan.wanted) == (1, [])
-    assert any("no site statistics of wikitext_llama: calibration.sequence_length=129 is above" in note for note in plan.notes)
+    assert any(f"no site statistics of {named('gpt2')}: calibration.sequence_length=129 is above" in note for note in plan.notes)
 
 
 @pytest.mark.parametrize(
