@@ -34,6 +34,11 @@ def positions(config: Mapping[str, Any]) -> int | None:
     return None if stated is None else int(stated)
 
 
+def _learned(config: Mapping[str, Any]) -> int | None:
+    """Positions beyond which nothing can be fed; None where a model can go on."""
+    return positions(config) if config.get("model_type") in LEARNED else None
+
+
 def refuses_window(window: int, config: Mapping[str, Any]) -> str | None:
     """Why a task cannot score windows of so many tokens; None where it can."""
     limit = positions(config)
@@ -44,8 +49,8 @@ def refuses_window(window: int, config: Mapping[str, Any]) -> str | None:
 
 def refuses_calibration(length: int, config: Mapping[str, Any]) -> str | None:
     """Why samples of so many tokens cannot be fed; None where they can, also where that is beyond positions that are not learned."""
-    limit = positions(config)
-    if limit is None or length <= limit or config.get("model_type") not in LEARNED:
+    limit = _learned(config)
+    if limit is None or length <= limit:
         return None
     return f"calibration.sequence_length={length} is above the model's {limit} learned positions; use {limit} or less"
 
@@ -53,7 +58,7 @@ def refuses_calibration(length: int, config: Mapping[str, Any]) -> str | None:
 def refuses_room(tokens: int, config: Mapping[str, Any]) -> str | None:
     """Why no step is captured whose cache takes so many tokens; None where one can be. Steps before a capture may go on beyond the last
     token that is timed, where a device that reads an embedding that is not there takes no further work."""
-    limit = positions(config)
-    if limit is None or tokens <= limit or config.get("model_type") not in LEARNED:
+    limit = _learned(config)
+    if limit is None or tokens <= limit:
         return None
     return f"steps before a capture come to {tokens} tokens, above the model's {limit} learned positions"
