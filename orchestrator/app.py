@@ -81,24 +81,23 @@ def _searched() -> None:
     except HydraException as e:
         raise ConfigError(str(e)) from e
     except BitgridError as e:
-        exit_codes.append(_told(f"the search ended with a trial that has no score: {e}"))
+        _failed(f"the search ended with a trial that has no score: {e}")
     except KeyboardInterrupt:
         print(GO_ON)
         raise
     except Exception as e:
         if _scores:
             raise
-        exit_codes.append(_told(f"no trial of the search has a score: {type(e).__name__}: {e}"))
+        _failed(f"no trial of the search has a score: {type(e).__name__}: {e}")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
         if before is not None:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def _told(message: str) -> int:
-    """The exit code."""
+def _failed(message: str) -> None:
     print(f"bitgrid: {message}", file=sys.stderr)
-    return 1
+    exit_codes.append(1)
 
 
 @lru_cache(maxsize=1)
