@@ -153,6 +153,17 @@ case "$1" in --id=0) echo "NVIDIA H200";; --id=1) echo "NVIDIA L4";; --id=2) ech
 """
 
 
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as nvidia-smi tells."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(ASKED)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("hints", "device"),
     [
@@ -165,13 +176,8 @@ case "$1" in --id=0) echo "NVIDIA H200";; --id=1) echo "NVIDIA L4";; --id=2) ech
         ("hints.device=cuda:3", None),
     ],
 )
-def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None) -> None:
     """As nvidia-smi names it; without one the CPU, whose threads are part of the workload."""
-    program = tmp_path / "nvidia-smi"
-    program.write_text(ASKED)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     settings = dict(compose_grid(["measure=true", *([] if hints == "~hints" else [hints])], multirun=True).settings)
     if hints == "~hints":
         settings["hints"] = None
@@ -184,17 +190,12 @@ def test_the_device_is_the_gpu_that_stages_run_on(hints: str, device: str | None
     assert (given.device, given.workload.threads) == (found.device, 3)
 
 
+@pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("visible", "index", "device"),
     [("0,1", 1, "NVIDIA L4"), ("1, 0", 0, "NVIDIA L4"), ("1, 0", 1, "NVIDIA H200"), ("1", 1, None), ("", 0, None), ("-1", 0, None)],
 )
-def test_gpus_are_counted_among_the_visible_ones(
-    visible: str, index: int, device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text(ASKED)
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+def test_gpus_are_counted_among_the_visible_ones(visible: str, index: int, device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert gpu_name(index) == device
 
