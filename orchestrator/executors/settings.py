@@ -23,6 +23,8 @@ class ClusterSettings:
     """0, 1, or a fraction to put several workers on one GPU. `None`: 1 where the cluster has GPUs, else 0."""
     address: str | None = None
     """ray_existing: host:port of the head; `None` or auto: RAY_ADDRESS, or the cluster of this machine."""
+    nodes: int | None = None
+    """ray_existing: nodes to wait for before workers are placed, `startup_timeout_s` at the most. `None`: those that are there."""
     auth: str | None = None
     """token: `RAY_AUTH_TOKEN`, `RAY_AUTH_TOKEN_PATH` or ~/.ray/auth_token holds it (ray_local makes its own). disabled: none.
     `None`: token; for ray_existing as `RAY_AUTH_MODE` says, where it is set."""
@@ -31,7 +33,7 @@ class ClusterSettings:
     object_store_mb: int = 200
     """ray_local. Only small messages go through it; Ray's minimum is 75."""
     startup_timeout_s: float = 60.0
-    """Longest wait for the first workers, and for one that takes the place of another."""
+    """Longest wait for `nodes`, for the first workers, and for one that takes the place of another."""
 
     @staticmethod
     def from_config(values: Mapping[str, Any]) -> ClusterSettings:
@@ -50,7 +52,7 @@ def _check(s: ClusterSettings) -> None:
         raise ConfigError(unknown_name("cluster.kind", str(s.kind), KINDS))
     if s.auth is not None and s.auth not in AUTH:
         raise ConfigError(unknown_name("cluster.auth", str(s.auth), AUTH))
-    for name in ("slots", "threads"):
+    for name in ("slots", "threads", "nodes"):
         value = getattr(s, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"cluster.{name}={value!r}; give a whole number from 1, or null")
@@ -62,8 +64,9 @@ def _check(s: ClusterSettings) -> None:
         raise ConfigError(f"cluster.object_store_mb={s.object_store_mb!r}; Ray needs at least 75")
     if isinstance(s.startup_timeout_s, bool) or not isinstance(s.startup_timeout_s, (int, float)) or s.startup_timeout_s <= 0:
         raise ConfigError(f"cluster.startup_timeout_s={s.startup_timeout_s!r}; give a positive number of seconds")
-    if s.address is not None and s.kind != "ray_existing":
-        raise ConfigError(f"cluster.address={s.address!r} with cluster.kind={s.kind}; an address needs cluster=ray_existing")
+    for name in ("address", "nodes"):
+        if getattr(s, name) is not None and s.kind != "ray_existing":
+            raise ConfigError(f"cluster.{name}={getattr(s, name)!r} with cluster.kind={s.kind}; it needs cluster=ray_existing")
     if s.address is not None and "://" in s.address:
         raise ConfigError(
             f"cluster.address={s.address!r} names a proxy, whose connections do not last a sweep; "

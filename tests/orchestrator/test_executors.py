@@ -73,6 +73,8 @@ def test_settings_choose_the_executor() -> None:
         ({"gpus_per_worker": 1.5}, "fraction"),
         ({"auth": "password"}, "allowed: disabled, token"),
         ({"object_store_mb": 10}, "at least 75"),
+        ({"nodes": 0}, "whole number from 1"),
+        ({"nodes": 2}, "cluster=ray_existing"),
         ({"address": "10.0.0.1:6379"}, "cluster=ray_existing"),
         ({"kind": "ray_existing", "address": "ray://10.0.0.1:10001"}, "host:port"),
         ({"startup_timeout_s": 0}, "positive"),

@@ -157,7 +157,6 @@ from tests.orchestrator.fake_runner import fake_request, run_fake
 from tests.orchestrator.sweeping import SMALL
 
 address, token = sys.argv[1:]
-host, port = address.split(":")
 
 def attempt(token, address=address, **settings):
     os.environ.pop("RAY_AUTH_TOKEN", None)
@@ -182,16 +181,12 @@ def sweep(token):
     cluster = ["cluster=ray_existing", f"cluster.address={address}", "cluster.auth=token", "cluster.slots=1", "cluster.threads=1"]
     return main(["run", "-m", "method=gptq", *small, *cluster, "store=store"])
 
-until = time.monotonic() + 60
-while time.monotonic() < until:
-    try:
-        socket.create_connection((host, int(port))).close()
-        break
-    except OSError:
-        time.sleep(0.1)
 with socket.create_server(("127.0.0.1", 0)) as closed:
     dead = "127.0.0.1:%d" % closed.getsockname()[1]
 results = {
+    # First, while the head may not be there yet.
+    "awaited": attempt(token, nodes=1),
+    "too few": attempt(token, nodes=2, startup_timeout_s=1.0),
     "wrong token": attempt("0" * 64),
     "no token": attempt(None, auth="token"),
     "nothing said": attempt(None),
@@ -213,6 +208,8 @@ def test_joining_a_cluster_with_a_token_and_leaving_it(head: Head, tmp_path: Pat
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads(done.stdout.splitlines()[-1])
+    assert results["awaited"] == ["a"]
+    assert "has 1 of cluster.nodes=2 nodes after cluster.startup_timeout_s=1" in results["too few"]
     assert "RAY_AUTH_TOKEN" in results["wrong token"]
     assert "none is found; give the cluster's token in RAY_AUTH_TOKEN" in results["no token"]
     assert results["nothing said"] == results["no token"]

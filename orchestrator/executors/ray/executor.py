@@ -16,7 +16,7 @@ from orchestrator.executors.base import Event, RequestEnded, Runner, SlotLost, S
 from orchestrator.executors.ray.actor import Batch, Identity, Worker
 from orchestrator.executors.ray.capacity import Layout, NodeResources, layout
 from orchestrator.executors.ray.head import Head
-from orchestrator.executors.ray.start import Session, open_session
+from orchestrator.executors.ray.start import POLL_S, Session, open_session
 from orchestrator.executors.settings import ClusterSettings
 from workers.request import FORMAT, Outcome, Request
 
@@ -56,7 +56,7 @@ class RayExecutor:
         self._session = open_session(self._settings, self._local_cores())
         try:
             self._head = Head(_head_address(), own=self._session.folder is not None)
-            self._layout = layout(self._settings, _nodes())
+            self._layout = layout(self._settings, _awaited_nodes(self._settings))
             starting = {i: self._spawn() for i in range(self._layout.slots)}
             self._slots = self._answered(starting)
         except BaseException:
@@ -223,6 +223,19 @@ class RayExecutor:
 def _cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _awaited_nodes(settings: ClusterSettings) -> list[NodeResources]:
+    """The cluster's, once it has as many as are waited for. Raises ClusterError."""
+    until = time.monotonic() + settings.startup_timeout_s
+    while len(nodes := _nodes()) < (settings.nodes or 0):
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"the cluster has {len(nodes)} of cluster.nodes={settings.nodes} nodes after cluster.startup_timeout_s="
+                f"{settings.startup_timeout_s:g}; run `ray start --address=…` on the others, or lower cluster.nodes"
+            )
+        time.sleep(POLL_S)
+    return nodes
 
 
 def _nodes() -> list[NodeResources]:

@@ -16,8 +16,10 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,8 @@ TOKEN_HELP = (
 )
 PROBE_S = 10.0
 """Longest wait for the head's answer."""
+POLL_S = 0.5
+"""Between two looks for a head or nodes that are waited for."""
 
 
 @dataclass
@@ -162,7 +166,8 @@ def _join(settings: ClusterSettings) -> Session:
             # Ray would end this process.
             raise ClusterError(f"a Ray cluster is joined with its token, and none is found; {TOKEN_HELP}")
         if address not in (None, "auto"):
-            _check_head(str(address), "RAY_ADDRESS" if named is None else "cluster.address", mode)
+            wait_s = settings.startup_timeout_s if settings.nodes else 0.0
+            _check_head(str(address), "RAY_ADDRESS" if named is None else "cluster.address", mode, wait_s)
         with _own_sigterm():
             session.speech = _silence()
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR, namespace=settings.namespace)
@@ -187,8 +192,11 @@ def _token_found() -> bool:
     return bool(loader.has_token(ignore_auth_mode=True))
 
 
-def _check_head(address: str, setting: str, mode: str) -> None:
-    """Ask the head at host:port whether it is there and lets us in. Raises ClusterError, in bounded time. `setting`: what names it."""
+def _check_head(address: str, setting: str, mode: str, wait_s: float = 0.0) -> None:
+    """Ask the head at host:port whether it is there, waiting for it `wait_s`, and lets us in. `setting`: what names it.
+
+    Raises ClusterError, in bounded time.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address:
         raise ClusterError(
@@ -197,13 +205,18 @@ def _check_head(address: str, setting: str, mode: str) -> None:
         )
     if not host or not port.isdigit():
         raise ClusterError(f"{setting}={address!r} is not host:port, for example 10.0.0.1:6379")
-    try:
-        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
-    except OSError as e:
-        raise ClusterError(
-            f"nothing answers at {setting}={address} ({e}); start a cluster there with `ray start --head --port={port}`, "
-            "or correct the address"
-        ) from e
+    until = time.monotonic() + wait_s
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+            break
+        except OSError as e:
+            if time.monotonic() >= until:
+                raise ClusterError(
+                    f"nothing answers at {setting}={address} ({e}); start a cluster there with `ray start --head --port={port}`, "
+                    "or correct the address"
+                ) from e
+            time.sleep(POLL_S)
     refusal = _ask(address)
     if refusal is not None and refusal.of_token:
         raise ClusterError(f"the Ray cluster at {address} refuses: {refusal.reason}; {TOKEN_HELP}")
@@ -241,9 +254,27 @@ def _ask(address: str) -> _Refusal | None:
             answers.append(_Refusal(f"{type(e).__name__}: {e}"))
 
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_S)
+    with _without_stderr():
+        thread.start()
+        thread.join(PROBE_S)
     return answers[0] if answers else _Refusal(f"no answer to Ray's protocol within {PROBE_S:.0f} s")
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Ray's C++ writes a warning of its own there when it is refused."""
+    if sys.stderr is None:  # was closed: the descriptor may be another file's
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _is_open(address: str) -> bool:
