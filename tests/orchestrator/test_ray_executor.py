@@ -27,7 +27,7 @@ import pytest
 from orchestrator.errors import ClusterError
 from orchestrator.executors.base import Event, Executor, RequestEnded
 from orchestrator.executors.ray import start
-from orchestrator.executors.ray.executor import RayExecutor
+from orchestrator.executors.ray.executor import RayExecutor, _why_lost
 from orchestrator.executors.settings import ClusterSettings
 from orchestrator.retries import Policy
 from orchestrator.schedule import run_stages
@@ -297,6 +297,12 @@ def test_what_is_no_ray_is_not_asked_for_a_token() -> None:
         with pytest.raises(ClusterError, match="not as the head") as caught:
             start._check_head(f"127.0.0.1:{port}", "cluster.address", "disabled")
     assert "token" not in str(caught.value)
+
+
+def test_a_worker_whose_node_is_gone_is_told_without_rays_ids() -> None:
+    import ray
+
+    assert "its node went down" in _why_lost(ray.exceptions.ActorUnavailableError("Socket closed", bytes(16)))
 
 
 def test_sigterm_while_ray_starts_is_an_interruption() -> None:

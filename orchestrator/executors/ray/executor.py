@@ -268,6 +268,8 @@ def _why_lost(error: Exception) -> str:
         return "out of memory: the node's memory monitor ended the worker"
     if isinstance(error, ray.exceptions.ActorDiedError):
         return "the worker process died (killed, or crashed in native code)"
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "the worker cannot be reached (its node went down, or the network to it)"
     return _first_line(error)
 
 
