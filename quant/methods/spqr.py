@@ -90,7 +90,7 @@ class Spqr:
         threshold = self._threshold(columns, upper.diagonal())
 
         def run(scale_dtype: torch.dtype) -> tuple[SparseTensor, Solved]:
-            groups = _Groups(self, scheme.bits, size, n, scale_dtype, upper.diagonal(), threshold)
+            groups = _Groups(self, scheme.bits, size, scale_dtype, upper.diagonal(), threshold)
             # Groups begin where blocks do: ranges see the updates of all columns before.
             solved = solve_columns(columns, upper, block_within(size), groups.round_column)
             return groups.tensor(solved.codes, order if self.act_order else None), solved
@@ -160,7 +160,7 @@ def suspects(w: Tensor, u: Tensor, bits: int, threshold: float, round_zero: bool
 class _Groups:
     """Fits a group at its first column; remembers outliers. Works in the solver's order of columns."""
 
-    def __init__(self, method: Spqr, bits: int, size: int, rows: int, scale_dtype: torch.dtype, u: Tensor, threshold: float) -> None:
+    def __init__(self, method: Spqr, bits: int, size: int, scale_dtype: torch.dtype, u: Tensor, threshold: float) -> None:
         self.method, self.bits, self.size, self.scale_dtype, self.u, self.threshold = method, bits, size, scale_dtype, u, threshold
         self.diagonal: list[float] = u.tolist()
         self.scales: list[TwoLevel] = []
