@@ -2,8 +2,8 @@
 Lloyd's steps on sorted values, where a step costs k binary searches.
 
 The start decides which local optimum is found, so a codebook that equals the reference's needs the reference's random stream, and
-its rounding: centred values, and distances and sums of weighted values in float32. `quant.kernels.kmeans_columns` works in float64,
-without weights, and would draw other centres.
+its rounding: centred values, and distances and sums of weighted values in float32. `quant.kernels.kmeans_columns`, which works in float64,
+would draw other centres.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ class Rtn:
         check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
-        """`[N, K]` ▸ affine codes; computes in float32. Raises NonFiniteError, and ValueError for groups that do not divide K."""
+        """`[N, K]` ▸ affine codes, in float32, or codes of a number format (`round_floating`). Raises NonFiniteError, and ValueError for
+        groups that do not divide K."""
         if scheme.number != "int":
             require_finite("weight", weight)
             floating = round_floating(weight, scheme)
