@@ -33,9 +33,6 @@ from workers.structure import Structure
 class StoredStatistics:
     """Calibrate artifacts; nothing is fed."""
 
-    kinds: frozenset[str] = frozenset()
-    """Collected from fed text: none."""
-
     def __init__(self, indices: Mapping[str, tuple[Path, dict[str, Any]]], device: torch.device, keeps: Kept | None = None) -> None:
         """keeps: what holds statistics between stages; None reads them all."""
         self._indices = indices
@@ -72,8 +69,6 @@ class StoredStatistics:
 class MappedStatistics:
     """Calibrate artifacts of the unrotated model, in terms of the rotated one. A block is rotated before it is asked for."""
 
-    kinds: frozenset[str] = frozenset()
-
     def __init__(self, stored: StoredStatistics, rotator: Rotator) -> None:
         self._stored, self._rotator = stored, rotator
 
@@ -97,7 +92,6 @@ class RecollectedStatistics:
     hidden: list[Tensor]
     wanted: frozenset[str]
     kept: int
-    kinds: frozenset[str] = frozenset()
 
     def collect(self, block: int, structure: Structure, only: tuple[str, ...] | None) -> list[BlockStatistics]:
         calls = [c[block] for c in self.calls]
