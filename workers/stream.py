@@ -7,7 +7,7 @@ tied weights), restricted to the tensors of one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -89,7 +89,8 @@ class BlockModel:
         return module
 
     def block_bytes(self, i: int) -> int:
-        return parameter_bytes(self.blocks[i], self.dtype)
+        """Of parameters; shared ones count once."""
+        return sum(p.numel() for p in self.blocks[i].parameters()) * self.dtype.itemsize
 
     def outer_bytes(self) -> int:
         """Of everything outside the blocks; tied weights count once."""
@@ -347,7 +348,7 @@ def _finish_outer(opened: BlockModel) -> None:
         model.tie_weights(missing_keys=set(model.state_dict()) - set(opened.sources), recompute_mapping=False)
 
 
-def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:
+def require_finite(parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raises NumericalError naming the first tensor with NaN or infinite values, and how many it has."""
     for name, p in parameters:
         if p.is_floating_point() and not torch.isfinite(p).all():
@@ -361,11 +362,6 @@ def require_finite(parameters: Iterator[tuple[str, Tensor]] | Any) -> None:
 def streams(model: nn.Module) -> bool:
     """Whether the model reads its blocks in every forward (`BlockModel.stream_in_forward`); in between they are on the meta device."""
     return any(p.is_meta for p in model.parameters())
-
-
-def parameter_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of a module's parameters in `dtype`; shared ones count once."""
-    return sum(p.numel() for p in module.parameters()) * torch.empty((), dtype=dtype).element_size()
 
 
 @contextmanager
