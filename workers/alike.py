@@ -93,19 +93,17 @@ def check_bias(view: LinearView, bias: Tensor | None) -> None:
 @contextmanager
 def jittered(model: nn.Module) -> Iterator[None]:
     """While it lasts results of linears are off by a step of their type, up or down by chance."""
-    random, taps = torch.Generator().manual_seed(0), Taps()
+    random = torch.Generator().manual_seed(0)
 
     def jitter(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         signs = (2 * torch.randint(2, out.shape[-1:], generator=random) - 1).to(out)
         return torch.addcmul(out, out, signs, value=torch.finfo(out.dtype).eps / 2)  # in float32, of which no copy is made
 
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            taps.add(module.register_forward_hook(jitter).remove)
-    try:
+    with Taps() as taps:
+        for module in model.modules():
+            if isinstance(module, nn.Linear | Conv1D):
+                taps.add(module.register_forward_hook(jitter).remove)
         yield
-    finally:
-        taps.remove()
 
 
 def relative(error: Tensor, size: Tensor) -> float:

@@ -106,10 +106,16 @@ class Once:
 
 
 class Taps:
-    """Handle of installed taps."""
+    """Handle of installed taps; as a context, it removes them at its end."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> Taps:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
 
     def add(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
@@ -221,10 +227,7 @@ def decoder_blocks(model: nn.Module, structure: Structure) -> nn.ModuleList:
 @contextmanager
 def replaced_forward(modules: Iterable[nn.Module], forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """For the time of the context, module number i runs `forward(i)` instead of its own forward."""
-    taps = Taps()
-    for i, module in enumerate(modules):
-        _replace_forward(module, forward(i), taps)
-    try:
+    with Taps() as taps:
+        for i, module in enumerate(modules):
+            _replace_forward(module, forward(i), taps)
         yield
-    finally:
-        taps.remove()

@@ -161,25 +161,21 @@ def collect(
             collectors[name].add(flat[tokens // shape[1] == i])
         return x
 
-    taps = tap_inputs(block, names, tap)
     outputs = []
-    try:
-        with torch.no_grad():
-            for call, h in zip(calls, hidden, strict=True):
-                shape[:] = h.shape[:2]
-                unseen.update(names)
-                try:
-                    made = call.run(block, h)
-                except _AllSeen:
-                    continue
-                if not statistics_alone:
-                    outputs.append(made)
-                for name in unseen:  # an expert that no token of the batch was sent to; its sequences count all the same
-                    for _ in range(shape[0]):
-                        collectors[name].add(h.new_zeros(0, widths[name]))
-                unseen.clear()
-    finally:
-        taps.remove()
+    with tap_inputs(block, names, tap), torch.no_grad():
+        for call, h in zip(calls, hidden, strict=True):
+            shape[:] = h.shape[:2]
+            unseen.update(names)
+            try:
+                made = call.run(block, h)
+            except _AllSeen:
+                continue
+            if not statistics_alone:
+                outputs.append(made)
+            for name in unseen:  # an expert that no token of the batch was sent to; its sequences count all the same
+                for _ in range(shape[0]):
+                    collectors[name].add(h.new_zeros(0, widths[name]))
+            unseen.clear()
     return gathered(collectors), outputs
 
 

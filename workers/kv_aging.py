@@ -24,19 +24,16 @@ def aging(model: nn.Module, rule: Kivi, prefill: int) -> Iterator[None]:
     """Attention reads aged copies. For whole windows from their first token; the first `prefill` tokens read themselves in full precision.
     The model's family is one whose attention mask can be widened (`kv_rules.refuses`)."""
     structure = families.structure_of(model)
-    taps = Taps()
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = input_of(args, kwargs)
         mask = widened(kwargs.get("attention_mask"), views(rule, hidden.shape[1], prefill).to(hidden.device))
         return args, {**kwargs, "attention_mask": mask, structure.cache_argument: _Copies(rule)}
 
-    for block in decoder_blocks(model, structure):
-        taps.add(block.get_submodule(structure.attention).register_forward_pre_hook(hook, with_kwargs=True).remove)
-    try:
+    with Taps() as taps:
+        for block in decoder_blocks(model, structure):
+            taps.add(block.get_submodule(structure.attention).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        taps.remove()
 
 
 def views(rule: Kivi, length: int, prefill: int) -> Tensor:

@@ -61,7 +61,6 @@ def _whole(context: Context, spec: ModelSpec) -> nn.Module:
 def _gradients(model: Any, structure: Structure, sequence: Tensor) -> dict[str, Tensor]:
     """Of the summed loss of `[1, T]`, `[1, T, H D]` each."""
     outputs: dict[str, Tensor] = {}
-    taps = Taps()
 
     def keep(name: str) -> Callable[[Any, Any, Tensor], Tensor]:
         def hook(module: Any, args: Any, output: Tensor) -> Tensor:
@@ -71,15 +70,13 @@ def _gradients(model: Any, structure: Structure, sequence: Tensor) -> dict[str, 
 
         return hook
 
-    for b in range(structure.count):
-        path = f"{structure.blocks}.{b}"
-        attention = model.get_submodule(f"{path}.{structure.attention}")
-        for projection, name in (("k_proj", "keys"), ("v_proj", "values")):
-            taps.add(attention.get_submodule(projection).register_forward_hook(keep(f"{path}.{name}")).remove)
-    try:
+    with Taps() as taps:
+        for b in range(structure.count):
+            path = f"{structure.blocks}.{b}"
+            attention = model.get_submodule(f"{path}.{structure.attention}")
+            for projection, name in (("k_proj", "keys"), ("v_proj", "values")):
+                taps.add(attention.get_submodule(projection).register_forward_hook(keep(f"{path}.{name}")).remove)
         logits = model(input_ids=sequence, use_cache=False).logits
         loss = F.cross_entropy(logits[0, :-1].float(), sequence[0, 1:], reduction="sum")
         gradients = torch.autograd.grad(loss, list(outputs.values()))
-    finally:
-        taps.remove()
     return dict(zip(outputs, gradients, strict=True))

@@ -82,10 +82,7 @@ def _routers(model: nn.Module) -> list[str]:
 
 @contextmanager
 def _hooked(model: nn.Module, hooks: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    taps = Taps()
-    for name, hook in hooks.items():
-        taps.add(model.get_submodule(name).register_forward_hook(hook).remove)
-    try:
+    with Taps() as taps:
+        for name, hook in hooks.items():
+            taps.add(model.get_submodule(name).register_forward_hook(hook).remove)
         yield
-    finally:
-        taps.remove()

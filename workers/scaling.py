@@ -61,15 +61,12 @@ class GroupForward:
                 seen.append(x)
                 return x
 
-            taps = tap_inputs(self._block, [following], tap)
-            try:
+            with tap_inputs(self._block, [following], tap):
                 # The block runs on zeros to learn the modules' arguments: before what is to be seen.
                 for part in batches(inputs, self._batch_tokens):
                     self._arguments(part.shape[0], part.shape[1], rule)
                 seen.clear()
                 self._modules(rule, relative, inputs)
-            finally:
-                taps.remove()
             return torch.cat(seen)
 
         return InputGroup(prefix + rule.name, consumers, statistics, forward)
@@ -101,14 +98,11 @@ class GroupForward:
         known = self._known.setdefault((batch, length), {})
         missing = [m for m in rule.inspect if m not in known]
         if missing:
-            taps = Taps()
-            for name in missing:
-                taps.add(self._block.get_submodule(name).register_forward_pre_hook(_recorder(known, name), with_kwargs=True).remove)
             first = next(self._block.parameters())
-            try:
+            with Taps() as taps:
+                for name in missing:
+                    taps.add(self._block.get_submodule(name).register_forward_pre_hook(_recorder(known, name), with_kwargs=True).remove)
                 self._calls(batch, length).run(self._block, first.new_zeros(batch, length, self._hidden_size))
-            finally:
-                taps.remove()
         return known
 
 

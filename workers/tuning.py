@@ -98,15 +98,12 @@ class BlockForward:
 
     @contextmanager
     def _tapped(self, names: list[str], tap: Tap) -> Iterator[None]:
-        taps = Taps()
-        try:
+        with Taps() as taps:
             for b in self._indices:
                 prefix = self._prefix(b)
                 own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
                 taps.add(tap_inputs(self._model.blocks[b], own, _below(prefix, tap)).remove)
             yield
-        finally:
-            taps.remove()
 
     def _prefix(self, block: int) -> str:
         return f"{self._model.structure.blocks}.{block}."
