@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from quant.scheme import Granularity, Supports, WeightScheme
 
@@ -355,12 +355,16 @@ def _undivided(
     return None if count % group_size == 0 else (f"group size {group_size} does not divide", count, of)
 
 
-def check(method: Any) -> None:
-    """Of an instance of a method's class. Raises ValueError."""
-    for name in PARAMETERS[method.name]:
-        value = getattr(method, name)
-        # As `quant.grids.grid` reads names.
-        value = value.lower().replace("-", "_") if name == "grid" and isinstance(value, str) else value
-        reason = refusal(method.name, name, value)
-        if reason is not None:
-            raise ValueError(reason)
+class Checked:
+    """Base of a method's class: raises ValueError for a parameter that cannot have its value."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for name in PARAMETERS[self.name]:
+            value = getattr(self, name)
+            # As `quant.grids.grid` reads names.
+            value = value.lower().replace("-", "_") if name == "grid" and isinstance(value, str) else value
+            reason = refusal(self.name, name, value)
+            if reason is not None:
+                raise ValueError(reason)

@@ -24,7 +24,7 @@ from quant.affine import grouped
 from quant.errors import require_finite
 from quant.grids import choose_grid, round_groups, round_weight
 from quant.methods.base import ScaleGroup
-from quant.parameters import check, refuses_scheme
+from quant.parameters import Checked, refuses_scheme
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -35,7 +35,7 @@ CLIP_VALUES = 2**24
 
 
 @dataclass(frozen=True)
-class Awq:
+class Awq(Checked):
     name: ClassVar[str] = "awq"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"absmean", "samples"})
@@ -56,9 +56,6 @@ class Awq:
     """Tokens of the clip error, taken at equal distances."""
     grid: str | None = "awq_asym"
     """Grid that the searches round to; symmetric schemes use g_sym."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` float32 of the smallest loss, the first of equals."""

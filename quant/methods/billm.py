@@ -37,7 +37,7 @@ from quant.kernels.braq_block.eager import first_least, ranked, reference_quanti
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.billm_search import joint_errors
 from quant.methods.feedback import Prepared, prepare
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Reach, solve_columns, to_work_on
 from quant.statistics import Statistics
@@ -45,7 +45,7 @@ from quant.tensors.binary import BinaryTensor
 
 
 @dataclass(frozen=True)
-class Billm:
+class Billm(Checked):
     name: ClassVar[str] = "billm"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -63,9 +63,6 @@ class Billm:
     """Count of salient columns of every block; None searches it."""
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ signs. Raises NonFiniteError (weights near 1e17, too), SingularHessianError, and ValueError for shapes that do not

@@ -38,7 +38,7 @@ from quant.kernels import Kernel, claq_block, kernel
 from quant.kernels.claq_block import Found, Part, SolvedBlock, Wanted, refuse
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked_together, damping_notes, without_dead
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import SolveBlock, Solved, solve_blocks
 from quant.statistics import Statistics
@@ -54,7 +54,7 @@ LABEL_OR = 0.005
 
 
 @dataclass(frozen=True)
-class Claq:
+class Claq(Checked):
     name: ClassVar[str] = "claq"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -86,9 +86,6 @@ class Claq:
     """Fraction of mean(diag H) added to the diagonal."""
     true_sequential: bool = False
     """Read by the block loop, not here: with propagation=quantized, linears also see the quantized ones before them."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codebooks. Raises NonFiniteError, SingularHessianError, and ValueError for shapes and bits that do not fit."""

@@ -35,7 +35,7 @@ from quant.errors import require_finite
 from quant.grids import choose_grid, fit, round_groups, unfit_float16, with_stored_scales
 from quant.methods.base import ScaleGroup, working_dtype
 from quant.methods.clipping import START
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.straight_through import affine_through, round_through
@@ -48,7 +48,7 @@ Errors = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(Checked):
     name: ClassVar[str] = "clip"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -69,9 +69,6 @@ class Clip:
     """Steps of Adam; learned alone reads it, and `lr`."""
     lr: float = 0.02
     """Of Adam, for a and b."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """No scaling."""

@@ -32,7 +32,7 @@ from quant.methods.base import ANY, Linear, Rounded, StoredTensor
 from quant.methods.feedback import checked, checked_together, damping_notes, without_dead
 from quant.number_formats import encode, number_format
 from quant.outliers import outlier_columns
-from quant.parameters import check, refuses_scheme
+from quant.parameters import Checked, refuses_scheme
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.solver import Solved, by_columns, by_rows, solve_affine, solve_columns, stacks
 from quant.statistics import Statistics
@@ -55,7 +55,7 @@ class _Factor:
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(Checked):
     name: ClassVar[str] = "gptq"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -83,9 +83,6 @@ class Gptq:
     """Columns kept in float16, solved last so that they take up the errors of the others; ranges leave them out (OWQ, QUIK)."""
     outlier_metric: str = "owq"
     """Which columns those are (`quant.outliers`): owq or quik."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes, and the columns kept in float16 (`outlier_columns`) beside them.

@@ -29,7 +29,7 @@ from quant.grids import GRIDS, fit, refuse_unfit, with_stored_scales
 from quant.kernels import kernel
 from quant.kernels.hqq_pack import MAX_HALF_ZERO, Search
 from quant.methods.base import ANY, Linear, Rounded, StoredTensor, working_dtype
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -39,7 +39,7 @@ BITS_OF_ROUNDED_ZEROS = 4
 
 
 @dataclass(frozen=True)
-class Hqq:
+class Hqq(Checked):
     name: ClassVar[str] = "hqq"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -61,9 +61,6 @@ class Hqq:
     """First weight of the quadratic term."""
     kappa: float = 1.01
     """Growth of beta per step."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with real zeros. Raises NonFiniteError, and ValueError for groups that do not divide."""

@@ -23,12 +23,12 @@ from quant.cayley import cayley_step, orthonormal
 from quant.errors import NonFiniteError
 from quant.methods.base import ModelShape, Rotation, RotationLoss
 from quant.methods.quarot import FAMILIES, block_of, random_hadamard
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 
 
 @dataclass(frozen=True)
-class LearnedRotation:
+class LearnedRotation(Checked):
     name: ClassVar[str] = "learned_rotation"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -55,9 +55,6 @@ class LearnedRotation:
     """Mix channels before the second feed-forward linear, at run time."""
     qk: bool = True
     """Mix every head's channels in queries and keys after RoPE; idle unless keys are quantized."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation:
         """The best of the iterates, the start included. Raises ValueError without a loss, NonFiniteError for a start that has none."""

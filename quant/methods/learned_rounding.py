@@ -24,7 +24,7 @@ from quant.errors import ScaleDtypeError, require_finite
 from quant.grids import DTYPES, affine_of, check_stored, choose_grid
 from quant.methods.base import Rounded
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, accumulate, checkpoints
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits
 from quant.tensors.affine import AffineTensor
@@ -37,7 +37,7 @@ WARM_UP = 0.2
 
 
 @dataclass(frozen=True)
-class LearnedRounding:
+class LearnedRounding(Checked):
     name: ClassVar[str] = "learned_rounding"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -63,9 +63,6 @@ class LearnedRounding:
     """Iterates whose stored form is compared, at equal distances, the last among them; the start always is."""
     grid: str | None = None
     """A name of `quant.grids` whose zero is a whole number; None is g_sym or g_asym as the scheme says."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def blocks(self) -> int:

@@ -22,7 +22,7 @@ from quant.errors import require_finite
 from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.bitsandbytes import int8_rows
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -31,7 +31,7 @@ ZERO = 128
 
 
 @dataclass(frozen=True)
-class LlmInt8:
+class LlmInt8(Checked):
     name: ClassVar[str] = "llm_int8"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -41,9 +41,6 @@ class LlmInt8:
 
     backend: str = "native"
     """native, or bitsandbytes: the codes are made by that package, where it is installed."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes with the constant zero 128; computes in float32. Raises NonFiniteError."""

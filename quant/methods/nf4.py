@@ -18,14 +18,14 @@ from quant.errors import require_finite
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.bitsandbytes import nf4_codes
 from quant.methods.rtn import round_floating
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
-class Nf4:
+class Nf4(Checked):
     name: ClassVar[str] = "nf4"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -35,9 +35,6 @@ class Nf4:
 
     backend: str = "native"
     """native, or bitsandbytes: the codes are made by that package, where it is installed (float32 scales, no double quantization)."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes of NF4. Raises NonFiniteError, and ValueError for groups that do not divide K."""

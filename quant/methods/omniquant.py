@@ -22,12 +22,12 @@ from quant.adam import Adam
 from quant.methods.clipping import Clipping, LearnedClipping
 from quant.methods.equivalent import EquivalentTransform, Transformed
 from quant.methods.tuner import Best, Tuned, TuningBlocks, sequence_loss
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 
 
 @dataclass(frozen=True)
-class OmniQuant:
+class OmniQuant(Checked):
     name: ClassVar[str] = "omniquant"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -51,9 +51,6 @@ class OmniQuant:
     """Also against the unquantized block on the same inputs (2 bits per channel, chat models)."""
     grid: str | None = "omni"
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def blocks(self) -> int:

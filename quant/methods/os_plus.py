@@ -22,7 +22,7 @@ from quant.activation import fake_quantize_activation
 from quant.errors import require_finite
 from quant.grids import choose_grid, round_weight
 from quant.methods.base import ScaleGroup
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import ActivationScheme, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -30,7 +30,7 @@ FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class OsPlus:
+class OsPlus(Checked):
     name: ClassVar[str] = "os_plus"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"minmax", "samples"})
@@ -45,9 +45,6 @@ class OsPlus:
     """Thresholds tried."""
     grid: str | None = "absmax"
     """Grid of the weights in the search; give it the rounding's."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def shift(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """z `[K]` float32, or None without shifting, for inputs that come from no norm, and without activation quantization."""

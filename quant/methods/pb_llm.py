@@ -26,7 +26,7 @@ from quant.binary import binarize, stored
 from quant.grids import GRIDS, fit, with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import Prepared, prepare
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, solve_columns
 from quant.statistics import Statistics
@@ -34,7 +34,7 @@ from quant.tensors.partially_binary import PartiallyBinaryTensor
 
 
 @dataclass(frozen=True)
-class PbLlm:
+class PbLlm(Checked):
     name: ClassVar[str] = "pb_llm"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -56,9 +56,6 @@ class PbLlm:
     """Columns between updates of all later columns; changes no result."""
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes and signs. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""

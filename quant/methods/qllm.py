@@ -28,7 +28,7 @@ from quant.activation import fake_quantize_activation
 from quant.errors import require_finite
 from quant.grids import choose_grid, round_weight
 from quant.methods.base import InputGroup, Reassembled, ScaleGroup
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.reassembly import DISTANCES, Reassembly, assemble, copies, distances
 from quant.scheme import ActivationScheme, Supports, WeightScheme
 from quant.statistics import Statistics
@@ -39,7 +39,7 @@ WORST = 1e5
 
 
 @dataclass(frozen=True)
-class QllmReassembly:
+class QllmReassembly(Checked):
     name: ClassVar[str] = "qllm_reassembly"
     version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"absmax", "samples"})
@@ -56,9 +56,6 @@ class QllmReassembly:
     """Of the samples, for distances and losses."""
     grid: str | None = "omni"
     """Of the weights in the search, a name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """None: inputs are changed in `reassemble`."""

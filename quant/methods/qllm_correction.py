@@ -22,12 +22,12 @@ from quant.adam import Adam
 from quant.methods.base import Rounded
 from quant.methods.clipping import LearnedClipping
 from quant.methods.tuner import Best, TunableLinear, Tuned, TuningBlocks, sequence_loss
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 
 
 @dataclass(frozen=True)
-class QllmCorrection:
+class QllmCorrection(Checked):
     name: ClassVar[str] = "qllm_correction"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -52,9 +52,6 @@ class QllmCorrection:
     """Tune the last blocks where `blocks` does not divide their number; False: round them only, as the reference does."""
     grid: str | None = "omni"
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def wants_own_targets(self) -> bool:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from quant.hadamard import apply_hadamard, hadamard_block
 from quant.methods.base import ModelShape, Rotation, RotationLoss
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 
 FAMILIES = ("llama", "mistral", "qwen2", "opt")
 
 
 @dataclass(frozen=True)
-class Quarot:
+class Quarot(Checked):
     name: ClassVar[str] = "quarot"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -44,9 +44,6 @@ class Quarot:
     """Mix heads before the output projection and channels before the second feed-forward linear, at run time."""
     qk: bool = True
     """Mix every head's channels in queries and keys after RoPE; idle unless keys are quantized."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def rotation(self, shape: ModelShape, generator: torch.Generator, loss: RotationLoss | None = None) -> Rotation:
         """Signs from the generator; nothing is searched."""

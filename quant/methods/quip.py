@@ -27,7 +27,7 @@ from quant.grids import DTYPES, choose_grid, fit, with_stored_scales
 from quant.ldlq import Feedback, RoundBlock, coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import ALL_ZERO, checked, damping_notes, without_dead
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -62,7 +62,7 @@ def one_scale_note(name: str, scheme: WeightScheme) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Quip:
+class Quip(Checked):
     name: ClassVar[str] = "quip"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -82,9 +82,6 @@ class Quip:
     """Sweeps of greedy coordinate descent after LDLQ."""
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes that do not fit."""

@@ -27,14 +27,14 @@ from quant.ldlq import coordinate_pass, feedback, solve_from_last
 from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.methods.feedback import ALL_ZERO, checked_hessian, without_dead
 from quant.methods.quip import normalized, one_scale_note, require_held
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.lattice import LatticeTensor, hadamard_rows
 
 
 @dataclass(frozen=True)
-class QuipSharp:
+class QuipSharp(Checked):
     name: ClassVar[str] = "quip_sharp"
     version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -48,9 +48,6 @@ class QuipSharp:
     """Sweeps of block coordinate descent after block LDLQ."""
     scale_override: float | None = None
     """RMS at which weights are rounded, instead of the codebook's; 0.9 is the advice for 2 bits."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ lattice codes. Raises NonFiniteError, SingularHessianError, and ValueError for widths not divisible by 8."""

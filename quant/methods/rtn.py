@@ -21,7 +21,7 @@ from quant.grids import choose_grid, refuse_unfit, with_stored_scales, without_g
 from quant.kernels import kernel
 from quant.methods.base import ANY, Linear, Rounded, working_dtype
 from quant.number_formats import encode, number_format
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import ANY_NUMBER, Granularity, Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.affine import AffineTensor
@@ -29,7 +29,7 @@ from quant.tensors.floating import FloatingTensor
 
 
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Checked):
     name: ClassVar[str] = "rtn"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -41,9 +41,6 @@ class Rtn:
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
     mse: bool = False
     """Search the range of least error instead of taking the whole range."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ affine codes, in float32, or codes of a number format (`round_floating`). Raises NonFiniteError, and ValueError for

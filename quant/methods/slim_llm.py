@@ -33,7 +33,7 @@ from quant.grids import GRIDS, MSE_POWER, Grid, affine_of, check_stored, with_st
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, damping_notes, without_dead
 from quant.methods.slim_bits import binary, bit_allocation, check_binary, labelled, salience
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, solve_columns
 from quant.statistics import Statistics
@@ -48,7 +48,7 @@ MIDDLE = replace(GRIDS["g_asym"], name="slim_middle", zero=ZeroKind.CONSTANT)
 
 
 @dataclass(frozen=True)
-class SlimLlm:
+class SlimLlm(Checked):
     name: ClassVar[str] = "slim_llm"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
@@ -68,9 +68,6 @@ class SlimLlm:
     """Fraction of mean(diag H) added to the diagonal."""
     bit_lists: tuple[tuple[str, Any], ...] | None = None
     """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ mixed codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes, schemes or bit lists that

@@ -26,14 +26,14 @@ from quant.methods.omniquant import train
 from quant.methods.slim_bits import binary, check_binary
 from quant.methods.slim_llm import Allocation, SlimLlm
 from quant.methods.tuner import TunableLinear, Tuned, TuningBlocks
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 from quant.straight_through import affine_through, round_through, scaled_limits, through
 from quant.tensors.mixed import MixedTensor
 
 
 @dataclass(frozen=True)
-class SlimLlmPlus:
+class SlimLlmPlus(Checked):
     name: ClassVar[str] = "slim_llm_plus"
     version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]] = frozenset({"hessian", "samples"})
@@ -56,9 +56,6 @@ class SlimLlmPlus:
     """Fraction of mean(diag H) added to the diagonal, for the allocation."""
     bit_lists: tuple[tuple[str, Any], ...] | None = None
     """Module ▸ bits of each group (`group_bits` of an earlier run), in place of the allocation; null searches."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def _slim(self) -> SlimLlm:
         return SlimLlm(objective=self.objective, variant=self.variant, damp=self.damp, bit_lists=self.bit_lists)

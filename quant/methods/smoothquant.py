@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quant.errors import require_finite
 from quant.methods.base import ScaleGroup
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import ANY_NUMBER, Supports, WeightScheme
 from quant.statistics import Statistics
 
@@ -27,7 +27,7 @@ FLOOR = 1e-5
 
 
 @dataclass(frozen=True)
-class SmoothQuant:
+class SmoothQuant(Checked):
     name: ClassVar[str] = "smoothquant"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"absmax"})
@@ -38,9 +38,6 @@ class SmoothQuant:
 
     alpha: float = 0.5
     """Share of the outliers' size that moves into the weights: 0 none, 1 all."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def scale(self, group: ScaleGroup, scheme: WeightScheme) -> Tensor | None:
         """s `[K]` float32, or None where the input does not come from a norm."""

@@ -31,7 +31,7 @@ from quant.factors import inverse_factor
 from quant.grids import with_stored_scales
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked, without_dead
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.solver import Solved, block_within, solve_columns
 from quant.statistics import Statistics
@@ -40,7 +40,7 @@ from quant.tensors.sparse import SparseTensor, TwoLevel, joined
 
 
 @dataclass(frozen=True)
-class Spqr:
+class Spqr(Checked):
     name: ClassVar[str] = "spqr"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -62,9 +62,6 @@ class Spqr:
     """Columns by decreasing diagonal of H; groups of permuted columns store each column's group."""
     damp: float = 1.0
     """Fraction of mean(diag H) added to the diagonal, before dead inputs get H_jj = 1."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ sparse codes. Raises NonFiniteError, SingularHessianError, and ValueError for shapes or schemes that do not fit."""

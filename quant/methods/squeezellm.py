@@ -25,14 +25,14 @@ from quant.kernels import kernel
 from quant.kernels.kmeans_columns import unfit
 from quant.methods.base import ANY, Linear, Rounded
 from quant.methods.feedback import checked
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports, WeightScheme
 from quant.statistics import Statistics
 from quant.tensors.row_codebook import RowCodebookTensor
 
 
 @dataclass(frozen=True)
-class SqueezeLlm:
+class SqueezeLlm(Checked):
     name: ClassVar[str] = "squeezellm"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
@@ -42,9 +42,6 @@ class SqueezeLlm:
 
     weighting: str = "hessian"
     """Of squared errors: hessian (the diagonal of the inputs' Hessian) or none."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     def quantize(self, weight: Tensor, statistics: Statistics, scheme: WeightScheme, linear: Linear = ANY) -> Rounded:
         """`[N, K]` ▸ a table per row. Raises NonFiniteError, and ValueError for a missing or misshapen Hessian."""

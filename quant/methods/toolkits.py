@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from quant.methods.base import Declared
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 
 FAMILIES = ("llama",)
@@ -32,7 +32,7 @@ class ToolkitMethod(Declared, Protocol):
 
 
 @dataclass(frozen=True)
-class HqqPackage:
+class HqqPackage(Checked):
     """HQQ by its authors' package (`hqq`, dropbox/hqq): no data. On CUDA the package searches zeros in float16, on a CPU in float32."""
 
     name: ClassVar[str] = "hqq_package"
@@ -53,12 +53,9 @@ class HqqPackage:
     round_zero: bool | None = None
     """Round the zeros before the search; None for 4 bits only, as the package's own settings for models have it."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class LlmCompressor:
+class LlmCompressor(Checked):
     """GPTQ, or round to nearest, by llm-compressor (vllm-project). Its inputs come from the quantized blocks before
     (propagation=quantized, its own default) or from the unquantized model (original). Ranges are static."""
 
@@ -81,12 +78,9 @@ class LlmCompressor:
     damp: float = 0.01
     """Fraction of mean(diag H) added to the diagonal (its `dampening_frac`)."""
 
-    def __post_init__(self) -> None:
-        check(self)
-
 
 @dataclass(frozen=True)
-class AutoRound:
+class AutoRound(Checked):
     """Learned rounding by AutoRound (intel/auto-round, arXiv 2309.05516); with iters=0 its round to nearest. It leaves linears alone
     whose sizes 32 does not divide, which bitgrid refuses."""
 
@@ -109,6 +103,3 @@ class AutoRound:
     """Sequences a step."""
     tune_range: bool = True
     """Learn the ends of every range too (its `enable_minmax_tuning`)."""
-
-    def __post_init__(self) -> None:
-        check(self)

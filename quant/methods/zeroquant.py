@@ -28,13 +28,13 @@ from quant.errors import require_finite
 from quant.grids import choose_grid, round_weight
 from quant.methods.rtn import Rtn
 from quant.methods.tuner import Best, Tuned, TuningBlocks, accumulate, checkpoints
-from quant.parameters import check
+from quant.parameters import Checked
 from quant.scheme import Supports
 from quant.straight_through import through
 
 
 @dataclass(frozen=True)
-class ZeroQuant:
+class ZeroQuant(Checked):
     name: ClassVar[str] = "zeroquant"
     version: ClassVar[int] = 1
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -56,9 +56,6 @@ class ZeroQuant:
     """What student and teacher are fed: outputs of the unquantized blocks before, or of the quantized ones."""
     grid: str | None = "q_sym"
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
     @property
     def blocks(self) -> int:
