@@ -64,7 +64,7 @@ class Clusters:
     """Why they are not documents."""
 
 
-def clusters(windows: int, documents: Floats | None = None, size: int = BLOCK) -> Clusters:
+def clusters(windows: int, documents: Floats | None = None) -> Clusters:
     """Of windows in the order of the text, whose documents are `documents` `[n]`. The last block takes what is left over."""
     reason = "windows do not tell their documents"
     if documents is not None:
@@ -72,7 +72,7 @@ def clusters(windows: int, documents: Floats | None = None, size: int = BLOCK) -
         if len(names) >= FEWEST_DOCUMENTS:
             return Clusters(DOCUMENTS, of.astype(np.int64))
         reason = f"windows are of {len(names)} documents, fewer than {FEWEST_DOCUMENTS}"
-    return Clusters(BLOCKS, np.minimum(np.arange(windows) // size, max(1, windows // size) - 1), reason)
+    return Clusters(BLOCKS, np.minimum(np.arange(windows) // BLOCK, max(1, windows // BLOCK) - 1), reason)
 
 
 def clustered(values: Floats, of: Labels) -> tuple[Floats, Floats]:
@@ -81,7 +81,7 @@ def clustered(values: Floats, of: Labels) -> tuple[Floats, Floats]:
     return np.stack([np.bincount(of, row) for row in values]) / count, count / of.size
 
 
-def effect(values: Floats, documents: Floats | None = None, confidence: float = 0.95) -> Effect:
+def effect(values: Floats, documents: Floats | None = None) -> Effect:
     """values `[R, n]`: per draw and window, in the order of the text. Raises ValueError for fewer than two clusters or a value that is
     not finite."""
     from scipy import stats
@@ -102,7 +102,7 @@ def effect(values: Floats, documents: Floats | None = None, confidence: float = 
     if error == 0:
         return Effect(mean, mean, mean, 1.0 if mean == 0 else 0.0, draws, count, clusters_are=found.are)
     degrees = (text + draw) ** 2 / (text**2 / (count - 1) + (draw**2 / (draws - 1) if draws > 1 else 0.0))
-    reach = float(stats.t.ppf(0.5 + confidence / 2, degrees)) * error
+    reach = float(stats.t.ppf(0.975, degrees)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, degrees))
     return Effect(mean, mean - reach, mean + reach, p, draws, count, clusters_are=found.are)
 
