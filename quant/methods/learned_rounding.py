@@ -46,6 +46,8 @@ class LearnedRounding(Checked):
     supports: ClassVar[Supports] = Supports()
     feeds_text: ClassVar[bool] = True
     working_set: ClassVar[str] = "block"
+    blocks: ClassVar[int] = 1
+    wants_own_targets: ClassVar[bool] = False
 
     rule: str = "autoround"
     """autoround: signs of gradients on offsets; adaround: Adam on relaxed choices between floor and ceiling."""
@@ -63,14 +65,6 @@ class LearnedRounding(Checked):
     """Iterates whose stored form is compared, at equal distances, the last among them; the start always is."""
     grid: str | None = None
     """A name of `quant.grids` whose zero is a whole number; None is g_sym or g_asym as the scheme says."""
-
-    @property
-    def blocks(self) -> int:
-        return 1
-
-    @property
-    def wants_own_targets(self) -> bool:
-        return False
 
     def tune(self, blocks: TuningBlocks) -> Tuned:
         """The best of the start and `checks` later iterates. Raises NonFiniteError."""

@@ -36,6 +36,7 @@ class OmniQuant(Checked):
     supports: ClassVar[Supports] = Supports()
     feeds_text: ClassVar[bool] = True
     working_set: ClassVar[str] = "block"
+    blocks: ClassVar[int] = 1
 
     lwc: bool = True
     """Learn the clipping of every row or group."""
@@ -51,10 +52,6 @@ class OmniQuant(Checked):
     """Also against the unquantized block on the same inputs (2 bits per channel, chat models)."""
     grid: str | None = "omni"
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
-
-    @property
-    def blocks(self) -> int:
-        return 1
 
     @property
     def wants_own_targets(self) -> bool:

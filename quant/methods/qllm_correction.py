@@ -36,6 +36,7 @@ class QllmCorrection(Checked):
     supports: ClassVar[Supports] = Supports()
     feeds_text: ClassVar[bool] = True
     working_set: ClassVar[str] = "blocks(blocks)"
+    wants_own_targets: ClassVar[bool] = False
 
     rank: int = 4
     alpha: float = 1.0
@@ -52,10 +53,6 @@ class QllmCorrection(Checked):
     """Tune the last blocks where `blocks` does not divide their number; False: round them only, as the reference does."""
     grid: str | None = "omni"
     """A name of `quant.grids`; symmetric schemes use g_sym, None is g_sym or g_asym as the scheme says."""
-
-    @property
-    def wants_own_targets(self) -> bool:
-        return False
 
     def tune(self, blocks: TuningBlocks) -> Tuned:
         """The best of the start and the state after each epoch. Raises NonFiniteError."""

@@ -42,6 +42,7 @@ class SlimLlmPlus(Checked):
     supports: ClassVar[Supports] = SlimLlm.supports
     feeds_text: ClassVar[bool] = True
     working_set: ClassVar[str] = "block"
+    blocks: ClassVar[int] = 1
 
     epochs: int = 50
     """Passes over the calibration text."""
@@ -59,10 +60,6 @@ class SlimLlmPlus(Checked):
 
     def _slim(self) -> SlimLlm:
         return SlimLlm(objective=self.objective, variant=self.variant, damp=self.damp, bit_lists=self.bit_lists)
-
-    @property
-    def blocks(self) -> int:
-        return 1
 
     @property
     def wants_own_targets(self) -> bool:

@@ -43,6 +43,7 @@ class ZeroQuant(Checked):
     supports: ClassVar[Supports] = Supports()
     feeds_text: ClassVar[bool] = True
     working_set: ClassVar[str] = "block"
+    blocks: ClassVar[int] = 1
 
     iters: int = 100
     """Steps of distillation; 0: round to nearest."""
@@ -56,10 +57,6 @@ class ZeroQuant(Checked):
     """What student and teacher are fed: outputs of the unquantized blocks before, or of the quantized ones."""
     grid: str | None = "q_sym"
     """A name of `quant.grids`; None is g_sym or g_asym as the scheme says."""
-
-    @property
-    def blocks(self) -> int:
-        return 1
 
     @property
     def wants_own_targets(self) -> bool:
