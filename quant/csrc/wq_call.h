@@ -53,7 +53,6 @@ struct Call {
     int slot, apart;      // bytes: a stage; what a warp has of shared memory
     int given_at;         // where a stage has x
 
-    BOTH int columns_of(int rows_of_x) const { return rows_of_x * parts; }
     BOTH int pieces() const { return half_ranges ? 4 : 8; }  // of 16 bytes, for a group of a tile
     // Bytes of a step of x and the input scale, as they are given.
     BOTH int given_bytes() const { return own * (half_x ? 2 : 4) * COLUMNS + (input_scale != nullptr ? 4 * COLUMNS : 0); }
