@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from bench.copies import copied
+
 COLD, REPLAYS = 512e6, 20
 """Bytes that are read before an input's turn comes again; replays."""
 LONG_US, WARM_US, MOST_CALLS = 2e3, 5e4, 1 << 14
@@ -277,6 +279,11 @@ def worst(*errors: float) -> float:
 
 def known(**times: float | None) -> dict[str, float]:
     return {name: t for name, t in times.items() if t is not None}
+
+
+def cold_copies(b: Bench, packed: Any) -> list[Any]:
+    """As many as no cache holds, the original first."""
+    return [packed, *(copied(packed) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
 
 
 def beside_dense(b: Bench, x: Tensor, dense: Tensor) -> float | None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.copies import copied
 from bench.on_gpu import peers
-from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known
+from bench.on_gpu.clock import Bench, Goal, Row, beside_dense, cold_copies, known
 from bench.on_gpu.peer_kernels import SHAPES
 from bench.on_gpu.weights import affine, codebook, row_codebook, signs
 from quant.kernels import kernel
@@ -36,7 +35,7 @@ def batches(b: Bench) -> Iterator[Row]:
         for bits in (2, 3, 4, 8) if not b.dry else (4,):
             run, tensor = kernel("wq_gemv", b.backend if b.dry else "auto", b.device).run, affine(b, n, k, bits)
             packed, weight = run.prepare(tensor), tensor.dequantize()
-            copies = [packed, *(run.prepare(tensor) for _ in range(b.size(int(COLD / packed.bytes), 0)))]
+            copies = cold_copies(b, packed)
 
             def ours(i: int) -> Tensor:
                 return torch.cat([run.wq_gemv(part, copies[i]) for part in torch.split(x, most_rows(run))])  # noqa: B023
@@ -57,7 +56,7 @@ def tables(b: Bench) -> Iterator[Row]:
         tensor: Any = make(b, n, k)
         ours, other = (kernel(operation, backend, b.device).run for backend in ("auto", "triton"))
         packed, weight = ours.prepare(tensor), tensor.dequantize()
-        copies, copies_other = ([copied(p) for _ in range(b.size(1 + int(COLD / p.bytes), 1))] for p in (packed, other.prepare(tensor)))
+        copies, copies_other = (cold_copies(b, p) for p in (packed, other.prepare(tensor)))
         for m in (1, 2, 4, 8):
             x = b.random(m, k, dtype=torch.bfloat16)
             want = x.double() @ weight.double().T
@@ -100,7 +99,3 @@ def multiplied(b: Bench, n: int, k: int, makers: Any, goals: dict[tuple[int, int
             goal = goals.get((n, k, bits)) if m == 1 else None
             named = f"{operation} {n} x {k}, {name}, M={m}, {chosen.backend}"
             yield Row(named, error, allowed, took, others, packed.bytes, goal, {"float32": 2.0 * m * n * k})
-
-
-def cold_copies(b: Bench, packed: Any) -> list[Any]:
-    return [packed, *(copied(packed) for _ in range(b.size(int(COLD / packed.bytes), 0)))]

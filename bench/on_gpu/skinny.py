@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -21,13 +20,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.copies import copied
 from bench.on_gpu import peers as other_packages
-from bench.on_gpu.clock import COLD, Bench, Goal, Row, beside_dense, known, spread, worst
+from bench.on_gpu.clock import Bench, Goal, Row, beside_dense, cold_copies, known, spread, worst
 from bench.on_gpu.weights import GROUP, affine
 from quant.kernels import kernel
 from quant.kernels.products import rows_alone, with_many_rows
-from quant.kernels.wq_gemm import Packed
 from quant.kernels.wq_gemm.triton import Shape, candidates, warm
 
 SHAPES = ((4096, 4096), (4096, 11008), (8192, 8192), (8192, 28672))
@@ -59,13 +56,13 @@ def skinny(b: Bench) -> Iterator[Row]:
         allowed = max(2 * float(peer.norm() / want.norm()), 1e-3 if b.dry else 4e-3)
         del weight
         error = float((run.wq_gemm(x, packed).double() - want).norm() / want.norm())
-        copies = cold(b, packed)
+        copies = cold_copies(b, packed)
         took = b.time(lambda i: run.wq_gemm(x, copies[i]), len(copies))  # noqa: B023
         beside, own, ours = {}, alone.run.prepare(tensor), f"wq_gemm {n} x {k}, {bits} bits, M={m}"
         if m <= rows_alone(alone.run, own, x.dtype):
             beside, ours = known(wq_gemm=took), f"wq_gemv {n} x {k}, {bits} bits, M={m}, {alone.backend}, in place of wq_gemm"
             error = worst(error, float((alone.run.wq_gemv(x, own).double() - want).norm() / want.norm()))
-            several, packed = [own, *(copied(own) for _ in range(b.size(int(COLD / own.bytes), 0)))], own
+            several, packed = cold_copies(b, own), own
             took = b.time(lambda i: alone.run.wq_gemv(x, several[i]), len(several))  # noqa: B023
         del want, peer
         peers = known(bfloat16=beside_dense(b, x, dense), made=b.time(lambda i: with_many_rows(x, own, alone.run)))  # noqa: B023
@@ -92,15 +89,6 @@ def prompts(b: Bench) -> Iterator[Row]:
         yield Row(f"4 bits {n} x {k}, the weight made, M={m}", error, allowed, took, peers, moved, goal, work, launches=2)
 
 
-def cold(b: Bench, packed: Packed) -> list[Packed]:
-    """As many as no cache holds."""
-    high = packed.high
-    return [
-        replace(packed, low=packed.low.clone(), high=None if high is None else high.clone(), scale=packed.scale.clone())
-        for _ in range(b.size(1 + int(COLD / packed.bytes), 1))
-    ]
-
-
 def compiled(wanted: list[tuple[int, int, int, int, Shape]], workers: int) -> None:
     """By processes, into Triton's cache."""
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
@@ -118,7 +106,7 @@ def _warm(given: tuple[int, int, int, int, Shape]) -> None:
 
 def timed(b: Bench, run: Any, bits: int, m: int, n: int, k: int, found: list[Shape]) -> None:
     tensor = affine(b, n, k, bits)
-    copies = cold(b, run.prepare(tensor))
+    copies = cold_copies(b, run.prepare(tensor))
     x = b.random(m, k, dtype=torch.bfloat16)
     want = linear(x.float(), tensor.dequantize())
     del tensor
