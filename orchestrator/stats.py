@@ -64,10 +64,6 @@ class Delta:
     n_documents: int | None = None
     """Of the items with a positive weight; None where items do not tell."""
 
-    @property
-    def n_units(self) -> int:
-        return self.n_items if self.unit is Unit.ITEM or self.n_documents is None else self.n_documents
-
 
 def paired_delta(
     variant: StageResult, baseline: StageResult, task: TaskInfo, metric: str, *, confidence: float = 0.95, seed: int = 0

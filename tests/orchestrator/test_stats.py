@@ -128,7 +128,7 @@ def test_one_item_per_document_gives_what_items_give(seed: int, metric: str, n: 
     rng = np.random.default_rng(seed)
     v, b, w = rng.normal(1.1, 0.3, n), rng.normal(1.0, 0.3, n), rng.integers(1, 9, n).astype(float)
     d = intervals.compare(v, b, w, metric, documents=rng.permutation(n).astype(float), resamples=99)
-    assert (d.unit, d.n_units) == (stats.Unit.DOCUMENT, n)
+    assert (d.unit, d.n_documents) == (stats.Unit.DOCUMENT, n)
     assert replace(d, unit=stats.Unit.ITEM, n_documents=None) == intervals.compare(v, b, w, metric, resamples=99)
 
 
@@ -143,7 +143,7 @@ def test_equal_windows_of_a_document_count_once(seed: int, metric: str, n: int, 
     d = intervals.compare(v[of], b[of], w[of], metric, documents=of.astype(float), resamples=99)
     assert (d.delta, d.low, d.high, d.p_value) == pytest.approx((once.delta, once.low, once.high, once.p_value), rel=1e-9)
     assert d.method == once.method
-    assert (d.n_items, d.n_units) == (n * windows, n)
+    assert (d.n_items, d.n_documents) == (n * windows, n)
 
 
 def test_windows_that_are_alike_widen_the_interval_by_the_root_of_their_number() -> None:
@@ -211,7 +211,7 @@ def test_interval_over_documents_covers_the_truth_where_that_over_windows_does_n
 def test_few_documents_leave_items_the_unit_and_either_record_may_tell(tmp_path: Path) -> None:
     items, base = synthetic.perplexity_items(1, 0.2), synthetic.perplexity_items(2, 0.0)
     plain = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "ppl")
-    assert (plain.unit, plain.n_documents, plain.n_units) == (stats.Unit.ITEM, None, 60)
+    assert (plain.unit, plain.n_documents, plain.n_items) == (stats.Unit.ITEM, None, 60)
     for count in (stats.FEWEST_DOCUMENTS - 1, stats.FEWEST_DOCUMENTS):
         documents = np.arange(60) * count // 60
         told = [stage(tmp_path, f"{k}{count}", {**x, "document": documents}) for k, x in (("v", items), ("b", base))]
@@ -221,7 +221,7 @@ def test_few_documents_leave_items_the_unit_and_either_record_may_tell(tmp_path:
         if count < stats.FEWEST_DOCUMENTS:
             assert found[0] == replace(plain, n_documents=count)
         else:
-            assert (found[0].unit, found[0].n_units, found[0].n_items) == (stats.Unit.DOCUMENT, count, 60)
+            assert (found[0].unit, found[0].n_documents, found[0].n_items) == (stats.Unit.DOCUMENT, count, 60)
             assert found[0].delta == plain.delta
 
 
