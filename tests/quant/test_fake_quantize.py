@@ -104,6 +104,10 @@ def test_other_types_and_strides_are_computed_in_float32(dtype: torch.dtype) -> 
     x = torch.randn(24, 2, 10, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(0, 1)
     want = kernel("fake_quantize", "reference").run.fake_quantize(x.reshape(-1, 10), 4, True).view(x.shape)
     same(fake_quantize(x, 4, True), want)
+    for run in (kernel("fake_quantize", backend).run for backend in ("cpu", "reference")):
+        got, single = (run.encode(values.reshape(-1, 10), 4, False) for values in (x, x.float()))
+        same(got.codes, single.codes)
+        same(got.scale, single.scale)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

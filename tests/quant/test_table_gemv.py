@@ -67,6 +67,9 @@ def test_reference_takes_tensors_as_they_are(operation: str) -> None:
         want, size, _ = exact(x, tensor)
         got = getattr(run, operation)(x, run.prepare(tensor))
         assert ((got.double() - want).abs() <= U * want.abs() + 2.0**-40 * size).all()
+        weight = replace(tensor, input_scale=None).dequantize()
+        for dtype in (torch.float32, torch.bfloat16):
+            assert torch.equal(run.values(run.prepare(tensor), dtype), weight.to(dtype))
 
 
 @pytest.mark.parametrize("operation", FAST)

@@ -202,16 +202,18 @@ def test_products_that_torch_makes_are_recorded() -> None:
     assert chosen == {"hadamard": ["triton", "reference"]}
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
 @pytest.mark.parametrize("vocabulary", [7, 4096, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_log_probabilities_of_tokens(vocabulary: int, dtype: torch.dtype) -> None:
+def test_log_probabilities_of_tokens(vocabulary: int, dtype: torch.dtype, backend: str) -> None:
     g = torch.Generator().manual_seed(vocabulary)
     logits = (8 * torch.randn(3, 4, vocabulary + 1, generator=g)).to(dtype)[:, :3, :vocabulary]
     logits[0, 0, : vocabulary // 2 + 1] = -torch.inf
     logits[1, 1, 0] = torch.nan
     logits[1, 2, 1] = torch.inf
     tokens = torch.randint(vocabulary // 2 + 1, vocabulary, (3, 3), generator=g)
-    got = kernel("token_log_probs", "triton").run.token_log_probs(logits, tokens)
+    got = kernel("token_log_probs", backend).run.token_log_probs(logits, tokens)
+    assert got.dtype is torch.float32
     want = torch.log_softmax(logits.double(), -1).gather(-1, tokens[..., None])[..., 0]
     assert torch.equal(got.isnan(), want.isnan())
     assert want.isnan().sum() == 2
