@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from quant.errors import BackendError
-from quant.kernels import TABLE, kernel, preferring, recorded
+from quant.kernels import TABLE, kernel, noted, preferring, recorded
 from workers.request import BACKENDS
 
 
@@ -29,3 +32,23 @@ def test_a_backend_that_does_not_work_says_who_asked_and_what_does() -> None:
 
 def test_backends_are_those_of_the_table() -> None:
     assert set(BACKENDS) == {"auto", *(name for row in TABLE.values() for name in row)}
+
+
+def test_faster_twins_are_passed_over_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not work is not asked what it takes; what is for another device is not even imported; each is told once."""
+    twins = {
+        "broken": SimpleNamespace(unavailable=lambda device: f"no library on {device}", refuses=lambda rows: pytest.fail("it was asked")),
+        "choosy": SimpleNamespace(unavailable=lambda device: None, refuses=lambda rows: "too many rows" if rows > 8 else None),
+        "reference": SimpleNamespace(),
+    }
+    for name, twin in twins.items():
+        monkeypatch.setitem(sys.modules, f"twin_{name}", twin)
+    monkeypatch.setitem(TABLE, "made_up", {"cuda": "not.there", **{name: f"twin_{name}" for name in twins}})
+    first, second = "made_up runs slower: no library on cpu", "made_up runs slower: too many rows"
+    with recorded() as ran, noted() as told:
+        for given, backend, notes in (({}, "choosy", [first]), ({"rows": 8}, "choosy", [first]), ({"rows": 9}, "reference", [first, second])):
+            chosen = kernel("made_up", **given)
+            assert (chosen.run, chosen.backend, chosen.notes) == (twins[backend], backend, notes)
+        with pytest.raises(BackendError, match=r"choosy of made_up .* on cpu: too many rows; choose backend=auto or broken or reference$"):
+            kernel("made_up", "choosy", rows=9)
+    assert (ran, told) == ({"made_up": ["choosy", "reference"]}, [first, second])
