@@ -74,7 +74,8 @@ def test_type_is_kept_and_the_input_unchanged(dtype: torch.dtype) -> None:
 
 
 def test_empty_inputs_pass_through() -> None:
-    assert fake_quantize_activation(torch.zeros(0, 16), ActivationScheme(8)).shape == (0, 16)
+    for scheme in (ActivationScheme(8), ActivationScheme(8, granularity=TENSOR), ActivationScheme(8, outlier_threshold=6.0)):
+        assert fake_quantize_activation(torch.zeros(0, 16), scheme).shape == (0, 16)
     assert fake_quantize_kv(torch.zeros(1, 2, 0, 16), KVScheme(8)).shape == (1, 2, 0, 16)
 
 

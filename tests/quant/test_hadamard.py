@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quant.hadamard import apply_hadamard, hadamard_block, hadamard_matrix, small_factor
+from quant.hadamard import apply_hadamard, hadamard_block, hadamard_matrix, mix, small_factor
 from quant.kernels import kernel
 from quant.kernels.hadamard.matrices import SMALL, small
 from tests.quant.golden_inputs import weight
@@ -33,6 +33,16 @@ def test_the_transform_is_the_product_with_the_matrix(n: int, dtype: torch.dtype
     torch.testing.assert_close(back, x, rtol=2 * eps, atol=2 * eps)
     assert torch.equal(x, before)
     assert apply_hadamard(x).dtype is dtype
+    if dtype is torch.bfloat16:
+        assert torch.equal(apply_hadamard(x), apply_hadamard(x.float()).to(dtype)), "rounded once"
+
+
+def test_blocks_are_mixed_alone() -> None:
+    x = torch.randn(2, 3, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    matrix = torch.kron(torch.eye(2, dtype=torch.float64), hadamard_matrix(12))
+    torch.testing.assert_close(mix(x, 12), x @ matrix, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(mix(x, 12, transpose=True), x @ matrix.T, rtol=1e-14, atol=1e-14)
+    assert mix(x, 0) is x
 
 
 @pytest.mark.parametrize("n", [1, 8, 96])

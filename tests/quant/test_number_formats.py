@@ -203,6 +203,13 @@ def test_the_published_bits_of_the_formats() -> None:
     assert bits("nf4_dq", 64) == pytest.approx(4.127, abs=1e-3)  # QLoRA: 0.127 bits a weight for its scales
 
 
+@pytest.mark.parametrize("scales", [256, 257])
+def test_every_256_scales_have_a_constant(scales: int) -> None:
+    tensor = quantize_linear(weight(scales, 64), method="rtn", bits=4, group_size=64, number="nf4_dq")
+    formula = bits_formula(WeightScheme(4, True, Granularity.GROUP, 64, "float32", "nf4_dq"), (scales, 64))
+    assert tensor.bits_stored == formula == pytest.approx(4 + (8 * scales + 32 * (1 + -(-scales // 256))) / (scales * 64), abs=1e-12)
+
+
 @pytest.mark.parametrize("number", FORMATS)
 def test_gptq_beats_rounding_and_equals_it_where_inputs_are_independent(number: str) -> None:
     w, g = weight(16, 128), torch.Generator().manual_seed(3)
