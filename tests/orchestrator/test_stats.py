@@ -306,6 +306,9 @@ def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
     for bad, message in cases:
         with pytest.raises(PairingError, match=message):
             stats.paired_delta(good, bad, synthetic.PERPLEXITY, "ppl")
+    longer = rf"30 against 60; {items['id'][30]!r} is in one only"
+    with pytest.raises(PairingError, match=longer):
+        stats.paired_delta(cases[1][0], good, synthetic.PERPLEXITY, "ppl")
     with pytest.raises(PairingError, match=r"hold no 'kl'.*they hold nll"):
         stats.paired_delta(good, good, synthetic.PERPLEXITY, "kl")
     with pytest.raises(PairingError, match="FAILED and has no items"):
