@@ -240,9 +240,10 @@ def test_no_spread_a_single_item_and_scores_that_are_not_finite_are_named() -> N
     assert single.method == "single"
     assert math.isnan(single.low)
     for bad in (math.nan, math.inf, 1e6):  # exp(1e6) overflows
-        d = intervals.compare(ones * bad, ones, ones, "ppl")
-        assert d.method == "undefined"
-        assert math.isnan(d.p_value)
+        for sides in ((ones * bad, ones), (ones, ones * bad)):
+            d = intervals.compare(*sides, ones, "ppl")
+            assert d.method == "undefined"
+            assert math.isnan(d.p_value)
     nothing = intervals.compare(ones, ones, 0 * ones, "kl")
     assert (nothing.method, nothing.n_items) == ("undefined", 0)
 
