@@ -46,7 +46,11 @@ def test_faster_twins_are_passed_over_with_their_reasons(monkeypatch: pytest.Mon
     monkeypatch.setitem(TABLE, "made_up", {"cuda": "not.there", **{name: f"twin_{name}" for name in twins}})
     first, second = "made_up runs slower: no library on cpu", "made_up runs slower: too many rows"
     with recorded() as ran, noted() as told:
-        for given, backend, notes in (({}, "choosy", [first]), ({"rows": 8}, "choosy", [first]), ({"rows": 9}, "reference", [first, second])):
+        for given, backend, notes in (
+            ({}, "choosy", [first]),
+            ({"rows": 8}, "choosy", [first]),
+            ({"rows": 9}, "reference", [first, second]),
+        ):
             chosen = kernel("made_up", **given)
             assert (chosen.run, chosen.backend, chosen.notes) == (twins[backend], backend, notes)
         with pytest.raises(BackendError, match=r"choosy of made_up .* on cpu: too many rows; choose backend=auto or broken or reference$"):
