@@ -23,7 +23,7 @@ from tests.tiny_models import tiny_model
 from tests.workers.fake_devices import FakeNvml, fake_capture
 from tests.workers.stage_runs import calibrated, quantize_spec, quantized, tiny_context
 from workers import alike, families, generation, nvml, packed
-from workers.comparison import TOLERANCE, distance, require_close
+from workers.comparison import TOLERANCE, Comparison, Noise, distance, require_close
 from workers.context import Context
 from workers.errors import InputError, NumericalError
 from workers.generation import NoGraph
@@ -361,3 +361,15 @@ def test_logits_that_depart_are_no_measurement() -> None:
     for wrong in (logits * (1 + 2 * TOLERANCE["float32"]), logits * float("nan")):
         with pytest.raises(NumericalError, match="logits with packed weights differ"):
             require_close("logits", distance(wrong, logits), TOLERANCE["float32"])
+
+
+def test_two_roundings_of_one_model_are_close_enough(tmp_path: Path) -> None:
+    """Independent, each as far from the model without: √2 of that from each other."""
+    random = torch.Generator().manual_seed(0)
+    exact, one, other = torch.randn(3, 1, 2, 512, generator=random)
+    spec = MeasureSpec(ModelSpec("model"), SMALL, cpu_model())
+    compared = Comparison(spec, torch.zeros(1, 1), torch.zeros(1, 1), tiny_context("llama", tmp_path))
+    simulated, packed = exact + 0.1 * one, exact + 0.1 * other
+    assert distance(packed, simulated) > compared.allowed
+    compared._noise = Noise(distance(exact, simulated), 0.0)
+    assert distance(packed, simulated) <= compared.allowed
