@@ -16,6 +16,7 @@ from rich.console import Console
 
 from orchestrator.errors import BitgridError, ConfigError, unknown_name
 from orchestrator.output import lasting_output, lost
+from orchestrator.places import denied_told
 
 if TYPE_CHECKING:
     from orchestrator.command import Command
@@ -59,16 +60,28 @@ def _main(arguments: list[str]) -> int:
         print(f"bitgrid {version('bitgrid')}")
         return 0
     try:
+        _refuse_surroundings()
         verb = VERBS.get(arguments[0])
         if verb is None:
             raise ConfigError(unknown_name("verb", arguments[0], VERBS))
-        return verb(arguments[1:])
+        with denied_told():
+            return verb(arguments[1:])
     except BitgridError as e:
         print(f"bitgrid: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bitgrid: interrupted", file=sys.stderr)
         return 130
+
+
+def _refuse_surroundings() -> None:
+    """Raises BitgridError where no verb can work."""
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise BitgridError(f"the folder that this is called in cannot be read, as if it was removed ({e}); cd to one that is there") from e
+    if sys.flags.optimize > 1:
+        raise BitgridError("Python is to leave out docstrings, which transformers and Ray read; unset PYTHONOPTIMIZE, or leave out -OO")
 
 
 def _run(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ from orchestrator.cell import Cell, Grid
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
+from orchestrator.places import expanded
 from orchestrator.store import usual_place
 
 CONF = "pkg://conf"
@@ -35,7 +36,7 @@ def program() -> str:
 
 def call(words: str, store: Path) -> str:
     """A verb and its arguments as they are typed here; `store` is named where the verb would look elsewhere."""
-    usual = usual_place().expanduser().resolve()
+    usual = Path(os.path.realpath(expanded(usual_place())))
     return f"{program()} {words}" + ("" if store.resolve() == usual else f" --store {shlex.quote(str(store))}")
 
 

@@ -4,7 +4,7 @@ BitgridError                    exit code 2 from the command line, message only
 ├── ConfigError                 a key, option or value that does not exist or is not allowed
 │   └── SearchError             there is no grid: a search chooses its cells while it runs
 ├── PlanError                   a grid that cannot be planned (unknown statistic, every cell impossible, ...)
-├── SourceError                 a model or text that is missing, truncated, empty or too short
+├── SourceError                 a model or text that is missing, truncated, empty, too short or not for this user
 ├── StoreError                  the store cannot be used
 │   ├── StoreLockedError        another live driver holds it
 │   └── StoreVersionError       written by a newer version

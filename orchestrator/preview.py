@@ -116,8 +116,7 @@ def _plan(command: Command) -> tuple[Plan, Store]:
     grid = command.compose()
     check_settings(grid.settings)
     store = Store(store_root(grid.settings))
-    if (store.root / "store.json").is_file():
-        store.open(create=False)
+    store.check()
     # A driver may be at work on the store: nothing of it is held or written here.
     history = read_durations(store.root / "ledger.sqlite")
     return build_plan(grid, sources(grid.settings, store.root, preview=True), estimator(history)), store

@@ -25,6 +25,7 @@ from orchestrator.hooks import StoreHooks
 from orchestrator.lease import Lease
 from orchestrator.ledger import Durations, Ledger
 from orchestrator.lines import say
+from orchestrator.places import denied_told, expanded, place
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.progress import Progress
@@ -99,16 +100,16 @@ class SweepRun:
 
 def sources(settings: Mapping[str, Any], store: Path, preview: bool = False) -> Sources:
     """For a preview nothing is written, and a model may be provisional."""
-    folders = {n: Path(settings[n]).expanduser() if settings.get(n) else None for n in ("models_dir", "data_dir")}
+    folders = {n: expanded(settings[n]) if settings.get(n) else None for n in ("models_dir", "data_dir")}
     cache = store / "cache" / "digests.json" if (store / "store.json").is_file() else None
     return Sources(folders["models_dir"], folders["data_dir"], cache, cache_read_only=preview, allow_provisional=preview)
 
 
 def store_root(settings: Mapping[str, Any]) -> Path:
-    """Raises ConfigError where no folder is named."""
+    """Raises ConfigError for what names no folder."""
     if not settings["store"]:
         raise ConfigError(f"store={settings['store']!r} is no folder; give one, or leave store out for ./bitgrid-store")
-    return Path(str(settings["store"])).expanduser().resolve()
+    return place("store=", str(settings["store"]))
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -138,6 +139,7 @@ def missing_stages(plan: Plan, store: Store) -> dict[str, Stage]:
     return {k: s for k, s in plan.stages.items() if k in needed}
 
 
+@denied_told()
 def run_grid(grid: Grid, command: Command, console: Console, expected: str | None = None) -> SweepRun:
     """Plan, run what is missing, project into MLflow and the report. Raises BitgridError before anything is scheduled.
 

@@ -22,6 +22,7 @@ from orchestrator.cell import Option
 from orchestrator.errors import SourceError
 from orchestrator.fingerprint import digest
 from orchestrator.hub import describe_model
+from orchestrator.places import expanded
 from workers.artifact import file_digest
 from workers.model_files import EXPECTED, SAFETENSORS, SMALL_FILES, Weights, safetensors_header, weights_in
 from workers.request import Location
@@ -74,7 +75,7 @@ class Sources:
 
     def __post_init__(self) -> None:
         for name, variable, folder in (("models_dir", "BITGRID_MODELS", self.models_dir), ("data_dir", "BITGRID_DATA", self.data_dir)):
-            if folder is not None and not folder.expanduser().is_dir():
+            if folder is not None and not folder.is_dir():
                 raise SourceError(f"{name}={folder} is not a folder; correct it, or {variable}; {name}=null: shipped copies and the hub")
 
     def model(self, option: Option) -> ModelSource:
@@ -94,10 +95,10 @@ class Sources:
         folder = values.get("folder") or option.file
         tried = []
         if values.get("path"):
-            return self._local_model(option.name, Path(values["path"]).expanduser())
+            return self._local_model(option.name, expanded(values["path"]))
         if self.models_dir is not None:
             for name in dict.fromkeys((folder, option.file)):
-                candidate = self.models_dir.expanduser() / name
+                candidate = self.models_dir / name
                 if candidate.is_dir():
                     return self._local_model(option.name, candidate)
                 tried.append(str(candidate))
@@ -155,9 +156,9 @@ class Sources:
     def _find_text(self, option: Option, source: Mapping[str, Any]) -> TextSource:
         tried = []
         if source.get("path"):
-            return self._local_text(option, Path(source["path"]).expanduser())
+            return self._local_text(option, expanded(source["path"]))
         if self.data_dir is not None and source.get("file"):
-            candidate = self.data_dir.expanduser() / source["file"]
+            candidate = self.data_dir / source["file"]
             if candidate.is_file():
                 return self._local_text(option, candidate)
             tried.append(str(candidate))
@@ -225,9 +226,9 @@ def _check_commit(option: Option, hub: Mapping[str, Any]) -> None:
 
 
 def _folders(parent: Path | None) -> list[str]:
-    if parent is None or not parent.expanduser().is_dir():
+    if parent is None or not parent.is_dir():
         return []
-    return sorted(p.name for p in parent.expanduser().iterdir() if p.is_dir())
+    return sorted(p.name for p in parent.iterdir() if p.is_dir())
 
 
 def _read_cache(path: Path | None) -> dict[str, str]:

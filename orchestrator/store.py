@@ -70,27 +70,48 @@ class Store:
 
     def open(self, create: bool = True) -> Store:
         """Check the format, or create an empty store. Raises StoreVersionError for a store of a newer bitgrid, StoreError."""
-        marker = self.root / "store.json"
-        # A copy that was cut off may hold artifacts and not yet the marker.
-        if marker.is_file() or any((self.root / "objects").glob(f"*/*/*/{RECORD}")):
-            found = _format(marker)
-            if found > FORMAT:
-                raise StoreVersionError(
-                    f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; "
-                    "use the newer bitgrid that wrote it, or another store="
-                )
+        if self._is_there():
             return self
         if not create:
             raise StoreError(f"there is no store at {self.root}; run a sweep first, or name the folder of an existing one: --store FOLDER")
-        if self.root.is_dir() and not all(_is_new(p) for p in self.root.iterdir()):
-            raise StoreError(f"{self.root} is neither empty nor a bitgrid store; set store= to a new folder")
+        self._refuse_other()
         try:
             for name in FOLDERS:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            write_json(marker, {"format": FORMAT})
+            write_json(self._marker, {"format": FORMAT})
         except OSError as e:
             raise StoreError(f"the store {self.root} cannot be created: {e}; set store= to a folder that can be written") from e
         return self
+
+    def check(self) -> None:
+        """Raises what `open` would for what stands in its place, and creates nothing."""
+        if not self._is_there():
+            self._refuse_other()
+
+    @property
+    def _marker(self) -> Path:
+        return self.root / "store.json"
+
+    def _is_there(self) -> bool:
+        """Raises StoreVersionError, StoreError."""
+        # A copy that was cut off may hold artifacts and not yet the marker.
+        if not self._marker.is_file() and not any((self.root / "objects").glob(f"*/*/*/{RECORD}")):
+            return False
+        found = _format(self._marker)
+        if found > FORMAT:
+            raise StoreVersionError(
+                f"the store {self.root} has format {found}, this bitgrid reads up to {FORMAT}; "
+                "use the newer bitgrid that wrote it, or another store="
+            )
+        return True
+
+    def _refuse_other(self) -> None:
+        if self.root.is_dir():
+            if all(_is_new(p) for p in self.root.iterdir()):
+                return
+        elif not os.path.lexists(self.root):
+            return
+        raise StoreError(f"{self.root} is neither an empty folder nor a bitgrid store; set store= to a new folder")
 
     def folder(self, kind: StageKind, key: str) -> Path:
         return self.root / "objects" / kind.value / key[:2] / key

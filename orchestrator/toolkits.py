@@ -14,6 +14,7 @@ from rich.console import Console
 
 from orchestrator.errors import ConfigError, PlanError, unknown_name
 from orchestrator.lines import say
+from orchestrator.places import expanded, place
 from orchestrator.planned import Plan
 from workers.toolkits.environments import TOOLKITS, Toolkit, installed_release, problem, python_of
 
@@ -25,7 +26,7 @@ LEAST_PYTHON = (3, 11)
 
 
 def toolkits_dir(settings: Mapping[str, Any]) -> Path:
-    return Path(str(settings.get("toolkits_dir") or FOLDER)).expanduser().resolve()
+    return place("toolkits_dir=", str(settings.get("toolkits_dir") or FOLDER))
 
 
 def folders_of(plan: Plan, stages: Collection[str]) -> dict[str, str]:
@@ -49,7 +50,7 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
     toolkit = TOOLKITS.get(name)
     if toolkit is None:
         raise ConfigError(unknown_name("toolkit", name, TOOLKITS))
-    folder = (parent.expanduser() / name).resolve()
+    folder = (place("--dir ", parent) / name).resolve()
     lock = toolkit.lock.read_text()
     marker = folder / INSTALLED
     if marker.is_file() and marker.read_text() == lock:
@@ -72,7 +73,7 @@ def install(name: str, parent: Path, python: str, console: Console) -> Path:
 
 def describe(toolkit: Toolkit, parent: Path) -> str:
     """One line: what is there."""
-    folder = parent.expanduser() / toolkit.name
+    folder = expanded(parent) / toolkit.name
     found = installed_release(folder, toolkit.package)
     return f"{toolkit.name}: {toolkit.package} {found} in {folder}" if found else f"{toolkit.name}: not in {folder}"
 

@@ -21,6 +21,7 @@ from orchestrator.hydra_bridge import as_text, override_text
 from orchestrator.lease import Lease, holder
 from orchestrator.ledger import Ledger
 from orchestrator.lines import say
+from orchestrator.places import place
 from orchestrator.report import print_table
 from orchestrator.results import StageResult, SweepResult, VariantResult
 from orchestrator.run import (
@@ -41,7 +42,7 @@ from orchestrator.sweeps import find_sweep, last_command, load_sweep
 
 
 def _open(root: Path) -> Store:
-    return Store(root.expanduser().resolve()).open(create=False)
+    return Store(place("--store ", root)).open(create=False)
 
 
 def status(root: Path, sweep: str | None, console: Console) -> int:
@@ -140,7 +141,7 @@ def export(root: Path, sweep: str, variant: str, form: str, out: Path, console: 
     if chosen.quantize is None or chosen.quantize.payload is None:
         raise ConfigError(f"variant {chosen.label!r} has no quantized weights ({chosen.status.value}); export takes a quantized variant")
     command = [sys.executable, "-m", "workers.export", "--format", form, "--artifact", str(chosen.quantize.payload.parent)]
-    command += [*_model_arguments(result, store, chosen.quantize), "--out", str(out.expanduser().resolve())]
+    command += [*_model_arguments(result, store, chosen.quantize), "--out", str(place("--out ", out))]
     code = run_child(command, Path(__file__).resolve().parent.parent)
     if code < 0:
         raise BitgridError(f"the export of {chosen.label!r} was ended by {signal.Signals(-code).name}; where memory ran out, give it more")

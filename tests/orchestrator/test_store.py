@@ -156,7 +156,7 @@ def test_store_of_a_newer_version_is_refused(store: Store) -> None:
 
 def test_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(StoreError, match="neither empty"):
+    with pytest.raises(StoreError, match="neither an empty folder"):
         Store(tmp_path).open()
 
 
