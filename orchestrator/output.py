@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
+UNICODE = ("utf-8", "utf8")
+
 
 class Output:
     """A text stream that raises no OSError: after the first one it drops what it is given."""
@@ -57,7 +59,9 @@ def lasting_output() -> Iterator[Output | None]:
     before = sys.stdout, sys.stderr
     made = [None if s is None else Output(s) for s in before]
     for stream in before:
-        if hasattr(stream, "reconfigure") and stream.errors == "strict":
+        # Python escapes for itself in the locales C and POSIX, but not for a table's characters where those are ASCII.
+        lacks = ("strict",) if getattr(stream, "encoding", "").lower() in UNICODE else ("strict", "surrogateescape")
+        if hasattr(stream, "reconfigure") and stream.errors in lacks:
             stream.reconfigure(errors="replace")
     sys.stdout, sys.stderr = (cast(TextIO, m) for m in made)
     try:

@@ -92,6 +92,14 @@ def test_an_encoding_without_the_table_s_characters_gets_others(encoding: str, t
     assert "report: " in said
 
 
+def test_the_locale_posix_gets_other_characters(tmp_path: Path) -> None:
+    """There Python escapes what is no UTF-8, and nothing else."""
+    with (tmp_path / "said").open("wb") as f:
+        done = run(f.fileno(), tmp_path / "store", LC_ALL="POSIX", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 scores: 2 done." in (tmp_path / "said").read_bytes().decode("ascii")
+
+
 def test_streams_are_the_caller_s_again(capsys: pytest.CaptureFixture[str]) -> None:
     before = sys.stdout, sys.stderr
     assert main(["--version"]) == 0
