@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -46,6 +47,15 @@ def rename_flushed(staging: Path, folder: Path) -> None:
         list(pool.map(flush, (*staging.rglob("*"), staging)))
     staging.rename(folder)
     flush(folder.parent)
+
+
+def share(folder: Path, like: Path) -> None:
+    """Give all files below the folder the mode of one that was made as the umask says: safetensors makes files for their owner alone,
+    so that nobody else could read the artifact."""
+    mode = stat.S_IMODE(like.stat().st_mode)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def file_digest(path: Path) -> str:

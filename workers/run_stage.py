@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workers.artifact import PAYLOAD
-from workers.failures import failure, tail
+from workers.artifact import PAYLOAD, share
+from workers.failures import LOG, failure, tail
 from workers.process import current, fixed_state, formatted, logged, pick_device
 from workers.request import ErrorClass, Outcome, Request, StageRequest
 from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, MeasureSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
@@ -157,6 +157,8 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         state = fixed_state(group[0].key, request.hints)
         with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels, noted() as slower:
             summaries = _dispatch(group, context, runners)
+            for stage in group:
+                share(Path(stage.staging) / PAYLOAD, like=Path(stage.staging) / LOG)
             surroundings = environment(str(context.device))  # here, where the stage's own threads are still set
     except Exception as e:
         log.error("failed\n%s", formatted(e))
@@ -226,7 +228,7 @@ def _records(
     """One draft record per stage. Stages that shared a forward pass get equal, consecutive shares of its time, so that
     times add up over stages."""
     kept = context.kept.told() if context.kept is not None else {}
-    share = (interval[1] - interval[0]) / len(group)
+    part = (interval[1] - interval[0]) / len(group)
     notes = list(context.notes)
     if len(group) > 1:
         notes.append(f"ran together with {len(group) - 1} other calibrate stages; its times are an equal share")
@@ -235,9 +237,9 @@ def _records(
         Outcome(
             stage.key,
             record={
-                "started": interval[0] + i * share,
-                "ended": interval[0] + (i + 1) * share,
-                "seconds": {**seconds, "total": share},
+                "started": interval[0] + i * part,
+                "ended": interval[0] + (i + 1) * part,
+                "seconds": {**seconds, "total": part},
                 "environment": surroundings,
                 "hints": asdict(request.hints),
                 "kernels": kernels,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from tests.orchestrator.sweeping import bitgrid, overrides
-from tests.orchestrator.test_bad_input import exit_code
+from tests.orchestrator.sweeping import bitgrid, overrides, sweep
+from tests.orchestrator.test_bad_input import TINY, exit_code
+from tests.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -94,3 +96,16 @@ def test_python_without_docstrings_is_refused(tmp_path: Path, monkeypatch: pytes
     done = bitgrid(tmp_path, "plan")
     assert done.returncode == 2
     assert "PYTHONOPTIMIZE" in done.stderr
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_a_store_is_said_by_the_umask(mask: int, tmp_path: Path) -> None:
+    """A file of safetensors is made for its owner alone."""
+    before = os.umask(mask)
+    try:
+        assert sweep(tmp_path / "store", "method=gptq", f"model.path={tiny_model('llama')}", *TINY).exit_code == 0
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "store" / "objects").rglob("*") if p.is_file()]
+    assert any(p.suffix == ".safetensors" for p in files)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in files} == {0o666 & ~mask}
