@@ -195,6 +195,7 @@ def _other_commit(files: Sequence[Mapping[str, str]], revision: str | None) -> s
 def load_tokenizer(location: Location) -> Tokenizer:
     """The model's own tokenizer; bytes for an RWKV model of 256 tokens without one. Raises InputError where its folder has none, or
     files that are no tokenizer's."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     folder = locate(location)
@@ -206,6 +207,9 @@ def load_tokenizer(location: Location) -> Tokenizer:
         tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, MemoryError, ImportError):
         raise  # say what is wrong themselves
+    except StrictDataclassError as e:  # it reads config.json, too
+        said = f"transformers makes no configuration of it ({type(e).__name__}: {' '.join(str(e).split())})"
+        raise InputError(f"{folder / 'config.json'}: {said}; correct it, or copy it again") from e
     except Exception as e:  # whatever a parser, Rust's included, makes of a damaged file
         there = [name for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()]
         remedy, reason = "copy these files again", f"{type(e).__name__}: {e}"

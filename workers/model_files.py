@@ -6,8 +6,10 @@ Weights are safetensors where there are any; PyTorch's pickled files are taken o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,11 @@ SAFETENSORS = WeightFormat("model.safetensors", "model.safetensors.index.json")
 PICKLED = WeightFormat("pytorch_model.bin", "pytorch_model.bin.index.json")
 MAX_HEADER = 100_000_000
 """The limit of the format safetensors for a file's JSON header, in bytes."""
+ITEM_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
+"""Of types in a safetensors file."""
 EXPECTED = f"{SAFETENSORS.single}, {SAFETENSORS.index} with its shards, or {PICKLED.single} ({PICKLED.index})"
 
 
@@ -97,9 +104,26 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     try:
         header = {name: t for name, t in json.loads(raw).items() if name != "__metadata__"}
         expected = 8 + length + max((int(t["data_offsets"][1]) for t in header.values()), default=0)
+        misplaced = _misplaced(header)
     except (ValueError, AttributeError, TypeError, LookupError):
         raise ValueError(f"{path} is not a safetensors file: its header is no JSON object of tensors; fetch it again") from None
     if size != expected:
         what = "is truncated" if size < expected else "is damaged"
         raise ValueError(f"{path} {what}: expected {expected} bytes, got {size}; fetch it again")
+    if misplaced is not None:
+        why = "is not right after the tensor before it, or has not the bytes of its shape"
+        raise ValueError(f"{path} is damaged: by its header {misplaced} {why}; fetch it again")
     return header
+
+
+def _misplaced(header: Mapping[str, Any]) -> str | None:
+    """A tensor that does not start where the one before ends, or has not the bytes of its shape. Types that are not known here are left
+    to safetensors. Raises TypeError, ValueError, LookupError for what is no description of a tensor."""
+    end = 0
+    for name, tensor in sorted(header.items(), key=lambda entry: entry[1]["data_offsets"]):
+        start, stop = tensor["data_offsets"]
+        size = ITEM_BYTES.get(tensor["dtype"])
+        if start != end or stop < start or (size is not None and stop - start != math.prod(map(index, tensor["shape"])) * size):
+            return name
+        end = stop
+    return None

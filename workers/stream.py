@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -255,8 +256,8 @@ def open_checked(context: Context, spec: ModelSpec, checkpoint: Checkpoint) -> B
     dtype = DTYPES[spec.dtype]
     try:
         model = _skeleton(checkpoint, dtype)
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError) as e:
-        said = f"transformers makes no {structure.model_type} model of it ({type(e).__name__}: {e})"
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, StrictDataclassError) as e:
+        said = f"transformers makes no {structure.model_type} model of it ({type(e).__name__}: {' '.join(str(e).split())})"
         raise InputError(f"{checkpoint.folder / 'config.json'}: {said}; correct it, or copy it again") from e
     opened = BlockModel(model, checkpoint, structure, dtype, context.device, _sources(model, checkpoint))
     _check_complete(opened)

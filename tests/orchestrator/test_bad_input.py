@@ -12,6 +12,7 @@ import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,29 @@ def test_a_file_of_another_kind_is_told(header: bytes, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(SourceError, match=r"is not a safetensors file: its header is no JSON object of tensors; fetch it again"):
+        sweep(tmp_path / "store", f"model.path={folder}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one, other: one.update(data_offsets=other["data_offsets"]),
+        lambda one, other: one.update(shape=[2 * one["shape"][0], *one["shape"][1:]]),
+        lambda one, other: one.update(dtype="F16"),
+        lambda one, other: one.update(data_offsets=[-8, *one["data_offsets"][1:]]),
+    ],
+)
+def test_a_header_that_lies_is_told_with_its_tensor(change: Callable[[Any, Any], None], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    one, other, *_ = (name for name in header if "q_proj" in name)
+    change(header[one], header[other])
+    lying = json.dumps(header).encode()
+    file.write_bytes(len(lying).to_bytes(8, "little") + lying + raw[start:])
+    with pytest.raises(SourceError, match=rf"{file} is damaged: by its header .*_proj.weight is not right after .*; fetch it again"):
         sweep(tmp_path / "store", f"model.path={folder}")
 
 

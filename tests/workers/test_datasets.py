@@ -271,6 +271,16 @@ def test_a_damaged_tokenizer_is_told_with_its_files(name: str, content: str, tmp
         load_tokenizer(Location("folder", str(folder)))
 
 
+def test_a_configuration_that_the_tokenizer_reads_is_told_as_such(tmp_path: Path) -> None:
+    folder = shutil.copytree(ASSETS / "wikitext_llama", tmp_path / "m")
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": "1e-5"}))
+    with pytest.raises(
+        InputError, match=rf"{config}: transformers makes no configuration of it .*'rms_norm_eps'.*; correct it, or copy it again"
+    ):
+        load_tokenizer(Location("folder", str(folder)))
+
+
 def test_a_tokenizer_that_needs_sentencepiece_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(ASSETS / "wikitext_llama", tmp_path / "m")
     (folder / "tokenizer.json").unlink()

@@ -246,7 +246,16 @@ def test_quantized_weights_under_their_own_name_are_refused(folder: Path, dtype:
     refused(folder, r"up_proj\.weight as (I8|F8_E4M3), expected F16, BF16, F32, F64: it is quantized already")
 
 
-@pytest.mark.parametrize("change", [{"hidden_act": "none such"}, {"pad_token_id": 5000}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "none such"},
+        {"hidden_act": 7},
+        {"pad_token_id": 5000},
+        {"rms_norm_eps": "1e-5"},
+        {"num_attention_heads": 3},
+    ],
+)
 def test_a_configuration_of_which_transformers_makes_no_model_is_told_with_its_file(folder: Path, change: dict[str, object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **change}))
