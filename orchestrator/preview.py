@@ -12,7 +12,7 @@ from rich.table import Table
 from orchestrator.command import Command
 from orchestrator.explain import explain
 from orchestrator.ledger import read_durations
-from orchestrator.lines import say
+from orchestrator.lines import say, show_table
 from orchestrator.plan import build_plan
 from orchestrator.planned import Plan
 from orchestrator.report.numbers import count, duration, size
@@ -35,7 +35,7 @@ def print_plan(command: Command, console: Console) -> None:
         todo = [plan.stages[k] for k in stages if k in missing]
         there = sum(1 for k in stages if k not in missing and store.has(plan.stages[k].kind, k))
         table.add_row(kind, str(len(stages)), str(there), str(len(todo)), _seconds(todo), _bytes(todo))
-    console.print(table)
+    show_table(console, table)
     work = list(missing.values())
     total = f"in all {_seconds(work)} of work, shared by the workers, and {_bytes(work)}"
     if not work:

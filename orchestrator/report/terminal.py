@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.lines import FEWEST_COLUMNS, show_table
 from orchestrator.report import numbers
 from orchestrator.report.overview import Line, ModelTable, counts, failures, model_tables, resampled, skips, state_word
 from orchestrator.report.speed import speed_table
@@ -21,17 +22,17 @@ _FRAME = 2
 def print_table(result: SweepResult, console: Console) -> None:
     """Variants × tasks with the difference to the unquantized model, stored bits and size; then what failed or was skipped.
 
-    Fits `console.width` from 64 columns on: cells take two lines where one does not fit, tasks continue in a further table where
-    two lines do not fit either, and names too long for what is left are wrapped.
+    Fits `console.width` from 64 columns on, and has as many on a narrower terminal: cells take two lines where one does not fit, tasks
+    continue in a further table where two lines do not fit either, and names too long for what is left are wrapped.
     """
     rows = long_table(result)
     tables = model_tables(result, rows)
     for table in tables:
-        for part in _parts(table, console.width):
-            console.print(part)
+        for part in _parts(table, max(console.width, FEWEST_COLUMNS)):
+            show_table(console, part)
         speed = speed_table(table)
         if speed is not None:
-            console.print(speed)
+            show_table(console, speed)
     _print_legend(result, rows, tables, console)
     _print_troubles(result, rows, console)
 
