@@ -7,8 +7,8 @@ that both share cancels in the difference, so its interval is far narrower than 
   items tell their document and there are enough of them, documents are the unit: each is drawn with all its items, and counts by
   their weight (cluster bootstrap; Field and Welsh 2007). Else items are, as if independent, which is too narrow where they are not.
 * Interval: bias-corrected and accelerated bootstrap over units (Efron 1987) of the difference of the *score*
-  (perplexity = exp of the weighted mean NLL, every other metric = weighted mean), or a t interval of the linearised
-  difference where units are too few to resample.
+  (perplexity = exp of the weighted mean NLL, every other metric = weighted mean), or, where units are too few to resample, the
+  differences that a t test of the linearised difference does not reject.
 * p value: paired t test of the linearised difference (over C documents: with the cluster-robust variance, its factor C / (C - 1), and
   C - 1 degrees of freedom). Bootstrap p values cannot fall below 1/resamples, which Holm's correction over a large table would
   always reject as too coarse.

@@ -171,12 +171,29 @@ def test_agrees_with_the_cluster_robust_regression_of_statsmodels(documents: int
     if documents < intervals.FEWEST_TO_RESAMPLE:
         assert d.method == "t"
         assert (d.low, d.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
-        # Perplexities: the regression of what each window adds to their difference, d exp(m) = exp(m) dm.
-        nll = [float(np.average(x, weights=w)) for x in (v, b)]
-        added = math.exp(nll[0]) * (1 + v - nll[0]) - math.exp(nll[1]) * (1 + b - nll[1])
-        fit = WLS(added, np.ones(of.size), weights=w).fit(cov_type="cluster", cov_kwds={"groups": of.astype(int)}, use_t=True)
+        # Perplexities: at an end, the mean NLLs are that many standard errors off. The lower perplexity is held; d exp(m) = exp(m) dm.
         d = intervals.compare(v, b, w, "ppl", documents=of)
-        assert (d.low, d.high) == pytest.approx(tuple(fit.conf_int()[0]), rel=1e-6)
+        nll = [float(np.average(x, weights=w)) for x in (v, b)]
+        for end in (d.low, d.high):
+            shift = math.log1p(end / d.baseline) if end > 0 else -math.log1p(-end / d.value)
+            share = (1.0, math.exp(-shift)) if shift > 0 else (math.exp(shift), 1.0)
+            added = share[0] * (v - nll[0]) - share[1] * (b - nll[1])
+            fit = WLS(added, np.ones(of.size), weights=w).fit(cov_type="cluster", cov_kwds={"groups": of.astype(int)}, use_t=True)
+            off = abs(nll[0] - nll[1] - shift) / float(fit.bse[0])
+            assert off == pytest.approx(float(scipy.stats.t.ppf(0.975, documents - 1)), rel=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 2**32), st.integers(2, 11), st.floats(0, 0.3), st.floats(1e-3, 0.3))
+def test_few_perplexities_have_an_interval_that_holds_0_where_their_p_value_says_so(seed: int, n: int, shift: float, spread: float) -> None:
+    """Texts differ by more than models do."""
+    rng = np.random.default_rng(seed)
+    b = rng.normal(4.0, 1.0, n)
+    v, w = b + rng.normal(shift, spread, n), rng.integers(100, 2000, n).astype(float)
+    d, back = intervals.compare(v, b, w, "ppl"), intervals.compare(b, v, w, "ppl")
+    assert d.low < d.delta < d.high
+    assert (d.low <= 0 <= d.high) == (d.p_value >= 0.05)
+    assert (-back.high, -back.low, back.p_value) == pytest.approx((d.low, d.high, d.p_value), rel=1e-6)
 
 
 def test_agrees_with_scipys_bca_over_documents() -> None:
