@@ -49,13 +49,14 @@ def rename_flushed(staging: Path, folder: Path) -> None:
     flush(folder.parent)
 
 
-def share(folder: Path, like: Path) -> None:
-    """Give all files below the folder the mode of one that was made as the umask says: safetensors makes files for their owner alone,
-    so that nobody else could read the artifact."""
-    mode = stat.S_IMODE(like.stat().st_mode)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+def share(folder: Path) -> None:
+    """Give the folder and all below it the modes that the umask says: temporary folders and safetensors files are their owner's alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 def file_digest(path: Path) -> str:

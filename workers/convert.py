@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.accounting import size_bytes
-from workers.artifact import file_digest, rename_flushed
+from workers.artifact import file_digest, rename_flushed, share
 from workers.errors import InputError
 
 FORMAT = 1
@@ -71,7 +71,7 @@ def convert_once(pickled: Sequence[Path]) -> Converted:
         raise InputError(f"{names} must be converted to safetensors, but {folder.parent} cannot be written ({e}); set BITGRID_CACHE") from e
     try:
         _write(pickled, staging)
-        staging.chmod(0o755)
+        share(staging)
         try:
             rename_flushed(staging, folder)
         except OSError:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workers.artifact import PAYLOAD, share
-from workers.failures import LOG, failure, tail
+from workers.failures import failure, tail
 from workers.process import current, fixed_state, formatted, logged, pick_device
 from workers.request import ErrorClass, Outcome, Request, StageRequest
 from workers.specs import SPEC_TYPES, CalibrateSpec, EvaluateSpec, MeasureSpec, PrepareSpec, QuantizeSpec, Spec, StageKind, from_json
@@ -158,7 +158,7 @@ def _run_logged(group: list[StageRequest], request: Request, runners: Runners, s
         with current(context.device), state, preferring(backend, "hints.backend"), recorded() as kernels, noted() as slower:
             summaries = _dispatch(group, context, runners)
             for stage in group:
-                share(Path(stage.staging) / PAYLOAD, like=Path(stage.staging) / LOG)
+                share(Path(stage.staging) / PAYLOAD)
             surroundings = environment(str(context.device))  # here, where the stage's own threads are still set
     except Exception as e:
         log.error("failed\n%s", formatted(e))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from workers.artifact import rename_flushed
+from workers.artifact import rename_flushed, share
 from workers.export import auto_gptq, dense
 from workers.export.model import read_quantized
 from workers.export.report import ExportError, ExportReport, folder_bytes
@@ -37,15 +37,12 @@ def run(format: str, artifact: Path, model_folder: Path, out: Path) -> ExportRep
         raise ExportError(f"no folder can be made in {out.parent}: {e}; give --out a folder that can be written") from e
     try:
         linears, notes = FORMATS[format](artifact, model_folder, staging)
-        # Temporary folders, and files of safetensors, are for their owner alone.
-        staging.chmod(0o755)
-        for path in staging.iterdir():
-            path.chmod(0o644)
+        share(staging)
         if out.exists():
             out.rmdir()
         rename_flushed(staging, out)
     except (OSError, SafetensorError) as e:
-        raise ExportError(f"{out} was not written: {e}; make room, or give --out a new folder elsewhere") from e
+        raise ExportError(f"{out} was not written: {e}; put that right, or give --out a new folder elsewhere") from e
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return ExportReport(format, str(out), linears, folder_bytes(out), tuple(notes))

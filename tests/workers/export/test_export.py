@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,18 @@ def test_the_checkpoint_holds_the_very_weights(model: Path, artifact: Path, tmp_
         "desc_act": False,
         "sym": False,
     }
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_it_is_said_by_the_umask(mask: int, model: Path, artifact: Path, tmp_path: Path) -> None:
+    """Temporary folders, and files of safetensors, are made for their owner alone."""
+    before = os.umask(mask)
+    try:
+        run("dense", artifact, model, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "out").iterdir()} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize(
