@@ -229,15 +229,15 @@ def test_a_calibration_text_that_is_too_short_fails_what_needs_it(text: str, sai
 
 
 def test_a_disk_that_fills_up_while_committing_loses_only_that_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system calls of one commit answer as a full disk does."""
-    plain, full = os.rename, [True]
+    """The renaming of one commit answers as a full disk does."""
+    plain, full = Path.rename, [True]
 
-    def rename(source: str | Path, target: str | Path) -> None:
-        if full[0] and "quantize" in Path(target).parts:
+    def rename(source: Path, target: Path) -> None:
+        if full[0] and "quantize" in target.parts:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source))
         plain(source, target)
 
-    monkeypatch.setattr("orchestrator.store.os.rename", rename)
+    monkeypatch.setattr(Path, "rename", rename)
     arguments = (f"model.path={tiny_model('llama')}", "method=rtn", *TINY)
     store = tmp_path / "store"
     error_class, message = only_failure(sweep(store, *arguments))

@@ -100,7 +100,7 @@ def test_full_disk_leaves_no_half_artifact(store: Store, monkeypatch: pytest.Mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(Path, "rename", full)
     with pytest.raises(OSError, match="No space"):
         store.commit(stage, an_outcome(stage), staging, 1, "sweep")
     assert not store.has(stage.kind, stage.key)

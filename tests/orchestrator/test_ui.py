@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -272,7 +273,8 @@ def test_a_folder_whose_name_an_address_cannot_hold_is_refused(name: str, fits: 
 
     folder = tmp_path / name
     read = make_url(f"sqlite:///{folder / 'mlflow.db'}").database
-    assert (read == str(folder / "mlflow.db")) is fits
+    # Only SQLAlchemy 2.1, which needs a newer Python than 3.10, takes %25 for another sign.
+    assert (read == str(folder / "mlflow.db")) is (fits or ("%" in name and version("sqlalchemy").startswith("2.0")))
     if fits:
         assert make_url(str(TrackingSettings.of({"kind": "mlflow"}, folder).uri)).database == read
         return
