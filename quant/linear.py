@@ -96,7 +96,8 @@ def _own_settings(device: torch.device) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        placed = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+        # torch.get_default_device in torch 2.6 does not see `with torch.device`.
+        placed = nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
         with placed, torch.autocast(device.type, enabled=False), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
