@@ -252,8 +252,8 @@ def test_rows_on_grids_of_their_own(n: int, bits: int, clip: float, block: int, 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")  # what is not a number has no code
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rows_without_a_range(symmetric: bool) -> None:
-    # Without infinities: the interpreter warns of what it does not compute with. Before Triton 3.9 it fails with NumPy 2 where a sum is none
-    # of int32, as is that of codes that mean nothing.
+    # Without infinities: the interpreter warns of what it does not compute with. Before Triton 3.9 it fails with NumPy 2 where a sum is
+    # none of int32, as is that of codes that mean nothing.
     takes_nan = tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 9)
     agree(torch.tensor([row for row in ODD if all(isfinite(v) or (isnan(v) and takes_nan) for v in row)]), 8, symmetric, 1.0, "triton")
 
