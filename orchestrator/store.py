@@ -106,12 +106,9 @@ class Store:
         return True
 
     def _refuse_other(self) -> None:
-        if self.root.is_dir():
-            if all(_is_new(p) for p in self.root.iterdir()):
-                return
-        elif not os.path.lexists(self.root):
-            return
-        raise StoreError(f"{self.root} is neither an empty folder nor a bitgrid store; set store= to a new folder")
+        new = all(_is_new(p) for p in self.root.iterdir()) if self.root.is_dir() else not os.path.lexists(self.root)
+        if not new:
+            raise StoreError(f"{self.root} is neither an empty folder nor a bitgrid store; set store= to a new folder")
 
     def folder(self, kind: StageKind, key: str) -> Path:
         return self.root / "objects" / kind.value / key[:2] / key
