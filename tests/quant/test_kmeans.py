@@ -160,6 +160,7 @@ def test_weights_of_two_change_nothing_and_whole_ones_are_repetitions(start: str
         # Sums in another order: 200 additions in float64.
         made = kernel("kmeans_columns", backend).run.kmeans(x, 4, "plus_plus", w)
         torch.testing.assert_close(made, plain.kmeans(x, 4, "plus_plus", w), rtol=1e-9, atol=1e-9)
+    assert torch.equal(plain.kmeans(x, 4, "plus_plus", w / 1024), plain.kmeans(x, 4, "plus_plus", w))
 
 
 def test_the_twins_agree_where_values_crowd_in_a_small_part_of_the_range() -> None:
@@ -232,6 +233,24 @@ def test_few_values_are_kept_exactly(backend: str, k: int) -> None:
         centres = run.kmeans(x, k, start)
         assert torch.equal(centres, torch.cat([values[:few], values[few - 1].expand(k - few)]).expand(2, k))
         assert torch.equal(centres.gather(1, run.nearest(x, centres).long()), x)
+        assert torch.equal(run.kmeans(x, k, start, (x < 0.5).float()), centres)  # also those that weigh nothing
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_centre_that_weighs_nothing_stays_where_it_was_drawn(backend: str) -> None:
+    """The first at the one value that weighs anything, or at the last where none does; as nothing is left, the other at the first."""
+    x = torch.tensor([[3.0, 1.0, 2.0, 5.0]])
+    for weights, first in zip((*torch.eye(4), torch.zeros(4)), (3.0, 1.0, 2.0, 5.0, 5.0), strict=True):
+        centres = kernel("kmeans_columns", backend).run.kmeans(x, 2, "plus_plus", weights)
+        assert centres.tolist() == [sorted((first, 3.0))]
+
+
+def test_the_plain_loop_computes_in_float64() -> None:
+    """Squares of these values are no float16 numbers, nor are the distances to most centres."""
+    run, x = kernel("kmeans_columns", "reference").run, 1000 * columns("normal", 100, dtype=torch.float16)
+    centres = run.kmeans(x.double(), 8)
+    assert torch.equal(run.kmeans(x, 8), centres.half())
+    assert torch.equal(run.nearest(x, centres.half()), run.nearest(x.double(), centres.half().double()))
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -268,10 +287,11 @@ def test_the_table_names_backends_and_refuses_others() -> None:
         kernel("kmeens")
     with pytest.raises(RuntimeError, match=r"backend cpu of kmeans_columns does not work on meta: .* works on CPU tensors"):
         kernel("kmeans_columns", "cpu", "meta")
-    run = kernel("kmeans_columns").run
-    with pytest.raises(ValueError, match="start='best' is unknown; choose partition or plus_plus"):
-        run.kmeans(columns("normal", 9), 2, "best")
-    with pytest.raises(ValueError, match="k=257 centres; give 1 to 256"):
-        run.kmeans(columns("normal", 9), 257)
+    for backend in (*BACKENDS, "reference"):
+        run = kernel("kmeans_columns", backend).run
+        with pytest.raises(ValueError, match="start='best' is unknown; choose partition or plus_plus"):
+            run.kmeans(columns("normal", 9), 2, "best")
+        with pytest.raises(ValueError, match="k=257 centres; give 1 to 256"):
+            run.kmeans(columns("normal", 9), 257)
     with pytest.raises(ValueError, match="the reference starts by plus_plus only"):
         kernel("kmeans_columns", "reference").run.kmeans(columns("normal", 9), 2, "partition")

@@ -63,7 +63,7 @@ def plus_plus(x: Tensor, weights: Tensor, k: int) -> Tensor:
         running = left(centres).cumsum(0)
         options = []
         for _ in range(trials(k)):
-            at = min(int(torch.searchsorted(running, next(numbers) * running[-1])), x.numel() - 1)
+            at = int(torch.searchsorted(running, next(numbers) * running[-1]))
             options.append(torch.cat([centres, x[at].view(1)]))
         sums = [float(left(some).sum()) for some in options]
         # Two values that are each other's only gain leave the same sum but for rounding: the first counts.
