@@ -28,11 +28,15 @@ def test_a_rounded_number_is_exact() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_values_are_those_of_the_plain_code(name: str, dtype: torch.dtype) -> None:
     g, w = GRIDS[name], values(7, 2, 32).clamp(-40, 40)
+    w[0], w[1] = torch.arange(32) % 15 / 2 - 1, 3.0  # halves of a step of 1, above a zero of 1; ranges without a width
     low, high = g.limits(w)
     plain, soft = affine_of(g, low, high, 3, dtype), affine_through(g, low, high, 3, dtype)
     assert torch.equal(plain.scale, soft.scale)
     assert torch.equal(plain.zero, soft.zero)
-    assert torch.equal(plain.round(w), round_through(soft, w))
+    for x in (w, 2 * w):  # within the range, and beyond it
+        assert torch.equal(plain.round(x), round_through(soft, x))
+    # An even number of steps: halves go the same way.
+    assert torch.equal(plain.decode((plain.encode(w) + 2).clamp(max=plain.top)), round_through(soft, w, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,8 @@ def test_values_are_those_of_the_plain_code(name: str, dtype: torch.dtype) -> No
 )
 def test_activations_are_those_of_the_plain_code(scheme: ActivationScheme) -> None:
     x = values(2, 5, 24)
-    assert torch.equal(activation_through(x, scheme), fake_quantize_activation(x, scheme))
+    for given in (x, x[:, 0], x[0, :0]):
+        assert torch.equal(activation_through(given, scheme), fake_quantize_activation(given, scheme))
     y = x.clone().requires_grad_(True)
     activation_through(y, scheme).sum().backward()
     assert y.grad is not None

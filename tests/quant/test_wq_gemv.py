@@ -25,7 +25,7 @@ from quant.kernels.native import library
 from quant.kernels.products import with_many_rows
 from quant.kernels.wq_gemv import BITS, cpu, prepare, reference
 from quant.tensors.affine import AffineTensor
-from tests.quant.products_affine import U, check, exact, inputs, stored
+from tests.quant.products_affine import U_BFLOAT16, U, check, exact, inputs, stored
 
 FAST = cpu.unavailable(torch.device("cpu")) is None
 needs_library = pytest.mark.skipif(not FAST, reason="there is no C++ library")
@@ -105,10 +105,13 @@ def test_the_weight_is_made_again(bits: int, n: int, k: int, group: int) -> None
 @pytest.mark.parametrize("scaled", [False, True])
 def test_many_rows_are_multiplied_with_the_weight(scaled: bool) -> None:
     tensor = stored(5, 96, 4, 32, scaled=scaled)
-    packed, x = prepare(tensor), inputs(40, 96)
-    want, size = exact(x, tensor)[:2]
-    got = with_many_rows(x, packed, kernel("wq_gemv").run)
-    assert ((got.double() - want).abs() <= (96 + 4) * U * size).all()
+    for dtype, rounded in ((torch.float32, 0.0), (torch.bfloat16, U_BFLOAT16)):
+        x = inputs(40, 96, dtype)
+        want, size = exact(x, tensor)
+        got = with_many_rows(x, prepare(tensor), kernel("wq_gemv").run)
+        bound = (96 + 4) * U * size
+        assert got.dtype is dtype
+        assert ((got.double() - want).abs() <= bound + rounded * (want.abs() + bound)).all()
 
 
 def test_bytes_are_those_of_the_codes_and_ranges() -> None:

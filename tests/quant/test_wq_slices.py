@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.kernels import native
+from quant.kernels import kernel, native
 from quant.kernels.counters import COUNTERS, Counters, counters
 from quant.kernels.products import rows_alone
 from quant.kernels.wq_gemv import Packed
@@ -119,9 +119,11 @@ def test_rows_up_to_which_wq_gemm_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
     half = torch.bfloat16
     assert rows_alone(twin, shaped(8192, 28672), half) == 16
     assert rows_alone(twin, shaped(8192, 28672), torch.float32) == rows_alone(twin, shaped(8192, 28672, scaled=True), half) == 8
-    # By other blocks, only where the weight is small.
+    # By other blocks, only where the weight is small, and never more than they take.
     assert rows_alone(twin, shaped(4096, 4096, bits=3), half) == 16
-    assert rows_alone(twin, shaped(8192, 8192, bits=3), half) == 8
+    assert rows_alone(twin, shaped(4096, 4096), torch.float32) == rows_alone(twin, shaped(4096, 4096, scaled=True), half) == 8
+    assert rows_alone(twin, shaped(8192, 4096, bits=3), half) == 8
+    assert rows_alone(kernel("wq_gemv", "reference").run, shaped(8192, 4096), half) == 8
 
 
 def test_calls_at_the_same_time_count_apart(monkeypatch: pytest.MonkeyPatch) -> None:
