@@ -299,6 +299,7 @@ def test_one_item_that_differs_among_many_still_has_an_interval() -> None:
 
 def test_items_are_paired_by_id_not_by_position(tmp_path: Path) -> None:
     items, base = synthetic.perplexity_items(1, 0.2), synthetic.perplexity_items(2, 0.0)
+    base["document"] = np.arange(60) // 3
     order = np.random.default_rng(0).permutation(60)
     shuffled = {k: np.asarray(v)[order] for k, v in base.items()}
     straight = stats.paired_delta(stage(tmp_path, "v", items), stage(tmp_path, "b", base), synthetic.PERPLEXITY, "ppl")
@@ -315,15 +316,17 @@ def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
         return stage(tmp_path, label, {**items, **changed})
 
     cases = [
-        (against("other", id=[f"x{i}" for i in range(60)]), "items are not the same"),
+        (against("other", id=["x", *items["id"][1:]]), "60 against 60; 'w0000' is in one only"),
         (stage(tmp_path, "short", {k: v[:30] for k, v in items.items()}), "60 against 30"),
-        (against("repeat", id=["same"] * 60), "repeat"),
+        (against("twice", id=[*items["id"][:59], "w0000"]), "item ids repeat"),
         (against("weights", weight=np.full(60, 3.0)), "different weights"),
         (against("documents", document=np.arange(60) + 1), "different documents"),
     ]
     for bad, message in cases:
         with pytest.raises(PairingError, match=message):
             stats.paired_delta(good, bad, synthetic.PERPLEXITY, "ppl")
+    with pytest.raises(PairingError, match="item ids repeat"):
+        stats.paired_delta(cases[2][0], good, synthetic.PERPLEXITY, "ppl")
     longer = rf"30 against 60; {items['id'][30]!r} is in one only"
     with pytest.raises(PairingError, match=longer):
         stats.paired_delta(cases[1][0], good, synthetic.PERPLEXITY, "ppl")
@@ -331,6 +334,19 @@ def test_items_that_differ_are_refused_with_the_reason(tmp_path: Path) -> None:
         stats.paired_delta(good, good, synthetic.PERPLEXITY, "kl")
     with pytest.raises(PairingError, match="FAILED and has no items"):
         stats.paired_delta(replace(good, status=Status.FAILED, payload=None), good, synthetic.PERPLEXITY, "ppl")
+
+
+def test_columns_that_are_missing_are_named_beside_those_there_are(tmp_path: Path) -> None:
+    numbers = np.arange(9)
+
+    def against_itself(label: str, **items: object) -> stats.Delta:
+        made = synthetic.write_stage(tmp_path, "evaluate", label, summary={}, tables={"items.parquet": items})
+        return stats.paired_delta(made, made, synthetic.DIVERGENCE, "kl")
+
+    with pytest.raises(PairingError, match=r"has no column id, weight; it has kl, nll$"):
+        against_itself("bare", kl=numbers, nll=numbers)
+    with pytest.raises(PairingError, match=r"they hold flips, nll, tail$"):
+        against_itself("words", id=numbers, weight=numbers, word=["a"] * 9, tail=numbers, nll=numbers, flips=numbers)
 
 
 @settings(max_examples=50, deadline=None)
