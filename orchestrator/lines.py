@@ -17,6 +17,9 @@ def say(console: Console, line: str) -> None:
 def show_table(console: Console, table: Table) -> None:
     """A narrower terminal breaks its lines: rich would leave out what has no room, digits of a number among it."""
     before = console.width
-    console.width = max(before, FEWEST_COLUMNS)
+    if before >= FEWEST_COLUMNS:  # a width that was set no longer follows the terminal's
+        console.print(table)
+        return
+    console.width = FEWEST_COLUMNS
     console.print(table)
     console.width = before
