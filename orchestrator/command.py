@@ -16,7 +16,7 @@ from orchestrator.cell import Cell, Grid
 from orchestrator.errors import ConfigError
 from orchestrator.grid import compose_jobs, compose_with
 from orchestrator.hydra_bridge import Composer
-from orchestrator.places import expanded
+from orchestrator.places import real
 from orchestrator.store import usual_place
 
 CONF = "pkg://conf"
@@ -36,7 +36,7 @@ def program() -> str:
 
 def call(words: str, store: Path) -> str:
     """A verb and its arguments as they are typed here; `store` is named where the verb would look elsewhere."""
-    usual = Path(os.path.realpath(expanded(usual_place())))
+    usual = real(usual_place())
     return f"{program()} {words}" + ("" if store.resolve() == usual else f" --store {shlex.quote(str(store))}")
 
 

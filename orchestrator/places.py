@@ -19,6 +19,11 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def real(path: str | Path) -> Path:
+    """Absolute, `~` expanded and links followed; of a link to itself its own path, for which `Path.resolve` raises RuntimeError."""
+    return Path(os.path.realpath(expanded(path)))
+
+
 def place(said: str, path: str | Path) -> Path:
     """The absolute folder that is to be written. `said` stands before it in errors, as `store=`. Raises ConfigError where it would be made
     under a name that nobody meant."""
@@ -27,7 +32,7 @@ def place(said: str, path: str | Path) -> Path:
     found = expanded(path)
     if str(found).startswith("~"):
         raise ConfigError(f"{said}{path}: no home of {found.parts[0]} is known here; write the folder out")
-    return Path(os.path.realpath(found))
+    return real(found)
 
 
 @contextmanager
