@@ -53,6 +53,12 @@ class Checkpoint:
         return sum(t.bytes for t in {(t.file, t.name): t for t in self.tensors.values()}.values())
 
 
+def bad_config(folder: Path, what: str, error: Exception) -> InputError:
+    """Of a config.json from which transformers makes no `what`."""
+    said = f"transformers makes no {what} of it ({type(error).__name__}: {' '.join(str(error).split())})"
+    return InputError(f"{folder / 'config.json'}: {said}; correct it, or copy it again")
+
+
 def locate(location: Location) -> Path:
     """Folder of the model: as given, or the hub snapshot at the given commit (HF_HUB_OFFLINE is respected)."""
     if location.kind == "folder":

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.checkpoint import hub_status, locate, passes
+from workers.checkpoint import bad_config, hub_status, locate, passes
 from workers.errors import InputError, Unreachable
 from workers.request import Location
 from workers.specs import CalibrationSpec, TextSpec
@@ -208,8 +208,7 @@ def load_tokenizer(location: Location) -> Tokenizer:
     except (OSError, MemoryError, ImportError):
         raise  # say what is wrong themselves
     except StrictDataclassError as e:  # it reads config.json, too
-        said = f"transformers makes no configuration of it ({type(e).__name__}: {' '.join(str(e).split())})"
-        raise InputError(f"{folder / 'config.json'}: {said}; correct it, or copy it again") from e
+        raise bad_config(folder, "configuration", e) from e
     except Exception as e:  # whatever a parser, Rust's included, makes of a damaged file
         there = [name for name in (*TOKENIZER_FILES, "tokenizer_config.json") if (folder / name).is_file()]
         remedy, reason = "copy these files again", f"{type(e).__name__}: {e}"

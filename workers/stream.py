@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from workers import families
 from workers.blocks import input_of, replace_input, replaced_forward
-from workers.checkpoint import Checkpoint, open_checkpoint, require_floats, unread
+from workers.checkpoint import Checkpoint, bad_config, open_checkpoint, require_floats, unread
 from workers.context import Context
 from workers.errors import InputError, NumericalError, UnsupportedModel
 from workers.specs import ModelSpec
@@ -257,8 +257,7 @@ def open_checked(context: Context, spec: ModelSpec, checkpoint: Checkpoint) -> B
     try:
         model = _skeleton(checkpoint, dtype)
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, StrictDataclassError) as e:
-        said = f"transformers makes no {structure.model_type} model of it ({type(e).__name__}: {' '.join(str(e).split())})"
-        raise InputError(f"{checkpoint.folder / 'config.json'}: {said}; correct it, or copy it again") from e
+        raise bad_config(checkpoint.folder, f"{structure.model_type} model", e) from e
     opened = BlockModel(model, checkpoint, structure, dtype, context.device, _sources(model, checkpoint))
     _check_complete(opened)
     require_floats(checkpoint, (s for name, _ in model.named_parameters() for s in opened.sources.get(name, ())))
