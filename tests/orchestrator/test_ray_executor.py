@@ -148,7 +148,7 @@ def head() -> Iterator[Head]:
 
 
 JOIN = """
-import json, os, socket, sys, time
+import json, os, socket, sys
 from orchestrator.errors import ClusterError
 from orchestrator.executors.ray.executor import RayExecutor
 from orchestrator.executors.settings import ClusterSettings
